@@ -1,0 +1,1 @@
+"""The node: agent, store, zygote and workers. Never imports sllmctl."""

@@ -1,0 +1,56 @@
+"""The interface of the checkpoint store: what lies in which tier of this node, who uses it, and how it gets there.
+
+The store is a process of its own, spoken to over its link (`FillArena`, `HoldCheckpoint`, `DropResident`; `Resident`,
+`Evicted`, `Progress`, `OperationDone`). This protocol is what stands behind that link; its owner calls it from one thread.
+Fills run in the background and report through a `StoreListener`, on that same thread.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from schema.errors import Fault
+from schema.link import ArenaInfo, Resident
+
+__all__ = ["Store", "StoreListener"]
+
+
+class StoreListener(Protocol):
+    """Who hears of background work. Every fill gets progress and then exactly one `filled` or `failed`."""
+
+    def progress(self, op: str, done_bytes: int, total_bytes: int) -> None: ...
+
+    def filled(self, op: str, resident: Resident) -> None: ...
+
+    def failed(self, op: str, digest: str, fault: Fault) -> None: ...
+
+    def evicted(self, digest: str) -> None:
+        """The chunks of a checkpoint without users were given to another; said before they are overwritten."""
+
+
+class Store(Protocol):
+    """The DRAM tier over one arena. Nothing that has users, or is being filled, is ever evicted."""
+
+    @property
+    def arena(self) -> ArenaInfo: ...
+
+    def residents(self) -> tuple[Resident, ...]:
+        """What lies whole in the arena, also after a restart, from the chunk table in the arena itself."""
+
+    def fill(self, op: str, digest: str, directory: Path, priority: int = 0) -> None:
+        """Bring a checkpoint into the arena; one that is there, or being filled, is not read again.
+
+        Room is reserved before the first read: free chunks, then those of the least recently used without users. Fails
+        with OutOfSpace when that is not enough, InvalidCheckpoint when a file is short or a checksum wrong. A failed or
+        cancelled fill gives every chunk back.
+        """
+
+    def hold(self, digest: str, users: int) -> None:
+        """Say how many use a checkpoint; it may be evicted only at 0. Holding also counts while it is being filled."""
+
+    def drop(self, digest: str) -> None:
+        """Free a checkpoint's chunks. Raises Conflict when it has users, NotFound when it is not there."""
+
+    def close(self) -> None:
+        """Stop the background work; the arena's content stays valid for the next life."""

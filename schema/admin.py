@@ -1,0 +1,173 @@
+"""What the admin API shows and takes: one struct per noun, shared by its server, the typed client, the CLI and the TUI.
+
+Routes (all under ``/admin/v1``): GET nodes, nodes/{name}, models, models/{name}, instances, instances/{id}, checkpoints,
+checkpoints/{digest}, requests, requests/{id}, events, status; POST models (ModelSpec), models/{name}/deploy (DeployBody),
+models/{name}/stop, instances/{id}/stop, requests/{id}/cancel; DELETE models/{name}. Lists are ``{"items": [...]}``.
+An error's body is ``{"error": {"code", "message", "param"}}`` with the status of its class.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from schema.errors import Fault
+from schema.link import EngineTiming, Inventory, StartPhases
+from schema.spec import ModelSpec, ScaleSpec
+from schema.states import InstanceState, ModelState, NodeState, RequestState, Tier, TierState
+
+__all__ = [
+    "CheckpointView",
+    "DeployBody",
+    "EventView",
+    "InstanceView",
+    "ModelView",
+    "NodeView",
+    "PlacementView",
+    "ProgressView",
+    "RequestTimeline",
+    "RequestView",
+    "StatusView",
+]
+
+
+class _View(msgspec.Struct, frozen=True, kw_only=True):
+    pass
+
+
+class ProgressView(_View, frozen=True, kw_only=True):
+    """How far a long operation has come; ``rate_bps`` is of the present stage."""
+
+    stage: str
+    done_bytes: int
+    total_bytes: int
+    rate_bps: float = 0.0
+
+
+class NodeView(_View, frozen=True, kw_only=True):
+    id: str
+    name: str
+    address: str
+    state: NodeState
+    cordoned: bool
+    seen_at: float
+    instances: int
+    inventory: Inventory | None = None
+
+
+class ModelView(_View, frozen=True, kw_only=True):
+    """``instances`` counts by state those that exist; ``waiting`` and ``running`` are requests now."""
+
+    name: str
+    state: ModelState
+    digest: str | None
+    spec: ModelSpec
+    instances: dict[str, int]
+    waiting: int
+    running: int
+    fault: Fault | None
+    progress: ProgressView | None
+    created_at: float
+
+
+class InstanceView(_View, frozen=True, kw_only=True):
+    """``reason`` says why it runs where it runs; ``phases`` where the time of its last start went."""
+
+    id: str
+    model: str
+    node: str
+    digest: str
+    state: InstanceState
+    devices: tuple[int, ...]
+    epoch: int
+    restarts: int
+    retry_at: float | None
+    pid: int
+    running: int
+    kv_bytes: int
+    kv_used_tokens: int
+    kv_capacity_tokens: int
+    phases: StartPhases | None
+    progress: ProgressView | None
+    fault: Fault | None
+    reason: str
+    created_at: float
+    changed_at: float
+
+
+class PlacementView(_View, frozen=True, kw_only=True):
+    node: str
+    tier: Tier
+    state: TierState
+    size_bytes: int
+    device: int = 0
+
+
+class CheckpointView(_View, frozen=True, kw_only=True):
+    digest: str
+    architecture: str
+    image_bytes: int
+    kv_token_bytes: int
+    max_context_tokens: int
+    models: tuple[str, ...]
+    placements: tuple[PlacementView, ...]
+    created_at: float
+
+
+class RequestTimeline(_View, frozen=True, kw_only=True):
+    """Where a request's time went, in seconds since it came in; None for what has not happened.
+
+    ``routed_s``: an instance was found. ``first_token_s``, ``ended_s``: at the gateway. ``cold`` says that it waited for a
+    start, whose phases are ``start``; ``engine`` is the engine's own account of the last attempt.
+    """
+
+    cold: bool
+    routed_s: float | None = None
+    first_token_s: float | None = None
+    ended_s: float | None = None
+    start: StartPhases | None = None
+    engine: EngineTiming | None = None
+
+
+class RequestView(_View, frozen=True, kw_only=True):
+    """A live request, or a finished one while it is remembered."""
+
+    id: str
+    model: str
+    state: RequestState
+    instance: str | None
+    attempts: int
+    prompt_tokens: int
+    generated_tokens: int
+    orphaned: bool
+    received_at: float
+    timeline: RequestTimeline
+
+
+class EventView(_View, frozen=True, kw_only=True):
+    id: str
+    at: float
+    level: str
+    kind: str
+    object: str
+    reason: str
+    message: str
+
+
+class StatusView(_View, frozen=True, kw_only=True):
+    """The manager itself."""
+
+    cluster: str
+    generation: int
+    version: str
+    pid: int
+    started_at: float
+    api_url: str
+    ready: bool
+    nodes_ready: int
+    nodes: int
+
+
+class DeployBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Deploy a model, or change how it is scaled; None keeps what is set."""
+
+    scale: ScaleSpec | None = None

@@ -1,0 +1,232 @@
+"""The manifest of a loading-optimised checkpoint: what it holds, where its bytes lie, how they are checked.
+
+On disk a checkpoint is ``<root>/<digest>/<layout>/``: partition files of raw tensor bytes, ``manifest.json`` (this),
+and beside them the text assets (``tokenizer.json``, ``chat_template.jinja``) that ingest has normalised.
+
+A tensor's address is ``base + partition.start_bytes + tensor.offset_bytes``, where base is wherever the whole image was
+put: one range of an arena, or of a device. (After the paper's loading-optimised format, OSDI 2024, section 4.1.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from itertools import pairwise
+from math import prod
+from typing import Annotated, Any, Final
+
+import msgspec
+from msgspec import Meta
+
+from schema.errors import InvalidCheckpoint
+
+__all__ = [
+    "ALIGN_BYTES",
+    "DTYPE_BYTES",
+    "FORMAT_VERSION",
+    "PAD_BYTES",
+    "AssetEntry",
+    "KvGeometry",
+    "Manifest",
+    "Partition",
+    "TensorEntry",
+    "TextDefaults",
+    "content_digest",
+    "decode_manifest",
+    "encode_manifest",
+]
+
+FORMAT_VERSION: Final = 1
+ALIGN_BYTES: Final = 256
+"""Tensors start at multiples of this within a partition, as device kernels want them."""
+PAD_BYTES: Final = 4096
+"""Partition files and their starts in the image are multiples of this, for direct I/O."""
+
+DTYPE_BYTES: Final[dict[str, int]] = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4,
+    "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+"""Bytes per element by dtype, in the names of the safetensors format."""
+
+_Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+_FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$")]
+_Count = Annotated[int, Meta(ge=0, le=1 << 50)]
+
+
+class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One tensor: its name in the model's state dict, its safetensors dtype, its shape, and where its bytes lie."""
+
+    name: str
+    dtype: str
+    shape: tuple[_Count, ...]
+    partition: _Count
+    offset_bytes: _Count
+    size_bytes: _Count
+
+
+class Partition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One file of raw tensor bytes, read as a whole.
+
+    ``size_bytes`` is the file's size, a multiple of PAD_BYTES. ``start_bytes`` is where it begins in the image.
+    ``chunk_xxh3`` holds the xxh3-64 of each ``Manifest.chunk_bytes`` of the file in order, the last one short.
+    """
+
+    file: _FileName
+    start_bytes: _Count
+    size_bytes: _Count
+    chunk_xxh3: tuple[int, ...]
+
+
+class AssetEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A small file beside the partitions (``tokenizer.json``, ``chat_template.jinja``), with its sha256."""
+
+    file: _FileName
+    size_bytes: _Count
+    sha256: _Digest
+
+
+class KvGeometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the KV cache of one token costs: 2 * layers * kv_heads * head_dim elements of ``dtype``."""
+
+    layers: Annotated[int, Meta(gt=0, le=1 << 16)]
+    kv_heads: Annotated[int, Meta(gt=0, le=1 << 16)]
+    head_dim: Annotated[int, Meta(gt=0, le=1 << 16)]
+    dtype: str
+
+    @property
+    def token_bytes(self) -> int:
+        return 2 * self.layers * self.kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+
+
+class TextDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the gateway needs to know of the text side, beside the assets.
+
+    ``stop_token_ids`` end a reply (the model's end-of-sequence ids). ``has_template`` says that chat is possible.
+    The sampling defaults are the model's own generation_config, None where it says nothing.
+    ``special_tokens`` are handed to the chat template by their names (``bos_token`` and kin).
+    """
+
+    stop_token_ids: tuple[int, ...] = ()
+    has_template: bool = False
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    special_tokens: dict[str, str] = {}
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A whole checkpoint. ``tensors`` are in execution order; tied names point at the stored one in ``ties``.
+
+    ``digest`` names the content, whatever the layout; ``layout`` names this way of lying on disk. ``config`` is the
+    model's config.json. ``vocab_size`` bounds token ids, ``max_context_tokens`` bounds prompt and reply together.
+    """
+
+    format_version: int
+    digest: _Digest
+    layout: _FileName
+    architecture: str
+    parameters: _Count
+    vocab_size: Annotated[int, Meta(gt=0, le=1 << 31)]
+    max_context_tokens: Annotated[int, Meta(gt=0, le=1 << 40)]
+    chunk_bytes: Annotated[int, Meta(ge=PAD_BYTES, le=1 << 30, multiple_of=PAD_BYTES)]
+    partitions: tuple[Partition, ...]
+    tensors: tuple[TensorEntry, ...]
+    ties: dict[str, str]
+    kv: KvGeometry
+    config: dict[str, Any]
+    text: TextDefaults
+    assets: tuple[AssetEntry, ...]
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of the whole image in memory: the partitions one after another."""
+        return sum(partition.size_bytes for partition in self.partitions)
+
+
+def content_digest(tensors: Iterable[tuple[str, str, tuple[int, ...], bytes]], config: dict[str, Any]) -> str:
+    """The checkpoint's name: sha256 over each tensor's (name, dtype, shape, sha256 of its bytes) by name, and the config.
+
+    Independent of shards, order and layout; a fine-tune differs from its base although their headers agree.
+    Tied tensors enter under every name they have.
+    """
+    digest = hashlib.sha256(b"sllm-checkpoint-1\0")
+    for name, dtype, shape, sha256 in sorted(tensors):
+        digest.update(msgspec.msgpack.encode((name, dtype, list(shape), sha256)))
+    digest.update(msgspec.json.encode(config, order="deterministic"))
+    return digest.hexdigest()
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The bytes of ``manifest.json``."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+
+
+def decode_manifest(data: bytes) -> Manifest:
+    """Read and check a manifest as hostile input.
+
+    Raises InvalidCheckpoint for another format version, unknown fields, extents that overlap, leave their partition
+    or do not match dtype and shape, partitions that are unaligned or not contiguous, and ties to nowhere.
+    """
+    try:
+        version = msgspec.json.decode(data, type=_Version).format_version
+        if version != FORMAT_VERSION:
+            raise InvalidCheckpoint(f"manifest has format version {version}; this build reads {FORMAT_VERSION}")
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidCheckpoint(f"manifest is not readable: {error}") from error
+    _check_partitions(manifest)
+    _check_tensors(manifest)
+    return manifest
+
+
+class _Version(msgspec.Struct):
+    format_version: int
+
+
+def _check_partitions(manifest: Manifest) -> None:
+    start = 0
+    files: set[str] = set()
+    for partition in manifest.partitions:
+        if partition.file in files or re.fullmatch(_SAFE_FILE, partition.file) is None:
+            raise InvalidCheckpoint(f"partition file name {partition.file!r} is repeated or not allowed")
+        if partition.size_bytes % PAD_BYTES or partition.start_bytes != start:
+            raise InvalidCheckpoint(f"partition {partition.file} is not padded to {PAD_BYTES} bytes or not contiguous")
+        chunks = -(-partition.size_bytes // manifest.chunk_bytes)
+        if len(partition.chunk_xxh3) != chunks:
+            raise InvalidCheckpoint(f"partition {partition.file} has {len(partition.chunk_xxh3)} checksums for {chunks} chunks")
+        files.add(partition.file)
+        start += partition.size_bytes
+
+
+def _check_tensors(manifest: Manifest) -> None:
+    names: set[str] = set()
+    extents: list[tuple[int, int, int, str]] = []
+    for tensor in manifest.tensors:
+        if tensor.name in names:
+            raise InvalidCheckpoint(f"tensor {tensor.name!r} is listed twice")
+        names.add(tensor.name)
+        if tensor.dtype not in DTYPE_BYTES:
+            raise InvalidCheckpoint(f"tensor {tensor.name!r} has unknown dtype {tensor.dtype!r}")
+        if prod(tensor.shape) * DTYPE_BYTES[tensor.dtype] != tensor.size_bytes:
+            raise InvalidCheckpoint(f"tensor {tensor.name!r}: shape and dtype do not make {tensor.size_bytes} bytes")
+        if tensor.partition >= len(manifest.partitions):
+            raise InvalidCheckpoint(f"tensor {tensor.name!r} is in partition {tensor.partition}, which does not exist")
+        if tensor.offset_bytes + tensor.size_bytes > manifest.partitions[tensor.partition].size_bytes:
+            raise InvalidCheckpoint(f"tensor {tensor.name!r} reaches beyond its partition")
+        if tensor.offset_bytes % ALIGN_BYTES:
+            raise InvalidCheckpoint(f"tensor {tensor.name!r} is not aligned to {ALIGN_BYTES} bytes")
+        if tensor.size_bytes:
+            extents.append((tensor.partition, tensor.offset_bytes, tensor.size_bytes, tensor.name))
+    extents.sort()
+    for (part, offset, size, name), (next_part, next_offset, _, next_name) in pairwise(extents):
+        if part == next_part and offset + size > next_offset:
+            raise InvalidCheckpoint(f"tensors {name!r} and {next_name!r} overlap")
+    for alias, name in manifest.ties.items():
+        if name not in names or alias in names:
+            raise InvalidCheckpoint(f"tie {alias!r} -> {name!r} does not lead from a new name to a stored tensor")
+
+
+_SAFE_FILE = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"

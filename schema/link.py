@@ -1,0 +1,684 @@
+"""What the processes say to each other: frames, the handshake, and every message, versioned.
+
+A frame is a 4-byte big-endian length and a msgpack body of one tagged struct. Any byte stream carries it. Four links
+exist, all of them dialled towards the agent's socket: manager, store, zygote, worker. Each begins with the dialler's
+`Hello`, answered by `Welcome` or `Refused`; then the side that holds the truth states all of it (`NodeTruth`,
+`StoreTruth`, `ZygoteTruth`, `WorkerTruth`), on every connection anew. After that only differences travel.
+
+Rules that every receiver keeps:
+
+* A message with an older epoch than the one known for its instance or attempt is dropped, not an error.
+* A field or message type that this build does not know is refused at the handshake (by version), never guessed.
+* Tokens are positioned in the *sequence*. Appending a run whose start is known is idempotent; a gap is a LinkError, which
+  closes the connection, and the truth that follows the reconnect repairs it.
+* Every `Submit` is answered by exactly one `Ended`, and an end is repeated in each truth until `Acked`.
+
+Durations are seconds of the sender's monotonic clock; clocks of two machines are never compared.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Annotated, Any, Final, Generic, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from schema.errors import Fault, LinkError
+from schema.ids import Epoch
+from schema.spec import Source
+from schema.states import EndReason, InstanceState, Tier, TierState
+
+__all__ = [
+    "MAX_FRAME_BYTES",
+    "PROTOCOL",
+    "PROTOCOL_OLDEST",
+    "TOKEN_WINDOW_FRAMES",
+    "Acked",
+    "AgentMessage",
+    "ArenaInfo",
+    "Attach",
+    "AttemptTruth",
+    "Cancel",
+    "CheckpointTruth",
+    "ChildExited",
+    "Descriptors",
+    "DeviceInfo",
+    "DropCheckpoint",
+    "DropResident",
+    "Ended",
+    "EngineOptions",
+    "EngineTiming",
+    "Evicted",
+    "Extent",
+    "FileChunk",
+    "FillArena",
+    "Fork",
+    "Forked",
+    "FrameDecoder",
+    "Hello",
+    "HoldCheckpoint",
+    "Ingest",
+    "InstanceLoad",
+    "InstanceTruth",
+    "InstanceUpdate",
+    "Inventory",
+    "LoadCheckpoint",
+    "ManagerMessage",
+    "Message",
+    "NodeTruth",
+    "OperationDone",
+    "Ping",
+    "Placement",
+    "PlacementUpdate",
+    "Pong",
+    "Progress",
+    "ReadFile",
+    "Refused",
+    "Resident",
+    "Role",
+    "SamplingParams",
+    "Shutdown",
+    "StartInstance",
+    "StartPhases",
+    "StartWorker",
+    "StopInstance",
+    "StoreMessage",
+    "StoreTruth",
+    "Submit",
+    "ToStore",
+    "ToWorker",
+    "ToZygote",
+    "TokenRun",
+    "Tokens",
+    "Welcome",
+    "WorkerMessage",
+    "WorkerTruth",
+    "ZygoteMessage",
+    "ZygoteTruth",
+    "encode_frame",
+]
+
+PROTOCOL: Final = 1
+"""The newest version of these messages that this build speaks."""
+PROTOCOL_OLDEST: Final = 1
+"""The oldest version that this build still speaks."""
+MAX_FRAME_BYTES: Final = 32 << 20
+"""A longer frame is refused before its body is read; bulk data never travels here."""
+TOKEN_WINDOW_FRAMES: Final = 256
+"""How many `Tokens` frames an agent sends ahead of the manager's `Acked`; then runs coalesce at the agent."""
+
+TokenIds = tuple[Annotated[int, Meta(ge=0, lt=1 << 31)], ...]
+_Count = Annotated[int, Meta(ge=0)]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True, tag_field="t"):
+    """Base of all messages; the tag field ``t`` names the kind."""
+
+
+class _Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Base of the structs inside messages."""
+
+
+# --- Handshake -----------------------------------------------------------------------------------------------------
+
+
+class Role(StrEnum):
+    MANAGER = "manager"
+    STORE = "store"
+    ZYGOTE = "zygote"
+    WORKER = "worker"
+
+
+class Hello(Message, frozen=True, kw_only=True, forbid_unknown_fields=False, tag="hello"):
+    """First frame of a dialler; fields that a newer build adds are passed over, so that versions can be compared.
+
+    ``cluster`` and ``generation`` are the manager's; an agent refuses another cluster's manager and an older generation.
+    ``instance`` and ``epoch`` are a worker's. ``token`` proves that store, zygote and worker are this agent's kin: it is
+    the content of the file that the agent made (mode 0600) in its run directory.
+    """
+
+    role: Role
+    protocol_oldest: int = PROTOCOL_OLDEST
+    protocol: int = PROTOCOL
+    software: str
+    pid: int
+    cluster: str = ""
+    generation: int = 0
+    instance: str = ""
+    epoch: Epoch = Epoch(0)
+    token: str = ""
+
+
+class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
+    """The agent accepts; ``protocol`` is the version both will speak. ``node`` is the agent's persistent id."""
+
+    protocol: int
+    software: str
+    node: str
+    pid: int
+
+
+class Refused(Message, frozen=True, kw_only=True, forbid_unknown_fields=False, tag="refused"):
+    """The agent will not talk to this dialler and closes; the fault says why and what to do."""
+
+    fault: Fault
+
+
+class Ping(Message, frozen=True, kw_only=True, tag="ping"):
+    """Answered at once by `Pong` with the same ``nonce``; either side may ask."""
+
+    nonce: int
+
+
+class Pong(Message, frozen=True, kw_only=True, tag="pong"):
+    nonce: int
+
+
+class Descriptors(Message, frozen=True, kw_only=True, tag="fds"):
+    """Unix sockets of one host only: ``count`` descriptors travel with this frame as SCM_RIGHTS.
+
+    ``what`` is "arena" (read and write, store <-> agent) or "arena-ro" (to a worker, just before `Attach`).
+    """
+
+    what: str
+    count: int = 1
+
+
+# --- What a node is and holds ----------------------------------------------------------------------------------------
+
+
+class DeviceInfo(_Part, frozen=True, kw_only=True):
+    """``kind`` is "cpu" or "cuda"; ``memory_bytes`` is what instances may use of it, KV caches included."""
+
+    index: int
+    kind: str
+    name: str
+    memory_bytes: int
+
+
+class ArenaInfo(_Part, frozen=True, kw_only=True):
+    """The DRAM tier: budget, chunk size, what is taken, and the pages it got ("hugetlb", "thp" or "small")."""
+
+    budget_bytes: int
+    chunk_bytes: int
+    used_bytes: int = 0
+    pages: str = "small"
+
+
+class Inventory(_Part, frozen=True, kw_only=True):
+    """A machine's means. Bandwidths are measured, in bytes per second; 0 means not measured yet."""
+
+    hostname: str
+    cpus: int
+    memory_bytes: int
+    devices: tuple[DeviceInfo, ...]
+    arena: ArenaInfo
+    disk_budget_bytes: int = 0
+    disk_read_bps: float = 0.0
+    device_copy_bps: float = 0.0
+
+
+class Placement(_Part, frozen=True, kw_only=True):
+    """One checkpoint on one tier of the speaking node. ``users`` counts instances and loads that hold it there."""
+
+    tier: Tier
+    state: TierState
+    size_bytes: int = 0
+    users: int = 0
+    device: int = 0
+
+
+class CheckpointTruth(_Part, frozen=True, kw_only=True):
+    """A checkpoint on a node, with what a planner must know of it: an agent may hold one that its manager has forgotten."""
+
+    digest: str
+    architecture: str
+    image_bytes: int
+    kv_token_bytes: int
+    max_context_tokens: int
+    placements: tuple[Placement, ...] = ()
+
+
+class StartPhases(_Part, frozen=True, kw_only=True):
+    """Where the time of one instance's start went, in seconds; phases overlap, so they need not add up to ``total_s``.
+
+    ``load_s``: until the weights were in DRAM, ``loaded_bytes`` of them read from ``loaded_from``. ``fork_s``: until the
+    worker's process ran. ``build_s``: the model's skeleton. ``attach_s``: tensors over the store's memory. ``warm_s``:
+    the engine's first step.
+    """
+
+    load_s: float = 0.0
+    loaded_from: Tier | None = None
+    loaded_bytes: int = 0
+    fork_s: float = 0.0
+    build_s: float = 0.0
+    attach_s: float = 0.0
+    warm_s: float = 0.0
+    total_s: float = 0.0
+
+
+class InstanceTruth(_Part, frozen=True, kw_only=True):
+    """An instance on a node: its life (``epoch``), state, and, once ready, what it can take."""
+
+    instance: str
+    epoch: Epoch
+    digest: str
+    state: InstanceState
+    devices: tuple[int, ...] = (0,)
+    kv_capacity_tokens: int = 0
+    max_context_tokens: int = 0
+    phases: StartPhases | None = None
+    fault: Fault | None = None
+    pid: int = 0
+
+
+# --- Requests --------------------------------------------------------------------------------------------------------
+
+
+class SamplingParams(_Part, frozen=True, kw_only=True):
+    """How tokens are chosen; all of it per sequence. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep all.
+
+    Noise is keyed by (seed, choice, position), so ``seed`` is always set: the gateway draws one where the client gave none.
+    ``stop_token_ids`` end the sequence, the token included in it. ``max_tokens`` bounds generated tokens, those before a
+    resumption included.
+    """
+
+    max_tokens: Annotated[int, Meta(ge=1)]
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Meta(ge=0)] = 0
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
+    stop_token_ids: TokenIds = ()
+    min_tokens: Annotated[int, Meta(ge=0)] = 0
+
+
+class Submit(Message, frozen=True, kw_only=True, tag="submit"):
+    """Run one attempt of a sequence on an instance, from its journal: ``prompt`` and the ``generated`` tokens so far.
+
+    The first new token has position ``len(generated)``. A known attempt is ignored; an instance that is unknown, of
+    another epoch or not ready ends it as lost. ``request`` and ``model`` travel so that a restarted manager can rebuild
+    the journal from what agents hold.
+    """
+
+    attempt: Epoch
+    instance: str
+    instance_epoch: Epoch
+    request: str
+    model: str
+    choice: int = 0
+    prompt: TokenIds
+    generated: TokenIds = ()
+    params: SamplingParams
+
+
+class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
+    """End an attempt early; answered by its `Ended` (cancelled, or how it ended just before). Unknown ones are ignored."""
+
+    attempt: Epoch
+
+
+class TokenRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """New tokens of one attempt; ``start`` is the position in the sequence of the first of ``ids``."""
+
+    attempt: Epoch
+    start: _Count
+    ids: TokenIds
+
+
+class EngineTiming(_Part, frozen=True, kw_only=True):
+    """What an attempt spent inside the engine, in seconds; ``first_token_s`` is from arrival to its first new token."""
+
+    queued_s: float = 0.0
+    prefill_s: float = 0.0
+    first_token_s: float = 0.0
+    total_s: float = 0.0
+    steps: int = 0
+
+
+class Ended(_Part, frozen=True, kw_only=True):
+    """The one end of an attempt, after ``position`` tokens of the sequence (those it was resumed from included)."""
+
+    attempt: Epoch
+    position: _Count
+    reason: EndReason
+    fault: Fault | None = None
+    timing: EngineTiming | None = None
+
+
+class Tokens(Message, frozen=True, kw_only=True, tag="tokens"):
+    """All new tokens and ends of one engine step (or of several, coalesced). ``frame`` counts from 1 per connection."""
+
+    frame: _Count
+    runs: tuple[TokenRun, ...] = ()
+    ends: tuple[Ended, ...] = ()
+
+
+class Acked(Message, frozen=True, kw_only=True, tag="acked"):
+    """Credit and acknowledgement: all `Tokens` up to ``frame`` were taken in; the ``ends`` need not be kept any more."""
+
+    frame: _Count
+    ends: tuple[Epoch, ...] = ()
+
+
+class AttemptTruth(_Part, frozen=True, kw_only=True):
+    """An attempt as the speaker holds it: how it was asked for, its new tokens since, and its end if it has one."""
+
+    submit: Submit
+    new_ids: TokenIds = ()
+    end: Ended | None = None
+
+
+class InstanceLoad(Message, frozen=True, kw_only=True, tag="load"):
+    """How busy an instance is, for metrics and the planner; said when it changed, at most every 100 ms."""
+
+    instance: str
+    epoch: Epoch
+    running: int
+    waiting: int
+    kv_used_tokens: int
+
+
+# --- Manager -> agent ------------------------------------------------------------------------------------------------
+
+
+class EngineOptions(_Part, frozen=True, kw_only=True):
+    """What the manager decided for one instance. 0 leaves it to the engine; ``kv_bytes`` is reserved on its devices."""
+
+    kv_bytes: int
+    max_context_tokens: int = 0
+    max_concurrency: int = 64
+    threads: int = 0
+
+
+class StartInstance(Message, frozen=True, kw_only=True, tag="start"):
+    """Make the instance ready: load its weights (wherever they are) and make its worker, side by side."""
+
+    instance: str
+    epoch: Epoch
+    model: str
+    digest: str
+    devices: tuple[int, ...]
+    options: EngineOptions
+
+
+class StopInstance(Message, frozen=True, kw_only=True, tag="stop"):
+    """End an instance. Its attempts have ``grace_s`` seconds to finish; then they end as lost. Weights stay in their tiers."""
+
+    instance: str
+    epoch: Epoch
+    grace_s: float = 0.0
+
+
+class Ingest(Message, frozen=True, kw_only=True, tag="ingest"):
+    """Make a loading-optimised checkpoint of a model on this node's disk. Ends with `OperationDone`."""
+
+    op: str
+    source: Source
+
+
+class LoadCheckpoint(Message, frozen=True, kw_only=True, tag="prefetch"):
+    """Bring a checkpoint up to a tier ahead of need. Ends with `OperationDone`."""
+
+    op: str
+    digest: str
+    tier: Tier = Tier.DRAM
+
+
+class DropCheckpoint(Message, frozen=True, kw_only=True, tag="drop"):
+    """Take a checkpoint from one tier (DRAM, or DISK for good). In use: a Conflict, and nothing is dropped."""
+
+    op: str
+    digest: str
+    tier: Tier
+
+
+class ReadFile(Message, frozen=True, kw_only=True, tag="readfile"):
+    """Ask for a text asset of a checkpoint, by the name in its manifest or ``manifest.json``; answered by `FileChunk`."""
+
+    op: str
+    digest: str
+    file: str
+    offset_bytes: _Count = 0
+
+
+class Shutdown(Message, frozen=True, kw_only=True, tag="shutdown"):
+    """End the agent with its store, zygote and workers, and leave nothing running or in memory. Sequences end as lost."""
+
+    grace_s: float = 0.0
+
+
+# --- Agent -> manager ------------------------------------------------------------------------------------------------
+
+
+class NodeTruth(Message, frozen=True, kw_only=True, tag="truth"):
+    """All that a node holds; what is not in it does not exist there. ``ops`` are the operations still under way."""
+
+    node: str
+    inventory: Inventory
+    checkpoints: tuple[CheckpointTruth, ...] = ()
+    instances: tuple[InstanceTruth, ...] = ()
+    attempts: tuple[AttemptTruth, ...] = ()
+    ops: tuple[str, ...] = ()
+
+
+class InstanceUpdate(Message, frozen=True, kw_only=True, tag="instance"):
+    """An instance changed: starting, ready, draining, stopping or stopped. Backoff, failed and restarts are the manager's."""
+
+    truth: InstanceTruth
+
+
+class PlacementUpdate(Message, frozen=True, kw_only=True, tag="placement"):
+    """A checkpoint's placements changed; all of them on this node are said."""
+
+    truth: CheckpointTruth
+
+
+class Progress(Message, frozen=True, kw_only=True, tag="progress"):
+    """How far an operation or an instance's start (``op`` is then the instance id) has come in its present ``stage``."""
+
+    op: str
+    stage: str
+    done_bytes: int
+    total_bytes: int
+
+
+class OperationDone(Message, frozen=True, kw_only=True, tag="done"):
+    """The one end of an operation: a ``fault``, or success. ``digest`` is the checkpoint it made or used."""
+
+    op: str
+    digest: str = ""
+    fault: Fault | None = None
+
+
+class FileChunk(Message, frozen=True, kw_only=True, tag="filechunk"):
+    """A part of a file, at most 1 MiB; the end is reached when ``offset_bytes + len(data) == size_bytes``."""
+
+    op: str
+    file: str
+    offset_bytes: int
+    size_bytes: int
+    data: bytes
+    fault: Fault | None = None
+
+
+# --- Agent <-> store -------------------------------------------------------------------------------------------------
+
+
+class Extent(msgspec.Struct, frozen=True, array_like=True):
+    """A run of adjacent arena bytes, multiples of the page size; a checkpoint's image is its extents in order."""
+
+    offset_bytes: int
+    size_bytes: int
+
+
+class FillArena(Message, frozen=True, kw_only=True, tag="fill"):
+    """Agent -> store: read the checkpoint in ``directory`` into the arena, evicting only what the store may.
+
+    ``users`` hold it from now on; ``op`` of the answer (`Resident` or `OperationDone` with a fault) is this one's.
+    """
+
+    op: str
+    digest: str
+    directory: str
+    priority: int = 0
+
+
+class Resident(Message, frozen=True, kw_only=True, tag="resident"):
+    """Store -> agent: the whole image lies in the arena at ``extents``; said after a fill, and repeated in `StoreTruth`."""
+
+    digest: str
+    extents: tuple[Extent, ...]
+    image_bytes: int
+    op: str = ""
+    read_bytes: int = 0
+    seconds: float = 0.0
+
+
+class HoldCheckpoint(Message, frozen=True, kw_only=True, tag="hold"):
+    """Agent -> store: how many instances and loads use a checkpoint now; with 0 it may be evicted when room is needed."""
+
+    digest: str
+    users: _Count
+
+
+class DropResident(Message, frozen=True, kw_only=True, tag="dropresident"):
+    """Agent -> store: free a checkpoint's chunks; answered by `OperationDone`, a Conflict when it has users."""
+
+    op: str
+    digest: str
+
+
+class Evicted(Message, frozen=True, kw_only=True, tag="evicted"):
+    """Store -> agent: these chunks are free or being filled with something else; no new mapping may be made of them."""
+
+    digest: str
+
+
+class StoreTruth(Message, frozen=True, kw_only=True, tag="storetruth"):
+    """All that the arena holds. After a restart of the store it is what the chunk table in the arena itself says."""
+
+    arena: ArenaInfo
+    residents: tuple[Resident, ...] = ()
+
+
+# --- Agent <-> zygote, worker ----------------------------------------------------------------------------------------
+
+
+class Fork(Message, frozen=True, kw_only=True, tag="fork"):
+    """Agent -> zygote: fork a worker that dials the agent as this instance."""
+
+    instance: str
+    epoch: Epoch
+
+
+class Forked(Message, frozen=True, kw_only=True, tag="forked"):
+    instance: str
+    epoch: Epoch
+    pid: int
+
+
+class ChildExited(Message, frozen=True, kw_only=True, tag="exited"):
+    """Zygote -> agent: a worker is gone; ``status`` is its exit code, negative for the signal that killed it."""
+
+    pid: int
+    status: int
+
+
+class ZygoteTruth(Message, frozen=True, kw_only=True, tag="zygotetruth"):
+    """``pids`` of living children; ``threads`` of the zygote itself, which must be 1 for a safe fork."""
+
+    pids: tuple[int, ...]
+    threads: int
+
+
+class StartWorker(Message, frozen=True, kw_only=True, tag="startworker"):
+    """Agent -> worker: build the model of the checkpoint in ``directory``. Its weights follow with `Attach`."""
+
+    start: StartInstance
+    directory: str
+
+
+class Attach(Message, frozen=True, kw_only=True, tag="attach"):
+    """Agent -> worker: the whole image now lies in the arena at ``extents``; map it read-only and serve."""
+
+    extents: tuple[Extent, ...]
+    image_bytes: int
+
+
+class WorkerTruth(Message, frozen=True, kw_only=True, tag="workertruth"):
+    """Worker -> agent: what it is and every attempt it holds, ended ones until acknowledged; nothing before `StartWorker`."""
+
+    truth: InstanceTruth | None = None
+    start: StartInstance | None = None
+    extents: tuple[Extent, ...] = ()
+    attempts: tuple[AttemptTruth, ...] = ()
+
+
+ManagerMessage = (
+    Ping | Pong | StartInstance | StopInstance | Ingest | LoadCheckpoint | DropCheckpoint | ReadFile | Submit | Cancel
+    | Acked | Shutdown
+)  # fmt: skip
+"""What a manager says to an agent after its Hello."""
+
+AgentMessage = (
+    Welcome | Refused | Ping | Pong | NodeTruth | InstanceUpdate | PlacementUpdate | Progress | OperationDone
+    | FileChunk | Tokens | InstanceLoad
+)  # fmt: skip
+"""What an agent says to a manager."""
+
+StoreMessage = Ping | Pong | Descriptors | StoreTruth | Resident | Evicted | Progress | OperationDone
+ToStore = Welcome | Refused | Ping | Pong | Descriptors | FillArena | HoldCheckpoint | DropResident | Shutdown
+ZygoteMessage = Ping | Pong | ZygoteTruth | Forked | ChildExited
+ToZygote = Welcome | Refused | Ping | Pong | Descriptors | Fork | Shutdown
+WorkerMessage = Ping | Pong | WorkerTruth | InstanceUpdate | InstanceLoad | Tokens
+ToWorker = (
+    Welcome | Refused | Ping | Pong | Descriptors | StartWorker | Attach | Submit | Cancel | Acked | StopInstance | Shutdown
+)
+
+
+# --- Frames ----------------------------------------------------------------------------------------------------------
+
+_HEADER = struct.Struct(">I")
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode_frame(message: Message) -> bytes:
+    """The frame of one message. Raises LinkError when it is longer than MAX_FRAME_BYTES."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_FRAME_BYTES:
+        raise LinkError(f"a {type(message).__name__} of {len(body)} bytes exceeds the frame limit of {MAX_FRAME_BYTES}")
+    return _HEADER.pack(len(body)) + body
+
+
+T = TypeVar("T")
+
+
+class FrameDecoder(Generic[T]):
+    """Cuts a byte stream into messages of one union type. After an error the stream cannot be used any more."""
+
+    def __init__(self, kind: Any) -> None:
+        self._decode: Callable[[bytes], T] = msgspec.msgpack.Decoder(kind).decode
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[T]:
+        """The messages completed by ``data``. Raises LinkError for an oversized frame or a body that is no such message."""
+        self._buffer += data
+        messages: list[T] = []
+        start, end = 0, len(self._buffer)
+        while end - start >= _HEADER.size:
+            (length,) = _HEADER.unpack_from(self._buffer, start)
+            if length > MAX_FRAME_BYTES:
+                raise LinkError(f"a frame announces {length} bytes; the limit is {MAX_FRAME_BYTES}")
+            if end - start - _HEADER.size < length:
+                break
+            body = bytes(self._buffer[start + _HEADER.size : start + _HEADER.size + length])
+            try:
+                messages.append(self._decode(body))
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise LinkError(f"a frame of {length} bytes is not a message of this link: {error}") from error
+            start += _HEADER.size + length
+        del self._buffer[:start]
+        return messages

@@ -1,0 +1,345 @@
+"""The contract of the control loop: events in, rows to commit and effects out. No I/O, no clock, nothing awaited.
+
+``step(event, now)`` changes the in-memory view and returns a `Step`. Its ``changes`` are committed in one transaction
+(several steps may share it: group commit); its ``effects`` are carried out, in order, once that transaction is durable.
+A step without changes has its effects carried out after those of the steps before it. So intent is always on disk
+before anything acts on it, and an effect never overtakes an earlier one.
+
+Time is handed in: ``now`` is Unix seconds from the runner's clock, virtual in the simulator. A step that needs to be
+called again later says so with `WakeAt`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from schema.admin import EventView
+from schema.errors import Fault
+from schema.ids import Epoch
+from schema.link import InstanceTruth, InstanceUpdate, ManagerMessage, NodeTruth, OperationDone, PlacementUpdate
+from schema.spec import ModelSpec, ScaleSpec
+from schema.states import InstanceState, ModelState, NodeState, Tier, TierState
+
+__all__ = [
+    "AddModel",
+    "AddNode",
+    "CheckpointKnown",
+    "DemandChanged",
+    "DeployModel",
+    "Effect",
+    "Effects",
+    "Event",
+    "FromNode",
+    "InstanceActivity",
+    "Log",
+    "ModelChanged",
+    "NodeLost",
+    "PutCheckpoint",
+    "PutInstance",
+    "PutModel",
+    "PutNode",
+    "PutPlacement",
+    "RejectWaiting",
+    "RemoveCheckpointRow",
+    "RemoveInstance",
+    "RemoveModel",
+    "RemoveModelRow",
+    "RemovePlacement",
+    "Reply",
+    "RouteChanged",
+    "RowChange",
+    "Send",
+    "Step",
+    "StopInstanceNow",
+    "StopModel",
+    "Tick",
+    "WakeAt",
+]
+
+# --- Events: what the loop is told --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AddNode:
+    """A node that the configuration or an operator names; known ones are left as they are."""
+
+    node: str
+    name: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class FromNode:
+    """A node said something about what it holds. A `NodeTruth` begins every connection and replaces all that was known."""
+
+    node: str
+    message: NodeTruth | InstanceUpdate | PlacementUpdate | OperationDone
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLost:
+    """The link to a node broke; its instances may well go on."""
+
+    node: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class AddModel:
+    """Register a model and ingest its source. ``ticket`` is answered by `Reply`."""
+
+    ticket: int
+    spec: ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class DeployModel:
+    """Serve a registered model, or change its scale; None keeps the spec's."""
+
+    ticket: int
+    model: str
+    scale: ScaleSpec | None
+
+
+@dataclass(frozen=True, slots=True)
+class StopModel:
+    """Serve a model no more: its instances drain and stop, its checkpoint stays."""
+
+    ticket: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveModel:
+    """Forget a model; its instances stop first. Its checkpoint is dropped from every tier if no other model uses it."""
+
+    ticket: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopInstanceNow:
+    """An operator stops one instance; the model's scale decides whether another takes its place."""
+
+    ticket: int
+    instance: str
+
+
+@dataclass(frozen=True, slots=True)
+class DemandChanged:
+    """The router has ``waiting`` requests for a model that found no instance with room, and ``running`` in all.
+
+    Said on every change of ``waiting`` from or to 0 and at most every 100 ms otherwise, never per token or warm request.
+    """
+
+    model: str
+    waiting: int
+    running: int
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceActivity:
+    """The router's account of one instance: sequences routed to it now. Said when it becomes busy or idle."""
+
+    instance: str
+    running: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """A time asked for by `WakeAt` has come."""
+
+
+Event = (
+    AddNode | FromNode | NodeLost | AddModel | DeployModel | StopModel | RemoveModel | StopInstanceNow | DemandChanged
+    | InstanceActivity | Tick
+)  # fmt: skip
+
+# --- Rows to commit -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PutNode:
+    id: str
+    name: str
+    address: str
+    state: NodeState
+    cordoned: bool
+    created_at: float
+    seen_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class PutCheckpoint:
+    digest: str
+    architecture: str
+    image_bytes: int
+    kv_token_bytes: int
+    max_context_tokens: int
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class PutPlacement:
+    digest: str
+    node: str
+    tier: Tier
+    device: int
+    state: TierState
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RemovePlacement:
+    digest: str
+    node: str
+    tier: Tier
+    device: int
+
+
+@dataclass(frozen=True, slots=True)
+class PutModel:
+    spec: ModelSpec
+    state: ModelState
+    digest: str | None
+    fault: Fault | None
+    created_at: float
+    changed_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveModelRow:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveCheckpointRow:
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class PutInstance:
+    """``truth`` carries id, epoch, digest, state, devices, phases and fault; the rest is the manager's own."""
+
+    truth: InstanceTruth
+    model: str
+    node: str
+    kv_bytes: int
+    restarts: int
+    retry_at: float | None
+    reason: str
+    created_at: float
+    changed_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveInstance:
+    id: str
+
+
+RowChange = (
+    PutNode | PutCheckpoint | PutPlacement | RemovePlacement | PutModel | RemoveModelRow | RemoveCheckpointRow | PutInstance
+    | RemoveInstance | EventView
+)  # fmt: skip
+"""One row to write or delete; an EventView is an event to append."""
+
+# --- Effects: what is to be done once the rows are durable ----------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Say this to a node. If its link is down it is dropped: the truth of the next connection decides anew."""
+
+    node: str
+    message: ManagerMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The answer to an operator's event: a ``fault``, or None for done."""
+
+    ticket: int
+    fault: Fault | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RouteChanged:
+    """An instance of a model came, changed or went, for the router.
+
+    Only ``ready`` ones take new sequences. In ``stopped``, ``failed`` and ``backoff`` the attempts of epochs up to this one
+    are lost, if they have not ended by then, and their journals go on elsewhere.
+    """
+
+    model: str
+    node: str
+    instance: str
+    epoch: Epoch
+    state: InstanceState
+    kv_capacity_tokens: int
+    max_context_tokens: int
+    max_concurrency: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChanged:
+    """A model was deployed, changed, stopped or removed (``spec`` None), for the router."""
+
+    model: str
+    spec: ModelSpec | None
+    state: ModelState
+    digest: str | None
+    max_context_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class RejectWaiting:
+    """No instance can come for this model: fail the requests that wait for it, with this fault."""
+
+    model: str
+    fault: Fault
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointKnown:
+    """A checkpoint became known on a node: the gateway may fetch its text assets from there, if it has not got them."""
+
+    digest: str
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class WakeAt:
+    """Call ``step(Tick(), ...)`` at ``at`` (Unix seconds) or later; the latest call of a step replaces earlier ones."""
+
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """A line for the manager's log, beside the persisted events."""
+
+    level: str
+    message: str
+
+
+Effect = Send | Reply | RouteChanged | ModelChanged | RejectWaiting | CheckpointKnown | WakeAt | Log
+
+
+@dataclass(slots=True)
+class Step:
+    """What one step asks for: rows first, then effects."""
+
+    changes: list[RowChange] = field(default_factory=list)
+    effects: list[Effect] = field(default_factory=list)
+
+
+class Effects(Protocol):
+    """Who carries steps out: the real runner (database, links, router), or the simulator on a virtual clock."""
+
+    async def commit(self, changes: Sequence[RowChange]) -> None:
+        """Make the rows durable in one transaction. An error here ends the manager: it must not act on lost intent."""
+
+    def perform(self, effect: Effect) -> None:
+        """Carry one effect out, without waiting and without raising for what is outside (a link that is down)."""
