@@ -5,13 +5,30 @@ exist, all of them dialled towards the agent's socket: manager, store, zygote, w
 `Hello`, answered by `Welcome` or `Refused`; then the side that holds the truth states all of it (`NodeTruth`,
 `StoreTruth`, `ZygoteTruth`, `WorkerTruth`), on every connection anew. After that only differences travel.
 
+A truth is a header, then one `AttemptTruth` per attempt, then `TruthEnd`, so that no frame grows with the load.
+
 Rules that every receiver keeps:
 
 * A message with an older epoch than the one known for its instance or attempt is dropped, not an error.
-* A field or message type that this build does not know is refused at the handshake (by version), never guessed.
+* Versions are compared in the handshake; within a version, what a build does not know is refused, never guessed. New fields
+  have defaults, and defaults are not sent.
 * Tokens are positioned in the *sequence*. Appending a run whose start is known is idempotent; a gap is a LinkError, which
   closes the connection, and the truth that follows the reconnect repairs it.
-* Every `Submit` is answered by exactly one `Ended`, and an end is repeated in each truth until `Acked`.
+* Every `Submit` that its receiver holds is answered by exactly one `Ended`, repeated in each truth until `Acked`. A
+  `Submit` may die with a connection: an attempt submitted over an earlier connection and absent from the next truth is
+  lost.
+* A dialler of truth sends nothing but its truth until it is complete, and the other side nothing but Ping and Pong until it
+  has taken it in. Before an agent builds a truth for a new manager connection it has closed the older one.
+* A manager adopts attempts of older generations from a node's first truth in its life, the highest attempt of each (request,
+  choice); any other live attempt that it does not know it cancels, any unknown end it acknowledges. What it wants cancelled it
+  cancels again after each truth.
+* Fills and forks name who asked (``op``, ``nonce``): only the latest asking is served. An agent attaches a worker only
+  to extents from a `Resident` that answers its own `FillArena` on the store's present connection.
+* An agent states no truth before every process on its roster (in its run directory) has dialled it or is proven dead, or
+  ``adopt_s`` has run out. A user of a checkpoint counts until its process is proven dead, not until its link breaks.
+* A command for an instance or epoch that the agent does not have is answered by `InstanceUpdate` (stopped). A newer epoch
+  ends the older life first. A stopped life is stated until the manager stops it or starts a newer one.
+* A known ``op`` asked for again is answered again, not done again; ended ones are stated until `OperationsAcked`.
 
 Durations are seconds of the sender's monotonic clock; clocks of two machines are never compared.
 """
@@ -42,6 +59,7 @@ __all__ = [
     "Attach",
     "AttemptTruth",
     "Cancel",
+    "CancelOperation",
     "CheckpointTruth",
     "ChildExited",
     "Descriptors",
@@ -70,6 +88,7 @@ __all__ = [
     "Message",
     "NodeTruth",
     "OperationDone",
+    "OperationsAcked",
     "Ping",
     "Placement",
     "PlacementUpdate",
@@ -93,6 +112,7 @@ __all__ = [
     "ToZygote",
     "TokenRun",
     "Tokens",
+    "TruthEnd",
     "Welcome",
     "WorkerMessage",
     "WorkerTruth",
@@ -136,8 +156,10 @@ class Hello(Message, frozen=True, kw_only=True, forbid_unknown_fields=False, tag
     """First frame of a dialler; fields that a newer build adds are passed over, so that versions can be compared.
 
     ``cluster`` and ``generation`` are the manager's; an agent refuses another cluster's manager and an older generation.
-    ``instance`` and ``epoch`` are a worker's. ``token`` proves that store, zygote and worker are this agent's kin: it is
-    the content of the file that the agent made (mode 0600) in its run directory.
+    ``node`` is the name a manager has for this agent: an unclaimed agent takes cluster and name for good, a claimed one
+    refuses others. ``instance``, ``epoch`` and ``nonce`` (of its `Fork`) are a worker's. ``token`` proves that store,
+    zygote and worker are this agent's kin: it is the content of the file that the agent made (mode 0600) in its run
+    directory.
     """
 
     role: Role
@@ -147,18 +169,25 @@ class Hello(Message, frozen=True, kw_only=True, forbid_unknown_fields=False, tag
     pid: int
     cluster: str = ""
     generation: int = 0
+    node: str = ""
     instance: str = ""
     epoch: Epoch = Epoch(0)
+    nonce: int = 0
     token: str = ""
 
 
-class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
-    """The agent accepts; ``protocol`` is the version both will speak. ``node`` is the agent's persistent id."""
+class Welcome(Message, frozen=True, kw_only=True, forbid_unknown_fields=False, tag="welcome"):
+    """The agent accepts; ``protocol`` is the version both will speak. ``node`` is the agent's name, "" if unclaimed.
+
+    ``descriptors``: so many `Descriptors` messages follow at once, before anything else (a store gets its arena back; with
+    0 it offers its own, or makes one).
+    """
 
     protocol: int
     software: str
     node: str
     pid: int
+    descriptors: int = 0
 
 
 class Refused(Message, frozen=True, kw_only=True, forbid_unknown_fields=False, tag="refused"):
@@ -200,8 +229,12 @@ class DeviceInfo(_Part, frozen=True, kw_only=True):
 
 
 class ArenaInfo(_Part, frozen=True, kw_only=True):
-    """The DRAM tier: budget, chunk size, what is taken, and the pages it got ("hugetlb", "thp" or "small")."""
+    """The DRAM tier: budget, chunk size, what is taken, and the pages it got ("hugetlb", "thp" or "small").
 
+    ``id`` is drawn when the memory is made, so that extents are never applied to another arena.
+    """
+
+    id: str
     budget_bytes: int
     chunk_bytes: int
     used_bytes: int = 0
@@ -326,6 +359,7 @@ class TokenRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     attempt: Epoch
     start: _Count
     ids: TokenIds
+    logprobs: tuple[float, ...] = ()
 
 
 class EngineTiming(_Part, frozen=True, kw_only=True):
@@ -363,12 +397,19 @@ class Acked(Message, frozen=True, kw_only=True, tag="acked"):
     ends: tuple[Epoch, ...] = ()
 
 
-class AttemptTruth(_Part, frozen=True, kw_only=True):
-    """An attempt as the speaker holds it: how it was asked for, its new tokens since, and its end if it has one."""
+class AttemptTruth(Message, frozen=True, kw_only=True, tag="attempt"):
+    """Part of a truth: an attempt as the speaker holds it: how it was asked for, its new tokens since, and its end if
+    it has one."""
 
     submit: Submit
     new_ids: TokenIds = ()
     end: Ended | None = None
+
+
+class TruthEnd(Message, frozen=True, kw_only=True, tag="truthend"):
+    """The truth is complete; ``attempts`` were stated."""
+
+    attempts: int
 
 
 class InstanceLoad(Message, frozen=True, kw_only=True, tag="load"):
@@ -385,7 +426,7 @@ class InstanceLoad(Message, frozen=True, kw_only=True, tag="load"):
 
 
 class EngineOptions(_Part, frozen=True, kw_only=True):
-    """What the manager decided for one instance. 0 leaves it to the engine; ``kv_bytes`` is reserved on its devices."""
+    """What the manager decided for one instance. 0 leaves it to the engine; ``kv_bytes`` are reserved on each device."""
 
     kv_bytes: int
     max_context_tokens: int = 0
@@ -435,6 +476,18 @@ class DropCheckpoint(Message, frozen=True, kw_only=True, tag="drop"):
     tier: Tier
 
 
+class CancelOperation(Message, frozen=True, kw_only=True, tag="cancelop"):
+    """End an operation early; answered by its `OperationDone` (cancelled, or how it ended just before)."""
+
+    op: str
+
+
+class OperationsAcked(Message, frozen=True, kw_only=True, tag="ackops"):
+    """These ended operations need not be stated any more."""
+
+    ops: tuple[str, ...]
+
+
 class ReadFile(Message, frozen=True, kw_only=True, tag="readfile"):
     """Ask for a text asset of a checkpoint, by the name in its manifest or ``manifest.json``; answered by `FileChunk`."""
 
@@ -454,14 +507,17 @@ class Shutdown(Message, frozen=True, kw_only=True, tag="shutdown"):
 
 
 class NodeTruth(Message, frozen=True, kw_only=True, tag="truth"):
-    """All that a node holds; what is not in it does not exist there. ``ops`` are the operations still under way."""
+    """All that a node holds; what is not in it does not exist there. Its `AttemptTruth` messages and `TruthEnd` follow.
+
+    ``ops`` are the operations still under way, ``done`` the ended ones not yet acknowledged.
+    """
 
     node: str
     inventory: Inventory
     checkpoints: tuple[CheckpointTruth, ...] = ()
     instances: tuple[InstanceTruth, ...] = ()
-    attempts: tuple[AttemptTruth, ...] = ()
     ops: tuple[str, ...] = ()
+    done: tuple[OperationDone, ...] = ()
 
 
 class InstanceUpdate(Message, frozen=True, kw_only=True, tag="instance"):
@@ -517,28 +573,37 @@ class Extent(msgspec.Struct, frozen=True, array_like=True):
 class FillArena(Message, frozen=True, kw_only=True, tag="fill"):
     """Agent -> store: read the checkpoint in ``directory`` into the arena, evicting only what the store may.
 
-    ``users`` hold it from now on; ``op`` of the answer (`Resident` or `OperationDone` with a fault) is this one's.
+    ``users`` hold it from now on. Answered, at once if it is there already, by `Resident` or `OperationDone` with a fault, and
+    with this ``op``. ``directory`` is relative to the node's checkpoints directory.
     """
 
     op: str
     digest: str
     directory: str
+    users: int = 1
     priority: int = 0
 
 
 class Resident(Message, frozen=True, kw_only=True, tag="resident"):
-    """Store -> agent: the whole image lies in the arena at ``extents``; said after a fill, and repeated in `StoreTruth`."""
+    """Store -> agent: the whole image lies in the arena at ``extents``; said after a fill, and repeated in `StoreTruth`.
+
+    ``read_bytes`` were read from disk for this answer (0 if it was there), in ``seconds``.
+    """
 
     digest: str
     extents: tuple[Extent, ...]
     image_bytes: int
+    users: int = 0
     op: str = ""
     read_bytes: int = 0
     seconds: float = 0.0
 
 
 class HoldCheckpoint(Message, frozen=True, kw_only=True, tag="hold"):
-    """Agent -> store: how many instances and loads use a checkpoint now; with 0 it may be evicted when room is needed."""
+    """Agent -> store: how many instances and loads use a checkpoint now, fills not yet answered included.
+
+    With 0 it may be evicted when room is needed, and a fill that nobody waits for is given up.
+    """
 
     digest: str
     users: _Count
@@ -558,26 +623,33 @@ class Evicted(Message, frozen=True, kw_only=True, tag="evicted"):
 
 
 class StoreTruth(Message, frozen=True, kw_only=True, tag="storetruth"):
-    """All that the arena holds. After a restart of the store it is what the chunk table in the arena itself says."""
+    """All that the arena holds. After a restart of the store it is what the chunk table in the arena itself says.
+
+    ``filling`` are the ops of fills under way.
+    """
 
     arena: ArenaInfo
     residents: tuple[Resident, ...] = ()
+    filling: tuple[str, ...] = ()
 
 
 # --- Agent <-> zygote, worker ----------------------------------------------------------------------------------------
 
 
 class Fork(Message, frozen=True, kw_only=True, tag="fork"):
-    """Agent -> zygote: fork a worker that dials the agent as this instance."""
+    """Agent -> zygote: fork a worker that dials the agent as this instance, with this nonce in its `Hello`."""
 
     instance: str
     epoch: Epoch
+    nonce: int
 
 
 class Forked(Message, frozen=True, kw_only=True, tag="forked"):
-    instance: str
-    epoch: Epoch
-    pid: int
+    """Zygote -> agent: the worker's pid, or why there is none."""
+
+    nonce: int
+    pid: int = 0
+    fault: Fault | None = None
 
 
 class ChildExited(Message, frozen=True, kw_only=True, tag="exited"):
@@ -604,28 +676,29 @@ class StartWorker(Message, frozen=True, kw_only=True, tag="startworker"):
 class Attach(Message, frozen=True, kw_only=True, tag="attach"):
     """Agent -> worker: the whole image now lies in the arena at ``extents``; map it read-only and serve."""
 
+    arena: str
     extents: tuple[Extent, ...]
     image_bytes: int
 
 
 class WorkerTruth(Message, frozen=True, kw_only=True, tag="workertruth"):
-    """Worker -> agent: what it is and every attempt it holds, ended ones until acknowledged; nothing before `StartWorker`."""
+    """Worker -> agent: what it is, empty before `StartWorker`. Its `AttemptTruth` messages and `TruthEnd` follow."""
 
     truth: InstanceTruth | None = None
     start: StartInstance | None = None
+    arena: str = ""
     extents: tuple[Extent, ...] = ()
-    attempts: tuple[AttemptTruth, ...] = ()
 
 
 ManagerMessage = (
-    Ping | Pong | StartInstance | StopInstance | Ingest | LoadCheckpoint | DropCheckpoint | ReadFile | Submit | Cancel
-    | Acked | Shutdown
+    Ping | Pong | StartInstance | StopInstance | Ingest | LoadCheckpoint | DropCheckpoint | CancelOperation | OperationsAcked
+    | ReadFile | Submit | Cancel | Acked | Shutdown
 )  # fmt: skip
 """What a manager says to an agent after its Hello."""
 
 AgentMessage = (
-    Welcome | Refused | Ping | Pong | NodeTruth | InstanceUpdate | PlacementUpdate | Progress | OperationDone
-    | FileChunk | Tokens | InstanceLoad
+    Welcome | Refused | Ping | Pong | NodeTruth | AttemptTruth | TruthEnd | InstanceUpdate | PlacementUpdate | Progress
+    | OperationDone | FileChunk | Tokens | InstanceLoad
 )  # fmt: skip
 """What an agent says to a manager."""
 
@@ -633,7 +706,7 @@ StoreMessage = Ping | Pong | Descriptors | StoreTruth | Resident | Evicted | Pro
 ToStore = Welcome | Refused | Ping | Pong | Descriptors | FillArena | HoldCheckpoint | DropResident | Shutdown
 ZygoteMessage = Ping | Pong | ZygoteTruth | Forked | ChildExited
 ToZygote = Welcome | Refused | Ping | Pong | Descriptors | Fork | Shutdown
-WorkerMessage = Ping | Pong | WorkerTruth | InstanceUpdate | InstanceLoad | Tokens
+WorkerMessage = Ping | Pong | WorkerTruth | AttemptTruth | TruthEnd | InstanceUpdate | InstanceLoad | Tokens
 ToWorker = (
     Welcome | Refused | Ping | Pong | Descriptors | StartWorker | Attach | Submit | Cancel | Acked | StopInstance | Shutdown
 )

@@ -1,4 +1,7 @@
-"""Lifecycle states, each with its transitions drawn; `can_become` is the only judge of a transition."""
+"""Lifecycle states, each with its transitions drawn; `can_become` is the only judge of a transition that we decide.
+
+What a node states as its truth is adopted as it is: a manager that was away may find any state. Only then is nothing judged.
+"""
 
 from __future__ import annotations
 
@@ -90,12 +93,13 @@ class InstanceState(StrEnum):
         planned ──> starting ──> ready ──> draining ──> stopping ──> stopped
            │           │           │           │
            │           ├───────────┴───────────┴──────> stopping, stopped      (no longer wanted, or gone meanwhile)
-           │           └──> backoff ──> planned, failed, stopped               (it died and is still wanted)
+           │           └──> backoff ──> starting, failed, stopped              (it died and is still wanted)
            └──> stopped
 
-    ``planned``: the intent is persisted, nothing has been sent. ``starting``: weights are on their way and a worker is
-    being made, side by side. ``draining``: finishes what it has, takes nothing new. ``backoff``: says why it died and
-    when it is tried again. ``failed``: tried as often as allowed, or can never start; waits for an operator.
+    ``planned``: a place is reserved, and something (an eviction, a fetch) must happen before it can start.
+    ``starting``: weights are on their way and a worker is being made, side by side; written before the node is told.
+    ``draining``: finishes what it has, takes nothing new. ``backoff``: says why it died and when it is tried again.
+    ``failed``: tried as often as allowed, or can never start; waits for an operator.
     """
 
     PLANNED = "planned"
@@ -164,8 +168,8 @@ _TRANSITIONS: dict[StrEnum, frozenset[StrEnum]] = {
     _I.READY: frozenset({_I.DRAINING, _I.STOPPING}) | _DIED,
     _I.DRAINING: frozenset({_I.STOPPING}) | _DIED,
     _I.STOPPING: frozenset({_I.STOPPED}),
-    _I.BACKOFF: frozenset({_I.PLANNED, _I.FAILED, _I.STOPPED}),
-    _I.FAILED: frozenset({_I.PLANNED, _I.STOPPED}),
+    _I.BACKOFF: frozenset({_I.STARTING, _I.FAILED, _I.STOPPED}),
+    _I.FAILED: frozenset({_I.STARTING, _I.STOPPED}),
     _I.STOPPED: frozenset(),
     _R.WAITING: frozenset({_R.RUNNING, _R.CANCELLED, _R.FAILED}),
     _R.RUNNING: frozenset({_R.WAITING, _R.FINISHED, _R.CANCELLED, _R.FAILED}),

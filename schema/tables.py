@@ -36,7 +36,8 @@ class ClusterRow(Base):
 
 
 class NodeRow(Base):
-    """A machine with an agent. ``address`` is a socket path (``unix:/...``); host keys and SSH settings join it later."""
+    """A machine with an agent, which takes ``id`` as its own when it is first dialled. ``address`` is a socket path
+    (``unix:/...``); host keys and SSH settings join it later."""
 
     __tablename__ = "nodes"
 
@@ -50,7 +51,10 @@ class NodeRow(Base):
 
 
 class CheckpointRow(Base):
-    """A checkpoint the cluster knows, by digest. ``manifest`` holds what gateway and planner need, not the tensor index."""
+    """A checkpoint the cluster knows, by digest; manifest and text assets lie as files in the manager's state directory.
+
+    The row goes only when no node holds the checkpoint any more.
+    """
 
     __tablename__ = "checkpoints"
 
@@ -76,7 +80,10 @@ class PlacementRow(Base):
 
 
 class ModelRow(Base):
-    """A model under its deployed name: its spec (JSON of schema.spec.ModelSpec), the checkpoint once ingested, its state."""
+    """A model under its deployed name: its spec (JSON of schema.spec.ModelSpec), the checkpoint once ingested, its state.
+
+    While it is being ingested, ``op`` and ``node`` say by which operation and where.
+    """
 
     __tablename__ = "models"
 
@@ -84,6 +91,8 @@ class ModelRow(Base):
     spec: Mapped[str] = mapped_column(Text)
     state: Mapped[ModelState] = mapped_column(_enum(ModelState))
     digest: Mapped[str | None] = mapped_column(ForeignKey("checkpoints.digest"), default=None)
+    op: Mapped[str | None] = mapped_column(String(40), default=None)
+    node: Mapped[str | None] = mapped_column(ForeignKey("nodes.id"), default=None)
     fault: Mapped[str | None] = mapped_column(Text, default=None)
     created_at: Mapped[float] = mapped_column(Float)
     changed_at: Mapped[float] = mapped_column(Float)

@@ -38,8 +38,9 @@ class Store(Protocol):
     def residents(self) -> tuple[Resident, ...]:
         """What lies whole in the arena, also after a restart, from the chunk table in the arena itself."""
 
-    def fill(self, op: str, digest: str, directory: Path, priority: int = 0) -> None:
-        """Bring a checkpoint into the arena; one that is there, or being filled, is not read again.
+    def fill(self, op: str, digest: str, directory: Path, users: int = 1, priority: int = 0) -> None:
+        """Bring a checkpoint into the arena, held by ``users`` from now on; one that is there, or being filled, is not read
+        again, and every ``op`` is answered.
 
         Room is reserved before the first read: free chunks, then those of the least recently used without users. Fails
         with OutOfSpace when that is not enough, InvalidCheckpoint when a file is short or a checksum wrong. A failed or

@@ -26,8 +26,10 @@ __all__ = [
     "AddModel",
     "AddNode",
     "CheckpointKnown",
+    "Connect",
     "DemandChanged",
     "DeployModel",
+    "Disconnect",
     "Effect",
     "Effects",
     "Event",
@@ -204,6 +206,8 @@ class PutModel:
     spec: ModelSpec
     state: ModelState
     digest: str | None
+    op: str | None
+    node: str | None
     fault: Fault | None
     created_at: float
     changed_at: float
@@ -268,8 +272,9 @@ class Reply:
 class RouteChanged:
     """An instance of a model came, changed or went, for the router.
 
-    Only ``ready`` ones take new sequences. In ``stopped``, ``failed`` and ``backoff`` the attempts of epochs up to this one
-    are lost, if they have not ended by then, and their journals go on elsewhere.
+    Only ``ready`` ones on a ``reachable`` node take new sequences; on an unreachable one their sequences wait. In
+    ``stopped``, ``failed`` and ``backoff`` the attempts of epochs up to this one are lost, if they have not ended by
+    then, and their journals go on elsewhere.
     """
 
     model: str
@@ -277,6 +282,7 @@ class RouteChanged:
     instance: str
     epoch: Epoch
     state: InstanceState
+    reachable: bool
     kv_capacity_tokens: int
     max_context_tokens: int
     max_concurrency: int
@@ -317,6 +323,21 @@ class WakeAt:
 
 
 @dataclass(frozen=True, slots=True)
+class Connect:
+    """Hold a link to this node from now on, dialling for ever; the connector also makes a dead local agent again."""
+
+    node: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnect:
+    """Give up the link to a node."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
 class Log:
     """A line for the manager's log, beside the persisted events."""
 
@@ -324,7 +345,7 @@ class Log:
     message: str
 
 
-Effect = Send | Reply | RouteChanged | ModelChanged | RejectWaiting | CheckpointKnown | WakeAt | Log
+Effect = Send | Reply | RouteChanged | ModelChanged | RejectWaiting | CheckpointKnown | Connect | Disconnect | WakeAt | Log
 
 
 @dataclass(slots=True)
