@@ -177,6 +177,8 @@ def decode_manifest(data: bytes) -> Manifest:
         manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidCheckpoint(f"manifest is not readable: {error}") from error
+    if manifest.kv.dtype not in DTYPE_BYTES:
+        raise InvalidCheckpoint(f"the KV cache has unknown dtype {manifest.kv.dtype!r}")
     _check_partitions(manifest)
     _check_tensors(manifest)
     return manifest

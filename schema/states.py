@@ -148,37 +148,40 @@ class EndReason(StrEnum):
 _N, _T, _M, _I, _R = NodeState, TierState, ModelState, InstanceState, RequestState
 _DIED = frozenset({_I.BACKOFF, _I.FAILED, _I.STOPPED})
 
-_TRANSITIONS: dict[StrEnum, frozenset[StrEnum]] = {
-    _N.JOINING: frozenset({_N.READY, _N.REMOVED}),
-    _N.READY: frozenset({_N.UNREACHABLE, _N.REMOVED}),
-    _N.UNREACHABLE: frozenset({_N.READY, _N.REMOVED}),
-    _N.REMOVED: frozenset(),
-    _T.ABSENT: frozenset({_T.FILLING}),
-    _T.FILLING: frozenset({_T.RESIDENT, _T.ABSENT}),
-    _T.RESIDENT: frozenset({_T.EVICTING, _T.QUARANTINED}),
-    _T.EVICTING: frozenset({_T.ABSENT}),
-    _T.QUARANTINED: frozenset({_T.ABSENT}),
-    _M.INGESTING: frozenset({_M.STOPPED, _M.FAILED, _M.DELETING}),
-    _M.FAILED: frozenset({_M.INGESTING, _M.DELETING}),
-    _M.STOPPED: frozenset({_M.DEPLOYED, _M.DELETING}),
-    _M.DEPLOYED: frozenset({_M.STOPPED, _M.DELETING}),
-    _M.DELETING: frozenset(),
-    _I.PLANNED: frozenset({_I.STARTING, _I.STOPPED}),
-    _I.STARTING: frozenset({_I.READY, _I.STOPPING}) | _DIED,
-    _I.READY: frozenset({_I.DRAINING, _I.STOPPING}) | _DIED,
-    _I.DRAINING: frozenset({_I.STOPPING}) | _DIED,
-    _I.STOPPING: frozenset({_I.STOPPED}),
-    _I.BACKOFF: frozenset({_I.STARTING, _I.FAILED, _I.STOPPED}),
-    _I.FAILED: frozenset({_I.STARTING, _I.STOPPED}),
-    _I.STOPPED: frozenset(),
-    _R.WAITING: frozenset({_R.RUNNING, _R.CANCELLED, _R.FAILED}),
-    _R.RUNNING: frozenset({_R.WAITING, _R.FINISHED, _R.CANCELLED, _R.FAILED}),
-    _R.FINISHED: frozenset(),
-    _R.CANCELLED: frozenset(),
-    _R.FAILED: frozenset(),
-}
+_ALLOWED: tuple[tuple[StrEnum, frozenset[StrEnum]], ...] = (
+    (_N.JOINING, frozenset({_N.READY, _N.REMOVED})),
+    (_N.READY, frozenset({_N.UNREACHABLE, _N.REMOVED})),
+    (_N.UNREACHABLE, frozenset({_N.READY, _N.REMOVED})),
+    (_N.REMOVED, frozenset()),
+    (_T.ABSENT, frozenset({_T.FILLING})),
+    (_T.FILLING, frozenset({_T.RESIDENT, _T.ABSENT})),
+    (_T.RESIDENT, frozenset({_T.EVICTING, _T.QUARANTINED})),
+    (_T.EVICTING, frozenset({_T.ABSENT})),
+    (_T.QUARANTINED, frozenset({_T.ABSENT})),
+    (_M.INGESTING, frozenset({_M.STOPPED, _M.FAILED, _M.DELETING})),
+    (_M.FAILED, frozenset({_M.INGESTING, _M.DELETING})),
+    (_M.STOPPED, frozenset({_M.DEPLOYED, _M.DELETING})),
+    (_M.DEPLOYED, frozenset({_M.STOPPED, _M.DELETING})),
+    (_M.DELETING, frozenset()),
+    (_I.PLANNED, frozenset({_I.STARTING, _I.STOPPED})),
+    (_I.STARTING, frozenset({_I.READY, _I.STOPPING}) | _DIED),
+    (_I.READY, frozenset({_I.DRAINING, _I.STOPPING}) | _DIED),
+    (_I.DRAINING, frozenset({_I.STOPPING}) | _DIED),
+    (_I.STOPPING, frozenset({_I.STOPPED})),
+    (_I.BACKOFF, frozenset({_I.STARTING, _I.FAILED, _I.STOPPED})),
+    (_I.FAILED, frozenset({_I.STARTING, _I.STOPPED})),
+    (_I.STOPPED, frozenset()),
+    (_R.WAITING, frozenset({_R.RUNNING, _R.CANCELLED, _R.FAILED})),
+    (_R.RUNNING, frozenset({_R.WAITING, _R.FINISHED, _R.CANCELLED, _R.FAILED})),
+    (_R.FINISHED, frozenset()),
+    (_R.CANCELLED, frozenset()),
+    (_R.FAILED, frozenset()),
+)
+
+# Members of two StrEnums with one value are equal, so the kind belongs into the key.
+_TRANSITIONS = {(type(old), old.value): frozenset((type(new), new.value) for new in allowed) for old, allowed in _ALLOWED}
 
 
 def can_become(old: StrEnum, new: StrEnum) -> bool:
     """True if the diagram of this kind of state allows old -> new; a state never becomes itself."""
-    return new in _TRANSITIONS[old]
+    return (type(new), new.value) in _TRANSITIONS[type(old), old.value]
