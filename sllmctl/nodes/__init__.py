@@ -1,0 +1,1 @@
+"""How the manager reaches its nodes: links, the agent of this machine, and the checkpoints' text assets."""
