@@ -1,0 +1,182 @@
+"""What lies on this node's disk: committed checkpoints under ``<root>/<digest>/<layout>/``, opened, judged and removed.
+
+Two marker files beside a manifest say what is known of the bytes: ``verified`` (every checksum was right once) and
+``quarantined`` (one was not; its text says which).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from schema.checkpoint import Manifest, decode_manifest
+from schema.errors import Fault, InvalidCheckpoint, NotFound, SllmError
+
+__all__ = [
+    "MANIFEST_FILE",
+    "CatalogEntry",
+    "is_verified",
+    "list_checkpoints",
+    "mark_verified",
+    "open_manifest",
+    "quarantine",
+    "quarantine_reason",
+    "read_entry",
+    "remove",
+    "scan",
+    "scan_faults",
+]
+
+MANIFEST_FILE: Final = "manifest.json"
+_VERIFIED: Final = "verified"
+_QUARANTINED: Final = "quarantined"
+_MAX_MANIFEST_BYTES: Final = 256 << 20
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogEntry:
+    """A committed checkpoint: its layout's directory and its checked manifest. ``quarantined`` says why, or is None."""
+
+    digest: str
+    directory: Path
+    manifest: Manifest
+    quarantined: str | None = None
+
+
+def scan(checkpoints_path: Path) -> dict[str, CatalogEntry]:
+    """All readable checkpoints by digest; of several layouts the first sound one by name. See `scan_faults` for the rest."""
+    entries: dict[str, CatalogEntry] = {}
+    for directory in _directories(checkpoints_path):
+        with contextlib.suppress(SllmError):
+            entry = read_entry(directory)
+            known = entries.get(entry.digest)
+            if known is None or (known.quarantined is not None and entry.quarantined is None):
+                entries[entry.digest] = entry
+    return entries
+
+
+def scan_faults(checkpoints_path: Path) -> dict[str, Fault]:
+    """What `scan` passed over: ``<digest>/<layout>`` of each unreadable entry, and why."""
+    faults: dict[str, Fault] = {}
+    for directory in _directories(checkpoints_path):
+        try:
+            read_entry(directory)
+        except SllmError as error:
+            faults[str(directory.relative_to(checkpoints_path))] = Fault.of(error)
+    return faults
+
+
+def list_checkpoints(checkpoints_path: Path) -> list[CatalogEntry]:
+    """The readable checkpoints, by digest."""
+    return [entry for _, entry in sorted(scan(checkpoints_path).items())]
+
+
+def open_manifest(checkpoints_path: Path, digest: str) -> tuple[Manifest, Path]:
+    """The manifest of a checkpoint and the directory it lies in.
+
+    Raises NotFound when it is not on this disk, InvalidCheckpoint when what is there cannot be read.
+    """
+    fault: SllmError = NotFound(f"checkpoint {digest} is not on this node's disk; ingest it first")
+    sound: list[CatalogEntry] = []
+    for directory in _directories(checkpoints_path, digest):
+        try:
+            sound.append(read_entry(directory))
+        except SllmError as error:
+            fault = error
+    if not sound:
+        raise fault
+    entry = min(sound, key=lambda entry: entry.quarantined is not None)
+    return entry.manifest, entry.directory
+
+
+def read_entry(directory: Path) -> CatalogEntry:
+    """The checkpoint in a layout's directory, ``<digest>/<layout>``.
+
+    Raises InvalidCheckpoint when its manifest is missing, unreadable or another checkpoint's, or a partition's size is not
+    what the manifest says.
+    """
+    path = directory / MANIFEST_FILE
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise InvalidCheckpoint(f"cannot read {path}: {error.strerror}") from error
+    if len(data) > _MAX_MANIFEST_BYTES:
+        raise InvalidCheckpoint(f"{path} is larger than {_MAX_MANIFEST_BYTES} bytes")
+    try:
+        manifest = decode_manifest(data)
+    except (InvalidCheckpoint, RecursionError) as error:
+        raise InvalidCheckpoint(f"{path}: {error}") from error
+    if (manifest.digest, manifest.layout) != (directory.parent.name, directory.name):
+        raise InvalidCheckpoint(f"{path} is of checkpoint {manifest.digest}, layout {manifest.layout}: it was moved")
+    for partition in manifest.partitions:
+        _check_size(directory / partition.file, partition.size_bytes)
+    return CatalogEntry(manifest.digest, directory, manifest, quarantine_reason(directory))
+
+
+def remove(entry: CatalogEntry) -> None:
+    """Take a checkpoint from the disk for good. It is gone at once: moved to the data directory's ``tmp``, then deleted."""
+    root = entry.directory.parent.parent
+    trash = root.parent / "tmp" / f"trash-{entry.digest[:16]}-{entry.directory.name}-{os.getpid()}"
+    trash.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        entry.directory.rename(trash)
+    except FileNotFoundError as error:
+        raise NotFound(f"checkpoint {entry.digest} is no longer on this node's disk") from error
+    with contextlib.suppress(OSError):  # another layout may lie beside it
+        entry.directory.parent.rmdir()
+    shutil.rmtree(trash)
+
+
+def is_verified(directory: Path) -> bool:
+    """True when every chunk of this copy was once found right."""
+    return (directory / _VERIFIED).exists()
+
+
+def mark_verified(directory: Path) -> None:
+    """Note that every chunk of this copy was found right, so that later loads need not look again."""
+    (directory / _VERIFIED).touch()
+
+
+def quarantine(directory: Path, reason: str) -> None:
+    """Note that this copy is wrong, and why; it is not loaded again. Ingesting the model anew replaces it."""
+    (directory / _VERIFIED).unlink(missing_ok=True)
+    (directory / _QUARANTINED).write_text(reason)
+
+
+def quarantine_reason(directory: Path) -> str | None:
+    """Why this copy must not be used, or None."""
+    try:
+        return (directory / _QUARANTINED).read_text(errors="replace")
+    except FileNotFoundError:
+        return None
+
+
+def _directories(root: Path, digest: str | None = None) -> Iterator[Path]:
+    for outer in _children(root):
+        if _DIGEST.fullmatch(outer.name) and (digest is None or outer.name == digest):
+            yield from _children(outer)
+
+
+def _children(path: Path) -> list[Path]:
+    try:
+        return sorted(child for child in path.iterdir() if child.is_dir() and not child.is_symlink())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _check_size(path: Path, size_bytes: int) -> None:
+    try:
+        status = path.lstat()
+    except OSError as error:
+        raise InvalidCheckpoint(f"cannot read {path}: {error.strerror}") from error
+    if not stat.S_ISREG(status.st_mode) or status.st_size != size_bytes:
+        raise InvalidCheckpoint(f"{path} is no file of {size_bytes} bytes, as its manifest says ({status.st_size} there)")
