@@ -1,0 +1,1 @@
+"""The loop that owns cluster state, and what carries its effects out."""

@@ -1,0 +1,61 @@
+"""The control loop's settings: every wait and bound of placing, starting, restarting and forgetting. No I/O."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+__all__ = ["ControlSettings"]
+
+_Seconds = Annotated[float, Meta(ge=0, le=86400 * 365)]
+_Positive = Annotated[float, Meta(gt=0)]
+_Count = Annotated[int, Meta(ge=1)]
+
+
+class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Timeouts in seconds, bandwidths in bytes per second.
+
+    ``local_node``: the name of the node that runs beside the manager, where a source without a node lies.
+    ``unreachable_grace_s``: instances of a node that is away for longer count as lost.
+    ``start_timeout_s``: a life that is not ready after so long is given up and counted as a death.
+    ``drain_s``: what a stopped instance gets to finish its sequences. ``stop_timeout_s``: a node that has not stopped an
+    instance so long after its drain is told again.
+    ``ingest_timeout_s``: an ingest is cancelled after this. ``drop_retry_s``, ``drop_attempts``: a checkpoint still in use
+    when it is to be dropped. ``reply_timeout_s``: an operator's command waits so long for its answer.
+
+    A dead instance is restarted at once, then after ``restart_first_s``, twice that, and so on up to ``restart_longest_s``;
+    after ``restarts_max`` restarts it is failed. A life that was ready for ``healthy_s`` sets the count back.
+
+    ``scale_up_after_s``: requests wait so long while every ready instance is full before another instance is started.
+
+    The KV cache of an instance whose spec says nothing: see sllmctl.planner.memory. ``kv_sequence_tokens`` times
+    ``kv_sequences`` tokens are wanted, ``kv_least_tokens`` (or the model's context, if shorter) are the least.
+
+    The bandwidths and ``start_base_s`` (a worker without its weights) are assumed where a node has not measured its own.
+    ``events_keep``: older events are cut. ``plan_candidates``: how many candidates a plan remembers.
+    """
+
+    local_node: str = "local"
+    unreachable_grace_s: _Seconds = 60.0
+    start_timeout_s: _Seconds = 600.0
+    drain_s: _Seconds = 30.0
+    stop_timeout_s: Annotated[float, Meta(gt=0, le=86400)] = 30.0
+    ingest_timeout_s: _Seconds = 6 * 3600.0
+    drop_retry_s: _Seconds = 1.0
+    drop_attempts: _Count = 10
+    reply_timeout_s: _Seconds = 30.0
+    restart_first_s: _Seconds = 1.0
+    restart_longest_s: _Seconds = 60.0
+    restarts_max: Annotated[int, Meta(ge=0)] = 5
+    healthy_s: _Seconds = 60.0
+    scale_up_after_s: _Seconds = 1.0
+    kv_sequence_tokens: _Count = 4096
+    kv_sequences: _Count = 8
+    kv_least_tokens: _Count = 2048
+    disk_read_bps: _Positive = 1e9
+    device_copy_bps: _Positive = 10e9
+    start_base_s: _Seconds = 0.5
+    events_keep: _Count = 10_000
+    plan_candidates: _Count = 3

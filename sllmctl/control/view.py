@@ -1,0 +1,314 @@
+"""The cluster as the control loop holds it: rows, live truth, and the indexes that the planner reads by reference.
+
+Fields of the records may be read freely. What an index depends on (an instance's state, a placement, an inventory) is
+changed only through the methods of `ClusterView`; only the control loop calls them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from schema.errors import Fault
+from schema.ids import Epoch
+from schema.link import Inventory, StartPhases
+from schema.spec import ModelSpec
+from schema.states import InstanceState, ModelState, NodeState, Tier, TierState
+
+__all__ = ["HOLDING", "LIVE", "Checkpoint", "ClusterView", "Instance", "Model", "Node", "PlacementKey", "PlacementRecord"]
+
+PlacementKey = tuple[str, str, Tier, int]
+"""(digest, node, tier, device)."""
+
+LIVE = frozenset({InstanceState.STARTING, InstanceState.READY, InstanceState.DRAINING, InstanceState.STOPPING})
+"""States in which a node has, or may have, a life of the instance."""
+
+HOLDING = LIVE | {InstanceState.PLANNED, InstanceState.BACKOFF}
+"""States that keep device memory and arena room for the instance, so that a restart never finds its place taken."""
+
+
+@dataclass(slots=True)
+class Node:
+    """``inventory`` is known since the first truth. ``unreachable_since`` is set while it is unreachable."""
+
+    id: str
+    name: str
+    address: str
+    state: NodeState
+    cordoned: bool
+    created_at: float
+    seen_at: float
+    inventory: Inventory | None = None
+    unreachable_since: float | None = None
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    digest: str
+    architecture: str
+    image_bytes: int
+    kv_token_bytes: int
+    max_context_tokens: int
+    created_at: float
+
+
+@dataclass(slots=True)
+class PlacementRecord:
+    """``users`` is live: loads and instances that hold it, as the node counts them."""
+
+    digest: str
+    node: str
+    tier: Tier
+    device: int
+    state: TierState
+    size_bytes: int
+    users: int = 0
+
+    @property
+    def key(self) -> PlacementKey:
+        return (self.digest, self.node, self.tier, self.device)
+
+
+@dataclass(slots=True)
+class Model:
+    """``waiting`` and ``running`` are the router's last word; ``waiting_since`` is when the first of those waiting came.
+
+    ``refusal`` is the planner's last word, "" while it can be placed; while it is not "", or fewer instances than wanted run,
+    the model is looked at again whenever room appears. ``ingested`` holds the digest of an ingest that is done while its
+    checkpoint has not been stated yet.
+    """
+
+    spec: ModelSpec
+    state: ModelState
+    digest: str | None
+    op: str | None
+    node: str | None
+    fault: Fault | None
+    created_at: float
+    changed_at: float
+    waiting: int = 0
+    running: int = 0
+    waiting_since: float | None = None
+    refusal: str = ""
+    ingested: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+
+@dataclass(slots=True)
+class Instance:
+    """One replica. ``epoch`` is its present or last life.
+
+    Live only: what its engine can take, ``pid``, ``running`` sequences, ``idle_since`` (None while busy or not ready),
+    ``life_at`` (when this life was begun or its stop was asked for), ``ready_at`` of this life.
+    """
+
+    id: str
+    model: str
+    node: str
+    digest: str
+    epoch: Epoch
+    state: InstanceState
+    devices: tuple[int, ...]
+    kv_bytes: int
+    restarts: int
+    retry_at: float | None
+    fault: Fault | None
+    phases: StartPhases | None
+    reason: str
+    created_at: float
+    changed_at: float
+    kv_capacity_tokens: int = 0
+    max_context_tokens: int = 0
+    pid: int = 0
+    running: int = 0
+    idle_since: float | None = None
+    life_at: float = 0.0
+    ready_at: float | None = None
+
+
+_NO_PLACEMENTS: Mapping[PlacementKey, PlacementRecord] = {}
+_NO_INSTANCES: Mapping[str, Instance] = {}
+
+
+@dataclass(slots=True)
+class ClusterView:
+    """Nodes, checkpoints, placements, models and instances, with indexes kept incrementally.
+
+    ``committed_bytes[(node, device)]`` is the device memory that holding instances have been promised (their KV cache, and
+    their share of the weights where the device is not a CPU). ``arena_held_bytes[node]`` is the arena room of checkpoints
+    that something uses; the rest of the arena is free or evictable.
+    """
+
+    nodes: dict[str, Node] = field(default_factory=dict)
+    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
+    placements: dict[PlacementKey, PlacementRecord] = field(default_factory=dict)
+    models: dict[str, Model] = field(default_factory=dict)
+    instances: dict[str, Instance] = field(default_factory=dict)
+    committed_bytes: dict[tuple[str, int], int] = field(default_factory=dict)
+    arena_held_bytes: dict[str, int] = field(default_factory=dict)
+    _by_model: dict[str, dict[str, Instance]] = field(default_factory=dict)
+    _by_node: dict[str, dict[str, Instance]] = field(default_factory=dict)
+    _placed_on: dict[str, dict[PlacementKey, PlacementRecord]] = field(default_factory=dict)
+    _placed_of: dict[str, dict[PlacementKey, PlacementRecord]] = field(default_factory=dict)
+    _holders: dict[tuple[str, str], int] = field(default_factory=dict)
+    _models_of: dict[str, set[str]] = field(default_factory=dict)
+
+    # --- reading ---
+
+    def instances_of(self, model: str) -> Mapping[str, Instance]:
+        """The instances of a model by id, in the order in which they were made."""
+        return self._by_model.get(model, _NO_INSTANCES)
+
+    def instances_on(self, node: str) -> Mapping[str, Instance]:
+        return self._by_node.get(node, _NO_INSTANCES)
+
+    def placements_on(self, node: str) -> Mapping[PlacementKey, PlacementRecord]:
+        return self._placed_on.get(node, _NO_PLACEMENTS)
+
+    def placements_of(self, digest: str) -> Mapping[PlacementKey, PlacementRecord]:
+        return self._placed_of.get(digest, _NO_PLACEMENTS)
+
+    def models_of(self, digest: str) -> Iterable[str]:
+        """The names of the models that use a checkpoint, in order."""
+        return sorted(self._models_of.get(digest, ()))
+
+    def node_named(self, name: str) -> Node | None:
+        return next((node for node in self.nodes.values() if node.name == name), None)
+
+    def holds_arena(self, node: str, digest: str) -> bool:
+        """True while an instance or a load keeps this checkpoint in the node's arena."""
+        return (node, digest) in self._holders
+
+    def arena_bytes_of(self, node: str, digest: str) -> int:
+        """The arena room of a checkpoint on a node: its image in whole chunks."""
+        checkpoint, record = self.checkpoints.get(digest), self.nodes.get(node)
+        if checkpoint is None:
+            return 0
+        chunk = record.inventory.arena.chunk_bytes if record is not None and record.inventory is not None else 1
+        return -(-checkpoint.image_bytes // max(chunk, 1)) * max(chunk, 1)
+
+    def device_need_bytes(self, node: str, digest: str, devices: tuple[int, ...], kv_bytes: int) -> dict[int, int]:
+        """What an instance takes of each of its devices: its KV cache, and a share of the weights on all but CPUs."""
+        record, checkpoint = self.nodes.get(node), self.checkpoints.get(digest)
+        kinds = (
+            {d.index: d.kind for d in record.inventory.devices} if record is not None and record.inventory is not None else {}
+        )
+        share = -(-checkpoint.image_bytes // len(devices)) if checkpoint is not None and devices else 0
+        return {device: kv_bytes + (0 if kinds.get(device, "cpu") == "cpu" else share) for device in devices}
+
+    # --- changing: the control loop only ---
+
+    def add_node(self, node: Node) -> None:
+        self.nodes[node.id] = node
+
+    def set_inventory(self, node: str, inventory: Inventory) -> None:
+        """A node stated its means; what was promised on it is counted anew, since kinds and chunks may have changed."""
+        old = self.nodes[node].inventory
+        self.nodes[node].inventory = inventory
+        if old is None or old.devices != inventory.devices or old.arena.chunk_bytes != inventory.arena.chunk_bytes:
+            self._recount(node)
+
+    def add_checkpoint(self, checkpoint: Checkpoint) -> None:
+        self.checkpoints[checkpoint.digest] = checkpoint
+
+    def drop_checkpoint(self, digest: str) -> None:
+        del self.checkpoints[digest]
+
+    def put_placement(self, record: PlacementRecord) -> None:
+        if record.key in self.placements:
+            self.drop_placement(record.key)
+        self.placements[record.key] = record
+        self._placed_on.setdefault(record.node, {})[record.key] = record
+        self._placed_of.setdefault(record.digest, {})[record.key] = record
+        if record.tier is Tier.DRAM and record.users:
+            self._hold(record.node, record.digest, 1)
+
+    def drop_placement(self, key: PlacementKey) -> None:
+        record = self.placements.pop(key)
+        _discard(self._placed_on, record.node, key)
+        _discard(self._placed_of, record.digest, key)
+        if record.tier is Tier.DRAM and record.users:
+            self._hold(record.node, record.digest, -1)
+
+    def add_model(self, model: Model) -> None:
+        self.models[model.name] = model
+        if model.digest is not None:
+            self._models_of.setdefault(model.digest, set()).add(model.name)
+
+    def set_digest(self, model: Model, digest: str | None) -> None:
+        if model.digest is not None:
+            self._models_of[model.digest].discard(model.name)
+            if not self._models_of[model.digest]:
+                del self._models_of[model.digest]
+        model.digest = digest
+        if digest is not None:
+            self._models_of.setdefault(digest, set()).add(model.name)
+
+    def drop_model(self, name: str) -> None:
+        self.set_digest(self.models[name], None)
+        del self.models[name]
+
+    def add_instance(self, instance: Instance) -> None:
+        self.instances[instance.id] = instance
+        self._by_model.setdefault(instance.model, {})[instance.id] = instance
+        self._by_node.setdefault(instance.node, {})[instance.id] = instance
+        if instance.state in HOLDING:
+            self._commit(instance, 1)
+
+    def set_state(self, instance: Instance, state: InstanceState) -> None:
+        """Change an instance's state and what it holds. Whether the transition is allowed is the caller's to judge."""
+        held, holds = instance.state in HOLDING, state in HOLDING
+        if held and not holds:
+            self._commit(instance, -1)
+        instance.state = state
+        if holds and not held:
+            self._commit(instance, 1)
+
+    def drop_instance(self, instance: Instance) -> None:
+        del self.instances[instance.id]
+        if instance.state in HOLDING:
+            self._commit(instance, -1)
+        _discard(self._by_model, instance.model, instance.id)
+        _discard(self._by_node, instance.node, instance.id)
+
+    def _commit(self, instance: Instance, sign: int) -> None:
+        needs = self.device_need_bytes(instance.node, instance.digest, instance.devices, instance.kv_bytes)
+        for device, need in needs.items():
+            key = (instance.node, device)
+            self.committed_bytes[key] = self.committed_bytes.get(key, 0) + sign * need
+        self._hold(instance.node, instance.digest, sign)
+
+    def _hold(self, node: str, digest: str, sign: int) -> None:
+        key = (node, digest)
+        before = self._holders.get(key, 0)
+        after = before + sign
+        if after:
+            self._holders[key] = after
+        else:
+            del self._holders[key]
+        if (before == 0) != (after == 0):
+            self.arena_held_bytes[node] = self.arena_held_bytes.get(node, 0) + sign * self.arena_bytes_of(node, digest)
+
+    def _recount(self, node: str) -> None:
+        for key in [key for key in self.committed_bytes if key[0] == node]:
+            del self.committed_bytes[key]
+        for instance in self.instances_on(node).values():
+            if instance.state in HOLDING:
+                for device, need in self.device_need_bytes(node, instance.digest, instance.devices, instance.kv_bytes).items():
+                    self.committed_bytes[node, device] = self.committed_bytes.get((node, device), 0) + need
+        held = [digest for holder, digest in self._holders if holder == node]
+        self.arena_held_bytes[node] = sum(self.arena_bytes_of(node, digest) for digest in held)
+
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
+
+
+def _discard(index: dict[str, dict[_K, _V]], outer: str, key: _K) -> None:
+    del index[outer][key]
+    if not index[outer]:
+        del index[outer]
