@@ -20,11 +20,12 @@ class RouterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     ``max_journal_tokens``: prompt and generated tokens of all live requests; a new request beyond it is refused. Replies that
     run may go over it by what they still generate. ``max_sequence_tokens``: prompt and reply of one sequence, so that its
     Submit fits a frame. ``expected_reply_tokens``: what a reply is taken to need of a KV cache until the model's own
-    replies have taught better. ``orphan_grace_s``: how long a sequence found on a node at the manager's start runs
-    without a client. ``unreachable_s``: how long sequences wait for a node whose link is down; then they go on elsewhere.
-    ``demand_interval_s``: how often the control loop hears of a changed queue. ``first_retry_after_s``: what a refused
-    client is told before a model's pace is known; ``longest_retry_after_s``: at most. ``remembered_requests``: finished
-    ones that can still be shown. ``remembered_progress``: operations and starts whose progress is kept.
+    replies have taught better. ``reply_smoothing``: the weight of the newest reply in a model's averages.
+
+    ``orphan_grace_s``: how long a sequence found on a node at the manager's start runs without a client.
+    ``demand_interval_s``: how often the control loop hears of a changed queue. ``first_retry_after_s``: what a refused client
+    is told before a model's pace is known; ``longest_retry_after_s``: at most. ``remembered_requests``: finished ones that can
+    still be shown. ``remembered_progress``: operations and starts whose progress is kept.
     """
 
     max_attempts: _Count = 8
@@ -32,9 +33,9 @@ class RouterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     max_sequence_tokens: _Count = 4_000_000
     expected_reply_tokens: _Count = 256
     orphan_grace_s: _Seconds = 30.0
-    unreachable_s: _Seconds = 60.0
     demand_interval_s: _Seconds = 0.1
     first_retry_after_s: _Seconds = 5.0
     longest_retry_after_s: _Seconds = 120.0
     remembered_requests: _Count = 1000
     remembered_progress: _Count = 1000
+    reply_smoothing: Annotated[float, Meta(gt=0, le=1)] = 0.1

@@ -1,0 +1,344 @@
+"""The router's inside: which sequence waits, which runs where, and how each comes to its one end.
+
+Every change leaves notes on what it touched; `settle` then puts whoever can run on an instance and tells the control loop what
+changed. Its callers settle once, when all that happened at the same time has been taken in.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+
+from msgspec.structs import replace
+
+from schema.admin import RequestView
+from schema.errors import Cancelled, ContextOverflow, Fault, LinkError, SllmError, TimedOut
+from schema.ids import Epoch, EpochCounter
+from schema.link import Cancel, Ended, ManagerMessage, SamplingParams, Submit
+from schema.states import EndReason
+from sllmctl.control.effects import Event, InstanceActivity
+from sllmctl.gateway.journal import Attempt, Request, Sequence
+from sllmctl.gateway.queues import CallLater, ModelQueue
+from sllmctl.gateway.reconcile import NodeLink
+from sllmctl.gateway.router_settings import RouterSettings
+from sllmctl.gateway.routes import Route, Routes
+
+__all__ = ["Dispatcher"]
+
+
+class Dispatcher:
+    """Requests, attempts, routes and queues, consistent with each other at all times."""
+
+    def __init__(
+        self,
+        *,
+        send: Callable[[str, ManagerMessage], None],
+        post: Callable[[Event], None],
+        epochs: EpochCounter,
+        settings: RouterSettings,
+        clock: Callable[[], float],
+        call_later: CallLater,
+    ) -> None:
+        self.send = send
+        self.call_later = call_later
+        self.clock = clock
+        self.routes = Routes()
+        self.queues: dict[str, ModelQueue] = {}
+        self.requests: dict[str, Request] = {}
+        self.remembered: OrderedDict[str, RequestView] = OrderedDict()
+        self.attempts: dict[Epoch, Attempt] = {}
+        self.journal_tokens = 0
+        self._nodes: dict[str, NodeLink] = {}
+        self._post = post
+        self._epochs = epochs
+        self._settings = settings
+        # Notes for the next settling; dicts, so that the order is that of the calls.
+        self._lost: list[tuple[Sequence, Fault]] = []
+        self._models: dict[str, None] = {}
+        self._routes: dict[Route, None] = {}
+
+    def queue(self, model: str) -> ModelQueue:
+        """A model's queue, made when it is not known: a node may run sequences of a model that is gone."""
+        queue = self.queues.get(model)
+        if queue is None:
+            queue = self.queues[model] = ModelQueue(model, self._settings, self._post, self.call_later)
+        return queue
+
+    def node(self, node: str) -> NodeLink:
+        link = self._nodes.get(node)
+        if link is None:
+            link = self._nodes[node] = NodeLink()
+        return link
+
+    def is_cold(self, model: str) -> bool:
+        """True when no instance of it takes sequences."""
+        return not any(self.routes.ready(model))
+
+    def touch_model(self, model: str) -> None:
+        self._models[model] = None
+
+    def touch_route(self, route: Route) -> None:
+        self._routes[route] = None
+
+    def register(self, request: Request) -> None:
+        """Count a request in, with all its sequences."""
+        self.requests[request.id] = request
+        request.live = len(request.sequences)
+        self.queue(request.model).live += 1
+        self.journal_tokens += len(request.sequences[0].prompt) + request.generated
+
+    # --- attempts
+
+    def pick(self, queue: ModelQueue, journal_tokens: int, params: SamplingParams) -> Route | None:
+        return self.routes.pick(queue.name, journal_tokens, queue.expected_tokens(params))
+
+    def _start(self, queue: ModelQueue, route: Route, sequence: Sequence) -> None:
+        """Submit a sequence's journal to an instance, as a new attempt."""
+        change, request = route.change, sequence.request
+        assert change is not None
+        params = request.params
+        if change.max_context_tokens and len(sequence.prompt) + params.max_tokens > change.max_context_tokens:
+            # Only for requests that came in before any instance had said how much it takes.
+            params = replace(params, max_tokens=change.max_context_tokens - len(sequence.prompt))
+        journal = len(sequence.prompt) + len(sequence.tokens)
+        attempt = Attempt(
+            epoch=self._epochs.next(),
+            sequence=sequence,
+            node=change.node,
+            instance=route.instance,
+            instance_epoch=change.epoch,
+            link=self.node(change.node).count,
+            kv_tokens=journal + queue.expected_tokens(params),
+            max_tokens=params.max_tokens,
+        )
+        self.place(attempt, route)
+        if request.routed_at is None:
+            request.routed_at = self.clock()
+            if request.cold and route.phases_epoch == change.epoch:
+                request.start = route.phases
+        self.send(
+            change.node,
+            Submit(
+                attempt=attempt.epoch,
+                instance=route.instance,
+                instance_epoch=change.epoch,
+                request=request.id,
+                model=request.model,
+                choice=sequence.choice,
+                prompt=sequence.prompt,
+                generated=tuple(sequence.tokens),
+                params=params,
+            ),
+        )
+
+    def place(self, attempt: Attempt, route: Route) -> None:
+        """Count an attempt on its instance, as its sequence's own."""
+        self.attempts[attempt.epoch] = attempt
+        route.add(attempt)
+        self.touch_route(route)
+        attempt.sequence.attempt = attempt
+        attempt.sequence.attempts += 1
+        attempt.sequence.request.attempts += 1
+        attempt.sequence.request.instance = route.instance
+
+    def _close(self, attempt: Attempt) -> None:
+        """It counts nowhere any more; whoever waits for its room is looked at."""
+        del self.attempts[attempt.epoch]
+        if attempt.wanted:
+            attempt.sequence.attempt = None
+        route = self.routes.make(attempt.instance)
+        route.remove(attempt)
+        self.touch_route(route)
+        self.touch_model(attempt.sequence.request.model)
+
+    def _abandon(self, attempt: Attempt) -> None:
+        """Its tokens are not wanted any more. It counts until its end is known, since it takes room until then."""
+        attempt.wanted = False
+        attempt.sequence.attempt = None
+        self.send(attempt.node, Cancel(attempt=attempt.epoch))
+
+    def append(self, sequence: Sequence, start: int, ids: tuple[int, ...]) -> None:
+        """Add what is new of a run of tokens to a journal. Raises LinkError when some before it are missing."""
+        have = len(sequence.tokens)
+        if start > have:
+            raise LinkError(f"tokens from position {start} came for a sequence of {have}: those between are missing")
+        new = ids if start == have else ids[have - start :]
+        if not new:
+            return
+        sequence.tokens.extend(new)
+        self.journal_tokens += len(new)
+        if sequence.request.first_token_at is None:
+            sequence.request.first_token_at = self.clock()
+        sequence.wake()
+
+    def end(self, node: str, end: Ended) -> None:
+        """Take in the end of an attempt; of an unknown one it means nothing. Raises LinkError when tokens are missing."""
+        attempt = self.attempts.get(end.attempt)
+        if attempt is None or attempt.node != node:
+            return
+        sequence = attempt.sequence
+        if attempt.wanted and end.position > len(sequence.tokens):
+            raise LinkError(f"a sequence of {len(sequence.tokens)} tokens ended at {end.position}: those between are missing")
+        if end.timing is not None:
+            sequence.request.engine = end.timing
+        if not attempt.wanted:
+            self._close(attempt)
+        elif end.reason in (EndReason.STOP, EndReason.LENGTH):
+            self._close(attempt)
+            self._finish(sequence, end.reason)
+        elif end.reason == EndReason.LOST:
+            self.lose(attempt, end.fault or Fault("unreachable", f"instance {attempt.instance} went away"))
+        else:
+            self._close(attempt)
+            unasked = Cancelled(f"node {node} ended the sequence ({end.reason}) without saying why")
+            self.fail(sequence.request, unasked if end.fault is None else end.fault.to_error())
+
+    def lose(self, attempt: Attempt, fault: Fault) -> None:
+        """The attempt will say nothing more; its sequence goes on elsewhere when this settles, if it is still wanted."""
+        self._close(attempt)
+        if not attempt.wanted:
+            return
+        sequence = attempt.sequence
+        # Its end may have been on its way when it was lost: then nothing is left to run.
+        if (ended := _natural_end(sequence, attempt)) is not None:
+            self._finish(sequence, ended)
+        else:
+            self._lost.append((sequence, fault))
+
+    # --- ends of sequences and requests
+
+    def cancel(self, request: Request) -> None:
+        """End it for good; nothing happens when it has ended."""
+        if request.live:
+            request.cancelled = True
+            for sequence in self._halt(request):
+                sequence.finish = EndReason.CANCELLED
+                sequence.wake()
+            self._retire(request)
+
+    def fail(self, request: Request, error: SllmError) -> None:
+        """End it with an error: one choice that cannot be had fails the whole request."""
+        if request.live:
+            for sequence in self._halt(request):
+                sequence.failure = error
+                sequence.wake()
+            self._retire(request)
+
+    def fail_waiting(self, queue: ModelQueue, error: SllmError) -> None:
+        """Fail every request that has a sequence in the queue."""
+        for request in list({sequence.request: None for sequence in queue.waiting}):
+            self.fail(request, error)
+
+    def _finish(self, sequence: Sequence, reason: EndReason) -> None:
+        sequence.finish = reason
+        sequence.request.live -= 1
+        sequence.wake()
+        if sequence.request.live == 0:
+            self._retire(sequence.request)
+
+    def _halt(self, request: Request) -> list[Sequence]:
+        """Stop all of a request's sequences that have not ended, and return them for their end to be said."""
+        open_ones = [sequence for sequence in request.sequences if not sequence.done]
+        for sequence in open_ones:
+            self.queue(request.model).take(sequence)
+            if sequence.attempt is not None:
+                self._abandon(sequence.attempt)
+        request.live = 0
+        return open_ones
+
+    def _retire(self, request: Request) -> None:
+        """Account for a request whose sequences have all ended, and remember what there is to show of it."""
+        request.ended_at = self.clock()
+        if request.timer is not None:
+            request.timer.cancel()
+            request.timer = None
+        del self.requests[request.id]
+        self.journal_tokens -= len(request.sequences[0].prompt) + request.generated
+        queue = self.queue(request.model)
+        queue.request_ended(request, request.ended_at)
+        queue.live -= 1
+        self.touch_model(request.model)
+        self.remembered[request.id] = request.view()
+        if len(self.remembered) > self._settings.remembered_requests:
+            self.remembered.popitem(last=False)
+
+    def _expire(self, sequence: Sequence) -> None:
+        queue = self.queue(sequence.request.model)
+        if sequence in queue.waiting and queue.model is not None:
+            why = "no instance is ready" if self.is_cold(queue.name) else "all its instances are full"
+            limit_s = queue.model.spec.cold_start_timeout_s
+            message = f"waited {limit_s:g} s (cold_start_timeout_s) for an instance of model {queue.name!r}: {why}"
+            self.fail(sequence.request, TimedOut(message))
+            self.settle()
+
+    # --- settling
+
+    def settle(self) -> None:
+        """Put whoever can run on an instance, then tell the control loop what changed."""
+        models: dict[str, None] = {}
+        while self._lost or self._models:
+            lost, self._lost = self._lost, []
+            # The first that was lost is to be the first in line.
+            for sequence, fault in reversed(lost):
+                self._requeue(sequence, fault)
+            touched, self._models = self._models, {}
+            for name in touched:
+                self._drain(self.queue(name))
+            models |= touched
+        routes, self._routes = self._routes, {}
+        for route in routes:
+            busy = bool(route.attempts)
+            if busy != route.said_busy:
+                route.said_busy = busy
+                self._post(InstanceActivity(route.instance, len(route.attempts)))
+            if route.idle_and_gone:
+                self.routes.forget(route)
+        for name in models:
+            queue = self.queue(name)
+            queue.say_demand()
+            if queue.model is None and queue.live == 0:
+                queue.close()
+                del self.queues[name]
+
+    def _requeue(self, sequence: Sequence, fault: Fault) -> None:
+        request = sequence.request
+        queue = self.queue(request.model)
+        if sequence.done:
+            return
+        if request.orphaned:
+            self.cancel(request)
+        elif (refusal := queue.refusal()) is not None:
+            self.fail(request, refusal)
+        elif sequence.attempts >= self._settings.max_attempts:
+            self.fail(request, fault.to_error())
+        else:
+            queue.put(sequence, front=True)
+            self.touch_model(request.model)
+
+    def _drain(self, queue: ModelQueue) -> None:
+        while queue.waiting:
+            sequence = next(iter(queue.waiting))
+            journal = len(sequence.prompt) + len(sequence.tokens)
+            route = self.pick(queue, journal, sequence.request.params)
+            if route is not None:
+                queue.take(sequence)
+                self._start(queue, route, sequence)
+            elif not sequence.tokens and 0 < (limit := self.routes.limit(queue.name)) <= journal:
+                message = f"the prompt has {journal} tokens; the instances of model {queue.name!r} take {limit}, reply included"
+                self.fail(sequence.request, ContextOverflow(message))
+            else:
+                break
+        waits, queue.unarmed = queue.unarmed, []
+        for sequence in waits:
+            if sequence in queue.waiting and sequence.timer is None and queue.model is not None:
+                sequence.request.cold |= self.is_cold(queue.name)
+                sequence.timer = self.call_later(queue.model.spec.cold_start_timeout_s, partial(self._expire, sequence))
+
+
+def _natural_end(sequence: Sequence, attempt: Attempt) -> EndReason | None:
+    """How the tokens that are there end the sequence by themselves, if they do."""
+    params = sequence.request.params
+    if sequence.tokens and sequence.tokens[-1] in params.stop_token_ids and len(sequence.tokens) >= params.min_tokens:
+        return EndReason.STOP
+    return EndReason.LENGTH if len(sequence.tokens) >= attempt.max_tokens else None

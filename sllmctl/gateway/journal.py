@@ -1,0 +1,179 @@
+"""Journals: what a request is made of, prompt and tokens, and where each of its sequences runs.
+
+A *request* has one *sequence* per choice; a sequence has one running *attempt* at most. All of it is changed by the router
+alone, on the event loop's thread; a consumer only reads and waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from schema.admin import RequestTimeline, RequestView
+from schema.errors import SllmError
+from schema.ids import Epoch
+from schema.link import EngineTiming, SamplingParams, StartPhases
+from schema.states import EndReason, RequestState
+
+__all__ = ["Attempt", "Request", "Sequence", "Timer"]
+
+
+class Timer(Protocol):
+    """What a timer service returns, as asyncio's `call_later` does."""
+
+    def cancel(self) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One run of a sequence on one life of an instance.
+
+    ``link`` is the count of the node's connection over which it was submitted: a later truth without it says that it was
+    lost. ``kv_tokens`` is what it was taken to need; ``max_tokens`` what its reply may have on this instance. ``wanted`` is
+    False once its tokens are not: then only its end is waited for.
+    """
+
+    epoch: Epoch
+    sequence: Sequence
+    node: str
+    instance: str
+    instance_epoch: Epoch
+    link: int
+    kv_tokens: int
+    max_tokens: int
+    wanted: bool = True
+
+
+class Sequence:
+    """One choice of a request. ``tokens`` only grows: read it, never write; ``finish`` is set once, after its last token."""
+
+    __slots__ = ("_waiters", "attempt", "attempts", "choice", "failure", "finish", "prompt", "request", "timer", "tokens")
+
+    def __init__(self, request: Request, choice: int, prompt: tuple[int, ...]) -> None:
+        self.request = request
+        self.choice = choice
+        self.prompt = prompt
+        self.tokens: list[int] = []
+        self.finish: EndReason | None = None
+        self.failure: SllmError | None = None
+        self.attempt: Attempt | None = None
+        self.attempts = 0
+        self.timer: Timer | None = None
+        self._waiters: list[asyncio.Future[None]] = []
+
+    @property
+    def done(self) -> bool:
+        return self.finish is not None or self.failure is not None
+
+    async def wait(self, position: int) -> None:
+        """Return when there are more than ``position`` tokens, or ``finish`` is set.
+
+        A failed sequence raises its SllmError once its tokens beyond ``position`` are read; ``finish`` then stays None.
+        How long this may take is bounded where the sequence is: by the cold start's timeout while it waits for an instance,
+        by the link's and the node's timeouts while it runs.
+        """
+        while len(self.tokens) <= position and self.finish is None:
+            if self.failure is not None:
+                raise self.failure
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            await waiter
+
+    def wake(self) -> None:
+        """Let those who wait look again."""
+        if self._waiters:
+            for waiter in self._waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+            self._waiters.clear()
+
+
+class Request:
+    """One request of a client, or one found on a node without a client (``orphaned``). Times are the router's clock."""
+
+    __slots__ = (
+        "_cancel", "attempts", "cancelled", "cold", "ended_at", "engine", "first_token_at", "id", "instance",
+        "live", "model", "orphaned", "params", "received_at", "routed_at", "sequences", "start", "timer", "waiting",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        id: str,  # noqa: A002 - the name that every view of a request has
+        model: str,
+        params: SamplingParams,
+        received_at: float,
+        cancel: Callable[[Request], None],
+        *,
+        orphaned: bool = False,
+    ) -> None:
+        self.id = id
+        self.model = model
+        self.params = params
+        self.received_at = received_at
+        self.orphaned = orphaned
+        self.sequences: list[Sequence] = []
+        self.live = 0
+        self.waiting = 0
+        self.attempts = 0
+        self.cancelled = False
+        self.cold = False
+        self.instance: str | None = None
+        self.routed_at: float | None = None
+        self.first_token_at: float | None = None
+        self.ended_at: float | None = None
+        self.start: StartPhases | None = None
+        self.engine: EngineTiming | None = None
+        self.timer: Timer | None = None
+        self._cancel = cancel
+
+    def cancel(self) -> None:
+        """End it for good: nothing more is delivered. May be called again, and after the end."""
+        self._cancel(self)
+
+    @property
+    def failure(self) -> SllmError | None:
+        return next((sequence.failure for sequence in self.sequences if sequence.failure is not None), None)
+
+    @property
+    def state(self) -> RequestState:
+        if self.failure is not None:
+            return RequestState.FAILED
+        if self.cancelled:
+            return RequestState.CANCELLED
+        if self.live == 0:
+            return RequestState.FINISHED
+        return RequestState.WAITING if self.waiting else RequestState.RUNNING
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated so far, over all choices."""
+        return sum(len(sequence.tokens) for sequence in self.sequences)
+
+    def timeline(self) -> RequestTimeline:
+        def since(at: float | None) -> float | None:
+            return None if at is None else max(0.0, at - self.received_at)
+
+        return RequestTimeline(
+            cold=self.cold,
+            routed_s=since(self.routed_at),
+            first_token_s=since(self.first_token_at),
+            ended_s=since(self.ended_at),
+            start=self.start,
+            engine=self.engine,
+        )
+
+    def view(self) -> RequestView:
+        return RequestView(
+            id=self.id,
+            model=self.model,
+            state=self.state,
+            instance=self.instance,
+            attempts=self.attempts,
+            prompt_tokens=len(self.sequences[0].prompt) if self.sequences else 0,
+            generated_tokens=self.generated,
+            orphaned=self.orphaned,
+            received_at=self.received_at,
+            timeline=self.timeline(),
+        )

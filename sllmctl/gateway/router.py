@@ -1,0 +1,346 @@
+"""The router: owns journals and routes, puts every sequence on an instance, and takes in what nodes say of it.
+
+Synchronous and driven by calls, all on the event loop's thread. Each public call leaves it settled: whoever can run has been
+submitted, and the control loop has been told what changed. Warm requests wait on no timer and never pass the control loop.
+
+Recovery is one rule: an attempt that is lost, however that came to be known, puts its journal to the front of its model's
+queue, and the next attempt goes on from there. What a lost attempt may still say is told by its epoch, and dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from schema.admin import ProgressView, RequestView
+from schema.errors import ContextOverflow, Fault, InvalidInput, NotFound, Overloaded
+from schema.ids import Epoch, EpochCounter, IdSource
+from schema.link import (
+    AttemptTruth,
+    Cancel,
+    InstanceLoad,
+    ManagerMessage,
+    NodeTruth,
+    Progress,
+    SamplingParams,
+    StartPhases,
+    Tokens,
+    TruthEnd,
+)
+from sllmctl.control.effects import Event, ModelChanged, RejectWaiting, RouteChanged
+from sllmctl.gateway.dispatcher import Dispatcher
+from sllmctl.gateway.journal import Attempt, Request, Sequence
+from sllmctl.gateway.progress import ProgressBoard
+from sllmctl.gateway.queues import CallLater, ModelQueue, RoutedModel
+from sllmctl.gateway.reconcile import NodeLink
+from sllmctl.gateway.router_settings import RouterSettings
+from sllmctl.gateway.routes import GONE
+
+__all__ = ["Request", "RoutedModel", "Router", "Sequence"]
+
+
+class Router:
+    """``send`` says something to a node, ``post`` tells the control loop; neither may call back before it returns."""
+
+    def __init__(
+        self,
+        *,
+        send: Callable[[str, ManagerMessage], None],
+        post: Callable[[Event], None],
+        epochs: EpochCounter,
+        ids: IdSource,
+        settings: RouterSettings,
+        clock: Callable[[], float] = time.time,
+        call_later: CallLater | None = None,
+    ) -> None:
+        self._core = Dispatcher(
+            send=send,
+            post=post,
+            epochs=epochs,
+            settings=settings,
+            clock=clock,
+            call_later=call_later or (lambda delay_s, call: asyncio.get_running_loop().call_later(delay_s, call)),
+        )
+        self._generation = epochs.generation
+        self._ids = ids
+        self._settings = settings
+        self._progress = ProgressBoard(settings.remembered_progress)
+
+    # --- from the control loop's effects
+
+    def route_changed(self, effect: RouteChanged) -> None:
+        """An instance came, changed or went. Attempts of lives that are over go on elsewhere."""
+        route = self._core.routes.change(effect)
+        if route is None:
+            return
+        newest_lost = effect.epoch if effect.state in GONE else effect.epoch - 1
+        doomed = [attempt for attempt in route.attempts.values() if attempt.instance_epoch <= newest_lost]
+        for attempt in doomed:
+            self._core.lose(attempt, Fault("unreachable", f"instance {effect.instance} went away ({effect.state})"))
+        self._core.touch_route(route)
+        self._core.touch_model(effect.model)
+        self._core.settle()
+
+    def model_changed(self, effect: ModelChanged) -> None:
+        """A model was deployed, changed, stopped or removed; one that takes no requests fails those that wait."""
+        queue = self._core.queue(effect.model)
+        if effect.spec is None:
+            queue.model = None
+        else:
+            queue.model = RoutedModel(effect.model, effect.spec, effect.state, effect.digest, effect.max_context_tokens)
+        refusal = queue.refusal()
+        if refusal is not None:
+            self._core.fail_waiting(queue, refusal)
+        self._core.touch_model(effect.model)
+        self._core.settle()
+
+    def reject_waiting(self, effect: RejectWaiting) -> None:
+        """Nothing can come for this model: whoever waits for it is told why."""
+        self._core.fail_waiting(self._core.queue(effect.model), effect.fault.to_error())
+        self._core.touch_model(effect.model)
+        self._core.settle()
+
+    # --- from links
+
+    def truth_began(self, node: str, truth: NodeTruth) -> None:
+        """A new connection to a node states what it holds."""
+        self._core.node(node).begin()
+        self._core.routes.up.discard(node)
+        for instance in truth.instances:
+            if instance.phases is not None:
+                self.instance_started(instance.instance, instance.epoch, instance.phases)
+
+    def attempt_truth(self, node: str, truth: AttemptTruth) -> None:
+        """One attempt as the node holds it. Raises LinkError for one that does not fit its journal."""
+        link = self._core.node(node)
+        epoch = truth.submit.attempt
+        attempt = self._core.attempts.get(epoch)
+        if attempt is None or attempt.node != node:
+            link.unknown(truth, self._generation)
+            return
+        link.seen.add(epoch)
+        if attempt.wanted:
+            self._core.append(attempt.sequence, len(truth.submit.generated), truth.new_ids)
+        if truth.end is not None:
+            self._core.end(node, truth.end)
+            link.ends.append(epoch)
+
+    def truth_ended(self, node: str, end: TruthEnd) -> None:
+        """The truth is complete: what is not in it is lost, what is not known is cancelled, or adopted at first sight."""
+        link = self._core.node(node)
+        for attempt in [attempt for attempt in self._core.attempts.values() if attempt.node == node]:
+            if attempt.epoch not in link.seen and attempt.link < link.count:
+                self._core.lose(attempt, Fault("unreachable", f"node {node} does not have the sequence any more"))
+        orphans, cancels = link.complete()
+        self._core.routes.up.add(node)
+        for truths in orphans.values():
+            cancels += self._adopt(node, truths)
+        cancels += [attempt.epoch for attempt in self._core.attempts.values() if attempt.node == node and not attempt.wanted]
+        for epoch in cancels:
+            self._core.send(node, Cancel(attempt=epoch))
+        self._flush(node, link)
+        for route in self._core.routes.all():
+            if route.change is not None and route.change.node == node:
+                self._core.touch_model(route.change.model)
+        self._core.settle()
+
+    def tokens(self, node: str, tokens: Tokens) -> None:
+        """New tokens and ends. Raises LinkError for a gap: the link is closed, and the next truth repairs it."""
+        link = self._core.node(node)
+        attempts = self._core.attempts
+        try:
+            for run in tokens.runs:
+                attempt = attempts.get(run.attempt)
+                if attempt is not None and attempt.wanted and attempt.node == node:
+                    self._core.append(attempt.sequence, run.start, run.ids)
+            for end in tokens.ends:
+                self._core.end(node, end)
+                link.ends.append(end.attempt)
+            link.frame = tokens.frame
+        finally:
+            if tokens.ends:
+                self._core.settle()
+
+    def batch_ended(self, node: str) -> None:
+        """All that came in one read was handed over: acknowledge what is due."""
+        link = self._core.node(node)
+        if link.due:
+            self._flush(node, link)
+
+    def instance_load_changed(self, node: str, load: InstanceLoad) -> None:
+        """The engine's own account of how busy it is; of an older life it is dropped."""
+        route = self._core.routes.get(load.instance)
+        if route is not None and (route.load is None or route.load.epoch <= load.epoch):
+            route.load = load
+
+    def progressed(self, node: str, progress: Progress) -> None:
+        """How far an operation or a start has come."""
+        self._progress.take(progress, self._core.clock())
+
+    def instance_started(self, instance: str, epoch: Epoch, phases: StartPhases) -> None:
+        """An instance became ready; said before the control loop hears of it, so that those who wait get its phases."""
+        route = self._core.routes.make(instance)
+        if epoch >= route.phases_epoch:
+            route.phases, route.phases_epoch = phases, epoch
+        self._progress.drop(instance)
+
+    def link_lost(self, node: str) -> None:
+        """The connection broke. Its sequences may well go on, so they wait: for its next truth, or for the control loop to
+        give the instances up."""
+        self._core.node(node).lost()
+        self._core.routes.up.discard(node)
+        self._core.settle()
+
+    # --- for the gateway
+
+    def model(self, name: str) -> RoutedModel:
+        """Raises NotFound."""
+        queue = self._core.queues.get(name)
+        if queue is None or queue.model is None:
+            raise NotFound(f"there is no model {name!r}")
+        return replace(queue.model, max_context_tokens=self._limit(queue))
+
+    def models(self) -> list[RoutedModel]:
+        """All models, by name."""
+        return [self.model(name) for name, queue in sorted(self._core.queues.items()) if queue.model is not None]
+
+    def submit(self, model: str, prompt: tuple[int, ...], params: SamplingParams, choices: int = 1) -> Request:
+        """Take a request in: its sequences run at once where there is room, and wait in line otherwise.
+
+        Raises NotFound or Conflict for a model that takes none, InvalidInput for an empty prompt, ContextOverflow, and
+        Overloaded when the line or the journals' memory is full.
+        """
+        queue = self._core.queues.get(model)
+        refusal = NotFound(f"there is no model {model!r}") if queue is None else queue.refusal()
+        if refusal is not None:
+            raise refusal
+        assert queue is not None
+        self._check(queue, prompt, params)
+        request = Request(self._ids("req"), model, params, self._core.clock(), self._cancel)
+        for choice in range(choices):
+            request.sequences.append(Sequence(request, choice, prompt))
+        self._core.register(request)
+        for sequence in request.sequences:
+            queue.put(sequence)
+        self._core.touch_model(model)
+        self._core.settle()
+        return request
+
+    # --- for the admin API
+
+    @property
+    def live(self) -> int:
+        """Requests that have not ended, those without a client too."""
+        return len(self._core.requests)
+
+    def requests(self) -> list[RequestView]:
+        """Those remembered, then the live ones, in the order in which they ended or came in."""
+        return [*self._core.remembered.values(), *(request.view() for request in self._core.requests.values())]
+
+    def request(self, id: str) -> RequestView:  # noqa: A002 - the name that every view of a request has
+        """Raises NotFound for one that is not live and not remembered."""
+        if (request := self._core.requests.get(id)) is not None:
+            return request.view()
+        if (view := self._core.remembered.get(id)) is not None:
+            return view
+        raise NotFound(f"there is no request {id!r}, or it ended too long ago to be remembered")
+
+    def cancel(self, id: str) -> None:  # noqa: A002 - as above
+        """End a request; one that has ended is left as it is. Raises NotFound."""
+        if (request := self._core.requests.get(id)) is not None:
+            self._cancel(request)
+        else:
+            self.request(id)
+
+    def model_counts(self, model: str) -> tuple[int, int]:
+        """(waiting, running) requests of a model now."""
+        queue = self._core.queues.get(model)
+        return (0, 0) if queue is None else (queue.waiting_requests, queue.live - queue.waiting_requests)
+
+    def instance_load(self, instance: str) -> InstanceLoad | None:
+        route = self._core.routes.get(instance)
+        return None if route is None else route.load
+
+    def instance_running(self, instance: str) -> int:
+        """Sequences that count on an instance now, cancelled ones until their end is known."""
+        route = self._core.routes.get(instance)
+        return 0 if route is None else len(route.attempts)
+
+    def progress(self, op: str) -> ProgressView | None:
+        """Of an operation, or of an instance's start by the instance's id."""
+        return self._progress.view(op)
+
+    # --- taking requests in
+
+    def _check(self, queue: ModelQueue, prompt: tuple[int, ...], params: SamplingParams) -> None:
+        assert queue.model is not None
+        if not prompt:
+            raise InvalidInput("the prompt has no tokens", "prompt")
+        asked, limit = len(prompt) + params.max_tokens, self._limit(queue)
+        if asked > limit:
+            raise ContextOverflow(
+                f"model {queue.name!r} takes {limit} tokens, prompt and reply together; this request has {len(prompt)} in its "
+                f"prompt and asks for {params.max_tokens} more: shorten one of them"
+            )
+        if self._core.journal_tokens + len(prompt) > self._settings.max_journal_tokens:
+            raise Overloaded(
+                f"requests of {self._core.journal_tokens} tokens are being served, as many as fit; try again later",
+                queue.retry_after_s(cold=False),
+            )
+        room = not queue.waiting and self._core.pick(queue, len(prompt), params) is not None
+        if not room and queue.waiting_requests >= queue.model.spec.scale.queue_limit:
+            raise Overloaded(
+                f"{queue.waiting_requests} requests wait for model {queue.name!r} already, as many as may; try again later",
+                queue.retry_after_s(cold=self._core.is_cold(queue.name)),
+            )
+
+    def _limit(self, queue: ModelQueue) -> int:
+        """The longest sequence that this model takes now, in tokens."""
+        assert queue.model is not None
+        engine = queue.model.spec.engine.max_context_tokens or 0
+        known = (
+            queue.model.max_context_tokens,
+            engine,
+            self._core.routes.limit(queue.name),
+            self._settings.max_sequence_tokens,
+        )
+        return min(limit for limit in known if limit)
+
+    def _adopt(self, node: str, truths: list[AttemptTruth]) -> list[Epoch]:
+        """Make a request of what a node runs since before this manager began; without a client it is cancelled in time.
+
+        Returns the attempts that cannot be adopted: of a request that another node was first to speak of.
+        """
+        asked = truths[0].submit
+        if asked.request in self._core.requests:
+            return [truth.submit.attempt for truth in truths]
+        request = Request(asked.request, asked.model, asked.params, self._core.clock(), self._cancel, orphaned=True)
+        for truth in truths:
+            submit = truth.submit
+            sequence = Sequence(request, submit.choice, submit.prompt)
+            sequence.tokens.extend((*submit.generated, *truth.new_ids))
+            request.sequences.append(sequence)
+            attempt = Attempt(
+                epoch=submit.attempt,
+                sequence=sequence,
+                node=node,
+                instance=submit.instance,
+                instance_epoch=submit.instance_epoch,
+                link=self._core.node(node).count,
+                kv_tokens=len(submit.prompt) + len(sequence.tokens),
+                max_tokens=submit.params.max_tokens,
+            )
+            self._core.place(attempt, self._core.routes.make(submit.instance))
+        self._core.register(request)
+        request.timer = self._core.call_later(self._settings.orphan_grace_s, request.cancel)
+        return []
+
+    def _cancel(self, request: Request) -> None:
+        self._core.cancel(request)
+        self._core.settle()
+
+    def _flush(self, node: str, link: NodeLink) -> None:
+        if (acked := link.take_acked()) is not None:
+            self._core.send(node, acked)

@@ -1,0 +1,121 @@
+"""Routes: which instance of a model takes the next sequence. Pure bookkeeping; the router decides when to ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from schema.ids import Epoch
+from schema.link import InstanceLoad, StartPhases
+from schema.states import InstanceState
+from sllmctl.control.effects import RouteChanged
+from sllmctl.gateway.journal import Attempt
+
+__all__ = ["GONE", "Route", "Routes"]
+
+GONE = frozenset({InstanceState.STOPPED, InstanceState.FAILED, InstanceState.BACKOFF})
+"""States in which attempts of this life are lost."""
+
+
+@dataclass(slots=True, eq=False)
+class Route:
+    """An instance as the router knows it. ``change`` is the control loop's last word, None before the first.
+
+    ``attempts`` are all that count on it, those that are only waited for too; ``kv_tokens`` what they were taken to need.
+    """
+
+    instance: str
+    change: RouteChanged | None = None
+    attempts: dict[Epoch, Attempt] = field(default_factory=dict)
+    kv_tokens: int = 0
+    said_busy: bool = False
+    load: InstanceLoad | None = None
+    phases: StartPhases | None = None
+    phases_epoch: int = 0
+
+    def add(self, attempt: Attempt) -> None:
+        self.attempts[attempt.epoch] = attempt
+        self.kv_tokens += attempt.kv_tokens
+
+    def remove(self, attempt: Attempt) -> None:
+        if self.attempts.pop(attempt.epoch, None) is not None:
+            self.kv_tokens -= attempt.kv_tokens
+
+    @property
+    def idle_and_gone(self) -> bool:
+        """Nothing is left to know of it."""
+        return not self.attempts and (self.change is None or self.change.state == InstanceState.STOPPED)
+
+
+class Routes:
+    """All instances, by id and by model; ``up`` holds the nodes whose link is there and whose truth is complete."""
+
+    def __init__(self) -> None:
+        self.up: set[str] = set()
+        self._by_instance: dict[str, Route] = {}
+        self._by_model: dict[str, dict[str, Route]] = {}
+
+    def get(self, instance: str) -> Route | None:
+        return self._by_instance.get(instance)
+
+    def make(self, instance: str) -> Route:
+        """The route of an instance, made when it is not known yet: truth may speak of it before the control loop does."""
+        return self._by_instance.setdefault(instance, Route(instance))
+
+    def all(self) -> Iterable[Route]:
+        return self._by_instance.values()
+
+    def change(self, change: RouteChanged) -> Route | None:
+        """Take in the control loop's word. None when it is of an older life than the known one."""
+        route = self.make(change.instance)
+        if route.change is not None and change.epoch < route.change.epoch:
+            return None
+        if route.change is not None and route.change.model != change.model:
+            self._by_model.get(route.change.model, {}).pop(change.instance, None)
+        route.change = change
+        self._by_model.setdefault(change.model, {})[change.instance] = route
+        return route
+
+    def forget(self, route: Route) -> None:
+        self._by_instance.pop(route.instance, None)
+        if route.change is not None:
+            siblings = self._by_model.get(route.change.model, {})
+            siblings.pop(route.instance, None)
+            if not siblings:
+                self._by_model.pop(route.change.model, None)
+
+    def ready(self, model: str) -> Iterable[RouteChanged]:
+        """The instances that take new sequences, full ones too."""
+        for route in self._by_model.get(model, {}).values():
+            if (change := self._open(route)) is not None:
+                yield change
+
+    def pick(self, model: str, journal_tokens: int, expected_tokens: int) -> Route | None:
+        """The least busy instance with room for a journal and the reply it is expected to grow by; None if there is none.
+
+        An idle instance has room for whatever fits its context.
+        """
+        best: Route | None = None
+        for route in self._by_model.get(model, {}).values():
+            change = self._open(route)
+            if change is None or len(route.attempts) >= change.max_concurrency:
+                continue
+            if 0 < change.max_context_tokens <= journal_tokens:
+                continue
+            needed = journal_tokens + expected_tokens
+            if route.attempts and 0 < change.kv_capacity_tokens < route.kv_tokens + needed:
+                continue
+            if best is None or len(route.attempts) < len(best.attempts):
+                best = route
+        return best
+
+    def limit(self, model: str) -> int:
+        """The longest context that any instance now takes, in tokens; 0 when none is known or one has no limit."""
+        limits = [change.max_context_tokens for change in self.ready(model)]
+        return max(limits) if limits and all(limits) else 0
+
+    def _open(self, route: Route) -> RouteChanged | None:
+        change = route.change
+        if change is None or change.state != InstanceState.READY or not change.reachable or change.node not in self.up:
+            return None
+        return change
