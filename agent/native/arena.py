@@ -1,0 +1,191 @@
+"""The DRAM tier's memory: one memfd of chunks, in the largest pages the machine gives, with its chunk table inside.
+
+The descriptor is the arena: the agent keeps a duplicate, so that the memory outlives the store, and hands it to the next
+one; workers get read-only descriptors of it. Sealed against resizing, so that no holder can pull pages from under another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from agent.native.chunk_table import ChunkTable, Geometry, Occupant, table_bytes
+from schema.errors import InvalidInput, OutOfSpace
+from schema.link import ArenaInfo, Extent
+
+__all__ = ["HUGE_BYTES", "Arena", "merge_extents"]
+
+HUGE_BYTES: Final = 2 << 20
+"""Size of a huge page: the data begins at, and chunks are multiples of, this."""
+
+_MAX_SLOTS: Final = 4096
+_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_SHMEM_HUGE = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+
+
+class Arena:
+    """Memory for ``chunks`` chunks. Made by `create` or `adopt`; the caller decides which chunks go to whom."""
+
+    def __init__(self, descriptor: int, memory: mmap.mmap, table: ChunkTable, pages: str, occupants: list[Occupant]) -> None:
+        self.descriptor = descriptor
+        self.id = table.arena
+        self.chunk_bytes = table.geometry.chunk_bytes
+        self.chunks = table.geometry.chunks
+        self.slots = table.geometry.slots
+        self.pages = pages
+        self.occupants = occupants
+        """What an adopted arena held; empty in a fresh one."""
+        self.table = table
+        self._memory = memory
+        self._view = memoryview(memory)
+        self._data_offset = table.geometry.data_offset
+
+    @classmethod
+    def create(cls, budget_bytes: int, chunk_bytes: int) -> Arena:
+        """Fresh memory of at most ``budget_bytes`` of data. Pages are taken as they are first written.
+
+        Raises OutOfSpace when the system refuses the memory.
+        """
+        geometry = _geometry(budget_bytes, chunk_bytes)
+        descriptor, memory, pages = _allocate(geometry)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+        table = ChunkTable.create(memoryview(memory), secrets.token_hex(16), geometry)
+        return cls(descriptor, memory, table, pages, [])
+
+    @classmethod
+    def adopt(cls, descriptor: int, budget_bytes: int, chunk_bytes: int) -> Arena:
+        """The arena behind a descriptor that another life left, with all that lies whole in it. Takes the descriptor over.
+
+        Raises InvalidInput, the descriptor still the caller's, when it is no arena of this budget and chunk size.
+        """
+        geometry = _geometry(budget_bytes, chunk_bytes)
+        try:
+            status = os.fstat(descriptor)
+            if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+                raise InvalidInput("the memory handed over is not sealed: its size could change under us")
+            if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
+                raise InvalidInput("the memory handed over cannot be written")
+            huge = os.fstatvfs(descriptor).f_bsize >= HUGE_BYTES
+        except OSError as error:
+            raise InvalidInput(f"what was handed over as an arena is no sealed memory: {error.strerror}") from error
+        if status.st_size != _total_bytes(geometry):
+            raise InvalidInput(f"the arena handed over has {status.st_size} bytes, not {_total_bytes(geometry)}")
+        memory = _map(descriptor, geometry)
+        view = memoryview(memory)
+        try:
+            table = ChunkTable.adopt(view, geometry)
+        except InvalidInput:
+            view.release()
+            memory.close()
+            raise
+        return cls(descriptor, memory, table, "hugetlb" if huge else _advise(memory), table.recover())
+
+    def info(self, used_chunks: int) -> ArenaInfo:
+        """The arena as it is stated on a link."""
+        return ArenaInfo(
+            id=self.id,
+            budget_bytes=self.chunks * self.chunk_bytes,
+            chunk_bytes=self.chunk_bytes,
+            used_bytes=used_chunks * self.chunk_bytes,
+            pages=self.pages,
+        )
+
+    def chunks_for(self, image_bytes: int) -> int:
+        """How many chunks an image takes."""
+        return max(1, -(-image_bytes // self.chunk_bytes))
+
+    def offset(self, chunk: int) -> int:
+        """Where a chunk begins in the descriptor."""
+        return self._data_offset + chunk * self.chunk_bytes
+
+    def views(self, chunks: Sequence[int], start_bytes: int, size_bytes: int) -> list[memoryview]:
+        """Writable memory of a range of the image that lies in ``chunks``, in as few pieces as it has."""
+        pieces: list[tuple[int, int]] = []
+        while size_bytes:
+            index, within = divmod(start_bytes, self.chunk_bytes)
+            length = min(size_bytes, self.chunk_bytes - within)
+            at = self.offset(chunks[index]) + within
+            if pieces and sum(pieces[-1]) == at:
+                pieces[-1] = (pieces[-1][0], pieces[-1][1] + length)
+            else:
+                pieces.append((at, length))
+            start_bytes += length
+            size_bytes -= length
+        return [self._view[at : at + length] for at, length in pieces]
+
+    def extents(self, chunks: Sequence[int]) -> tuple[Extent, ...]:
+        """The chunks in order, as a link states them: whole chunks, adjacent ones merged."""
+        return tuple(merge_extents([Extent(self.offset(chunk), self.chunk_bytes) for chunk in chunks]))
+
+    def close(self) -> None:
+        """Unmap and close. The memory lives on while another holds a descriptor or mapping of it."""
+        self._view.release()
+        with contextlib.suppress(BufferError):  # the table's view dies with this object; the process ends anyway
+            self._memory.close()
+        os.close(self.descriptor)
+
+
+def merge_extents(extents: Sequence[Extent]) -> list[Extent]:
+    """The same bytes in the same order, adjacent extents joined."""
+    merged: list[Extent] = []
+    for extent in extents:
+        if merged and merged[-1].offset_bytes + merged[-1].size_bytes == extent.offset_bytes:
+            merged[-1] = Extent(merged[-1].offset_bytes, merged[-1].size_bytes + extent.size_bytes)
+        else:
+            merged.append(extent)
+    return merged
+
+
+def _geometry(budget_bytes: int, chunk_bytes: int) -> Geometry:
+    chunks = budget_bytes // chunk_bytes
+    slots = max(1, min(chunks, _MAX_SLOTS))
+    return Geometry(chunk_bytes, chunks, slots, -(-table_bytes(chunks, slots) // HUGE_BYTES) * HUGE_BYTES)
+
+
+def _total_bytes(geometry: Geometry) -> int:
+    return geometry.data_offset + geometry.chunks * geometry.chunk_bytes
+
+
+def _allocate(geometry: Geometry) -> tuple[int, mmap.mmap, str]:
+    # Mapping hugetlb memory reserves every page at once or fails, so that a later write never meets an empty pool.
+    with contextlib.suppress(OSError):
+        descriptor = os.memfd_create("sllmctl-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | os.MFD_HUGETLB | os.MFD_HUGE_2MB)
+        try:
+            os.ftruncate(descriptor, _total_bytes(geometry))
+            return descriptor, mmap.mmap(descriptor, _total_bytes(geometry)), "hugetlb"
+        except OSError:
+            os.close(descriptor)
+            raise
+    descriptor = os.memfd_create("sllmctl-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(descriptor, _total_bytes(geometry))
+        memory = _map(descriptor, geometry)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno not in (errno.ENOMEM, errno.ENOSPC, errno.EFBIG, errno.EINVAL):
+            raise
+        raise OutOfSpace(f"the system gives no arena of {_total_bytes(geometry)} bytes: {error.strerror}") from error
+    return descriptor, memory, _advise(memory)
+
+
+def _map(descriptor: int, geometry: Geometry) -> mmap.mmap:
+    memory = mmap.mmap(descriptor, _total_bytes(geometry))
+    memory.madvise(mmap.MADV_DONTDUMP)  # a core dump of the store must not be the size of its models
+    return memory
+
+
+def _advise(memory: mmap.mmap) -> str:
+    """Ask for transparent huge pages; "thp" where shared memory is allowed to have them, else "small"."""
+    try:
+        allowed = _SHMEM_HUGE.read_text()
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:
+        return "small"
+    return "small" if "[never]" in allowed or "[deny]" in allowed else "thp"

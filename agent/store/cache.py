@@ -1,0 +1,277 @@
+"""The DRAM tier: which checkpoints lie in the arena, who uses them, what is filled, what goes when room is needed.
+
+A checkpoint is in one of three places here: `_residents`, `_fills` (a read is under way, wanted or given up), or `_waiting`
+(asked for while chunks that it needs are still under a read that was given up, and will be free in a moment).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from agent.native.arena import Arena
+from agent.native.chunk_table import Occupant
+from agent.native.reader import ReadJob, ReadPool, Unit
+from agent.store import catalog
+from agent.store.api import StoreListener
+from agent.store.room import FreeChunks
+from schema.checkpoint import Manifest
+from schema.errors import Cancelled, Conflict, Fault, InvalidCheckpoint, NotFound, OutOfSpace, SllmError
+from schema.link import ArenaInfo, Resident
+
+__all__ = ["ArenaStore"]
+
+_PROGRESS_S: Final = 0.1
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Fill:
+    """A checkpoint on its way in, for all ``ops`` that asked. ``occupant`` and ``job`` are there once it is being read."""
+
+    digest: str
+    directory: Path
+    ops: list[str]
+    users: int
+    priority: int
+    began: float = field(default_factory=time.monotonic)
+    occupant: Occupant | None = None
+    job: ReadJob | None = None
+    image_bytes: int = 0
+    verifying: bool = False
+    given_up: bool = False
+    told_at: float = 0.0
+    told_bytes: int = -1
+
+
+class ArenaStore:
+    """A `Store` over one arena. ``wake`` is called, from any thread, when `pump` has something to do."""
+
+    def __init__(self, arena: Arena, listener: StoreListener, *, reader_threads: int, wake: Callable[[], None]) -> None:
+        self._arena = arena
+        self._listener = listener
+        self._wake = wake
+        self._woken_at = 0.0
+        self._pool = ReadPool(reader_threads)
+        self._residents = {occupant.digest: occupant for occupant in arena.occupants}
+        self._fills: dict[str, _Fill] = {}
+        self._waiting: dict[str, _Fill] = {}
+        self._free = FreeChunks(arena.chunks, (chunk for occupant in arena.occupants for chunk in occupant.chunks))
+        self._free_slots = set(range(arena.slots)) - {occupant.slot for occupant in arena.occupants}
+        self._stamp = max((occupant.stamp for occupant in arena.occupants), default=0)
+
+    @property
+    def arena(self) -> ArenaInfo:
+        return self._arena.info(self._arena.chunks - len(self._free))
+
+    def residents(self) -> tuple[Resident, ...]:
+        return tuple(self._resident(occupant) for occupant in self._residents.values())
+
+    def filling(self) -> tuple[str, ...]:
+        """The ops that wait for an answer."""
+        return tuple(op for fill in (*self._fills.values(), *self._waiting.values()) for op in fill.ops)
+
+    def fill(self, op: str, digest: str, directory: Path, users: int = 1, priority: int = 0) -> None:
+        known = self._fills.get(digest)
+        if known is not None and known.given_up:
+            known = self._waiting.get(digest)
+            if known is None:
+                self._waiting[digest] = _Fill(digest, directory, [op], users, priority)
+                return
+        known = known or self._waiting.get(digest)
+        if known is None:
+            self._begin(_Fill(digest, directory, [op], users, priority))
+            return
+        known.users = users
+        known.priority = max(known.priority, priority)
+        if op not in known.ops:
+            known.ops.append(op)
+        if known.job is not None:
+            self._pool.raise_priority(known.job, priority)
+
+    def hold(self, digest: str, users: int) -> None:
+        if (occupant := self._residents.get(digest)) is not None:
+            self._use(occupant, users)
+        for fill in (self._fills.get(digest), self._waiting.get(digest)):
+            if fill is not None and not fill.given_up:
+                fill.users = users
+                if users == 0:
+                    self._give_up(fill)
+
+    def drop(self, digest: str) -> None:
+        if digest in self._fills or digest in self._waiting:
+            raise Conflict(f"checkpoint {digest} is just being loaded; stop what waits for it, then drop it")
+        occupant = self._residents.get(digest)
+        if occupant is None:
+            raise NotFound(f"checkpoint {digest} is not in this node's memory")
+        if occupant.users:
+            raise Conflict(f"checkpoint {digest} has {occupant.users} users; stop its instances first")
+        self._release(self._residents.pop(digest))
+
+    def pump(self) -> None:
+        """Tell the listener what the background has done since the last call. To be called after ``wake``."""
+        now = time.monotonic()
+        for fill in list(self._fills.values()):
+            assert fill.job is not None
+            if fill.job.finished:
+                self._end(fill, fill.job)
+            elif now - fill.told_at >= _PROGRESS_S and fill.told_bytes != fill.job.done_bytes:
+                self._tell(fill, now, fill.job.done_bytes)
+
+    def close(self) -> None:
+        self._pool.close()
+        for fill in self._fills.values():
+            if fill.occupant is not None:
+                self._release(fill.occupant)
+        self._fills.clear()
+        self._waiting.clear()
+
+    def _begin(self, fill: _Fill) -> None:
+        occupant = self._residents.get(fill.digest)
+        if occupant is not None:
+            self._use(occupant, fill.users)
+            for op in fill.ops:
+                self._listener.filled(op, self._resident(occupant, op))
+            return
+        try:
+            entry = catalog.read_entry(fill.directory)
+            if entry.digest != fill.digest:
+                raise InvalidCheckpoint(f"{fill.directory} holds checkpoint {entry.digest}, not {fill.digest}")
+            if entry.quarantined is not None:
+                raise InvalidCheckpoint(f"{fill.directory} is quarantined: {entry.quarantined}")
+            if not self._make_room(entry.manifest.image_bytes):
+                self._waiting[fill.digest] = fill
+                return
+        except SllmError as error:
+            self._fail(fill, error)
+            return
+        self._start(fill, entry.manifest)
+
+    def _start(self, fill: _Fill, manifest: Manifest) -> None:
+        fill.image_bytes = manifest.image_bytes
+        fill.verifying = not catalog.is_verified(fill.directory)
+        chunks = self._free.take(self._arena.chunks_for(fill.image_bytes))
+        fill.occupant = self._arena.table.begin(self._free_slots.pop(), fill.digest, fill.image_bytes, chunks)
+        units = list(self._units(fill.directory, manifest, chunks, fill.verifying))
+        self._fills[fill.digest] = fill
+        self._tell(fill, time.monotonic(), 0)
+        fill.job = self._pool.submit(units, fill.priority, self._changed)
+
+    def _units(self, directory: Path, manifest: Manifest, chunks: list[int], verifying: bool) -> Iterator[Unit]:
+        for partition in manifest.partitions:
+            for number, xxh3 in enumerate(partition.chunk_xxh3):
+                offset = number * manifest.chunk_bytes
+                length = min(manifest.chunk_bytes, partition.size_bytes - offset)
+                yield Unit(
+                    directory / partition.file,
+                    partition.size_bytes,
+                    offset,
+                    tuple(self._arena.views(chunks, partition.start_bytes + offset, length)),
+                    xxh3 if verifying else None,
+                )
+
+    def _changed(self, job: ReadJob) -> None:
+        """On a reader's thread: wakes the owner at a job's end, and now and then before it."""
+        now = time.monotonic()
+        if job.finished or now - self._woken_at >= _PROGRESS_S:
+            self._woken_at = now
+            self._wake()
+
+    def _tell(self, fill: _Fill, now: float, done_bytes: int) -> None:
+        fill.told_at, fill.told_bytes = now, done_bytes
+        for op in fill.ops:
+            self._listener.progress(op, done_bytes, fill.image_bytes)
+
+    def _end(self, fill: _Fill, job: ReadJob) -> None:
+        assert fill.occupant is not None
+        del self._fills[fill.digest]
+        if job.error is None:
+            self._arena.table.commit(fill.occupant)
+            self._residents[fill.digest] = fill.occupant
+            self._use(fill.occupant, 0 if fill.given_up else fill.users)
+            if fill.verifying:
+                _mark(catalog.mark_verified, fill.directory)
+            seconds = time.monotonic() - fill.began
+            self._tell(fill, time.monotonic(), fill.image_bytes)
+            for op in fill.ops:
+                self._listener.filled(op, self._resident(fill.occupant, op, fill.image_bytes, seconds))
+        else:
+            self._release(fill.occupant)
+            if job.corrupt:
+                _mark(catalog.quarantine, fill.directory, str(job.error))
+            self._fail(fill, job.error)
+        waiting, self._waiting = self._waiting, {}
+        for other in waiting.values():
+            self._begin(other)
+
+    def _give_up(self, fill: _Fill) -> None:
+        if fill.job is None:
+            del self._waiting[fill.digest]
+            self._fail(fill, Cancelled(f"nobody waits for checkpoint {fill.digest} any more"))
+        else:
+            fill.given_up = True
+            self._pool.cancel(fill.job)
+
+    def _fail(self, fill: _Fill, error: SllmError) -> None:
+        for op in fill.ops:
+            self._listener.failed(op, fill.digest, Fault.of(error))
+
+    def _make_room(self, image_bytes: int) -> bool:
+        """True when chunks and a slot for an image are free now, evicting what must go; False when they will be, once the
+        reads that were given up are over. Raises OutOfSpace, nothing evicted, when they will not."""
+        needed = self._arena.chunks_for(image_bytes)
+        idle = sorted((each for each in self._residents.values() if not each.users), key=lambda each: each.stamp)
+        ending = [fill.occupant for fill in self._fills.values() if fill.given_up and fill.occupant is not None]
+        chunks, slots = len(self._free), len(self._free_slots)
+        victims: list[Occupant] = []
+        for occupant in idle:
+            if chunks >= needed and slots:
+                break
+            victims.append(occupant)
+            chunks += len(occupant.chunks)
+            slots += 1
+        if chunks < needed or not slots:
+            if chunks + sum(len(each.chunks) for each in ending) >= needed and slots + len(ending):
+                return False
+            raise OutOfSpace(
+                f"the arena has no room for {image_bytes} bytes: of {self._arena.chunks * self._arena.chunk_bytes} bytes "
+                f"{chunks * self._arena.chunk_bytes} are free or idle; stop an instance or give the node a larger arena"
+            )
+        for occupant in victims:
+            del self._residents[occupant.digest]
+            self._listener.evicted(occupant.digest)
+            self._release(occupant)
+        return True
+
+    def _release(self, occupant: Occupant) -> None:
+        self._arena.table.release(occupant)
+        self._free.give(occupant.chunks)
+        self._free_slots.add(occupant.slot)
+
+    def _use(self, occupant: Occupant, users: int) -> None:
+        self._stamp += 1
+        occupant.users, occupant.stamp = users, self._stamp
+        self._arena.table.note(occupant)
+
+    def _resident(self, occupant: Occupant, op: str = "", read_bytes: int = 0, seconds: float = 0.0) -> Resident:
+        return Resident(
+            digest=occupant.digest,
+            extents=self._arena.extents(occupant.chunks),
+            image_bytes=occupant.image_bytes,
+            users=occupant.users,
+            op=op,
+            read_bytes=read_bytes,
+            seconds=seconds,
+        )
+
+
+def _mark(write: Callable[..., None], directory: Path, *reason: str) -> None:
+    """A marker that cannot be written costs a second look later, not the load."""
+    try:
+        write(directory, *reason)
+    except OSError as error:
+        _log.warning("cannot write a marker in %s: %s", directory, error)

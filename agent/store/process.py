@@ -1,0 +1,240 @@
+"""The store process: one arena and its checkpoints, served to the node's agent over all of the agent's lives.
+
+The main thread owns everything; reader threads only read. It ends on `Shutdown`, on SIGTERM, and when there was no agent for
+``agent_grace_s``. It may be killed at any time: the agent holds the arena's descriptor, the arena its own table.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import sys
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from agent.channel import Channel
+from agent.config import NodeConfig, load_config
+from agent.native.arena import Arena
+from agent.store.cache import ArenaStore
+from schema.errors import Fault, InvalidInput, LinkError, SllmError
+from schema.link import (
+    Descriptors,
+    DropResident,
+    Evicted,
+    FillArena,
+    Hello,
+    HoldCheckpoint,
+    OperationDone,
+    Ping,
+    Pong,
+    Progress,
+    Refused,
+    Resident,
+    Role,
+    Shutdown,
+    StoreMessage,
+    StoreTruth,
+    ToStore,
+    Welcome,
+)
+
+__all__ = ["StoreProcess", "main"]
+
+_SOFTWARE: Final = "sllmctl-store"
+_log = logging.getLogger(__name__)
+
+
+def main(run_dir: str | Path) -> int:
+    """Run the store of the node whose run directory this is, to its end. Returns the exit code."""
+    try:
+        config = load_config(Path(run_dir))
+    except SllmError as error:
+        sys.stderr.write(f"store: {error}\n")
+        return 2
+    logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format="%(asctime)s store %(levelname)s %(message)s")
+    lock = os.open(config.lock_path("store"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _log.error("another store holds %s; it serves this run directory", config.lock_path("store"))
+        return 6
+    try:
+        return StoreProcess(config).run()
+    except SllmError as error:
+        _log.error("%s", error)
+        return 1
+    finally:
+        os.close(lock)
+
+
+class StoreProcess:
+    """The main loop. Speaks first only after a `Welcome` and the descriptors that it announced."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        self._config = config
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        hello = Hello(role=Role.STORE, software=_SOFTWARE, pid=os.getpid(), token=_token(config))
+        self._channel: Channel[ToStore] = Channel(config.socket_path, hello, ToStore)
+        self._arena: Arena | None = None
+        self._store: ArenaStore | None = None
+        self._announced = 0
+        self._offer = True
+        self._stopping = False
+
+    def run(self) -> int:
+        """Serve until told to stop, or until the agent was away too long. Returns the exit code."""
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, self._stop)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the manager, which tells the agent
+        grace_s = self._config.agent_grace_s
+        try:
+            while not self._stopping:
+                # While connected the loop only wakes to notice a broken link; messages and reads wake it at once.
+                left_s = max(0.0, grace_s - self._channel.lost_for_s)
+                for message in self._channel.poll(min(max(left_s, 0.01), 1.0), (self._wake_read,)):
+                    self._take(message)
+                self._drain()
+                if self._store is not None:
+                    self._store.pump()
+                if not self._channel.connected and self._channel.lost_for_s >= grace_s:
+                    _log.warning("no agent for %.1f s; ending. %s", grace_s, self._channel.last_refusal or "")
+                    break
+        finally:
+            self._close()
+        return 0
+
+    # What the store says of its background work: the StoreListener.
+
+    def progress(self, op: str, done_bytes: int, total_bytes: int) -> None:
+        self._say(Progress(op=op, stage="load", done_bytes=done_bytes, total_bytes=total_bytes))
+
+    def filled(self, op: str, resident: Resident) -> None:
+        self._say(resident)
+
+    def failed(self, op: str, digest: str, fault: Fault) -> None:
+        _log.warning("loading %s failed: %s", digest, fault.message)
+        self._say(OperationDone(op=op, digest=digest, fault=fault))
+
+    def evicted(self, digest: str) -> None:
+        self._say(Evicted(digest=digest))
+
+    def _say(self, message: StoreMessage) -> None:
+        if not self._announced:  # until then the truth, which comes first, says it all
+            self._channel.send(message)
+
+    def _take(self, message: ToStore) -> None:
+        try:
+            if isinstance(message, Welcome):
+                self._announced, self._offer = message.descriptors, True
+                if not self._announced:
+                    self._state_truth()
+            elif isinstance(message, Descriptors):
+                self._take_arena(message)
+            elif isinstance(message, Ping):
+                self._channel.send(Pong(nonce=message.nonce))
+            elif isinstance(message, Shutdown):
+                self._stopping = True
+            elif not isinstance(message, Refused | Pong):
+                self._command(message)
+        except LinkError as error:
+            _log.error("%s; dialling again", error)
+            self._channel.close(0.0)
+
+    def _command(self, message: FillArena | HoldCheckpoint | DropResident) -> None:
+        if self._store is None or self._announced:
+            raise LinkError(f"the agent sent {type(message).__name__} before the store had an arena")
+        if isinstance(message, FillArena):
+            try:
+                directory = self._directory(message.directory)
+            except InvalidInput as error:
+                self.failed(message.op, message.digest, Fault.of(error))
+                return
+            self._store.fill(message.op, message.digest, directory, message.users, message.priority)
+        elif isinstance(message, HoldCheckpoint):
+            self._store.hold(message.digest, message.users)
+        else:
+            fault = None
+            try:
+                self._store.drop(message.digest)
+            except SllmError as error:
+                fault = Fault.of(error)
+            self._say(OperationDone(op=message.op, digest=message.digest, fault=fault))
+
+    def _directory(self, relative: str) -> Path:
+        path = PurePosixPath(relative)
+        if path.is_absolute() or ".." in path.parts:
+            raise InvalidInput(f"the directory {relative!r} is not one within the node's checkpoints")
+        return self._config.checkpoints_path / path
+
+    def _take_arena(self, message: Descriptors) -> None:
+        descriptors = self._channel.take_descriptors(message.count)
+        if not self._announced or message.what != "arena":
+            _close_all(descriptors)
+            raise LinkError(f"the agent sent descriptors ({message.what!r}) that it had not announced")
+        for descriptor in descriptors:
+            if self._arena is None and self._adopt(descriptor):
+                self._offer = False
+                continue
+            if self._arena is not None and os.path.sameopenfile(descriptor, self._arena.descriptor):
+                self._offer = False
+            os.close(descriptor)
+        self._announced -= 1
+        if not self._announced:
+            self._state_truth()
+
+    def _adopt(self, descriptor: int) -> bool:
+        try:
+            self._arena = Arena.adopt(descriptor, self._config.arena_bytes, self._config.chunk_bytes)
+        except InvalidInput as error:
+            _log.warning("%s; making a fresh arena", error)
+            return False
+        _log.info("took back the arena with %d checkpoints", len(self._arena.occupants))
+        return True
+
+    def _state_truth(self) -> None:
+        arena = self._arena = self._arena or Arena.create(self._config.arena_bytes, self._config.chunk_bytes)
+        if self._store is None:
+            self._store = ArenaStore(arena, self, reader_threads=self._config.reader_threads, wake=self._wake)
+        if self._offer:
+            self._channel.send(Descriptors(what="arena", count=1), [arena.descriptor])
+        store = self._store
+        self._channel.send(StoreTruth(arena=store.arena, residents=store.residents(), filling=store.filling()))
+
+    def _wake(self) -> None:
+        try:
+            os.write(self._wake_write, b"\0")
+        except BlockingIOError:
+            return  # full of wakes that the main thread has yet to see
+
+    def _drain(self) -> None:
+        try:
+            while os.read(self._wake_read, 4096):
+                pass
+        except BlockingIOError:
+            return
+
+    def _stop(self, *_: object) -> None:
+        self._stopping = True
+
+    def _close(self) -> None:
+        if self._store is not None:
+            self._store.close()
+        self._channel.close()
+        if self._arena is not None:
+            self._arena.close()
+        signal.set_wakeup_fd(-1)
+        _close_all([self._wake_read, self._wake_write])
+
+
+def _token(config: NodeConfig) -> str:
+    try:
+        return config.token_path.read_text().strip()
+    except OSError as error:
+        raise InvalidInput(f"cannot read the agent's token {config.token_path}: {error.strerror}") from error
+
+
+def _close_all(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

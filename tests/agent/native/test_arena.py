@@ -1,0 +1,207 @@
+"""The arena's memory and chunk table: hostile memory is refused, a killed writer leaves only what is whole."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from agent.native.arena import Arena
+from agent.native.mapping import ImageMapping, read_only
+from schema.errors import InvalidInput, LinkError
+from schema.link import Extent
+
+CHUNK = 2 << 20
+BUDGET = 6 * CHUNK
+
+
+@pytest.fixture
+def arena() -> Iterator[Arena]:
+    arena = Arena.create(BUDGET, CHUNK)
+    yield arena
+    arena.close()
+
+
+def digest_of(number: int) -> str:
+    return f"{number:064x}"
+
+
+def put(arena: Arena, number: int, chunks: list[int], image_bytes: int | None = None) -> None:
+    occupant = arena.table.begin(number, digest_of(number), image_bytes or len(chunks) * CHUNK, chunks)
+    for index, chunk in enumerate(chunks):
+        arena.views([chunk], 0, CHUNK)[0][:] = bytes([number, index]) * (CHUNK // 2)
+    arena.table.commit(occupant)
+
+
+def adopt(arena: Arena) -> Arena:
+    return Arena.adopt(os.dup(arena.descriptor), BUDGET, CHUNK)
+
+
+def test_next_life_finds_what_was_committed(arena: Arena) -> None:
+    put(arena, 1, [4, 0, 1], 2 * CHUNK + 1)
+    arena.table.begin(2, digest_of(2), CHUNK, [2])
+    again = adopt(arena)
+    assert again.id == arena.id
+    (occupant,) = again.occupants
+    assert (occupant.digest, occupant.chunks, occupant.image_bytes) == (digest_of(1), (4, 0, 1), 2 * CHUNK + 1)
+    again.close()
+
+
+def test_released_and_given_to_another_is_forgotten(arena: Arena) -> None:
+    put(arena, 1, [0, 1])
+    again = adopt(arena)
+    arena.table.release(again.occupants[0])
+    again.close()
+    put(arena, 2, [1, 2])
+    again = adopt(arena)
+    assert [occupant.digest for occupant in again.occupants] == [digest_of(2)]
+    again.close()
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_damaged_table_yields_less_and_never_something_wrong(arena: Arena, seed: int) -> None:
+    put(arena, 0, [0, 3])
+    put(arena, 1, [2, 1, 5])
+    noise = random.Random(seed)
+    whole = {(digest_of(0), (0, 3)), (digest_of(1), (2, 1, 5))}
+    memory = mmap.mmap(arena.descriptor, CHUNK)
+    table_end = 4096 + 6 * 128 + 6 * 32
+    for _ in range(noise.choice((1, 3, 50))):
+        memory[noise.randrange(4096, table_end)] = noise.randrange(256)
+    again = adopt(arena)
+    assert {(occupant.digest, occupant.chunks) for occupant in again.occupants} <= whole, f"seed {seed}"
+    again.close()
+    memory.close()
+
+
+@pytest.mark.parametrize("at", [0, 17, 30, 50, 60, 70, 80])
+def test_damaged_header_is_refused(arena: Arena, at: int) -> None:
+    memory = mmap.mmap(arena.descriptor, CHUNK)
+    memory[at] ^= 0x55
+    memory.close()
+    with pytest.raises(InvalidInput):
+        Arena.adopt(arena.descriptor, BUDGET, CHUNK)
+
+
+@pytest.mark.parametrize(("budget", "chunk"), [(BUDGET, 2 * CHUNK), (BUDGET + CHUNK, CHUNK), (BUDGET - CHUNK, CHUNK)])
+def test_other_geometry_is_refused(arena: Arena, budget: int, chunk: int) -> None:
+    with pytest.raises(InvalidInput):
+        Arena.adopt(arena.descriptor, budget, chunk)
+
+
+def test_memory_that_could_shrink_under_us_is_refused(arena: Arena) -> None:
+    size = os.fstat(arena.descriptor).st_size
+    loose = os.memfd_create("loose", os.MFD_ALLOW_SEALING)
+    os.ftruncate(loose, size)
+    os.write(loose, os.pread(arena.descriptor, CHUNK, 0))
+    with pytest.raises(InvalidInput, match="sealed"):
+        Arena.adopt(loose, BUDGET, CHUNK)
+    os.close(loose)
+    with pytest.raises(PermissionError):
+        os.ftruncate(arena.descriptor, size // 2)
+
+
+def test_pipes_and_read_only_descriptors_are_no_arena(arena: Arena) -> None:
+    ends = os.pipe()
+    reader = read_only(arena.descriptor)
+    for descriptor in (*ends, reader):
+        with pytest.raises(InvalidInput):
+            Arena.adopt(descriptor, BUDGET, CHUNK)
+        os.close(descriptor)
+
+
+def test_empty_budget_makes_an_arena_without_room() -> None:
+    arena = Arena.create(0, CHUNK)
+    assert arena.info(0).budget_bytes == 0
+    arena.close()
+
+
+WRITER = """
+import os, random, sys
+sys.path.insert(0, os.getcwd())
+from agent.native.arena import Arena
+arena = Arena.adopt(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+chance = random.Random(int(sys.argv[4]))
+held = {each.slot: each for each in arena.occupants}
+free = set(range(arena.chunks)) - {chunk for each in held.values() for chunk in each.chunks}
+while True:
+    number = chance.randrange(4)
+    if number in held:
+        arena.table.release(held[number])
+        free |= set(held.pop(number).chunks)
+    else:
+        chunks = chance.sample(sorted(free), min(len(free), chance.randrange(1, 4)))
+        if chunks:
+            free -= set(chunks)
+            held[number] = arena.table.begin(number, f"{number:064x}", len(chunks) * arena.chunk_bytes, chunks)
+            for index, chunk in enumerate(chunks):
+                arena.views([chunk], 0, 4096)[0][:] = bytes([number, index]) * 2048
+            arena.table.commit(held[number])
+    os.write(1, b".")
+"""
+
+
+def test_writer_killed_anywhere_leaves_only_whole_checkpoints(arena: Arena) -> None:
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    for life in range(12):
+        arguments = [sys.executable, "-c", WRITER, *map(str, (arena.descriptor, BUDGET, CHUNK, seed + life))]
+        with subprocess.Popen(arguments, stdout=subprocess.PIPE, pass_fds=(arena.descriptor,)) as writer:
+            assert writer.stdout is not None
+            try:
+                assert writer.stdout.read(chance.randrange(1, 400))
+            finally:
+                writer.kill()
+        again = adopt(arena)
+        for occupant in again.occupants:
+            for index, chunk in enumerate(occupant.chunks):
+                expected = bytes([int(occupant.digest, 16), index]) * 2048
+                assert again.views([chunk], 0, 4096)[0] == expected
+        again.close()
+
+
+def test_mapping_is_contiguous_over_scattered_chunks_and_read_only(arena: Arena) -> None:
+    put(arena, 1, [4, 0, 1])
+    extents = arena.extents([4, 0, 1])
+    assert len(extents) == 2
+    descriptor = read_only(arena.descriptor)
+    mapping = ImageMapping(descriptor, extents, 2 * CHUNK + 4097)
+    os.close(descriptor)
+    assert len(mapping.buffer) == 2 * CHUNK + 4097
+    assert bytes(mapping.buffer[CHUNK - 2 : CHUNK + 2]) == bytes([1, 0, 1, 1])
+    assert mapping.address % CHUNK == 0
+    assert mapping.buffer.readonly
+    mapping.close()
+    mapping.close()
+    with pytest.raises(ValueError, match="no longer"):
+        _ = mapping.buffer
+
+
+def test_read_only_descriptor_cannot_be_mapped_for_writing(arena: Arena) -> None:
+    descriptor = read_only(arena.descriptor)
+    with pytest.raises(PermissionError):
+        mmap.mmap(descriptor, CHUNK)
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize(
+    ("extents", "image_bytes"),
+    [
+        ([Extent(1, 4096)], 4096),
+        ([Extent(0, 100)], 100),
+        ([Extent(-4096, 4096)], 4096),
+        ([Extent(0, 1 << 40)], 4096),
+        ([Extent(0, 4096)], 4097),
+        ([Extent(0, 4096)], 0),
+        ([], 1),
+    ],
+)
+def test_extents_that_are_not_the_image_are_refused(arena: Arena, extents: list[Extent], image_bytes: int) -> None:
+    with pytest.raises(LinkError):
+        ImageMapping(arena.descriptor, extents, image_bytes)

@@ -1,0 +1,102 @@
+"""Committed checkpoints of arbitrary bytes, made directly, and a listener that keeps what it was told."""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from agent.native.arena import Arena
+from agent.native.mapping import ImageMapping
+from agent.store.cache import ArenaStore
+from schema.checkpoint import FORMAT_VERSION, PAD_BYTES, KvGeometry, Manifest, Partition, TextDefaults, encode_manifest
+from schema.errors import Fault
+from schema.link import Resident
+
+CHUNK = 2 << 20
+
+
+def commit(
+    root: Path, number: int, size_bytes: int, *, partitions: int = 1, checksum_bytes: int = CHUNK
+) -> tuple[str, Path, bytes]:
+    """A checkpoint of seeded bytes under ``root``; returns its digest, its directory and its image."""
+    digest = f"{number:064x}"
+    directory = root / digest / "exec1"
+    directory.mkdir(parents=True)
+    image = b""
+    entries = []
+    for index in range(partitions):
+        data = np.random.default_rng((number, index)).bytes(size_bytes)
+        data += bytes(-len(data) % PAD_BYTES)
+        file = f"partition_{index}.bin"
+        (directory / file).write_bytes(data)
+        sums = tuple(xxhash.xxh3_64_intdigest(data[at : at + checksum_bytes]) for at in range(0, len(data), checksum_bytes))
+        entries.append(Partition(file, len(image), len(data), sums))
+        image += data
+    manifest = Manifest(
+        format_version=FORMAT_VERSION, digest=digest, layout="exec1", architecture="LlamaForCausalLM", parameters=0,
+        vocab_size=1, max_context_tokens=1, chunk_bytes=checksum_bytes, partitions=tuple(entries), tensors=(), ties={},
+        kv=KvGeometry(1, 1, 1, "F32"), config={}, text=TextDefaults(), assets=(),
+    )  # fmt: skip
+    (directory / "manifest.json").write_bytes(encode_manifest(manifest))
+    return digest, directory, image
+
+
+def read_image(descriptor: int, resident: Resident) -> bytes:
+    mapping = ImageMapping(descriptor, resident.extents, resident.image_bytes)
+    data = bytes(mapping.buffer)
+    mapping.close()
+    return data
+
+
+@dataclass
+class Told:
+    """A StoreListener that keeps everything, and waits for answers by pumping the store."""
+
+    steps: list[tuple[str, int, int]] = field(default_factory=list)
+    resident: dict[str, Resident] = field(default_factory=dict)
+    faults: dict[str, Fault] = field(default_factory=dict)
+    gone: list[str] = field(default_factory=list)
+
+    def progress(self, op: str, done_bytes: int, total_bytes: int) -> None:
+        self.steps.append((op, done_bytes, total_bytes))
+
+    def filled(self, op: str, resident: Resident) -> None:
+        assert op not in self.resident.keys() | self.faults.keys(), f"{op} was answered twice"
+        self.resident[op] = resident
+
+    def failed(self, op: str, digest: str, fault: Fault) -> None:
+        assert op not in self.resident.keys() | self.faults.keys(), f"{op} was answered twice"
+        self.faults[op] = fault
+
+    def evicted(self, digest: str) -> None:
+        self.gone.append(digest)
+
+
+class Bench:
+    """A store with its arena, driven as the store process drives it."""
+
+    def __init__(self, arena: Arena, threads: int = 2) -> None:
+        self.told = Told()
+        self.arena = arena
+        self._event = os.eventfd(0, os.EFD_NONBLOCK)
+        self._write = os.eventfd_write
+        self.store = ArenaStore(arena, self.told, reader_threads=threads, wake=lambda: self._write(self._event, 1))
+
+    def wait(self, *ops: str, timeout_s: float = 30.0) -> None:
+        """Returns when every op is answered."""
+        deadline = time.monotonic() + timeout_s
+        while not all(op in self.told.resident or op in self.told.faults for op in ops):
+            assert select.select([self._event], [], [], deadline - time.monotonic())[0], f"{ops} were not answered"
+            os.eventfd_read(self._event)
+            self.store.pump()
+
+    def close(self) -> None:
+        self.store.close()
+        self.arena.close()
+        os.close(self._event)

@@ -1,0 +1,294 @@
+"""The DRAM tier: fills, sharing, eviction, giving up, faults, and the next life."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from agent.native.arena import Arena
+from agent.store import catalog
+from schema.errors import Conflict, NotFound
+from tests.agent.store.images import CHUNK, Bench, commit, read_image
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    bench = Bench(Arena.create(8 * CHUNK, CHUNK))
+    yield bench
+    bench.close()
+
+
+@pytest.mark.parametrize("size_bytes", [1, 4095, 4096, 4097, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK - 4096, 3 * CHUNK + 5])
+def test_image_arrives_to_the_byte(bench: Bench, tmp_path: Path, size_bytes: int) -> None:
+    digest, directory, image = commit(tmp_path, 1, size_bytes)
+    bench.store.fill("a", digest, directory)
+    bench.wait("a")
+    resident = bench.told.resident["a"]
+    assert resident.read_bytes == resident.image_bytes == len(image)
+    assert read_image(bench.arena.descriptor, resident) == image
+    assert bench.told.steps[-1] == ("a", len(image), len(image))
+
+
+@pytest.mark.parametrize("checksum_bytes", [4096, 12288, CHUNK * 2, CHUNK * 4])
+def test_partitions_and_checksums_need_not_match_chunks(bench: Bench, tmp_path: Path, checksum_bytes: int) -> None:
+    digest, directory, image = commit(tmp_path, 1, CHUNK + 12345, partitions=3, checksum_bytes=checksum_bytes)
+    bench.store.fill("a", digest, directory)
+    bench.wait("a")
+    assert read_image(bench.arena.descriptor, bench.told.resident["a"]) == image
+    assert catalog.is_verified(directory)
+
+
+def test_two_ops_share_one_fill_and_a_third_reads_nothing(bench: Bench, tmp_path: Path) -> None:
+    digest, directory, _ = commit(tmp_path, 1, 2 * CHUNK)
+    bench.store.fill("a", digest, directory, users=1)
+    bench.store.fill("b", digest, directory, users=2)
+    assert bench.store.filling() == ("a", "b")
+    bench.wait("a", "b")
+    bench.store.fill("c", digest, directory, users=3)
+    assert bench.told.resident["c"].read_bytes == 0
+    assert bench.told.resident["c"].users == 3
+    assert bench.store.arena.used_bytes == 2 * CHUNK
+
+
+def test_least_recently_used_goes_first_and_users_stay(bench: Bench, tmp_path: Path) -> None:
+    made = [commit(tmp_path, number, 3 * CHUNK) for number in range(4)]
+    for number in (0, 1):
+        bench.store.fill(f"op{number}", made[number][0], made[number][1])
+        bench.wait(f"op{number}")
+        bench.store.hold(made[number][0], 0)
+    bench.store.hold(made[0][0], 1)
+    bench.store.fill("op2", made[2][0], made[2][1])
+    bench.wait("op2")
+    assert bench.told.gone == [made[1][0]]
+    bench.store.fill("op3", made[3][0], made[3][1])
+    assert bench.told.faults["op3"].code == "out_of_space"
+    assert bench.told.gone == [made[1][0]]
+    assert read_image(bench.arena.descriptor, bench.told.resident["op0"]) == made[0][2]
+
+
+def test_image_larger_than_the_arena_is_refused_and_evicts_nothing(bench: Bench, tmp_path: Path) -> None:
+    small, big = commit(tmp_path, 1, CHUNK), commit(tmp_path, 2, 9 * CHUNK)
+    bench.store.fill("a", small[0], small[1], users=0)
+    bench.wait("a")
+    bench.store.fill("b", big[0], big[1])
+    assert bench.told.faults["b"].code == "out_of_space"
+    assert [resident.digest for resident in bench.store.residents()] == [small[0]]
+
+
+def test_fill_that_nobody_waits_for_is_given_up_and_can_be_asked_for_again(bench: Bench, tmp_path: Path) -> None:
+    digest, directory, image = commit(tmp_path, 1, 7 * CHUNK)
+    other = commit(tmp_path, 2, 6 * CHUNK)
+    bench.store.fill("a", digest, directory)
+    bench.store.hold(digest, 0)
+    bench.store.fill("b", digest, directory)  # while the first read still unwinds
+    bench.store.fill("other", other[0], other[1])
+    bench.wait("a", "b", "other")
+    answered = {op: "faulted" if op in bench.told.faults else "filled" for op in ("a", "b", "other")}
+    assert answered in (
+        {"a": "faulted", "b": "filled", "other": "faulted"},
+        {"a": "filled", "b": "filled", "other": "faulted"},  # the read was over before the cancel
+    )
+    assert read_image(bench.arena.descriptor, bench.told.resident["b"]) == image
+
+
+def test_waiting_behind_a_given_up_read_ends_when_its_users_go(bench: Bench, tmp_path: Path) -> None:
+    digest, directory, _ = commit(tmp_path, 1, 4 * CHUNK)
+    bench.store.fill("a", digest, directory)
+    bench.store.hold(digest, 0)
+    bench.store.fill("b", digest, directory)
+    bench.store.hold(digest, 0)
+    assert bench.told.faults["b"].code == "cancelled"
+    bench.wait("a")
+    assert bench.store.filling() == ()
+
+
+def test_wrong_chunk_names_file_and_offset_and_quarantines(bench: Bench, tmp_path: Path) -> None:
+    digest, directory, image = commit(tmp_path, 1, 3 * CHUNK)
+    damaged = bytearray(image)
+    damaged[CHUNK + 77] ^= 1
+    (directory / "partition_0.bin").write_bytes(damaged)
+    bench.store.fill("a", digest, directory)
+    bench.wait("a")
+    fault = bench.told.faults["a"]
+    assert fault.code == "invalid_checkpoint"
+    assert str(directory / "partition_0.bin") in fault.message
+    assert f"offset {CHUNK}" in fault.message
+    assert bench.store.arena.used_bytes == 0
+    assert catalog.scan(tmp_path)[digest].quarantined == fault.message
+    bench.store.fill("b", digest, directory)
+    assert bench.told.faults["b"].code == "invalid_checkpoint"
+
+
+def test_checksums_are_looked_at_once(bench: Bench, tmp_path: Path) -> None:
+    digest, directory, image = commit(tmp_path, 1, CHUNK)
+    bench.store.fill("a", digest, directory, users=0)
+    bench.wait("a")
+    bench.store.drop(digest)
+    (directory / "partition_0.bin").write_bytes(bytes(len(image)))
+    bench.store.fill("b", digest, directory)
+    bench.wait("b")
+    assert read_image(bench.arena.descriptor, bench.told.resident["b"]) == bytes(len(image))
+
+
+@pytest.mark.parametrize("damage", ["short", "long", "gone", "link", "no manifest", "moved"])
+def test_damaged_copy_is_an_invalid_checkpoint_and_leaks_nothing(bench: Bench, tmp_path: Path, damage: str) -> None:
+    digest, directory, _ = commit(tmp_path, 1, 2 * CHUNK)
+    file = directory / "partition_0.bin"
+    if damage in ("short", "long"):
+        os.truncate(file, 2 * CHUNK + (-4096 if damage == "short" else 4096))
+    elif damage == "gone":
+        file.unlink()
+    elif damage == "link":
+        file.rename(tmp_path / "elsewhere")
+        file.symlink_to(tmp_path / "elsewhere")
+    elif damage == "no manifest":
+        (directory / "manifest.json").unlink()
+    else:
+        directory = directory.rename(directory.parent / "exec2")
+    bench.store.fill("a", digest, directory)
+    assert bench.told.faults["a"].code == "invalid_checkpoint"
+    assert bench.store.arena.used_bytes == 0
+
+
+def test_drop_refuses_what_is_used_or_on_its_way(bench: Bench, tmp_path: Path) -> None:
+    digest, directory, _ = commit(tmp_path, 1, CHUNK)
+    with pytest.raises(NotFound):
+        bench.store.drop(digest)
+    bench.store.fill("a", digest, directory)
+    with pytest.raises(Conflict):
+        bench.store.drop(digest)
+    bench.wait("a")
+    with pytest.raises(Conflict):
+        bench.store.drop(digest)
+    bench.store.hold(digest, 0)
+    bench.store.drop(digest)
+    assert bench.store.residents() == ()
+    assert bench.store.arena.used_bytes == 0
+
+
+def test_next_life_has_whole_checkpoints_with_their_users_and_drops_the_rest(tmp_path: Path) -> None:
+    whole, partial = commit(tmp_path, 1, 3 * CHUNK), commit(tmp_path, 2, CHUNK)
+    bench = Bench(Arena.create(8 * CHUNK, CHUNK))
+    bench.store.fill("a", whole[0], whole[1], users=2)
+    bench.wait("a")
+    bench.arena.table.begin(5, partial[0], CHUNK, [7])
+    descriptor = os.dup(bench.arena.descriptor)
+    bench.close()
+    again = Bench(Arena.adopt(descriptor, 8 * CHUNK, CHUNK))
+    (resident,) = again.store.residents()
+    assert (resident.digest, resident.users) == (whole[0], 2)
+    assert read_image(descriptor, resident) == whole[2]
+    assert again.store.arena.used_bytes == 3 * CHUNK
+    again.close()
+
+
+class Budget(RuleBasedStateMachine):
+    """Any order of fills, holds and drops against a set of digests and their users."""
+
+    CHUNKS = 5
+
+    @initialize()
+    def start(self) -> None:
+        self.root = Path(tempfile.mkdtemp(prefix="sl"))
+        self.made = [commit(self.root, number, size * CHUNK - 100) for number, size in enumerate((1, 1, 2, 3, 6))]
+        self.bench = Bench(Arena.create(self.CHUNKS * CHUNK, CHUNK))
+        self.users: dict[str, int] = {}
+        self.order: list[str] = []
+        self.count = 0
+
+    @rule(number=st.integers(0, 4), users=st.integers(0, 2))
+    def fill(self, number: int, users: int) -> None:
+        digest, directory, image = self.made[number]
+        before, self.bench.told.gone = dict(self.users), []
+        self.count += 1
+        op = f"op{self.count}"
+        self.bench.store.fill(op, digest, directory, users)
+        self.bench.wait(op)
+        size = -(-len(image) // CHUNK)
+        others = {each: users for each, users in before.items() if each != digest}
+        pinned = sum(self._size(each) for each, users in others.items() if users)
+        gone = self.bench.told.gone
+        if digest not in before and size + pinned > self.CHUNKS:
+            assert self.bench.told.faults[op].code == "out_of_space"
+            assert not gone
+            return
+        expected = []
+        if digest not in before:
+            idle = [each for each in self.order if not before.get(each)]
+            while sum(self._size(each) for each in before if each not in expected) + size > self.CHUNKS:
+                expected.append(idle.pop(0))
+        assert gone == expected
+        for each in expected:
+            del self.users[each]
+            self.order.remove(each)
+        self._touch(digest, users)
+
+    @rule(number=st.integers(0, 4), users=st.integers(0, 2))
+    def hold(self, number: int, users: int) -> None:
+        digest = self.made[number][0]
+        self.bench.store.hold(digest, users)
+        if digest in self.users:
+            self._touch(digest, users)
+
+    @rule(number=st.integers(0, 4))
+    def drop(self, number: int) -> None:
+        digest = self.made[number][0]
+        if digest not in self.users:
+            with pytest.raises(NotFound):
+                self.bench.store.drop(digest)
+        elif self.users[digest]:
+            with pytest.raises(Conflict):
+                self.bench.store.drop(digest)
+        else:
+            self.bench.store.drop(digest)
+            del self.users[digest]
+            self.order.remove(digest)
+
+    @rule(number=st.integers(0, 4))
+    def fail(self, number: int) -> None:
+        digest, directory, _ = self.made[number]
+        if digest not in self.users:
+            self.count += 1
+            self.bench.store.fill(f"op{self.count}", digest, directory.parent / "none")
+            assert self.bench.told.faults[f"op{self.count}"].code == "invalid_checkpoint"
+
+    @precondition(lambda self: self.users)
+    @rule()
+    def restart(self) -> None:
+        descriptor = os.dup(self.bench.arena.descriptor)
+        self.bench.close()
+        self.bench = Bench(Arena.adopt(descriptor, self.CHUNKS * CHUNK, CHUNK))
+
+    @invariant()
+    def agrees(self) -> None:
+        if not hasattr(self, "users"):
+            return
+        residents = {resident.digest: resident for resident in self.bench.store.residents()}
+        assert {digest: resident.users for digest, resident in residents.items()} == self.users
+        assert self.bench.store.arena.used_bytes == sum(map(self._size, self.users)) * CHUNK <= self.CHUNKS * CHUNK
+        for digest, _, image in self.made:
+            if digest in residents:
+                assert read_image(self.bench.arena.descriptor, residents[digest]) == image
+
+    def teardown(self) -> None:
+        self.bench.close()
+        shutil.rmtree(self.root)
+
+    def _size(self, digest: str) -> int:
+        return -(-len(self.made[int(digest, 16)][2]) // CHUNK)
+
+    def _touch(self, digest: str, users: int) -> None:
+        self.users[digest] = users
+        self.order = [*(each for each in self.order if each != digest), digest]
+
+
+TestBudget = Budget.TestCase
+TestBudget.settings = settings(max_examples=15, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck))
