@@ -1,0 +1,1 @@
+"""One worker's inside: batch scheduler, KV blocks, model runner, sampler."""

@@ -1,0 +1,69 @@
+"""An engine from a manifest and tensors; the worker takes the same steps one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from agent.engine.api import EngineCapacity
+from agent.engine.attention import KvPool
+from agent.engine.blocks import BLOCK_TOKENS, BlockManager
+from agent.engine.dtypes import torch_dtype
+from agent.engine.engine import BatchEngine
+from agent.engine.runner import ModelRunner
+from agent.engine.skeleton import build_skeleton
+from agent.engine.weights import attach
+from schema.checkpoint import Manifest
+from schema.errors import OutOfSpace
+from schema.link import EngineOptions
+
+__all__ = ["PREFILL_TOKENS", "assemble", "build_engine"]
+
+PREFILL_TOKENS = 512
+"""Prompt tokens that one step computes at most, beside the sequences that decode."""
+
+
+def build_engine(
+    manifest: Manifest,
+    tensors: Mapping[str, Tensor],
+    options: EngineOptions,
+    device: str = "cpu",
+    prefill_tokens: int = PREFILL_TOKENS,
+) -> BatchEngine:
+    """A warm engine over ``tensors``, which are the checkpoint's stored ones by name; on ``device`` they are not copied.
+
+    Raises InvalidCheckpoint for a model that cannot be run exactly, OutOfSpace when ``kv_bytes`` hold not even one block.
+    """
+    model = build_skeleton(manifest)
+    attach(model, manifest, tensors, device)
+    engine = assemble(model, manifest, options, device, prefill_tokens)
+    engine.warm()
+    return engine
+
+
+def assemble(
+    model: nn.Module, manifest: Manifest, options: EngineOptions, device: str = "cpu", prefill_tokens: int = PREFILL_TOKENS
+) -> BatchEngine:
+    """KV memory and scheduling around a model that has its weights. Raises OutOfSpace when ``kv_bytes`` hold no block."""
+    geometry = manifest.kv
+    block_bytes = geometry.token_bytes * BLOCK_TOKENS
+    count = options.kv_bytes // block_bytes - 1  # one more is allocated, the zero block that pads tables
+    if count < 1:
+        raise OutOfSpace(f"kv_bytes {options.kv_bytes} hold no KV block; this model needs at least {2 * block_bytes}")
+    context = manifest.max_context_tokens
+    if options.max_context_tokens:
+        context = min(context, options.max_context_tokens)
+    reach = min(context, count * BLOCK_TOKENS)
+    blocks = BlockManager(count, options.max_concurrency, BlockManager.needed(reach))
+    pool = KvPool(geometry.layers, count, geometry.kv_heads, geometry.head_dim, torch_dtype(geometry.dtype), device)
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    return BatchEngine(
+        runner=ModelRunner(model, pool, blocks, device),
+        pool=pool,
+        blocks=blocks,
+        capacity=EngineCapacity(count * BLOCK_TOKENS, reach, options.max_concurrency),
+        vocabulary=embeddings.num_embeddings,
+        context_tokens=context,
+        prefill_tokens=prefill_tokens,
+    )

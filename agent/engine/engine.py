@@ -1,0 +1,177 @@
+"""The engine: continuous batching of one model, behind `agent.engine.api.Engine`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+
+import torch
+
+from agent.engine.api import EngineCapacity, StepOutput
+from agent.engine.attention import KvPool
+from agent.engine.blocks import BLOCK_TOKENS, BlockManager
+from agent.engine.runner import ModelRunner
+from agent.engine.sampler import BROKEN, sample
+from agent.engine.scheduler import Plan, Scheduler
+from agent.engine.sequence import Sequence
+from schema.errors import ContextOverflow, Fault, InvalidCheckpoint, InvalidInput, SllmError
+from schema.ids import Epoch
+from schema.link import Ended, SamplingParams, Submit, TokenRun
+from schema.states import EndReason
+
+__all__ = ["BatchEngine"]
+
+
+class BatchEngine:
+    """Token ids in, token ids out. ``vocabulary`` bounds token ids, ``capacity`` what runs at once."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        pool: KvPool,
+        blocks: BlockManager,
+        capacity: EngineCapacity,
+        vocabulary: int,
+        context_tokens: int,
+        prefill_tokens: int,
+    ) -> None:
+        self._runner = runner
+        self._pool = pool
+        self._blocks = blocks
+        self._capacity = capacity
+        self._vocabulary = vocabulary
+        self._context_tokens = context_tokens
+        self._scheduler = Scheduler(blocks, prefill_tokens)
+        self._known: dict[Epoch, Sequence] = {}
+        self._ends: list[Ended] = []
+
+    @property
+    def capacity(self) -> EngineCapacity:
+        return self._capacity
+
+    @property
+    def running(self) -> int:
+        return len(self._scheduler.running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._scheduler.waiting)
+
+    @property
+    def kv_used_tokens(self) -> int:
+        return self._blocks.used_tokens
+
+    @torch.inference_mode()
+    def warm(self) -> None:
+        """Run one prefill and one decode that nobody sees, before anything is submitted.
+
+        Raises InvalidCheckpoint when not every layer attends through this engine, exactly once.
+        """
+        params = SamplingParams(max_tokens=2, temperature=0)
+        submit = Submit(
+            attempt=Epoch(0), instance="", instance_epoch=Epoch(0), request="", model="", prompt=(0, 0), params=params
+        )
+        sequence = Sequence(submit)
+        self._blocks.admit(sequence)
+        self._blocks.extend(sequence, 3)
+        try:
+            for plan in (Plan(prefills=[(sequence, 2)]), Plan(decodes=[sequence])):
+                logits, sequences = self._runner.forward(plan)
+                layers = self._runner.attended_layers
+                if layers != list(range(len(self._pool.layers))):
+                    raise InvalidCheckpoint(
+                        f"{len(layers)} layers attended through the engine, the KV geometry has {len(self._pool.layers)}"
+                    )
+                sequence.tokens.append(max(0, sample(logits, sequences)[0]))
+        finally:
+            self._pool.erase(sequence.blocks)
+            self._blocks.release(sequence)
+
+    def submit(self, submit: Submit) -> None:
+        if submit.attempt in self._known:
+            return
+        sequence = Sequence(submit)
+        try:
+            self._check(submit)
+        except SllmError as error:
+            self._ends.append(sequence.ended(EndReason.ERROR, Fault.of(error)))
+            return
+        if (reason := sequence.finish()) is not None:
+            self._ends.append(sequence.ended(reason))
+            return
+        self._known[submit.attempt] = sequence
+        self._scheduler.add(sequence)
+
+    def cancel(self, attempt: Epoch) -> None:
+        sequence = self._known.get(attempt)
+        if sequence is not None:
+            self._end(sequence, EndReason.CANCELLED, None, self._ends)
+
+    @torch.inference_mode()
+    def step(self) -> StepOutput:
+        output = StepOutput(ends=self._ends)
+        self._ends = []
+        plan = self._scheduler.plan()
+        for sequence in plan.full:
+            del self._known[sequence.attempt]
+            output.ends.append(sequence.ended(EndReason.LENGTH))
+        if plan.empty:
+            return output
+        try:
+            logits, sequences = self._runner.forward(plan)
+            tokens = sample(logits, sequences) if sequences else []
+        except Exception as error:
+            self._fail(plan, error, output)
+            return output
+        for sequence in plan.decodes:
+            sequence.steps += 1
+        for sequence, _ in plan.prefills:
+            sequence.steps += 1
+        self._take(sequences, tokens, output)
+        return output
+
+    def _take(self, sequences: Items[Sequence], tokens: list[int], output: StepOutput) -> None:
+        for sequence, token in zip(sequences, tokens, strict=True):
+            if token == BROKEN:
+                self._pool.erase(sequence.blocks)
+                fault = Fault(
+                    "internal", "the model's output is not a number here; its weights or its numeric type do not bear it"
+                )
+                self._end(sequence, EndReason.ERROR, fault, output.ends)
+                continue
+            output.runs.append(TokenRun(sequence.attempt, sequence.position, (token,)))
+            if (reason := sequence.append(token)) is not None:
+                self._end(sequence, reason, None, output.ends)
+
+    def _fail(self, plan: Plan, error: Exception, output: StepOutput) -> None:
+        """End all of a step's sequences: what their blocks hold now is not known, so it is erased."""
+        fault = Fault.of(error)
+        for sequence in [*plan.decodes, *(sequence for sequence, _ in plan.prefills)]:
+            self._pool.erase(sequence.blocks)
+            self._end(sequence, EndReason.ERROR, fault, output.ends)
+
+    def _end(self, sequence: Sequence, reason: EndReason, fault: Fault | None, ends: list[Ended]) -> None:
+        del self._known[sequence.attempt]
+        self._scheduler.remove(sequence)
+        ends.append(sequence.ended(reason, fault))
+
+    def _check(self, submit: Submit) -> None:
+        """Raises InvalidInput or ContextOverflow for what can never run here."""
+        if not submit.prompt:
+            raise InvalidInput("the prompt has no tokens; send at least one", "prompt")
+        for ids in (submit.prompt, submit.generated):
+            if ids and max(ids) >= self._vocabulary:
+                raise InvalidInput(f"token id {max(ids)} is beyond the model's vocabulary of {self._vocabulary}", "prompt")
+        if submit.params.stop_token_ids and max(submit.params.stop_token_ids) >= self._vocabulary:
+            raise InvalidInput(f"a stop token id is beyond the model's vocabulary of {self._vocabulary}", "stop_token_ids")
+        wanted = len(submit.prompt) + submit.params.max_tokens
+        if wanted > self._context_tokens:
+            raise ContextOverflow(
+                f"{len(submit.prompt)} prompt tokens and {submit.params.max_tokens} to generate exceed the context of "
+                f"{self._context_tokens} tokens; shorten the prompt or ask for fewer"
+            )
+        present = len(submit.prompt) + len(submit.generated)
+        if present > self._blocks.total * BLOCK_TOKENS:
+            raise ContextOverflow(
+                f"{present} tokens do not fit this instance's KV memory of {self._blocks.total * BLOCK_TOKENS} tokens; "
+                "shorten the prompt, or give the model more kv_bytes"
+            )

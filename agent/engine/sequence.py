@@ -1,0 +1,69 @@
+"""One attempt inside the engine: what was asked, its tokens, and where its KV cache stands."""
+
+from __future__ import annotations
+
+import time
+
+from schema.errors import Fault
+from schema.ids import Epoch
+from schema.link import Ended, EngineTiming, SamplingParams, Submit
+from schema.states import EndReason
+
+__all__ = ["Sequence"]
+
+
+class Sequence:
+    """An attempt's state is its tokens; the KV cache of the first ``cached`` of them is only a memo that may be dropped.
+
+    ``row`` is its line in the block tables while it runs, -1 while it waits.
+    """
+
+    __slots__ = (
+        "_admitted_s", "_arrived_s", "_first_s", "attempt", "blocks", "cached", "choice", "params", "position", "row", "steps",
+        "stop_ids", "tokens",
+    )  # fmt: skip
+
+    def __init__(self, submit: Submit) -> None:
+        self.attempt: Epoch = submit.attempt
+        self.params: SamplingParams = submit.params
+        self.choice = submit.choice
+        self.tokens: list[int] = [*submit.prompt, *submit.generated]
+        self.position = len(submit.generated)
+        self.stop_ids = frozenset(submit.params.stop_token_ids)
+        self.cached = 0
+        self.blocks: list[int] = []
+        self.row = -1
+        self.steps = 0
+        self._arrived_s = time.monotonic()
+        self._admitted_s = 0.0
+        self._first_s = 0.0
+
+    def admitted(self) -> None:
+        """Say that it runs now; only the first time counts as the end of its queueing."""
+        self._admitted_s = self._admitted_s or time.monotonic()
+
+    def append(self, token: int) -> EndReason | None:
+        """Take in a new token; returns how it ends the sequence, if it does."""
+        self._first_s = self._first_s or time.monotonic()
+        self.tokens.append(token)
+        self.position += 1
+        return self.finish()
+
+    def finish(self) -> EndReason | None:
+        """How the tokens so far end the sequence, if they do."""
+        if self.position and self.tokens[-1] in self.stop_ids:
+            return EndReason.STOP
+        return EndReason.LENGTH if self.position >= self.params.max_tokens else None
+
+    def ended(self, reason: EndReason, fault: Fault | None = None) -> Ended:
+        """The end of this attempt, with what it spent where."""
+        now = time.monotonic()
+        admitted = self._admitted_s or now
+        timing = EngineTiming(
+            queued_s=admitted - self._arrived_s,
+            prefill_s=self._first_s - admitted if self._first_s else 0.0,
+            first_token_s=self._first_s - self._arrived_s if self._first_s else 0.0,
+            total_s=now - self._arrived_s,
+            steps=self.steps,
+        )
+        return Ended(attempt=self.attempt, position=self.position, reason=reason, fault=fault, timing=timing)

@@ -1,0 +1,105 @@
+"""A checkpoint's model without weights: transformers' own class on the meta device, and what cannot be run exactly refused."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization, modeling_utils
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from agent.engine.attention import IMPLEMENTATION, register
+from agent.engine.dtypes import torch_dtype
+from schema.checkpoint import Manifest
+from schema.errors import InvalidCheckpoint
+
+__all__ = ["build_skeleton"]
+
+_no_init_weights: Any = getattr(initialization, "no_init_weights", None) or modeling_utils.no_init_weights
+
+_PLAIN_LAYERS = frozenset({"full_attention", "sliding_attention"})
+_VARYING_ROPE = frozenset({"dynamic", "longrope"})
+
+
+def build_skeleton(manifest: Manifest) -> nn.Module:
+    """The model of ``manifest.config`` in eval mode, every tensor on the meta device. Takes tens of milliseconds.
+
+    Raises InvalidCheckpoint, naming the architecture and the reason, for a model that this engine cannot run exactly; code
+    that a checkpoint brings along is never run.
+    """
+    config, model_class = _classes(manifest)
+    _refuse_unfit(manifest, config, model_class)
+    register()
+    config._attn_implementation = IMPLEMENTATION
+    try:
+        with _default_dtype(torch_dtype(manifest.kv.dtype)), torch.device("meta"), _no_init_weights():
+            model: nn.Module = model_class(config)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        raise InvalidCheckpoint(f"{manifest.architecture} cannot be built from its config: {error}") from error
+    return model.eval().requires_grad_(False)
+
+
+def _classes(manifest: Manifest) -> tuple[Any, Any]:
+    model_type = manifest.config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise InvalidCheckpoint(f"model type {model_type!r} is not one that transformers knows")
+    try:
+        config = CONFIG_MAPPING[model_type].from_dict(manifest.config)
+    except Exception as error:  # hostile values fail in as many ways as there are configs
+        raise InvalidCheckpoint(f"the config of this {model_type} model is not valid: {error}") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InvalidCheckpoint(f"model type {model_type!r} is no causal language model")
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if isinstance(model_class, tuple) or model_class.__name__ != manifest.architecture:
+        raise InvalidCheckpoint(f"architecture {manifest.architecture!r} is not the causal language model of {model_type!r}")
+    return config, model_class
+
+
+def _refuse_unfit(manifest: Manifest, config: Any, model_class: Any) -> None:
+    reason = _unfit(manifest, config, model_class)
+    if reason is not None:
+        raise InvalidCheckpoint(f"{manifest.architecture} cannot be run exactly by this engine: {reason}")
+
+
+def _unfit(manifest: Manifest, config: Any, model_class: Any) -> str | None:
+    parameters = inspect.signature(model_class.forward).parameters
+    for name in ("position_ids", "logits_to_keep"):
+        if name not in parameters:
+            return f"its forward takes no {name}, which a batch in one row needs"
+    if getattr(config, "alibi", False):
+        return "its ALiBi positions follow from the place in the row"
+    if getattr(config, "is_encoder_decoder", False):
+        return "it has an encoder"
+    if not getattr(model_class, "_supports_attention_backend", False):
+        return "its attention is not taken from transformers' attention interface"
+    if manifest.config.get("quantization_config"):
+        return "its weights are quantised"
+    if odd := set(getattr(config, "layer_types", None) or ()) - _PLAIN_LAYERS:
+        return f"it has layers of kind {', '.join(sorted(odd))}"
+    if getattr(config, "attention_chunk_size", None):
+        return "it attends in chunks"
+    if rope := _rope_types(getattr(config, "rope_parameters", None)) & _VARYING_ROPE:
+        return f"its rotary frequencies ({', '.join(sorted(rope))}) depend on the longest sequence of a batch"
+    return None
+
+
+def _rope_types(parameters: Any) -> set[str]:
+    if not isinstance(parameters, dict):
+        return set()
+    found = {str(parameters[key]) for key in ("rope_type", "type") if key in parameters}
+    return found.union(*(_rope_types(value) for value in parameters.values()))
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

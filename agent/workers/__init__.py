@@ -1,0 +1,1 @@
+"""The warm pool: the zygote that has imported everything, and the workers forked from it."""

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from agent.engine.sampler import BROKEN, NOISE_RANGE, gumbel, sample
+from schema.link import SamplingParams
+
+
+@dataclass
+class Row:
+    params: SamplingParams
+    choice: int = 0
+    position: int = 0
+
+
+def row(position: int = 0, choice: int = 0, **params: object) -> Row:
+    return Row(SamplingParams(max_tokens=1000, **params), choice, position)  # type: ignore[arg-type]
+
+
+def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> float:
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+def draws(logits: torch.Tensor, count: int, **params: object) -> torch.Tensor:
+    """Counts of each token over ``count`` positions of one sequence."""
+    tokens = sample(logits.expand(count, -1).contiguous(), [row(position, **params) for position in range(count)])
+    return torch.bincount(torch.tensor(tokens), minlength=logits.shape[0]).double()
+
+
+def test_greedy_takes_the_first_of_the_greatest() -> None:
+    logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [5.0, -1.0, 5.0, 5.0]])
+    assert sample(logits, [row(temperature=0.0), row(temperature=0.0)]) == [1, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_frequencies_match_the_softmax(temperature: float) -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, 0.5, -1.0, 1.5, -2.0, 0.3])
+    counts = draws(logits, 20_000, temperature=temperature, seed=11)
+    expected = torch.softmax(logits.double() / temperature, 0) * 20_000
+    assert chi_square(counts, expected) < 29.9  # 7 degrees of freedom: exceeded once in 10,000 seeds
+
+
+def test_frequencies_match_the_softmax_where_few_tokens_can_win() -> None:
+    logits = torch.full((4096,), -60.0)
+    logits[[5, 1000, 4095]] = torch.tensor([1.0, 0.0, 0.5])
+    counts = draws(logits, 5_000, temperature=1.0, seed=3)
+    kept = counts[[5, 1000, 4095]]
+    assert int(kept.sum()) == 5_000
+    assert chi_square(kept, torch.softmax(logits[[5, 1000, 4095]].double(), 0) * 5_000) < 18.4  # 2 degrees of freedom
+
+
+def test_noise_only_for_candidates_is_the_dense_noise() -> None:
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn((64, 997), generator=generator) * 12
+    rows = [row(index, index % 3, temperature=0.3 + index / 40, seed=index * 7919) for index in range(64)]
+    best = [_by_definition(logits[index], rows[index]) for index in range(64)]
+    assert sample(logits.clone(), rows) == best
+    spread = logits.clone()
+    spread[:, 40:] = -1e4  # now few can win, so the sparse way is taken
+    assert sample(spread.clone(), rows) == [_by_definition(spread[index], rows[index]) for index in range(64)]
+
+
+def _by_definition(logits: torch.Tensor, asked: Row) -> int:
+    """Gumbel-max over the whole vocabulary with the generator called once per token."""
+    from agent.engine.philox import philox4x32
+
+    tokens = torch.arange(logits.shape[0])
+    seed = asked.params.seed
+    position, choice, zero = (torch.full_like(tokens, value) for value in (asked.position, asked.choice, 0))
+    low, high = torch.full_like(tokens, seed & 0xFFFFFFFF), torch.full_like(tokens, seed >> 32)
+    words = torch.stack(philox4x32(position, tokens // 4, choice, zero, low, high), 1)
+    noise = gumbel(words[tokens, tokens % 4])
+    return int((logits.double() / asked.params.temperature + noise).argmax())
+
+
+def test_a_row_does_not_depend_on_its_batch() -> None:
+    generator = torch.Generator().manual_seed(9)
+    logits = (torch.randn((40, 333), generator=generator) * 3).bfloat16()  # many equal logits
+    kinds: list[dict[str, object]] = [
+        {"temperature": 0.0},
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_k": 5},
+        {"temperature": 1.2, "top_p": 0.8},
+        {"temperature": 0.9, "top_k": 40, "top_p": 0.5},
+    ]
+    rows = [row(index, index % 2, seed=index, **kinds[index % 5]) for index in range(40)]
+    together = sample(logits.clone(), rows)
+    assert together == [sample(logits[i : i + 1].clone(), rows[i : i + 1])[0] for i in range(40)]
+    order = torch.randperm(40, generator=generator).tolist()
+    shuffled = sample(logits[order].clone(), [rows[i] for i in order])
+    assert shuffled == [together[i] for i in order]
+
+
+def test_seed_choice_and_position_each_change_the_noise() -> None:
+    logits = torch.zeros(512)
+
+    def sequence(seed: int, choice: int, start: int) -> list[int]:
+        return sample(
+            logits.expand(12, -1).contiguous(), [row(start + i, choice, temperature=1.0, seed=seed) for i in range(12)]
+        )
+
+    base = sequence(1, 0, 0)
+    assert sequence(1, 0, 0) == base
+    assert sequence(1 << 40, 0, 0) != base
+    assert sequence(1, 1, 0) != base
+    assert sequence(1, 0, 5)[:7] == base[5:]
+
+
+def test_top_k_keeps_the_greatest_and_their_equals() -> None:
+    logits = torch.tensor([1.0, 4.0, 3.0, 3.0, 0.0, -1.0])
+    counts = draws(logits, 3_000, temperature=2.0, top_k=2, seed=1)
+    assert (counts > 0).tolist() == [False, True, True, True, False, False]
+
+
+@pytest.mark.parametrize("size", [6, 3000])
+def test_top_p_keeps_the_smallest_set_that_reaches_it(size: int) -> None:
+    logits = torch.full((size,), -30.0)
+    logits[:6] = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.04, 0.01]).log()
+    counts = draws(logits, 4_000, temperature=1.0, top_p=0.8, seed=2)
+    assert (counts[:6] > 0).tolist() == [True, True, True, False, False, False]
+    expected = torch.tensor([0.4, 0.3, 0.15]).double() / 0.85 * 4_000
+    assert chi_square(counts[:3], expected) < 18.4
+
+
+def test_top_p_over_a_flat_vocabulary_wider_than_the_first_look() -> None:
+    logits = torch.zeros(5_000)
+    logits[:2_500] = 1.0
+    counts = draws(logits, 2_000, temperature=1.0, top_p=0.6, seed=4)
+    assert int(counts[:2_500].sum()) == 2_000
+    assert int((counts > 0).sum()) > 1_200
+
+
+def test_top_k_then_top_p_takes_the_share_of_what_top_k_left() -> None:
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    counts = draws(logits, 2_000, temperature=1.0, top_k=2, top_p=0.5, seed=6)  # 0.4 of 0.7 reaches half
+    assert counts.tolist() == [2_000, 0, 0, 0]
+
+
+def test_stop_tokens_wait_for_min_tokens() -> None:
+    logits = torch.tensor([[0.0, 9.0, 1.0]])
+    params = SamplingParams(max_tokens=9, temperature=0.0, min_tokens=2, stop_token_ids=(1,))
+    assert [sample(logits.clone(), [Row(params, 0, position)])[0] for position in range(4)] == [2, 2, 1, 1]
+
+
+def test_a_broken_row_is_said_and_harms_no_other() -> None:
+    logits = torch.tensor([[0.0, 1.0], [math.nan, 1.0], [-math.inf, -math.inf], [math.inf, 0.0], [3.0, 1.0]])
+    rows = [row(temperature=t, seed=1) for t in (0.0, 1.0, 1.0, 0.0, 0.0)]
+    assert sample(logits, rows) == [1, BROKEN, BROKEN, BROKEN, 0]
+
+
+def test_noise_stays_within_its_range() -> None:
+    ends = gumbel(torch.tensor([0, 0xFFFFFFFF]))
+    assert bool(ends.isfinite().all())
+    assert float(ends[1] - ends[0]) == pytest.approx(NOISE_RANGE, rel=1e-9)
