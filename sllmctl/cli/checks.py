@@ -1,0 +1,241 @@
+"""What `sllmctl doctor` looks at, each a function of the settings that returns findings and changes nothing."""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import os
+import shutil
+import socket
+import stat
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from schema.errors import SllmError
+from sllmctl.cli.format import age, size
+from sllmctl.config import Settings
+
+__all__ = ["Finding", "check_machine", "check_python", "socket_state"]
+
+_PYTHON_FROM, _PYTHON_BELOW = (3, 11), (3, 14)
+_NODE_PACKAGES = ("torch", "transformers", "safetensors", "numpy")
+_DISK_FAULT_BYTES, _DISK_WARN_BYTES = 1 << 30, 10 << 30
+_SHM = Path("/dev") / "shm"
+_SHM_WARN_BYTES = 64 << 20
+_CLOCK_SLACK_S = 60.0
+_PROBE_S = 1.0
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """``advice`` says what to do, where there is something to do."""
+
+    check: str
+    level: Literal["ok", "warn", "fault"]
+    message: str
+    advice: str = ""
+
+
+def check_python() -> Iterator[Finding]:
+    """The interpreter, and the packages that a node needs beside the manager's own."""
+    version = ".".join(str(part) for part in sys.version_info[:3])
+    if _PYTHON_FROM <= sys.version_info[:2] < _PYTHON_BELOW:
+        yield Finding("python", "ok", f"Python {version}")
+    else:
+        yield Finding("python", "fault", f"Python {version} is not supported", "use Python 3.11 to 3.13")
+    found, missing = [], []
+    for name in _NODE_PACKAGES:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        advice = "install sllmctl[node] if this machine is to run models"
+        yield Finding("packages", "warn", f"not installed: {', '.join(missing)}", advice)
+    else:
+        yield Finding("packages", "ok", ", ".join(found))
+
+
+def check_machine(settings: Settings) -> Iterator[Finding]:
+    """Everything else: the state directory, the manager, the node, memory, disk, clock."""
+    yield _state_dir(settings.state_dir)
+    manager = socket_state(settings.admin_socket)
+    yield _manager(settings, manager)
+    yield _agent(Path(settings.node.run_dir) / "agent.sock", manager)
+    if manager != "answers":
+        yield _port(settings.api.host, settings.api.port)
+    yield _memory(settings.node.arena_bytes)
+    yield _huge_pages()
+    yield _shared_memory()
+    yield _disk(Path(settings.node.data_dir))
+    yield _clock(settings.state_dir)
+
+
+def socket_state(path: Path) -> Literal["absent", "stale", "answers", "denied", "odd"]:
+    """Who is behind a unix socket: nobody left it, somebody died, somebody listens, not ours to use, or it is no socket."""
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            return "odd"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(_PROBE_S)
+            probe.connect(str(path))
+    except FileNotFoundError:
+        return "absent"
+    except ConnectionRefusedError:
+        return "stale"
+    except PermissionError:
+        return "denied"
+    except (OSError, TimeoutError):
+        return "odd"
+    return "answers"
+
+
+def _state_dir(path: Path) -> Finding:
+    above = path
+    while not above.exists() and above != above.parent:
+        above = above.parent
+    if above.exists() and not above.is_dir():
+        return Finding("state_dir", "fault", f"{above} is not a directory", "move it away, or set state_dir")
+    if not os.access(above, os.W_OK | os.X_OK):
+        advice = "run sllmctl as its owner, or set state_dir (--state-dir, SLLM_STATE_DIR)"
+        return Finding("state_dir", "fault", f"{above} cannot be written by this user", advice)
+    if above != path:
+        return Finding("state_dir", "ok", f"{path} is made at the first start")
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o022:
+        return Finding("state_dir", "warn", f"{path} can be written by other users ({mode:o})", f"chmod 700 {path}")
+    return Finding("state_dir", "ok", f"{path} ({mode:o})")
+
+
+def _manager(settings: Settings, state: str) -> Finding:
+    path = settings.admin_socket
+    match state:
+        case "absent":
+            return Finding("manager", "warn", "no manager runs", "start it with `sllmctl serve`")
+        case "stale":
+            return Finding("manager", "warn", f"a manager died and left {path}", "start it again with `sllmctl serve`")
+        case "denied":
+            return Finding("manager", "fault", f"{path} is another user's", "run sllmctl as the user that runs the manager")
+        case "odd":
+            return Finding("manager", "fault", f"{path} is no socket that answers", "move it away, then `sllmctl serve`")
+    from sllmctl.client import AdminClient, status
+
+    try:
+        with AdminClient(path, settings.client) as admin:
+            view = admin.ask(status())
+    except SllmError as error:
+        return Finding("manager", "fault", str(error), "see its log; restart it if it stays so")
+    text = f"version {view.version}, pid {view.pid}, {view.nodes_ready} of {view.nodes} nodes ready, API at {view.api_url}"
+    if not view.ready:
+        return Finding("manager", "warn", f"not ready: {text}", "`sllmctl node ls` and `sllmctl event ls` say why")
+    return Finding("manager", "ok", text)
+
+
+def _agent(path: Path, manager: str) -> Finding:
+    match socket_state(path):
+        case "answers":
+            return Finding("agent", "ok", f"answers at {path}")
+        case "absent" if manager != "answers":
+            return Finding("agent", "ok", "not running; the manager starts it")
+        case "denied":
+            return Finding("agent", "fault", f"{path} is another user's", "run the manager as the user that runs the agent")
+        case "odd":
+            return Finding("agent", "fault", f"{path} is no socket that answers", "move it away, and restart the manager")
+        case "stale" if manager != "answers":
+            return Finding("agent", "warn", f"an agent died and left {path}", "the next `sllmctl serve` makes it again")
+    return Finding("agent", "fault", "the agent of this machine does not run", "see `sllmctl event ls` and the manager's log")
+
+
+def _port(host: str, port: int) -> Finding:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return Finding("port", "fault", f"{host}:{port} is taken", "stop what holds it, or set api.port (--port)")
+        return Finding("port", "fault", f"cannot listen on {host}:{port}: {error.strerror}", "set api.host and api.port")
+    return Finding("port", "ok", f"{host}:{port} is free")
+
+
+def _memory(arena_bytes: int) -> Finding:
+    available = _meminfo().get("MemAvailable", 0)
+    room = min(available, _cgroup_room())
+    if room < arena_bytes:
+        text = f"{size(room)} of memory available, less than the arena's {size(arena_bytes)}"
+        return Finding("memory", "warn", text, "set node.arena_bytes lower, or free memory (an arena in use counts as taken)")
+    return Finding("memory", "ok", f"{size(room)} available for an arena of {size(arena_bytes)}")
+
+
+def _huge_pages() -> Finding:
+    free = _meminfo().get("HugePages_Free", 0)
+    if free:
+        return Finding("huge_pages", "ok", f"{free} huge pages are free")
+    modes = _read(Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled"))
+    if any(f"[{mode}]" in modes for mode in ("always", "within_size", "advise", "force")):
+        return Finding("huge_pages", "ok", "transparent huge pages for shared memory are on")
+    advice = "`echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled` makes loads faster"
+    return Finding("huge_pages", "warn", "the arena gets small pages", advice)
+
+
+def _shared_memory() -> Finding:
+    try:
+        free = shutil.disk_usage(_SHM).free
+    except OSError as error:
+        return Finding("shm", "warn", f"{_SHM} cannot be used: {error.strerror}", "mount a tmpfs there")
+    if free < _SHM_WARN_BYTES or not os.access(_SHM, os.W_OK):
+        return Finding("shm", "warn", f"{_SHM} has {size(free)} free", "remove what fills it, or mount it larger and writable")
+    return Finding("shm", "ok", f"{size(free)} free in {_SHM}")
+
+
+def _disk(path: Path) -> Finding:
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    free = shutil.disk_usage(path).free
+    text = f"{size(free)} free for checkpoints at {path}"
+    if free < _DISK_FAULT_BYTES:
+        return Finding("disk", "fault", text, "free some, or set node.data_dir to a larger disk")
+    if free < _DISK_WARN_BYTES:
+        return Finding("disk", "warn", text, "models of a few billion parameters will not fit")
+    return Finding("disk", "ok", text)
+
+
+def _clock(state_dir: Path) -> Finding:
+    """A clock behind what was already written would put new ids and events before old ones."""
+    written = (
+        path.stat().st_mtime for path in (state_dir, state_dir / "state.db", state_dir / "state.db-wal") if path.exists()
+    )
+    ahead_s = max(written, default=0.0) - time.time()
+    if ahead_s > _CLOCK_SLACK_S:
+        text = f"the state was written {age(ahead_s)} in the future"
+        return Finding("clock", "fault", text, "set the clock (timedatectl set-ntp true) before starting the manager")
+    return Finding("clock", "ok", time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()))
+
+
+def _meminfo() -> dict[str, int]:
+    """/proc/meminfo in bytes; counts of pages as they are."""
+    found = {}
+    for line in _read(Path("/proc/meminfo")).splitlines():
+        name, _, rest = line.partition(":")
+        amount, _, unit = rest.strip().partition(" ")
+        if amount.isdigit():
+            found[name] = int(amount) * (1024 if unit == "kB" else 1)
+    return found
+
+
+def _cgroup_room() -> int:
+    """What a container's memory limit leaves, in bytes; without a limit, more than any machine has."""
+    limit, used = (_read(Path("/sys/fs/cgroup") / name).strip() for name in ("memory.max", "memory.current"))
+    return max(0, int(limit) - int(used or 0)) if limit.isdigit() else sys.maxsize
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

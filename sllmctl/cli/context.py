@@ -1,0 +1,59 @@
+"""What one invocation shares: the flags given before the command, the settings made of them, and the manager's client."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from sllmctl.cli.output import FORMATS
+
+if TYPE_CHECKING:
+    from sllmctl.client import AdminClient
+    from sllmctl.config import Settings
+
+__all__ = ["Invocation", "output_option", "pass_invocation", "yes_option"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(slots=True)
+class Invocation:
+    """``flags`` are by dotted key of the settings; ``file`` is --config."""
+
+    flags: dict[str, Any] = field(default_factory=dict)
+    file: Path | None = None
+
+    def settings(self, **more: Any) -> Settings:
+        """The settings, ``more`` flags (with ``__`` for the dots) above those given before the command."""
+        import os
+
+        from sllmctl.config import Settings
+
+        own = {key.replace("__", "."): value for key, value in more.items() if value is not None}
+        return Settings.load({**self.flags, **own}, os.environ, self.file)
+
+    def admin(self) -> AdminClient:
+        """A client of the manager that the settings name; use it as a context manager."""
+        from sllmctl.client import AdminClient
+
+        settings = self.settings()
+        return AdminClient(settings.admin_socket, settings.client)
+
+
+pass_invocation = click.make_pass_decorator(Invocation)
+
+
+def output_option(command: F) -> F:
+    """``-o table|wide|json|yaml|name``, given to the command as ``form``."""
+    return click.option(
+        "-o", "--output", "form", type=click.Choice(FORMATS), default="table", show_default=True, help="How to print."
+    )(command)
+
+
+def yes_option(command: F) -> F:
+    """``-y``: the answer to the question that a destructive command asks."""
+    return click.option("-y", "--yes", is_flag=True, help="Do not ask.")(command)

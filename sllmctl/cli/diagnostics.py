@@ -1,0 +1,160 @@
+"""The only owner of stderr and of exit codes: notes, progress, questions, and what an error makes of the command.
+
+::
+
+    0 ok                       4 not authorised      8 doctor found a fault
+    1 failed                   5 not found         130 interrupted
+    2 usage or configuration   6 conflict
+    3 manager unreachable      7 wait timed out
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from schema.admin import ProgressView
+
+__all__ = ["DOCTOR_FAULT", "FAILED", "INTERRUPTED", "OK", "USAGE", "ProgressLine", "confirm", "guard", "note"]
+
+OK, FAILED, USAGE, DOCTOR_FAULT, INTERRUPTED = 0, 1, 2, 8, 130
+
+_BY_CODE = {
+    "invalid_input": USAGE,
+    "context_overflow": USAGE,
+    "unreachable": 3,
+    "unauthorised": 4,
+    "not_found": 5,
+    "conflict": 6,
+    "timed_out": 7,
+    "invalid_checkpoint": FAILED,
+    "overloaded": FAILED,
+    "unschedulable": FAILED,
+    "cancelled": FAILED,
+    "out_of_space": FAILED,
+    "link_error": FAILED,
+    "internal": FAILED,
+}
+"""Every class of the error tree, by its code."""
+
+_SHOW_AFTER_S = 1.0
+_LINE_EVERY_S = 5.0
+
+
+def note(message: str) -> None:
+    """A line for the person at the terminal, never part of the output."""
+    sys.stderr.write(message + "\n")
+    sys.stderr.flush()
+
+
+def guard(command: Callable[[], object]) -> int:
+    """Run a command and return its exit code; whatever it raises ends here, said once."""
+    try:
+        return _run(command)
+    except BrokenPipeError:
+        # The reader of our output is gone. What is still buffered must not raise again when Python flushes on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Ask before something is destroyed; ``yes`` has answered already. Raises UsageError where nobody can be asked."""
+    if yes:
+        return
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise click.UsageError(f"{question} There is no terminal to ask on: say so with -y.")
+    if not click.confirm(question, err=True):
+        raise click.exceptions.Exit(FAILED)
+
+
+class ProgressLine:
+    """How far something long has come, once it takes over a second: a line that is rewritten, or one now and then in a log."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._began = self._said = clock()
+        self._terminal = sys.stderr.isatty()
+        self._open = False
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+
+    def show(self, what: str, progress: ProgressView | None) -> None:
+        """Say that ``what`` goes on, with its stage, bytes and rate where they are known."""
+        moment = self._clock()
+        if moment - self._began < _SHOW_AFTER_S or (not self._terminal and moment - self._said < _LINE_EVERY_S and self._open):
+            return
+        self._said = moment
+        text = f"{what}{_amounts(progress)}"
+        if self._terminal:
+            width = os.get_terminal_size(sys.stderr.fileno()).columns
+            sys.stderr.write(f"\r\x1b[K{text[: max(width - 1, 1)]}")
+        else:
+            sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+        self._open = True
+
+    def clear(self) -> None:
+        if self._open and self._terminal:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+        self._open = False
+
+
+def _amounts(progress: ProgressView | None) -> str:
+    from sllmctl.cli.format import bandwidth, printable, size
+
+    if progress is None:
+        return " ..."
+    text = f": {printable(progress.stage)}"
+    if progress.total_bytes:
+        share = 100 * progress.done_bytes / progress.total_bytes
+        text += f" {size(progress.done_bytes)} of {size(progress.total_bytes)} ({share:.0f} %)"
+    return text + (f", {bandwidth(progress.rate_bps)}" if progress.rate_bps > 0 else "")
+
+
+def _run(command: Callable[[], object]) -> int:
+    try:
+        result = command()
+        sys.stdout.flush()
+        return result if isinstance(result, int) else OK
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        note("interrupted")
+        return INTERRUPTED
+    except click.UsageError as error:
+        if error.ctx is not None:
+            note(error.ctx.get_usage())
+        note(f"error: {error.format_message()}")
+        return USAGE
+    except click.ClickException as error:
+        note(f"error: {error.format_message()}")
+        return USAGE
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        return _failed(error)
+
+
+def _failed(error: Exception) -> int:
+    from schema.errors import SllmError
+    from sllmctl.cli.format import printable
+
+    if isinstance(error, SllmError):
+        note(f"error: {printable(error.message, keep=chr(10))}")
+        codes = (getattr(kind, "code", "internal") for kind in type(error).__mro__)
+        return next(_BY_CODE[code] for code in codes if code in _BY_CODE)
+    traceback.print_exc(file=sys.stderr)
+    note("error: this is a defect of sllmctl; please report it with the lines above")
+    return FAILED

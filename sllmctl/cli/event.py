@@ -1,0 +1,48 @@
+"""`sllmctl event`: what happened, and why."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from sllmctl.cli.context import Invocation, output_option, pass_invocation
+from sllmctl.cli.format import age
+from sllmctl.cli.output import Column, Format, now, show_items
+
+if TYPE_CHECKING:
+    from schema.admin import EventView
+
+__all__ = ["command"]
+
+
+@click.group("event")
+def command() -> None:
+    """Events: what happened, and why."""
+
+
+@command.command("ls")
+@click.option("--kind", help="Only of this kind of thing: model, instance, node, checkpoint.")
+@click.option("--object", "name", help="Only of the thing of this name or id.")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=100, show_default=True, help="So many, the newest.")
+@output_option
+@pass_invocation
+def ls(invocation: Invocation, kind: str | None, name: str | None, limit: int, form: Format) -> None:
+    """List events, the newest last."""
+    from sllmctl import client
+
+    with invocation.admin() as admin:
+        items = admin.ask(client.events(kind, name, limit))
+    show_items(form, items, _columns(), lambda event: event.id)
+
+
+def _columns() -> list[Column[EventView]]:
+    moment = now()
+    return [
+        Column("AGE", lambda e: age(moment - e.at), right=True),
+        Column("LEVEL", lambda e: e.level),
+        Column("OBJECT", lambda e: f"{e.kind}/{e.object}"),
+        Column("REASON", lambda e: e.reason),
+        Column("ID", lambda e: e.id, wide=True),
+        Column("MESSAGE", lambda e: e.message),
+    ]

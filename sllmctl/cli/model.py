@@ -1,0 +1,264 @@
+"""`sllmctl model`: add, deploy, scale, stop, remove; and what there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from sllmctl.cli.context import Invocation, output_option, pass_invocation, yes_option
+from sllmctl.cli.output import Format, show_item, show_items
+
+if TYPE_CHECKING:
+    from schema.spec import ScaleSpec, Source
+
+__all__ = ["command"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@click.group("model")
+def command() -> None:
+    """Models: add, deploy, scale, stop, remove."""
+
+
+def _scale_options(function: F) -> F:
+    options = (
+        click.option("--min", "min_instances", type=click.IntRange(0), help="Instances kept at least; 0 scales to zero."),
+        click.option("--max", "max_instances", type=click.IntRange(1), help="Instances at most."),
+        click.option("--keep-alive", type=click.FloatRange(0), metavar="SECONDS", help="How long an idle instance stays."),
+        click.option("--concurrency", type=click.IntRange(1), help="Sequences that run on one instance at once."),
+        click.option("--queue-limit", type=click.IntRange(0), help="Requests that may wait."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def _wait_options(function: F) -> F:
+    function = click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Wait no longer.")(
+        function
+    )
+    return click.option("--wait", is_flag=True, help="Return when it is done.")(function)
+
+
+@command.command("add")
+@click.argument("name")
+@click.argument("source")
+@click.option("--deploy", is_flag=True, help="Serve it as soon as it has been ingested (waits for that).")
+@_scale_options
+@click.option("--devices", type=click.IntRange(1), help="Devices that one instance spans.")
+@click.option("--kv-size", metavar="SIZE", help="Memory of an instance's KV cache, as in 512MiB.")
+@click.option("--max-context", type=click.IntRange(8), metavar="TOKENS", help="A shorter context than the model's own.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of an instance on a CPU.")
+@click.option("--cold-start-timeout", type=click.FloatRange(0), metavar="SECONDS", help="How long a request waits for a start.")
+@_wait_options
+@pass_invocation
+def add(
+    invocation: Invocation,
+    /,
+    name: str,
+    source: str,
+    deploy: bool,
+    devices: int | None,
+    kv_size: str | None,
+    max_context: int | None,
+    threads: int | None,
+    cold_start_timeout: float | None,
+    wait: bool,
+    timeout: float | None,
+    **scale: Any,
+) -> None:
+    """Add a model under NAME and ingest its SOURCE.
+
+    SOURCE is a Hugging Face directory on this machine (PATH), one on a node (NODE:/PATH), or a model of the hub
+    (ORG/NAME, or ORG/NAME@REVISION).
+
+    \b
+    Examples:
+      sllmctl model add tiny ./my-model --deploy --wait
+      sllmctl model add qwen gpu1:/models/Qwen3-0.6B --min 1
+    """
+    import msgspec
+
+    from schema.spec import parse_spec
+    from sllmctl import client
+    from sllmctl.cli.diagnostics import note
+    from sllmctl.cli.waiting import wait_for
+
+    engine = {"kv_bytes": _bytes(kv_size), "max_context_tokens": max_context, "threads": threads}
+    given = {
+        "name": name,
+        "source": msgspec.to_builtins(_source(source)),
+        "devices": devices,
+        "scale": _given_scale(scale),
+        "engine": {key: value for key, value in engine.items() if value is not None},
+        "cold_start_timeout_s": cold_start_timeout,
+    }
+    spec = parse_spec({key: value for key, value in given.items() if value is not None})
+    wait_s = timeout if timeout is not None else invocation.settings().client.wait_s
+    with invocation.admin() as admin:
+        admin.ask(client.add_model(spec))
+        if wait or deploy:
+            wait_for(admin, name, "ingested", wait_s)
+        if deploy:
+            admin.ask(client.deploy_model(name))
+        if wait and deploy:
+            wait_for(admin, name, "ready", wait_s)
+    note(f"model {name} is {'deployed' if deploy else 'added' if wait else 'being ingested; see `sllmctl model show`'}")
+
+
+@command.command("deploy")
+@click.argument("name")
+@_scale_options
+@_wait_options
+@pass_invocation
+def deploy(invocation: Invocation, /, name: str, wait: bool, timeout: float | None, **scale: Any) -> None:
+    """Serve a model that has been ingested."""
+    from sllmctl import client
+    from sllmctl.cli.diagnostics import note
+    from sllmctl.cli.waiting import wait_for
+
+    with invocation.admin() as admin:
+        changed = _given_scale(scale)
+        admin.ask(client.deploy_model(name, _changed(admin.ask(client.model(name)).spec.scale, changed) if changed else None))
+        if wait:
+            wait_for(admin, name, "ready", timeout if timeout is not None else invocation.settings().client.wait_s)
+    note(f"model {name} is deployed")
+
+
+@command.command("scale")
+@click.argument("name")
+@_scale_options
+@_wait_options
+@pass_invocation
+def scale(invocation: Invocation, /, name: str, wait: bool, timeout: float | None, **scale: Any) -> None:
+    """Change how a deployed model is scaled; what is not given stays."""
+    from schema.errors import Conflict
+    from sllmctl import client
+    from sllmctl.cli.diagnostics import note
+    from sllmctl.cli.waiting import wait_for
+
+    changed = _given_scale(scale)
+    if not changed:
+        raise click.UsageError("say what to change: --min, --max, --keep-alive, --concurrency or --queue-limit")
+    with invocation.admin() as admin:
+        view = admin.ask(client.model(name))
+        if view.state != "deployed":
+            raise Conflict(f"model {name} is {view.state}, not deployed; `sllmctl model deploy {name}` takes the same options")
+        admin.ask(client.deploy_model(name, _changed(view.spec.scale, changed)))
+        if wait:
+            wait_for(admin, name, "ready", timeout if timeout is not None else invocation.settings().client.wait_s)
+    note(f"model {name} is scaled")
+
+
+@command.command("stop")
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@yes_option
+@_wait_options
+@pass_invocation
+def stop(invocation: Invocation, names: tuple[str, ...], yes: bool, wait: bool, timeout: float | None) -> None:
+    """Serve models no more; their instances drain and stop, their checkpoints stay."""
+    from sllmctl import client
+    from sllmctl.cli.diagnostics import confirm, note
+    from sllmctl.cli.waiting import wait_for
+
+    confirm(f"Stop {', '.join(names)}?", yes)
+    with invocation.admin() as admin:
+        for name in names:
+            admin.ask(client.stop_model(name))
+            if wait:
+                wait_for(admin, name, "stopped", timeout if timeout is not None else invocation.settings().client.wait_s)
+            note(f"model {name} is {'stopped' if wait else 'stopping'}")
+
+
+@command.command("rm")
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@yes_option
+@_wait_options
+@pass_invocation
+def rm(invocation: Invocation, names: tuple[str, ...], yes: bool, wait: bool, timeout: float | None) -> None:
+    """Remove models, and the checkpoints that no other model uses."""
+    from sllmctl import client
+    from sllmctl.cli.diagnostics import confirm, note
+    from sllmctl.cli.waiting import wait_for
+
+    confirm(f"Remove {', '.join(names)}, and the checkpoints that no other model uses?", yes)
+    with invocation.admin() as admin:
+        for name in names:
+            admin.ask(client.remove_model(name))
+            if wait:
+                wait_for(admin, name, "gone", timeout if timeout is not None else invocation.settings().client.wait_s)
+            note(f"model {name} is {'removed' if wait else 'being removed'}")
+
+
+@command.command("ls")
+@output_option
+@pass_invocation
+def ls(invocation: Invocation, form: Format) -> None:
+    """List the models."""
+    from sllmctl import client
+    from sllmctl.cli.model_views import columns
+
+    with invocation.admin() as admin:
+        items = admin.ask(client.models())
+    show_items(form, items, columns(), lambda model: model.name)
+
+
+@command.command("show")
+@click.argument("name")
+@output_option
+@pass_invocation
+def show(invocation: Invocation, name: str, form: Format) -> None:
+    """Show one model: its source, scale, and how it does."""
+    from sllmctl import client
+    from sllmctl.cli.model_views import fields
+
+    with invocation.admin() as admin:
+        item = admin.ask(client.model(name))
+    show_item(form, item, fields, lambda model: model.name)
+
+
+def _given_scale(options: dict[str, Any]) -> dict[str, Any]:
+    names = {
+        "min_instances": "min",
+        "max_instances": "max",
+        "keep_alive": "keep_alive_s",
+        "concurrency": "max_concurrency",
+        "queue_limit": "queue_limit",
+    }
+    return {names[key]: value for key, value in options.items() if value is not None}
+
+
+def _changed(scale: ScaleSpec, changed: dict[str, Any]) -> ScaleSpec:
+    import msgspec
+
+    new = msgspec.structs.replace(scale, **changed)
+    if new.min > new.max:
+        raise click.UsageError(f"--min {new.min} is above --max {new.max}")
+    return new
+
+
+def _bytes(text: str | None) -> int | None:
+    from sllmctl.config import parse_bytes
+
+    try:
+        return None if text is None else parse_bytes(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--kv-size") from error
+
+
+def _source(text: str) -> Source:
+    """What SOURCE means. An existing directory comes first: a relative path can look like a model of the hub."""
+    from schema.spec import PathSource, source_of
+
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return PathSource(str(path.absolute().resolve()))
+    source = source_of(text)
+    if source is None or (isinstance(source, PathSource) and not source.node):
+        hint = "" if source else "; a model of the hub is written ORG/NAME, a directory of a node NODE:/PATH"
+        raise click.BadParameter(f"there is no directory {path}{hint}", param_hint="SOURCE")
+    return source

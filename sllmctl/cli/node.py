@@ -1,0 +1,108 @@
+"""`sllmctl node`: the machines that run instances."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from sllmctl.cli.context import Invocation, output_option, pass_invocation
+from sllmctl.cli.format import age, bandwidth, size
+from sllmctl.cli.output import Column, Format, now, show_item, show_items
+
+if TYPE_CHECKING:
+    from schema.admin import NodeView
+
+__all__ = ["command"]
+
+
+@click.group("node")
+def command() -> None:
+    """Nodes: the machines that run instances."""
+
+
+@command.command("ls")
+@output_option
+@pass_invocation
+def ls(invocation: Invocation, form: Format) -> None:
+    """List the nodes."""
+    from sllmctl import client
+
+    with invocation.admin() as admin:
+        items = admin.ask(client.nodes())
+    show_items(form, items, _columns(), lambda node: node.name)
+
+
+@command.command("show")
+@click.argument("name")
+@output_option
+@pass_invocation
+def show(invocation: Invocation, name: str, form: Format) -> None:
+    """Show one node: its devices, memory and measured bandwidths."""
+    from sllmctl import client
+
+    with invocation.admin() as admin:
+        item = admin.ask(client.node(name))
+    show_item(form, item, _fields, lambda node: node.name)
+
+
+def _columns() -> list[Column[NodeView]]:
+    moment = now()
+    return [
+        Column("NAME", lambda n: n.name),
+        Column("STATE", _state),
+        Column("INSTANCES", lambda n: str(n.instances), right=True),
+        Column("DEVICES", _devices),
+        Column("ARENA", lambda n: _arena(n, short=True), right=True),
+        Column("SEEN", lambda n: _seen(n, moment), right=True),
+        Column("DISK", lambda n: bandwidth(n.inventory.disk_read_bps) if n.inventory else "-", wide=True, right=True),
+        Column("ADDRESS", lambda n: n.address, wide=True),
+        Column("ID", lambda n: n.id, wide=True),
+    ]
+
+
+def _fields(node: NodeView) -> list[tuple[str, str]]:
+    fields = [
+        ("Name", node.name),
+        ("Id", node.id),
+        ("Address", node.address),
+        ("State", _state(node)),
+        ("Seen", f"{_seen(node, now())} ago" if node.seen_at else "never"),
+        ("Instances", str(node.instances)),
+    ]
+    if (means := node.inventory) is None:
+        return [*fields, ("Inventory", "not stated yet")]
+    devices = "\n".join(f"{d.index}  {d.kind}  {d.name}  {size(d.memory_bytes)}" for d in means.devices)
+    return [
+        *fields,
+        ("Host", f"{means.hostname}, {means.cpus} CPUs, {size(means.memory_bytes)} of memory"),
+        ("Devices", devices or "none"),
+        ("Arena", f"{_arena(node)} used, chunks of {size(means.arena.chunk_bytes)}, {means.arena.pages} pages"),
+        ("Disk", bandwidth(means.disk_read_bps)),
+        ("Disk budget", size(means.disk_budget_bytes) if means.disk_budget_bytes else "-"),
+        ("Device copy", bandwidth(means.device_copy_bps)),
+    ]
+
+
+def _state(node: NodeView) -> str:
+    return f"{node.state},cordoned" if node.cordoned else str(node.state)
+
+
+def _seen(node: NodeView, moment: float) -> str:
+    return age(moment - node.seen_at) if node.seen_at else "never"
+
+
+def _devices(node: NodeView) -> str:
+    if node.inventory is None:
+        return "-"
+    kinds: dict[str, int] = {}
+    for device in node.inventory.devices:
+        kinds[device.kind] = kinds.get(device.kind, 0) + 1
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"
+
+
+def _arena(node: NodeView, short: bool = False) -> str:
+    if node.inventory is None:
+        return "-"
+    arena = node.inventory.arena
+    return f"{size(arena.used_bytes)}{'/' if short else ' of '}{size(arena.budget_bytes)}"

@@ -1,0 +1,101 @@
+"""The only module that writes to stdout: tables for people, JSON, YAML and names for programs."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+from sllmctl.cli.format import printable
+
+__all__ = ["FORMATS", "Column", "Format", "now", "read_line", "show_item", "show_items", "stream", "write"]
+
+Format = Literal["table", "wide", "json", "yaml", "name"]
+FORMATS: tuple[Format, ...] = ("table", "wide", "json", "yaml", "name")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Column(Generic[T]):
+    """One column: its header, the text of an item's cell, whether only ``wide`` shows it, whether it is set to the right."""
+
+    header: str
+    cell: Callable[[T], str]
+    wide: bool = False
+    right: bool = False
+
+
+def now() -> float:
+    """The clock that ages are reckoned from (Unix seconds)."""
+    return time.time()
+
+
+def write(text: str) -> None:
+    """A line, or several."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def stream(text: str) -> None:
+    """A piece of text as it comes; on a terminal without the control characters that could steer it."""
+    sys.stdout.write(printable(text, keep="\n\t") if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def read_line(prompt: str) -> str:
+    """A line that the user types, with the terminal's editing and history. Raises EOFError at the end of input."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401
+    return input(prompt)
+
+
+def show_items(form: Format, items: Sequence[T], columns: Sequence[Column[T]], name: Callable[[T], str]) -> None:
+    """A list of things, one a line; JSON and YAML are the admin API's structs, whole."""
+    if form in ("json", "yaml"):
+        _write_struct(form, items)
+    elif form == "name":
+        for item in items:
+            write(name(item))
+    elif items:
+        _write_table([column for column in columns if form == "wide" or not column.wide], items)
+
+
+def show_item(form: Format, item: T, fields: Callable[[T], Sequence[tuple[str, str]]], name: Callable[[T], str]) -> None:
+    """One thing, a field a line. A field whose text has several lines is set below one another."""
+    if form in ("json", "yaml"):
+        _write_struct(form, item)
+    elif form == "name":
+        write(name(item))
+    else:
+        pairs = fields(item)
+        width = max(len(label) for label, _ in pairs) + 2
+        for label, text in pairs:
+            first, *rest = text.split("\n")
+            write(f"{label + ':':<{width}}{printable(first)}".rstrip())
+            for line in rest:
+                write(f"{'':<{width}}{printable(line)}")
+
+
+def _write_table(columns: Sequence[Column[T]], items: Sequence[T]) -> None:
+    rows = [[column.header for column in columns], *([printable(column.cell(item)) for column in columns] for item in items)]
+    widths = [max(len(row[index]) for row in rows) for index in range(len(columns))]
+    for row in rows:
+        cells = [
+            f"{text:>{width}}" if column.right else f"{text:<{width}}"
+            for column, text, width in zip(columns, row, widths, strict=True)
+        ]
+        write("  ".join(cells).rstrip())
+
+
+def _write_struct(form: Format, value: Any) -> None:
+    import msgspec
+
+    if form == "json":
+        write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+        return
+    import yaml
+
+    write(yaml.safe_dump(msgspec.to_builtins(value), sort_keys=False, allow_unicode=True).rstrip("\n"))

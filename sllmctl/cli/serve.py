@@ -1,0 +1,44 @@
+"""`sllmctl serve`: the manager in the foreground."""
+
+from __future__ import annotations
+
+import click
+
+from sllmctl.cli.context import Invocation, pass_invocation
+
+__all__ = ["command"]
+
+
+@click.command("serve")
+@click.option("--host", help="Where the inference API listens [default: 127.0.0.1].")
+@click.option("--port", type=click.IntRange(0, 65535), help="Its port; 0 takes a free one [default: 8080].")
+@click.option("--state-dir", type=click.Path(), help="Where the manager keeps its state.")
+@click.option("--arena", metavar="SIZE", help="Memory for weights on this machine, as in 8GiB [default: 1GiB].")
+@click.option("--threads", type=click.IntRange(0), help="CPU threads of an instance; 0 is all cores.")
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[default: info]")
+@pass_invocation
+def command(
+    invocation: Invocation,
+    host: str | None,
+    port: int | None,
+    state_dir: str | None,
+    arena: str | None,
+    threads: int | None,
+    log_level: str | None,
+) -> int:
+    """Run the manager until SIGTERM or Ctrl-C, and the node of this machine with it.
+
+    Everything else that can be set is set in the configuration file or by SLLM_* variables, as [gateway] body_limit_bytes or
+    SLLM_GATEWAY_BODY_LIMIT_BYTES.
+    """
+    settings = invocation.settings(
+        api__host=host,
+        api__port=port,
+        state_dir=state_dir,
+        node__arena_bytes=arena,
+        node__threads=threads,
+        log_level=log_level,
+    )
+    from sllmctl import serve
+
+    return serve.run(settings)

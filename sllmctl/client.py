@@ -1,0 +1,356 @@
+"""The typed client of the admin API: what can be asked, described once, and two thin transports that ask it.
+
+`Call` is one request and how its answer is read; the functions of this module make them. `AdminClient` (for commands) and
+`AsyncAdminClient` (for a dashboard) carry any Call over the manager's unix socket::
+
+    with AdminClient(socket, settings) as admin:
+        for model in admin.ask(models()): ...
+
+Both raise the SllmError that the answer's body names, and Unreachable when no manager answers.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+from urllib.parse import quote
+
+import httpx
+import msgspec
+
+from schema.admin import (
+    CheckpointView,
+    DeployBody,
+    EventView,
+    InstanceView,
+    ModelView,
+    NodeView,
+    RequestView,
+    StatusView,
+)
+from schema.errors import Fault, InvalidInput, LinkError, Overloaded, SllmError, Unauthorised, Unreachable
+from schema.spec import ModelSpec, ScaleSpec
+from sllmctl.config import ClientSettings
+
+__all__ = [
+    "AdminClient",
+    "AsyncAdminClient",
+    "Call",
+    "Until",
+    "Waited",
+    "add_model",
+    "cancel_request",
+    "checkpoint",
+    "checkpoints",
+    "deploy_model",
+    "events",
+    "instance",
+    "instances",
+    "model",
+    "models",
+    "node",
+    "nodes",
+    "remove_model",
+    "request",
+    "requests",
+    "status",
+    "stop_instance",
+    "stop_model",
+    "wait_model",
+]
+
+T = TypeVar("T")
+V = TypeVar("V")
+Until = Literal["ingested", "ready", "stopped", "gone"]
+"""What can be waited for: a checkpoint is there; as many instances are ready as the scale's ``min``; none is left; the
+model itself is forgotten (its wait then ends with NotFound)."""
+
+_BASE_URL = "http://sllmctl/admin/v1/"
+_PENDING = 202
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """One request. ``hold_s`` is how long the manager may hold its answer back, on top of the client's own patience."""
+
+    method: str
+    path: str
+    read: Callable[[int, bytes], T]
+    query: Mapping[str, str] = field(default_factory=dict)
+    body: bytes | None = None
+    hold_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Waited:
+    """How a wait stands: ``done`` when what was waited for has come, else the view as it is now."""
+
+    view: ModelView
+    done: bool
+
+
+class _Items(msgspec.Struct, Generic[V], frozen=True):
+    items: tuple[V, ...]
+
+
+class _Problem(msgspec.Struct, frozen=True):
+    code: str
+    message: str
+    param: str | None = None
+
+
+class _ErrorBody(msgspec.Struct, frozen=True):
+    error: _Problem
+
+
+# --- What can be asked ---------------------------------------------------------------------------------------------
+
+
+def status() -> Call[StatusView]:
+    return _get("status", StatusView)
+
+
+def nodes() -> Call[tuple[NodeView, ...]]:
+    return _list("nodes", NodeView)
+
+
+def node(name: str) -> Call[NodeView]:
+    return _get(f"nodes/{_segment(name)}", NodeView)
+
+
+def models() -> Call[tuple[ModelView, ...]]:
+    return _list("models", ModelView)
+
+
+def model(name: str) -> Call[ModelView]:
+    return _get(f"models/{_segment(name)}", ModelView)
+
+
+def wait_model(name: str, until: Until, hold_s: float) -> Call[Waited]:
+    """The model as soon as it is as waited for, or as it is after ``hold_s`` seconds; a model that failed raises its fault."""
+
+    def read(code: int, body: bytes) -> Waited:
+        return Waited(_decode(body, ModelView), done=code != _PENDING)
+
+    return Call("GET", f"models/{_segment(name)}", read, {"wait": until, "timeout": f"{hold_s:g}"}, hold_s=hold_s)
+
+
+def add_model(spec: ModelSpec) -> Call[ModelView]:
+    """Register a model and begin to ingest it; its state tells how that goes."""
+    return Call("POST", "models", _reader(ModelView), body=msgspec.json.encode(spec))
+
+
+def deploy_model(name: str, scale: ScaleSpec | None = None) -> Call[ModelView]:
+    """Serve a model that has been ingested, or change how it is scaled."""
+    body = msgspec.json.encode(DeployBody(scale=scale))
+    return Call("POST", f"models/{_segment(name)}/deploy", _reader(ModelView), body=body)
+
+
+def stop_model(name: str) -> Call[ModelView]:
+    return Call("POST", f"models/{_segment(name)}/stop", _reader(ModelView))
+
+
+def remove_model(name: str) -> Call[None]:
+    return Call("DELETE", f"models/{_segment(name)}", _nothing)
+
+
+def instances() -> Call[tuple[InstanceView, ...]]:
+    return _list("instances", InstanceView)
+
+
+def instance(instance_id: str) -> Call[InstanceView]:
+    return _get(f"instances/{_segment(instance_id)}", InstanceView)
+
+
+def stop_instance(instance_id: str) -> Call[None]:
+    return Call("POST", f"instances/{_segment(instance_id)}/stop", _nothing)
+
+
+def checkpoints() -> Call[tuple[CheckpointView, ...]]:
+    return _list("checkpoints", CheckpointView)
+
+
+def checkpoint(digest: str) -> Call[CheckpointView]:
+    """A checkpoint by its digest, or by a beginning of it that no other has."""
+    return _get(f"checkpoints/{_segment(digest)}", CheckpointView)
+
+
+def requests() -> Call[tuple[RequestView, ...]]:
+    return _list("requests", RequestView)
+
+
+def request(request_id: str) -> Call[RequestView]:
+    return _get(f"requests/{_segment(request_id)}", RequestView)
+
+
+def cancel_request(request_id: str) -> Call[None]:
+    return Call("POST", f"requests/{_segment(request_id)}/cancel", _nothing)
+
+
+def events(kind: str | None = None, name: str | None = None, limit: int = 100) -> Call[tuple[EventView, ...]]:
+    """The newest events, oldest first, of one kind of thing ("model", "instance", "node") or one object by name."""
+    query = {"kind": kind, "object": name, "limit": str(limit)}
+    return _list("events", EventView, {key: value for key, value in query.items() if value is not None})
+
+
+# --- Transports ------------------------------------------------------------------------------------------------------
+
+
+class AdminClient:
+    """Asks the manager at a unix socket and waits for the answer."""
+
+    def __init__(self, path: Path, settings: ClientSettings) -> None:
+        self._socket, self._settings, self._knocked = path, settings, False
+        self._http = httpx.Client(
+            transport=httpx.HTTPTransport(uds=str(path)), base_url=_BASE_URL, trust_env=False, follow_redirects=False
+        )
+
+    def __enter__(self) -> AdminClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def ask(self, call: Call[T]) -> T:
+        """The answer. Raises Unreachable, Unauthorised (the socket is another user's), or what the answer's body says."""
+        if not self._knocked:
+            _knock(self._socket)
+            self._knocked = True
+        try:
+            answer = self._http.request(**_arguments(call, self._settings))
+        except httpx.TransportError as error:
+            raise _unanswered(self._socket, error) from error
+        return _result(call, answer, self._socket)
+
+    def close(self) -> None:
+        self._http.close()
+
+
+class AsyncAdminClient:
+    """The same for code that runs on an event loop; any number of calls may be under way at once."""
+
+    def __init__(self, path: Path, settings: ClientSettings) -> None:
+        self._socket, self._settings, self._knocked = path, settings, False
+        self._http = httpx.AsyncClient(
+            transport=httpx.AsyncHTTPTransport(uds=str(path)), base_url=_BASE_URL, trust_env=False, follow_redirects=False
+        )
+
+    async def __aenter__(self) -> AsyncAdminClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def ask(self, call: Call[T]) -> T:
+        """The answer; raises as `AdminClient.ask` does."""
+        if not self._knocked:
+            _knock(self._socket)
+            self._knocked = True
+        try:
+            answer = await self._http.request(**_arguments(call, self._settings))
+        except httpx.TransportError as error:
+            raise _unanswered(self._socket, error) from error
+        return _result(call, answer, self._socket)
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+
+def _arguments(call: Call[Any], settings: ClientSettings) -> dict[str, Any]:
+    timeout = httpx.Timeout(settings.answer_s + call.hold_s, connect=settings.connect_s)
+    headers = {"content-type": "application/json"} if call.body is not None else {}
+    return {
+        "method": call.method,
+        "url": call.path,
+        "params": dict(call.query),
+        "content": call.body,
+        "headers": headers,
+        "timeout": timeout,
+    }
+
+
+def _result(call: Call[T], answer: httpx.Response, path: Path) -> T:
+    if answer.status_code >= 400:
+        raise _problem(answer, path)
+    return call.read(answer.status_code, answer.content)
+
+
+def _problem(answer: httpx.Response, path: Path) -> SllmError:
+    try:
+        problem = msgspec.json.decode(answer.content, type=_ErrorBody).error
+    except msgspec.DecodeError:
+        return LinkError(f"{path} answered {answer.status_code} without an error body; is it a manager's admin socket?")
+    error = Fault(problem.code, problem.message).to_error()
+    if isinstance(error, InvalidInput):
+        error.param = problem.param
+    elif isinstance(error, Overloaded) and "retry-after" in answer.headers:
+        error.retry_after_s = float(answer.headers["retry-after"])
+    return error
+
+
+def _knock(path: Path) -> None:
+    """See who is behind the socket. The system's own error tells a dead manager from another user's; httpx's does not."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as door:
+        door.setblocking(False)
+        try:
+            door.connect(str(path))
+        except BlockingIOError:
+            return
+        except PermissionError as error:
+            raise Unauthorised(
+                f"the manager's socket {path} is another user's; run this as the user that runs the manager"
+            ) from error
+        except OSError as error:
+            raise Unreachable(_nobody(path)) from error
+
+
+def _nobody(path: Path) -> str:
+    return f"no manager answers at {path}; start it with `sllmctl serve`"
+
+
+def _unanswered(path: Path, error: httpx.TransportError) -> Unreachable:
+    if isinstance(error, httpx.ConnectError):
+        return Unreachable(_nobody(path))
+    if isinstance(error, httpx.TimeoutException):
+        return Unreachable(f"the manager at {path} did not answer in time; see its log, and `sllmctl doctor`")
+    return Unreachable(f"the manager at {path} broke off before it answered ({error or type(error).__name__}); ask again")
+
+
+def _segment(name: str) -> str:
+    if name in ("", ".", ".."):
+        raise InvalidInput(f"{name!r} is not a name")
+    return quote(name, safe="")
+
+
+def _decode(body: bytes, kind: Any) -> Any:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.DecodeError as error:
+        raise LinkError(f"the manager's answer cannot be read ({error}); are manager and command of one version?") from error
+
+
+def _reader(kind: type[T]) -> Callable[[int, bytes], T]:
+    def read(_: int, body: bytes) -> T:
+        result: T = _decode(body, kind)
+        return result
+
+    return read
+
+
+def _get(path: str, kind: type[T]) -> Call[T]:
+    return Call("GET", path, _reader(kind))
+
+
+def _list(path: str, kind: type[T], query: Mapping[str, str] | None = None) -> Call[tuple[T, ...]]:
+    def read(_: int, body: bytes) -> tuple[T, ...]:
+        items: tuple[T, ...] = _decode(body, _Items[kind]).items  # type: ignore[valid-type]
+        return items
+
+    return Call("GET", path, read, query or {})
+
+
+def _nothing(_: int, __: bytes) -> None:
+    return None
