@@ -6,6 +6,7 @@ the one right stream is known beforehand.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 from hypothesis import HealthCheck, settings
@@ -20,7 +21,7 @@ from sllmctl.gateway.router_settings import RouterSettings
 from tests.sllmctl.gateway.routing import Bench, params
 
 NODES = ("n", "o")
-LENGTH = 12
+LENGTH = 20
 
 
 def right_token(prompt: tuple[int, ...], choice: int, position: int) -> int:
@@ -58,6 +59,8 @@ class RouterMachine(RuleBasedStateMachine):
         for name in NODES:
             self.bench.node(name)
             self.route(name, InstanceState.READY)
+        for seed in (1, 2, 3):
+            self.submit(choices=2, seed=seed)
 
     def route(self, name: str, state: InstanceState) -> None:
         node = self.nodes[name]
@@ -85,10 +88,6 @@ class RouterMachine(RuleBasedStateMachine):
     def finish(self, held: Held, reason: EndReason) -> None:
         held.end = Ended(attempt=held.submit.attempt, position=len(held.tokens), reason=reason)
 
-    def some_held(self, data: st.DataObject, name: str) -> Held | None:
-        held = list(self.nodes[name].held.values())
-        return data.draw(st.sampled_from(held)) if held else None
-
     # --- what may happen
 
     @rule(choices=st.integers(1, 2), seed=st.integers(1, 900))
@@ -97,18 +96,24 @@ class RouterMachine(RuleBasedStateMachine):
         self.requests.append(self.bench.router.submit("m", (seed,), params(LENGTH), choices))
         self.deliver()
 
-    @rule(name=st.sampled_from(NODES), data=st.data(), count=st.integers(1, 4))
-    def step(self, name: str, data: st.DataObject, count: int) -> None:
-        """The engine makes tokens, and ends at the full length."""
-        held = self.some_held(data, name)
-        if held is None or held.end is not None or not self.nodes[name].alive:
+    @rule(name=st.sampled_from(NODES), counts=st.lists(st.integers(0, 4), min_size=1, max_size=6), said=st.booleans())
+    def step(self, name: str, counts: list[int], said: bool) -> None:
+        """The engine makes tokens, and ends at the full length; the node says so, or has not come to it yet."""
+        if not self.nodes[name].alive:
             return
+        for held, count in zip(self.nodes[name].held.values(), itertools.cycle(counts), strict=False):
+            if held.end is None:
+                self.grow(held, count)
+        if said:
+            self.say(name, 0)
+
+    def grow(self, held: Held, count: int) -> None:
         for _ in range(min(count, LENGTH - len(held.tokens))):
             held.tokens.append(right_token(held.submit.prompt, held.submit.choice, len(held.tokens)))
         if len(held.tokens) == LENGTH:
             self.finish(held, EndReason.LENGTH)
 
-    @rule(name=st.sampled_from(NODES), again=st.integers(0, 3))
+    @rule(name=st.sampled_from(NODES), again=st.integers(0, 9))
     def say(self, name: str, again: int) -> None:
         """The node says what is new, and now and then some of it again."""
         node = self.nodes[name]
@@ -207,10 +212,8 @@ class RouterMachine(RuleBasedStateMachine):
                 self.reconnect(name, forget=False)
                 self.restart_worker(name)
                 for held in self.nodes[name].held.values():
-                    while held.end is None:
-                        held.tokens.append(right_token(held.submit.prompt, held.submit.choice, len(held.tokens)))
-                        if len(held.tokens) >= LENGTH:
-                            self.finish(held, EndReason.LENGTH)
+                    if held.end is None:
+                        self.grow(held, LENGTH)
                 self.say(name, again=0)
         self.streams_are_exact()
         assert len(self.finishes) == sum(len(request.sequences) for request in self.requests)
@@ -223,5 +226,5 @@ class RouterMachine(RuleBasedStateMachine):
 
 TestRouterMachine = RouterMachine.TestCase
 TestRouterMachine.settings = settings(
-    max_examples=80, stateful_step_count=40, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=100, stateful_step_count=50, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
