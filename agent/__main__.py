@@ -1,0 +1,60 @@
+"""The processes of a node, one verb each: agent, store, zygote, ingest. Imports nothing of a process that is not asked for."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import msgspec
+
+from schema.errors import InvalidInput, SllmError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one process of a node to its end. Returns its exit code; 2 for arguments or settings that are wrong."""
+    parser = argparse.ArgumentParser(prog="python -m agent", description="The processes of an sllmctl node.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("agent", help="serve a node").add_argument("--config-json", required=True, help="NodeConfig as JSON")
+    for verb in ("store", "zygote"):
+        verbs.add_parser(verb, help=f"the {verb} of an agent").add_argument("--run-dir", type=Path, required=True)
+    ingest = verbs.add_parser("ingest", help="make a checkpoint; frames on standard output")
+    ingest.add_argument("--run-dir", type=Path, required=True)
+    ingest.add_argument("--op", required=True)
+    ingest.add_argument("--source", required=True, help="a Source as JSON")
+    given = parser.parse_args(arguments)
+    try:
+        return _run(given)
+    except SllmError as error:
+        logging.basicConfig(stream=sys.stderr)
+        logging.getLogger("agent").error("%s", error)
+        return 2 if isinstance(error, InvalidInput) else 1
+
+
+def _run(given: argparse.Namespace) -> int:
+    if given.verb == "agent":
+        from agent.config import parse_config
+        from agent.daemon.main import main as run_agent
+
+        return run_agent(parse_config(given.config_json))
+    if given.verb == "store":
+        from agent.store.process import main as run_store
+
+        return run_store(given.run_dir)
+    if given.verb == "zygote":
+        from agent.workers.zygote import main as run_zygote
+
+        return run_zygote(given.run_dir)
+    from agent.store.ingest import main as run_ingest
+    from schema.spec import Source
+
+    try:
+        source = msgspec.json.decode(given.source, type=Source)
+    except msgspec.DecodeError as error:
+        raise InvalidInput(f"--source: {error}") from error
+    return run_ingest(given.run_dir, given.op, source)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The node agent: serves one socket, supervises store, zygote and workers, relays tokens and remembers them."""

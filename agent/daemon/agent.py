@@ -1,0 +1,326 @@
+"""The agent as a whole: makes its parts, passes what each hears to those whom it concerns, and ends them all."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import os
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from agent.config import NodeConfig
+from agent.daemon.adoption import Adoption
+from agent.daemon.attempts import Journal
+from agent.daemon.catalog import Checkpoints
+from agent.daemon.connection import Connection
+from agent.daemon.identity import IdentityFile
+from agent.daemon.ingest import IngestCommand, ingest_command
+from agent.daemon.instances import Instances
+from agent.daemon.inventory import devices, inventory
+from agent.daemon.life import Life
+from agent.daemon.managerlink import ManagerLink
+from agent.daemon.operations import Operations
+from agent.daemon.roster import Roster, RosterEntry
+from agent.daemon.server import Server, common_version
+from agent.daemon.storelink import StoreLink
+from agent.daemon.supervisor import KILL_S, TERM_S, Kin, Spawn, spawn_kin
+from agent.daemon.workers import Relay
+from agent.daemon.zygote import ZygoteLink
+from schema.errors import Conflict, Fault, InvalidInput, LinkError, SllmError, Unauthorised, Unreachable
+from schema.link import (
+    Acked,
+    Cancel,
+    CancelOperation,
+    DropCheckpoint,
+    Hello,
+    Ingest,
+    InstanceLoad,
+    InstanceTruth,
+    InstanceUpdate,
+    LoadCheckpoint,
+    Message,
+    NodeTruth,
+    OperationsAcked,
+    PlacementUpdate,
+    Progress,
+    ReadFile,
+    Role,
+    Shutdown,
+    StartInstance,
+    StopInstance,
+    Submit,
+    Welcome,
+)
+
+__all__ = ["SOFTWARE", "Agent"]
+
+SOFTWARE: Final = "sllmctl-agent"
+_FAREWELL_S: Final = 1.0
+_log = logging.getLogger(__name__)
+
+
+class Agent:
+    """One node. ``token`` is what its kin know it by; ``spawn`` and ``ingest`` say how its processes are started."""
+
+    def __init__(
+        self, config: NodeConfig, token: str, *, spawn: Spawn = spawn_kin, ingest: IngestCommand = ingest_command
+    ) -> None:
+        self._config = config
+        self._token = token
+        self._identity = IdentityFile(Path(config.data_dir) / "identity.json")
+        self._roster = Roster(Path(config.run_dir) / "roster.json")
+        self._journal = Journal()
+        self._adoption = Adoption()
+        self._store_kin = Kin("store", config, self._roster, spawn)
+        self._zygote_kin = Kin("zygote", config, self._roster, spawn)
+        self._store = StoreLink(self._store_kin, self)
+        self._zygote = ZygoteLink(self._zygote_kin)
+        self._instances = Instances(config, self._roster, self._store, self._journal, self, self._zygote.ask)
+        self._zygote.instances = self._instances
+        self._relay = Relay(self._journal, self._instances, self)
+        self._checkpoints = Checkpoints(config.checkpoints_path, self._store)
+        self._operations = Operations(config, self._roster, self._store, self._checkpoints, self, ingest)
+        self._manager = ManagerLink(self._journal, self._truth, self._command, self._manager_changed)
+        self._server = Server(config.socket_path, self._admit)
+        self._inventory = inventory(config, None)
+        self._devices = {device.index for device in devices(config)}
+        self._admission = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._shutdown = asyncio.Event()
+        self._grace_s = 0.0
+        self._deserted = False
+        self._grace_timer: asyncio.TimerHandle | None = None
+
+    # --- life
+
+    async def run(self) -> None:
+        """Serve until `shut_down` is called, then end everything. Raises SllmError when it cannot begin or a part fails."""
+        await self._checkpoints.scan()
+        await self._measure()
+        await self._adopt()
+        self._server.listen()
+        self._manager_changed(False)
+        watched: list[asyncio.Task[Any]] = [self._store_kin.start(), self._zygote_kin.start()]
+        self._own(self._allow_truth(), "adoption")
+        ending = asyncio.create_task(self._shutdown.wait())
+        try:
+            await asyncio.wait([ending, *watched], return_when=asyncio.FIRST_COMPLETED)
+            for task in watched:
+                if task.done() and (error := task.exception()) is not None:
+                    raise SllmError(f"{task.get_name()}: {error}") from error
+        finally:
+            ending.cancel()
+            await self._end()
+
+    def shut_down(self, grace_s: float = 0.0) -> None:
+        """End the agent and all its processes; attempts have ``grace_s`` seconds to finish. Again: with the new grace."""
+        self._grace_s = grace_s
+        if self._shutdown.is_set():
+            self._instances.stop_all(grace_s)
+        self._shutdown.set()
+
+    async def _end(self) -> None:
+        self._shutdown.set()
+        await self._operations.stop()
+        self._instances.stop_all(self._grace_s)
+        if not await self._instances.ended(self._grace_s + 2 * (TERM_S + KILL_S)):
+            _log.error("some workers could not be ended")
+        await asyncio.gather(self._zygote_kin.stop(), self._store_kin.stop())
+        self._store.close()
+        await self._manager.finish(_FAREWELL_S)
+        self._server.close()
+        if self._grace_timer is not None:
+            self._grace_timer.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._roster.unlink()
+
+    async def _adopt(self) -> None:
+        """Take over what an earlier life left running; what it was ingesting is ended, for nobody reads its answer."""
+        found = self._roster.load()
+        by_role: dict[str, list[RosterEntry]] = {}
+        for entry in found.values():
+            by_role.setdefault(entry.role, []).append(entry)
+        self._roster.begin()
+        for entry in by_role.get("ingest", []):
+            process = entry.open()
+            if process is not None:
+                await process.end(TERM_S, KILL_S)
+            self._roster.remove(entry)
+        for entry in by_role.get("worker", []):
+            if entry.start is None:
+                self._roster.remove(entry)
+            elif (process := self._instances.adopt(entry)) is not None:
+                self._adoption.expect((entry.instance, entry.epoch), process)
+        self._adoption.expect("store")
+        self._store_kin.adopt(next(iter(by_role.get("store", [])), None))
+        if self._zygote_kin.adopt(next(iter(by_role.get("zygote", [])), None)):
+            self._adoption.expect("zygote")
+
+    async def _allow_truth(self) -> None:
+        await self._adoption.wait(self._config.adopt_s)
+        self._manager.allow_truth()
+
+    def _own(self, coroutine: Any, name: str) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("%s failed", task.get_name(), exc_info=error)
+
+    # --- who dials
+
+    def _admit(self, connection: Connection, hello: Hello) -> None:
+        if hello.role is Role.MANAGER:
+            self._own(self._admit_manager(connection, hello), f"admit manager {hello.pid}")
+            return
+        if not hmac.compare_digest(hello.token.encode(), self._token.encode()):
+            raise Unauthorised(f"the {hello.role} (pid {hello.pid}) does not know this agent's token")
+
+        def welcome(descriptors: int) -> Welcome:
+            return self._welcome(hello, descriptors)
+
+        if hello.role is Role.STORE:
+            self._store.welcome(connection, hello, welcome)
+        elif hello.role is Role.ZYGOTE:
+            self._zygote.welcome(connection, hello, welcome)
+        else:
+            self._relay.welcome(connection, hello, welcome)
+
+    async def _admit_manager(self, connection: Connection, hello: Hello) -> None:
+        try:
+            async with self._admission:
+                if self._shutdown.is_set():
+                    raise Conflict("this agent is shutting down; start it again")
+                identity = self._identity.judge(hello)
+                await asyncio.to_thread(self._identity.write, identity)
+                if connection.closed:
+                    return
+                _log.info("manager %d of cluster %s, generation %d", hello.pid, hello.cluster, hello.generation)
+                name = f"manager (pid {hello.pid})"
+                self._manager.welcome(connection, name, self._welcome(hello, 0))
+        except SllmError as error:
+            self._server.refuse(connection, error)
+        except OSError as error:
+            self._server.refuse(connection, SllmError(f"cannot keep this node's identity: {error}"))
+
+    def _welcome(self, hello: Hello, descriptors: int) -> Welcome:
+        return Welcome(
+            protocol=common_version(hello),
+            software=SOFTWARE,
+            node=self._identity.identity.node,
+            pid=os.getpid(),
+            descriptors=descriptors,
+        )
+
+    # --- the manager
+
+    def _truth(self) -> NodeTruth:
+        arena = self._store.arena
+        found = msgspec.structs.replace(self._inventory, arena=arena) if arena is not None else self._inventory
+        return NodeTruth(
+            node=self._identity.identity.node,
+            inventory=found,
+            checkpoints=self._checkpoints.truths(),
+            instances=self._instances.truths(),
+            ops=self._operations.running,
+            done=self._operations.done,
+        )
+
+    def _command(self, message: Any) -> None:
+        match message:
+            case Submit():
+                self._relay.submit(message)
+            case Acked():
+                self._relay.acked(message.ends)
+            case Cancel():
+                self._relay.cancel(message)
+            case StartInstance():
+                self._instances.start(message)
+            case StopInstance():
+                self._instances.stop(message)
+            case Ingest() | LoadCheckpoint() | DropCheckpoint():
+                self._operations.begin(message)
+            case CancelOperation():
+                self._operations.cancel(message.op)
+            case OperationsAcked():
+                self._operations.acked(message.ops)
+            case ReadFile():
+                self._operations.read_file(message)
+            case Shutdown():
+                _log.info("the manager tells this agent to shut down")
+                self.shut_down(message.grace_s)
+            case _:
+                raise LinkError(f"a manager has no {type(message).__name__} to say")
+
+    def _manager_changed(self, present: bool) -> None:
+        if self._grace_timer is not None:
+            self._grace_timer.cancel()
+            self._grace_timer = None
+        self._deserted = False
+        if not present and not self._shutdown.is_set():
+            grace_s = self._config.manager_grace_s
+            self._grace_timer = asyncio.get_running_loop().call_later(grace_s, self._desert)
+
+    def _desert(self) -> None:
+        """No manager has come for too long: what is idle is ended, what is busy once it is idle."""
+        self._deserted = True
+        why = Fault.of(Unreachable(f"no manager came for {self._config.manager_grace_s:g} s"))
+        self._instances.stop_idle(why)
+
+    # --- what the parts tell
+
+    @property
+    def spoken(self) -> bool:
+        return self._manager.spoken
+
+    def tell(self, message: Message) -> None:
+        self._manager.tell(message)
+
+    def attempts_changed(self) -> None:
+        self._manager.pump()
+        if self._deserted:
+            self._desert()
+
+    def load_changed(self, load: InstanceLoad) -> None:
+        self._manager.tell_load(load)
+
+    def instance_changed(self, truth: InstanceTruth) -> None:
+        self._manager.tell(InstanceUpdate(truth=truth))
+
+    def instance_progress(self, progress: Progress) -> None:
+        self._manager.tell(progress)
+
+    def directory_of(self, start: StartInstance) -> str:
+        if self._shutdown.is_set():
+            raise Conflict("this agent is shutting down")
+        unknown = [str(device) for device in start.devices if device not in self._devices]
+        if unknown or not start.devices:
+            raise InvalidInput(f"this node has no device {', '.join(unknown) or '(none was given)'}")
+        return self._checkpoints.directory(start.digest)
+
+    def worker_dialled(self, life: Life) -> None:
+        self._adoption.arrived(life.key)
+
+    def placement_changed(self, digest: str) -> None:
+        self._manager.tell(PlacementUpdate(truth=self._checkpoints.truth(digest)))
+
+    def store_ready(self) -> None:
+        self._adoption.arrived("store")
+        self._instances.store_ready()
+
+    def store_lost(self) -> None:
+        self._instances.store_lost()
+
+    def disk_changed(self) -> None:
+        self._own(self._measure(), "measure the disk")
+
+    async def _measure(self) -> None:
+        self._inventory = await asyncio.to_thread(inventory, self._config, None)

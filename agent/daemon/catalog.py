@@ -1,0 +1,115 @@
+"""What the agent says of checkpoints: those on its disk, read again when one came or went, and where each lies now."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+from agent.daemon.storelink import StoreLink
+from agent.store import catalog
+from agent.store.catalog import CatalogEntry
+from schema.errors import InvalidCheckpoint, NotFound, SllmError
+from schema.link import CheckpointTruth, FileChunk, Placement, ReadFile
+from schema.states import Tier, TierState
+
+__all__ = ["Checkpoints"]
+
+_MAX_CHUNK_BYTES = 1 << 20
+
+
+class Checkpoints:
+    """The node's checkpoints. `scan` and `remove` go to a thread; the rest is at hand."""
+
+    def __init__(self, root: Path, store: StoreLink) -> None:
+        self._root = root
+        self._store = store
+        self._entries: dict[str, CatalogEntry] = {}
+        self._facts: dict[str, CheckpointTruth] = {}
+
+    async def scan(self) -> None:
+        """Read again what lies on the disk."""
+        self._entries = await asyncio.to_thread(catalog.scan, self._root)
+        for digest, entry in self._entries.items():
+            manifest = entry.manifest
+            self._facts[digest] = CheckpointTruth(
+                digest=digest,
+                architecture=manifest.architecture,
+                image_bytes=manifest.image_bytes,
+                kv_token_bytes=manifest.kv.token_bytes,
+                max_context_tokens=manifest.max_context_tokens,
+            )
+
+    def entry(self, digest: str) -> CatalogEntry:
+        """Raises NotFound when it is not on the disk."""
+        entry = self._entries.get(digest)
+        if entry is None:
+            raise NotFound(f"checkpoint {digest} is not on this node's disk; ingest it first")
+        return entry
+
+    def directory(self, digest: str) -> str:
+        """Its directory, relative to the checkpoints'. Raises NotFound, InvalidCheckpoint for one in quarantine."""
+        entry = self.entry(digest)
+        if entry.quarantined is not None:
+            raise InvalidCheckpoint(f"checkpoint {digest} is in quarantine ({entry.quarantined}); ingest it again")
+        return str(entry.directory.relative_to(self._root))
+
+    async def remove(self, digest: str) -> None:
+        """Take it from the disk for good. Raises NotFound, SllmError."""
+        entry = self._entries.pop(digest, None)
+        if entry is None:
+            raise NotFound(f"checkpoint {digest} is not on this node's disk")
+        try:
+            await asyncio.to_thread(catalog.remove, entry)
+        except OSError as error:
+            raise SllmError(f"cannot remove {entry.directory}: {error.strerror}") from error
+        finally:
+            await self.scan()
+
+    def truth(self, digest: str) -> CheckpointTruth:
+        """Where a checkpoint lies on this node now."""
+        placements = []
+        entry = self._entries.get(digest)
+        resident = self._store.residents.get(digest)
+        users = self._store.holds.count(digest)
+        size = entry.manifest.image_bytes if entry is not None else resident.image_bytes if resident is not None else 0
+        if entry is not None:
+            state = TierState.RESIDENT if entry.quarantined is None else TierState.QUARANTINED
+            placements.append(Placement(tier=Tier.DISK, state=state, size_bytes=size))
+        if resident is not None:
+            placements.append(Placement(tier=Tier.DRAM, state=TierState.RESIDENT, size_bytes=resident.image_bytes, users=users))
+        elif self._store.filling(digest):
+            placements.append(Placement(tier=Tier.DRAM, state=TierState.FILLING, size_bytes=size, users=users))
+        facts = self._facts.get(digest)
+        return CheckpointTruth(
+            digest=digest,
+            architecture=facts.architecture if facts is not None else "",
+            image_bytes=size or (facts.image_bytes if facts is not None else 0),
+            kv_token_bytes=facts.kv_token_bytes if facts is not None else 0,
+            max_context_tokens=facts.max_context_tokens if facts is not None else 0,
+            placements=tuple(placements),
+        )
+
+    def truths(self) -> tuple[CheckpointTruth, ...]:
+        digests = sorted({*self._entries, *self._store.residents})
+        return tuple(self.truth(digest) for digest in digests)
+
+    async def read(self, message: ReadFile) -> FileChunk:
+        """A part of a text asset or the manifest. Raises NotFound for any other file."""
+        entry = self.entry(message.digest)
+        if message.file != catalog.MANIFEST_FILE and message.file not in {asset.file for asset in entry.manifest.assets}:
+            raise NotFound(f"checkpoint {message.digest} has no text asset {message.file!r}")
+        return await asyncio.to_thread(_read, entry.directory / message.file, message)
+
+
+def _read(path: Path, message: ReadFile) -> FileChunk:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            size = os.fstat(descriptor).st_size
+            data = os.pread(descriptor, _MAX_CHUNK_BYTES, message.offset_bytes) if message.offset_bytes < size else b""
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise SllmError(f"cannot read {path}: {error.strerror}") from error
+    return FileChunk(op=message.op, file=message.file, offset_bytes=message.offset_bytes, size_bytes=size, data=data)

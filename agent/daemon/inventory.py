@@ -1,0 +1,53 @@
+"""What this machine has: cores, memory, the devices that instances may use, the disk's budget."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+from pathlib import Path
+
+from agent.config import NodeConfig
+from schema.link import ArenaInfo, DeviceInfo, Inventory
+
+__all__ = ["devices", "inventory"]
+
+
+def devices(config: NodeConfig) -> tuple[DeviceInfo, ...]:
+    """The devices of this node: its processors as device 0, with the memory that the settings give to instances."""
+    memory = config.device_bytes or _memory_bytes() // 2
+    return (DeviceInfo(index=0, kind="cpu", name=_processor_name(), memory_bytes=memory),)
+
+
+def inventory(config: NodeConfig, arena: ArenaInfo | None) -> Inventory:
+    """The machine's means. Before the store has spoken, ``arena`` is None and its budget is what the settings say."""
+    return Inventory(
+        hostname=socket.gethostname(),
+        cpus=len(os.sched_getaffinity(0)),
+        memory_bytes=_memory_bytes(),
+        devices=devices(config),
+        arena=arena or ArenaInfo(id="", budget_bytes=config.arena_bytes, chunk_bytes=config.chunk_bytes),
+        disk_budget_bytes=_disk_bytes(config.checkpoints_path),
+    )
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _disk_bytes(path: Path) -> int:
+    """What checkpoints may take: what they have and what is free."""
+    used = sum(child.stat().st_blocks * 512 for child in path.glob("*/*/*") if child.is_file()) if path.is_dir() else 0
+    existing = next(candidate for candidate in (path, *path.parents) if candidate.is_dir())
+    return used + shutil.disk_usage(existing).free
+
+
+def _processor_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        return platform.machine()
+    return platform.machine()

@@ -1,0 +1,105 @@
+"""One life of an instance as the agent knows it: what was asked, the worker that serves it, how far it has come."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from agent.daemon.process import Process
+from agent.daemon.roster import RosterEntry
+from schema.errors import Fault
+from schema.ids import Epoch
+from schema.link import InstanceTruth, Message, Resident, StartInstance, StartPhases
+from schema.states import InstanceState
+
+__all__ = ["Life", "WorkerDoor"]
+
+
+class WorkerDoor(Protocol):
+    """A worker's present connection, once its truth is complete."""
+
+    @property
+    def serial(self) -> int: ...
+
+    def send(self, message: Message, descriptors: tuple[int, ...] = ()) -> None: ...
+
+    def close(self, why: str) -> None: ...
+
+
+@dataclass(eq=False, slots=True)
+class Life:
+    """``directory`` is the checkpoint's, relative to the node's. ``worker`` is None while no worker's truth is known.
+
+    ``after`` is the older life that must be dead before this one begins, ``before`` the newer one that waits for this one.
+    ``quiet``: what ends it is not told as stopping, because nobody asked for it. ``asked`` and ``attached`` are what the
+    worker has been given: `StartWorker` and `Attach`.
+    """
+
+    start: StartInstance
+    directory: str = ""
+    state: InstanceState = InstanceState.STARTING
+    fault: Fault | None = None
+    stop_grace_s: float | None = None
+    process: Process | None = None
+    nonce: int = 0
+    worker: WorkerDoor | None = None
+    asked: bool = False
+    attached: bool = False
+    fill: str = ""
+    resident: Resident | None = None
+    kv_capacity_tokens: int = 0
+    max_context_tokens: int = 0
+    phases: StartPhases = field(default_factory=StartPhases)
+    begun: float = field(default_factory=time.monotonic)
+    timer: asyncio.TimerHandle | None = None
+    ending: asyncio.Task[None] | None = None
+    after: Life | None = None
+    before: Life | None = None
+
+    @property
+    def key(self) -> tuple[str, Epoch]:
+        return self.start.instance, self.start.epoch
+
+    @property
+    def user(self) -> str:
+        """Its name among the users of its checkpoint."""
+        return f"{self.start.instance}/{self.start.epoch}"
+
+    @property
+    def stopped(self) -> bool:
+        return self.state is InstanceState.STOPPED
+
+    def truth(self) -> InstanceTruth:
+        return InstanceTruth(
+            instance=self.start.instance,
+            epoch=self.start.epoch,
+            digest=self.start.digest,
+            state=self.state,
+            devices=self.start.devices,
+            kv_capacity_tokens=self.kv_capacity_tokens,
+            max_context_tokens=self.max_context_tokens,
+            phases=self.phases if self.phases != StartPhases() else None,
+            fault=self.fault,
+            pid=self.process.pid if self.process is not None and not self.stopped else 0,
+        )
+
+    def entry(self) -> RosterEntry:
+        """What the agent's next life must know of it."""
+        return RosterEntry(
+            role="worker",
+            pid=self.process.pid if self.process is not None else 0,
+            ticks=self.process.ticks if self.process is not None else 0,
+            instance=self.start.instance,
+            epoch=self.start.epoch,
+            nonce=self.nonce,
+            start=self.start,
+            phases=self.phases if self.phases.total_s else None,
+            stop_grace_s=self.stop_grace_s,
+        )
+
+    def cancel_timer(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None

@@ -1,0 +1,201 @@
+"""Operations: ingest, load ahead of need, drop, each with exactly one end that is kept until the manager has it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Final, Protocol, TypeVar
+
+import msgspec
+
+from agent.config import NodeConfig
+from agent.daemon.catalog import Checkpoints
+from agent.daemon.ingest import IngestCommand, run_ingest
+from agent.daemon.roster import Roster
+from agent.daemon.storelink import StoreLink
+from schema.errors import Cancelled, Conflict, Fault, InvalidInput, SllmError
+from schema.link import DropCheckpoint, FileChunk, Ingest, LoadCheckpoint, Message, OperationDone, Progress, ReadFile, Resident
+from schema.states import Tier
+
+__all__ = ["OperationOwner", "Operations"]
+
+T = TypeVar("T")
+
+_INGESTS: Final = 2
+"""Ingests at once; more would only share the disk."""
+_log = logging.getLogger(__name__)
+
+
+class OperationOwner(Protocol):
+    """Who passes things on to the manager."""
+
+    def tell(self, message: Message) -> None: ...
+
+    def placement_changed(self, digest: str) -> None: ...
+
+    def disk_changed(self) -> None: ...
+
+
+class Operations:
+    """Every operation by its op, each a task of its own."""
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        roster: Roster,
+        store: StoreLink,
+        checkpoints: Checkpoints,
+        owner: OperationOwner,
+        ingest: IngestCommand,
+    ) -> None:
+        self._config = config
+        self._roster = roster
+        self._store = store
+        self._checkpoints = checkpoints
+        self._owner = owner
+        self._ingest = ingest
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._done: dict[str, OperationDone] = {}
+        self._reads: set[asyncio.Task[None]] = set()
+        self._dropping: set[str] = set()
+        self._ingest_slots = asyncio.Semaphore(_INGESTS)
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        return tuple(self._running)
+
+    @property
+    def done(self) -> tuple[OperationDone, ...]:
+        return tuple(self._done.values())
+
+    def dropping(self, digest: str) -> bool:
+        """True while a checkpoint is being taken from the disk."""
+        return digest in self._dropping
+
+    def begin(self, message: Ingest | LoadCheckpoint | DropCheckpoint) -> None:
+        """Begin an operation; a known one that has ended is answered again, and one under way will be."""
+        if (done := self._done.get(message.op)) is not None:
+            self._owner.tell(done)
+        elif message.op not in self._running:
+            task = asyncio.get_running_loop().create_task(self._run(message), name=f"operation {message.op}")
+            self._running[message.op] = task
+
+    def cancel(self, op: str) -> None:
+        """End an operation early; one that has ended is answered again."""
+        if (task := self._running.get(op)) is not None:
+            task.cancel()
+        elif (done := self._done.get(op)) is not None:
+            self._owner.tell(done)
+        else:
+            self._owner.tell(OperationDone(op=op, fault=Fault.of(Cancelled("the operation is not under way on this node"))))
+
+    def acked(self, ops: tuple[str, ...]) -> None:
+        for op in ops:
+            self._done.pop(op, None)
+
+    def read_file(self, message: ReadFile) -> None:
+        """Answer with a `FileChunk`, from a thread."""
+        task = asyncio.get_running_loop().create_task(self._read(message), name=f"read {message.file}")
+        self._reads.add(task)
+        task.add_done_callback(self._reads.discard)
+
+    async def stop(self) -> None:
+        """Cancel everything and wait until it has ended."""
+        tasks = [*self._running.values(), *self._reads]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run(self, message: Ingest | LoadCheckpoint | DropCheckpoint) -> None:
+        op = message.op
+        try:
+            if isinstance(message, Ingest):
+                done = await self._run_ingest(message)
+            elif isinstance(message, LoadCheckpoint):
+                done = await self._load(message)
+            else:
+                done = await self._drop(message)
+        except asyncio.CancelledError:
+            done = OperationDone(op=op, fault=Fault.of(Cancelled("the operation was cancelled")))
+        except SllmError as error:
+            done = OperationDone(op=op, fault=Fault.of(error))
+        except Exception as error:
+            _log.exception("operation %s failed", op)
+            done = OperationDone(op=op, fault=Fault.of(error))
+        del self._running[op]
+        self._done[op] = done
+        self._owner.tell(done)
+
+    async def _run_ingest(self, message: Ingest) -> OperationDone:
+        async with self._ingest_slots:
+            done = await run_ingest(self._config, message, self._ingest, self._roster, self._owner.tell)
+        await self._checkpoints.scan()
+        self._owner.disk_changed()
+        if done.digest:
+            self._owner.placement_changed(done.digest)
+        return done
+
+    async def _load(self, message: LoadCheckpoint) -> OperationDone:
+        if message.tier is not Tier.DRAM:
+            raise InvalidInput(f"a checkpoint can be loaded ahead to {Tier.DRAM}, not to {message.tier}")
+        directory = self._checkpoints.directory(message.digest)
+        answer: asyncio.Future[Resident | Fault] = asyncio.get_running_loop().create_future()
+
+        def progressed(progress: Progress) -> None:
+            self._owner.tell(msgspec.structs.replace(progress, op=message.op))
+
+        self._store.holds.add(message.digest, message.op)
+        try:
+            fill = self._store.fill(message.digest, directory, _answer(answer), progressed)
+            try:
+                result = await answer
+            finally:
+                self._store.withdraw(fill)
+        finally:
+            self._store.holds.release(message.digest, message.op)
+        fault = result if isinstance(result, Fault) else None
+        return OperationDone(op=message.op, digest=message.digest, fault=fault)
+
+    async def _drop(self, message: DropCheckpoint) -> OperationDone:
+        digest = message.digest
+        if message.tier not in (Tier.DRAM, Tier.DISK):
+            raise InvalidInput(f"a checkpoint can be dropped from {Tier.DRAM} or {Tier.DISK}, not from {message.tier}")
+        if users := self._store.holds.users(digest):
+            raise Conflict(f"checkpoint {digest} is in use by {', '.join(users)}; stop them first")
+        if message.tier is Tier.DRAM:
+            answer: asyncio.Future[Fault | None] = asyncio.get_running_loop().create_future()
+            self._store.drop(message.op, digest, _answer(answer))
+            return OperationDone(op=message.op, digest=digest, fault=await answer)
+        if digest in self._dropping:
+            raise Conflict(f"checkpoint {digest} is being dropped already")
+        self._dropping.add(digest)
+        try:
+            await self._checkpoints.remove(digest)
+        finally:
+            self._dropping.discard(digest)
+            self._owner.disk_changed()
+            self._owner.placement_changed(digest)
+        return OperationDone(op=message.op, digest=digest)
+
+    async def _read(self, message: ReadFile) -> None:
+        try:
+            chunk = await self._checkpoints.read(message)
+        except SllmError as error:
+            chunk = FileChunk(
+                op=message.op,
+                file=message.file,
+                offset_bytes=message.offset_bytes,
+                size_bytes=0,
+                data=b"",
+                fault=Fault.of(error),
+            )
+        self._owner.tell(chunk)
+
+
+def _answer(future: asyncio.Future[T]) -> Callable[[T], None]:
+    def answered(answer: T) -> None:
+        if not future.done():
+            future.set_result(answer)
+
+    return answered

@@ -1,0 +1,235 @@
+"""The agent's side of the store's link: the arena it keeps, what lies in it, and the fills and drops not yet answered."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from agent.daemon.connection import Connection
+from agent.daemon.holds import Holds
+from agent.daemon.supervisor import Kin
+from schema.errors import Fault, LinkError, SllmError, Unreachable
+from schema.link import (
+    ArenaInfo,
+    Descriptors,
+    DropResident,
+    Evicted,
+    FillArena,
+    Hello,
+    HoldCheckpoint,
+    OperationDone,
+    Progress,
+    Resident,
+    StoreMessage,
+    StoreTruth,
+    Welcome,
+)
+
+__all__ = ["StoreLink", "StoreOwner"]
+
+_MAX_LOSSES: Final = 3
+"""A fill under which the store died so often is given up: it may be what kills it."""
+_log = logging.getLogger(__name__)
+
+
+class StoreOwner(Protocol):
+    """Who hears of changes in the arena."""
+
+    def placement_changed(self, digest: str) -> None: ...
+
+    def store_ready(self) -> None:
+        """The store has stated its truth; the arena can be attached."""
+
+    def store_lost(self) -> None:
+        """Extents heard over the connection that broke are not to be attached any more."""
+
+
+@dataclass(slots=True)
+class _Fill:
+    message: FillArena
+    answered: Callable[[Resident | Fault], None]
+    progress: Callable[[Progress], None]
+    losses: int = 0
+
+
+@dataclass(slots=True)
+class _Drop:
+    message: DropResident
+    answered: Callable[[Fault | None], None]
+
+
+class StoreLink:
+    """Speaks to the store over its lives. ``arena`` and ``residents`` are as last heard."""
+
+    def __init__(self, kin: Kin, owner: StoreOwner) -> None:
+        self.arena: ArenaInfo | None = None
+        self.residents: dict[str, Resident] = {}
+        self.holds = Holds(self._users_changed)
+        self._kin = kin
+        self._owner = owner
+        self._descriptor: int | None = None
+        self._stated = False
+        self._fills: dict[str, _Fill] = {}
+        self._drops: dict[str, _Drop] = {}
+        self._count = 0
+
+    @property
+    def ready(self) -> bool:
+        """True when the present store has stated its truth and its arena is held."""
+        return self._stated and self._descriptor is not None
+
+    def filling(self, digest: str) -> bool:
+        return any(fill.message.digest == digest for fill in self._fills.values())
+
+    def welcome(self, connection: Connection, hello: Hello, welcome: Callable[[int], Welcome]) -> None:
+        """A store has dialled: it gets its arena back if one is held. Raises Conflict for another than ours."""
+        self._kin.claim(connection, hello.pid)
+        self._stated = False
+        connection.begin(StoreMessage, self, f"store (pid {hello.pid})")
+        if self._descriptor is None:
+            connection.send(welcome(0))
+        else:
+            connection.send(welcome(1))
+            connection.send(Descriptors(what="arena"), [self._descriptor])
+
+    def fill(
+        self,
+        digest: str,
+        directory: str,
+        answered: Callable[[Resident | Fault], None],
+        progress: Callable[[Progress], None],
+        op: str = "",
+    ) -> str:
+        """Ask for a checkpoint in the arena; answered once, now or later, unless it is withdrawn. Returns its op."""
+        self._count += 1
+        op = op or f"fill-{os.getpid()}-{self._count}"
+        fill = _Fill(FillArena(op=op, digest=digest, directory=directory, users=self.holds.count(digest)), answered, progress)
+        self._fills[op] = fill
+        if self._stated:
+            self._kin.send(fill.message)
+        self._owner.placement_changed(digest)
+        return op
+
+    def withdraw(self, op: str) -> None:
+        """Nobody waits for this fill any more; without a user the store gives it up."""
+        fill = self._fills.pop(op, None)
+        if fill is not None:
+            self._owner.placement_changed(fill.message.digest)
+
+    def drop(self, op: str, digest: str, answered: Callable[[Fault | None], None]) -> None:
+        """Free a checkpoint's chunks; answered once."""
+        self._drops[op] = _Drop(DropResident(op=op, digest=digest), answered)
+        if self._stated:
+            self._kin.send(self._drops[op].message)
+
+    def reopen(self) -> int:
+        """A new descriptor of the arena that can only be read. The caller owns it. Raises Unreachable, OSError."""
+        if self._descriptor is None:
+            raise Unreachable("there is no arena yet")
+        return os.open(f"/proc/self/fd/{self._descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """Let go of the arena; its memory is free when the store has gone too."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    # --- Handler
+
+    def received(self, connection: Connection, message: Any) -> None:
+        match message:
+            case Descriptors():
+                self._take_arena(connection, message)
+            case StoreTruth():
+                self._truth(message)
+            case _ if not self._stated:
+                raise LinkError(f"the store said {type(message).__name__} before its truth")
+            case Resident():
+                self._resident(message)
+            case OperationDone():
+                self._done(message)
+            case Evicted():
+                if self.residents.pop(message.digest, None) is not None:
+                    self._owner.placement_changed(message.digest)
+            case Progress():
+                if (fill := self._fills.get(message.op)) is not None:
+                    fill.progress(message)
+            case _:
+                raise LinkError(f"the store has no {type(message).__name__} to say")
+
+    def drained(self, connection: Connection) -> None:
+        pass
+
+    def lost(self, connection: Connection, why: str) -> None:
+        if not self._kin.disclaim(connection):
+            return
+        _log.warning("the link to the store is lost: %s", why)
+        self._stated = False
+        for op, fill in list(self._fills.items()):
+            fill.losses += 1
+            if fill.losses >= _MAX_LOSSES:
+                del self._fills[op]
+                fill.answered(Fault.of(Unreachable(f"the store died {fill.losses} times while it was loading this checkpoint")))
+        self._owner.store_lost()
+
+    # --- what the store says
+
+    def _take_arena(self, connection: Connection, message: Descriptors) -> None:
+        descriptors = connection.take_descriptors(message.count)
+        if message.what != "arena" or len(descriptors) != 1:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise LinkError(f"the store sent {len(descriptors)} descriptors as {message.what!r}")
+        self.close()
+        self._descriptor = descriptors[0]
+        if self._stated:
+            self._owner.store_ready()
+
+    def _truth(self, message: StoreTruth) -> None:
+        earlier = self.residents
+        if self.arena is not None and self.arena.id != message.arena.id:
+            _log.warning("the arena is a new one; what lay in the old one stays only where a worker maps it")
+        self.arena = message.arena
+        self.residents = {resident.digest: resident for resident in message.residents}
+        self._stated = True
+        for digest in {*self.holds.counts(), *self.residents}:
+            self._kin.send(HoldCheckpoint(digest=digest, users=self.holds.count(digest)))
+        for fill in self._fills.values():
+            if fill.message.op not in message.filling:
+                self._kin.send(self._counted(fill.message))
+        for drop in self._drops.values():
+            self._kin.send(drop.message)
+        for digest in earlier.keys() | self.residents.keys():
+            self._owner.placement_changed(digest)
+        if self._descriptor is not None:
+            self._owner.store_ready()
+
+    def _counted(self, message: FillArena) -> FillArena:
+        users = self.holds.count(message.digest)
+        return FillArena(op=message.op, digest=message.digest, directory=message.directory, users=users)
+
+    def _resident(self, message: Resident) -> None:
+        self.residents[message.digest] = message
+        fill = self._fills.pop(message.op, None)
+        self._owner.placement_changed(message.digest)
+        if fill is not None:
+            fill.answered(message)
+
+    def _done(self, message: OperationDone) -> None:
+        fill = self._fills.pop(message.op, None)
+        if fill is not None:
+            self._owner.placement_changed(fill.message.digest)
+            fill.answered(message.fault or Fault.of(SllmError("the store ended a load without saying where the weights lie")))
+        drop = self._drops.pop(message.op, None)
+        if drop is not None:
+            if message.fault is None and self.residents.pop(drop.message.digest, None) is not None:
+                self._owner.placement_changed(drop.message.digest)
+            drop.answered(message.fault)
+
+    def _users_changed(self, digest: str, users: int) -> None:
+        if self._stated:
+            self._kin.send(HoldCheckpoint(digest=digest, users=users))
+        self._owner.placement_changed(digest)

@@ -1,0 +1,226 @@
+"""An instance's life: made, served, drained, stopped, killed, replaced; told to the manager at each turn."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+
+import pytest
+
+from schema.errors import Fault, SllmError
+from schema.ids import epoch_of
+from schema.link import Forked, OperationDone, PlacementUpdate, StopInstance, Submit
+from schema.states import EndReason, InstanceState, Tier, TierState
+from tests.agent.daemon.peers import DIGEST, Node, alive, make_checkpoint, start_instance, submit
+
+
+async def test_an_instance_is_made_from_weights_and_worker(node: Node) -> None:
+    manager = await node.manager()
+    start = start_instance()
+    manager.send(start)
+    await manager.instance(InstanceState.STARTING)
+    truth = await manager.instance(InstanceState.READY)
+    (worker,) = node.workers
+    assert (truth.instance, truth.epoch, truth.pid) == (start.instance, start.epoch, worker.pid)
+    assert (truth.kv_capacity_tokens, truth.max_context_tokens) == (1000, 128)
+    assert truth.phases is not None
+    assert (truth.phases.loaded_from, truth.phases.loaded_bytes) == (Tier.DISK, 4096)
+    assert (truth.phases.build_s, truth.phases.attach_s, truth.phases.warm_s) == (0.1, 0.2, 0.3)
+    assert 0 < truth.phases.fork_s <= truth.phases.total_s
+    assert worker.start == start
+    assert worker.directory == str(node.config.checkpoints_path / DIGEST / "l1")
+    assert worker.attach is not None
+    assert worker.attach.arena == "arena_1"
+    states = [p.truth.placements[-1].state for p in manager.seen if isinstance(p, PlacementUpdate)]
+    assert TierState.FILLING in states
+    assert states[-1] is TierState.RESIDENT
+
+
+async def test_a_worker_can_only_read_the_arena(node: Node) -> None:
+    _, worker = await node.ready(await node.manager())
+    assert worker.memory is not None
+    assert fcntl.fcntl(worker.memory, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+    with pytest.raises(PermissionError):
+        mmap.mmap(worker.memory, 4096, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+async def test_a_start_told_twice_is_stated_again_and_made_once(node: Node) -> None:
+    manager = await node.manager()
+    start, worker = await node.ready(manager)
+    manager.send(start)
+    assert (await manager.instance(InstanceState.READY)).pid == worker.pid
+    assert len(node.workers) == 1
+
+
+async def test_an_older_start_is_dropped(node: Node) -> None:
+    manager = await node.manager()
+    start, worker = await node.ready(manager, start_instance(epoch=epoch_of(1, 5)))
+    manager.send(start_instance(epoch=epoch_of(1, 4)))
+    manager.send(start)
+    assert (await manager.next()).truth.pid == worker.pid
+
+
+async def test_a_newer_start_ends_the_older_life_first(node: Node) -> None:
+    manager = await node.manager()
+    _, old = await node.ready(manager)
+    _, new = await node.ready(manager, start_instance(epoch=epoch_of(1, 2)))
+    assert not alive(old.pid)
+    assert alive(new.pid)
+    assert len(node.stores[0].fills) == 2
+    await node.stores[0].until(lambda: node.stores[0].holds[DIGEST] == 1)
+
+
+async def test_a_checkpoint_that_is_not_here_stops_the_instance_by_name(node: Node) -> None:
+    manager = await node.manager()
+    manager.send(start_instance(digest="cd" * 32))
+    truth = await manager.instance(InstanceState.STOPPED)
+    assert truth.fault is not None
+    assert truth.fault.code == "not_found"
+
+
+async def test_a_device_that_is_not_here_stops_the_instance(node: Node) -> None:
+    manager = await node.manager()
+    manager.send(start_instance(devices=(3,)))
+    truth = await manager.instance(InstanceState.STOPPED)
+    assert truth.fault is not None
+    assert "3" in truth.fault.message
+
+
+async def test_a_failed_load_stops_the_instance_and_its_worker(node: Node) -> None:
+    manager = await node.manager()
+    node.stores[0].answers = False
+    start = start_instance()
+    manager.send(start)
+    await manager.instance(InstanceState.STARTING)
+    store = node.stores[0]
+    await store.until(lambda: bool(store.fills))
+    store.peer.send(OperationDone(op=store.fills[0].op, digest=DIGEST, fault=Fault("out_of_space", "the arena is full")))
+    truth = await manager.instance(InstanceState.STOPPED)
+    assert truth.fault == Fault("out_of_space", "the arena is full")
+    await store.until(lambda: store.holds[DIGEST] == 0)
+    assert not [worker for worker in node.workers if alive(worker.pid)]
+
+
+async def test_a_failed_fork_stops_the_instance(node: Node) -> None:
+    manager = await node.manager()
+    await node.ready(manager)
+    zygote = node.zygotes[0]
+    zygote.answers = False
+    manager.send(start_instance("inst_2"))
+    await manager.instance(InstanceState.STARTING)
+    await node.until(lambda: len(zygote.forks) == 2)
+    zygote.peer.send(Forked(nonce=zygote.forks[1].nonce, fault=Fault.of(SllmError("no memory"))))
+    truth = await manager.instance(InstanceState.STOPPED)
+    assert truth.instance == "inst_2"
+    assert truth.fault is not None
+    assert "no memory" in truth.fault.message
+
+
+async def test_a_stop_without_grace_ends_the_worker_and_is_forgotten(node: Node) -> None:
+    manager = await node.manager()
+    start, worker = await node.ready(manager)
+    manager.send(submit(epoch_of(1, 9), start))
+    await worker.hear(Submit)
+    manager.send(StopInstance(instance=start.instance, epoch=start.epoch))
+    await manager.instance(InstanceState.STOPPING)
+    truth = await manager.instance(InstanceState.STOPPED)
+    assert truth.fault is None
+    assert not alive(worker.pid)
+    _, end = await manager.tokens_until_end(epoch_of(1, 9))
+    assert end.reason is EndReason.LOST
+    again = await node.manager()
+    assert again.truth.instances == ()
+    assert [entry["role"] for entry in node.roster()] == ["agent", "store", "zygote"]
+
+
+async def test_a_stop_with_grace_lets_attempts_finish_and_takes_no_more(node: Node) -> None:
+    manager = await node.manager()
+    start, worker = await node.ready(manager)
+    first, second = epoch_of(1, 9), epoch_of(1, 10)
+    manager.send(submit(first, start))
+    await worker.hear(Submit)
+    manager.send(StopInstance(instance=start.instance, epoch=start.epoch, grace_s=60))
+    await manager.instance(InstanceState.DRAINING)
+    manager.send(submit(second, start))
+    assert (await manager.tokens_until_end(second))[1].reason is EndReason.LOST
+    assert alive(worker.pid)
+    worker.say(first, (7, 8), EndReason.STOP)
+    ids, end = await manager.tokens_until_end(first)
+    assert (ids, end.reason) == ([7, 8], EndReason.STOP)
+    await manager.instance(InstanceState.STOPPED)
+    assert not alive(worker.pid)
+
+
+async def test_the_end_of_the_grace_ends_what_still_runs(node: Node) -> None:
+    manager = await node.manager()
+    start, worker = await node.ready(manager)
+    manager.send(submit(epoch_of(1, 9), start))
+    await worker.hear(Submit)
+    manager.send(StopInstance(instance=start.instance, epoch=start.epoch, grace_s=0.05))
+    await manager.instance(InstanceState.DRAINING)
+    await manager.instance(InstanceState.STOPPED)
+    assert (await manager.tokens_until_end(epoch_of(1, 9)))[1].reason is EndReason.LOST
+
+
+async def test_a_stop_of_what_is_not_here_is_answered_as_stopped(node: Node) -> None:
+    manager = await node.manager()
+    manager.send(StopInstance(instance="inst_x", epoch=epoch_of(1, 3)))
+    truth = await manager.instance(InstanceState.STOPPED)
+    assert (truth.instance, truth.epoch) == ("inst_x", epoch_of(1, 3))
+
+
+async def test_a_killed_worker_loses_its_attempts_and_is_stated_until_it_is_stopped(node: Node) -> None:
+    manager = await node.manager()
+    start, worker = await node.ready(manager)
+    manager.send(submit(epoch_of(1, 9), start))
+    await worker.hear(Submit)
+    worker.say(epoch_of(1, 9), (5,))
+    worker.kill()
+    truth = await manager.instance(InstanceState.STOPPED)
+    assert truth.fault is not None
+    assert "SIGKILL" in truth.fault.message
+    _, end = await manager.tokens_until_end(epoch_of(1, 9))
+    assert (end.reason, end.position) == (EndReason.LOST, 1)
+    await node.stores[0].until(lambda: node.stores[0].holds[DIGEST] == 0)
+    again = await node.manager()
+    assert [i.state for i in again.truth.instances] == [InstanceState.STOPPED]
+    again.send(StopInstance(instance=start.instance, epoch=start.epoch))
+    await again.instance(InstanceState.STOPPED)
+    assert (await node.manager()).truth.instances == ()
+
+
+async def test_a_worker_that_ignores_its_stop_is_killed(node: Node) -> None:
+    manager = await node.manager()
+    start, worker = await node.ready(manager)
+    worker.obeys = False
+    manager.send(StopInstance(instance=start.instance, epoch=start.epoch))
+    await manager.instance(InstanceState.STOPPED)
+    assert not alive(worker.pid)
+
+
+async def test_a_worker_that_never_becomes_ready_times_out() -> None:
+    node = Node(start_s=0.2)
+    node.worker_becomes_ready = False
+    make_checkpoint(node.config.checkpoints_path)
+    async with node:
+        manager = await node.manager()
+        manager.send(start_instance())
+        truth = await manager.instance(InstanceState.STOPPED)
+        assert truth.fault is not None
+        assert truth.fault.code == "timed_out"
+        assert not alive(node.workers[0].pid)
+
+
+async def test_a_worker_that_never_comes_times_out() -> None:
+    node = Node(spawn_s=0.3)
+    make_checkpoint(node.config.checkpoints_path)
+    async with node:
+        manager = await node.manager()
+        await node.until(lambda: bool(node.zygotes))
+        node.zygotes[0].answers = False
+        manager.send(start_instance())
+        truth = await manager.instance(InstanceState.STOPPED)
+        assert truth.fault is not None
+        assert truth.fault.code == "timed_out"
+        await node.stores[0].until(lambda: node.stores[0].holds[DIGEST] == 0)
