@@ -1,0 +1,329 @@
+"""The lives of instances: begun, ready, dead and begun again, drained, stopped, and what nodes say of them."""
+
+from __future__ import annotations
+
+from schema.errors import Fault, NotFound
+from schema.ids import Epoch
+from schema.link import EngineOptions, InstanceTruth, StartInstance, StopInstance
+from schema.states import InstanceState, ModelState, NodeState, can_become
+from sllmctl.control.effects import RouteChanged, StopInstanceNow
+from sllmctl.control.turn import Turn
+from sllmctl.control.view import HOLDING, LIVE, Instance, Model
+from sllmctl.planner import Plan, context_tokens
+
+__all__ = [
+    "ACTIVE",
+    "adopt",
+    "begin_life",
+    "check",
+    "create",
+    "died",
+    "move",
+    "retire",
+    "route",
+    "stop",
+    "stop_now",
+    "stop_stranger",
+]
+
+_I = InstanceState
+
+ACTIVE = frozenset({_I.PLANNED, _I.STARTING, _I.READY, _I.BACKOFF})
+"""States that count as an instance the model has; one that drains or stops is on its way out."""
+
+_ENDING = frozenset({_I.DRAINING, _I.STOPPING})
+_PERMANENT = frozenset({"invalid_checkpoint", "invalid_input"})
+"""Codes of faults that no restart can mend."""
+
+
+def move(turn: Turn, instance: Instance, state: InstanceState) -> None:
+    """The one place where we decide a transition; what a node states is adopted elsewhere, unjudged."""
+    assert can_become(instance.state, state), f"instance {instance.id}: {instance.state} cannot become {state}"
+    _set(turn, instance, state)
+
+
+def _set(turn: Turn, instance: Instance, state: InstanceState) -> None:
+    if instance.state in HOLDING and state not in HOLDING:
+        turn.freed = True
+    turn.view.set_state(instance, state)
+    if state is not _I.READY:
+        instance.idle_since = None
+    turn.put_instance(instance)
+
+
+def route(turn: Turn, instance: Instance) -> None:
+    """Tell the router how an instance stands."""
+    turn.do(
+        RouteChanged(
+            model=instance.model,
+            node=instance.node,
+            instance=instance.id,
+            epoch=instance.epoch,
+            state=instance.state,
+            reachable=turn.view.nodes[instance.node].state is NodeState.READY,
+            kv_capacity_tokens=instance.kv_capacity_tokens,
+            max_context_tokens=instance.max_context_tokens,
+            max_concurrency=turn.view.models[instance.model].spec.scale.max_concurrency,
+        )
+    )
+
+
+def create(turn: Turn, model: Model, plan: Plan) -> Instance:
+    """A new instance where the plan says, its first life begun."""
+    assert model.digest is not None
+    best = plan.best
+    instance = Instance(
+        id=turn.core.ids("inst"),
+        model=model.name,
+        node=best.node,
+        digest=model.digest,
+        epoch=Epoch(0),
+        state=_I.PLANNED,
+        devices=best.devices,
+        kv_bytes=best.kv_bytes,
+        restarts=0,
+        retry_at=None,
+        fault=None,
+        phases=None,
+        reason=plan.reason,
+        created_at=turn.now,
+        changed_at=turn.now,
+    )
+    turn.view.add_instance(instance)
+    turn.event("instance", instance.id, "Scheduled", f"model {model.name} {plan.reason}")
+    begin_life(turn, instance)
+    return instance
+
+
+def begin_life(turn: Turn, instance: Instance) -> None:
+    """Start a new life, fenced by a new epoch; its node is told once the row is durable."""
+    model = turn.view.models[instance.model]
+    move(turn, instance, _I.STARTING)
+    instance.epoch = turn.core.epochs.next()
+    instance.retry_at = instance.ready_at = None
+    instance.phases = None
+    instance.pid = instance.running = instance.kv_capacity_tokens = instance.max_context_tokens = 0
+    instance.life_at = turn.now
+    turn.wake("instance", instance.id, turn.now + turn.settings.start_timeout_s)
+    route(turn, instance)
+    turn.send(
+        instance.node,
+        StartInstance(
+            instance=instance.id,
+            epoch=instance.epoch,
+            model=model.name,
+            digest=instance.digest,
+            devices=instance.devices,
+            options=EngineOptions(
+                kv_bytes=instance.kv_bytes,
+                max_context_tokens=context_tokens(model.spec, turn.view.checkpoints[instance.digest]),
+                max_concurrency=model.spec.scale.max_concurrency,
+                threads=model.spec.engine.threads or 0,
+            ),
+        ),
+    )
+
+
+def stop(turn: Turn, instance: Instance, reason: str, message: str) -> None:
+    """End an instance for good: one that serves drains first, one without a life is gone at once."""
+    match instance.state:
+        case _I.DRAINING | _I.STOPPING | _I.STOPPED:
+            return
+        case _I.READY:
+            move(turn, instance, _I.DRAINING)
+            grace_s = turn.settings.drain_s
+        case _I.STARTING:
+            move(turn, instance, _I.STOPPING)
+            grace_s = 0.0
+        case _:
+            _acknowledge(turn, instance)
+            retire(turn, instance, reason, message)
+            return
+    instance.life_at = turn.now
+    turn.event("instance", instance.id, reason, message)
+    turn.wake("instance", instance.id, turn.now + grace_s + turn.settings.stop_timeout_s)
+    turn.rescale[instance.model] = None
+    route(turn, instance)
+    turn.send(instance.node, StopInstance(instance=instance.id, epoch=instance.epoch, grace_s=grace_s))
+
+
+def stop_now(turn: Turn, event: StopInstanceNow) -> None:
+    """An operator stops one instance. Raises NotFound."""
+    instance = turn.view.instances.get(event.instance)
+    if instance is None:
+        raise NotFound(f"there is no instance {event.instance!r}")
+    stop(turn, instance, "Stopping", "an operator stopped it")
+
+
+def stop_stranger(turn: Turn, node: str, truth: InstanceTruth) -> None:
+    """A node has a life that is not, or no longer, the manager's: it is to go, and need not be stated any more."""
+    turn.send(node, StopInstance(instance=truth.instance, epoch=truth.epoch))
+
+
+def retire(turn: Turn, instance: Instance, reason: str, message: str, *, level: str = "info") -> None:
+    """The instance has no life and gets none: forget it, and see whether its model wants another."""
+    move(turn, instance, _I.STOPPED)
+    route(turn, instance)
+    turn.remove_instance(instance)
+    turn.event("instance", instance.id, reason, message, level=level)
+    turn.rescale[instance.model] = None
+
+
+def died(turn: Turn, instance: Instance, fault: Fault | None) -> None:
+    """Its life is over. Begin another at once, later, or never, as it is wanted and as often as it died.
+
+    Without a fault it ended in order or is simply not there any more.
+    """
+    if instance.state not in LIVE:
+        return
+    why = fault.message if fault is not None else "its node does not have it any more"
+    if instance.state in _ENDING:
+        retire(turn, instance, "Stopped", "it has stopped")
+        return
+    if not _wanted(turn, instance, crashed=fault is not None):
+        _acknowledge(turn, instance)
+        retire(turn, instance, "Gone", why, level="info" if fault is None else "warning")
+        return
+    if instance.ready_at is not None and turn.now - instance.ready_at >= turn.settings.healthy_s:
+        instance.restarts = 0
+    instance.restarts += 1
+    instance.fault = fault or Fault("unreachable", why)
+    turn.event("instance", instance.id, "Crashed", why, level="warning")
+    if instance.restarts > turn.settings.restarts_max or instance.fault.code in _PERMANENT:
+        _fail(turn, instance)
+    else:
+        _back_off(turn, instance)
+
+
+def _wanted(turn: Turn, instance: Instance, *, crashed: bool) -> bool:
+    """True if the model would have to start another one for it: there is demand, too few others, or its keep-alive runs."""
+    model = turn.view.models[instance.model]
+    if model.state is not ModelState.DEPLOYED:
+        return False
+    scale = model.spec.scale
+    others = sum(other.state in ACTIVE for other in turn.view.instances_of(model.name).values() if other is not instance)
+    if others >= scale.max:
+        return False
+    if model.waiting or model.running or instance.running or others < scale.min:
+        return True
+    return crashed and instance.idle_since is not None and turn.now - instance.idle_since < scale.keep_alive_s
+
+
+def _fail(turn: Turn, instance: Instance) -> None:
+    assert instance.fault is not None
+    _acknowledge(turn, instance)
+    move(turn, instance, _I.FAILED)
+    instance.retry_at = None
+    route(turn, instance)
+    times = f"after {instance.restarts - 1} restarts" if instance.restarts > 1 else "and can never start"
+    message = f"given up {times}: {instance.fault.message}; deploy model {instance.model} again to try anew"
+    turn.event("instance", instance.id, "Failed", message, level="error")
+    turn.rescale[instance.model] = None
+
+
+def _back_off(turn: Turn, instance: Instance) -> None:
+    """The first restart is immediate, since a stream may be waiting for it; then the delay doubles."""
+    settings = turn.settings
+    delay_s = 0.0
+    if instance.restarts > 1:
+        delay_s = min(settings.restart_longest_s, settings.restart_first_s * 2.0 ** (instance.restarts - 2))
+    instance.retry_at = turn.now + delay_s
+    move(turn, instance, _I.BACKOFF)
+    route(turn, instance)
+    if delay_s == 0.0 and turn.view.nodes[instance.node].state is NodeState.READY:
+        begin_life(turn, instance)
+        return
+    turn.event("instance", instance.id, "BackOff", f"restart {instance.restarts} follows in {delay_s:g} s", level="warning")
+    turn.wake("instance", instance.id, instance.retry_at)
+
+
+def _acknowledge(turn: Turn, instance: Instance) -> None:
+    """A stopped life is stated until it is told to stop or a newer one begins."""
+    if instance.epoch:
+        turn.send(instance.node, StopInstance(instance=instance.id, epoch=instance.epoch))
+
+
+def adopt(turn: Turn, instance: Instance, truth: InstanceTruth, *, whole: bool) -> None:
+    """Take what its node says of an instance. ``whole``: it is part of a `NodeTruth`, before which words may have been lost."""
+    if truth.epoch < instance.epoch:
+        if whole:
+            stop_stranger(turn, instance.node, truth)
+        return
+    instance.epoch = truth.epoch
+    if truth.state is _I.STOPPED:
+        if instance.state in LIVE:
+            died(turn, instance, truth.fault)
+        elif whole and instance.state is _I.FAILED:
+            stop_stranger(turn, instance.node, truth)
+        return
+    if instance.state in _ENDING or instance.state not in LIVE:
+        if whole:
+            grace_s = turn.settings.drain_s if instance.state is _I.DRAINING else 0.0
+            turn.send(instance.node, StopInstance(instance=instance.id, epoch=instance.epoch, grace_s=grace_s))
+        if instance.state is _I.DRAINING and truth.state is _I.STOPPING:
+            _set(turn, instance, _I.STOPPING)
+            route(turn, instance)
+        return
+    _take(turn, instance, truth)
+
+
+def _take(turn: Turn, instance: Instance, truth: InstanceTruth) -> None:
+    """A living one that is wanted: its state and numbers are what the node says."""
+    before = (instance.state, instance.kv_capacity_tokens, instance.max_context_tokens)
+    instance.pid = truth.pid
+    instance.kv_capacity_tokens = truth.kv_capacity_tokens
+    instance.max_context_tokens = truth.max_context_tokens
+    if truth.phases is not None and truth.phases != instance.phases:
+        instance.phases = truth.phases
+        turn.put_instance(instance)
+    if truth.state is not instance.state:
+        _set(turn, instance, truth.state)
+        if truth.state in _ENDING:
+            instance.life_at = turn.now
+            turn.wake("instance", instance.id, turn.now + turn.settings.drain_s + turn.settings.stop_timeout_s)
+        turn.rescale[instance.model] = None
+    if instance.state is _I.READY and instance.ready_at is None:
+        instance.ready_at = turn.now
+        if not instance.running:
+            instance.idle_since = turn.now
+        turn.rescale[instance.model] = None
+        if before[0] is not _I.READY:
+            instance.fault = None
+            took = f" after {instance.phases.total_s:.2f} s" if instance.phases is not None else ""
+            turn.event("instance", instance.id, "Ready", f"it serves model {instance.model}{took}")
+    if before != (instance.state, instance.kv_capacity_tokens, instance.max_context_tokens):
+        route(turn, instance)
+
+
+def check(turn: Turn, instance: Instance) -> None:
+    """A time asked for has come: restart it, give its start up, or tell its node again to stop it."""
+    if turn.view.nodes[instance.node].state is not NodeState.READY:
+        return
+    settings = turn.settings
+    match instance.state:
+        case _I.BACKOFF if instance.retry_at is not None:
+            if instance.retry_at > turn.now:
+                turn.wake("instance", instance.id, instance.retry_at)
+            elif _wanted(turn, instance, crashed=True):
+                begin_life(turn, instance)
+            else:
+                _acknowledge(turn, instance)
+                retire(turn, instance, "Gone", "nobody waits for it any more")
+        case _I.STARTING:
+            at = instance.life_at + settings.start_timeout_s
+            if at > turn.now:
+                turn.wake("instance", instance.id, at)
+                return
+            _acknowledge(turn, instance)
+            died(turn, instance, Fault("timed_out", f"it was not ready after start_timeout_s, {settings.start_timeout_s:g} s"))
+        case _I.DRAINING | _I.STOPPING:
+            grace_s = settings.drain_s if instance.state is _I.DRAINING else 0.0
+            at = instance.life_at + grace_s + settings.stop_timeout_s
+            if at > turn.now:
+                turn.wake("instance", instance.id, at)
+                return
+            turn.event("instance", instance.id, "StopOverdue", "its node is told again to stop it", level="warning")
+            _acknowledge(turn, instance)
+            turn.wake("instance", instance.id, turn.now + settings.stop_timeout_s)
+        case _:
+            return

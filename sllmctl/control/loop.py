@@ -1,0 +1,188 @@
+"""The control loop's core: one event and a time in, rows and effects out. Synchronous, deterministic, never waiting."""
+
+from __future__ import annotations
+
+from schema.errors import Fault, SllmError
+from schema.ids import EpochCounter, IdSource
+from schema.link import InstanceUpdate, NodeTruth, OperationDone, PlacementUpdate
+from schema.states import InstanceState, ModelState, NodeState
+from sllmctl.control import instances, models, nodes, scaling
+from sllmctl.control.effects import (
+    AddModel,
+    AddNode,
+    Connect,
+    DemandChanged,
+    DeployModel,
+    Event,
+    FromNode,
+    InstanceActivity,
+    Log,
+    NodeLost,
+    RemoveModel,
+    Reply,
+    Step,
+    StopInstanceNow,
+    StopModel,
+    Tick,
+)
+from sllmctl.control.settings import ControlSettings
+from sllmctl.control.turn import Core, Turn
+from sllmctl.control.view import ClusterView
+
+__all__ = ["ControlLoop"]
+
+
+class ControlLoop:
+    """The owner of cluster state. ``view`` is its own: others read it between steps and change nothing."""
+
+    def __init__(self, view: ClusterView, *, ids: IdSource, epochs: EpochCounter, settings: ControlSettings) -> None:
+        self.view = view
+        self.settings = settings
+        self._core = Core(view, ids, epochs, settings)
+
+    def begin(self, now: float) -> Step:
+        """The first step of a manager's life, after its state was loaded: nothing is connected, and the router knows nothing.
+
+        Nodes count as unreachable until they state their truth; the grace for their instances begins now.
+        """
+        turn = Turn(self._core, now)
+        for node in self.view.nodes.values():
+            if node.state is NodeState.REMOVED:
+                continue
+            if node.state is NodeState.READY:
+                nodes.move(turn, node, NodeState.UNREACHABLE)
+            if node.state is NodeState.UNREACHABLE:
+                node.unreachable_since = now
+                turn.wake("node", node.id, now + self.settings.unreachable_grace_s)
+        for model in list(self.view.models.values()):
+            models.say(turn, model)
+            if model.state is ModelState.DEPLOYED:
+                model.refusal = "no node has connected since the manager started"
+            elif model.state is ModelState.INGESTING:
+                turn.wake("model", model.name, model.changed_at + self.settings.ingest_timeout_s)
+            else:
+                turn.rescale[model.name] = None
+        for instance in self.view.instances.values():
+            instance.life_at = now
+            instances.route(turn, instance)
+        for node in self.view.nodes.values():
+            if node.state is not NodeState.REMOVED:
+                turn.do(Connect(node.id, node.address))
+        return self._finish(turn)
+
+    def step(self, event: Event, now: float) -> Step:
+        """Take one event in. Epochs, ids and times are the only things that two equal histories may be told apart by."""
+        turn = Turn(self._core, now)
+        match event:
+            case FromNode():
+                self._from_node(turn, event)
+            case DemandChanged():
+                self._demand(turn, event)
+            case InstanceActivity():
+                self._activity(turn, event)
+            case NodeLost():
+                nodes.lost(turn, event)
+            case AddNode():
+                nodes.add(turn, event)
+            case Tick():
+                self._tick(turn)
+            case _:
+                self._command(turn, event)
+        return self._finish(turn)
+
+    def _finish(self, turn: Turn) -> Step:
+        """Settle what the event has stirred up: scale the models it touched, then those that wait for the room it freed."""
+        view = self.view
+        while turn.rescale or turn.freed:
+            names = list(turn.rescale)
+            turn.rescale.clear()
+            if not names:
+                turn.freed = False
+                names = scaling.pending(turn)
+            for name in names:
+                model = view.models.get(name)
+                if model is not None:
+                    scaling.scale(turn, model)
+                    models.finish_removal(turn, model)
+        return turn.finish()
+
+    def _command(self, turn: Turn, event: AddModel | DeployModel | StopModel | RemoveModel | StopInstanceNow) -> None:
+        """What an operator asks for is checked before anything is changed, and answered with what became of it."""
+        fault: Fault | None = None
+        try:
+            match event:
+                case AddModel():
+                    models.add(turn, event)
+                case DeployModel():
+                    models.deploy(turn, event)
+                case StopModel():
+                    models.stop(turn, event)
+                case RemoveModel():
+                    models.remove(turn, event)
+                case StopInstanceNow():
+                    instances.stop_now(turn, event)
+        except SllmError as error:
+            fault = Fault.of(error)
+        turn.do(Reply(event.ticket, fault))
+
+    def _from_node(self, turn: Turn, event: FromNode) -> None:
+        node = self.view.nodes.get(event.node)
+        if node is None or node.state is NodeState.REMOVED:
+            turn.do(Log("warning", f"a message of node {event.node}, which is not known, was dropped"))
+            return
+        message = event.message
+        if not isinstance(message, NodeTruth) and node.state is not NodeState.READY:
+            turn.do(Log("debug", f"a message of node {node.name} from before its truth was dropped"))
+            return
+        match message:
+            case NodeTruth():
+                nodes.take_truth(turn, node, message)
+            case InstanceUpdate(truth=truth):
+                instance = self.view.instances.get(truth.instance)
+                if instance is not None and instance.node == node.id:
+                    instances.adopt(turn, instance, truth, whole=False)
+                elif truth.state is not InstanceState.STOPPED:
+                    instances.stop_stranger(turn, node.id, truth)
+            case PlacementUpdate(truth=checkpoint):
+                nodes.take_checkpoint(turn, node, checkpoint)
+            case OperationDone():
+                models.operation_done(turn, node.id, message)
+
+    def _demand(self, turn: Turn, event: DemandChanged) -> None:
+        model = self.view.models.get(event.model)
+        if model is None:
+            return
+        model.waiting, model.running = event.waiting, event.running
+        if not event.waiting:
+            model.waiting_since = None
+        elif model.waiting_since is None:
+            model.waiting_since = turn.now
+        turn.rescale[model.name] = None
+
+    def _activity(self, turn: Turn, event: InstanceActivity) -> None:
+        instance = self.view.instances.get(event.instance)
+        if instance is None:
+            return
+        instance.running = event.running
+        if event.running:
+            instance.idle_since = None
+        elif instance.state is InstanceState.READY:
+            instance.idle_since = turn.now
+            turn.rescale[instance.model] = None
+
+    def _tick(self, turn: Turn) -> None:
+        self._core.woken_at = None
+        for kind, name in self._core.timers.pop(turn.now):
+            match kind:
+                case "instance":
+                    if (instance := self.view.instances.get(name)) is not None:
+                        instances.check(turn, instance)
+                case "model":
+                    if (model := self.view.models.get(name)) is not None:
+                        models.check(turn, model)
+                        turn.rescale[name] = None
+                case "node":
+                    if (node := self.view.nodes.get(name)) is not None:
+                        nodes.check(turn, node)
+                case _:
+                    models.retry_drop(turn, name)

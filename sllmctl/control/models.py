@@ -1,0 +1,269 @@
+"""Deployed names: registered and ingested, served, served no more, forgotten; and checkpoints on their way out."""
+
+from __future__ import annotations
+
+import msgspec
+
+from schema.errors import Conflict, Fault, InvalidInput, NotFound
+from schema.link import CancelOperation, DropCheckpoint, Ingest, OperationDone, OperationsAcked
+from schema.spec import PathSource
+from schema.states import InstanceState, ModelState, NodeState, Tier, can_become
+from sllmctl.control import instances
+from sllmctl.control.effects import AddModel, DeployModel, ModelChanged, RejectWaiting, RemoveModel, StopModel
+from sllmctl.control.turn import Drop, Turn
+from sllmctl.control.view import Model, Node
+from sllmctl.planner import context_tokens
+
+__all__ = [
+    "add",
+    "check",
+    "deploy",
+    "finish_ingest",
+    "finish_removal",
+    "forget_checkpoint",
+    "operation_done",
+    "remove",
+    "retry_drop",
+    "say",
+    "stop",
+]
+
+_M = ModelState
+
+
+def say(turn: Turn, model: Model) -> None:
+    """Tell the router how a model stands."""
+    checkpoint = turn.view.checkpoints.get(model.digest) if model.digest is not None else None
+    context = context_tokens(model.spec, checkpoint) if checkpoint is not None else 0
+    turn.do(ModelChanged(model.name, model.spec, model.state, model.digest, context))
+
+
+def _move(turn: Turn, model: Model, state: ModelState) -> None:
+    assert can_become(model.state, state), f"model {model.name}: {model.state} cannot become {state}"
+    model.state = state
+    turn.put_model(model)
+
+
+def _known(turn: Turn, name: str) -> Model:
+    model = turn.view.models.get(name)
+    if model is None:
+        raise NotFound(f"there is no model {name!r}")
+    return model
+
+
+# --- registering and ingesting ---
+
+
+def add(turn: Turn, event: AddModel) -> None:
+    """Register a model, or try a failed ingest again. Raises Conflict for a name that is taken, NotFound for its node."""
+    spec = event.spec
+    if spec.scale.min > spec.scale.max:
+        raise InvalidInput(f"scale.min {spec.scale.min} is above scale.max {spec.scale.max}", "scale.min")
+    model = turn.view.models.get(spec.name)
+    if model is not None and model.state is not _M.FAILED:
+        raise Conflict(f"model {spec.name!r} exists already ({model.state.value}); remove it first or choose another name")
+    node = _ingest_node(turn, spec.source.node if isinstance(spec.source, PathSource) else None)
+    op = turn.core.ids("op")
+    if model is None:
+        model = Model(spec, _M.INGESTING, None, op, node.id, None, turn.now, turn.now)
+        turn.view.add_model(model)
+        turn.put_model(model)
+    else:
+        model.spec, model.op, model.node, model.fault, model.ingested = spec, op, node.id, None, None
+        _move(turn, model, _M.INGESTING)
+    turn.wake("model", model.name, turn.now + turn.settings.ingest_timeout_s)
+    turn.event("model", model.name, "Ingesting", f"on node {node.name}")
+    say(turn, model)
+    turn.send(node.id, Ingest(op=op, source=spec.source))
+
+
+def _ingest_node(turn: Turn, name: str | None) -> Node:
+    """The node on which a source lies; for a source on a hub (None) any that is connected, the local one first."""
+    nodes = [node for node in turn.view.nodes.values() if node.state is not NodeState.REMOVED]
+    local = turn.settings.local_node
+    if name is not None:
+        wanted = name or local
+        found = next((node for node in nodes if node.name == wanted), None)
+        if found is None:
+            raise NotFound(f"there is no node {wanted!r} to read the source on")
+        return found
+    nodes.sort(key=lambda node: (node.cordoned, node.state is not NodeState.READY, node.name != local, node.id))
+    if not nodes:
+        raise NotFound("there is no node to fetch the source to; add one first")
+    return nodes[0]
+
+
+def operation_done(turn: Turn, node: str, done: OperationDone) -> None:
+    """An operation has ended: take its result in, and let the node forget it once that is durable."""
+    model = next((one for one in turn.view.models.values() if one.op == done.op), None)
+    drop = turn.core.drops.pop(done.op, None)
+    if drop is not None:
+        _dropped(turn, drop, done)
+    elif model is not None and model.state is _M.INGESTING:
+        if done.fault is None and done.digest not in turn.view.checkpoints:
+            model.ingested = done.digest
+            return
+        _ingested(turn, model, done.digest, done.fault)
+    elif model is not None:
+        model.op = model.node = None
+        turn.put_model(model)
+        finish_removal(turn, model)
+        if done.fault is None:
+            forget_checkpoint(turn, done.digest)
+    turn.send(node, OperationsAcked(ops=(done.op,)))
+
+
+def finish_ingest(turn: Turn, node: str, digest: str) -> None:
+    """A checkpoint became known; an ingest that ended before it was stated is complete now."""
+    for model in list(turn.view.models.values()):
+        if model.ingested == digest and model.node == node and model.op is not None:
+            operation_done(turn, node, OperationDone(op=model.op, digest=digest))
+
+
+def _ingested(turn: Turn, model: Model, digest: str, fault: Fault | None) -> None:
+    model.op = model.node = model.ingested = None
+    model.fault = fault
+    if fault is None:
+        turn.view.set_digest(model, digest)
+        _move(turn, model, _M.STOPPED)
+        turn.event("model", model.name, "Ingested", f"checkpoint {digest[:12]}")
+    else:
+        _move(turn, model, _M.FAILED)
+        turn.event("model", model.name, "IngestFailed", fault.message, level="error")
+    say(turn, model)
+
+
+def check(turn: Turn, model: Model) -> None:
+    """A time asked for has come: give up an ingest that takes too long."""
+    if model.state is not _M.INGESTING:
+        return
+    at = model.changed_at + turn.settings.ingest_timeout_s
+    if at > turn.now:
+        turn.wake("model", model.name, at)
+        return
+    if model.op is not None and model.node is not None:
+        turn.send(model.node, CancelOperation(op=model.op))
+    limit = turn.settings.ingest_timeout_s
+    _ingested(turn, model, "", Fault("timed_out", f"the ingest took longer than ingest_timeout_s, {limit:g} s"))
+
+
+# --- serving ---
+
+
+def deploy(turn: Turn, event: DeployModel) -> None:
+    """Serve a model or change its scale; what has failed is tried anew. Raises NotFound, Conflict, InvalidInput."""
+    model = _known(turn, event.model)
+    if model.state is _M.FAILED:
+        why = model.fault.message if model.fault is not None else "unknown"
+        raise Conflict(f"model {model.name!r} could not be ingested: {why}; add it again")
+    if model.state not in (_M.STOPPED, _M.DEPLOYED):
+        raise Conflict(f"model {model.name!r} is {model.state.value}; wait until it is stopped")
+    if event.scale is not None:
+        if event.scale.min > event.scale.max:
+            raise InvalidInput(f"scale.min {event.scale.min} is above scale.max {event.scale.max}", "scale.min")
+        model.spec = msgspec.structs.replace(model.spec, scale=event.scale)
+    if model.state is _M.STOPPED:
+        _move(turn, model, _M.DEPLOYED)
+    turn.put_model(model)
+    scale = model.spec.scale
+    turn.event("model", model.name, "Deployed", f"{scale.min} to {scale.max} instances, keep-alive {scale.keep_alive_s:g} s")
+    say(turn, model)
+    for instance in list(turn.view.instances_of(model.name).values()):
+        if instance.state is InstanceState.FAILED:
+            instances.stop(turn, instance, "Retried", f"model {model.name} was deployed again")
+        elif event.scale is not None:
+            instances.route(turn, instance)
+    turn.rescale[model.name] = None
+
+
+def stop(turn: Turn, event: StopModel) -> None:
+    """Serve a model no more. Raises NotFound, Conflict."""
+    model = _known(turn, event.model)
+    if model.state is _M.STOPPED:
+        return
+    if model.state is not _M.DEPLOYED:
+        raise Conflict(f"model {model.name!r} is {model.state.value}, not deployed")
+    _move(turn, model, _M.STOPPED)
+    turn.event("model", model.name, "Stopped", "it is served no more")
+    _undeploy(turn, model, "was stopped")
+
+
+def _undeploy(turn: Turn, model: Model, what: str) -> None:
+    say(turn, model)
+    turn.do(RejectWaiting(model.name, Fault("unschedulable", f"model {model.name!r} {what}")))
+    model.waiting, model.waiting_since = 0, None
+    turn.rescale[model.name] = None
+
+
+# --- forgetting ---
+
+
+def remove(turn: Turn, event: RemoveModel) -> None:
+    """Begin to forget a model: its ingest is cancelled, its instances drain. Raises NotFound."""
+    model = _known(turn, event.model)
+    if model.state is _M.DELETING:
+        return
+    _move(turn, model, _M.DELETING)
+    turn.event("model", model.name, "Deleting", "its instances stop, then it is forgotten")
+    if model.op is not None and model.node is not None:
+        if turn.view.nodes[model.node].state is NodeState.READY and model.ingested is None:
+            turn.send(model.node, CancelOperation(op=model.op))
+        else:
+            model.op = model.node = None
+    _undeploy(turn, model, "is being removed")
+
+
+def finish_removal(turn: Turn, model: Model) -> None:
+    """Forget a model that is being removed, if nothing of it runs any more."""
+    if model.state is not _M.DELETING or model.op is not None or turn.view.instances_of(model.name):
+        return
+    digest = model.digest
+    turn.remove_model(model)
+    turn.event("model", model.name, "Deleted", "it is forgotten")
+    turn.do(ModelChanged(model.name, None, model.state, None, 0))
+    if digest is not None:
+        forget_checkpoint(turn, digest)
+
+
+def forget_checkpoint(turn: Turn, digest: str) -> None:
+    """Take a checkpoint that no model uses from every tier of the connected nodes; its row goes with its last placement."""
+    if digest not in turn.view.checkpoints or any(turn.view.models_of(digest)):
+        return
+    places = {(record.node, record.tier) for record in turn.view.placements_of(digest).values()}
+    for tier in (Tier.DRAM, Tier.DISK):
+        for node in sorted(node for node, where in places if where is tier):
+            if turn.view.nodes[node].state is NodeState.READY:
+                _drop(turn, Drop(node, digest, tier, 1))
+    if not places:
+        turn.remove_checkpoint(digest)
+
+
+def _drop(turn: Turn, drop: Drop) -> None:
+    op = turn.core.ids("op")
+    turn.core.drops[op] = drop
+    turn.send(drop.node, DropCheckpoint(op=op, digest=drop.digest, tier=drop.tier))
+
+
+def _dropped(turn: Turn, drop: Drop, done: OperationDone) -> None:
+    """A worker that has just ended may still be counted as a user: that Conflict is tried again, a bounded number of times."""
+    if done.fault is None or done.fault.code == "not_found":
+        return
+    if done.fault.code == "conflict" and drop.attempts < turn.settings.drop_attempts:
+        again = turn.core.ids("op")
+        turn.core.drops[again] = Drop(drop.node, drop.digest, drop.tier, drop.attempts + 1)
+        turn.wake("drop", again, turn.now + turn.settings.drop_retry_s)
+        return
+    name = turn.view.nodes[drop.node].name
+    message = f"it stays on {drop.tier.value} of node {name}: {done.fault.message}"
+    turn.event("checkpoint", drop.digest, "DropFailed", message, level="warning")
+
+
+def retry_drop(turn: Turn, op: str) -> None:
+    """A time asked for has come: try again to drop a checkpoint, unless a model uses it now."""
+    drop = turn.core.drops.get(op)
+    if drop is None:
+        return
+    if any(turn.view.models_of(drop.digest)) or turn.view.nodes[drop.node].state is not NodeState.READY:
+        del turn.core.drops[op]
+        return
+    turn.send(drop.node, DropCheckpoint(op=op, digest=drop.digest, tier=drop.tier))

@@ -1,0 +1,178 @@
+"""Nodes: named, connected, heard, lost, and given up; and the checkpoints they say they hold."""
+
+from __future__ import annotations
+
+from schema.link import CancelOperation, CheckpointTruth, Ingest, NodeTruth
+from schema.states import InstanceState, ModelState, NodeState, Tier, TierState, can_become
+from sllmctl.control import instances, models
+from sllmctl.control.effects import AddNode, CheckpointKnown, Connect, Log, NodeLost
+from sllmctl.control.turn import Turn
+from sllmctl.control.view import LIVE, Checkpoint, Node, PlacementKey, PlacementRecord
+
+__all__ = ["add", "check", "lost", "move", "take_checkpoint", "take_truth"]
+
+
+def move(turn: Turn, node: Node, state: NodeState) -> None:
+    assert can_become(node.state, state), f"node {node.id}: {node.state} cannot become {state}"
+    node.state = state
+    turn.put_node(node)
+
+
+def add(turn: Turn, event: AddNode) -> None:
+    """Name a node and dial it; a known one is left as it is."""
+    if event.node in turn.view.nodes:
+        return
+    if turn.view.node_named(event.name) is not None:
+        turn.do(Log("error", f"node {event.node} is not added: another node is named {event.name!r}"))
+        return
+    node = Node(event.node, event.name, event.address, NodeState.JOINING, False, turn.now, 0.0)
+    turn.view.add_node(node)
+    turn.put_node(node)
+    turn.event("node", node.name, "Added", f"at {node.address}")
+    turn.do(Connect(node.id, node.address))
+
+
+def lost(turn: Turn, event: NodeLost) -> None:
+    """The link broke: its instances are kept, take nothing new, and count as lost only after a grace."""
+    node = turn.view.nodes.get(event.node)
+    if node is None or node.state is not NodeState.READY:
+        return
+    move(turn, node, NodeState.UNREACHABLE)
+    node.seen_at = node.unreachable_since = turn.now
+    turn.event("node", node.name, "Unreachable", event.why, level="warning")
+    turn.wake("node", node.id, turn.now + turn.settings.unreachable_grace_s)
+    for instance in turn.view.instances_on(node.id).values():
+        instances.route(turn, instance)
+        turn.rescale[instance.model] = None
+    for model in list(turn.view.models.values()):
+        if model.node == node.id and model.state is ModelState.DELETING:
+            model.op = model.node = None
+            turn.put_model(model)
+            turn.rescale[model.name] = None
+    for op in [op for op, drop in turn.core.drops.items() if drop.node == node.id]:
+        del turn.core.drops[op]
+
+
+def check(turn: Turn, node: Node) -> None:
+    """A time asked for has come: count the instances of a node that stays away as lost."""
+    if node.state is not NodeState.UNREACHABLE or node.unreachable_since is None:
+        return
+    at = node.unreachable_since + turn.settings.unreachable_grace_s
+    if at > turn.now:
+        turn.wake("node", node.id, at)
+        return
+    for instance in list(turn.view.instances_on(node.id).values()):
+        why = f"node {node.name} has been unreachable for {turn.settings.unreachable_grace_s:g} s"
+        instances.retire(turn, instance, "Lost", why, level="warning")
+
+
+def take_truth(turn: Turn, node: Node, truth: NodeTruth) -> None:
+    """All that a node holds, at the beginning of a connection: what is not in it does not exist there."""
+    if node.state is not NodeState.READY:
+        move(turn, node, NodeState.READY)
+        turn.event("node", node.name, "Ready", f"connected to {truth.inventory.hostname or node.address}")
+    node.seen_at, node.unreachable_since = turn.now, None
+    turn.put_node(node)
+    turn.view.set_inventory(node.id, truth.inventory)
+    turn.freed = True
+    _take_checkpoints(turn, node, truth)
+    _take_instances(turn, node, truth)
+    _take_operations(turn, node, truth)
+
+
+def _take_instances(turn: Turn, node: Node, truth: NodeTruth) -> None:
+    stated: set[str] = set()
+    for said in truth.instances:
+        known = turn.view.instances.get(said.instance)
+        if known is None or known.node != node.id:
+            instances.stop_stranger(turn, node.id, said)
+            continue
+        if said.epoch >= known.epoch:
+            stated.add(known.id)
+        instances.adopt(turn, known, said, whole=True)
+    for instance in list(turn.view.instances_on(node.id).values()):
+        if instance.id not in stated and instance.state in LIVE:
+            instances.died(turn, instance, None)
+    for instance in list(turn.view.instances_on(node.id).values()):
+        instances.route(turn, instance)
+        if instance.state is not InstanceState.READY:
+            instances.check(turn, instance)
+        turn.rescale[instance.model] = None
+
+
+def _take_operations(turn: Turn, node: Node, truth: NodeTruth) -> None:
+    """Ended operations are taken in; an ingest is asked for again, which is harmless if it is known; unknown ones are ended."""
+    for done in truth.done:
+        models.operation_done(turn, node.id, done)
+    wanted: set[str] = set()
+    for model in list(turn.view.models.values()):
+        if model.node != node.id or model.op is None:
+            continue
+        if model.state is ModelState.INGESTING:
+            wanted.add(model.op)
+            if model.ingested is None:
+                turn.send(node.id, Ingest(op=model.op, source=model.spec.source))
+        elif model.state is ModelState.DELETING and model.op not in truth.ops:
+            model.op = model.node = None
+            turn.put_model(model)
+            turn.rescale[model.name] = None
+    for op in truth.ops:
+        if op not in wanted and op not in turn.core.drops:
+            turn.send(node.id, CancelOperation(op=op))
+
+
+def _take_checkpoints(turn: Turn, node: Node, truth: NodeTruth) -> None:
+    stated = {checkpoint.digest for checkpoint in truth.checkpoints}
+    for record in list(turn.view.placements_on(node.id).values()):
+        if record.digest not in stated:
+            turn.remove_placement(record)
+            _forget_unheld(turn, record.digest)
+    for checkpoint in truth.checkpoints:
+        take_checkpoint(turn, node, checkpoint)
+
+
+def take_checkpoint(turn: Turn, node: Node, truth: CheckpointTruth) -> None:
+    """All placements of one checkpoint on one node, replacing what was known of them there."""
+    held = [one for one in truth.placements if one.state is not TierState.ABSENT]
+    if truth.digest not in turn.view.checkpoints:
+        if not held:
+            return
+        checkpoint = Checkpoint(
+            truth.digest,
+            truth.architecture,
+            truth.image_bytes,
+            truth.kv_token_bytes,
+            truth.max_context_tokens,
+            turn.now,
+        )
+        turn.view.add_checkpoint(checkpoint)
+        turn.put_checkpoint(checkpoint)
+    gone: dict[PlacementKey, PlacementRecord] = {
+        key: record for key, record in turn.view.placements_of(truth.digest).items() if record.node == node.id
+    }
+    for one in held:
+        device = one.device if one.tier is Tier.DEVICE else 0
+        record = PlacementRecord(truth.digest, node.id, one.tier, device, one.state, one.size_bytes, one.users)
+        before = gone.pop(record.key, None)
+        if before is not None and (before.state, before.users, before.size_bytes) == (one.state, one.users, one.size_bytes):
+            continue
+        turn.view.put_placement(record)
+        turn.freed = True
+        if before is None or (before.state, before.size_bytes) != (one.state, one.size_bytes):
+            turn.put_placement(record)
+        if one.state is TierState.QUARANTINED and (before is None or before.state is not TierState.QUARANTINED):
+            message = f"a checksum failed on {one.tier.value} of node {node.name}; ingest it again"
+            turn.event("checkpoint", truth.digest, "Quarantined", message, level="error")
+    for record in gone.values():
+        turn.remove_placement(record)
+        turn.freed = True
+    if any(one.state is TierState.RESIDENT for one in held):
+        turn.do(CheckpointKnown(truth.digest, node.id))
+        models.finish_ingest(turn, node.id, truth.digest)
+    _forget_unheld(turn, truth.digest)
+
+
+def _forget_unheld(turn: Turn, digest: str) -> None:
+    """The row of a checkpoint goes when no node holds it and no model means it any more."""
+    if digest in turn.view.checkpoints and not turn.view.placements_of(digest) and not any(turn.view.models_of(digest)):
+        turn.remove_checkpoint(digest)

@@ -1,0 +1,243 @@
+"""One step in the making: what it has changed, what it asks for, and what it must still look at.
+
+Handlers change the view through a `Turn` and mark what they touched; `finish` makes each touched record into one row, in an
+order that foreign keys allow, however often a step changed it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+
+from schema.admin import EventView
+from schema.ids import EpochCounter, IdSource
+from schema.link import InstanceTruth, ManagerMessage
+from schema.states import NodeState, Tier
+from sllmctl.control.effects import (
+    Effect,
+    Log,
+    PutCheckpoint,
+    PutInstance,
+    PutModel,
+    PutNode,
+    PutPlacement,
+    RemoveCheckpointRow,
+    RemoveInstance,
+    RemoveModelRow,
+    RemovePlacement,
+    RowChange,
+    Send,
+    Step,
+    WakeAt,
+)
+from sllmctl.control.settings import ControlSettings
+from sllmctl.control.view import Checkpoint, ClusterView, Instance, Model, Node, PlacementKey, PlacementRecord
+
+__all__ = ["Core", "Drop", "Timers", "Turn"]
+
+TimerKey = tuple[str, str]
+"""What is to be looked at when its time has come: ("model" | "instance" | "node" | "drop", its id)."""
+
+
+class Timers:
+    """The times at which something is to be looked at again; a key has one time, the earliest that was asked for."""
+
+    def __init__(self) -> None:
+        self._due: dict[TimerKey, float] = {}
+        self._heap: list[tuple[float, TimerKey]] = []
+
+    def set(self, key: TimerKey, at: float) -> None:
+        if at < self._due.get(key, float("inf")):
+            self._due[key] = at
+            heapq.heappush(self._heap, (at, key))
+
+    def pop(self, now: float) -> list[TimerKey]:
+        """Take out what is due, in order of time."""
+        keys: list[TimerKey] = []
+        while (at := self.next()) is not None and at <= now:
+            _, key = heapq.heappop(self._heap)
+            del self._due[key]
+            keys.append(key)
+        return keys
+
+    def next(self) -> float | None:
+        while self._heap and self._due.get(self._heap[0][1]) != self._heap[0][0]:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None
+
+
+@dataclass(slots=True)
+class Drop:
+    """A checkpoint on its way out of one tier of a node, and how often that was tried."""
+
+    node: str
+    digest: str
+    tier: Tier
+    attempts: int
+
+
+@dataclass(slots=True)
+class Core:
+    """What lasts from step to step."""
+
+    view: ClusterView
+    ids: IdSource
+    epochs: EpochCounter
+    settings: ControlSettings
+    timers: Timers = field(default_factory=Timers)
+    drops: dict[str, Drop] = field(default_factory=dict)
+    woken_at: float | None = None
+
+
+class Turn:
+    """The state of one step. ``rescale`` names models whose number of instances must be looked at before it ends;
+    ``freed`` says that room may have appeared for those that were refused."""
+
+    def __init__(self, core: Core, now: float) -> None:
+        self.core = core
+        self.view = core.view
+        self.settings = core.settings
+        self.now = now
+        self.rescale: dict[str, None] = {}
+        self.freed = False
+        self.effects: list[Effect] = []
+        self._nodes: dict[str, Node] = {}
+        self._checkpoints: dict[str, Checkpoint] = {}
+        self._models: dict[str, Model] = {}
+        self._placements: dict[PlacementKey, PlacementRecord] = {}
+        self._instances: dict[str, Instance] = {}
+        self._gone: list[RowChange] = []
+        self._events: list[EventView] = []
+
+    # --- marking rows ---
+
+    def put_node(self, node: Node) -> None:
+        self._nodes[node.id] = node
+
+    def put_checkpoint(self, checkpoint: Checkpoint) -> None:
+        self._checkpoints[checkpoint.digest] = checkpoint
+
+    def put_model(self, model: Model) -> None:
+        model.changed_at = self.now
+        self._models[model.name] = model
+
+    def put_placement(self, record: PlacementRecord) -> None:
+        self._placements[record.key] = record
+
+    def put_instance(self, instance: Instance) -> None:
+        instance.changed_at = self.now
+        self._instances[instance.id] = instance
+
+    def remove_instance(self, instance: Instance) -> None:
+        self.view.drop_instance(instance)
+        self._instances.pop(instance.id, None)
+        self._gone.append(RemoveInstance(instance.id))
+
+    def remove_model(self, model: Model) -> None:
+        self.view.drop_model(model.name)
+        self._models.pop(model.name, None)
+        self._gone.append(RemoveModelRow(model.name))
+
+    def remove_placement(self, record: PlacementRecord) -> None:
+        self.view.drop_placement(record.key)
+        self._placements.pop(record.key, None)
+        self._gone.append(RemovePlacement(*record.key))
+
+    def remove_checkpoint(self, digest: str) -> None:
+        self.view.drop_checkpoint(digest)
+        self._checkpoints.pop(digest, None)
+        self._gone.append(RemoveCheckpointRow(digest))
+
+    # --- effects, events, times ---
+
+    def do(self, effect: Effect) -> None:
+        self.effects.append(effect)
+
+    def send(self, node: str, message: ManagerMessage) -> None:
+        """Say something to a node, if it is connected: the truth of its next connection decides anew."""
+        if self.view.nodes[node].state is NodeState.READY:
+            self.effects.append(Send(node, message))
+
+    def event(self, kind: str, name: str, reason: str, message: str, *, level: str = "info") -> None:
+        event_id = self.core.ids("ev")
+        self._events.append(
+            EventView(id=event_id, at=self.now, level=level, kind=kind, object=name, reason=reason, message=message)
+        )
+        self.effects.append(Log(level, f"{kind} {name}: {reason}: {message}"))
+
+    def wake(self, kind: str, name: str, at: float) -> None:
+        self.core.timers.set((kind, name), at)
+
+    # --- the end of the step ---
+
+    def finish(self) -> Step:
+        changes: list[RowChange] = [_node_row(node) for node in self._nodes.values()]
+        changes += [_checkpoint_row(checkpoint) for checkpoint in self._checkpoints.values()]
+        changes += [_model_row(model) for model in self._models.values()]
+        changes += [_placement_row(record) for record in self._placements.values()]
+        changes += [_instance_row(instance) for instance in self._instances.values()]
+        changes += sorted(self._gone, key=_removal_order)
+        changes += self._events
+        at = self.core.timers.next()
+        if at is not None and at != self.core.woken_at:
+            self.effects.append(WakeAt(at))
+            self.core.woken_at = at
+        return Step(changes, self.effects)
+
+
+_REMOVALS = (RemoveInstance, RemoveModelRow, RemovePlacement, RemoveCheckpointRow)
+
+
+def _removal_order(change: RowChange) -> int:
+    return next(place for place, kind in enumerate(_REMOVALS) if type(change) is kind)
+
+
+def _node_row(node: Node) -> PutNode:
+    return PutNode(node.id, node.name, node.address, node.state, node.cordoned, node.created_at, node.seen_at)
+
+
+def _checkpoint_row(checkpoint: Checkpoint) -> PutCheckpoint:
+    return PutCheckpoint(
+        checkpoint.digest,
+        checkpoint.architecture,
+        checkpoint.image_bytes,
+        checkpoint.kv_token_bytes,
+        checkpoint.max_context_tokens,
+        checkpoint.created_at,
+    )
+
+
+def _placement_row(record: PlacementRecord) -> PutPlacement:
+    return PutPlacement(record.digest, record.node, record.tier, record.device, record.state, record.size_bytes)
+
+
+def _model_row(model: Model) -> PutModel:
+    return PutModel(
+        model.spec, model.state, model.digest, model.op, model.node, model.fault, model.created_at, model.changed_at
+    )
+
+
+def _instance_row(instance: Instance) -> PutInstance:
+    truth = InstanceTruth(
+        instance=instance.id,
+        epoch=instance.epoch,
+        digest=instance.digest,
+        state=instance.state,
+        devices=instance.devices,
+        kv_capacity_tokens=instance.kv_capacity_tokens,
+        max_context_tokens=instance.max_context_tokens,
+        phases=instance.phases,
+        fault=instance.fault,
+        pid=instance.pid,
+    )
+    return PutInstance(
+        truth,
+        instance.model,
+        instance.node,
+        instance.kv_bytes,
+        instance.restarts,
+        instance.retry_at,
+        instance.reason,
+        instance.created_at,
+        instance.changed_at,
+    )

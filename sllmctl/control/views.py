@@ -1,0 +1,137 @@
+"""What the admin API shows of the cluster: the control loop's view, with the router's live numbers beside it. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Protocol
+
+from schema.admin import CheckpointView, InstanceView, ModelView, NodeView, PlacementView, ProgressView
+from schema.link import InstanceLoad
+from sllmctl.control.view import Checkpoint, ClusterView, Instance, Model, Node
+
+__all__ = [
+    "LiveNumbers",
+    "checkpoint_view",
+    "checkpoint_views",
+    "instance_view",
+    "instance_views",
+    "model_view",
+    "model_views",
+    "node_view",
+    "node_views",
+]
+
+
+class LiveNumbers(Protocol):
+    """What only the router knows."""
+
+    def model_counts(self, model: str) -> tuple[int, int]:
+        """Requests of a model that wait, and that run."""
+
+    def instance_load(self, instance: str) -> InstanceLoad | None:
+        """What an instance last said of its load."""
+
+    def progress(self, op_or_instance: str) -> ProgressView | None:
+        """How far an operation, or an instance's start, has come."""
+
+
+def node_views(view: ClusterView) -> list[NodeView]:
+    return [node_view(view, node) for node in sorted(view.nodes.values(), key=lambda node: node.name)]
+
+
+def node_view(view: ClusterView, node: Node) -> NodeView:
+    return NodeView(
+        id=node.id,
+        name=node.name,
+        address=node.address,
+        state=node.state,
+        cordoned=node.cordoned,
+        seen_at=node.seen_at,
+        instances=len(view.instances_on(node.id)),
+        inventory=node.inventory,
+    )
+
+
+def model_views(view: ClusterView, live: LiveNumbers) -> list[ModelView]:
+    return [model_view(view, live, model) for model in sorted(view.models.values(), key=lambda model: model.name)]
+
+
+def model_view(view: ClusterView, live: LiveNumbers, model: Model) -> ModelView:
+    waiting, running = live.model_counts(model.name)
+    return ModelView(
+        name=model.name,
+        state=model.state,
+        digest=model.digest,
+        spec=model.spec,
+        instances=dict(Counter(one.state.value for one in view.instances_of(model.name).values())),
+        waiting=waiting,
+        running=running,
+        fault=model.fault,
+        progress=live.progress(model.op) if model.op is not None else None,
+        created_at=model.created_at,
+    )
+
+
+def instance_views(view: ClusterView, live: LiveNumbers) -> list[InstanceView]:
+    return [instance_view(view, live, instance) for instance in sorted(view.instances.values(), key=lambda one: one.id)]
+
+
+def instance_view(view: ClusterView, live: LiveNumbers, instance: Instance) -> InstanceView:
+    load = live.instance_load(instance.id)
+    if load is not None and load.epoch != instance.epoch:
+        load = None
+    return InstanceView(
+        id=instance.id,
+        model=instance.model,
+        node=_name(view, instance.node),
+        digest=instance.digest,
+        state=instance.state,
+        devices=instance.devices,
+        epoch=instance.epoch,
+        restarts=instance.restarts,
+        retry_at=instance.retry_at,
+        pid=instance.pid,
+        running=load.running if load is not None else instance.running,
+        kv_bytes=instance.kv_bytes,
+        kv_used_tokens=load.kv_used_tokens if load is not None else 0,
+        kv_capacity_tokens=instance.kv_capacity_tokens,
+        phases=instance.phases,
+        progress=live.progress(instance.id),
+        fault=instance.fault,
+        reason=instance.reason,
+        created_at=instance.created_at,
+        changed_at=instance.changed_at,
+    )
+
+
+def checkpoint_views(view: ClusterView) -> list[CheckpointView]:
+    return [checkpoint_view(view, checkpoint) for checkpoint in sorted(view.checkpoints.values(), key=lambda one: one.digest)]
+
+
+def checkpoint_view(view: ClusterView, checkpoint: Checkpoint) -> CheckpointView:
+    placements = [
+        PlacementView(
+            node=_name(view, record.node),
+            tier=record.tier,
+            state=record.state,
+            size_bytes=record.size_bytes,
+            device=record.device,
+        )
+        for record in view.placements_of(checkpoint.digest).values()
+    ]
+    return CheckpointView(
+        digest=checkpoint.digest,
+        architecture=checkpoint.architecture,
+        image_bytes=checkpoint.image_bytes,
+        kv_token_bytes=checkpoint.kv_token_bytes,
+        max_context_tokens=checkpoint.max_context_tokens,
+        models=tuple(view.models_of(checkpoint.digest)),
+        placements=tuple(sorted(placements, key=lambda one: (one.node, one.tier, one.device))),
+        created_at=checkpoint.created_at,
+    )
+
+
+def _name(view: ClusterView, node: str) -> str:
+    """Nodes are shown by the names that people gave them."""
+    record = view.nodes.get(node)
+    return record.name if record is not None else node

@@ -1,0 +1,48 @@
+"""How much of a device an instance takes: the rule for its KV cache.
+
+A spec's ``engine.kv_bytes`` is taken as it is. Otherwise, with the context c of the spec or checkpoint, whichever is shorter:
+
+* wanted: min(c, ``kv_sequence_tokens``) tokens for each of min(``kv_sequences``, the spec's max_concurrency) sequences;
+* least: min(c, ``kv_least_tokens``) tokens; a device with less room than that is no candidate;
+* given: what is wanted, but no more than half of the device's free memory, so that the next model finds room too, and no less
+  than the least.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from schema.spec import ModelSpec
+from sllmctl.control.settings import ControlSettings
+from sllmctl.control.view import Checkpoint
+
+__all__ = ["KvNeed", "context_tokens", "kv_given_bytes", "kv_need"]
+
+
+class KvNeed(msgspec.Struct, frozen=True):
+    """Bytes on each device: with fewer than ``least`` it does not start, more than ``wanted`` it is not given."""
+
+    least: int
+    wanted: int
+
+
+def context_tokens(spec: ModelSpec, checkpoint: Checkpoint) -> int:
+    """The longest prompt and reply together that this model serves."""
+    return min(spec.engine.max_context_tokens or checkpoint.max_context_tokens, checkpoint.max_context_tokens)
+
+
+def kv_need(spec: ModelSpec, checkpoint: Checkpoint, settings: ControlSettings) -> KvNeed:
+    """What the KV cache of one instance takes on each device it spans. A cache is spread over the devices evenly."""
+    if spec.engine.kv_bytes is not None:
+        return KvNeed(spec.engine.kv_bytes, spec.engine.kv_bytes)
+    context = context_tokens(spec, checkpoint)
+    token_bytes = -(-checkpoint.kv_token_bytes // spec.devices)
+    sequences = min(settings.kv_sequences, spec.scale.max_concurrency)
+    least = min(context, settings.kv_least_tokens)
+    wanted = max(least, min(context, settings.kv_sequence_tokens) * sequences)
+    return KvNeed(least * token_bytes, wanted * token_bytes)
+
+
+def kv_given_bytes(need: KvNeed, free_bytes: int) -> int:
+    """What is given of ``free_bytes`` (weights already taken off), which are at least ``need.least``."""
+    return max(need.least, min(need.wanted, free_bytes // 2))

@@ -1,0 +1,147 @@
+"""Rows to and from what the control loop means: statements for its changes, and the view from the tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, Executable, bindparam, delete, insert, select
+from sqlalchemy.dialects.sqlite import insert as upsert_into
+
+from schema.admin import EventView
+from schema.errors import Fault
+from schema.ids import Epoch
+from schema.link import StartPhases
+from schema.spec import ModelSpec
+from schema.tables import Base, CheckpointRow, EventRow, InstanceRow, ModelRow, NodeRow, PlacementRow
+from sllmctl.control.effects import (
+    PutCheckpoint,
+    PutInstance,
+    PutModel,
+    PutNode,
+    PutPlacement,
+    RemoveCheckpointRow,
+    RemoveInstance,
+    RemoveModelRow,
+    RemovePlacement,
+    RowChange,
+)
+from sllmctl.control.view import Checkpoint, ClusterView, Instance, Model, Node, PlacementRecord
+
+__all__ = ["apply", "read_view"]
+
+
+def _upsert(row: type[Base]) -> Executable:
+    """Insert, or update all but the key: a REPLACE would delete first and cascade."""
+    table = row.__table__
+    statement = upsert_into(row).values({column.name: bindparam(column.name) for column in table.columns})
+    keys = [column.name for column in table.primary_key]
+    rest = {column.name: statement.excluded[column.name] for column in table.columns if column.name not in keys}
+    return statement.on_conflict_do_update(index_elements=keys, set_=rest)
+
+
+_STATEMENTS: dict[type, Executable] = {
+    PutNode: _upsert(NodeRow),
+    PutCheckpoint: _upsert(CheckpointRow),
+    PutPlacement: _upsert(PlacementRow),
+    PutModel: _upsert(ModelRow),
+    PutInstance: _upsert(InstanceRow),
+    EventView: insert(EventRow),
+    RemoveInstance: delete(InstanceRow).where(InstanceRow.id == bindparam("id_")),
+    RemoveModelRow: delete(ModelRow).where(ModelRow.name == bindparam("name_")),
+    RemoveCheckpointRow: delete(CheckpointRow).where(CheckpointRow.digest == bindparam("digest_")),
+    RemovePlacement: delete(PlacementRow).where(
+        PlacementRow.digest == bindparam("digest_"),
+        PlacementRow.node == bindparam("node_"),
+        PlacementRow.tier == bindparam("tier_"),
+        PlacementRow.device == bindparam("device_"),
+    ),
+}
+
+
+def apply(connection: Connection, changes: Sequence[RowChange]) -> None:
+    """Write the changes in order; neighbours of one kind share a statement."""
+    for kind, group in groupby(changes, type):
+        connection.execute(_STATEMENTS[kind], [_values(change) for change in group])
+
+
+def _json(value: Any) -> str | None:
+    return None if value is None else msgspec.json.encode(value).decode()
+
+
+def _values(change: RowChange) -> dict[str, Any]:
+    match change:
+        case PutModel():
+            return {
+                "name": change.spec.name,
+                "spec": _json(change.spec),
+                "state": change.state,
+                "digest": change.digest,
+                "op": change.op,
+                "node": change.node,
+                "fault": _json(change.fault),
+                "created_at": change.created_at,
+                "changed_at": change.changed_at,
+            }
+        case PutInstance():
+            truth = change.truth
+            return {
+                "id": truth.instance,
+                "model": change.model,
+                "node": change.node,
+                "digest": truth.digest,
+                "epoch": truth.epoch,
+                "state": truth.state,
+                "devices": _json(truth.devices),
+                "kv_bytes": change.kv_bytes,
+                "restarts": change.restarts,
+                "retry_at": change.retry_at,
+                "fault": _json(truth.fault),
+                "phases": _json(truth.phases),
+                "reason": change.reason,
+                "created_at": change.created_at,
+                "changed_at": change.changed_at,
+            }
+        case RemoveInstance():
+            return {"id_": change.id}
+        case RemoveModelRow():
+            return {"name_": change.name}
+        case RemoveCheckpointRow():
+            return {"digest_": change.digest}
+        case RemovePlacement():
+            return {"digest_": change.digest, "node_": change.node, "tier_": change.tier, "device_": change.device}
+        case EventView():
+            return msgspec.structs.asdict(change)
+        case _:
+            return {name: getattr(change, name) for name in change.__slots__}
+
+
+_devices = msgspec.json.Decoder(tuple[int, ...])
+_faults = msgspec.json.Decoder(Fault)
+_phases = msgspec.json.Decoder(StartPhases)
+_specs = msgspec.json.Decoder(ModelSpec)
+
+
+def read_view(connection: Connection) -> ClusterView:
+    """The whole cluster as it was last committed."""
+    view = ClusterView()
+    for row in connection.execute(select(*NodeRow.__table__.columns)).mappings():
+        view.add_node(Node(**row))
+    for row in connection.execute(select(*CheckpointRow.__table__.columns)).mappings():
+        view.add_checkpoint(Checkpoint(**row))
+    for row in connection.execute(select(*PlacementRow.__table__.columns)).mappings():
+        view.put_placement(PlacementRecord(**row))
+    for row in connection.execute(select(*ModelRow.__table__.columns).order_by(ModelRow.name)).mappings():
+        fault = None if row["fault"] is None else _faults.decode(row["fault"])
+        rest = {key: row[key] for key in ("state", "digest", "op", "node", "created_at", "changed_at")}
+        view.add_model(Model(spec=_specs.decode(row["spec"]), fault=fault, **rest))
+    for row in connection.execute(select(*InstanceRow.__table__.columns).order_by(InstanceRow.id)).mappings():
+        values = dict(row)
+        values["epoch"] = Epoch(values["epoch"])
+        values["devices"] = _devices.decode(values["devices"])
+        values["fault"] = None if values["fault"] is None else _faults.decode(values["fault"])
+        values["phases"] = None if values["phases"] is None else _phases.decode(values["phases"])
+        view.add_instance(Instance(**values))
+    return view

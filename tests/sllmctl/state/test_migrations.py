@@ -1,0 +1,99 @@
+"""Migrations: what they make is what the tables say, an older file is backed up first, a failure changes nothing."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import create_engine
+
+from schema.errors import SllmError
+from schema.tables import Base
+from sllmctl.state import Database
+from tests.sllmctl.state import rows
+
+
+async def test_the_migrations_make_the_tables_that_the_code_means(database: Database, tmp_path: Path) -> None:
+    engine = create_engine(f"sqlite:///{tmp_path}/state.db")
+    with engine.connect() as connection:
+        differences = compare_metadata(MigrationContext.configure(connection), Base.metadata)
+    engine.dispose()
+    plain = create_engine("sqlite://")
+    Base.metadata.create_all(plain)
+    with engine.connect() as migrated, plain.connect() as made:
+        checks = """SELECT name, (length(sql) - length(replace(sql, 'CHECK', ''))) / 5 FROM sqlite_master
+            WHERE type = 'table' AND name != 'alembic_version' ORDER BY name"""
+        assert migrated.exec_driver_sql(checks).all() == made.exec_driver_sql(checks).all()
+    engine.dispose()
+    plain.dispose()
+    assert differences == []
+
+
+def _make_old(path: Path) -> None:
+    """A file of an older revision: the tables as they are, one of them as it was before, the revision put back."""
+    connection = sqlite3.connect(path)
+    connection.execute("UPDATE alembic_version SET version_num = '0000'")
+    connection.commit()
+    connection.close()
+
+
+@pytest.fixture
+def older_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make revision 0000 known, so that 0001 is an upgrade from it."""
+    from alembic.script import ScriptDirectory
+
+    walk = ScriptDirectory.walk_revisions
+
+    class Older:
+        revision = "0000"
+
+    monkeypatch.setattr(ScriptDirectory, "walk_revisions", lambda self: [*walk(self), Older()])
+
+
+async def test_an_older_file_is_backed_up_before_it_is_migrated(
+    database: Database, url: str, tmp_path: Path, older_revision: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await database.commit(rows.whole())
+    await database.close()
+    _make_old(tmp_path / "state.db")
+
+    def upgrade(config: object, target: str) -> None:
+        connection = config.attributes["connection"]  # type: ignore[attr-defined]
+        connection.exec_driver_sql("ALTER TABLE nodes ADD COLUMN note TEXT")
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0001'")
+
+    monkeypatch.setattr(command, "upgrade", upgrade)
+    opened = await Database.open(url, backup_dir=tmp_path / "backups")
+    backup = opened.backup
+    assert backup is not None
+    assert (await opened.claim(1.0, "u")).generation == 1
+    await opened.close()
+    copy = sqlite3.connect(backup)
+    assert copy.execute("SELECT version_num FROM alembic_version").fetchone() == ("0000",)
+    assert copy.execute("SELECT id FROM instances").fetchone() == ("inst_1",)
+    copy.close()
+
+
+async def test_a_failing_migration_changes_nothing(
+    database: Database, url: str, tmp_path: Path, older_revision: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await database.commit(rows.whole())
+    await database.close()
+    _make_old(tmp_path / "state.db")
+
+    def upgrade(config: object, target: str) -> None:
+        connection = config.attributes["connection"]  # type: ignore[attr-defined]
+        connection.exec_driver_sql("DROP TABLE events")
+        connection.exec_driver_sql("DELETE FROM models")
+
+    monkeypatch.setattr(command, "upgrade", upgrade)
+    with pytest.raises(SllmError, match="pointing nowhere"):
+        await Database.open(url, backup_dir=tmp_path / "backups")
+    connection = sqlite3.connect(tmp_path / "state.db")
+    assert connection.execute("SELECT count(*) FROM models").fetchone() == (1,)
+    assert connection.execute("SELECT count(*) FROM events").fetchone() == (0,)
+    connection.close()
