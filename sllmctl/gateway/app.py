@@ -1,0 +1,167 @@
+"""The gateway's ASGI application: which path is answered by what, errors into answers, and what lives as long as it does."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import msgspec
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from schema.admin import StatusView
+from schema.errors import NotFound, SllmError
+from schema.states import ModelState
+from sllmctl.gateway.chat import chat_job
+from sllmctl.gateway.completions import completion_job
+from sllmctl.gateway.errors import NoSuchPath, answer_of
+from sllmctl.gateway.exchange import ClientGone, Exchange
+from sllmctl.gateway.generate import Gateway, Job
+from sllmctl.gateway.metrics import CONTENT_TYPE, Metrics
+from sllmctl.gateway.ports import AssetsPort, RoutedModelPort, RouterPort
+from sllmctl.gateway.settings import GatewaySettings
+from sllmctl.gateway.text import TextService
+
+__all__ = ["api_app"]
+
+_log = logging.getLogger(__name__)
+_CLIENT_GONE = "499"
+_TEXT = (b"content-type", CONTENT_TYPE.encode())
+
+Answerer = Callable[[Scope, Exchange], Awaitable[None]]
+
+
+def api_app(
+    *,
+    router: RouterPort,
+    assets: AssetsPort,
+    text: TextService,
+    settings: GatewaySettings,
+    status: Callable[[], StatusView],
+    metrics: Metrics | None = None,
+) -> ASGIApp:
+    """The OpenAI API, ``/healthz``, ``/readyz`` and ``/metrics``. Its lifespan starts and closes ``text``."""
+    metrics = metrics or Metrics()
+    gateway = Gateway(router, assets, text, settings, metrics)
+    created = int(time.time())
+
+    async def list_models(_: Scope, exchange: Exchange) -> None:
+        exchange.require_method("GET")
+        data = [_model(model, created) for model in router.models() if model.state == ModelState.DEPLOYED]
+        await exchange.answer(200, msgspec.json.encode({"object": "list", "data": data}))
+
+    async def one_model(scope: Scope, exchange: Exchange) -> None:
+        exchange.require_method("GET")
+        name = scope["path_params"]["name"]
+        model = router.model(name)
+        if model.state != ModelState.DEPLOYED:
+            raise NotFound(f"the model {name!r} is not deployed, it is {model.state.value}")
+        await exchange.answer(200, msgspec.json.encode(_model(model, created)))
+
+    async def health(_: Scope, exchange: Exchange) -> None:
+        exchange.require_method("GET")
+        await exchange.answer(200, b'{"status":"ok"}')
+
+    async def ready(_: Scope, exchange: Exchange) -> None:
+        exchange.require_method("GET")
+        now = status()
+        body = {"ready": now.ready, "nodes_ready": now.nodes_ready, "nodes": now.nodes}
+        await exchange.answer(200 if now.ready else 503, msgspec.json.encode(body))
+
+    async def scrape(_: Scope, exchange: Exchange) -> None:
+        exchange.require_method("GET")
+        await exchange.answer(200, metrics.render(), content_type=_TEXT)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: object) -> AsyncIterator[None]:
+        await text.start()
+        try:
+            yield
+        finally:
+            await text.close()
+
+    return Router(
+        [
+            Route("/v1/chat/completions", _Generation(gateway, chat_job)),
+            Route("/v1/completions", _Generation(gateway, completion_job)),
+            Route("/v1/models", _Endpoint(list_models)),
+            Route("/v1/models/{name:path}", _Endpoint(one_model)),
+            Route("/healthz", _Endpoint(health)),
+            Route("/readyz", _Endpoint(ready)),
+            Route("/metrics", _Endpoint(scrape)),
+        ],
+        redirect_slashes=False,
+        default=_Endpoint(_no_such_path),
+        lifespan=lifespan,
+    )
+
+
+def _model(model: RoutedModelPort, created: int) -> dict[str, str | int]:
+    """A model in OpenAI's shape; ``created`` is when this server began to serve it."""
+    return {"id": model.spec.name, "object": "model", "created": created, "owned_by": "sllmctl"}
+
+
+async def _no_such_path(scope: Scope, exchange: Exchange) -> None:
+    raise NoSuchPath(f"nothing is at {scope['path']}; the OpenAI API is under /v1")
+
+
+class _Endpoint:
+    """A small answer as a plain ASGI application: whatever it raises becomes an error's body."""
+
+    def __init__(self, answerer: Answerer) -> None:
+        self._answerer = answerer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1000})
+            return
+        exchange = Exchange(scope, receive, send)
+        try:
+            await self._answerer(scope, exchange)
+        except SllmError as error:
+            await exchange.fail(error)
+        except Exception:
+            await exchange.fail(_internal(scope))
+
+
+class _Generation:
+    """An endpoint that generates; ``make_job`` reads its body."""
+
+    def __init__(self, gateway: Gateway, make_job: Callable[[Gateway, bytes], Awaitable[Job]]) -> None:
+        self._gateway = gateway
+        self._make_job = make_job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(scope, receive, send)
+        metrics = self._gateway.metrics
+        metrics.live.inc()
+        model = ""
+        gone = False
+        try:
+            exchange.require_method("POST")
+            data = await exchange.body(self._gateway.settings)
+            async with exchange.while_connected() as client:
+                job = await self._make_job(self._gateway, data)
+                model = job.model
+                await self._gateway.run(job, exchange)
+            gone = client.gone
+        except ClientGone:
+            gone = True
+        except SllmError as error:
+            metrics.errors.labels(answer_of(error).code or error.code).inc()
+            await exchange.fail(error)
+        except Exception:
+            metrics.errors.labels("internal").inc()
+            await exchange.fail(_internal(scope))
+        finally:
+            metrics.live.dec()
+            # Only names of models that are served become labels: others are as many as there are slips.
+            metrics.requests.labels(model, _CLIENT_GONE if gone else str(exchange.status)).inc()
+
+
+def _internal(scope: Scope) -> SllmError:
+    """The answer to an error of ours, whose details are for the log."""
+    _log.exception("%s %s failed", scope["method"], scope["path"])
+    return SllmError("an internal error; the manager's log has the details")

@@ -1,0 +1,136 @@
+"""``POST /v1/chat/completions``: its body, and the job it makes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+import msgspec
+from msgspec import Meta
+
+from schema.errors import ContextOverflow, InvalidInput
+from sllmctl.gateway.errors import UnsupportedParameter
+from sllmctl.gateway.generate import Gateway, Job
+from sllmctl.gateway.openai import BodyDecoder, Common, check_stream_options, sampling_params, stop_strings
+from sllmctl.gateway.sse import ChatShape
+
+__all__ = ["chat_job"]
+
+_ROLES: Final = frozenset({"system", "developer", "user", "assistant"})
+
+
+class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A part of a message; of those that are not text only the names are known, to refuse them by."""
+
+    type: str
+    text: str | None = None
+    image_url: Any = None
+    input_audio: Any = None
+    file: Any = None
+    refusal: Any = None
+
+
+class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A message; what clients echo of an assistant's is accepted as long as it is empty."""
+
+    role: str
+    content: str | list[_Part] | None = None
+    name: str | None = None
+    refusal: Any = None
+    annotations: Any = None
+    audio: Any = None
+    function_call: Any = None
+    tool_calls: Any = None
+    tool_call_id: Any = None
+
+
+class _ChatBody(Common, frozen=True, kw_only=True):
+    messages: Annotated[list[_Message], Meta(min_length=1)]
+    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+
+
+_body = BodyDecoder(
+    _ChatBody,
+    {
+        "audio": (),
+        "frequency_penalty": (0,),
+        "function_call": ("none", "auto"),
+        "functions": ([],),
+        "logit_bias": ({},),
+        "logprobs": (False,),
+        "metadata": ({},),
+        "modalities": (["text"],),
+        "moderation": (),
+        "n": (1,),
+        "parallel_tool_calls": (True, False),
+        "prediction": (),
+        "presence_penalty": (0,),
+        "prompt_cache_key": (),
+        "prompt_cache_options": (),
+        "prompt_cache_retention": (),
+        "reasoning_effort": (),
+        "response_format": ({"type": "text"},),
+        "safety_identifier": (),
+        "service_tier": ("auto", "default"),
+        "store": (False,),
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+        "top_logprobs": (0,),
+        "verbosity": (),
+        "web_search_options": (),
+    },
+)
+
+
+async def chat_job(gateway: Gateway, data: bytes) -> Job:
+    """The job that a body asks for. Raises InvalidInput and its kin, NotFound, ContextOverflow."""
+    body = _body.decode(data)
+    include_usage = check_stream_options(body)
+    stops = stop_strings(body, gateway.settings)
+    messages = [_plain(message, at) for at, message in enumerate(body.messages)]
+    model, text = await gateway.prepare(body.model)
+    prompt = await gateway.text.encode_chat(text, messages)
+    try:
+        params = sampling_params(body, _max_tokens(body), text.defaults, len(prompt), model.max_context_tokens)
+    except ContextOverflow as error:
+        raise ContextOverflow(error.message, error.param or "messages") from error
+    return Job(body.model, text, tuple(prompt), params, stops, bool(body.stream), include_usage, ChatShape)
+
+
+def _max_tokens(body: _ChatBody) -> int | None:
+    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
+        raise InvalidInput("max_tokens and max_completion_tokens contradict each other; give one", "max_tokens")
+    return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+
+
+def _plain(message: _Message, at: int) -> dict[str, Any]:
+    """The message as templates read it, its text in one string."""
+    where = f"messages[{at}]"
+    if message.role not in _ROLES:
+        if message.role in ("tool", "function"):
+            raise UnsupportedParameter(
+                f"{where}: messages of role {message.role!r} are not supported by this server", f"{where}.role"
+            )
+        raise InvalidInput(f"{where}.role: {message.role!r} is none of {', '.join(sorted(_ROLES))}", f"{where}.role")
+    for name in ("refusal", "annotations", "audio", "function_call", "tool_calls", "tool_call_id"):
+        if getattr(message, name):
+            raise UnsupportedParameter(f"{where}.{name} is not supported by this server", f"{where}.{name}")
+    if message.content is None:
+        raise InvalidInput(f"{where}.content is required", f"{where}.content")
+    plain: dict[str, Any] = {"role": message.role, "content": _text(message.content, where)}
+    if message.name is not None:
+        plain["name"] = message.name
+    return plain
+
+
+def _text(content: str | list[_Part], where: str) -> str:
+    if isinstance(content, str):
+        return content
+    texts: list[str] = []
+    for at, part in enumerate(content):
+        here = f"{where}.content[{at}]"
+        if part.type != "text":
+            raise UnsupportedParameter(f"{here}: parts of type {part.type!r} are not supported by this server", f"{here}.type")
+        if part.text is None:
+            raise InvalidInput(f"{here}.text is required", f"{here}.text")
+        texts.append(part.text)
+    return "\n".join(texts)

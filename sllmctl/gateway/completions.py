@@ -1,0 +1,80 @@
+"""``POST /v1/completions``: its body, and the job it makes."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from schema.errors import ContextOverflow, InvalidInput
+from sllmctl.gateway.errors import UnsupportedParameter
+from sllmctl.gateway.generate import Gateway, Job
+from sllmctl.gateway.openai import BodyDecoder, Common, check_stream_options, sampling_params, stop_strings
+from sllmctl.gateway.sse import CompletionShape
+
+__all__ = ["completion_job"]
+
+_DEFAULT_TOKENS: Final = 16
+"""What this endpoint generates where the client does not say, as OpenAI documents it; less where the context is full."""
+
+Prompt = str | list[str | int | list[int]]
+
+
+class _CompletionBody(Common, frozen=True, kw_only=True):
+    prompt: Prompt
+
+
+_body = BodyDecoder(
+    _CompletionBody,
+    {
+        "best_of": (1,),
+        "echo": (False,),
+        "frequency_penalty": (0,),
+        "logit_bias": ({},),
+        "logprobs": (),
+        "n": (1,),
+        "presence_penalty": (0,),
+        "suffix": ("",),
+    },
+)
+
+
+async def completion_job(gateway: Gateway, data: bytes) -> Job:
+    """The job that a body asks for. Raises InvalidInput and its kin, NotFound, ContextOverflow."""
+    body = _body.decode(data)
+    include_usage = check_stream_options(body)
+    stops = stop_strings(body, gateway.settings)
+    single = _single(body.prompt)
+    model, text = await gateway.prepare(body.model)
+    if isinstance(single, str):
+        prompt = await gateway.text.encode(text, single)
+    else:
+        prompt = single
+        if max(prompt, default=0) >= text.vocab_size:
+            raise InvalidInput(f"prompt: token id {max(prompt)} is beyond the vocabulary of {text.vocab_size}", "prompt")
+    if not prompt:
+        raise InvalidInput("prompt: it is empty, and this model begins no text by itself", "prompt")
+    room = model.max_context_tokens - len(prompt)
+    asked = body.max_tokens if body.max_tokens is not None else min(_DEFAULT_TOKENS, max(room, 1))
+    try:
+        params = sampling_params(body, asked, text.defaults, len(prompt), model.max_context_tokens)
+    except ContextOverflow as error:
+        raise ContextOverflow(error.message, error.param or "prompt") from error
+    return Job(body.model, text, tuple(prompt), params, stops, bool(body.stream), include_usage, CompletionShape)
+
+
+def _single(prompt: Prompt) -> str | list[int]:
+    """The one prompt: a string, token ids, or a list of one of either. Raises UnsupportedParameter for several."""
+    if isinstance(prompt, str):
+        return prompt
+    if all(isinstance(item, int) for item in prompt):
+        return _ids(prompt)
+    if len(prompt) > 1:
+        raise UnsupportedParameter("several prompts in one request are not supported by this server; send one each", "prompt")
+    only = prompt[0]
+    return only if isinstance(only, str) else _ids([only] if isinstance(only, int) else list(only))
+
+
+def _ids(items: list[str | int | list[int]]) -> list[int]:
+    ids = [item for item in items if isinstance(item, int)]
+    if min(ids, default=0) < 0:
+        raise InvalidInput("prompt: a token id is negative", "prompt")
+    return ids

@@ -1,0 +1,140 @@
+"""How an error leaves over HTTP: its status, and its body in OpenAI's shape; the one table of both."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import msgspec
+
+from schema.errors import (
+    Cancelled,
+    Conflict,
+    ContextOverflow,
+    InvalidCheckpoint,
+    InvalidInput,
+    LinkError,
+    NotFound,
+    OutOfSpace,
+    Overloaded,
+    SllmError,
+    TimedOut,
+    Unauthorised,
+    Unreachable,
+    Unschedulable,
+)
+
+__all__ = [
+    "Answer",
+    "BodyTooLarge",
+    "MethodNotAllowed",
+    "NoSuchPath",
+    "UnknownParameter",
+    "UnsupportedMediaType",
+    "UnsupportedParameter",
+    "answer_of",
+    "error_body",
+    "http_status",
+    "retry_after",
+]
+
+
+class UnsupportedParameter(InvalidInput):
+    """A parameter that OpenAI's API knows and this server cannot honour; it is refused rather than dropped."""
+
+    code = "unsupported_parameter"
+
+
+class UnknownParameter(InvalidInput):
+    """A parameter that nobody knows; most likely a slip."""
+
+    code = "unknown_parameter"
+
+
+class BodyTooLarge(InvalidInput):
+    """The request's body is longer than this server takes."""
+
+    code = "body_too_large"
+
+
+class UnsupportedMediaType(InvalidInput):
+    """The request's body is said to be something else than JSON."""
+
+    code = "unsupported_media_type"
+
+
+class MethodNotAllowed(InvalidInput):
+    """The path exists, but not with this method; ``allow`` says with which."""
+
+    code = "method_not_allowed"
+
+    def __init__(self, message: str, allow: str) -> None:
+        super().__init__(message)
+        self.allow = allow
+
+
+class NoSuchPath(NotFound):
+    """Nothing lives at this path."""
+
+    code = "unknown_path"
+
+
+class Answer(NamedTuple):
+    """HTTP status, and the ``type`` and ``code`` of the error's body."""
+
+    status: int
+    type: str
+    code: str | None
+
+
+_REQUEST, _SERVER = "invalid_request_error", "server_error"
+
+_ANSWERS: dict[type[SllmError], Answer] = {
+    SllmError: Answer(500, _SERVER, "internal"),
+    InvalidInput: Answer(400, _REQUEST, "invalid_value"),
+    InvalidCheckpoint: Answer(422, _REQUEST, "invalid_checkpoint"),
+    ContextOverflow: Answer(400, _REQUEST, "context_length_exceeded"),
+    UnsupportedParameter: Answer(400, _REQUEST, "unsupported_parameter"),
+    UnknownParameter: Answer(400, _REQUEST, "unknown_parameter"),
+    BodyTooLarge: Answer(413, _REQUEST, "body_too_large"),
+    UnsupportedMediaType: Answer(415, _REQUEST, "unsupported_media_type"),
+    MethodNotAllowed: Answer(405, _REQUEST, "method_not_allowed"),
+    Unauthorised: Answer(401, "authentication_error", "invalid_api_key"),
+    NotFound: Answer(404, _REQUEST, "model_not_found"),
+    NoSuchPath: Answer(404, _REQUEST, "unknown_path"),
+    Conflict: Answer(409, _REQUEST, "conflict"),
+    Overloaded: Answer(429, "rate_limit_error", "overloaded"),
+    Unschedulable: Answer(503, _SERVER, "unschedulable"),
+    Unreachable: Answer(503, _SERVER, "unreachable"),
+    TimedOut: Answer(504, _SERVER, "timed_out"),
+    # As nginx has it. Not a status that clients retry by themselves: an operator's cancel must hold.
+    Cancelled: Answer(499, _SERVER, "cancelled"),
+    OutOfSpace: Answer(507, _SERVER, "out_of_space"),
+    LinkError: Answer(502, _SERVER, "link_error"),
+}
+
+
+def answer_of(error: SllmError) -> Answer:
+    """How this error is answered: as its own class is, or else as the nearest one above it."""
+    for kind in type(error).__mro__:
+        if (answer := _ANSWERS.get(kind)) is not None:
+            return answer
+    raise TypeError(f"{type(error).__name__} is no SllmError")
+
+
+def http_status(error: SllmError) -> int:
+    """The HTTP status of an error, the same for the OpenAI API and the admin API."""
+    return answer_of(error).status
+
+
+def retry_after(error: SllmError) -> str | None:
+    """The value of Retry-After in whole seconds, for errors that pass by themselves."""
+    return str(max(1, math.ceil(error.retry_after_s))) if isinstance(error, Overloaded) else None
+
+
+def error_body(error: SllmError) -> bytes:
+    """``{"error": {"message", "type", "param", "code"}}``, as OpenAI's clients read it."""
+    answer = answer_of(error)
+    param = error.param if isinstance(error, InvalidInput) else None
+    detail = {"message": error.message, "type": answer.type, "param": param, "code": answer.code}
+    return msgspec.json.encode({"error": detail})

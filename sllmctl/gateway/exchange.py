@@ -1,0 +1,156 @@
+"""One HTTP exchange over plain ASGI: its body within limits, its response, and a client that may go away meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+
+from starlette.types import Receive, Scope, Send
+
+from schema.errors import Cancelled, SllmError, TimedOut
+from sllmctl.gateway.errors import BodyTooLarge, MethodNotAllowed, UnsupportedMediaType, answer_of, error_body, retry_after
+from sllmctl.gateway.settings import GatewaySettings
+
+__all__ = ["ClientGone", "Exchange", "WhileConnected"]
+
+_JSON = (b"content-type", b"application/json")
+_STREAM = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    # Told to the proxies that would otherwise gather events.
+    (b"x-accel-buffering", b"no"),
+)
+_DISCARD_FACTOR = 4
+
+Header = tuple[bytes, bytes]
+
+
+class ClientGone(Cancelled):
+    """The client closed the connection before its body was complete; there is nobody to answer."""
+
+    code = "client_gone"
+
+
+class Exchange:
+    """A request being answered. ``status`` is what was answered, 0 before."""
+
+    __slots__ = ("_receive", "_scope", "_send", "status", "streaming")
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self.status = 0
+        self.streaming = False
+
+    def require_method(self, method: str) -> None:
+        """Raises MethodNotAllowed for any other; where GET is allowed, HEAD is."""
+        if self._scope["method"] not in (method, "HEAD" if method == "GET" else method):
+            raise MethodNotAllowed(f"{self._scope['method']} is not allowed on {self._scope['path']}; use {method}", method)
+
+    async def body(self, settings: GatewaySettings) -> bytes:
+        """The body, said to be JSON. Raises UnsupportedMediaType, BodyTooLarge, TimedOut, ClientGone."""
+        length = 0
+        for name, value in self._scope["headers"]:
+            if name == b"content-type":
+                kind = value.partition(b";")[0].strip().lower()
+                # Also what a web page can send to another site without being asked: it must not get through as JSON.
+                if kind != b"application/json" and not kind.endswith(b"+json"):
+                    raise UnsupportedMediaType(f"content type {kind.decode('latin-1')!r} is not application/json")
+            elif name == b"content-length":
+                length = int(value)
+        try:
+            async with asyncio.timeout(settings.body_timeout_s):
+                return await self._read_body(length, settings.body_limit_bytes)
+        except TimeoutError:
+            raise TimedOut(f"the request's body did not arrive within {settings.body_timeout_s:g} s") from None
+
+    async def _read_body(self, announced: int, limit: int) -> bytes:
+        chunks: list[bytes] = []
+        size, more = 0, True
+        while more:
+            # A client reads no answer before it has sent its body; so some of what is too much is taken and thrown away.
+            if announced > limit * _DISCARD_FACTOR or size > limit * _DISCARD_FACTOR:
+                break
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            chunk, more = message.get("body", b""), message.get("more_body", False)
+            size += len(chunk)
+            if size <= limit:
+                chunks.append(chunk)
+        if size > limit or announced > limit:
+            raise BodyTooLarge(f"the request's body is longer than {limit} bytes, the limit of this server")
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    async def answer(self, status: int, body: bytes, *headers: Header, content_type: Header = _JSON) -> None:
+        """Send a whole response."""
+        self.status = status
+        length = (b"content-length", str(len(body)).encode())
+        await self._send({"type": "http.response.start", "status": status, "headers": [content_type, length, *headers]})
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def open_stream(self, *headers: Header) -> None:
+        """Begin a response of server-sent events."""
+        self.status = 200
+        self.streaming = True
+        await self._send({"type": "http.response.start", "status": 200, "headers": [*_STREAM, *headers]})
+
+    async def write(self, data: bytes, *, more: bool = True) -> None:
+        """Send events; waits while the client has much unread."""
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+
+    async def fail(self, error: SllmError) -> None:
+        """Answer with an error; in a stream as its last event, after which no ``[DONE]`` comes."""
+        if self.streaming:
+            await self.write(b"data: " + error_body(error) + b"\n\n", more=False)
+            return
+        headers: list[Header] = []
+        if (wait := retry_after(error)) is not None:
+            headers.append((b"retry-after", wait.encode()))
+        if isinstance(error, MethodNotAllowed):
+            headers.append((b"allow", error.allow.encode()))
+        if isinstance(error, BodyTooLarge | TimedOut):
+            # What is still on its way in must not be taken for the next request.
+            headers.append((b"connection", b"close"))
+        await self.answer(answer_of(error).status, error_body(error), *headers)
+
+    def while_connected(self) -> WhileConnected:
+        """A block that ends when the client goes away."""
+        return WhileConnected(self._receive)
+
+
+class WhileConnected:
+    """Runs a block for a client, once its body is read: when the client goes away the block is cancelled, and ``gone`` is set.
+
+    The cancellation ends with the block; one that comes from elsewhere passes through.
+    """
+
+    __slots__ = ("_receive", "_task", "_watcher", "gone")
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self.gone = False
+
+    async def __aenter__(self) -> WhileConnected:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._watcher = asyncio.get_running_loop().create_task(self._watch())
+        return self
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.gone = True
+        self._task.cancel()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if not self.gone:
+            if self._watcher.done():
+                self._watcher.result()
+            self._watcher.cancel()
+            return False
+        return self._task.uncancel() == 0 and kind is asyncio.CancelledError

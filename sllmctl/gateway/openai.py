@@ -1,0 +1,162 @@
+"""What the two OpenAI endpoints have in common: decoding a body, refusing parameters by name, sampling parameters.
+
+A parameter is in one of three groups: honoured (a field of the body's struct), known to OpenAI's API but not honoured (then
+only values that ask for nothing are taken, since clients send them routinely), or unknown.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping
+from typing import Annotated, Any, Generic, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from schema.checkpoint import TextDefaults
+from schema.errors import ContextOverflow, InvalidInput
+from schema.link import SamplingParams
+from sllmctl.gateway.errors import UnknownParameter, UnsupportedParameter
+from sllmctl.gateway.settings import GatewaySettings
+
+__all__ = ["BodyDecoder", "Common", "StreamOptions", "check_stream_options", "sampling_params", "stop_strings"]
+
+_SEED_MASK = (1 << 63) - 1
+
+
+class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``include_obfuscation`` would pad events against traffic analysis; it can only be declined."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class Common(msgspec.Struct, frozen=True, kw_only=True):
+    """Parameters of both endpoints. ``user`` is accepted and has no effect, as OpenAI documents it."""
+
+    model: Annotated[str, Meta(min_length=1, max_length=256)]
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=1 << 31)] | None = None
+    seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+
+B = TypeVar("B", bound=Common)
+
+_members = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_any = msgspec.json.Decoder()
+
+
+class BodyDecoder(Generic[B]):
+    """Decodes bodies of one kind. ``neutral``: OpenAI's other parameters, each with the values that ask for nothing."""
+
+    def __init__(self, kind: type[B], neutral: Mapping[str, tuple[Any, ...]]) -> None:
+        self._decoder = msgspec.json.Decoder(kind)
+        self._fields = frozenset(field.encode_name for field in msgspec.structs.fields(kind))
+        self._neutral = neutral
+
+    def decode(self, data: bytes) -> B:
+        """The body. Raises InvalidInput, UnsupportedParameter or UnknownParameter, naming the parameter at fault."""
+        try:
+            members = _members.decode(data)
+            for name, raw in members.items():
+                if name not in self._fields:
+                    self._refuse(name, _any.decode(raw))
+            return self._decoder.decode(data)
+        except msgspec.ValidationError as error:
+            raise _named(str(error)) from error
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise InvalidInput(f"the request's body is not valid JSON: {error}") from error
+        except RecursionError as error:
+            raise InvalidInput("the request's body is nested too deeply") from error
+
+    def _refuse(self, name: str, value: Any) -> None:
+        allowed = self._neutral.get(name)
+        if allowed is None:
+            raise UnknownParameter(f"unknown parameter {name!r}", name[:128])
+        if value is None or any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in allowed):
+            return
+        only = f" (other than {', '.join(msgspec.json.encode(each).decode() for each in allowed)})" if allowed else ""
+        raise UnsupportedParameter(f"parameter {name!r} is not supported by this server{only}", name)
+
+
+def _named(message: str) -> InvalidInput:
+    """The error for a value of the wrong type or range, with the place that msgspec names as ``param``."""
+    text, _, path = message.partition(" - at `")
+    path = path.removesuffix("`").removeprefix("$").removeprefix(".")
+    if match := re.search(r"(missing required|contains unknown) field `([^`]*)`", text):
+        path = f"{path}.{match.group(2)}" if path else match.group(2)
+        if match.group(1) == "contains unknown":
+            return UnknownParameter(f"unknown parameter {path!r}", path)
+        return InvalidInput(f"parameter {path!r} is required", path)
+    if not path:
+        return InvalidInput(f"the request's body must be a JSON object: {text}")
+    return InvalidInput(f"{path}: {text}", path)
+
+
+def check_stream_options(body: Common) -> bool:
+    """Whether usage is to be sent at the end of a stream. Raises InvalidInput for options without a stream."""
+    if body.stream_options is None:
+        return False
+    if not body.stream:
+        raise InvalidInput("stream_options is only allowed with stream: true", "stream_options")
+    if body.stream_options.include_obfuscation:
+        raise UnsupportedParameter(
+            "parameter 'stream_options.include_obfuscation' is not supported by this server (other than false)",
+            "stream_options.include_obfuscation",
+        )
+    return bool(body.stream_options.include_usage)
+
+
+def stop_strings(body: Common, settings: GatewaySettings) -> tuple[str, ...]:
+    """The stop strings. Raises InvalidInput when they are empty, too many or too long."""
+    stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    if len(stops) > settings.stop_strings_limit:
+        raise InvalidInput(f"stop: {len(stops)} strings; at most {settings.stop_strings_limit} are allowed", "stop")
+    for stop in stops:
+        if not 0 < len(stop) <= settings.stop_chars_limit:
+            raise InvalidInput(f"stop: a string must have 1 to {settings.stop_chars_limit} characters", "stop")
+    return stops
+
+
+def sampling_params(
+    body: Common, max_tokens: int | None, defaults: TextDefaults, prompt_tokens: int, context_tokens: int
+) -> SamplingParams:
+    """How tokens are chosen: by the body, else by the model's own defaults, else by OpenAI's.
+
+    Without ``max_tokens`` the reply may fill the context. Raises ContextOverflow when prompt and reply do not fit.
+    """
+    room = context_tokens - prompt_tokens
+    if room < 1:
+        raise ContextOverflow(
+            f"the prompt has {prompt_tokens} tokens; this model's context holds {context_tokens}, reply included; shorten it"
+        )
+    if max_tokens is not None and max_tokens > room:
+        raise ContextOverflow(
+            f"the prompt has {prompt_tokens} tokens and {max_tokens} were asked for; this model's context holds "
+            f"{context_tokens}; ask for at most {room}",
+            "max_tokens",
+        )
+    return SamplingParams(
+        max_tokens=max_tokens or room,
+        temperature=_first(body.temperature, defaults.temperature, 1.0),
+        top_p=_first(body.top_p, defaults.top_p, 1.0),
+        top_k=max(0, _first(body.top_k, defaults.top_k, 0)),
+        seed=secrets.randbits(63) if body.seed is None else body.seed & _SEED_MASK,
+        stop_token_ids=defaults.stop_token_ids,
+    )
+
+
+N = TypeVar("N", int, float)
+
+
+def _first(asked: N | None, default: N | None, otherwise: N) -> N:
+    if asked is not None:
+        return asked
+    return otherwise if default is None else default

@@ -1,0 +1,74 @@
+"""What the HTTP side needs of the router and of the text assets, as protocols, so that it imports neither."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as AbstractSequence
+from pathlib import Path
+from typing import Protocol
+
+from schema.admin import RequestTimeline
+from schema.checkpoint import Manifest
+from schema.link import SamplingParams
+from schema.spec import ModelSpec
+from schema.states import EndReason, ModelState
+
+__all__ = ["AssetsPort", "RequestPort", "RoutedModelPort", "RouterPort", "SequencePort", "TextAssetsPort"]
+
+
+class RoutedModelPort(Protocol):
+    """A model as it is routed now."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+    @property
+    def state(self) -> ModelState: ...
+    @property
+    def digest(self) -> str | None: ...
+    @property
+    def max_context_tokens(self) -> int: ...
+
+
+class SequencePort(Protocol):
+    """A sequence's journal, pulled: ``tokens`` only grows, ``finish`` is set once, after its last token."""
+
+    @property
+    def tokens(self) -> list[int]: ...
+    @property
+    def finish(self) -> EndReason | None: ...
+
+    async def wait(self, position: int) -> None:
+        """Return once there are more than ``position`` tokens or an end; raise the SllmError of a failed request."""
+
+
+class RequestPort(Protocol):
+    @property
+    def id(self) -> str: ...
+    @property
+    def sequences(self) -> AbstractSequence[SequencePort]: ...
+
+    def timeline(self) -> RequestTimeline: ...
+
+    def cancel(self) -> None:
+        """Give the request up; once more, or after its end, it does nothing."""
+
+
+class RouterPort(Protocol):
+    def model(self, name: str) -> RoutedModelPort:
+        """The model of this name. Raises NotFound."""
+
+    def models(self) -> AbstractSequence[RoutedModelPort]: ...
+
+    def submit(self, model: str, prompt: tuple[int, ...], params: SamplingParams, choices: int = 1) -> RequestPort:
+        """Take a request in. Raises NotFound, Overloaded, Unschedulable, ContextOverflow."""
+
+
+class TextAssetsPort(Protocol):
+    @property
+    def manifest(self) -> Manifest: ...
+    @property
+    def directory(self) -> Path: ...
+
+
+class AssetsPort(Protocol):
+    async def get(self, digest: str, timeout_s: float) -> TextAssetsPort:
+        """The text assets of a checkpoint, once they are here. Raises TimedOut, Unschedulable."""

@@ -1,0 +1,123 @@
+"""The HTTP server under the gateway: uvicorn with uvloop and httptools, and the limits that uvicorn lacks."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from sllmctl.gateway.metrics import Metrics
+from sllmctl.gateway.settings import GatewaySettings
+
+__all__ = ["server_config"]
+
+_log = logging.getLogger(__name__)
+
+
+def server_config(
+    app: ASGIApp, settings: GatewaySettings, metrics: Metrics | None = None, *, lifespan: bool = True
+) -> uvicorn.Config:
+    """The configuration for ``uvicorn.Server``; sockets are handed to its ``serve``. The event loop is the caller's."""
+
+    class Protocol(_BoundedProtocol):
+        limits = settings
+        counts = metrics
+
+    return uvicorn.Config(
+        app,
+        http=Protocol,
+        ws="none",
+        loop="uvloop",
+        lifespan="on" if lifespan else "off",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,
+        backlog=1024,
+        limit_concurrency=settings.connection_limit,
+        # Whole seconds are all that uvicorn takes here; 0 would be for ever.
+        timeout_keep_alive=max(1, round(settings.keep_alive_timeout_s)),
+        timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+    )
+
+
+class _BoundedProtocol(HttpToolsProtocol):
+    """One connection, broken off when its headers are too long or too slow, or when its client reads nothing.
+
+    A timer runs only while headers are awaited on a new connection, and while the client has left so much unread that
+    writing is paused: none of them on the way of a token.
+    """
+
+    limits: GatewaySettings
+    counts: Metrics | None = None
+
+    def __init__(self, *args: Any, **values: Any) -> None:
+        super().__init__(*args, **values)
+        self._header_bytes = 0
+        self._in_headers = True
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._reader_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._header_timer = self.loop.call_later(self.limits.header_timeout_s, self._break_off, "slow headers")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop(self._header_timer)
+        self._stop(self._reader_timer)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_headers:
+            # Counted per read, so a body that comes along counts too; the limit is for those whose headers never end.
+            self._header_bytes += len(data)
+        super().data_received(data)
+        if self._in_headers and self._header_bytes > self.limits.header_limit_bytes:
+            self._break_off("long headers")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_headers = True
+        if self._header_timer is None:
+            self._header_timer = self.loop.call_later(self.limits.header_timeout_s, self._break_off, "slow headers")
+
+    def on_headers_complete(self) -> None:
+        self._in_headers = False
+        self._header_bytes = 0
+        self._stop(self._header_timer)
+        self._header_timer = None
+        super().on_headers_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stop(self._reader_timer)
+        self._reader_timer = self.loop.call_later(self.limits.slow_reader_timeout_s, self._break_off, "slow reader")
+
+    def resume_writing(self) -> None:
+        self._stop(self._reader_timer)
+        self._reader_timer = None
+        super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        # Closing waits until all is written, which for a client that reads nothing is never.
+        if self.transport.get_write_buffer_size():
+            self._break_off("slow reader")
+        super().timeout_keep_alive_handler()
+
+    def _break_off(self, reason: str) -> None:
+        """Drop the connection with all that is unsent; the request on it, if any, learns that its client is gone."""
+        if self.transport.is_closing():
+            return
+        _log.info("connection from %s broken off: %s", self.client, reason)
+        if self.counts is not None:
+            self.counts.dropped.labels(reason).inc()
+        self.transport.abort()
+
+    @staticmethod
+    def _stop(timer: asyncio.TimerHandle | None) -> None:
+        if timer is not None:
+            timer.cancel()

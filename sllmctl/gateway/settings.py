@@ -1,0 +1,54 @@
+"""What may be set of the gateway: every limit and every timeout of it, with defaults."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+__all__ = ["GatewaySettings"]
+
+_Seconds = Annotated[float, Meta(gt=0, le=86400.0)]
+_Count = Annotated[int, Meta(ge=1)]
+
+
+class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Limits of one HTTP gateway.
+
+    Connections: ``header_timeout_s`` from a connection's opening to its first request's last header, which together take
+    ``header_limit_bytes``; ``body_timeout_s`` from there to the last byte of a body of ``body_limit_bytes`` at most;
+    ``keep_alive_timeout_s`` between two requests. ``slow_reader_timeout_s``: how long a client may leave what was sent to it
+    unread. ``drain_s``: how long running responses may go on once the gateway is told to stop. ``connection_limit`` open
+    connections; one more is answered 503.
+
+    Text: ``assets_timeout_s`` waits for a checkpoint's tokenizer and template to be here. ``tokenizers_kept`` stay loaded.
+    Texts over ``inline_encode_chars`` are tokenised off the event loop, by ``encode_threads``.
+
+    Templates run in a helper process of ``template_memory_bytes`` address space, one at a time: ``template_timeout_s`` each,
+    after at most ``template_queue_timeout_s`` in the queue; ``template_output_bytes`` bounds what one may write.
+    ``template_spawn_timeout_s``: how long the helper may take to start.
+    """
+
+    body_limit_bytes: _Count = 8 << 20
+    body_timeout_s: _Seconds = 30.0
+    header_limit_bytes: _Count = 64 << 10
+    header_timeout_s: _Seconds = 15.0
+    keep_alive_timeout_s: _Seconds = 75.0
+    slow_reader_timeout_s: _Seconds = 60.0
+    drain_s: _Seconds = 30.0
+    connection_limit: _Count = 8192
+
+    stop_strings_limit: _Count = 16
+    stop_chars_limit: _Count = 256
+
+    assets_timeout_s: _Seconds = 30.0
+    tokenizers_kept: _Count = 16
+    inline_encode_chars: _Count = 2048
+    encode_threads: Annotated[int, Meta(ge=1, le=64)] = 2
+
+    template_timeout_s: _Seconds = 2.0
+    template_queue_timeout_s: _Seconds = 10.0
+    template_spawn_timeout_s: _Seconds = 10.0
+    template_memory_bytes: Annotated[int, Meta(ge=64 << 20)] = 512 << 20
+    template_output_bytes: _Count = 16 << 20

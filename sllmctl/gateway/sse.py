@@ -1,0 +1,121 @@
+"""The bytes of a reply in OpenAI's shapes: server-sent events of a stream, or one JSON object.
+
+What does not change from one event to the next is encoded once per stream; a token then costs the escaping of its text.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, NamedTuple
+
+import msgspec
+
+__all__ = ["DONE", "ChatShape", "CompletionShape", "ReplyHead", "Shape", "Usage"]
+
+DONE = b"data: [DONE]\n\n"
+
+_encode = msgspec.json.Encoder().encode
+
+
+class ReplyHead(NamedTuple):
+    """What all parts of one reply repeat. ``id`` is the request's, without its kind; ``created`` in Unix seconds."""
+
+    id: str
+    created: int
+    model: str
+    fingerprint: str
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens of a whole request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Shape(ABC):
+    """How one endpoint writes a reply; the two subclasses say what differs.
+
+    ``include_usage``: every event has a ``usage``, null but in the last one.
+    """
+
+    id_prefix: ClassVar[str]
+    chunk_object: ClassVar[str]
+    whole_object: ClassVar[str]
+
+    def __init__(self, head: ReplyHead, *, include_usage: bool) -> None:
+        self._head = {
+            "id": self.id_prefix + head.id,
+            "object": self.chunk_object,
+            "created": head.created,
+            "model": head.model,
+            "system_fingerprint": head.fingerprint,
+        }
+        self._start = b"data: " + _encode(self._head)[:-1] + b',"choices":['
+        self._end = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+
+    @abstractmethod
+    def opening(self, index: int) -> bytes:
+        """The event before a choice's first text, if this shape has one."""
+
+    @abstractmethod
+    def delta(self, text: str, index: int = 0) -> bytes:
+        """The event of some more text."""
+
+    @abstractmethod
+    def closing(self, reason: str, index: int) -> bytes:
+        """The event that says why a choice ended."""
+
+    @abstractmethod
+    def choice(self, text: str, reason: str, index: int) -> dict[str, Any]:
+        """A whole choice."""
+
+    def usage(self, usage: Usage) -> bytes:
+        """The event of the usage, which has no choices."""
+        return self._start + b'],"usage":' + _encode(usage) + b"}\n\n"
+
+    def whole(self, choices: list[dict[str, Any]], usage: Usage) -> bytes:
+        """The reply in one piece."""
+        return _encode({**self._head, "object": self.whole_object, "choices": choices, "usage": usage})
+
+    def _event(self, index: int, tail: bytes) -> bytes:
+        return b'%b{"index":%d,%b}%b' % (self._start, index, tail, self._end)
+
+
+class ChatShape(Shape):
+    id_prefix = "chatcmpl-"
+    chunk_object = "chat.completion.chunk"
+    whole_object = "chat.completion"
+
+    def opening(self, index: int) -> bytes:
+        tail = b'"delta":{"role":"assistant","content":"","refusal":null},"logprobs":null,"finish_reason":null'
+        return self._event(index, tail)
+
+    def delta(self, text: str, index: int = 0) -> bytes:
+        return self._event(index, b'"delta":{"content":%b},"logprobs":null,"finish_reason":null' % _encode(text))
+
+    def closing(self, reason: str, index: int) -> bytes:
+        return self._event(index, b'"delta":{},"logprobs":null,"finish_reason":"%b"' % reason.encode())
+
+    def choice(self, text: str, reason: str, index: int) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+
+
+class CompletionShape(Shape):
+    id_prefix = "cmpl-"
+    chunk_object = "text_completion"
+    whole_object = "text_completion"
+
+    def opening(self, index: int) -> bytes:
+        return b""
+
+    def delta(self, text: str, index: int = 0) -> bytes:
+        return self._event(index, b'"text":%b,"logprobs":null,"finish_reason":null' % _encode(text))
+
+    def closing(self, reason: str, index: int) -> bytes:
+        return self._event(index, b'"text":"","logprobs":null,"finish_reason":"%b"' % reason.encode())
+
+    def choice(self, text: str, reason: str, index: int) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}

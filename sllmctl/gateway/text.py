@@ -1,0 +1,177 @@
+"""Text and tokens: each checkpoint's tokenizer and chat template, loaded once, used on or off the event loop by size."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from tokenizers import Tokenizer
+
+from schema.checkpoint import TextDefaults
+from schema.errors import InvalidCheckpoint, InvalidInput
+from sllmctl.gateway.detokenize import DetokenizerFactory
+from sllmctl.gateway.ports import TextAssetsPort
+from sllmctl.gateway.settings import GatewaySettings
+from sllmctl.gateway.template import TemplateRenderer
+
+__all__ = ["TextModel", "TextService"]
+
+# One text at a time is tokenised by one thread of ours; a pool of the library's own under it would only contend.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+class _AddedToken(msgspec.Struct):
+    id: int
+    special: bool = False
+
+
+class _TokenizerFile(msgspec.Struct):
+    """The parts of tokenizer.json that the library does not hand out."""
+
+    decoder: dict[str, Any] | None = None
+    added_tokens: list[_AddedToken] = []
+
+
+class TextModel:
+    """The text side of one checkpoint.
+
+    ``defaults`` are its generation defaults, of which none is outside the range that an engine takes. ``detokenizer()``
+    makes a detokenizer for one sequence; special and stop tokens have no text.
+    """
+
+    def __init__(self, assets: TextAssetsPort, settings: GatewaySettings) -> None:
+        manifest = assets.manifest
+        self.digest = manifest.digest
+        self.vocab_size = manifest.vocab_size
+        self.defaults = _usable(manifest.text)
+        self._inline_chars = settings.inline_encode_chars
+        self._tokenizer, parts = _read_tokenizer(assets.directory / "tokenizer.json")
+        special = {token.id for token in parts.added_tokens if token.special}
+        self.detokenizer = DetokenizerFactory(
+            self._tokenizer, parts.decoder, frozenset(special.union(manifest.text.stop_token_ids))
+        )
+        self.template = _read_template(assets.directory) if manifest.text.has_template else None
+
+    async def encode(self, text: str, *, special: bool, threads: ThreadPoolExecutor) -> list[int]:
+        """The ids of ``text``; with ``special``, as the tokenizer frames a whole text (a beginning token and the like)."""
+        if len(text) <= self._inline_chars:
+            return self._tokenizer.encode(text, add_special_tokens=special).ids
+        return await asyncio.get_running_loop().run_in_executor(threads, self._encode_long, text, special)
+
+    def _encode_long(self, text: str, special: bool) -> list[int]:
+        # Encoding a batch lets go of the interpreter lock, encoding a single text does not.
+        return self._tokenizer.encode_batch([text], add_special_tokens=special)[0].ids
+
+
+class TextService:
+    """Tokenizers and templates of the checkpoints in use, the last used kept; and the template helper process.
+
+    `start` and `close` belong to its owner, the gateway's application.
+    """
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        self._settings = settings
+        self._renderer = TemplateRenderer(settings)
+        self._models: OrderedDict[str, TextModel] = OrderedDict()
+        self._loading: dict[str, asyncio.Task[TextModel]] = {}
+        self._threads = ThreadPoolExecutor(settings.encode_threads, "text")
+
+    async def start(self) -> None:
+        """Warm the template helper. Raises Unreachable when it cannot be started."""
+        await self._renderer.start()
+
+    async def close(self) -> None:
+        """End the helper process and the threads."""
+        await self._renderer.close()
+        if self._loading:
+            await asyncio.wait(self._loading.values())
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def cached(self, digest: str) -> TextModel | None:
+        """The text side of a checkpoint, if it is loaded."""
+        model = self._models.get(digest)
+        if model is not None:
+            self._models.move_to_end(digest)
+        return model
+
+    async def load(self, assets: TextAssetsPort) -> TextModel:
+        """The text side of a checkpoint from its assets; of several callers only the first loads it.
+
+        Raises InvalidCheckpoint when tokenizer or template cannot be read.
+        """
+        digest = assets.manifest.digest
+        if (model := self.cached(digest)) is not None:
+            return model
+        if (task := self._loading.get(digest)) is None:
+            task = self._loading[digest] = asyncio.get_running_loop().create_task(
+                self._load(assets), name=f"text {digest[:12]}"
+            )
+            task.add_done_callback(lambda _: self._loading.pop(digest, None))
+        # One caller that goes away does not take the load from the others.
+        return await asyncio.shield(task)
+
+    async def encode(self, model: TextModel, text: str) -> list[int]:
+        """A completion's prompt, framed as the tokenizer frames a whole text."""
+        return await model.encode(text, special=True, threads=self._threads)
+
+    async def encode_chat(self, model: TextModel, messages: list[dict[str, Any]]) -> list[int]:
+        """A chat's prompt, up to where the assistant speaks.
+
+        Raises InvalidInput when the model has no template or its template refuses the messages.
+        """
+        if model.template is None:
+            raise InvalidInput("this model has no chat template; use /v1/completions", "model")
+        variables = {
+            **model.defaults.special_tokens,
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": True,
+        }
+        text = await self._renderer.render(model.template, variables)
+        # The template writes the special tokens out; the tokenizer must not add them again.
+        return await model.encode(text, special=False, threads=self._threads)
+
+    async def _load(self, assets: TextAssetsPort) -> TextModel:
+        model = await asyncio.get_running_loop().run_in_executor(self._threads, TextModel, assets, self._settings)
+        self._models[model.digest] = model
+        while len(self._models) > self._settings.tokenizers_kept:
+            self._models.popitem(last=False)
+        return model
+
+
+def _read_tokenizer(path: Path) -> tuple[Tokenizer, _TokenizerFile]:
+    try:
+        data = path.read_bytes()
+        tokenizer = Tokenizer.from_buffer(data)
+        parts = msgspec.json.decode(data, type=_TokenizerFile)
+    except Exception as error:  # the library raises bare Exception for whatever a file can be wrong in
+        raise InvalidCheckpoint(f"the tokenizer {path} cannot be read: {error}") from error
+    # What a training run left set would cut and fill prompts unasked.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer, parts
+
+
+def _read_template(directory: Path) -> str:
+    path = directory / "chat_template.jinja"
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidCheckpoint(f"the chat template {path} cannot be read: {error}") from error
+
+
+def _usable(defaults: TextDefaults) -> TextDefaults:
+    """The defaults without those that no engine takes: a directory's generation_config may say anything."""
+    temperature, top_p, top_k = defaults.temperature, defaults.top_p, defaults.top_k
+    return msgspec.structs.replace(
+        defaults,
+        temperature=temperature if temperature is not None and 0 <= temperature <= 100 else None,
+        top_p=top_p if top_p is not None and 0 < top_p <= 1 else None,
+        top_k=top_k if top_k is not None and top_k >= 0 else None,
+    )

@@ -1,0 +1,188 @@
+"""Chat templates in the helper process: what they mean, what they may not do, and what happens to the process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncIterator
+from datetime import datetime
+from typing import Any
+
+import pytest
+
+from schema.errors import InvalidInput, Overloaded, SllmError, Unreachable
+from sllmctl.gateway.settings import GatewaySettings
+from sllmctl.gateway.template import TemplateRenderer
+from tests.checkpoints import CHAT_TEMPLATE
+
+
+@contextlib.asynccontextmanager
+async def _renderer(**values: Any) -> AsyncIterator[TemplateRenderer]:
+    renderer = TemplateRenderer(GatewaySettings(**values))
+    await renderer.start()
+    try:
+        yield renderer
+    finally:
+        await renderer.close()
+        assert renderer.pid is None
+
+
+_HI = {"messages": [{"role": "user", "content": "hi"}], "bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": True}
+
+
+async def test_a_usual_template_is_rendered_as_transformers_renders_it() -> None:
+    async with _renderer() as renderer:
+        text = await renderer.render(CHAT_TEMPLATE, _HI)
+    assert text == "<s><|turn|>user\nhi</s>\n<|turn|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("a\n{% if true %}\nb\n    {% endif %}\nc", "a\nb\nc"),  # trim_blocks and lstrip_blocks
+        ("{% for i in 'abc' %}{% if i == 'a' %}{% continue %}{% endif %}{{ i }}{% break %}{% endfor %}", "b"),
+        ("{{ {'a': '<é>'} | tojson }}", '{"a": "<é>"}'),
+        ("{{ [1] | tojson(indent=1) }}", "[\n 1\n]"),
+        ("{% generation %}{{ messages[0].content }}{% endgeneration %}!", "hi!"),
+        ("{% set ns = namespace(n=1) %}{% for m in messages %}{% set ns.n = 7 %}{% endfor %}{{ ns.n }}", "7"),
+        ("{{ messages[0]['content'].upper() }}{{ unknown }}{{ tools is defined }}", "HIFalse"),
+        ("{{ dict(a=1).items() | list }}", "[('a', 1)]"),
+    ],
+)
+async def test_the_dialect_of_chat_templates(template: str, text: str) -> None:
+    async with _renderer() as renderer:
+        assert await renderer.render(template, _HI) == text
+
+
+async def test_the_date_is_known() -> None:
+    async with _renderer() as renderer:
+        before = datetime.now().strftime("%Y-%m-%d")
+        assert before <= await renderer.render("{{ strftime_now('%Y-%m-%d') }}", {}) <= datetime.now().strftime("%Y-%m-%d")
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% for %}", "Expected"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "sandbox"),
+        ("{{ raise_exception.__globals__.os }}", "sandbox"),
+        ("{% set _ = messages.append(1) %}", "sandbox"),
+        ("{{ dict.__globals__.os }}", "sandbox"),
+        ("{% set ns = namespace() %}{% set ns.__class__ = 1 %}", "sandbox"),
+        ("{{ namespace(__init__=1) }}", "sandbox"),
+        ("{% include '/etc/passwd' %}", "loader"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ 'x' * 20_000_000 }}", "bytes of text"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recurs"),
+    ],
+)
+async def test_what_a_template_may_not_do_is_an_error_of_that_request_only(template: str, why: str) -> None:
+    async with _renderer() as renderer:
+        pid = renderer.pid
+        with pytest.raises(InvalidInput, match=why) as caught:
+            await renderer.render(template, _HI)
+        assert caught.value.param == "messages"
+        assert await renderer.render("{{ 1 + 1 }}", {}) == "2"
+        assert renderer.pid == pid
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception.__globals__ }}",
+        "{{ '{0.__class__}'.format(1) }}",
+        "{{ 'x'.format.__self__ }}",
+        "{{ dict.__base__ }}",
+    ],
+)
+async def test_the_insides_of_the_interpreter_are_not_there(template: str) -> None:
+    async with _renderer() as renderer:
+        assert await renderer.render(template, _HI) == ""
+
+
+async def test_a_template_that_loops_is_killed_and_the_next_one_is_served() -> None:
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    async with _renderer(template_timeout_s=0.3) as renderer:
+        pid = renderer.pid
+        assert pid is not None
+        began = time.monotonic()
+        with pytest.raises(InvalidInput, match="took too long"):
+            await renderer.render(loop, {})
+        assert time.monotonic() - began < 5
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+        assert await renderer.render("{{ 1 + 1 }}", {}) == "2"
+        assert renderer.pid not in (pid, None)
+
+
+async def test_a_template_that_takes_gigabytes_gets_an_error() -> None:
+    async with _renderer(template_memory_bytes=256 << 20) as renderer:
+        for template in ("{{ 'x' * 10_000_000_000 }}", "{{ ('x' * 200_000_000) ~ ('y' * 200_000_000) }}"):
+            with pytest.raises(InvalidInput, match="memory"):
+                await renderer.render(template, {})
+        assert await renderer.render("{{ 1 + 1 }}", {}) == "2"
+
+
+async def test_a_helper_that_was_killed_is_replaced() -> None:
+    async with _renderer() as renderer:
+        assert renderer.pid is not None
+        os.kill(renderer.pid, 9)
+        with contextlib.suppress(InvalidInput):  # the kill may be seen at the first rendering or before it
+            await renderer.render("{{ 1 }}", {})
+        assert await renderer.render("{{ 1 + 1 }}", {}) == "2"
+
+
+async def test_an_asker_that_goes_away_leaves_no_answer_for_the_next() -> None:
+    async with _renderer() as renderer:
+        task = asyncio.create_task(renderer.render("{% for a in range(90000) %}{% endfor %}mine", {}))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await renderer.render("yours", {}) == "yours"
+
+
+async def test_many_at_once_each_get_their_own() -> None:
+    async with _renderer() as renderer:
+        texts = await asyncio.gather(*(renderer.render("{{ n }}", {"n": n}) for n in range(100)))
+    assert texts == [str(n) for n in range(100)]
+
+
+async def test_a_full_queue_is_overloaded() -> None:
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    async with _renderer(template_timeout_s=0.5, template_queue_timeout_s=0.05) as renderer:
+        first = asyncio.create_task(renderer.render(loop, {}))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await renderer.render("{{ 1 }}", {})
+        with pytest.raises(InvalidInput):
+            await first
+
+
+async def test_after_the_close_nothing_is_started() -> None:
+    renderer = TemplateRenderer(GatewaySettings())
+    await renderer.close()
+    with pytest.raises(SllmError, match="closed"):
+        await renderer.render("{{ 1 }}", {})
+    assert renderer.pid is None
+
+
+async def test_a_helper_that_cannot_start_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/nonexistent/python")
+    with pytest.raises(Unreachable, match="template helper"):
+        await TemplateRenderer(GatewaySettings()).start()
+
+
+async def test_a_rendering_costs_little() -> None:
+    async with _renderer() as renderer:
+        times = []
+        for _ in range(200):
+            began = time.perf_counter()
+            await renderer.render(CHAT_TEMPLATE, _HI)
+            times.append(time.perf_counter() - began)
+    # Under 1 ms on a quiet machine; the bound leaves room for a busy one, and still tells a start per rendering (50 ms).
+    assert sorted(times)[len(times) // 2] < 0.01

@@ -1,0 +1,64 @@
+"""Tokenizers loaded once, long texts off the loop, and what the gateway's process must not import."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from dataclasses import replace
+
+from schema.checkpoint import TextDefaults
+from sllmctl.gateway.settings import GatewaySettings
+from sllmctl.gateway.text import TextService
+from tests.sllmctl.gateway.harness import TOKENIZER, assets_directory, make_manifest
+
+
+async def test_many_askers_load_a_tokenizer_once() -> None:
+    with assets_directory() as assets:
+        service = TextService(GatewaySettings())
+        assert service.cached(assets.manifest.digest) is None
+        models = await asyncio.gather(*(service.load(assets) for _ in range(5)))
+        assert len({id(model) for model in models}) == 1
+        assert service.cached(assets.manifest.digest) is models[0]
+        await service.close()
+
+
+async def test_an_asker_that_goes_away_does_not_stop_the_load() -> None:
+    with assets_directory() as assets:
+        service = TextService(GatewaySettings())
+        first, second = (asyncio.create_task(service.load(assets)) for _ in range(2))
+        await asyncio.sleep(0)
+        first.cancel()
+        assert (await second).digest == assets.manifest.digest
+        await service.close()
+
+
+async def test_the_last_used_tokenizers_are_kept() -> None:
+    with assets_directory() as assets:
+        service = TextService(GatewaySettings(tokenizers_kept=2))
+        digests = [letter * 64 for letter in "abc"]
+        for digest in digests[:2]:
+            await service.load(replace(assets, manifest=make_manifest(TextDefaults(), digest)))
+        service.cached(digests[0])
+        await service.load(replace(assets, manifest=make_manifest(TextDefaults(), digests[2])))
+        assert [service.cached(digest) is not None for digest in digests] == [True, False, True]
+        await service.close()
+
+
+async def test_long_and_short_texts_give_the_same_ids() -> None:
+    text = "Tokens carry positions. " * 50
+    with assets_directory() as assets:
+        for chars in (1, 10_000):
+            service = TextService(GatewaySettings(inline_encode_chars=chars))
+            model = await service.load(assets)
+            assert await service.encode(model, text) == TOKENIZER.encode(text).ids
+            await service.close()
+
+
+def test_the_gateway_is_light() -> None:
+    code = (
+        "import sys, sllmctl.gateway.app, sllmctl.gateway.server\n"
+        "print(sorted({'torch', 'transformers', 'agent', 'numpy', 'jinja2.sandbox'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert run.stdout.strip() == "['jinja2.sandbox']"
