@@ -52,9 +52,10 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdminSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The admin API: how long a GET that waits is held at most, and the largest body."""
+    """The admin API: how long a GET that waits is held at most, how often it looks, and the largest body."""
 
     wait_limit_s: _Seconds = 60.0
+    wait_look_s: Annotated[float, Meta(gt=0, le=10)] = 0.05
     body_bytes: _Bytes = 1 << 20
 
 
