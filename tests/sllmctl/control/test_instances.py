@@ -1,0 +1,271 @@
+"""Lives: begun, dead and begun again, given up; and what nodes say of them after either side was away."""
+
+from __future__ import annotations
+
+import pytest
+
+from schema.errors import Fault
+from schema.ids import Epoch
+from schema.link import InstanceTruth, InstanceUpdate, StartInstance, StopInstance
+from schema.states import InstanceState
+from sllmctl.control.effects import AddModel, DeployModel, FromNode, RouteChanged, StopInstanceNow
+from sllmctl.control.settings import ControlSettings
+from tests.sllmctl.control.conftest import MakeWorld
+from tests.sllmctl.control.world import Agent, World, digest_of, spec
+
+_I = InstanceState
+
+
+def test_a_cold_start_is_written_then_sent_then_routed(world: World) -> None:
+    world.serve(spec())
+    assert not world.view.instances
+    world.demand("m", 1)
+    instance = world.only()
+    assert (instance.state, instance.kv_bytes) == (_I.READY, 10 << 20)
+    assert world.puts(instance.id) == [_I.STARTING, _I.READY]
+    route = world.routes[instance.id]
+    assert (route.state, route.reachable, route.kv_capacity_tokens, route.max_concurrency) == (_I.READY, True, 4096, 4)
+    (start,) = [one for one in world.agents["local"].heard if isinstance(one, StartInstance)]
+    assert (start.options.max_context_tokens, start.options.max_concurrency) == (512, 4)
+    assert world.reasons("instance") == ["Scheduled", "Ready"]
+    assert "the only place: weights on disk" in instance.reason
+
+
+def test_the_first_restart_is_immediate_and_the_router_hears_of_the_death_first(world: World) -> None:
+    world.serve(spec(least=1))
+    instance = world.only()
+    first = instance.epoch
+    before = len(world.history)
+    world.agents["local"].automatic = False
+    world.crash(instance)
+    step = world.history[before][2]
+    routes = [(one.state, one.epoch) for one in step.effects if isinstance(one, RouteChanged)]
+    assert routes == [(_I.BACKOFF, first), (_I.STARTING, instance.epoch)]
+    assert instance.epoch > first
+    assert world.only() is instance
+    assert (instance.restarts, instance.fault) == (1, Fault("internal", "the worker was killed"))
+
+
+def test_further_restarts_back_off_and_end(make_world: MakeWorld) -> None:
+    settings = ControlSettings(restart_first_s=1.0, restart_longest_s=3.0, restarts_max=5)
+    world = make_world(Agent("local"), settings=settings)
+    world.connect("local")
+    world.serve(spec(least=1))
+    delays = []
+    instance = world.only()
+    for _ in range(5):
+        world.crash(instance)
+        if instance.state is _I.BACKOFF:
+            assert instance.retry_at is not None
+            delays.append(instance.retry_at - world.now)
+            world.pass_time(delays[-1])
+        assert instance.state is _I.READY
+    assert delays == [1.0, 2.0, 3.0, 3.0]
+    world.crash(instance)
+    assert instance.state is _I.FAILED
+    assert world.agents["local"].lives == {}
+    assert not any(world.view.committed_bytes.values())
+    world.demand("m", 2)
+    assert "failed instances, the last for: the worker was killed" in world.rejected[-1].fault.message
+    assert world.only() is instance
+    world.ask(lambda ticket: DeployModel(ticket, "m", None))
+    assert world.only().id != instance.id
+    assert world.only().state is _I.READY
+    world.check_rows()
+
+
+def test_a_healthy_life_sets_the_count_back(world: World) -> None:
+    world.serve(spec(least=1))
+    instance = world.only()
+    world.crash(instance)
+    assert instance.restarts == 1
+    world.pass_time(world.settings.healthy_s)
+    world.crash(instance)
+    assert (instance.restarts, instance.state) == (1, _I.READY)
+
+
+def test_what_can_never_start_is_not_tried_again(world: World) -> None:
+    world.serve(spec(least=1))
+    world.crash(world.only(), Fault("invalid_checkpoint", "a tensor is missing"))
+    assert world.only().state is _I.FAILED
+    assert "can never start" in world.events[-1].message
+
+
+def test_a_death_that_nobody_minds_is_not_restarted(world: World) -> None:
+    world.serve(spec(keep_alive_s=50.0))
+    world.demand("m", 1)
+    world.demand("m", 0)
+    instance = world.only()
+    world.agents["local"].automatic = False
+    world.tell("local", world.agents["local"].become(instance.id, _I.STOPPED))
+    assert not world.view.instances
+    assert world.reasons("instance")[-1] == "Gone"
+
+
+def test_a_start_that_takes_too_long_counts_as_a_death(world: World) -> None:
+    world.serve(spec())
+    agent = world.agents["local"]
+    agent.automatic = False
+    world.demand("m", 1)
+    instance = world.only()
+    first = instance.epoch
+    world.pass_time(world.settings.start_timeout_s)
+    assert instance.fault is not None
+    assert instance.fault.code == "timed_out"
+    assert instance.epoch > first
+    assert agent.lives[instance.id].epoch == instance.epoch
+
+
+def test_words_of_an_older_life_are_dropped(world: World) -> None:
+    world.serve(spec(least=1))
+    instance = world.only()
+    old = instance.epoch
+    world.crash(instance)
+    assert instance.state is _I.READY
+    stale = InstanceTruth(instance=instance.id, epoch=old, digest=instance.digest, state=_I.STOPPED)
+    step = world.say(FromNode("local", InstanceUpdate(truth=stale)))
+    assert step.changes == []
+    assert instance.state is _I.READY
+
+
+def test_an_operator_stops_one_and_the_scale_decides(world: World) -> None:
+    world.serve(spec(least=1))
+    instance = world.only()
+    assert world.ask(lambda ticket: StopInstanceNow(ticket, instance.id)) is None
+    assert world.only().id != instance.id
+    answer = world.ask(lambda ticket: StopInstanceNow(ticket, instance.id))
+    assert answer is not None
+    assert answer.code == "not_found"
+
+
+def test_a_draining_instance_finishes_first_and_an_overdue_one_is_told_again(world: World) -> None:
+    world.serve(spec(least=1))
+    instance = world.only()
+    agent = world.agents["local"]
+    agent.automatic = False
+    world.ask(lambda ticket: StopInstanceNow(ticket, instance.id))
+    assert instance.state is _I.DRAINING
+    assert world.routes[instance.id].state is _I.DRAINING
+    stops = [one for one in agent.heard if isinstance(one, StopInstance)]
+    assert [one.grace_s for one in stops] == [world.settings.drain_s]
+    world.pass_time(world.settings.drain_s + world.settings.stop_timeout_s)
+    assert instance.id not in world.view.instances
+    assert "StopOverdue" in world.reasons("instance")
+
+
+def test_a_restarted_manager_adopts_what_is_ready(world: World) -> None:
+    world.serve(spec(least=1))
+    before = world.only()
+    world.start_manager()
+    assert world.routes[before.id].reachable is False
+    assert world.dialled == ["local"]
+    world.connect("local")
+    instance = world.only()
+    assert (instance.id, instance.epoch, instance.state) == (before.id, before.epoch, _I.READY)
+    assert world.routes[before.id].reachable is True
+    assert world.routes[before.id].kv_capacity_tokens == 4096
+    assert world.models["m"].digest == digest_of("m")
+    assert sum(isinstance(one, StartInstance) for one in world.agents["local"].heard) == 1
+    world.check_rows()
+
+
+def test_a_restarted_manager_keeps_a_keep_alive(world: World) -> None:
+    world.serve(spec(keep_alive_s=30.0))
+    world.demand("m", 1)
+    world.start_manager()
+    world.connect("local")
+    world.pass_time(29.0)
+    assert world.only().state is _I.READY
+    world.pass_time(2.0)
+    assert not world.view.instances
+
+
+def test_a_start_whose_words_were_lost_is_begun_again(world: World) -> None:
+    world.serve(spec())
+    agent = world.agents["local"]
+    agent.connected = False
+    world.demand("m", 1)
+    assert (world.only().state, agent.lives) == (_I.STARTING, {})
+    world.lose("local")
+    world.connect("local")
+    assert (world.only().state, world.only().restarts) == (_I.READY, 1)
+
+
+def test_a_death_while_the_link_was_down_is_seen_in_the_truth(world: World) -> None:
+    world.serve(spec(least=1))
+    instance = world.only()
+    agent = world.agents["local"]
+    world.lose("local")
+    assert world.routes[instance.id].reachable is False
+    assert world.routes[instance.id].state is _I.READY
+    agent.become(instance.id, _I.STOPPED, Fault("internal", "it was killed"))
+    world.connect("local")
+    assert (instance.state, instance.restarts) == (_I.READY, 1)
+
+
+@pytest.mark.parametrize("state", [_I.READY, _I.STARTING, _I.STOPPED])
+def test_a_life_that_the_manager_does_not_know_is_stopped(world: World, state: InstanceState) -> None:
+    agent = world.agents["local"]
+    agent.lives["inst_x"] = InstanceTruth(instance="inst_x", epoch=Epoch(5), digest=digest_of("m"), state=state)
+    world.lose("local")
+    world.connect("local")
+    assert agent.lives == {}
+    assert world.view.instances == {}
+    assert sum(isinstance(one, StopInstance) for one in agent.heard) == 1
+
+
+def test_a_stop_that_was_lost_is_said_again(world: World) -> None:
+    world.serve(spec(least=1))
+    instance = world.only()
+    world.lose("local")
+    world.ask(lambda ticket: StopInstanceNow(ticket, instance.id))
+    assert instance.state is _I.DRAINING
+    world.connect("local")
+    assert instance.id not in world.view.instances
+    assert world.agents["local"].lives.keys() == world.view.instances.keys()
+
+
+def test_a_node_that_stops_an_instance_in_order_is_believed(world: World) -> None:
+    world.serve(spec())
+    world.demand("m", 1)
+    world.demand("m", 0)
+    instance = world.only()
+    world.tell("local", world.agents["local"].become(instance.id, _I.DRAINING))
+    assert world.routes[instance.id].state is _I.DRAINING
+    world.tell("local", world.agents["local"].become(instance.id, _I.STOPPED))
+    assert not world.view.instances
+
+
+def test_lost_instances_move_to_another_node_after_the_grace(make_world: MakeWorld) -> None:
+    first, second = Agent("a"), Agent("b")
+    world = make_world(first, second)
+    world.connect("a")
+    world.connect("b")
+    world.ask(lambda ticket: AddModel(ticket, spec(least=1, node="a")))
+    second.hold("m")
+    world.say(FromNode("b", second.truth()))
+    world.ask(lambda ticket: DeployModel(ticket, "m", None))
+    lost = world.only()
+    world.lose(lost.node)
+    world.pass_time(world.settings.unreachable_grace_s - 1)
+    assert world.only() is lost
+    world.pass_time(1)
+    assert world.only().node != lost.node
+    assert world.only().state is _I.READY
+    assert "Lost" in world.reasons("instance")
+    world.connect(lost.node)
+    assert world.agents[lost.node].lives == {}
+    world.check_rows()
+
+
+def test_a_backing_off_instance_waits_for_its_node(world: World) -> None:
+    world.serve(spec(least=1))
+    instance = world.only()
+    world.crash(instance)
+    world.crash(instance)
+    assert instance.state is _I.BACKOFF
+    world.lose("local")
+    world.pass_time(10.0)
+    assert instance.state is _I.BACKOFF
+    world.connect("local")
+    assert instance.state is _I.READY

@@ -1,0 +1,224 @@
+"""Models: registered, ingested, served, stopped, removed."""
+
+from __future__ import annotations
+
+import pytest
+
+from schema.errors import Fault
+from schema.link import CancelOperation, DropCheckpoint, Ingest, OperationDone, OperationsAcked, Placement, PlacementUpdate
+from schema.spec import ScaleSpec
+from schema.states import InstanceState, ModelState, Tier, TierState
+from sllmctl.control.effects import AddModel, DemandChanged, DeployModel, FromNode, RemoveModel, StopModel
+from tests.sllmctl.control.conftest import MakeWorld
+from tests.sllmctl.control.world import Agent, World, digest_of, spec
+
+
+def test_add_ingests_and_waits_to_be_deployed(world: World) -> None:
+    world.agents["local"].automatic = False
+    assert world.ask(lambda ticket: AddModel(ticket, spec())) is None
+    model = world.view.models["m"]
+    (op,) = world.agents["local"].ops
+    assert (model.state, model.op, model.node) == (ModelState.INGESTING, op, "local")
+    world.tell("local", world.agents["local"].finish(op))
+    assert (model.state, model.digest, model.op) == (ModelState.STOPPED, digest_of("m"), None)
+    assert world.models["m"].max_context_tokens == 512
+    assert [one.digest for one in world.known] == [digest_of("m")]
+    assert isinstance(world.agents["local"].heard[-1], OperationsAcked)
+    assert not world.view.instances
+    assert world.reasons("model") == ["Ingesting", "Ingested"]
+    world.check_rows()
+
+
+def test_an_ingest_asked_for_while_its_node_is_away_begins_with_its_truth(make_world: MakeWorld) -> None:
+    world = make_world(Agent("local"))
+    world.connect("local")
+    world.lose("local")
+    assert world.ask(lambda ticket: AddModel(ticket, spec())) is None
+    assert not world.agents["local"].heard
+    world.connect("local")
+    assert isinstance(world.agents["local"].heard[0], Ingest)
+    assert world.view.models["m"].state is ModelState.STOPPED
+
+
+def test_an_ingest_survives_the_manager_under_its_op(world: World) -> None:
+    agent = world.agents["local"]
+    agent.automatic = False
+    world.ask(lambda ticket: AddModel(ticket, spec()))
+    (op,) = agent.ops
+    world.start_manager()
+    agent.finish(op)
+    world.connect("local")
+    assert world.view.models["m"].state is ModelState.STOPPED
+    assert agent.done == {}
+    assert [type(one) for one in agent.heard].count(Ingest) == 1
+
+
+def test_an_end_that_overtakes_its_checkpoint_waits_for_it(world: World) -> None:
+    agent = world.agents["local"]
+    agent.automatic = False
+    world.ask(lambda ticket: AddModel(ticket, spec()))
+    (op,) = agent.ops
+    placed, done = agent.finish(op)
+    world.tell("local", [done])
+    assert world.view.models["m"].state is ModelState.INGESTING
+    assert op in agent.done
+    world.tell("local", [placed])
+    assert world.view.models["m"].state is ModelState.STOPPED
+    assert agent.done == {}
+
+
+def test_a_failed_ingest_says_why_and_can_be_tried_again(world: World) -> None:
+    agent = world.agents["local"]
+    agent.automatic = False
+    world.ask(lambda ticket: AddModel(ticket, spec()))
+    (op,) = agent.ops
+    world.tell("local", agent.finish(op, Fault("invalid_checkpoint", "no config.json")))
+    assert world.view.models["m"].state is ModelState.FAILED
+    assert world.events[-1].reason == "IngestFailed"
+    answer = world.ask(lambda ticket: DeployModel(ticket, "m", None))
+    assert answer is not None
+    assert answer.code == "conflict"
+    assert "no config.json" in answer.message
+    agent.automatic = True
+    world.serve(spec())
+    assert world.view.models["m"].state is ModelState.DEPLOYED
+
+
+def test_an_ingest_that_takes_too_long_is_cancelled(world: World) -> None:
+    agent = world.agents["local"]
+    agent.automatic = False
+    world.ask(lambda ticket: AddModel(ticket, spec()))
+    world.pass_time(world.settings.ingest_timeout_s + 1)
+    assert world.view.models["m"].state is ModelState.FAILED
+    assert any(isinstance(one, CancelOperation) for one in agent.heard)
+    assert agent.ops == {}
+
+
+@pytest.mark.parametrize(
+    ("make", "code"),
+    [
+        (lambda ticket: AddModel(ticket, spec("taken")), "conflict"),
+        (lambda ticket: AddModel(ticket, spec("other", node="nowhere")), "not_found"),
+        (lambda ticket: AddModel(ticket, spec("other", least=3, most=2)), "invalid_input"),
+        (lambda ticket: DeployModel(ticket, "nothing", None), "not_found"),
+        (lambda ticket: DeployModel(ticket, "taken", ScaleSpec(min=2, max=1)), "invalid_input"),
+        (lambda ticket: StopModel(ticket, "nothing"), "not_found"),
+        (lambda ticket: RemoveModel(ticket, "nothing"), "not_found"),
+    ],
+)
+def test_a_wrong_command_is_answered_and_changes_nothing(world: World, make: object, code: str) -> None:
+    world.ask(lambda ticket: AddModel(ticket, spec("taken")))
+    before = len(world.history)
+    answer = world.ask(make)  # type: ignore[arg-type]
+    assert answer is not None
+    assert answer.code == code
+    assert [step.changes for _, _, step in world.history[before:]] == [[]]
+
+
+def test_stop_drains_its_instances_and_fails_those_who_wait(world: World) -> None:
+    world.serve(spec(least=1))
+    assert world.only().state is InstanceState.READY
+    assert world.ask(lambda ticket: StopModel(ticket, "m")) is None
+    assert world.view.models["m"].state is ModelState.STOPPED
+    assert not world.view.instances
+    assert world.rejected[-1].fault.code == "unschedulable"
+    assert world.view.placements
+    world.do(DemandChanged("m", 3, 0))
+    assert not world.view.instances
+    world.check_rows()
+
+
+def test_remove_forgets_the_model_and_drops_its_checkpoint(world: World) -> None:
+    world.serve(spec(least=1))
+    agent = world.agents["local"]
+    assert world.ask(lambda ticket: RemoveModel(ticket, "m")) is None
+    assert [len(one) for one in (world.view.models, world.view.instances, world.view.checkpoints)] == [0, 0, 0]
+    assert agent.checkpoints == {}
+    assert agent.lives == {}
+    assert world.models == {}
+    assert agent.done == {}
+    world.check_rows()
+
+
+def test_remove_keeps_a_checkpoint_that_another_model_uses(world: World) -> None:
+    world.serve(spec())
+    world.say(FromNode("local", world.agents["local"].truth()))
+    other = spec("m")
+    world.ask(lambda ticket: AddModel(ticket, type(other)(name="twin", source=other.source)))
+    assert list(world.view.models_of(digest_of("m"))) == ["m", "twin"]
+    world.ask(lambda ticket: RemoveModel(ticket, "m"))
+    assert list(world.view.models) == ["twin"]
+    assert world.view.placements
+    assert not any(isinstance(one, DropCheckpoint) for one in world.agents["local"].heard)
+
+
+def test_remove_while_ingesting_cancels_the_ingest(world: World) -> None:
+    agent = world.agents["local"]
+    agent.automatic = False
+    world.ask(lambda ticket: AddModel(ticket, spec()))
+    assert world.ask(lambda ticket: RemoveModel(ticket, "m")) is None
+    assert not world.view.models
+    assert agent.ops == {}
+    assert agent.done == {}
+
+
+def test_remove_while_the_ingesting_node_is_away_cancels_when_it_is_back(world: World) -> None:
+    agent = world.agents["local"]
+    agent.automatic = False
+    world.ask(lambda ticket: AddModel(ticket, spec()))
+    world.lose("local")
+    assert world.ask(lambda ticket: RemoveModel(ticket, "m")) is None
+    assert not world.view.models
+    world.connect("local")
+    assert agent.ops == {}
+    assert agent.done == {}
+
+
+def test_a_checkpoint_still_in_use_is_dropped_later(world: World) -> None:
+    world.serve(spec())
+    agent = world.agents["local"]
+    agent.automatic = False
+    world.ask(lambda ticket: RemoveModel(ticket, "m"))
+    (op,) = agent.ops
+    world.tell("local", agent.finish(op, Fault("conflict", "it has users")))
+    assert agent.ops == {}
+    world.pass_time(world.settings.drop_retry_s)
+    (again,) = agent.ops
+    world.tell("local", agent.finish(again))
+    assert world.view.checkpoints == {}
+    assert agent.done == {}
+
+
+def test_drops_are_tried_a_bounded_number_of_times(world: World) -> None:
+    world.serve(spec())
+    agent = world.agents["local"]
+    agent.automatic = False
+    world.ask(lambda ticket: RemoveModel(ticket, "m"))
+    tries = 0
+    while agent.ops:
+        (op,) = agent.ops
+        tries += 1
+        world.tell("local", agent.finish(op, Fault("conflict", "it has users")))
+        world.pass_time(world.settings.drop_retry_s)
+    assert tries == world.settings.drop_attempts
+    assert world.events[-1].reason == "DropFailed"
+
+
+def test_the_end_of_an_unknown_operation_is_acknowledged(world: World) -> None:
+    world.tell("local", [OperationDone(op="op_x")])
+    assert world.agents["local"].heard[-1] == OperationsAcked(ops=("op_x",))
+
+
+def test_a_placement_update_replaces_what_was_known_of_that_checkpoint(world: World) -> None:
+    agent = world.agents["local"]
+    world.serve(spec())
+    agent.hold("m")
+    truth = agent.checkpoints[digest_of("m")]
+    dram = Placement(tier=Tier.DRAM, state=TierState.RESIDENT, size_bytes=5, users=1)
+    agent.checkpoints[digest_of("m")] = type(truth)(
+        **{name: getattr(truth, name) for name in truth.__struct_fields__[:-1]}, placements=(dram,)
+    )
+    world.tell("local", [PlacementUpdate(truth=agent.checkpoints[digest_of("m")])])
+    assert [key[2] for key in world.view.placements] == [Tier.DRAM]
+    assert world.view.holds_arena("local", digest_of("m"))
+    world.check_rows()
