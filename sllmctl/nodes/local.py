@@ -32,14 +32,18 @@ log = logging.getLogger("sllmctl.local")
 
 
 class LocalAgent:
-    """``say`` is set by whoever holds the link to it; it returns False while that is down."""
+    """``say`` is set by whoever holds the link to it; it returns False while that is down. ``command`` starts an agent, given
+    ``--config-json``; by default the package beside this manager, with this interpreter."""
 
-    def __init__(self, node: NodeSettings, settings: LocalSettings | None = None) -> None:
+    def __init__(
+        self, node: NodeSettings, settings: LocalSettings | None = None, command: tuple[str, ...] | None = None
+    ) -> None:
         self.address = f"unix:{node.run_dir}/agent.sock"
         self.say: Callable[[ManagerMessage], bool] = lambda message: False
         self.failure: str | None = None
         self._node = node
         self._settings = settings or LocalSettings()
+        self._command = command or (sys.executable, "-m", "agent", "agent")
         self._lock_path = Path(node.run_dir) / "agent.lock"
         self._roster_path = Path(node.run_dir) / "roster.json"
         self._log_path = Path(node.data_dir) / "log" / "agent.log"
@@ -77,9 +81,12 @@ class LocalAgent:
         self._ending = True
         async with self._busy:
             asked = False  # and a spawn that was under way is over
+        agents = [entry for entry in _read_roster(self._roster_path) if entry.role == "agent"]
+        handles = [handle for entry in agents if (handle := _open_process(entry)) is not None]
         try:
             async with asyncio.timeout(timeout_s):
-                while self._child_lives() or is_locked(self._lock_path):
+                # Its lock is free a moment before the process is gone.
+                while self._child_lives() or is_locked(self._lock_path) or not all(_ended(handle) for handle in handles):
                     asked = asked or self.say(Shutdown())
                     if not asked and self._child is None:
                         # Never ours, and not to be spoken to: another manager's, perhaps.
@@ -91,6 +98,9 @@ class LocalAgent:
             self._child_lives()
             log.warning("the local agent did not end within %g s; killed: %s", timeout_s, ", ".join(killed) or "nothing")
             return killed
+        finally:
+            for handle in handles:
+                os.close(handle)
         return ()
 
     def _child_lives(self) -> bool:
@@ -132,8 +142,8 @@ class LocalAgent:
         config = msgspec.json.encode(self._node).decode()
         append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         return os.posix_spawn(
-            sys.executable,
-            [sys.executable, "-m", "agent", "agent", "--config-json", config],
+            self._command[0],
+            [*self._command, "--config-json", config],
             _environment(),
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
@@ -149,13 +159,14 @@ class LocalAgent:
         """Kill what the roster names, the agent first so that it makes nothing new, and wait for them to be gone."""
         killed: list[str] = []
         deadline = time.monotonic() + self._settings.kill_timeout_s
-        self._kill_all([] if self._child is None else [(f"agent {self._child}", os.pidfd_open(self._child))], deadline, killed)
+        child = self._child
+        self._kill_all([] if child is None else [(f"agent {child}", os.pidfd_open(child))], deadline, killed)
         for agents in (True, False):
-            entries = [entry for entry in _read_roster(self._roster_path) if (entry.role == "agent") is agents]
-            handles = [
-                (f"{entry.role} {entry.pid}", handle) for entry in entries if (handle := _open_process(entry)) is not None
+            known = [entry for entry in _read_roster(self._roster_path) if entry.pid != child]
+            opened = [
+                (f"{entry.role} {entry.pid}", _open_process(entry)) for entry in known if (entry.role == "agent") is agents
             ]
-            self._kill_all(handles, deadline, killed)
+            self._kill_all([(name, handle) for name, handle in opened if handle is not None], deadline, killed)
         return tuple(killed)
 
     def _kill_all(self, handles: list[tuple[str, int]], deadline: float, killed: list[str]) -> None:
@@ -164,8 +175,7 @@ class LocalAgent:
                 signal.pidfd_send_signal(handle, signal.SIGKILL)
                 killed.append(name)
         for name, handle in handles:
-            # Readable once the process has ended.
-            if not select.select([handle], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if not _ended(handle, max(0.0, deadline - time.monotonic())):
                 log.error("%s was killed and is still there", name)
             os.close(handle)
 
@@ -239,3 +249,8 @@ def _open_process(entry: _RosterEntry) -> int | None:
         pass
     os.close(handle)
     return None
+
+
+def _ended(handle: int, wait_s: float = 0.0) -> bool:
+    """True if the process of this descriptor has ended, or does within ``wait_s``: then it can be read."""
+    return bool(select.select([handle], [], [], wait_s)[0])
