@@ -7,8 +7,6 @@ import logging
 import sys
 from pathlib import Path
 
-import msgspec
-
 from schema.errors import InvalidInput, SllmError
 
 
@@ -47,13 +45,8 @@ def _run(given: argparse.Namespace) -> int:
 
         return run_zygote(given.run_dir)
     from agent.store.ingest import main as run_ingest
-    from schema.spec import Source
 
-    try:
-        source = msgspec.json.decode(given.source, type=Source)
-    except msgspec.DecodeError as error:
-        raise InvalidInput(f"--source: {error}") from error
-    return run_ingest(given.run_dir, given.op, source)
+    return run_ingest(given.run_dir, given.op, given.source)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ class Agent:
         self._store_kin = Kin("store", config, self._roster, spawn)
         self._zygote_kin = Kin("zygote", config, self._roster, spawn)
         self._store = StoreLink(self._store_kin, self)
-        self._zygote = ZygoteLink(self._zygote_kin)
+        self._zygote = ZygoteLink(self._zygote_kin, lambda: self._adoption.arrived("zygote"))
         self._instances = Instances(config, self._roster, self._store, self._journal, self, self._zygote.ask)
         self._zygote.instances = self._instances
         self._relay = Relay(self._journal, self._instances, self)

@@ -81,8 +81,8 @@ DIGEST = "ab" * 32
 T = TypeVar("T")
 
 
-class Hangup(Exception):  # noqa: N818 - an event of the test
-    pass
+class Hangup(Exception):
+    """The agent has closed the connection."""
 
 
 class Peer:
@@ -93,6 +93,7 @@ class Peer:
         self.socket.setblocking(False)
         self.seen: list[Any] = []
         self.descriptors: list[int] = []
+        self.ended = False
         self._decoder: FrameDecoder[Any] = FrameDecoder(kind)
         self._ready: list[Any] = []
 
@@ -124,10 +125,10 @@ class Peer:
         """The next message. Raises Hangup at the end of the connection."""
         loop = asyncio.get_running_loop()
         while not self._ready:
-            readable = loop.create_future()
-            loop.add_reader(self.socket, lambda: readable.done() or readable.set_result(None))
+            readable = asyncio.Event()
+            loop.add_reader(self.socket, readable.set)
             try:
-                await readable
+                await readable.wait()
             finally:
                 loop.remove_reader(self.socket)
             try:
@@ -136,6 +137,7 @@ class Peer:
                 data, descriptors = b"", []
             self.descriptors.extend(descriptors)
             if not data:
+                self.ended = True
                 raise Hangup
             self._ready.extend(self._decoder.feed(data))
         message = self._ready.pop(0)
@@ -218,7 +220,10 @@ def submit(attempt: Epoch, start: StartInstance, **fields: Any) -> Submit:
     )
 
 
-def start_instance(instance: str = "inst_1", epoch: Epoch = epoch_of(1, 1), **fields: Any) -> StartInstance:
+FIRST = epoch_of(1, 1)
+
+
+def start_instance(instance: str = "inst_1", epoch: Epoch = FIRST, **fields: Any) -> StartInstance:
     return StartInstance(
         instance=instance,
         epoch=epoch,
@@ -274,7 +279,7 @@ class Store:
         self.fills: list[FillArena] = []
         self.holds: dict[str, int] = {}
         self.residents: dict[str, Resident] = {}
-        self.answers = True
+        self.answers = node.store_answers
         self.given: list[int] = []
         self.changed = asyncio.Condition()
         self.memory = os.memfd_create("test-arena")
@@ -356,7 +361,7 @@ class Zygote:
     def fork(self, message: Fork) -> Worker:
         worker = Worker(self.node, self.node.sleeper(), message)
         self.node.workers.append(worker)
-        self.node.go(worker.run())
+        worker.begin()
         self.peer.send(Forked(nonce=message.nonce, pid=worker.pid))
         return worker
 
@@ -386,6 +391,7 @@ class Worker:
         self.ends: dict[Epoch, Ended] = {}
         self.heard: asyncio.Queue[Any] = asyncio.Queue()
         self.frame = 0
+        self.task: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         self.frame = 0
@@ -408,10 +414,19 @@ class Worker:
                 self._take(await self.peer.next())
 
     async def redial(self) -> None:
-        """Hang up and dial again, as after a broken link."""
+        """Hang up, if that is not done, and dial again, as after a broken link."""
+        await self.hang_up()
+        self.begin()
+
+    async def hang_up(self) -> None:
+        assert self.task is not None
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
         self.peer.close()
         self.peer = Peer(ToWorker)
-        self.node.go(self.run())
+
+    def begin(self) -> None:
+        self.task = self.node.go(self.run())
 
     async def hear(self, kind: type[T]) -> T:
         async with asyncio.timeout(WAIT_S):
@@ -494,8 +509,10 @@ class Node:
         self.zygotes: list[Zygote] = []
         self.workers: list[Worker] = []
         self.managers: list[Manager] = []
+        self.strangers: list[Peer] = []
         self.pids: list[int] = []
         self.worker_becomes_ready = True
+        self.store_answers = True
         self.ingest_args: list[str] = ["/bin/false"]
         self.kin_dial = True
         self.agent: Agent | None = None
@@ -520,23 +537,26 @@ class Node:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            for peer in (*self.stores, *self.zygotes, *self.workers, *self.managers):
+            peers: list[Any] = [*self.stores, *self.zygotes, *self.workers, *self.managers, *self.strangers]
+            for peer in peers:
                 peer.close()
             for pid in self.pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                 with contextlib.suppress(ChildProcessError):
-                    os.waitpid(pid, 0)
+                    os.waitpid(pid, 0)  # noqa: ASYNC222 - it was just killed
             shutil.rmtree(self.directory, ignore_errors=True)
 
     async def until(self, true: Callable[[], bool]) -> None:
         """Wait for what has no event to await: it is looked at on every turn of the loop."""
         async with asyncio.timeout(WAIT_S):
-            while not true():
+            while not true():  # noqa: ASYNC110
                 await asyncio.sleep(0.002)
 
-    def go(self, coroutine: Any) -> None:
-        self._tasks.add(asyncio.create_task(coroutine))
+    def go(self, coroutine: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        return task
 
     def sleeper(self) -> int:
         pid = spawn_process(["/bin/sleep", "600"], self.directory / "data" / "log" / "sleeper.log")

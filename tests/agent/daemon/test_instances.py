@@ -99,7 +99,7 @@ async def test_a_failed_load_stops_the_instance_and_its_worker(node: Node) -> No
     truth = await manager.instance(InstanceState.STOPPED)
     assert truth.fault == Fault("out_of_space", "the arena is full")
     await store.until(lambda: store.holds[DIGEST] == 0)
-    assert not [worker for worker in node.workers if alive(worker.pid)]
+    await node.until(lambda: bool(node.workers) and not alive(node.workers[0].pid))
 
 
 async def test_a_failed_fork_stops_the_instance(node: Node) -> None:

@@ -1,0 +1,201 @@
+"""An agent that comes after a killed one: it waits for what the roster names, adopts it, and speaks only then."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from agent.daemon.files import FileLock, is_locked
+from agent.daemon.process import start_ticks
+from agent.daemon.roster import RosterEntry
+from schema.errors import Conflict
+from schema.ids import epoch_of
+from schema.link import Attach, Cancel, Extent, Fork, StartPhases, StopInstance, Submit, Welcome
+from schema.states import EndReason, InstanceState
+from tests.agent.daemon.peers import DIGEST, Node, Worker, alive, make_checkpoint, start_instance, submit
+
+A = epoch_of(1, 9)
+START = start_instance()
+
+
+def write_roster(node: Node, entries: Iterable[RosterEntry]) -> None:
+    document = {"processes": [msgspec.to_builtins(entry) for entry in entries]}
+    (node.directory / "run" / "roster.json").write_bytes(msgspec.json.encode(document))
+
+
+def entry(role: str, pid: int, **fields: object) -> RosterEntry:
+    ticks = start_ticks(pid)
+    assert ticks is not None
+    return RosterEntry(role=role, pid=pid, ticks=ticks, **fields)  # type: ignore[arg-type]
+
+
+def left_worker(node: Node) -> tuple[Worker, RosterEntry]:
+    """A ready worker of an earlier life of the agent, with one attempt under way."""
+    worker = Worker(node, node.sleeper(), Fork(instance=START.instance, epoch=START.epoch, nonce=77))
+    worker.start = START
+    worker.attach = Attach(arena="arena_1", extents=(Extent(0, 4096),), image_bytes=4096)
+    worker.submits[A] = submit(A, START)
+    worker.generated[A] = [4, 5]
+    node.workers.append(worker)
+    phases = StartPhases(load_s=1.0, total_s=2.0)
+    words = {"instance": START.instance, "epoch": START.epoch, "nonce": 77, "start": START, "phases": phases}
+    return worker, entry("worker", worker.pid, **words)
+
+
+@pytest.fixture
+async def after() -> AsyncIterator[Node]:
+    """A node whose agent has not begun; tests write the roster that it finds."""
+    node = Node(adopt_s=10.0)
+    make_checkpoint(node.config.checkpoints_path)
+    try:
+        yield node
+    finally:
+        await node.__aexit__()
+
+
+async def test_everything_alive_is_adopted_with_its_attempts(after: Node) -> None:
+    worker, left = left_worker(after)
+    store, zygote = after.sleeper(), after.sleeper()
+    write_roster(after, [RosterEntry(role="agent", pid=1), left, entry("store", store), entry("zygote", zygote)])
+    after.begin()
+    manager = await after.dial_manager()
+    await manager.take(Welcome)
+    after.play("store", store)
+    after.play("zygote", zygote)
+    worker.begin()
+    truth = await manager.whole_truth()
+    (instance,) = truth.instances
+    assert (instance.state, instance.pid, instance.epoch) == (InstanceState.READY, worker.pid, START.epoch)
+    assert instance.phases == StartPhases(load_s=1.0, total_s=2.0)
+    assert [(attempt.submit.attempt, attempt.new_ids) for attempt in manager.attempts] == [(A, (4, 5))]
+    assert len(after.pids) == 3, "nothing was made anew"
+    await after.stores[0].until(lambda: after.stores[0].holds == {DIGEST: 1})
+    worker.say(A, (6,), EndReason.STOP)
+    ids, end = await manager.tokens_until_end(A)
+    assert (ids, end.position) == ([6], 3)
+    assert after.zygotes[0].forks == []
+    assert {p["role"]: p["pid"] for p in after.roster()} == {
+        "agent": os.getpid(),
+        "store": store,
+        "zygote": zygote,
+        "worker": worker.pid,
+    }
+
+
+async def test_what_died_meanwhile_is_stated_as_stopped(after: Node) -> None:
+    worker, left = left_worker(after)
+    worker.kill()
+    await after.until(lambda: not alive(worker.pid))
+    write_roster(after, [left])
+    after.begin()
+    manager = await after.manager()
+    (instance,) = manager.truth.instances
+    assert instance.state is InstanceState.STOPPED
+    assert instance.fault is not None
+    assert manager.attempts == []
+    manager.send(StopInstance(instance=START.instance, epoch=START.epoch))
+    await manager.instance(InstanceState.STOPPED)
+    assert (await after.manager()).truth.instances == ()
+    assert "worker" not in {p["role"] for p in after.roster()}
+
+
+async def test_another_process_of_the_same_pid_is_left_alone(after: Node) -> None:
+    worker, left = left_worker(after)
+    write_roster(
+        after, [msgspec.structs.replace(left, ticks=left.ticks + 1), RosterEntry(role="store", pid=worker.pid, ticks=1)]
+    )
+    after.begin()
+    manager = await after.manager()
+    assert manager.truth.instances[0].state is InstanceState.STOPPED
+    assert alive(worker.pid)
+
+
+async def test_the_truth_does_not_wait_for_ever_and_what_comes_late_is_not_run_twice() -> None:
+    node = Node(adopt_s=0.2)
+    make_checkpoint(node.config.checkpoints_path)
+    worker, left = left_worker(node)
+    write_roster(node, [left])
+    async with node:
+        manager = await node.manager()
+        assert [i.state for i in manager.truth.instances] == [InstanceState.STARTING]
+        assert manager.attempts == []
+        worker.begin()
+        assert (await manager.instance(InstanceState.READY)).pid == worker.pid
+        assert (await worker.hear(Cancel)).attempt == A
+
+
+async def test_a_worker_that_never_dials_again_is_ended() -> None:
+    node = Node(adopt_s=0.1, spawn_s=0.3)
+    make_checkpoint(node.config.checkpoints_path)
+    worker, left = left_worker(node)
+    write_roster(node, [left])
+    async with node:
+        manager = await node.manager()
+        truth = await manager.instance(InstanceState.STOPPED)
+        assert truth.fault is not None
+        assert truth.fault.code == "timed_out"
+        assert not alive(worker.pid)
+
+
+async def test_a_fork_that_was_not_answered_is_made_anew(after: Node) -> None:
+    _, left = left_worker(after)
+    write_roster(after, [msgspec.structs.replace(left, pid=0, ticks=0, phases=None)])
+    after.begin()
+    manager = await after.manager()
+    if manager.truth.instances[0].state is not InstanceState.READY:
+        await manager.instance(InstanceState.READY)
+    (fork,) = after.zygotes[0].forks
+    assert fork.nonce != 77
+
+
+async def test_a_stop_that_was_under_way_goes_on(after: Node) -> None:
+    worker, left = left_worker(after)
+    write_roster(after, [msgspec.structs.replace(left, stop_grace_s=60.0)])
+    after.begin()
+    worker.begin()
+    manager = await after.manager()
+    assert manager.truth.instances[0].state is InstanceState.DRAINING
+    worker.say(A, (6,), EndReason.STOP)
+    assert (await manager.tokens_until_end(A))[0] == [6]
+    await manager.instance(InstanceState.STOPPED)
+
+
+async def test_an_ingest_of_an_earlier_life_is_ended(after: Node) -> None:
+    pid = after.sleeper()
+    write_roster(after, [entry("ingest", pid, instance="op_1")])
+    after.begin()
+    assert (await after.manager()).truth.ops == ()
+    assert not alive(pid)
+
+
+async def test_an_unreadable_roster_is_an_empty_one(after: Node, caplog: pytest.LogCaptureFixture) -> None:
+    (after.directory / "run" / "roster.json").write_text("{{")
+    after.begin()
+    assert (await after.manager()).truth.instances == ()
+    assert "roster" in caplog.text
+
+
+async def test_a_submit_goes_to_an_adopted_worker(after: Node) -> None:
+    worker, left = left_worker(after)
+    write_roster(after, [left])
+    after.begin()
+    worker.begin()
+    manager = await after.manager()
+    manager.send(submit(epoch_of(2, 1), START))
+    assert (await worker.hear(Submit)).attempt == epoch_of(2, 1)
+
+
+def test_one_process_at_a_time_holds_a_lock(tmp_path: Path) -> None:
+    path = tmp_path / "agent.lock"
+    assert not is_locked(path)
+    lock = FileLock.take(path, "agent")
+    assert is_locked(path)
+    with pytest.raises(Conflict, match="stop it first"):
+        FileLock.take(path, "agent", timeout_s=0.05)
+    lock.release()
+    assert not path.exists()
+    FileLock.take(path, "agent").release()

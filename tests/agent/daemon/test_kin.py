@@ -1,0 +1,166 @@
+"""Store and zygote die and come back: the arena is handed back, holds and fills told again, workers go on."""
+
+from __future__ import annotations
+
+import os
+
+from schema.ids import epoch_of
+from schema.link import Evicted, InstanceUpdate, Ping, PlacementUpdate, Pong, Shutdown, Submit
+from schema.states import EndReason, InstanceState, Tier, TierState
+from tests.agent.daemon.peers import DIGEST, Node, alive, make_checkpoint, start_instance, submit
+
+
+async def test_a_killed_store_gets_its_arena_back_and_hears_who_uses_what(node: Node) -> None:
+    manager = await node.manager()
+    start, worker = await node.ready(manager)
+    first = node.stores[0]
+    first.kill()
+    await node.until(lambda: len(node.stores) == 2 and DIGEST in node.stores[1].holds)
+    second = node.stores[1]
+    assert second.holds == {DIGEST: 1}
+    assert second.fills == []
+    (given,) = second.given
+    assert os.fstat(given).st_ino == os.fstat(first.memory).st_ino
+    manager.send(submit(epoch_of(1, 9), start))
+    await worker.hear(Submit)
+    assert not [m for m in manager.seen if isinstance(m, InstanceUpdate) and m.truth.state is InstanceState.STOPPED]
+
+
+async def test_a_store_that_dies_while_it_loads_is_asked_again(node: Node) -> None:
+    manager = await node.manager()
+    first = node.stores[0]
+    first.answers = False
+    manager.send(start_instance())
+    await first.until(lambda: len(first.fills) == 1)
+    first.kill()
+    await manager.instance(InstanceState.READY)
+    second = node.stores[1]
+    assert [fill.op for fill in second.fills] == [fill.op for fill in first.fills]
+    assert node.workers[0].attach is not None
+
+
+async def test_a_load_that_kills_the_store_is_given_up(node: Node) -> None:
+    manager = await node.manager()
+    node.stores[0].answers = False
+    node.store_answers = False
+    manager.send(start_instance())
+    for life in range(3):
+        await node.until(lambda life=life: len(node.stores) > life and bool(node.stores[life].fills))  # type: ignore[misc]
+        node.stores[life].kill()
+    truth = await manager.instance(InstanceState.STOPPED)
+    assert truth.fault is not None
+    assert "3 times" in truth.fault.message
+
+
+async def test_extents_of_an_earlier_store_are_not_attached(node: Node) -> None:
+    manager = await node.manager()
+    node.zygotes[0].answers = False
+    start = start_instance()
+    manager.send(start)
+    await manager.take(
+        PlacementUpdate, lambda m: m.truth.placements[-1].state is TierState.RESIDENT and len(m.truth.placements) == 2
+    )
+    node.stores[0].kill()
+    await node.until(lambda: len(node.stores) == 2 and bool(node.stores[1].fills))
+    zygote = node.zygotes[0]
+    zygote.fork(zygote.forks[0])
+    truth = await manager.instance(InstanceState.READY)
+    assert truth.phases is not None
+    assert truth.phases.loaded_bytes == 4096
+
+
+async def test_an_eviction_is_told(node: Node) -> None:
+    manager = await node.manager()
+    await node.ready(manager)
+    node.stores[0].peer.send(Evicted(digest=DIGEST))
+    update = await manager.take(PlacementUpdate, lambda m: all(p.tier is not Tier.DRAM for p in m.truth.placements))
+    assert [p.tier for p in update.truth.placements] == [Tier.DISK]
+
+
+async def test_a_killed_zygote_is_made_again_and_forks_what_waited(node: Node) -> None:
+    manager = await node.manager()
+    _, worker = await node.ready(manager)
+    zygote = node.zygotes[0]
+    zygote.answers = False
+    manager.send(start_instance("inst_2"))
+    await node.until(lambda: len(zygote.forks) == 2)
+    os.kill(zygote.pid, 9)
+    await manager.instance(InstanceState.READY)
+    assert node.zygotes[1].forks[0].nonce != zygote.forks[1].nonce
+    assert alive(worker.pid)
+
+
+async def test_a_worker_of_an_outdated_fork_is_killed(node: Node) -> None:
+    manager = await node.manager()
+    await node.ready(manager)
+    zygote = node.zygotes[0]
+    zygote.answers = False
+    manager.send(start_instance("inst_2"))
+    await node.until(lambda: len(zygote.forks) == 2)
+    manager.send(start_instance("inst_2", epoch_of(1, 7)))
+    await node.until(lambda: len(zygote.forks) == 3)
+    late = zygote.fork(zygote.forks[1])
+    await node.until(lambda: not alive(late.pid))
+    zygote.fork(zygote.forks[2])
+    assert (await manager.instance(InstanceState.READY)).epoch == epoch_of(1, 7)
+
+
+async def test_a_deserted_node_ends_what_is_idle_and_then_what_was_busy() -> None:
+    node = Node(manager_grace_s=0.1)
+    make_checkpoint(node.config.checkpoints_path)
+    async with node:
+        manager = await node.manager()
+        start, busy = await node.ready(manager)
+        _, idle = await node.ready(manager, start_instance("inst_2"))
+        manager.send(submit(epoch_of(1, 9), start))
+        await busy.hear(Submit)
+        manager.close()
+        node.managers.remove(manager)
+        await node.until(lambda: not alive(idle.pid))
+        assert alive(busy.pid)
+        busy.say(epoch_of(1, 9), (1, 2), EndReason.STOP)
+        await node.until(lambda: not alive(busy.pid))
+        again = await node.manager()
+        assert {i.state for i in again.truth.instances} == {InstanceState.STOPPED}
+        assert again.attempts[0].new_ids == (1, 2)
+
+
+async def test_a_manager_that_comes_back_in_time_keeps_everything() -> None:
+    node = Node(manager_grace_s=0.3)
+    make_checkpoint(node.config.checkpoints_path)
+    async with node:
+        _, worker = await node.ready(await node.manager())
+        for _ in range(3):
+            again = await node.manager()
+        assert node.agent is not None
+        assert node.agent._grace_timer is None
+        again.send(Ping(nonce=1))
+        await again.take(Pong)
+        assert alive(worker.pid)
+
+
+async def test_a_shutdown_ends_everything_and_leaves_no_file(node: Node) -> None:
+    manager = await node.manager()
+    _, worker = await node.ready(manager)
+    manager.send(Shutdown())
+    await manager.instance(InstanceState.STOPPED)
+    await manager.hangup()
+    assert node.task is not None
+    await node.task
+    assert not [pid for pid in node.pids if alive(pid)]
+    assert worker.pid in node.pids
+    assert not {path.name for path in (node.directory / "run").iterdir()} & {"agent.sock", "roster.json"}
+
+
+async def test_a_shutdown_with_grace_lets_attempts_finish(node: Node) -> None:
+    manager = await node.manager()
+    start, worker = await node.ready(manager)
+    manager.send(submit(epoch_of(1, 9), start))
+    await worker.hear(Submit)
+    manager.send(Shutdown(grace_s=60))
+    await manager.instance(InstanceState.DRAINING)
+    worker.say(epoch_of(1, 9), (4,), EndReason.STOP)
+    ids, end = await manager.tokens_until_end(epoch_of(1, 9))
+    assert (ids, end.reason) == ([4], EndReason.STOP)
+    assert node.task is not None
+    await node.task

@@ -1,0 +1,192 @@
+"""Ingest, load, drop and reading files: one end each, kept until acknowledged, refused in words."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from schema.checkpoint import decode_manifest
+from schema.ids import epoch_of
+from schema.link import (
+    CancelOperation,
+    DropCheckpoint,
+    FileChunk,
+    Ingest,
+    LoadCheckpoint,
+    OperationDone,
+    OperationsAcked,
+    PlacementUpdate,
+    Progress,
+    ReadFile,
+    StopInstance,
+)
+from schema.spec import PathSource
+from schema.states import InstanceState, Tier, TierState
+from tests.agent.daemon.peers import DIGEST, Manager, Node, alive, make_checkpoint
+
+SOURCE = PathSource("/models/m")
+
+
+def child(node: Node, body: str) -> None:
+    """Let an ingest be this program; it gets the op as its argument."""
+    prelude = (
+        "import os, sys, time\n"
+        "from schema.link import *\n"
+        "op = sys.argv[1]\n"
+        "def say(m):\n    sys.stdout.buffer.write(encode_frame(m)); sys.stdout.buffer.flush()\n"
+    )
+    node.ingest_args = [sys.executable, "-c", prelude + body]
+
+
+async def done(manager: Manager, op: str) -> OperationDone:
+    return await manager.take(OperationDone, lambda m: m.op == op)
+
+
+async def test_an_ingest_tells_progress_the_placement_and_its_end(node: Node) -> None:
+    manager = await node.manager()
+    other = "ef" * 32
+    make_checkpoint(node.directory / "made", other)
+    there = node.config.checkpoints_path / other
+    child(
+        node,
+        "say(Progress(op=op, stage='convert', done_bytes=1, total_bytes=2))\n"
+        f"os.rename({str(node.directory / 'made' / other)!r}, {str(there)!r})\n"
+        f"say(OperationDone(op=op, digest={other!r}))\n",
+    )
+    manager.send(Ingest(op="op_1", source=SOURCE))
+    assert (await manager.take(Progress)).stage == "convert"
+    placement = (await manager.take(PlacementUpdate)).truth
+    assert (placement.digest, placement.image_bytes, placement.kv_token_bytes) == (other, 4096, 32)
+    assert [(p.tier, p.state) for p in placement.placements] == [(Tier.DISK, TierState.RESIDENT)]
+    assert (await done(manager, "op_1")).digest == other
+    child(node, "sys.exit(1)")
+    manager.send(Ingest(op="op_1", source=SOURCE))
+    assert (await done(manager, "op_1")).digest == other
+    again = await node.manager()
+    assert [d.op for d in again.truth.done] == ["op_1"]
+    assert {c.digest for c in again.truth.checkpoints} == {DIGEST, other}
+    again.send(OperationsAcked(ops=("op_1",)))
+    assert (await node.manager()).truth.done == ()
+
+
+@pytest.mark.parametrize(
+    ("body", "word"),
+    [
+        ("sys.exit(3)", "status 3"),
+        ("os.kill(os.getpid(), 9)", "SIGKILL"),
+        ("sys.stdout.write('hello, this is no frame at all')", "frame"),
+        ("say(OperationDone(op='another', digest=''))", "another"),
+    ],
+)
+async def test_an_ingest_that_ends_without_an_answer_fails_with_how(node: Node, body: str, word: str) -> None:
+    manager = await node.manager()
+    child(node, body)
+    manager.send(Ingest(op="op_1", source=SOURCE))
+    fault = (await done(manager, "op_1")).fault
+    assert fault is not None
+    assert word in fault.message
+
+
+async def test_a_cancelled_ingest_is_killed_and_says_so(node: Node) -> None:
+    manager = await node.manager()
+    child(node, "say(Progress(op=op, stage=str(os.getpid()), done_bytes=0, total_bytes=0))\ntime.sleep(600)")
+    manager.send(Ingest(op="op_1", source=SOURCE))
+    pid = int((await manager.take(Progress)).stage)
+    assert {entry["role"] for entry in node.roster()} >= {"ingest"}
+    assert (await node.manager()).truth.ops == ("op_1",)
+    manager = node.managers[-1]
+    manager.send(CancelOperation(op="op_1"))
+    fault = (await done(manager, "op_1")).fault
+    assert fault is not None
+    assert fault.code == "cancelled"
+    assert not alive(pid)
+    assert "ingest" not in {entry["role"] for entry in node.roster()}
+
+
+async def test_a_cancel_of_what_is_not_under_way_is_answered(node: Node) -> None:
+    manager = await node.manager()
+    manager.send(CancelOperation(op="op_9"))
+    assert (await done(manager, "op_9")).fault is not None
+
+
+async def test_a_load_makes_resident_without_users(node: Node) -> None:
+    manager = await node.manager()
+    manager.send(LoadCheckpoint(op="op_1", digest=DIGEST))
+    assert (await done(manager, "op_1")).fault is None
+    store = node.stores[0]
+    await store.until(lambda: store.holds.get(DIGEST) == 0)
+    assert DIGEST in store.residents
+
+
+async def test_a_load_that_is_cancelled_lets_go(node: Node) -> None:
+    manager = await node.manager()
+    store = node.stores[0]
+    store.answers = False
+    manager.send(LoadCheckpoint(op="op_1", digest=DIGEST))
+    await store.until(lambda: store.holds.get(DIGEST) == 1 and bool(store.fills))
+    manager.send(CancelOperation(op="op_1"))
+    fault = (await done(manager, "op_1")).fault
+    assert fault is not None
+    assert fault.code == "cancelled"
+    await store.until(lambda: store.holds[DIGEST] == 0)
+
+
+@pytest.mark.parametrize("digest", ["cd" * 32, "../../etc", ""])
+async def test_loads_and_drops_of_what_is_not_here_are_refused(node: Node, digest: str) -> None:
+    manager = await node.manager()
+    manager.send(LoadCheckpoint(op="op_1", digest=digest))
+    manager.send(DropCheckpoint(op="op_2", digest=digest, tier=Tier.DISK))
+    manager.send(LoadCheckpoint(op="op_3", digest=DIGEST, tier=Tier.REMOTE))
+    codes: dict[str, str] = {}
+    while len(codes) < 3:
+        answer = await manager.take(OperationDone)
+        assert answer.fault is not None
+        codes[answer.op] = answer.fault.code
+    assert codes == {"op_1": "not_found", "op_2": "not_found", "op_3": "invalid_input"}
+
+
+async def test_what_is_used_is_not_dropped_and_what_is_not_is(node: Node) -> None:
+    manager = await node.manager()
+    start, _ = await node.ready(manager)
+    for number, tier in enumerate((Tier.DRAM, Tier.DISK)):
+        manager.send(DropCheckpoint(op=f"op_{number}", digest=DIGEST, tier=tier))
+        fault = (await done(manager, f"op_{number}")).fault
+        assert fault is not None
+        assert fault.code == "conflict"
+        assert start.instance in fault.message
+    manager.send(StopInstance(instance=start.instance, epoch=start.epoch))
+    await manager.instance(InstanceState.STOPPED)
+    manager.send(DropCheckpoint(op="op_2", digest=DIGEST, tier=Tier.DRAM))
+    assert (await done(manager, "op_2")).fault is None
+    manager.send(DropCheckpoint(op="op_3", digest=DIGEST, tier=Tier.DISK))
+    update = await manager.take(PlacementUpdate, lambda m: not m.truth.placements)
+    assert update.truth.digest == DIGEST
+    assert (await done(manager, "op_3")).fault is None
+    assert not (node.config.checkpoints_path / DIGEST).exists()
+    manager.send(start.__class__(**{f: getattr(start, f) for f in start.__struct_fields__} | {"epoch": epoch_of(1, 50)}))
+    truth = await manager.instance(InstanceState.STOPPED)
+    assert truth.fault is not None
+    assert truth.fault.code == "not_found"
+
+
+async def test_the_manifest_is_read_in_parts(node: Node) -> None:
+    manager = await node.manager()
+    manager.send(ReadFile(op="r", digest=DIGEST, file="manifest.json"))
+    chunk = await manager.take(FileChunk)
+    assert chunk.size_bytes == len(chunk.data)
+    assert decode_manifest(chunk.data).digest == DIGEST
+    manager.send(ReadFile(op="r", digest=DIGEST, file="manifest.json", offset_bytes=10))
+    assert (await manager.take(FileChunk)).data == chunk.data[10:]
+    manager.send(ReadFile(op="r", digest=DIGEST, file="manifest.json", offset_bytes=1 << 40))
+    assert (await manager.take(FileChunk)).data == b""
+
+
+@pytest.mark.parametrize("file", ["part-0", "../l1/manifest.json", "/etc/passwd", "", "tokenizer.json"])
+async def test_other_files_are_not_read(node: Node, file: str) -> None:
+    manager = await node.manager()
+    manager.send(ReadFile(op="r", digest=DIGEST, file=file))
+    chunk = await manager.take(FileChunk)
+    assert chunk.fault is not None
+    assert chunk.fault.code == "not_found"
+    assert chunk.data == b""
