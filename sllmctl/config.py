@@ -60,11 +60,14 @@ class AdminSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """How ``sllmctl serve`` ends: once running responses are done, the local agent gets ``stop_agent_s`` to end.
+    """How ``sllmctl serve`` begins and ends.
 
-    With ``stop_agent`` false the agent and its instances are left running, for the next manager to adopt.
+    ``meet_agent_s``: after so long without its local agent it says so, and goes on waiting. ``stop_agent_s``: what that agent
+    gets to end, once running responses are done. With ``stop_agent`` false the agent and its instances are left
+    running, for the next manager to adopt.
     """
 
+    meet_agent_s: _Seconds = 30.0
     stop_agent_s: _Seconds = 20.0
     stop_agent: bool = True
 

@@ -84,4 +84,4 @@ def _tier(placement: PlacementView) -> str:
 
 def _placement(placement: PlacementView) -> str:
     device = f" {placement.device}" if placement.tier == "device" else ""
-    return f"{placement.node}  {placement.tier}{device}  {placement.state}  {size(placement.size_bytes)}"
+    return f"{placement.node}  {placement.tier + device:<8}  {placement.state:<11}  {size(placement.size_bytes)}"

@@ -36,5 +36,5 @@ def command(invocation: Invocation, form: Format) -> int:
     ]
     show_items(form, findings, columns, lambda finding: finding.check)
     faults, warnings = (sum(f.level == level for f in findings) for level in ("fault", "warn"))
-    note(f"{faults} faults, {warnings} warnings")
+    note(f"faults: {faults}, warnings: {warnings}")
     return DOCTOR_FAULT if faults else OK

@@ -32,7 +32,7 @@ def age(seconds: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``8 ms``, ``0.84 s``, ``41 s``, ``2m10s``."""
+    """``8 ms``, ``0.84 s``, ``41 s``, ``2m10s``, ``5m``."""
     if seconds < 0.0995:
         return f"{seconds * 1000:.3g} ms"
     if seconds < 9.995:
@@ -40,7 +40,7 @@ def duration(seconds: float) -> str:
     if seconds < 119.5:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}m{rest:02d}s"
+    return f"{minutes}m{rest:02d}s" if rest else f"{minutes}m"
 
 
 def short_digest(digest: str | None) -> str:

@@ -91,7 +91,7 @@ def _fields(instance: InstanceView) -> list[tuple[str, str]]:
         ("State", f"{instance.state} for {age(moment - instance.changed_at)}"),
         ("Reason", instance.reason or "-"),
         ("Running", f"{instance.running} sequences"),
-        ("KV cache", f"{_kv(instance)} tokens, {size(instance.kv_bytes)}"),
+        ("KV cache", f"{size(instance.kv_bytes)}, {_kv(instance)} tokens used"),
         ("Life", f"epoch {instance.epoch}, {instance.restarts} restarts"),
         ("Age", age(moment - instance.created_at)),
     ]

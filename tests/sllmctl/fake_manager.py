@@ -261,7 +261,7 @@ class FakeManager:
 
     def answer(self, what: str, status: int, body: object) -> None:
         """The next answer to a "METHOD path"; the last one given is repeated."""
-        self.answers.setdefault(what, []).append((status, msgspec.json.encode(body)))
+        self.answers.setdefault(what, []).append((status, b"" if status == 204 else msgspec.json.encode(body)))
 
     def refuse(self, what: str, status: int, code: str, message: str, param: str | None = None) -> None:
         self.answer(what, status, {"error": {"code": code, "message": message, "param": param}})
@@ -300,10 +300,11 @@ class FakeManager:
         def event(value: object) -> bytes:
             return b"data: " + msgspec.json.encode(value) + b"\n\n"
 
+        hold = self.hold
         try:
             for piece in self.pieces:
                 yield event({"id": "chatcmpl-1", "choices": [{"index": 0, "delta": {"content": piece}}]})
-            if self.hold:
+            if hold:
                 await asyncio.Event().wait()
             yield event({"id": "chatcmpl-1", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
             yield event({"id": "chatcmpl-1", "choices": [], "usage": {"prompt_tokens": 16, "completion_tokens": 2}})

@@ -1,0 +1,161 @@
+"""`sllmctl chat`: what is asked of the model, what is streamed, and how a reply or a conversation ends."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+
+import msgspec
+import pytest
+
+from sllmctl.cli import chat
+from tests.sllmctl.cli.conftest import Sllmctl
+from tests.sllmctl.fake_manager import MODELS, FakeManager
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def _chats(manager: FakeManager) -> list[dict[str, object]]:
+    return [body for _, path, body in manager.asked if path == "/v1/chat/completions"]
+
+
+def _typed(monkeypatch: pytest.MonkeyPatch, *lines: str | BaseException) -> None:
+    """A person at a terminal who types these lines, presses Ctrl-C for a KeyboardInterrupt, and then Ctrl-D."""
+    monkeypatch.setattr("sys.stdin", _Terminal())
+    waiting = iter((*lines, EOFError()))
+
+    def read_line(_: str) -> str:
+        line = next(waiting)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr(chat, "read_line", read_line)
+
+
+def test_one_answer(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    said = sllmctl("chat", "Hi", "-s", "Be brief.", "--max-tokens", "9", "--temperature", "0", "--seed", "3")
+    assert (said.code, said.out, said.err) == (0, "Hello\n", "")
+    assert _chats(manager) == [
+        {
+            "model": "qwen",
+            "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "max_tokens": 9,
+            "temperature": 0.0,
+            "seed": 3,
+        }
+    ]
+
+
+def test_the_prompt_may_come_from_a_pipe(sllmctl: Sllmctl, manager: FakeManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe\n"))
+    assert sllmctl("chat", "-m", "tiny").out == "Hello\n"
+    assert _chats(manager)[0]["messages"] == [{"role": "user", "content": "from a pipe\n"}]
+    assert sllmctl("chat", "-m", "tiny").code == 2, "nothing more is in the pipe"
+
+
+def test_where_the_time_went_is_said_on_stderr(sllmctl: Sllmctl) -> None:
+    said = sllmctl("chat", "Hi", "--stats")
+    assert said.out == "Hello\n"
+    first, timeline, start, engine = said.err.splitlines()
+    assert "16 prompt tokens, 2 generated" in first
+    assert timeline == "cold start: routed 0.53 s, first token 0.61 s, ended 1.90 s"
+    assert start.startswith("instance: load 0.41 s (1.2 GiB from disk), fork 9 ms")
+    assert engine.startswith("engine: queued 1 ms, prefill 21 ms")
+
+
+def test_without_a_name_there_must_be_one_model(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    manager.answer("GET models", 200, {"items": MODELS[1:]})
+    none = sllmctl("chat", "Hi")
+    assert (none.code, "no model is deployed" in none.err) == (2, True)
+    manager.forget()
+    manager.answer("GET models", 200, {"items": [MODELS[0], msgspec.structs.replace(MODELS[0], name="other")]})
+    several = sllmctl("chat", "Hi")
+    assert (several.code, "qwen, other" in several.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "text"),
+    [(400, 2, "x"), (404, 5, "x"), (429, 1, "try again in 3 s"), (503, 1, "x"), (504, 7, "x"), (401, 4, "x"), (500, 1, "x")],
+)
+def test_a_refusal_has_its_exit_code(sllmctl: Sllmctl, manager: FakeManager, status: int, code: int, text: str) -> None:
+    manager.chat_error = (status, b'{"error": {"message": "x", "type": "t", "code": "c", "param": null}}')
+    said = sllmctl("chat", "Hi", "-m", "qwen")
+    assert (said.code, said.out) == (code, "")
+    assert text in said.err
+
+
+def test_an_answer_of_something_else_is_an_error(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    manager.chat_error = (502, b"<html>")
+    said = sllmctl("chat", "Hi", "-m", "qwen")
+    assert (said.code, "is it sllmctl's?" in said.err) == (1, True)
+    manager.chat_error = (200, b'data: {"error": {"message": "the node is on fire"}}\n\n')
+    assert "the node is on fire" in sllmctl("chat", "Hi", "-m", "qwen").err
+    manager.chat_error = (200, b"data: {nonsense\n\n")
+    assert "cannot be read" in sllmctl("chat", "Hi", "-m", "qwen").err
+    manager.chat_error = (200, b": nothing more\n\n")
+    assert (sllmctl("chat", "Hi", "-m", "qwen").code, sllmctl("chat", "Hi", "-m", "qwen").out) == (3, "")
+
+
+def test_a_conversation_remembers_and_forgets(sllmctl: Sllmctl, manager: FakeManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    _typed(monkeypatch, "one", "", KeyboardInterrupt(), "/help", "two", "/reset", "three")
+    said = sllmctl("chat", "-s", "Be brief.")
+    assert (said.code, said.out) == (0, "Hello\nHello\nHello\n\n")
+    assert [[turn["content"] for turn in body["messages"]] for body in _chats(manager)] == [  # type: ignore[attr-defined]
+        ["Be brief.", "one"],
+        ["Be brief.", "one", "Hello", "two"],
+        ["Be brief.", "three"],
+    ]
+
+
+def test_a_failed_reply_ends_no_conversation(sllmctl: Sllmctl, manager: FakeManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    _typed(monkeypatch, "one", "/quit")
+    manager.chat_error = (503, b'{"error": {"message": "no room"}}')
+    said = sllmctl("chat")
+    assert (said.code, said.out) == (0, "")
+    assert "no room" in said.err
+
+
+def test_ctrl_c_cancels_the_reply_and_returns_to_the_prompt(
+    sllmctl: Sllmctl, manager: FakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager.hold = True
+    written: list[str] = []
+
+    def press(text: str) -> None:
+        written.append(text)
+        if len(written) == 2:
+            manager.hold = False
+            raise KeyboardInterrupt
+
+    _typed(monkeypatch, "one", "two")
+    monkeypatch.setattr(chat, "stream", press)
+    said = sllmctl("chat")
+    assert said.code == 0
+    assert "cancelled" in said.err
+    assert manager.gone.wait(10), "the manager must see that the client is gone"
+    assert written == ["Hel", "lo", "Hel", "lo"]
+    assert [len(body["messages"]) for body in _chats(manager)] == [1, 1], "what was cancelled is not remembered"  # type: ignore[arg-type]
+
+
+def test_ctrl_c_ends_a_single_answer_with_130(manager: FakeManager, ended: Callable[[subprocess.Popen[str]], None]) -> None:
+    manager.hold = True
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("SLLM_")}
+    command = [sys.executable, "-m", "sllmctl", "--socket", str(manager.socket), "chat", "-m", "qwen", "Hi"]
+    process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    ended(process)
+    assert process.stdout is not None
+    assert process.stdout.read(5) == "Hello"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err.strip()) == (130, "interrupted")
+    assert manager.gone.wait(10)

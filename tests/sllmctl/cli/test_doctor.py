@@ -1,0 +1,165 @@
+"""`sllmctl doctor`: each finding, brought about for real where that can be done."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sllmctl.cli import checks
+from sllmctl.cli.checks import Finding, check_machine, check_python, socket_state
+from sllmctl.cli.main import run
+from sllmctl.config import Settings
+from tests.sllmctl.cli.conftest import Sllmctl
+from tests.sllmctl.fake_manager import STATUS, FakeManager
+
+
+@pytest.fixture
+def state() -> Iterator[Path]:
+    """A state directory with short paths."""
+    path = Path(tempfile.mkdtemp(dir="/tmp", prefix="sl"))
+    yield path
+    shutil.rmtree(path)
+
+
+def _settings(state: Path, **flags: Any) -> Settings:
+    return Settings.load({"state_dir": str(state), "api.port": 0, **flags}, {"HOME": "/nowhere"})
+
+
+def _found(settings: Settings) -> dict[str, Finding]:
+    findings = list(check_machine(settings))
+    assert len({finding.check for finding in findings}) == len(findings)
+    for finding in findings:
+        assert finding.level == "ok" or finding.advice, f"{finding} says not what to do"
+    return {finding.check: finding for finding in findings}
+
+
+def _bind(path: Path) -> socket.socket:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.bind(str(path))
+    return sock
+
+
+def test_a_machine_on_which_nothing_runs_yet(state: Path) -> None:
+    found = _found(_settings(state))
+    assert (found["manager"].level, found["agent"].level) == ("warn", "ok")
+    assert (found["state_dir"].level, found["port"].level, found["clock"].level) == ("ok", "ok", "ok")
+    assert "sllmctl serve" in found["manager"].advice
+
+
+def test_a_manager_that_answers_is_described(state: Path, manager: FakeManager) -> None:
+    found = _found(_settings(state, admin_socket=str(manager.socket)))
+    assert found["manager"].level == "ok"
+    assert f"pid {STATUS.pid}, 1 of 2 nodes ready" in found["manager"].message
+    assert "port" not in found, "the port is the manager's own"
+    assert found["agent"].level == "fault", "a manager runs, its agent does not"
+
+
+def test_a_manager_that_answers_nonsense_or_is_not_ready(state: Path, manager: FakeManager) -> None:
+    settings = _settings(state, admin_socket=str(manager.socket))
+    manager.answers["GET status"] = [(200, b"{}")]
+    assert _found(settings)["manager"].level == "fault"
+    manager.forget()
+    manager.answer("GET status", 200, {**{name: getattr(STATUS, name) for name in STATUS.__struct_fields__}, "ready": False})
+    assert _found(settings)["manager"].level == "warn"
+
+
+def test_sockets_left_behind_are_told_from_living_ones(state: Path) -> None:
+    settings = _settings(state)
+    agent = Path(settings.node.run_dir) / "agent.sock"
+    _bind(settings.admin_socket).close()
+    with _bind(agent) as living:
+        assert _found(settings)["agent"].level == "warn", "bound, but nobody listens"
+        living.listen(1)
+        found = _found(settings)
+    assert (found["manager"].level, found["agent"].level) == ("warn", "ok")
+    assert "died" in found["manager"].message
+
+
+def test_who_is_behind_a_socket(state: Path) -> None:
+    path = state / "x"
+    assert socket_state(path) == "absent"
+    path.write_text("")
+    assert socket_state(path) == "odd"
+    assert _found(_settings(state, admin_socket=str(path)))["manager"].level == "fault"
+    path.unlink()
+    path.symlink_to(state)
+    assert socket_state(path) == "odd"
+
+
+def test_a_port_that_is_taken(state: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        found = _found(_settings(state, **{"api.port": taken.getsockname()[1]}))
+    assert (found["port"].level, "is taken" in found["port"].message) == ("fault", True)
+    assert _found(_settings(state, **{"api.host": "192.0.2.1"}))["port"].level == "fault"
+
+
+def test_the_state_directory(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state.chmod(0o777)
+    assert _found(_settings(state))["state_dir"].level == "warn"
+    state.chmod(0o700)
+    assert "made at the first start" in _found(_settings(state / "not" / "yet"))["state_dir"].message
+    (state / "file").write_text("")
+    assert _found(_settings(state / "file" / "below"))["state_dir"].level == "fault"
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != state)
+    assert _found(_settings(state))["state_dir"].level == "fault"
+
+
+def test_memory_and_disk_that_are_too_small(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _found(_settings(state, **{"node.arena_bytes": "4096TiB"}))["memory"].level == "warn"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5 << 30))
+    assert _found(_settings(state))["disk"].level == "warn"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+    found = _found(_settings(state))
+    assert (found["disk"].level, found["shm"].level) == ("fault", "warn")
+
+
+def test_a_clock_behind_what_was_written(state: Path) -> None:
+    database = state / "state.db"
+    database.write_text("")
+    ahead = database.stat().st_mtime + 7200
+    os.utime(database, (ahead, ahead))
+    assert _found(_settings(state))["clock"].level == "fault"
+
+
+def test_pythons_and_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_NODE_PACKAGES", ("click", "surely-not-installed"))
+    python, packages = check_python()
+    assert (python.level, packages.level) == ("ok", "warn")
+    assert "surely-not-installed" in packages.message
+    monkeypatch.setattr(sys, "version_info", (3, 10, 4, "final", 0))
+    assert next(check_python()).level == "fault"
+
+
+def test_the_command_exits_with_8_for_a_fault_only(sllmctl: Sllmctl, monkeypatch: pytest.MonkeyPatch) -> None:
+    def findings(level: str) -> Any:
+        return lambda _: [Finding("disk", level, "3 bytes free", "free some")]  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checks, "check_machine", findings("warn"))
+    assert sllmctl("doctor").code == 0
+    monkeypatch.setattr(checks, "check_machine", findings("fault"))
+    said = sllmctl("doctor")
+    assert (said.code, "3 bytes free; free some" in said.out) == (8, True)
+    assert "faults: 1" in said.err
+    last = json.loads(sllmctl("doctor", "-o", "json").out)[-1]
+    assert last == {"check": "disk", "level": "fault", "message": "3 bytes free", "advice": "free some"}
+
+
+def test_settings_that_cannot_be_read_are_a_finding(
+    alone: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLLM_API_PORT", "http")
+    assert run(["doctor", "-o", "json"]) == 8
+    found = {finding["check"]: finding for finding in json.loads(capsys.readouterr().out)}
+    assert found["config"]["level"] == "fault"
+    assert "SLLM_API_PORT" in found["config"]["message"]
