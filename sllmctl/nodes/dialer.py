@@ -106,6 +106,8 @@ class Dialer:
         self.steady = connection
         self.refusal, self._told = None, None
         self._delay_s = self._settings.redial_first_s
+        if self._local is not None:
+            self._local.failure = None
         self._post(FromNode(self.node, truth))
         self._router.truth_ended(self.node, end)
         self._change()

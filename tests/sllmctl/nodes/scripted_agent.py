@@ -1,6 +1,6 @@
 """A process that behaves as an agent towards its manager: lock, roster, socket, truth, Shutdown. Run by the tests alone.
 
-``--deaf``: Shutdown is not obeyed. ``--dies``: it ends at once with 3. ``--kin``: a child of its own stands in the roster.
+``--deaf``: Shutdown is not obeyed. ``--kin``: a child of its own stands in the roster.
 """
 
 from __future__ import annotations
@@ -39,8 +39,6 @@ async def serve(run_dir: Path, deaf: bool) -> None:
 def main() -> int:
     config = json.loads(sys.argv[sys.argv.index("--config-json") + 1])
     print("started with", sys.argv[1:], flush=True)
-    if "--dies" in sys.argv:
-        return 3
     run_dir = Path(config["run_dir"])
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = (run_dir / "agent.lock").open("w")
