@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -12,7 +13,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from schema.admin import StatusView
-from schema.errors import NotFound, SllmError
+from schema.errors import NotFound, SllmError, Unreachable
 from schema.states import ModelState
 from sllmctl.gateway.chat import chat_job
 from sllmctl.gateway.completions import completion_job
@@ -136,19 +137,25 @@ class _Generation:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send)
         metrics = self._gateway.metrics
+        bodies = self._gateway.bodies
         metrics.live.inc()
         model = ""
         gone = False
         try:
             exchange.require_method("POST")
-            data = await exchange.body(self._gateway.settings)
+            data = await exchange.body(self._gateway.settings, bodies)
             async with exchange.while_connected() as client:
                 job = await self._make_job(self._gateway, data)
+                del data
+                exchange.release(bodies)
                 model = job.model
                 await self._gateway.run(job, exchange)
             gone = client.gone
         except ClientGone:
             gone = True
+        except asyncio.CancelledError:
+            # The server has waited long enough for what still runs and ends: the client is told, and the task is over.
+            await exchange.fail(Unreachable("the manager is stopping; the request was given up"))
         except SllmError as error:
             metrics.errors.labels(answer_of(error).code or error.code).inc()
             await exchange.fail(error)
@@ -156,6 +163,7 @@ class _Generation:
             metrics.errors.labels("internal").inc()
             await exchange.fail(_internal(scope))
         finally:
+            exchange.release(bodies)
             metrics.live.dec()
             # Only names of models that are served become labels: others are as many as there are slips.
             metrics.requests.labels(model, _CLIENT_GONE if gone else str(exchange.status)).inc()

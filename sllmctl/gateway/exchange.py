@@ -7,11 +7,11 @@ from types import TracebackType
 
 from starlette.types import Receive, Scope, Send
 
-from schema.errors import Cancelled, SllmError, TimedOut
+from schema.errors import Cancelled, Overloaded, SllmError, TimedOut
 from sllmctl.gateway.errors import BodyTooLarge, MethodNotAllowed, UnsupportedMediaType, answer_of, error_body, retry_after
 from sllmctl.gateway.settings import GatewaySettings
 
-__all__ = ["ClientGone", "Exchange", "WhileConnected"]
+__all__ = ["BodyBudget", "ClientGone", "Exchange", "WhileConnected"]
 
 _JSON = (b"content-type", b"application/json")
 _STREAM = (
@@ -31,15 +31,33 @@ class ClientGone(Cancelled):
     code = "client_gone"
 
 
+class BodyBudget:
+    """Memory of all bodies at hand: many clients with large ones must not take the machine's."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._free_bytes = limit_bytes
+
+    def take(self, size_bytes: int) -> None:
+        """Raises Overloaded when the bodies of others leave no room."""
+        if size_bytes > self._free_bytes:
+            raise Overloaded("too many large requests are being read; try again", 1.0)
+        self._free_bytes -= size_bytes
+
+    def give(self, size_bytes: int) -> None:
+        self._free_bytes += size_bytes
+
+
 class Exchange:
     """A request being answered. ``status`` is what was answered, 0 before."""
 
-    __slots__ = ("_receive", "_scope", "_send", "status", "streaming")
+    __slots__ = ("_budgeted", "_complete", "_receive", "_scope", "_send", "status", "streaming")
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope = scope
         self._receive = receive
         self._send = send
+        self._budgeted = 0
+        self._complete = scope["method"] in ("GET", "HEAD")
         self.status = 0
         self.streaming = False
 
@@ -48,8 +66,11 @@ class Exchange:
         if self._scope["method"] not in (method, "HEAD" if method == "GET" else method):
             raise MethodNotAllowed(f"{self._scope['method']} is not allowed on {self._scope['path']}; use {method}", method)
 
-    async def body(self, settings: GatewaySettings) -> bytes:
-        """The body, said to be JSON. Raises UnsupportedMediaType, BodyTooLarge, TimedOut, ClientGone."""
+    async def body(self, settings: GatewaySettings, budget: BodyBudget) -> bytes:
+        """The body, said to be JSON, and counted in ``budget`` until `release`.
+
+        Raises UnsupportedMediaType, BodyTooLarge, Overloaded, TimedOut, ClientGone.
+        """
         length = 0
         for name, value in self._scope["headers"]:
             if name == b"content-type":
@@ -61,11 +82,11 @@ class Exchange:
                 length = int(value)
         try:
             async with asyncio.timeout(settings.body_timeout_s):
-                return await self._read_body(length, settings.body_limit_bytes)
+                return await self._read_body(length, settings.body_limit_bytes, budget)
         except TimeoutError:
             raise TimedOut(f"the request's body did not arrive within {settings.body_timeout_s:g} s") from None
 
-    async def _read_body(self, announced: int, limit: int) -> bytes:
+    async def _read_body(self, announced: int, limit: int, budget: BodyBudget) -> bytes:
         chunks: list[bytes] = []
         size, more = 0, True
         while more:
@@ -77,11 +98,19 @@ class Exchange:
                 raise ClientGone
             chunk, more = message.get("body", b""), message.get("more_body", False)
             size += len(chunk)
+            self._complete = not more
             if size <= limit:
+                budget.take(len(chunk))
+                self._budgeted += len(chunk)
                 chunks.append(chunk)
         if size > limit or announced > limit:
             raise BodyTooLarge(f"the request's body is longer than {limit} bytes, the limit of this server")
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def release(self, budget: BodyBudget) -> None:
+        """The body is not needed any more; may be said again."""
+        budget.give(self._budgeted)
+        self._budgeted = 0
 
     async def answer(self, status: int, body: bytes, *headers: Header, content_type: Header = _JSON) -> None:
         """Send a whole response."""
@@ -110,7 +139,7 @@ class Exchange:
             headers.append((b"retry-after", wait.encode()))
         if isinstance(error, MethodNotAllowed):
             headers.append((b"allow", error.allow.encode()))
-        if isinstance(error, BodyTooLarge | TimedOut):
+        if not self._complete:
             # What is still on its way in must not be taken for the next request.
             headers.append((b"connection", b"close"))
         await self.answer(answer_of(error).status, error_body(error), *headers)

@@ -11,7 +11,7 @@ from prometheus_client import Counter
 from schema.errors import Cancelled, NotFound, SllmError
 from schema.link import SamplingParams
 from schema.states import EndReason, ModelState
-from sllmctl.gateway.exchange import Exchange
+from sllmctl.gateway.exchange import BodyBudget, Exchange
 from sllmctl.gateway.metrics import Metrics
 from sllmctl.gateway.ports import AssetsPort, RequestPort, RoutedModelPort, RouterPort, SequencePort
 from sllmctl.gateway.settings import GatewaySettings
@@ -123,6 +123,7 @@ class Gateway:
         self.settings = settings
         self.metrics = metrics
         self.clock = clock
+        self.bodies = BodyBudget(settings.bodies_limit_bytes)
         self._assets = assets
         self._generated: dict[str, Counter] = {}
 

@@ -17,7 +17,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """Limits of one HTTP gateway.
 
     Connections: ``header_timeout_s`` from a connection's opening to its first request's last header, which together take
-    ``header_limit_bytes``; ``body_timeout_s`` from there to the last byte of a body of ``body_limit_bytes`` at most;
+    ``header_limit_bytes``; ``body_timeout_s`` from there to the last byte of a body of ``body_limit_bytes`` at most, and all
+    bodies that are being read or understood take ``bodies_limit_bytes`` together;
     ``keep_alive_timeout_s`` between two requests. ``slow_reader_timeout_s``: how long a client may leave what was sent to it
     unread. ``drain_s``: how long running responses may go on once the gateway is told to stop. ``connection_limit`` open
     connections; one more is answered 503.
@@ -31,6 +32,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """
 
     body_limit_bytes: _Count = 8 << 20
+    bodies_limit_bytes: _Count = 256 << 20
     body_timeout_s: _Seconds = 30.0
     header_limit_bytes: _Count = 64 << 10
     header_timeout_s: _Seconds = 15.0

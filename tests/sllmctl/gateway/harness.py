@@ -25,6 +25,7 @@ from schema.spec import ModelSpec, PathSource
 from schema.states import EndReason, ModelState
 from sllmctl.gateway.app import api_app
 from sllmctl.gateway.metrics import Metrics
+from sllmctl.gateway.ports import RouterPort
 from sllmctl.gateway.server import server_config
 from sllmctl.gateway.settings import GatewaySettings
 from sllmctl.gateway.text import TextService
@@ -248,15 +249,20 @@ def chat_body(content: str = "hi", **more: Any) -> dict[str, object]:
 
 @contextlib.asynccontextmanager
 async def serving(
-    settings: GatewaySettings | None = None, *, template: str = CHAT_TEMPLATE, text: TextDefaults | None = None
+    settings: GatewaySettings | None = None,
+    *,
+    template: str = CHAT_TEMPLATE,
+    text: TextDefaults | None = None,
+    router: RouterPort | None = None,
 ) -> AsyncIterator[Serving]:
+    """A gateway over ``router``, or over a fake one that the test finds in what it is given."""
     settings = settings or GatewaySettings(drain_s=1.0)
     listener = socket.create_server(("127.0.0.1", 0))
     metrics = Metrics()
     with assets_directory(template, text) as assets:
         here = Serving(FakeRouter(), assets, metrics, listener.getsockname()[1])
         app = api_app(
-            router=here.router,
+            router=router or here.router,
             assets=assets,
             text=TextService(settings),
             settings=settings,

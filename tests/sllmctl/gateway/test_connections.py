@@ -208,10 +208,13 @@ async def test_a_body_over_the_limit(announced: bool) -> None:
                 part = body[start : start + 1000]
                 writer.write(b"%x\r\n%b\r\n" % (len(part), part))
             writer.write(b"0\r\n\r\n")
-        status, headers, answer = await _whole(reader)
-        assert (status, headers["connection"]) == (413, "close")
+        status, _, answer = await _whole(reader)
+        assert status == 413
         assert msgspec.json.decode(answer)["error"]["code"] == "body_too_large"
         assert not here.router.requests
+        here.router.reply = lambda request: request.say("fine", EndReason.LENGTH)
+        writer.write(http_post(_CHAT, chat_body()))
+        assert (await _whole(reader))[0] == 200, "it was read to its end, so the connection is still good"
         writer.close()
 
 
@@ -220,8 +223,26 @@ async def test_a_body_that_claims_gigabytes_is_refused_unread() -> None:
     async with serving() as here:
         reader, writer = await here.raw()
         writer.write(http_post(_CHAT, b"", f"Content-Length: {1 << 40}"))
-        assert (await _whole(reader))[0] == 413
+        status, headers, _ = await _whole(reader)
+        assert (status, headers["connection"]) == (413, "close")
         writer.close()
+
+
+@on_uvloop
+async def test_many_large_bodies_share_a_budget() -> None:
+    settings = GatewaySettings(bodies_limit_bytes=100_000, drain_s=1.0)
+    async with serving(settings) as here:
+        here.router.reply = lambda request: request.say("fine", EndReason.LENGTH)
+        half, half_writer = await here.raw()
+        half_writer.write(http_post(_CHAT, b" " * 70_000, "Content-Length: 70001"))
+        async with asyncio.timeout(WAIT_S):
+            while (await here.client.post(_CHAT, json=chat_body(" " * 40_000))).status_code != 429:
+                pass
+        half_writer.close()
+        await _until(here, model="", status="499")
+        response = await here.client.post(_CHAT, json=chat_body(" " * 40_000))
+        assert response.json()["error"]["code"] == "context_length_exceeded", "there is room again"
+        assert not await half.read()
 
 
 @on_uvloop
@@ -261,6 +282,25 @@ async def test_headers_that_never_end_or_do_not_come() -> None:
         assert here.metric("sllm_connections_dropped_total", reason="slow headers") == 1
         for each in (silent_writer, writer):
             each.close()
+
+
+@on_uvloop
+async def test_a_stop_of_the_server_ends_in_time_and_says_so() -> None:
+    async with serving(GatewaySettings(drain_s=1.0)) as here:
+        pairs = [await here.raw() for _ in range(2)]
+        for stream, (_, writer) in enumerate(pairs):
+            writer.write(http_post(_CHAT, chat_body(stream=bool(stream))))
+        requests = [await here.router.taken() for _ in pairs]
+        for request in requests:
+            request.say("begun")
+        await asyncio.wait_for(pairs[1][0].readuntil(b"begun"), WAIT_S)
+    assert all(request.cancelled.is_set() for request in requests)
+    assert (await _whole(pairs[0][0]))[0] == 503
+    rest = await asyncio.wait_for(pairs[1][0].read(), WAIT_S)
+    assert b'"code":"unreachable"' in rest
+    assert b"[DONE]" not in rest
+    for _, writer in pairs:
+        writer.close()
 
 
 @on_uvloop

@@ -1,0 +1,97 @@
+"""The gateway over the real router: a client's stream from a node's token frames, and its cancel down to the node."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+
+from schema.ids import epoch_of
+from schema.link import Cancel, Ended, Submit, TokenRun
+from schema.states import EndReason, InstanceState
+from tests.sllmctl.gateway.harness import END, WAIT_S, Serving, chat_body, http_post, ids_of, serving
+from tests.sllmctl.gateway.routing import Bench
+
+_CHAT = "/v1/chat/completions"
+
+
+async def _submitted(bench: Bench, here: Serving) -> Submit:
+    """The next attempt that the router gives to a node."""
+    async with asyncio.timeout(WAIT_S):
+        while not (found := [message for _, message in bench.sent if isinstance(message, Submit)]):
+            await here.client.get("/healthz")
+    bench.sent.clear()
+    return found[0]
+
+
+async def test_a_stream_goes_on_over_the_loss_of_its_instance() -> None:
+    bench = Bench()
+    bench.warm()
+    async with serving(router=bench.router) as here:
+        reader, writer = await here.raw()
+        writer.write(http_post(_CHAT, chat_body(model="m", stream=True, seed=3)))
+        first = await _submitted(bench, here)
+        bench.tokens(TokenRun(first.attempt, 0, tuple(ids_of("before "))))
+        await asyncio.wait_for(reader.readuntil(b"before "), WAIT_S)
+        bench.instance(state=InstanceState.BACKOFF)
+        bench.instance(epoch=epoch_of(1, 2))
+        second = await _submitted(bench, here)
+        assert second.generated == tuple(ids_of("before "))
+        start = len(second.generated)
+        ids = (*ids_of("after"), END)
+        bench.tokens(
+            TokenRun(second.attempt, start, ids),
+            Ended(attempt=second.attempt, position=start + len(ids), reason=EndReason.STOP),
+        )
+        data = await asyncio.wait_for(reader.readuntil(b"[DONE]"), WAIT_S)
+        assert b'"content":"after"' in data
+        assert b'"finish_reason":"stop"' in data
+        writer.close()
+    assert bench.router.live == 0
+
+
+async def test_a_client_that_goes_away_is_cancelled_at_its_node() -> None:
+    bench = Bench()
+    bench.warm()
+    async with serving(router=bench.router) as here:
+        _, writer = await here.raw()
+        writer.write(http_post(_CHAT, chat_body(model="m")))
+        submit = await _submitted(bench, here)
+        writer.close()
+        async with asyncio.timeout(WAIT_S):
+            while not any(message == Cancel(attempt=submit.attempt) for _, message in bench.sent):
+                await here.client.get("/healthz")
+
+
+async def test_an_operators_cancel_and_a_cold_start_that_takes_too_long_are_told() -> None:
+    bench = Bench()
+    bench.warm()
+    async with serving(router=bench.router) as here:
+        waiting = asyncio.create_task(here.client.post(_CHAT, json=chat_body(model="m")))
+        bench.router.cancel((await _submitted(bench, here)).request)
+        response = await waiting
+        assert (response.status_code, response.json()["error"]["code"]) == (499, "cancelled")
+
+        bench.instance(state=InstanceState.STOPPED)
+        waiting = asyncio.create_task(here.client.post(_CHAT, json=chat_body(model="m")))
+        async with asyncio.timeout(WAIT_S):
+            while bench.router.model_counts("m") != (1, 0):
+                await here.client.get("/healthz")
+        bench.advance(61)
+        response = await waiting
+        assert (response.status_code, response.json()["error"]["code"]) == (504, "timed_out")
+
+
+async def test_usage_and_context_are_the_routers() -> None:
+    bench = Bench()
+    bench.warm()
+    bench.instance(context=64)
+    async with serving(router=bench.router) as here:
+        response = await here.client.post("/v1/completions", json={"model": "m", "prompt": "x", "max_tokens": 64})
+        assert response.json()["error"]["code"] == "context_length_exceeded"
+        waiting = asyncio.create_task(here.client.post(_CHAT, json=chat_body(model="m")))
+        submit = await _submitted(bench, here)
+        assert len(submit.prompt) + submit.params.max_tokens == 64
+        bench.tokens(TokenRun(submit.attempt, 0, (END,)), Ended(attempt=submit.attempt, position=1, reason=EndReason.STOP))
+        usage = msgspec.json.decode((await waiting).content)["usage"]
+        assert usage == {"prompt_tokens": len(submit.prompt), "completion_tokens": 1, "total_tokens": len(submit.prompt) + 1}
