@@ -1,0 +1,84 @@
+"""The ingest child: one operation, progress and its end as frames on standard output, then gone."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import msgspec
+
+from agent.config import NodeConfig, load_config
+from agent.store.ingest.convert import convert
+from agent.store.ingest.hub import fetch
+from agent.store.ingest.report import Reporter
+from agent.store.temporary import sweep, temporary_directory
+from schema.errors import Cancelled, Fault, InvalidInput, SllmError
+from schema.spec import HubSource, Source
+
+__all__ = ["main"]
+
+_log = logging.getLogger(__name__)
+
+
+def main(run_dir: str | Path, op: str, source: str | bytes) -> int:
+    """Ingest ``source`` (the JSON of a `Source`) on the node of this run directory. Returns 0, or 1 after a fault.
+
+    SIGTERM cancels: what was written so far is deleted. A process that is killed leaves it to the next one.
+    """
+    reporter = Reporter(_own_stdout(), op)
+    logging.basicConfig(stream=sys.stderr, level="INFO", format="%(asctime)s ingest %(levelname)s %(message)s")
+    try:
+        with _cancel_on_sigterm():
+            digest = _ingest(load_config(Path(run_dir)), source, reporter)
+    except Exception as error:  # the agent must hear of every end
+        if not isinstance(error, SllmError):
+            _log.exception("ingest failed")
+        reporter.done("", Fault.of(error))
+        return 1
+    reporter.done(digest, None)
+    return 0
+
+
+def _ingest(config: NodeConfig, source: str | bytes, reporter: Reporter) -> str:
+    try:
+        wanted = msgspec.json.decode(source, type=Source)
+    except msgspec.DecodeError as error:
+        raise InvalidInput(f"the source to ingest is not valid: {error}", "source") from error
+    temporary = Path(config.data_dir) / "tmp"
+    for name in sweep(temporary):
+        _log.info("deleted %s, which a killed process had left", name)
+
+    def written(done_bytes: int, total_bytes: int) -> None:
+        reporter.progress("ingest", done_bytes, total_bytes)
+
+    if not isinstance(wanted, HubSource):
+        return convert(Path(wanted.path), config.checkpoints_path, temporary, written)
+    with temporary_directory(temporary, "fetch") as directory:
+        fetch(wanted, directory, lambda done, total: reporter.progress("fetch", done, total))
+        return convert(directory, config.checkpoints_path, temporary, written)
+
+
+def _own_stdout() -> int:
+    """Keep standard output for frames alone: whatever a library prints goes to standard error from here on."""
+    own = os.dup(1)
+    os.dup2(2, 1)
+    return own
+
+
+@contextlib.contextmanager
+def _cancel_on_sigterm() -> Iterator[None]:
+    def cancel(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Cancelled("the ingest was cancelled; nothing of it was kept")
+
+    before = signal.signal(signal.SIGTERM, cancel)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,128 @@
+"""From a Hugging Face directory to a committed checkpoint: judged, streamed, and renamed into place as a whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+from agent.store import catalog
+from agent.store.ingest.files import SourceDirectory
+from agent.store.ingest.headers import Sources, SourceTensor, parse_json
+from agent.store.ingest.model import ModelFacts, check_runnable, read_facts
+from agent.store.ingest.order import execution_key, find_ties
+from agent.store.ingest.text import read_text_side, write_assets
+from agent.store.ingest.writer import CHUNK_BYTES, Written, disk_errors, same_bytes, write_partition
+from agent.store.temporary import temporary_directory
+from schema.checkpoint import FORMAT_VERSION, Manifest, content_digest, decode_manifest, encode_manifest
+from schema.errors import InvalidCheckpoint, NotFound
+
+__all__ = ["LAYOUT", "convert"]
+
+LAYOUT: Final = "exec1"
+"""The layout that this module writes: one partition, in execution order."""
+
+_MAX_CONFIG_BYTES: Final = 16 << 20
+
+
+def convert(source: Path, checkpoints: Path, temporary: Path, progress: Callable[[int, int], None]) -> str:
+    """Make a checkpoint of a model directory and return its digest; one that is already there, and sound, is left alone.
+
+    ``temporary`` must lie on the file system of ``checkpoints``. ``progress`` hears (done, total) bytes. Raises
+    InvalidCheckpoint for a model that is damaged, hostile or cannot be run, OutOfSpace for a full disk; then nothing is left.
+    """
+    directory = SourceDirectory(source)
+    config = parse_json(directory.read("config.json", _MAX_CONFIG_BYTES), "config.json")
+    with (
+        disk_errors(f"ingesting {source}"),
+        Sources(directory) as sources,
+        temporary_directory(temporary, "ingest") as staging,
+    ):
+        facts = read_facts(config, sources.tensors)
+        tied = check_runnable(facts, sources.tensors)
+        ties = find_ties(sources.tensors, tied, lambda one, other: same_bytes(sources, one, other))
+        scratch = staging / "tokenizer"
+        scratch.mkdir()
+        text = read_text_side(directory, config, facts.vocab_size, scratch)
+        shutil.rmtree(scratch, ignore_errors=True)
+        stored = [sources.tensors[name] for name in sorted(sources.tensors, key=execution_key) if name not in ties]
+        total = sum(tensor.size_bytes for tensor in stored)
+        new = staging / LAYOUT
+        new.mkdir()
+        written = write_partition(new / "partition_0.bin", sources, stored, lambda done: progress(done, total))
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            digest=_digest(written, ties, sources.tensors, facts),
+            layout=LAYOUT,
+            architecture=facts.architecture,
+            parameters=sum(_elements(tensor) for tensor in stored),
+            vocab_size=facts.vocab_size,
+            max_context_tokens=facts.max_context_tokens,
+            chunk_bytes=CHUNK_BYTES,
+            partitions=(written.partition,),
+            tensors=written.tensors,
+            ties=ties,
+            kv=facts.kv,
+            config=config,
+            text=text.defaults,
+            assets=write_assets(text, new),
+        )
+        data = encode_manifest(manifest)
+        decode_manifest(data)  # what cannot be read back must never be committed
+        (new / catalog.MANIFEST_FILE).write_bytes(data)
+        _commit(new, checkpoints / manifest.digest, staging / "replaced")
+        return manifest.digest
+
+
+def _digest(written: Written, ties: Mapping[str, str], tensors: Mapping[str, SourceTensor], facts: ModelFacts) -> str:
+    entries = {entry.name: (entry.dtype, entry.shape, written.sha256[entry.name]) for entry in written.tensors}
+    named = [(name, *entry) for name, entry in entries.items()] + [(alias, *entries[name]) for alias, name in ties.items()]
+    return content_digest(named, facts.config)
+
+
+def _elements(tensor: SourceTensor) -> int:
+    count = 1
+    for dimension in tensor.shape:
+        count *= dimension
+    return count
+
+
+def _commit(new: Path, checkpoint: Path, replaced: Path) -> None:
+    """Durable first, then visible: files, their directory, the rename, and the directory that it happened in."""
+    for file in new.iterdir():
+        _sync(file)
+    _sync(new)
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    target = checkpoint / LAYOUT
+    for _ in range(2):
+        if _is_sound(target):
+            return
+        if target.exists():
+            target.rename(replaced)
+        try:
+            new.rename(target)
+            break
+        except OSError as error:
+            # Another ingest of the same model may have committed it just now: look again.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    _sync(checkpoint)
+    _sync(checkpoint.parent)
+
+
+def _is_sound(target: Path) -> bool:
+    try:
+        return catalog.read_entry(target).quarantined is None
+    except (InvalidCheckpoint, NotFound):
+        return False
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

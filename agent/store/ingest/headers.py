@@ -1,0 +1,194 @@
+"""Reads the headers of safetensors files and the index over them, believing nothing.
+
+The format: https://github.com/huggingface/safetensors#format. As there, the tensors must cover the data without holes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Final
+
+from agent.store.ingest.files import SourceDirectory
+from schema.checkpoint import DTYPE_BYTES
+from schema.errors import InvalidCheckpoint
+
+__all__ = ["SourceTensor", "Sources", "parse_json"]
+
+_MAX_HEADER_BYTES: Final = 64 << 20
+_MAX_DIMENSIONS: Final = 16
+_MAX_NAME: Final = 1024
+_MAX_COUNT: Final = 1 << 50
+_INDEX: Final = "model.safetensors.index.json"
+_SINGLE: Final = "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTensor:
+    """A tensor in a source file: ``offset_bytes`` from the file's beginning."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    offset_bytes: int
+    size_bytes: int
+
+
+class Sources:
+    """The weight files of a model directory, held open from the first look to the last byte. A context manager."""
+
+    def __init__(self, directory: SourceDirectory) -> None:
+        self.tensors: dict[str, SourceTensor] = {}
+        self._directory = directory
+        self._descriptors: dict[str, int] = {}
+        try:
+            self._load()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Sources:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def read(self, tensor: SourceTensor, start: int, size: int) -> bytes:
+        """``size`` bytes of a tensor from ``start``. Raises InvalidCheckpoint when the file has become shorter."""
+        at = tensor.offset_bytes + start
+        data = os.pread(self._descriptors[tensor.file], size, at)
+        while len(data) < size:
+            more = os.pread(self._descriptors[tensor.file], size - len(data), at + len(data))
+            if not more:
+                raise InvalidCheckpoint(
+                    f"{self._directory.path / tensor.file} ended at byte {at + len(data)} while it was read"
+                )
+            data += more
+        return data
+
+    def _load(self) -> None:
+        if self._directory.has(_INDEX):
+            placed = _weight_map(self._directory)
+            for file in sorted(set(placed.values())):
+                self._add(file)
+            for name, file in placed.items():
+                if name not in self.tensors or self.tensors[name].file != file:
+                    raise InvalidCheckpoint(f"{_INDEX} says that {name!r} is in {file}; it is not")
+            if extra := sorted(set(self.tensors) - set(placed)):
+                raise InvalidCheckpoint(f"{self.tensors[extra[0]].file} holds {extra[0]!r}, which {_INDEX} does not list")
+        elif self._directory.has(_SINGLE):
+            self._add(_SINGLE)
+        else:
+            self._refuse()
+        if not self.tensors:
+            raise InvalidCheckpoint(f"{self._directory.path} holds no tensors")
+
+    def _refuse(self) -> None:
+        names = self._directory.names()
+        pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+        reason = (
+            f"{pickled[0]} is a pickle, which can run code; convert it to safetensors" if pickled else f"no {_SINGLE} in it"
+        )
+        raise InvalidCheckpoint(f"{self._directory.path} cannot be ingested: {reason}")
+
+    def _add(self, file: str) -> None:
+        descriptor, size = self._directory.open(file)
+        self._descriptors[file] = descriptor
+        os.set_blocking(descriptor, True)
+        for tensor in _read_header(descriptor, file, size):
+            if tensor.name in self.tensors:
+                raise InvalidCheckpoint(f"tensor {tensor.name!r} is in {self.tensors[tensor.name].file} and in {file}")
+            self.tensors[tensor.name] = tensor
+
+
+def parse_json(data: bytes, what: str) -> dict[str, Any]:
+    """A JSON object without repeated keys. Raises InvalidCheckpoint naming ``what`` for anything else."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("a key is repeated")
+        return result
+
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise InvalidCheckpoint(f"{what} is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidCheckpoint(f"{what} is no JSON object")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _weight_map(directory: SourceDirectory) -> dict[str, str]:
+    placed = parse_json(directory.read(_INDEX, _MAX_HEADER_BYTES), _INDEX).get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
+        raise InvalidCheckpoint(f"{_INDEX} has no weight_map of names to files")
+    return placed
+
+
+def _read_header(descriptor: int, file: str, size: int) -> list[SourceTensor]:
+    if size < 8:
+        raise InvalidCheckpoint(f"{file} has {size} bytes, too few for a safetensors file")
+    (length,) = struct.unpack("<Q", os.pread(descriptor, 8, 0))
+    if length > min(_MAX_HEADER_BYTES, size - 8):
+        raise InvalidCheckpoint(
+            f"{file} announces a header of {length} bytes; the file has {size}, a header at most {_MAX_HEADER_BYTES}"
+        )
+    header = parse_json(os.pread(descriptor, length, 8), f"the header of {file}")
+    header.pop("__metadata__", None)
+    base = 8 + length
+    tensors = [_tensor(name, entry, file, base) for name, entry in header.items()]
+    _check_cover(sorted(tensors, key=lambda each: (each.offset_bytes, each.size_bytes)), file, base, size)
+    return tensors
+
+
+def _tensor(name: str, entry: Any, file: str, base: int) -> SourceTensor:
+    where = f"{file}: tensor {name[:80]!r}"
+    if not name or len(name) > _MAX_NAME or not name.isprintable():
+        raise InvalidCheckpoint(f"{where} has a name that is empty, too long or not printable")
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise InvalidCheckpoint(f"{where} is not described by dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise InvalidCheckpoint(f"{where} has the dtype {dtype!r}, which is not known here")
+    if not _counts(shape) or len(shape) > _MAX_DIMENSIONS:
+        raise InvalidCheckpoint(f"{where} has no valid shape")
+    if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise InvalidCheckpoint(f"{where} has no valid data_offsets")
+    size = offsets[1] - offsets[0]
+    if prod(shape) * DTYPE_BYTES[dtype] != size:
+        raise InvalidCheckpoint(f"{where}: shape {shape} of {dtype} does not make {size} bytes")
+    return SourceTensor(name, dtype, tuple(shape), file, base + offsets[0], size)
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(each) is int and 0 <= each < _MAX_COUNT for each in value)
+
+
+def _check_cover(tensors: list[SourceTensor], file: str, base: int, size: int) -> None:
+    end = base
+    for tensor in tensors:
+        if tensor.offset_bytes < end:
+            raise InvalidCheckpoint(f"{file}: tensor {tensor.name!r} overlaps the one before it")
+        if tensor.offset_bytes > end:
+            raise InvalidCheckpoint(
+                f"{file}: {tensor.offset_bytes - end} bytes before tensor {tensor.name!r} belong to nothing"
+            )
+        end += tensor.size_bytes
+    if end != size:
+        fault = "is truncated" if end > size else "has bytes that belong to nothing"
+        raise InvalidCheckpoint(f"{file} {fault}: its tensors end at byte {end}, the file at {size}")

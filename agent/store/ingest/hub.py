@@ -1,0 +1,98 @@
+"""Fetches a model of a Hugging Face hub into a directory, only the files that ingest reads."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Final
+
+from agent.store.ingest.writer import disk_errors
+from schema.errors import InvalidCheckpoint, NotFound, OutOfSpace, SllmError, Unauthorised, Unreachable
+from schema.spec import HubSource
+
+__all__ = ["fetch"]
+
+_WANTED: Final = (
+    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
+)  # fmt: skip
+_LOOK_S: Final = 0.2
+
+
+def fetch(source: HubSource, directory: Path, progress: Callable[[int, int], None]) -> None:
+    """Download a model's revision into ``directory``; ``progress`` hears (done, total) bytes. HF_ENDPOINT names the hub.
+
+    Raises NotFound for an unknown model or revision, Unauthorised for a gated one, Unreachable when the hub does not answer,
+    OutOfSpace before the download when the disk has no room, InvalidCheckpoint when the model has no safetensors.
+    """
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    # The root of the errors of whatever HTTP library this version of the hub's client is built on.
+    http_error: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
+    what = f"{source.repo} at {source.revision}"
+    try:
+        info = HfApi().model_info(source.repo, revision=source.revision, files_metadata=True)
+        sizes = {each.rfilename: each.size or 0 for each in info.siblings or [] if _wanted(each.rfilename)}
+        if not any(name.endswith(".safetensors") for name in sizes):
+            raise InvalidCheckpoint(f"{what} has no model*.safetensors; pickled weights are not read")
+        total = sum(sizes.values())
+        if (free := shutil.disk_usage(directory).free) < total:
+            raise OutOfSpace(f"{what} has {total} bytes; {directory} has {free} free")
+        with disk_errors(f"fetching {what}"), _Watch(directory, total, progress):
+            snapshot_download(
+                source.repo, revision=info.sha or source.revision, local_dir=directory, allow_patterns=list(_WANTED)
+            )
+    except errors.GatedRepoError as error:
+        raise Unauthorised(f"{what} is gated; accept its terms on the hub and set HF_TOKEN for the agent") from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise NotFound(f"{what} is not on the hub, or not open to this token") from error
+    except (http_error, errors.LocalEntryNotFoundError, OSError) as error:
+        raise Unreachable(f"the hub did not give {what}: {_first_line(error)}") from error
+    except SllmError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        raise SllmError(f"fetching {what} failed: {_first_line(error)}") from error
+
+
+class _Watch:
+    """Reports the growth of a directory while files are downloaded into it."""
+
+    def __init__(self, directory: Path, total: int, progress: Callable[[int, int], None]) -> None:
+        self._directory = directory
+        self._total = total
+        self._progress = progress
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="fetch-progress", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(_LOOK_S):
+            self._progress(min(self._total, _directory_bytes(self._directory)), self._total)
+
+
+def _directory_bytes(directory: Path) -> int:
+    total = 0
+    for path in directory.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except OSError:  # it was just renamed to its final name
+            continue
+    return total
+
+
+def _wanted(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in _WANTED)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

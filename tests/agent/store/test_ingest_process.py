@@ -1,0 +1,255 @@
+"""The ingest child as a process: frames on standard output, cancel, kill, a full disk, a hub."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from agent.config import NodeConfig
+from agent.store import catalog
+from schema.link import FrameDecoder, OperationDone, Progress
+from schema.spec import HubSource, PathSource, Source
+from tests.checkpoints import make_llama_dir
+
+MAIN = "import sys; from agent.store.ingest import main; sys.exit(main(*sys.argv[1:]))"
+
+
+class Node:
+    """A run and data directory, and ingest children in it."""
+
+    def __init__(self) -> None:
+        self.root = Path(tempfile.mkdtemp(dir="/tmp", prefix="sl"))
+        (self.root / "node.json").write_bytes(
+            msgspec.json.encode(NodeConfig(run_dir=str(self.root), data_dir=str(self.root / "data")))
+        )
+        self.data = self.root / "data"
+        self.children: list[subprocess.Popen[bytes]] = []
+
+    def start(self, source: Source, **options: Any) -> subprocess.Popen[bytes]:
+        arguments = [sys.executable, "-c", MAIN, str(self.root), "op1", msgspec.json.encode(source).decode()]
+        child = subprocess.Popen(arguments, stdout=subprocess.PIPE, **options)
+        self.children.append(child)
+        return child
+
+    def finish(self, child: subprocess.Popen[bytes]) -> tuple[int, list[Progress], OperationDone]:
+        out, _ = child.communicate(timeout=100)
+        *steps, done = FrameDecoder[Any](Progress | OperationDone).feed(out)
+        assert isinstance(done, OperationDone)
+        assert done.op == "op1"
+        return child.returncode, steps, done
+
+    def nothing_left(self) -> bool:
+        tmp, checkpoints = self.data / "tmp", self.data / "checkpoints"
+        return not any(list(path.iterdir()) for path in (tmp, checkpoints) if path.exists())
+
+    def close(self) -> None:
+        for child in self.children:
+            if child.poll() is None:
+                child.kill()
+            child.wait(30)
+            assert child.stdout is not None
+            child.stdout.close()
+        shutil.rmtree(self.root)
+
+
+@pytest.fixture
+def node() -> Iterator[Node]:
+    node = Node()
+    yield node
+    node.close()
+
+
+def large(path: Path) -> Path:
+    return make_llama_dir(path, hidden=512, heads=8, layers=6, vocab=4000)
+
+
+def test_frames_of_a_success(node: Node, tmp_path: Path) -> None:
+    code, steps, done = node.finish(node.start(PathSource(str(large(tmp_path / "m")))))
+    assert (code, done.fault) == (0, None)
+    assert list(catalog.scan(node.data / "checkpoints")) == [done.digest]
+    assert steps
+    assert all(step.stage == "ingest" and 0 < step.done_bytes <= step.total_bytes for step in steps)
+
+
+def test_frames_of_a_failure(node: Node, tmp_path: Path) -> None:
+    code, steps, done = node.finish(node.start(PathSource(str(tmp_path / "nowhere"))))
+    assert code == 1
+    assert steps == []
+    assert done.fault is not None
+    assert done.fault.code == "not_found"
+
+
+def test_source_that_is_none(node: Node) -> None:
+    arguments = [sys.executable, "-c", MAIN, str(node.root), "op1", '{"kind": "ftp"}']
+    child = subprocess.Popen(arguments, stdout=subprocess.PIPE)
+    node.children.append(child)
+    _, _, done = node.finish(child)
+    assert done.fault is not None
+    assert done.fault.code == "invalid_input"
+
+
+def test_sigterm_cancels_and_leaves_nothing(node: Node, tmp_path: Path) -> None:
+    child = node.start(PathSource(str(large(tmp_path / "m"))))
+    assert child.stdout is not None
+    head = os.read(child.stdout.fileno(), 1 << 16)
+    child.send_signal(signal.SIGTERM)
+    rest, _ = child.communicate(timeout=60)
+    *_, done = FrameDecoder[Any](Progress | OperationDone).feed(head + rest)
+    if done.fault is None:  # it was over before the signal came
+        assert child.returncode == 0
+    else:
+        assert (child.returncode, done.fault.code) == (1, "cancelled")
+        assert node.nothing_left()
+
+
+def test_killed_ingest_is_swept_by_the_next(node: Node, tmp_path: Path) -> None:
+    source = PathSource(str(large(tmp_path / "m")))
+    child = node.start(source)
+    assert child.stdout is not None
+    os.read(child.stdout.fileno(), 1)
+    child.kill()
+    child.communicate()
+    code, _, _ = node.finish(node.start(source))
+    assert code == 0
+    assert list((node.data / "tmp").iterdir()) == []
+    assert len(catalog.scan(node.data / "checkpoints")) == 1
+
+
+def test_two_ingests_of_one_model_agree(node: Node, tmp_path: Path) -> None:
+    source = PathSource(str(large(tmp_path / "m")))
+    ends = [node.finish(child) for child in [node.start(source), node.start(source)]]
+    assert [code for code, _, _ in ends] == [0, 0]
+    assert len({done.digest for _, _, done in ends}) == 1
+    assert list((node.data / "tmp").iterdir()) == []
+
+
+def test_file_size_limit_is_a_full_disk(node: Node, tmp_path: Path) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+    code, _, done = node.finish(node.start(PathSource(str(large(tmp_path / "m"))), preexec_fn=limit))
+    assert code == 1
+    assert done.fault is not None
+    assert done.fault.code == "out_of_space"
+    assert node.nothing_left()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+def test_small_disk_is_full(node: Node, tmp_path: Path) -> None:
+    node.data.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(node.data)], check=False)
+    if mounted.returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        code, _, done = node.finish(node.start(PathSource(str(large(tmp_path / "m")))))
+        assert code == 1
+        assert done.fault is not None
+        assert done.fault.code == "out_of_space"
+        assert node.nothing_left()
+    finally:
+        subprocess.run(["umount", str(node.data)], check=True)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of a hub's HTTP interface as a download uses, over one directory."""
+
+    source: Path
+    requested: list[str]
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        self.requested.append(path)
+        files = {file.name: file.read_bytes() for file in self.source.iterdir()}
+        if path.startswith("/api/models/org/name/tree/"):
+            entries = [
+                {"type": "file", "path": name, "size": len(data), "oid": sha256(data).hexdigest()[:40]}
+                for name, data in files.items()
+            ]
+            self.answer(json.dumps(entries).encode())
+        elif path.startswith("/api/models/org/name"):
+            siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
+            self.answer(json.dumps({"id": "org/name", "sha": "a" * 40, "siblings": siblings}).encode())
+        elif path.startswith("/org/name/resolve/") and path.rpartition("/")[2] in files:
+            self.answer(files[path.rpartition("/")[2]])
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    def answer(self, data: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("ETag", f'"{sha256(data).hexdigest()[:40]}"')
+        self.send_header("X-Repo-Commit", "a" * 40)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def log_message(self, format: str, *arguments: Any) -> None:  # noqa: A002 - the base class names it
+        return
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[tuple[dict[str, str], list[str]]]:
+    source = make_llama_dir(tmp_path / "hub", shards=2)
+    (source / "pytorch_model.bin").write_bytes(b"pickle")
+    requested: list[str] = []
+    handler = type("Handler", (Hub,), {"source": source, "requested": requested})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    environment = os.environ | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    environment.pop("HF_HUB_OFFLINE", None)
+    yield environment, requested
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_model_of_a_hub(node: Node, hub: tuple[dict[str, str], list[str]], tmp_path: Path) -> None:
+    environment, requested = hub
+    code, _, done = node.finish(node.start(HubSource("org/name"), env=environment))
+    assert (code, done.fault) == (0, None)
+    code, _, local = node.finish(node.start(PathSource(str(tmp_path / "hub"))))
+    assert local.digest == done.digest
+    assert not any("pytorch_model.bin" in path for path in requested)
+    assert list((node.data / "tmp").iterdir()) == []
+
+
+def test_model_that_a_hub_does_not_have(node: Node, hub: tuple[dict[str, str], list[str]]) -> None:
+    _, _, done = node.finish(node.start(HubSource("org/other"), env=hub[0]))
+    assert done.fault is not None
+    assert done.fault.code == "not_found"
+    assert node.nothing_left()
+
+
+def test_hub_that_does_not_answer(node: Node) -> None:
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
+    _, _, done = node.finish(node.start(HubSource("org/name"), env=environment))
+    assert done.fault is not None
+    assert done.fault.code == "unreachable"
