@@ -1,0 +1,84 @@
+"""The sockets that the manager listens on, bound before anything is started, so that what is taken is refused at once."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+from pathlib import Path
+
+from schema.errors import Conflict, InvalidInput
+
+__all__ = ["MAX_SOCKET_PATH_BYTES", "bind_tcp", "bind_unix"]
+
+MAX_SOCKET_PATH_BYTES = 100
+"""Linux takes 107 bytes; some room is left for names derived from it."""
+
+
+def bind_tcp(host: str, port: int) -> socket.socket:
+    """A TCP socket bound to host and port (0: any), not yet listening.
+
+    Raises Conflict when the port is taken, InvalidInput when the address is none of this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except socket.gaierror as error:
+        raise InvalidInput(f"cannot listen on {host}: {error.strerror}", "api.host") from error
+    sock = socket.socket(family, kind, protocol)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind(address)
+        # Two sockets may bind one port with SO_REUSEADDR; only one may listen, so this is where a taken port shows.
+        sock.listen(1024)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise Conflict(f"port {port} on {host} is taken; stop what holds it or choose another with --port") from error
+        raise InvalidInput(f"cannot listen on {host}:{port}: {error.strerror}", "api.host") from error
+    sock.setblocking(False)
+    return sock
+
+
+def bind_unix(path: Path) -> socket.socket:
+    """A listening unix socket of mode 0600 at ``path``; a stale one left by a crash is replaced.
+
+    Raises Conflict when somebody answers on it or it is no socket, InvalidInput when the path is too long or its directory
+    cannot be written.
+    """
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+        raise InvalidInput(
+            f"the socket path {path} is longer than {MAX_SOCKET_PATH_BYTES} bytes; choose a shorter state directory"
+        )
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _remove_stale(path)
+        mask = os.umask(0o177)
+        try:
+            sock.bind(str(path))
+        finally:
+            os.umask(mask)
+        sock.listen(128)
+    except OSError as error:
+        sock.close()
+        raise InvalidInput(f"cannot listen on {path}: {error.strerror}") from error
+    except Conflict:
+        sock.close()
+        raise
+    sock.setblocking(False)
+    return sock
+
+
+def _remove_stale(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise Conflict(f"{path} exists and is not a socket; move it away")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(1.0)
+            try:
+                probe.connect(str(path))
+            except (ConnectionRefusedError, FileNotFoundError):
+                path.unlink(missing_ok=True)
+                return
+            raise Conflict(f"another manager answers on {path}; stop it, or give this one a state directory of its own")

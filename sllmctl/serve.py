@@ -1,0 +1,236 @@
+"""`sllmctl serve`: the manager's parts made and joined, started in order, and stopped in the reverse.
+
+What may be refused (a port, the admin socket, the database, a newer schema) is tried before anything is started or changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import time
+import uuid
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from socket import socket
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+import uvloop
+
+from schema.admin import StatusView
+from schema.errors import SllmError, TimedOut, Unreachable
+from schema.ids import EpochCounter, system_ids
+from schema.states import NodeState
+from sllmctl import __version__
+from sllmctl.control.effects import AddNode
+from sllmctl.control.live import LiveEffects
+from sllmctl.control.loop import ControlLoop
+from sllmctl.control.runner import Runner
+from sllmctl.gateway.admin import admin_app
+from sllmctl.gateway.app import api_app
+from sllmctl.gateway.router import Router
+from sllmctl.gateway.server import server_config
+from sllmctl.gateway.text import TextService
+from sllmctl.listeners import bind_tcp, bind_unix
+from sllmctl.nodes.assets import Assets
+from sllmctl.nodes.links import Links
+from sllmctl.nodes.local import LocalAgent
+from sllmctl.state import Cluster, Database
+
+if TYPE_CHECKING:
+    from sllmctl.config import Settings
+    from sllmctl.control.view import ClusterView
+
+__all__ = ["run"]
+
+log = logging.getLogger("sllmctl.serve")
+
+
+def run(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT; then drain, stop what was started, and return 0. A second signal does not wait.
+
+    Raises Conflict for a taken port, socket or database, InvalidInput for settings that cannot work, and whatever ended the
+    control loop.
+    """
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(settings))
+    return 0
+
+
+async def _serve(settings: Settings) -> None:
+    settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    async with contextlib.AsyncExitStack() as stack:
+        database = await Database.open(
+            settings.database_url,
+            backup_dir=settings.state_dir / "backups",
+            events_keep=settings.control.events_keep,
+        )
+        stack.push_async_callback(database.close)
+        api_socket = stack.enter_context(bind_tcp(settings.api.host, settings.api.port))
+        admin_socket = stack.enter_context(_bound_admin(settings.admin_socket))
+        cluster = await database.claim(time.time(), str(uuid.uuid4()))
+        host, port = api_socket.getsockname()[:2]
+        api_url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        manager = Manager(settings, database, cluster, await database.load(), api_url)
+        await manager.serve(api_socket, admin_socket)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handling: the manager decides when, and in which order, its servers end."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+class Manager:
+    """The parts of one manager, joined. Made before anything runs; `serve` starts them and ends them."""
+
+    def __init__(self, settings: Settings, database: Database, cluster: Cluster, view: ClusterView, api_url: str) -> None:
+        self._settings = settings
+        self._cluster = cluster
+        self._view = view
+        self._api_url = api_url
+        self._started_at = time.time()
+        self._stopping = False
+        epochs = EpochCounter(cluster.generation)
+        # The router speaks to links and loop, which are made of it: so it gets them by name.
+        self._router = Router(
+            send=lambda node, message: self._links.send(node, message),
+            post=lambda event: self._runner.post(event),
+            epochs=epochs,
+            ids=system_ids,
+            settings=settings.router,
+        )
+        self._local = LocalAgent(settings.node, settings.local)
+        self._links = Links(
+            cluster=cluster.uuid,
+            generation=cluster.generation,
+            software=__version__,
+            router=self._router,
+            post=lambda event: self._runner.post(event),
+            settings=settings.links,
+            local=self._local,
+        )
+        self._assets = Assets(settings.state_dir / "assets", self._links, settings.assets)
+        loop = ControlLoop(view, ids=system_ids, epochs=epochs, settings=settings.control)
+        self._runner = Runner(loop, LiveEffects(database, self._links, self._router, self._assets, log))
+        api = api_app(
+            router=self._router,
+            assets=self._assets,
+            text=TextService(settings.gateway),
+            settings=settings.gateway,
+            status=self.status,
+        )
+        admin = admin_app(
+            runner=self._runner,
+            view=view,
+            database=database,
+            router=self._router,
+            status=self.status,
+            settings=settings.admin,
+        )
+        self._api_server = _Server(server_config(api, settings.gateway))
+        self._admin_server = _Server(server_config(admin, settings.gateway, lifespan=False))
+
+    def status(self) -> StatusView:
+        """The manager itself, as it is now; ready when it serves and its local node is linked to it."""
+        nodes = [node for node in self._view.nodes.values() if node.state is not NodeState.REMOVED]
+        return StatusView(
+            cluster=self._cluster.uuid,
+            generation=self._cluster.generation,
+            version=__version__,
+            pid=os.getpid(),
+            started_at=self._started_at,
+            api_url=self._api_url,
+            ready=not self._stopping and self._links.is_up(self._settings.control.local_node),
+            nodes_ready=sum(node.state is NodeState.READY for node in nodes),
+            nodes=len(nodes),
+        )
+
+    async def serve(self, api_socket: socket, admin_socket: socket) -> None:
+        """Run until a signal asks for the end or a part fails, whose error is raised once the rest has been stopped."""
+        running = asyncio.get_running_loop()
+        stop = asyncio.Event()
+        parts = [
+            asyncio.create_task(self._runner.run(), name="control loop"),
+            asyncio.create_task(self._admin_server.serve(sockets=[admin_socket]), name="admin API"),
+            asyncio.create_task(self._api_server.serve(sockets=[api_socket]), name="API"),
+            asyncio.create_task(self._meet_local_node(), name="local node"),
+        ]
+        asked = asyncio.create_task(stop.wait(), name="stop")
+        with _signals(running, lambda: self._asked_to_stop(stop)):
+            try:
+                await self._watch(parts, asked)
+            finally:
+                asked.cancel()
+                await self._end(parts)
+
+    async def _meet_local_node(self) -> None:
+        """Adopt or make this machine's agent. Raises Conflict when it belongs to another manager."""
+        node = self._settings.control.local_node
+        self._runner.post(AddNode(node, node, self._local.address))
+        self._links.connect(node, self._local.address)
+        try:
+            await self._links.ready(node, self._settings.serve.meet_agent_s)
+        except (TimedOut, Unreachable) as error:
+            # It may still come: the link is dialled for ever, and requests wait for it.
+            log.warning("the local node is not there yet: %s", self._local.failure or error)
+        else:
+            log.info("ready; the API is at %s", self._api_url)
+
+    async def _watch(self, parts: list[asyncio.Task[None]], asked: asyncio.Task[bool]) -> None:
+        waiting: set[asyncio.Task[Any]] = {*parts, asked}
+        while asked in waiting:
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for part in done - {asked}:
+                part.result()
+                if part.get_name() != "local node":
+                    raise SllmError(f"the {part.get_name()} has ended by itself")
+
+    def _asked_to_stop(self, stop: asyncio.Event) -> None:
+        if stop.is_set():
+            log.warning("asked again; not waiting for running requests")
+            self._api_server.force_exit = True
+        else:
+            log.info("stopping: running requests have %g s", self._settings.gateway.drain_s)
+        stop.set()
+
+    async def _end(self, parts: list[asyncio.Task[None]]) -> None:
+        """In the reverse order: no new requests, running ones drained, the node's processes, the loop, the admin API."""
+        self._stopping = True
+        loop, _, api, meeting = parts
+        self._api_server.should_exit = True
+        await asyncio.wait([api])
+        meeting.cancel()
+        if self._settings.serve.stop_agent and not loop.done():
+            for killed in await self._local.shutdown(self._settings.serve.stop_agent_s):
+                log.warning("had to kill %s", killed)
+        await self._runner.stop()
+        await self._assets.close()
+        await self._links.close()
+        self._admin_server.should_exit = self._admin_server.force_exit = True
+        await asyncio.gather(*parts, return_exceptions=True)
+
+
+@contextlib.contextmanager
+def _signals(running: asyncio.AbstractEventLoop, ask: Callable[[], None]) -> Iterator[None]:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        running.add_signal_handler(number, ask)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            running.remove_signal_handler(number)
+
+
+@contextlib.contextmanager
+def _bound_admin(path: Path) -> Iterator[socket]:
+    with bind_unix(path) as bound:
+        try:
+            yield bound
+        finally:
+            path.unlink(missing_ok=True)
