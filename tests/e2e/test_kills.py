@@ -1,0 +1,155 @@
+"""kill -9 of every process mid-stream: the client's stream goes on, nothing is loaded twice, nothing is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from tests.cluster import Cluster
+from tests.e2e.talk import Endless, ask, client
+
+
+def gone(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return True
+
+
+def kill(cluster: Cluster, role: str) -> int:
+    pid = cluster.roster()[role]
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+@pytest.fixture
+def undisturbed(cluster: Cluster) -> str:
+    """What the long greedy completion says when nothing happens to it."""
+    with client(cluster) as api, Endless(api) as stream:
+        text = stream.rest()
+    assert len(text) > 200, "the stream is long enough to be disturbed"
+    return text
+
+
+def read_some(stream: Endless, pieces: int = 20) -> None:
+    for _ in range(pieces):
+        assert stream.token()
+
+
+def test_a_killed_worker_mid_stream_is_replaced_and_the_stream_goes_on(cluster: Cluster, undisturbed: str) -> None:
+    (before,) = cluster.instances()
+    with client(cluster) as api, Endless(api) as stream:
+        read_some(stream)
+        os.kill(before["pid"], signal.SIGKILL)
+        assert stream.rest() == undisturbed
+    (after,) = cluster.instances()
+    assert after["id"] == before["id"]
+    assert after["restarts"] == 1
+    assert after["epoch"] > before["epoch"]
+    assert after["phases"]["loaded_bytes"] == 0
+    assert cluster.get(f"/requests/{stream.request_id}")["attempts"] == 2
+
+
+def test_a_killed_store_gets_its_arena_back_and_reads_nothing_again(cluster: Cluster, undisturbed: str) -> None:
+    (before,) = cluster.instances()
+    with client(cluster) as api, Endless(api) as stream:
+        read_some(stream)
+        killed = kill(cluster, "store")
+        assert stream.rest() == undisturbed
+    cluster.until(lambda: cluster.roster().get("store", killed) != killed, "another store runs", 30)
+    assert [i["pid"] for i in cluster.instances()] == [before["pid"]]
+    cluster.post("/models/docs/deploy", {"scale": {"min": 0, "max": 1, "keep_alive_s": 0.1}})
+    cluster.until(lambda: not cluster.instances(), "the instance has gone", 30)
+    again = ask(cluster, "What is sllmctl?")
+    start = cluster.get(f"/requests/{again.request_id}")["timeline"]["start"]
+    assert (start["loaded_from"], start["loaded_bytes"]) == ("dram", 0)
+
+
+def test_a_killed_zygote_is_replaced_and_workers_go_on(cluster: Cluster, undisturbed: str) -> None:
+    (before,) = cluster.instances()
+    with client(cluster) as api, Endless(api) as stream:
+        read_some(stream)
+        killed = kill(cluster, "zygote")
+        assert stream.rest() == undisturbed
+    assert [i["pid"] for i in cluster.instances()] == [before["pid"]]
+    cluster.until(lambda: cluster.roster().get("zygote", killed) != killed, "another zygote runs", 30)
+    os.kill(before["pid"], signal.SIGKILL)
+    assert ask(cluster, "What is sllmctl?").text
+    assert cluster.ready_instance()["restarts"] == 1
+
+
+def test_a_killed_agent_is_restarted_and_adopts_everything(cluster: Cluster, undisturbed: str) -> None:
+    (before,) = cluster.instances()
+    roster = cluster.roster()
+    with client(cluster) as api, Endless(api) as stream:
+        read_some(stream)
+        killed = kill(cluster, "agent")
+        assert stream.rest() == undisturbed
+    after = cluster.until(
+        lambda: r if (r := cluster.roster()).get("agent", killed) != killed and len(r) == len(roster) else None,
+        "another agent knows all of its kin",
+        30,
+    )
+    assert {role: pid for role, pid in after.items() if role != "agent"} == {
+        role: pid for role, pid in roster.items() if role != "agent"
+    }
+    assert [(i["pid"], i["epoch"], i["restarts"]) for i in cluster.instances()] == [(before["pid"], before["epoch"], 0)]
+    assert cluster.get(f"/requests/{stream.request_id}")["attempts"] == 1
+
+
+def test_agent_and_worker_killed_together_mid_stream(cluster: Cluster, undisturbed: str) -> None:
+    (before,) = cluster.instances()
+    with client(cluster) as api, Endless(api) as stream:
+        read_some(stream)
+        kill(cluster, "agent")
+        os.kill(before["pid"], signal.SIGKILL)
+        assert stream.rest() == undisturbed
+
+
+def test_a_killed_manager_comes_back_to_warm_instances_and_ends_orphans(cluster: Cluster, undisturbed: str) -> None:
+    (before,) = cluster.instances()
+    roster = cluster.roster()
+    with client(cluster) as api, Endless(api, max_tokens=450) as stream:
+        read_some(stream)
+        cluster.kill_manager()
+        with pytest.raises((openai.APIError, httpx.TransportError)):
+            stream.rest()
+    cluster.start()
+    assert cluster.roster() == roster
+    after = cluster.ready_instance()
+    assert (after["id"], after["pid"], after["epoch"]) == (before["id"], before["pid"], before["epoch"])
+    warm = ask(cluster, "What is sllmctl?")
+    assert not cluster.get(f"/requests/{warm.request_id}")["timeline"]["cold"]
+    cluster.until(
+        lambda: not [r for r in cluster.get("/requests")["items"] if r["orphaned"] and r["state"] in {"waiting", "running"}],
+        "orphaned sequences have ended",
+        30,
+    )
+
+
+def test_a_client_that_disconnects_cancels_down_to_the_engine(cluster: Cluster, undisturbed: str) -> None:
+    with client(cluster) as api, Endless(api, max_tokens=450) as stream:
+        read_some(stream, 3)
+    request = cluster.until(
+        lambda: r if (r := cluster.get(f"/requests/{stream.request_id}"))["state"] == "cancelled" else None,
+        "the request is cancelled",
+        10,
+    )
+    assert request["generated_tokens"] < 450
+    cluster.until(lambda: all(i["running"] == 0 for i in cluster.instances()), "the engine is idle", 10)
+
+
+def test_a_manager_and_its_agent_killed_leave_kin_that_end_themselves(cluster: Cluster) -> None:
+    ask(cluster, "What is sllmctl?")
+    cluster.kill_manager()
+    kill(cluster, "agent")
+    cluster.start()
+    assert cluster.ready_instance()["restarts"] == 0
+    pids = cluster.processes()
+    assert cluster.stop() == 0
+    assert all(gone(pid) for pid in pids)
