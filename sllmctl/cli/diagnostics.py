@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,7 @@ import click
 if TYPE_CHECKING:
     from schema.admin import ProgressView
 
-__all__ = ["DOCTOR_FAULT", "FAILED", "INTERRUPTED", "OK", "USAGE", "ProgressLine", "confirm", "guard", "note"]
+__all__ = ["DOCTOR_FAULT", "FAILED", "INTERRUPTED", "OK", "USAGE", "ProgressLine", "confirm", "guard", "log_to_stderr", "note"]
 
 OK, FAILED, USAGE, DOCTOR_FAULT, INTERRUPTED = 0, 1, 2, 8, 130
 
@@ -62,6 +61,13 @@ def guard(command: Callable[[], object]) -> int:
         # The reader of our output is gone. What is still buffered must not raise again when Python flushes on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+
+
+def log_to_stderr(level: str) -> None:
+    """The log of a command that serves: a line each, from ``level`` ("debug" to "error") up."""
+    import logging
+
+    logging.basicConfig(stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
 def confirm(question: str, yes: bool) -> None:
@@ -155,6 +161,8 @@ def _failed(error: Exception) -> int:
         note(f"error: {printable(error.message, keep=chr(10))}")
         codes = (getattr(kind, "code", "internal") for kind in type(error).__mro__)
         return next(_BY_CODE[code] for code in codes if code in _BY_CODE)
+    import traceback
+
     traceback.print_exc(file=sys.stderr)
     note("error: this is a defect of sllmctl; please report it with the lines above")
     return FAILED

@@ -15,6 +15,7 @@ __all__ = ["command"]
 @click.option("--state-dir", type=click.Path(), help="Where the manager keeps its state.")
 @click.option("--arena", metavar="SIZE", help="Memory for weights on this machine, as in 8GiB [default: 1GiB].")
 @click.option("--threads", type=click.IntRange(0), help="CPU threads of an instance; 0 is all cores.")
+@click.option("--stop-agent/--keep-agent", default=None, help="Whether this machine's node ends with it [default: it does].")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[default: info]")
 @pass_invocation
 def command(
@@ -24,6 +25,7 @@ def command(
     state_dir: str | None,
     arena: str | None,
     threads: int | None,
+    stop_agent: bool | None,
     log_level: str | None,
 ) -> int:
     """Run the manager until SIGTERM or Ctrl-C, and the node of this machine with it.
@@ -31,14 +33,18 @@ def command(
     Everything else that can be set is set in the configuration file or by SLLM_* variables, as [gateway] body_limit_bytes or
     SLLM_GATEWAY_BODY_LIMIT_BYTES.
     """
+    from sllmctl.cli.diagnostics import log_to_stderr
+
     settings = invocation.settings(
         api__host=host,
         api__port=port,
         state_dir=state_dir,
         node__arena_bytes=arena,
         node__threads=threads,
+        serve__stop_agent=stop_agent,
         log_level=log_level,
     )
+    log_to_stderr(settings.log_level)
     from sllmctl import serve
 
     return serve.run(settings)

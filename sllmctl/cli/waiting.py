@@ -39,4 +39,6 @@ def wait_for(admin: AdminClient, name: str, until: Until, timeout_s: float) -> M
             if answer.done:
                 return answer.view
             line.show(f"{_DOING[until]} {name}", answer.view.progress)
-    raise TimedOut(f"model {name} is not {until} after {timeout_s:g} s; it goes on, see `sllmctl model show {name}`")
+    raise TimedOut(
+        f"model {name} is not {until} after {timeout_s:g} s; it goes on, `sllmctl event ls --object {name}` says how"
+    )
