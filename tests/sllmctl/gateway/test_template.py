@@ -20,7 +20,8 @@ from tests.checkpoints import CHAT_TEMPLATE
 
 @contextlib.asynccontextmanager
 async def _renderer(**values: Any) -> AsyncIterator[TemplateRenderer]:
-    renderer = TemplateRenderer(GatewaySettings(**values))
+    # Only a test of the timeout has a short one: a busy machine may take its time.
+    renderer = TemplateRenderer(GatewaySettings(**{"template_timeout_s": 60.0, **values}))
     await renderer.start()
     try:
         yield renderer
@@ -185,4 +186,4 @@ async def test_a_rendering_costs_little() -> None:
             await renderer.render(CHAT_TEMPLATE, _HI)
             times.append(time.perf_counter() - began)
     # Under 1 ms on a quiet machine; the bound leaves room for a busy one, and still tells a start per rendering (50 ms).
-    assert sorted(times)[len(times) // 2] < 0.01
+    assert sorted(times)[len(times) // 2] < 0.03
