@@ -79,7 +79,11 @@ class Sequence:
                 raise self.failure
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
-            await waiter
+            try:
+                await waiter
+            finally:
+                if waiter.cancelled():
+                    self._waiters.remove(waiter)
 
     def wake(self) -> None:
         """Let those who wait look again."""

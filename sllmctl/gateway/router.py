@@ -184,7 +184,10 @@ class Router:
         route = self._core.routes.make(instance)
         if epoch >= route.phases_epoch:
             route.phases, route.phases_epoch = phases, epoch
-        self._progress.drop(instance)
+
+    def progress_ended(self, op: str) -> None:
+        """An operation is done, or an instance's start over: its progress is not shown any more."""
+        self._progress.drop(op)
 
     def link_lost(self, node: str) -> None:
         """The connection broke. Its sequences may well go on, so they wait: for its next truth, or for the control loop to

@@ -12,9 +12,11 @@ from schema.link import (
     FileChunk,
     Hello,
     InstanceLoad,
+    InstanceTruth,
     InstanceUpdate,
     ManagerMessage,
     NodeTruth,
+    OperationDone,
     Progress,
     ReadFile,
     TruthEnd,
@@ -122,9 +124,18 @@ class Dialer:
             if answer is not None and not answer.done():
                 answer.set_result(news)
         else:
-            if isinstance(news, InstanceUpdate) and news.truth.state == InstanceState.READY and news.truth.phases is not None:
-                self._router.instance_started(news.truth.instance, news.truth.epoch, news.truth.phases)
+            if isinstance(news, InstanceUpdate):
+                self._instance(news.truth)
+            elif isinstance(news, OperationDone):
+                self._router.progress_ended(news.op)
             self._post(FromNode(self.node, news))
+
+    def _instance(self, truth: InstanceTruth) -> None:
+        if truth.state == InstanceState.STARTING:
+            return
+        self._router.progress_ended(truth.instance)
+        if truth.state == InstanceState.READY and truth.phases is not None:
+            self._router.instance_started(truth.instance, truth.epoch, truth.phases)
 
     # --- the task
 

@@ -20,10 +20,12 @@ from schema.errors import (
     TimedOut,
     Unschedulable,
 )
-from schema.ids import epoch_of
+from schema.ids import EpochCounter, epoch_of, system_ids
 from schema.link import Acked, Cancel, EngineTiming, InstanceLoad, Progress, StartPhases, Submit, TokenRun
+from schema.spec import ModelSpec, PathSource
 from schema.states import EndReason, InstanceState, ModelState, RequestState
-from sllmctl.control.effects import DemandChanged, InstanceActivity, ModelChanged, RejectWaiting
+from sllmctl.control.effects import DemandChanged, Event, InstanceActivity, ModelChanged, RejectWaiting
+from sllmctl.gateway.router import Router
 from sllmctl.gateway.router_settings import RouterSettings
 from tests.sllmctl.gateway.routing import Bench, end, params, run
 
@@ -180,6 +182,7 @@ def test_a_cold_request_shows_the_phases_of_the_start_it_waited_for() -> None:
     assert (progress.done_bytes, progress.rate_bps) == (9, 2.0)
     phases = StartPhases(load_s=1.5, total_s=2.0)
     bench.router.instance_started("i", epoch_of(1, 1), phases)
+    bench.router.progress_ended("i")
     bench.instance()
     assert bench.router.progress("i") is None
     timeline = request.timeline()
@@ -349,3 +352,39 @@ def test_journals_memory_is_given_back() -> None:
         bench.router.submit("m", (1,) * 8, params())
         (submit,) = bench.take(Submit)
         bench.tokens(run(submit, 1, 2, 3), end(submit, 3, EndReason.STOP))
+
+
+async def test_on_a_real_event_loop_a_waiting_request_times_out() -> None:
+    posted: list[Event] = []
+    router = Router(
+        send=lambda node, message: None, post=posted.append, epochs=EpochCounter(1), ids=system_ids, settings=RouterSettings()
+    )
+    spec = ModelSpec(name="m", source=PathSource("/m"), cold_start_timeout_s=0.01)
+    router.model_changed(ModelChanged("m", spec, ModelState.DEPLOYED, "d", 100))
+    request = router.submit("m", (1,), params())
+    assert isinstance(await failure_of(request), TimedOut)
+    assert posted == [DemandChanged("m", 1, 0), DemandChanged("m", 0, 0)]
+
+
+async def test_a_reader_that_gives_up_waiting_leaves_the_others_waiting() -> None:
+    bench = Bench()
+    bench.warm()
+    request = bench.router.submit("m", (1,), params())
+    (submit,) = bench.take(Submit)
+    sequence = request.sequences[0]
+    one, two = asyncio.ensure_future(sequence.wait(0)), asyncio.ensure_future(sequence.wait(0))
+    await asyncio.sleep(0)
+    one.cancel()
+    await asyncio.wait([one])
+    bench.tokens(run(submit, 3))
+    await asyncio.wait_for(two, 1)
+
+
+def test_models_of_one_cluster_do_not_share_instances() -> None:
+    bench = Bench()
+    bench.warm()
+    bench.model("other")
+    bench.router.submit("other", (1,), params())
+    assert bench.take(Submit) == []
+    assert [model.name for model in bench.router.models()] == ["m", "other"]
+    assert bench.router.model_counts("other") == (1, 0)

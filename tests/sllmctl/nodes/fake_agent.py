@@ -212,6 +212,9 @@ class Recorder:
     def progressed(self, node: str, progress: Progress) -> None:
         self._add(progress)
 
+    def progress_ended(self, op: str) -> None:
+        self._add("progress ended", op)
+
     def link_lost(self, node: str) -> None:
         self._add("lost", node)
 

@@ -107,8 +107,10 @@ async def test_tokens_go_to_the_router_batch_by_batch_and_news_to_both(short_dir
         peer.say(*frames)
         await recorder.until(lambda item: item == ("batch", "n"))
         peer.say(InstanceUpdate(truth=truth), OperationDone(op="o"))
+        assert await recorder.until(lambda item: item == ("progress ended", "i"))
         assert await recorder.until(lambda item: item == ("started", "i"))
         assert await recorder.until(FromNode) == FromNode("n", InstanceUpdate(truth=truth))
+        assert await recorder.until(lambda item: item == ("progress ended", "o"))
         assert await recorder.until(FromNode) == FromNode("n", OperationDone(op="o"))
 
 
