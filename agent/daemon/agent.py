@@ -29,7 +29,7 @@ from agent.daemon.storelink import StoreLink
 from agent.daemon.supervisor import KILL_S, TERM_S, Kin, Spawn, spawn_kin
 from agent.daemon.workers import Relay
 from agent.daemon.zygote import ZygoteLink
-from schema.errors import Conflict, Fault, InvalidInput, LinkError, SllmError, Unauthorised, Unreachable
+from schema.errors import Conflict, Fault, InvalidCheckpoint, InvalidInput, LinkError, SllmError, Unauthorised, Unreachable
 from schema.link import (
     Acked,
     Cancel,
@@ -311,6 +311,14 @@ class Agent:
 
     def placement_changed(self, digest: str) -> None:
         self._manager.tell(PlacementUpdate(truth=self._checkpoints.truth(digest)))
+
+    def load_failed(self, digest: str, fault: Fault) -> None:
+        if fault.code == InvalidCheckpoint.code:
+            self._own(self._look_again(digest), f"look again at {digest}")
+
+    async def _look_again(self, digest: str) -> None:
+        await self._checkpoints.scan()
+        self.placement_changed(digest)
 
     def store_ready(self) -> None:
         self._adoption.arrived("store")

@@ -26,10 +26,12 @@ class Checkpoints:
         self._store = store
         self._entries: dict[str, CatalogEntry] = {}
         self._facts: dict[str, CheckpointTruth] = {}
+        self._scanning = asyncio.Lock()
 
     async def scan(self) -> None:
         """Read again what lies on the disk."""
-        self._entries = await asyncio.to_thread(catalog.scan, self._root)
+        async with self._scanning:  # so that an earlier look never replaces a later one
+            self._entries = await asyncio.to_thread(catalog.scan, self._root)
         for digest, entry in self._entries.items():
             manifest = entry.manifest
             self._facts[digest] = CheckpointTruth(

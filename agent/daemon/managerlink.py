@@ -110,9 +110,9 @@ class ManagerLink:
                 self._frame += 1
                 connection.send(Tokens(frame=self._frame, runs=runs, ends=ends))
         if self._loads and connection.backlog_bytes < _BACKLOG_BYTES:
-            for load in self._loads.values():
+            loads, self._loads = self._loads, {}
+            for load in loads.values():
                 connection.send(load)
-            self._loads.clear()
 
     async def finish(self, timeout_s: float) -> None:
         """Let the manager have what was said, for at most ``timeout_s`` seconds, and hang up."""

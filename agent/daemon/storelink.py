@@ -40,6 +40,9 @@ class StoreOwner(Protocol):
 
     def placement_changed(self, digest: str) -> None: ...
 
+    def load_failed(self, digest: str, fault: Fault) -> None:
+        """The store could not load a checkpoint; it may have put the copy on the disk in quarantine."""
+
     def store_ready(self) -> None:
         """The store has stated its truth; the arena can be attached."""
 
@@ -221,8 +224,10 @@ class StoreLink:
     def _done(self, message: OperationDone) -> None:
         fill = self._fills.pop(message.op, None)
         if fill is not None:
+            fault = message.fault or Fault.of(SllmError("the store ended a load without saying where the weights lie"))
             self._owner.placement_changed(fill.message.digest)
-            fill.answered(message.fault or Fault.of(SllmError("the store ended a load without saying where the weights lie")))
+            self._owner.load_failed(fill.message.digest, fault)
+            fill.answered(fault)
         drop = self._drops.pop(message.op, None)
         if drop is not None:
             if message.fault is None and self.residents.pop(drop.message.digest, None) is not None:

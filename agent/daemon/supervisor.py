@@ -69,6 +69,7 @@ class Kin:
         self._process: Process | None = None
         self._dialled = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._stopping = False
 
     @property
     def pid(self) -> int:
@@ -119,6 +120,7 @@ class Kin:
 
     async def stop(self) -> None:
         """End the process, by word, then by signal, and wait until it is proven dead."""
+        self._stopping = True
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -190,7 +192,8 @@ class Kin:
         if self._process is None:
             return
         log = log_path(self._config, self.role)
-        _log.warning("the %s (pid %d) %s; see %s", self.role, self.pid, describe_status(self._process.status), log)
+        level = logging.INFO if self._stopping else logging.WARNING
+        _log.log(level, "the %s (pid %d) %s; see %s", self.role, self.pid, describe_status(self._process.status), log)
         self._process = None
         self._dialled.clear()
         self._roster.remove(RosterEntry(role=self.role))

@@ -181,6 +181,9 @@ class Manager(Peer):
         )
         return update.truth
 
+    async def instance_update(self, timeout_s: float = WAIT_S) -> InstanceTruth:
+        return (await self.take(InstanceUpdate, timeout_s=timeout_s)).truth
+
     async def whole_truth(self) -> NodeTruth:
         self.truth = await self.take(NodeTruth)
         while not isinstance(message := await self.next(), TruthEnd):

@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
+from agent.store.catalog import quarantine
 from schema.checkpoint import decode_manifest
+from schema.errors import Fault
 from schema.ids import epoch_of
 from schema.link import (
     CancelOperation,
@@ -168,6 +170,23 @@ async def test_what_is_used_is_not_dropped_and_what_is_not_is(node: Node) -> Non
     truth = await manager.instance(InstanceState.STOPPED)
     assert truth.fault is not None
     assert truth.fault.code == "not_found"
+
+
+async def test_a_copy_that_the_store_puts_in_quarantine_is_told_and_not_loaded_again(node: Node) -> None:
+    manager = await node.manager()
+    store = node.stores[0]
+    store.answers = False
+    manager.send(LoadCheckpoint(op="op_1", digest=DIGEST))
+    await store.until(lambda: bool(store.fills))
+    quarantine(node.config.checkpoints_path / DIGEST / "l1", "part-0: chunk 0 is wrong")
+    fault = Fault("invalid_checkpoint", "part-0: chunk 0 is wrong")
+    store.peer.send(OperationDone(op=store.fills[0].op, digest=DIGEST, fault=fault))
+    placed = await manager.take(PlacementUpdate, lambda m: m.truth.placements[0].state is TierState.QUARANTINED)
+    assert placed.truth.digest == DIGEST
+    manager.send(LoadCheckpoint(op="op_2", digest=DIGEST))
+    again = (await done(manager, "op_2")).fault
+    assert again is not None
+    assert "quarantine" in again.message
 
 
 async def test_the_manifest_is_read_in_parts(node: Node) -> None:
