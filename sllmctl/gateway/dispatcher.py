@@ -90,8 +90,10 @@ class Dispatcher:
 
     # --- attempts
 
-    def pick(self, queue: ModelQueue, journal_tokens: int, params: SamplingParams) -> Route | None:
-        return self.routes.pick(queue.name, journal_tokens, queue.expected_tokens(params))
+    def pick(self, queue: ModelQueue, prompt_tokens: int, generated_tokens: int, params: SamplingParams) -> Route | None:
+        """The instance that a sequence of this size goes to now, if any."""
+        journal, whole = prompt_tokens + generated_tokens, prompt_tokens + params.max_tokens
+        return self.routes.pick(queue.name, journal, queue.expected_tokens(params), whole)
 
     def _start(self, queue: ModelQueue, route: Route, sequence: Sequence) -> None:
         """Submit a sequence's journal to an instance, as a new attempt."""
@@ -99,7 +101,7 @@ class Dispatcher:
         assert change is not None
         params = request.params
         if change.max_context_tokens and len(sequence.prompt) + params.max_tokens > change.max_context_tokens:
-            # Only for requests that came in before any instance had said how much it takes.
+            # Only for what came in before an instance had said how much it takes, when none takes more.
             params = replace(params, max_tokens=change.max_context_tokens - len(sequence.prompt))
         journal = len(sequence.prompt) + len(sequence.tokens)
         attempt = Attempt(
@@ -320,7 +322,7 @@ class Dispatcher:
         while queue.waiting:
             sequence = next(iter(queue.waiting))
             journal = len(sequence.prompt) + len(sequence.tokens)
-            route = self.pick(queue, journal, sequence.request.params)
+            route = self.pick(queue, len(sequence.prompt), len(sequence.tokens), sequence.request.params)
             if route is not None:
                 queue.take(sequence)
                 self._start(queue, route, sequence)

@@ -292,7 +292,7 @@ class Router:
                 f"requests of {self._core.journal_tokens} tokens are being served, as many as fit; try again later",
                 queue.retry_after_s(cold=False),
             )
-        room = not queue.waiting and self._core.pick(queue, len(prompt), params) is not None
+        room = not queue.waiting and self._core.pick(queue, len(prompt), 0, params) is not None
         if not room and queue.waiting_requests >= queue.model.spec.scale.queue_limit:
             raise Overloaded(
                 f"{queue.waiting_requests} requests wait for model {queue.name!r} already, as many as may; try again later",

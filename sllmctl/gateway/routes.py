@@ -90,17 +90,20 @@ class Routes:
             if (change := self._open(route)) is not None:
                 yield change
 
-    def pick(self, model: str, journal_tokens: int, expected_tokens: int) -> Route | None:
+    def pick(self, model: str, journal_tokens: int, expected_tokens: int, whole_tokens: int) -> Route | None:
         """The least busy instance with room for a journal and the reply it is expected to grow by; None if there is none.
 
-        An idle instance has room for whatever fits its context.
+        An idle instance has room for whatever fits its context, which must hold ``whole_tokens``, prompt and longest reply,
+        unless no instance's does.
         """
         best: Route | None = None
+        limit = self.limit(model)
+        least = min(whole_tokens, limit) if limit else whole_tokens
         for route in self._by_model.get(model, {}).values():
             change = self._open(route)
             if change is None or len(route.attempts) >= change.max_concurrency:
                 continue
-            if 0 < change.max_context_tokens <= journal_tokens:
+            if 0 < change.max_context_tokens < max(least, journal_tokens + 1):
                 continue
             needed = journal_tokens + expected_tokens
             if route.attempts and 0 < change.kv_capacity_tokens < route.kv_tokens + needed:

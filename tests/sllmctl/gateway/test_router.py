@@ -211,6 +211,19 @@ def test_the_least_busy_instance_with_room_is_taken() -> None:
     assert bench.router.model_counts("m") == (1, 3)
 
 
+def test_a_reply_is_not_cut_short_on_a_small_instance_while_a_larger_one_takes_it_whole() -> None:
+    bench = Bench()
+    bench.node()
+    bench.model()
+    bench.instance("small", context=50)
+    bench.instance("large", context=100, concurrency=2)
+    for _ in range(3):
+        bench.router.submit("m", (1,) * 40, params(20))
+    bench.router.submit("m", (1,) * 40, params(10))
+    assert [(submit.instance, submit.params.max_tokens) for submit in bench.take(Submit)] == [("large", 20), ("large", 20)]
+    assert bench.router.model_counts("m") == (2, 2)
+
+
 def test_an_idle_instance_takes_what_its_cache_alone_would_not() -> None:
     bench = Bench()
     bench.node()
