@@ -1,0 +1,278 @@
+#!/usr/bin/env bash
+# Installs sllmctl for the user, runs its demo, or runs its tests. `./install.sh help` says how.
+set -euo pipefail
+
+readonly TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
+ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+readonly ROOT
+
+usage() {
+    cat <<'TEXT'
+usage: ./install.sh [command]
+
+  (none)               install for this user: an environment of its own, and a link to sllmctl on the PATH
+  uninstall [--purge]  undo that; --purge also removes the manager's state without asking
+  demo [--keep]        the whole path in a scratch directory: ingest, deploy, a cold and a warm request
+  test [ARGS...]       ruff, mypy, import-linter and pytest; ARGS go to pytest
+  help                 this text
+
+demo and test use an environment in .venv of the checkout, or where SLLM_VENV says.
+SLLM_PYTHON names the Python (3.11 to 3.13) to use.
+TEXT
+}
+
+say() { printf '%s\n' "$*" >&2; }
+
+die() {
+    say "install.sh: $*"
+    exit 1
+}
+
+# step MESSAGE COMMAND...: run a command quietly, show that it runs, and show what it said only if it fails.
+step() {
+    local message=$1 log began status=0 pid
+    shift
+    log=$(mktemp)
+    began=$SECONDS
+    "$@" >"$log" 2>&1 </dev/null &
+    pid=$!
+    # A background job of a script ignores the terminal's Ctrl-C, so it is ended by hand.
+    # shellcheck disable=SC2064
+    trap "kill $pid 2>/dev/null || true; rm -f '$log'; exit 130" INT TERM
+    if [[ -t 2 ]]; then
+        while kill -0 "$pid" 2>/dev/null; do
+            printf '\r==> %s ... %d s' "$message" "$((SECONDS - began))" >&2
+            sleep 0.2
+        done
+    else
+        printf '==> %s ...\n' "$message" >&2
+    fi
+    wait "$pid" || status=$?
+    trap - INT TERM
+    if [[ -t 2 ]]; then printf '\r==> %s: %d s   \n' "$message" "$((SECONDS - began))" >&2; fi
+    if ((status != 0)); then
+        tail -n 40 -- "$log" >&2
+        rm -f -- "$log"
+        die "failed: $message"
+    fi
+    rm -f -- "$log"
+}
+
+# --- Python ----------------------------------------------------------------------------------------------------------
+
+fitting() { # fitting PYTHON: is it there, and of a version that will do?
+    command -v -- "$1" >/dev/null 2>&1 && "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
+}
+
+on_debian() { command -v apt-get >/dev/null 2>&1; }
+
+apt_install() {
+    step "Installing $* with apt-get" env DEBIAN_FRONTEND=noninteractive sh -c \
+        'apt-get install -y -qq "$@" || { apt-get update -qq && apt-get install -y -qq "$@"; }' sh "$@"
+}
+
+find_python() { # sets PYTHON
+    local candidate version
+    if [[ -n ${SLLM_PYTHON:-} ]]; then
+        fitting "$SLLM_PYTHON" || die "SLLM_PYTHON=$SLLM_PYTHON is no Python 3.11 to 3.13"
+        PYTHON=$SLLM_PYTHON
+    else
+        PYTHON=
+        for candidate in python3.13 python3.12 python3.11 python3; do
+            if fitting "$candidate"; then
+                PYTHON=$candidate
+                break
+            fi
+        done
+        [[ -n $PYTHON ]] || die "there is no Python 3.11, 3.12 or 3.13; on Debian or Ubuntu: sudo apt-get install python3 python3-venv"
+    fi
+    "$PYTHON" -c 'import venv, ensurepip' 2>/dev/null && return
+    version=$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    if on_debian && ((EUID == 0)); then
+        say "$PYTHON lacks the venv module; installing python$version-venv"
+        apt_install "python$version-venv"
+        "$PYTHON" -c 'import venv, ensurepip' 2>/dev/null && return
+    fi
+    die "$PYTHON lacks the venv module; on Debian or Ubuntu: sudo apt-get install python$version-venv"
+}
+
+make_venv() { # make_venv DIRECTORY: an environment there whose Python runs
+    if ! fitting "$1/bin/python" || ! "$1/bin/python" -m pip --version >/dev/null 2>&1; then
+        find_python
+        mkdir -p -- "$(dirname -- "$1")"
+        step "Making an environment in $1 ($("$PYTHON" --version))" "$PYTHON" -m venv --clear "$1"
+    fi
+}
+
+# --- Packages --------------------------------------------------------------------------------------------------------
+
+has_nvidia() { [[ -e /dev/nvidia0 ]] || { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; }; }
+
+answers() { # answers PYTHON URL: does it, within three seconds?
+    timeout 6 "$1" -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=3).close()' "$2/torch/" >/dev/null 2>&1
+}
+
+pip_install() { # pip_install VENV ARGS...: only for step, whose subshell it becomes, so that a Ctrl-C ends pip itself
+    local venv=$1
+    shift
+    exec "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input --constraint "$ROOT/constraints.txt" "$@"
+}
+
+install_torch() { # the CPU build unless there is an NVIDIA device, where its own index can be reached
+    local venv=$1 pin
+    pin=$(grep -E '^torch==' "$ROOT/constraints.txt")
+    if "$venv/bin/python" -c 'import sys; from importlib.metadata import version as v; sys.exit(v("torch").split("+")[0] != sys.argv[1])' \
+        "${pin#torch==}" 2>/dev/null; then
+        return
+    fi
+    if has_nvidia; then
+        step "Installing $pin" pip_install "$venv" "$pin"
+    elif answers "$venv/bin/python" "$TORCH_CPU_INDEX"; then
+        step "Installing $pin (CPU build)" pip_install "$venv" --extra-index-url "$TORCH_CPU_INDEX" "$pin+cpu"
+    else
+        step "Installing $pin (the index of CPU builds does not answer, so from pip's own)" pip_install "$venv" "$pin"
+    fi
+}
+
+digest() { sha256sum | cut -c1-64; }
+
+dependencies_digest() { (cd -- "$ROOT" && cat pyproject.toml constraints.txt install.sh && printf '%s' "$1") | digest; }
+
+sources_digest() {
+    (
+        cd -- "$ROOT"
+        find pyproject.toml constraints.txt install.sh README.md schema sllmctl agent -type f \
+            -not -path '*/__pycache__/*' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
+    ) | digest
+}
+
+stamped() { [[ -f $1 && $(<"$1") == "$2" ]]; }
+
+install_editable() { # install_editable VENV EXTRAS: the checkout itself with its dependencies, unless they are as they were
+    local venv=$1 extras=$2 stamp
+    stamp=$venv/.sllmctl-$extras
+    local want
+    want=$(dependencies_digest "$extras $ROOT")
+    make_venv "$venv"
+    stamped "$stamp" "$want" && return
+    install_torch "$venv"
+    step "Installing sllmctl [$extras] into $venv" pip_install "$venv" --editable "$ROOT[$extras]"
+    printf '%s' "$want" >"$stamp"
+}
+
+# --- The commands ----------------------------------------------------------------------------------------------------
+
+user_paths() {
+    [[ -n ${HOME:-} ]] || die "HOME is not set"
+    USER_DIR=${XDG_DATA_HOME:-$HOME/.local/share}/sllmctl
+    if ((EUID == 0)); then LINK=/usr/local/bin/sllmctl; else LINK=$HOME/.local/bin/sllmctl; fi
+    if [[ -n ${XDG_STATE_HOME:-} ]]; then
+        STATE=$XDG_STATE_HOME/sllmctl
+    elif ((EUID == 0)); then
+        STATE=/var/lib/sllmctl
+    else
+        STATE=$HOME/.local/state/sllmctl
+    fi
+}
+
+ours() { [[ -L $LINK && $(readlink -- "$LINK") == "$USER_DIR/venv/bin/sllmctl" ]]; }
+
+install_user() {
+    user_paths
+    local venv=$USER_DIR/venv want copy
+    if [[ -e $LINK || -L $LINK ]] && ! ours; then die "$LINK is there and not ours; move it away first"; fi
+    want=$(sources_digest)
+    make_venv "$venv"
+    if stamped "$venv/.sllmctl" "$want"; then
+        say "sllmctl is installed already and up to date"
+    else
+        install_torch "$venv"
+        # Built from a copy: a build leaves its files in the directory it was made from, and the next one would pick them up.
+        copy=$(mktemp -d)
+        (cd -- "$ROOT" && cp -R -- pyproject.toml README.md LICENSE schema sllmctl agent "$copy")
+        step "Installing sllmctl into $venv" pip_install "$venv" "$copy[node]"
+        # pip leaves an installed copy of the same version alone, however old its files are.
+        step "Bringing its own files up to date" pip_install "$venv" --no-deps --force-reinstall "$copy"
+        rm -rf -- "$copy"
+        printf '%s' "$want" >"$venv/.sllmctl"
+    fi
+    mkdir -p -- "$(dirname -- "$LINK")"
+    ln -sfn -- "$venv/bin/sllmctl" "$LINK"
+    say "Installed: $LINK"
+    case ":$PATH:" in
+        *":$(dirname -- "$LINK"):"*) ;;
+        *) say "$(dirname -- "$LINK") is not on your PATH; add to your shell's profile:  export PATH=\"$(dirname -- "$LINK"):\$PATH\"" ;;
+    esac
+    say "Next: sllmctl demo, or sllmctl serve"
+}
+
+uninstall_user() {
+    user_paths
+    local answer=n purge=no
+    case ${1:-} in
+        '') ;;
+        --purge) purge=yes ;;
+        *) usage >&2; exit 2 ;;
+    esac
+    if ours; then
+        rm -f -- "$LINK"
+        say "Removed $LINK"
+    fi
+    if [[ -d $USER_DIR/venv ]]; then
+        rm -rf -- "$USER_DIR/venv"
+        rmdir -- "$USER_DIR" 2>/dev/null || true
+        say "Removed $USER_DIR/venv"
+    fi
+    [[ -d $STATE ]] || return 0
+    if [[ $purge == no && -t 0 ]]; then
+        read -r -p "Remove the manager's state in $STATE too (models, checkpoints, database)? [y/N] " answer || answer=n
+        [[ $answer == [yY]* ]] && purge=yes
+    fi
+    if [[ $purge == yes ]]; then
+        rm -rf -- "$STATE"
+        say "Removed $STATE"
+    else
+        say "Kept the manager's state in $STATE; --purge removes it"
+    fi
+}
+
+run_demo() {
+    local venv=${SLLM_VENV:-$ROOT/.venv}
+    install_editable "$venv" node
+    # What steers this script is no setting of sllmctl, which refuses variables it does not know.
+    exec env -u SLLM_VENV -u SLLM_PYTHON "$venv/bin/sllmctl" demo "$@"
+}
+
+run_tests() {
+    local venv=${SLLM_VENV:-$ROOT/.venv} failed=()
+    install_editable "$venv" node,dev
+    unset SLLM_VENV SLLM_PYTHON
+    cd -- "$ROOT"
+    PATH=$venv/bin:$PATH
+    check() {
+        say "==> $*"
+        "$@" || failed+=("$1")
+    }
+    check ruff check .
+    check ruff format --check .
+    check mypy
+    check lint-imports
+    check python -m pytest "$@"
+    if ((${#failed[@]})); then die "failed: ${failed[*]}"; fi
+    say "All checks passed"
+}
+
+main() {
+    local command=${1:-install}
+    shift || true
+    case $command in
+        install) install_user ;;
+        uninstall) uninstall_user "$@" ;;
+        demo) run_demo "$@" ;;
+        test) run_tests "$@" ;;
+        help | -h | --help) usage ;;
+        *) usage >&2; exit 2 ;;
+    esac
+}
+
+main "$@"
