@@ -64,10 +64,11 @@ def guard(command: Callable[[], object]) -> int:
 
 
 def log_to_stderr(level: str) -> None:
-    """The log of a command that serves: a line each, from ``level`` ("debug" to "error") up."""
+    """The log of a command that serves: a line each, from ``level`` ("debug" to "error") up; of libraries, what is wrong."""
     import logging
 
-    logging.basicConfig(stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(stream=sys.stderr, level="WARNING", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("sllmctl").setLevel(level.upper())
 
 
 def confirm(question: str, yes: bool) -> None:
