@@ -61,7 +61,7 @@ class Sequence:
         self.attempt: Attempt | None = None
         self.attempts = 0
         self.timer: Timer | None = None
-        self._waiters: list[asyncio.Future[None]] = []
+        self._waiters: list[tuple[int, asyncio.Future[None]]] = []
 
     @property
     def done(self) -> bool:
@@ -78,20 +78,27 @@ class Sequence:
             if self.failure is not None:
                 raise self.failure
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiters.append(waiter)
+            self._waiters.append((position, waiter))
             try:
                 await waiter
             finally:
                 if waiter.cancelled():
-                    self._waiters.remove(waiter)
+                    self._waiters.remove((position, waiter))
 
     def wake(self) -> None:
-        """Let those who wait look again."""
+        """Let those who wait look again; tokens on the way to where someone waits wake nobody."""
         if self._waiters:
-            for waiter in self._waiters:
-                if not waiter.done():
+            have = len(self.tokens)
+            later: list[tuple[int, asyncio.Future[None]]] = []
+            for position, waiter in self._waiters:
+                if waiter.done():
+                    # Cancelled; it takes itself off the list.
+                    later.append((position, waiter))
+                elif have > position or self.done:
                     waiter.set_result(None)
-            self._waiters.clear()
+                else:
+                    later.append((position, waiter))
+            self._waiters = later
 
 
 class Request:

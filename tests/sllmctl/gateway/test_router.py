@@ -379,6 +379,21 @@ async def test_on_a_real_event_loop_a_waiting_request_times_out() -> None:
     assert posted == [DemandChanged("m", 1, 0), DemandChanged("m", 0, 0)]
 
 
+async def test_a_reader_of_the_whole_is_woken_by_the_end_alone() -> None:
+    bench = Bench()
+    bench.warm()
+    request = bench.router.submit("m", (1,), params(3))
+    (submit,) = bench.take(Submit)
+    sequence = request.sequences[0]
+    reader = asyncio.ensure_future(sequence.wait(3))
+    await asyncio.sleep(0)
+    bench.tokens(run(submit, 3, 4))
+    bench.tokens(run(submit, 5, start=2))
+    assert await asyncio.wait([reader], timeout=0.02) == (set(), {reader})
+    bench.tokens(end(submit, 3))
+    await asyncio.wait_for(reader, 1)
+
+
 async def test_a_reader_that_gives_up_waiting_leaves_the_others_waiting() -> None:
     bench = Bench()
     bench.warm()
