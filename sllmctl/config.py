@@ -39,6 +39,9 @@ __all__ = [
 SOCKET_PATH_BYTES = 100
 """The longest path of a unix socket that is accepted; the kernel's own limit is 107 bytes."""
 
+_OTHER_VARIABLES = frozenset({"SLLM_CONFIG", "SLLM_PYTHON"})
+"""What is no setting: where the settings' file is, and the interpreter that install.sh is to use."""
+
 LogLevel = Literal["debug", "info", "warning", "error"]
 _Seconds = Annotated[float, Meta(ge=0, le=86400 * 365)]
 _Bytes = Annotated[int, Meta(ge=0)]
@@ -205,7 +208,7 @@ def _flatten(leaves: Mapping[str, _Leaf], table: Mapping[str, Any], above: str, 
 def _from_environ(leaves: Mapping[str, _Leaf], environ: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
     by_variable = {leaf.variable: leaf for leaf in leaves.values()}
     for name, text in environ.items():
-        if not name.startswith("SLLM_") or name == "SLLM_CONFIG" or text == "":
+        if not name.startswith("SLLM_") or name in _OTHER_VARIABLES or text == "":
             continue
         leaf = by_variable.get(name)
         if leaf is None:

@@ -109,7 +109,13 @@ def test_a_bad_variable_is_refused_by_name(home: dict[str, str], name: str, text
 
 
 def test_variables_are_read_as_their_settings_types(home: dict[str, str]) -> None:
-    more = {"SLLM_NODE_ARENA_BYTES": "2GiB", "SLLM_NODE_ADOPT_S": "1.5", "SLLM_SERVE_STOP_AGENT": "false", "SLLM_API_HOST": ""}
+    more = {
+        "SLLM_NODE_ARENA_BYTES": "2GiB",
+        "SLLM_NODE_ADOPT_S": "1.5",
+        "SLLM_SERVE_STOP_AGENT": "false",
+        "SLLM_API_HOST": "",
+        "SLLM_PYTHON": "x",
+    }
     settings = Settings.load({}, {**home, **more})
     assert settings.node.arena_bytes == 2 << 30
     assert settings.node.adopt_s == 1.5

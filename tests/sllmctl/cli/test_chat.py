@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -159,3 +160,41 @@ def test_ctrl_c_ends_a_single_answer_with_130(manager: FakeManager, ended: Calla
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err.strip()) == (130, "interrupted")
     assert manager.gone.wait(10)
+
+
+def test_a_conversation_on_a_real_terminal(manager: FakeManager, ended: Callable[[subprocess.Popen[str]], None]) -> None:
+    manager.hold = True
+    ours, theirs = os.openpty()
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("SLLM_")}
+    command = [sys.executable, "-m", "sllmctl", "--socket", str(manager.socket), "chat"]
+    # Ctrl-C reaches the foreground process group of a controlling terminal, which the session's first open makes this one.
+    become = (
+        "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", become, *command], env=environ, stdin=theirs, stdout=theirs, stderr=theirs, text=True
+    )
+    ended(process)
+    os.close(theirs)
+
+    def read_until(text: bytes) -> bytes:
+        seen = b""
+        while text not in seen:
+            assert select.select([ours], [], [], 30)[0], seen
+            seen += os.read(ours, 4096)
+        return seen
+
+    try:
+        read_until(b">>> ")
+        os.write(ours, b"one\n")
+        read_until(b"Hello")
+        os.write(ours, b"\x03")
+        assert b"cancelled" in read_until(b">>> ")
+        assert manager.gone.wait(10)
+        manager.hold = False
+        os.write(ours, b"two\n")
+        assert b"Hello" in read_until(b">>> ")
+        os.write(ours, b"\x04")
+        assert process.wait(30) == 0
+    finally:
+        os.close(ours)
