@@ -49,6 +49,8 @@ class Channel(Generic[T]):
         self._dial_at = 0.0
         self._delay_s = _FIRST_DELAY_S
         self.last_refusal: str | None = None
+        self.refused = False
+        """True since the agent answered with `Refused`; a `Welcome` clears it, a broken frame does not set it."""
 
     @property
     def connected(self) -> bool:
@@ -186,9 +188,11 @@ class Channel(Generic[T]):
         for message in messages:
             if isinstance(message, Welcome):
                 self._welcomed = True
+                self.refused = False
                 self._delay_s = _FIRST_DELAY_S
             elif isinstance(message, Refused):
                 self.last_refusal = message.fault.message
+                self.refused = True
                 self._lose()
                 return []
         return messages

@@ -25,7 +25,7 @@ __all__ = ["IMPLEMENTATION", "AttentionBatch", "DecodeGroup", "KvPool", "Prefill
 IMPLEMENTATION: Final = "sllm_paged"
 """The name under which transformers finds `_attend`. No mask function is registered for it, so transformers makes no masks."""
 
-_COMPUTED_ON = frozenset({"softcap", "s_aux", "sinks", "position_bias", "head_mask", "cu_seq_lens_q", "cu_seqlens_q", "indices"})
+_COMPUTED_ON = frozenset({"softcap", "s_aux", "sinks", "position_bias", "head_mask", "cu_seq_lens_q", "indices"})
 """Arguments that change what attention computes. Whatever else travels along (flags of outputs, position ids) does not."""
 
 

@@ -20,7 +20,8 @@ from schema.errors import InvalidCheckpoint
 
 __all__ = ["build_skeleton"]
 
-_no_init_weights: Any = getattr(initialization, "no_init_weights", None) or modeling_utils.no_init_weights
+_homes: tuple[Any, ...] = (initialization, modeling_utils)
+_no_init_weights: Any = next(home.no_init_weights for home in _homes if hasattr(home, "no_init_weights"))
 
 _PLAIN_LAYERS = frozenset({"full_attention", "sliding_attention"})
 _VARYING_ROPE = frozenset({"dynamic", "longrope"})

@@ -1,0 +1,344 @@
+"""The worker: one instance's engine behind a link to the agent, in one thread.
+
+Between two engine steps it takes in what has come over the link, so that a cancel takes effect within a step. What it was asked
+and what it made of it stays in its journal until acknowledged; each new connection is told all of it.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import time
+from typing import Final
+
+import msgspec
+import torch
+from torch import nn
+
+from agent.channel import Channel
+from agent.config import NodeConfig
+from agent.engine.api import EngineCapacity
+from agent.engine.build import assemble
+from agent.engine.engine import BatchEngine
+from agent.engine.skeleton import build_skeleton
+from agent.engine.weights import attach, image_tensors
+from agent.native.mapping import ImageMapping
+from agent.workers.journal import Journal
+from agent.workers.kin import kin_token
+from schema.checkpoint import Manifest, decode_manifest
+from schema.errors import Cancelled, Fault, InvalidCheckpoint, LinkError, NotFound, Unreachable
+from schema.link import (
+    Acked,
+    Attach,
+    Cancel,
+    Descriptors,
+    Fork,
+    Hello,
+    InstanceLoad,
+    InstanceTruth,
+    InstanceUpdate,
+    Ping,
+    Pong,
+    Role,
+    Shutdown,
+    StartPhases,
+    StartWorker,
+    StopInstance,
+    Submit,
+    ToWorker,
+    TruthEnd,
+    Welcome,
+    WorkerTruth,
+)
+from schema.states import InstanceState
+
+__all__ = ["Worker"]
+
+_SOFTWARE: Final = "sllmctl-worker"
+_LOAD_EVERY_S: Final = 0.1
+_IDLE_S: Final = 1.0
+"""How often an idle worker looks whether it still has an agent; messages wake it at once."""
+_BLOCKED_S: Final = 0.005
+"""How soon it looks again whether a full socket has taken what was queued."""
+_device: Final = "cpu"
+_log = logging.getLogger(__name__)
+
+
+class Worker:
+    """``fork`` says which instance this is, ``began_s`` (monotonic) when its process began."""
+
+    def __init__(self, config: NodeConfig, fork: Fork, began_s: float) -> None:
+        self._config = config
+        self._fork = fork
+        self._began_s = began_s
+        hello = Hello(
+            role=Role.WORKER,
+            software=_SOFTWARE,
+            pid=os.getpid(),
+            instance=fork.instance,
+            epoch=fork.epoch,
+            nonce=fork.nonce,
+            token=kin_token(config),
+        )
+        self._channel: Channel[ToWorker] = Channel(config.socket_path, hello, ToWorker)
+        self._journal = Journal()
+        self._start: StartWorker | None = None
+        self._manifest: Manifest | None = None
+        self._model: nn.Module | None = None
+        self._descriptor = -1
+        self._attached: Attach | None = None
+        self._mapping: ImageMapping | None = None
+        self._engine: BatchEngine | None = None
+        self._truth: InstanceTruth | None = None
+        self._phases = StartPhases()
+        self._handed_in = False
+        self._stop_at: float | None = None
+        self._failed = False
+        self._load = (0, 0, 0)
+        self._load_at = 0.0
+
+    def run(self) -> int:
+        """Serve to the end. Returns the exit code: 0 when told to stop or left alone, 1 after a failed start or a refusal."""
+        while True:
+            for message in self._channel.poll(0.0 if self._busy else self._wait_s()):
+                self._handle(message)
+            if self._channel.refused:
+                _log.error("the agent refuses this worker: %s", self._channel.last_refusal)
+                return 1
+            if self._busy:
+                self._step()
+            self._tell()
+            code = self._ended()
+            if code is not None:
+                self._close()
+                return code
+
+    @property
+    def _busy(self) -> bool:
+        return self._engine is not None and (self._handed_in or self._engine.running > 0 or self._engine.waiting > 0)
+
+    def _wait_s(self) -> float:
+        wait_s = _IDLE_S
+        now = time.monotonic()
+        if self._stop_at is not None:
+            wait_s = min(wait_s, max(0.0, self._stop_at - now))
+        if not self._channel.connected:
+            wait_s = min(wait_s, max(0.0, self._config.agent_grace_s - self._channel.lost_for_s))
+        elif self._journal.fresh:
+            wait_s = min(wait_s, _BLOCKED_S)
+        elif self._load != self._current_load():
+            wait_s = min(wait_s, max(0.0, self._load_at + _LOAD_EVERY_S - now))
+        return wait_s
+
+    def _step(self) -> None:
+        assert self._engine is not None
+        self._handed_in = False
+        self._journal.take(self._engine.step())
+
+    def _tell(self) -> None:
+        """Tokens when the socket has taken all before them, and the load when it changed."""
+        if not self._channel.connected or self._channel.backlog:
+            return
+        if self._journal.fresh:
+            self._channel.send(self._journal.frame())
+        load = self._current_load()
+        now = time.monotonic()
+        if load != self._load and now >= self._load_at + _LOAD_EVERY_S:
+            self._load, self._load_at = load, now
+            running, waiting, used = load
+            self._channel.send(
+                InstanceLoad(
+                    instance=self._fork.instance, epoch=self._fork.epoch, running=running, waiting=waiting, kv_used_tokens=used
+                )
+            )
+
+    def _current_load(self) -> tuple[int, int, int]:
+        engine = self._engine
+        return (0, 0, 0) if engine is None else (engine.running, engine.waiting, engine.kv_used_tokens)
+
+    def _ended(self) -> int | None:
+        """The exit code once there is nothing more to do here."""
+        if self._failed:
+            gone = self._channel.lost_for_s >= self._config.agent_grace_s
+            return 1 if self._channel.connected or gone else None
+        if self._stop_at is not None and (not self._busy or time.monotonic() >= self._stop_at):
+            self._journal.lose_all(Fault.of(Cancelled("the instance was stopped")))
+            return 0
+        lost_s, grace_s = self._channel.lost_for_s, self._config.agent_grace_s
+        if not self._channel.connected and lost_s >= grace_s and (not self._busy or lost_s >= 2 * grace_s):
+            _log.warning("no agent for %.0f s", lost_s)
+            return 0
+        return None
+
+    def _close(self) -> None:
+        if self._channel.connected and self._journal.fresh:
+            self._channel.send(self._journal.frame())
+        self._channel.close()
+
+    # --- What the agent says
+
+    def _handle(self, message: ToWorker) -> None:
+        match message:
+            case Submit():
+                self._submit(message)
+            case Cancel():
+                if self._engine is not None:
+                    self._engine.cancel(message.attempt)
+                    self._handed_in = True
+            case Acked():
+                self._journal.acked(message.ends)
+            case Ping():
+                self._channel.send(Pong(nonce=message.nonce))
+            case Welcome():
+                self._state_truth()
+            case Descriptors():
+                self._take_descriptors(message)
+            case StartWorker():
+                self._begin(message)
+            case Attach():
+                self._attach(message)
+            case StopInstance():
+                if (message.instance, message.epoch) == (self._fork.instance, self._fork.epoch):
+                    self._stop(message.grace_s)
+            case Shutdown():
+                self._stop(message.grace_s)
+            case _:
+                _log.warning("the agent said %s, which says nothing to a worker", type(message).__name__)
+
+    def _state_truth(self) -> None:
+        attached = self._attached
+        self._channel.send(
+            WorkerTruth(
+                truth=self._truth,
+                start=None if self._start is None else self._start.start,
+                arena="" if attached is None else attached.arena,
+                extents=() if attached is None else attached.extents,
+            )
+        )
+        count = 0
+        for attempt in self._journal.truth():
+            self._channel.send(attempt)
+            count += 1
+        self._channel.send(TruthEnd(attempts=count))
+        self._load = (-1, 0, 0)
+
+    def _submit(self, submit: Submit) -> None:
+        if (submit.instance, submit.instance_epoch) != (self._fork.instance, self._fork.epoch):
+            _log.warning("attempt %d is for another life, %s/%d", submit.attempt, submit.instance, submit.instance_epoch)
+            return
+        if not self._journal.add(submit):
+            return
+        if self._engine is None or self._stop_at is not None:
+            state = "starting" if self._engine is None else "stopping"
+            self._journal.lose(submit.attempt, Fault.of(Unreachable(f"instance {self._fork.instance} is {state}")))
+            return
+        self._engine.submit(submit)
+        self._handed_in = True
+
+    def _stop(self, grace_s: float) -> None:
+        at = time.monotonic() + grace_s
+        self._stop_at = at if self._stop_at is None else min(at, self._stop_at)
+        if self._truth is not None and not self._failed:
+            self._truth = msgspec.structs.replace(self._truth, state=InstanceState.STOPPING)
+
+    # --- Becoming ready
+
+    def _take_descriptors(self, message: Descriptors) -> None:
+        try:
+            descriptors = self._channel.take_descriptors(message.count)
+        except LinkError as error:
+            self._fail(error)
+            return
+        for descriptor in [self._descriptor, *descriptors[:-1]]:
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._descriptor = descriptors[-1] if descriptors else -1
+
+    def _begin(self, message: StartWorker) -> None:
+        """Build the skeleton, while the store still loads the weights."""
+        start = message.start
+        if self._start is not None or (start.instance, start.epoch) != (self._fork.instance, self._fork.epoch):
+            return
+        self._start = message
+        began_s = time.monotonic()
+        self._truth = InstanceTruth(
+            instance=start.instance,
+            epoch=start.epoch,
+            digest=start.digest,
+            state=InstanceState.STARTING,
+            devices=start.devices,
+            pid=os.getpid(),
+        )
+        torch.set_num_threads(start.options.threads or self._config.threads or len(os.sched_getaffinity(0)))
+        try:
+            self._manifest = self._read_manifest(message)
+            self._model = build_skeleton(self._manifest)
+        except Exception as error:
+            self._fail(error)
+            return
+        self._phases = StartPhases(fork_s=began_s - self._began_s, build_s=time.monotonic() - began_s)
+
+    def _read_manifest(self, message: StartWorker) -> Manifest:
+        path = self._config.checkpoints_path / message.directory / "manifest.json"
+        try:
+            manifest = decode_manifest(path.read_bytes())
+        except OSError as error:
+            raise NotFound(f"cannot read the manifest {path}: {error.strerror}") from error
+        if manifest.digest != message.start.digest:
+            raise InvalidCheckpoint(f"{path} is of checkpoint {manifest.digest}, not of {message.start.digest}")
+        return manifest
+
+    def _attach(self, message: Attach) -> None:
+        """Weights over the store's memory, KV memory, and a first step."""
+        if self._failed or self._attached is not None or self._model is None or self._manifest is None or self._start is None:
+            return
+        options = self._start.start.options
+        began_s = time.monotonic()
+        try:
+            if self._descriptor < 0:
+                raise LinkError("Attach came without the arena's descriptor")
+            if message.image_bytes != self._manifest.image_bytes:
+                raise InvalidCheckpoint(
+                    f"the image has {message.image_bytes} bytes, the manifest says {self._manifest.image_bytes}"
+                )
+            self._mapping = ImageMapping(self._descriptor, message.extents, message.image_bytes)
+            self._attached = message
+            attach(self._model, self._manifest, image_tensors(self._manifest, self._mapping.buffer), _device)
+            attached_s = time.monotonic()
+            engine = assemble(self._model, self._manifest, options, _device)
+            engine.warm()
+        except Exception as error:
+            self._fail(error)
+            return
+        finally:
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+                self._descriptor = -1
+        gc.freeze()
+        now = time.monotonic()
+        self._phases = msgspec.structs.replace(
+            self._phases, attach_s=attached_s - began_s, warm_s=now - attached_s, total_s=now - self._began_s
+        )
+        self._engine = engine
+        self._become_ready(engine.capacity)
+
+    def _become_ready(self, capacity: EngineCapacity) -> None:
+        assert self._truth is not None
+        self._truth = msgspec.structs.replace(
+            self._truth,
+            state=InstanceState.READY if self._stop_at is None else InstanceState.STOPPING,
+            kv_capacity_tokens=capacity.kv_tokens,
+            max_context_tokens=capacity.max_context_tokens,
+            phases=self._phases,
+        )
+        self._channel.send(InstanceUpdate(truth=self._truth))
+
+    def _fail(self, error: Exception) -> None:
+        """State the end of this life with its reason; the process follows once that was said."""
+        _log.error("instance %s cannot start: %s", self._fork.instance, error, exc_info=error)
+        self._failed = True
+        if self._truth is None:
+            return
+        self._truth = msgspec.structs.replace(self._truth, state=InstanceState.STOPPED, fault=Fault.of(error))
+        self._channel.send(InstanceUpdate(truth=self._truth))

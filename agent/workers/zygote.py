@@ -1,0 +1,191 @@
+"""The zygote: a process that has imported everything a worker needs, and forks workers in milliseconds.
+
+It has one thread, has touched no device and run no parallel region, since a fork after either may hang. So this module imports
+torch only after the environment is set, in `main`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import importlib
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+from agent.channel import Channel
+from agent.config import NodeConfig, load_config
+from agent.workers.kin import kin_token
+from schema.errors import Fault, SllmError
+from schema.link import ChildExited, Fork, Forked, Hello, Ping, Pong, Role, Shutdown, ToZygote, Welcome, ZygoteTruth
+
+__all__ = ["main"]
+
+_SOFTWARE: Final = "sllmctl-zygote"
+_ENVIRONMENT: Final = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",  # spinning threads made half-millisecond products take ten on a shared machine
+    "TOKENIZERS_PARALLELISM": "false",
+}
+_ARCHITECTURES: Final = (
+    "falcon", "gemma", "gemma2", "gemma3", "gpt2", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo2", "opt", "phi",
+    "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
+)  # fmt: skip
+"""Model families whose code is imported ahead; any other is imported by the worker that needs it, in tenths of a second."""
+_IDLE_S: Final = 1.0
+_LOG_FORMAT: Final = "%(asctime)s %(name)s %(levelname)s %(message)s"
+_log = logging.getLogger(__name__)
+
+
+def main(run_dir: str | Path) -> int:
+    """Run the zygote of the node whose run directory this is, to its end. Returns the exit code; so do its children."""
+    try:
+        config = load_config(Path(run_dir))
+        token = kin_token(config)
+    except SllmError as error:
+        sys.stderr.write(f"zygote: {error}\n")
+        return 2
+    logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format=_LOG_FORMAT)
+    lock = os.open(config.lock_path("zygote"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _log.error("another zygote holds %s; it serves this run directory", config.lock_path("zygote"))
+        return 6
+    os.environ.update(_ENVIRONMENT)
+    _import_all()
+    gc.collect()
+    gc.freeze()
+    return _Zygote(config, token, lock).run()
+
+
+def _import_all() -> None:
+    """Everything that a worker imports, and what its first model would import lazily."""
+    import torch
+
+    torch.set_num_threads(1)
+    for name in _ARCHITECTURES:
+        with contextlib.suppress(ImportError):  # not every transformers knows every family
+            importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    importlib.import_module("agent.workers.worker")
+    importlib.import_module("agent.workers.rehearsal").rehearse()
+
+
+def _threads() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("Threads:"):
+            return int(line.split()[1])
+    return 0
+
+
+class _Zygote:
+    """The main loop, woken by the agent's messages and, through a pipe, by signals."""
+
+    def __init__(self, config: NodeConfig, token: str, lock: int) -> None:
+        self._config = config
+        self._lock = lock
+        hello = Hello(role=Role.ZYGOTE, software=_SOFTWARE, pid=os.getpid(), token=token)
+        self._channel: Channel[ToZygote] = Channel(config.socket_path, hello, ToZygote)
+        self._children: set[int] = set()
+        self._stopping = False
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def run(self) -> int:
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, _heard)
+        signal.signal(signal.SIGTERM, self._stop)
+        signal.signal(signal.SIGINT, self._stop)
+        code = 0
+        while not self._stopping:
+            grace_left_s = self._config.agent_grace_s - self._channel.lost_for_s
+            for message in self._channel.poll(min(_IDLE_S, max(0.0, grace_left_s)), [self._wake_read]):
+                self._handle(message)
+            self._reap()
+            if self._channel.refused:
+                _log.error("the agent refuses this zygote: %s", self._channel.last_refusal)
+                code = 1
+                break
+            if not self._channel.connected and self._channel.lost_for_s >= self._config.agent_grace_s:
+                _log.warning("no agent for %.0f s", self._channel.lost_for_s)
+                break
+        self._channel.close()
+        return code
+
+    def _stop(self, *_: object) -> None:
+        self._stopping = True
+
+    def _handle(self, message: ToZygote) -> None:
+        match message:
+            case Welcome():
+                self._channel.send(ZygoteTruth(pids=tuple(sorted(self._children)), threads=_threads()))
+            case Fork():
+                self._fork(message)
+            case Ping():
+                self._channel.send(Pong(nonce=message.nonce))
+            case Shutdown():
+                self._stopping = True
+            case _:
+                _log.warning("the agent said %s, which says nothing to a zygote", type(message).__name__)
+
+    def _fork(self, fork: Fork) -> None:
+        began_s = time.monotonic()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            self._channel.send(Forked(nonce=fork.nonce, fault=Fault("out_of_space", f"cannot fork a worker: {error.strerror}")))
+            return
+        if pid == 0:
+            os._exit(self._become_worker(fork, began_s))
+        self._children.add(pid)
+        self._channel.send(Forked(nonce=fork.nonce, pid=pid))
+
+    def _become_worker(self, fork: Fork, began_s: float) -> int:
+        """The child's whole life. It lets go of everything that is the zygote's: its lock, its link, its signals."""
+        code = 1
+        try:
+            os.setsid()
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+            self._channel.abandon()
+            for descriptor in (self._lock, self._wake_read, self._wake_write):
+                os.close(descriptor)
+            from agent.workers.worker import Worker
+
+            code = Worker(self._config, fork, began_s).run()
+        except BaseException:
+            _log.critical("the worker of instance %s failed", fork.instance, exc_info=True)
+        finally:
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+        return code
+
+    def _reap(self) -> None:
+        """Say how children ended, as often as one did."""
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._wake_read, 4096):
+                pass
+        while self._children:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                self._children.clear()
+                return
+            if pid == 0:
+                return
+            self._children.discard(pid)
+            self._channel.send(ChildExited(pid=pid, status=os.waitstatus_to_exitcode(status)))
+
+
+def _heard(*_: object) -> None:
+    """A signal wakes the loop through its pipe; nothing is done inside the handler."""
