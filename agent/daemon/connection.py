@@ -89,6 +89,11 @@ class Connection:
             raise LinkError(f"{count} descriptors were announced, {len(self._descriptors)} came")
         return [self._descriptors.popleft() for _ in range(count)]
 
+    def drain(self) -> None:
+        """Take in what has already come, as when the peer is known to be dead."""
+        while not self.closed and self._readable():
+            pass
+
     async def flushed(self, timeout_s: float) -> None:
         """Wait until the socket has taken everything, for at most ``timeout_s`` seconds."""
         deadline = self._loop.time() + timeout_s
@@ -114,9 +119,10 @@ class Connection:
         self._descriptors.clear()
         self._handler.lost(self, why)
 
-    def _readable(self) -> None:
+    def _readable(self) -> bool:
+        """Read once; True if something came."""
         try:
-            self._read()
+            return self._read()
         except LinkError as error:
             _log.warning("%s: %s", self.name, error)
             self.close(str(error))
@@ -126,30 +132,32 @@ class Connection:
         except Exception as error:
             _log.exception("%s is closed after an internal error", self.name)
             self.close(f"{type(error).__name__}: {error}")
+        return False
 
-    def _read(self) -> None:
+    def _read(self) -> bool:
         limit = _READ_BYTES if self._decoder is not None else self._hello_limit()
         try:
             data, descriptors, _, _ = socket.recv_fds(self._socket, limit, _MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
         except (BlockingIOError, InterruptedError):
-            return
+            return False
         except OSError as error:
             self.close(f"reading failed: {error.strerror}")
-            return
+            return False
         self._descriptors.extend(descriptors)
         if not data:
             self.close("it hung up")
-            return
+            return False
         if self._decoder is None:
             self._read_hello(data)
-            return
+            return True
         for message in self._decoder.feed(data):
             if self.closed:
-                return
+                return False
             if isinstance(message, Ping):
                 self.send(Pong(nonce=message.nonce))
             elif not isinstance(message, Pong):
                 self._handler.received(self, message)
+        return True
 
     def _hello_limit(self) -> int:
         """Only the first frame is read, so that what follows it is decoded as what its role may say."""

@@ -25,6 +25,9 @@ class WorkerDoor(Protocol):
 
     def send(self, message: Message, descriptors: tuple[int, ...] = ()) -> None: ...
 
+    def drain(self) -> None:
+        """Take in what it has already said."""
+
     def close(self, why: str) -> None: ...
 
 

@@ -131,6 +131,9 @@ class _WorkerLink:
     def send(self, message: Message, descriptors: tuple[int, ...] = ()) -> None:
         self._connection.send(message, descriptors)
 
+    def drain(self) -> None:
+        self._connection.drain()
+
     def close(self, why: str) -> None:
         self._connection.close(why)
 

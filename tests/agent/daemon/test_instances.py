@@ -6,11 +6,12 @@ import fcntl
 import mmap
 import os
 
+import msgspec
 import pytest
 
 from schema.errors import Fault, SllmError
 from schema.ids import epoch_of
-from schema.link import Forked, OperationDone, PlacementUpdate, StopInstance, Submit
+from schema.link import Forked, InstanceUpdate, OperationDone, PlacementUpdate, StopInstance, Submit
 from schema.states import EndReason, InstanceState, Tier, TierState
 from tests.agent.daemon.peers import DIGEST, Node, alive, make_checkpoint, start_instance, submit
 
@@ -188,6 +189,21 @@ async def test_a_killed_worker_loses_its_attempts_and_is_stated_until_it_is_stop
     again.send(StopInstance(instance=start.instance, epoch=start.epoch))
     await again.instance(InstanceState.STOPPED)
     assert (await node.manager()).truth.instances == ()
+
+
+async def test_the_last_words_of_a_dying_worker_are_heard(node: Node) -> None:
+    manager = await node.manager()
+    start, worker = await node.ready(manager)
+    attempt = epoch_of(1, 9)
+    manager.send(submit(attempt, start))
+    await worker.hear(Submit)
+    fault = Fault("out_of_space", "no memory for the KV cache")
+    worker.kill()
+    worker.say(attempt, range(500))
+    worker.peer.send(InstanceUpdate(truth=msgspec.structs.replace(worker.truth(InstanceState.STOPPED), fault=fault)))
+    assert (await manager.instance(InstanceState.STOPPED)).fault == fault
+    _, end = await manager.tokens_until_end(attempt)
+    assert (end.position, end.reason) == (500, EndReason.LOST)
 
 
 async def test_a_worker_that_ignores_its_stop_is_killed(node: Node) -> None:

@@ -1,0 +1,268 @@
+"""The steps of a life: weights and worker made side by side, joined, drained, ended, and proven dead.
+
+Everything here runs on the agent's loop and nothing waits inside: what a step begins is answered by a call later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable
+from typing import Final, Protocol
+
+import msgspec
+
+from agent.config import NodeConfig
+from agent.daemon.attempts import Journal
+from agent.daemon.life import Life
+from agent.daemon.process import Process, describe_status
+from agent.daemon.roster import Roster
+from agent.daemon.storelink import StoreLink
+from agent.daemon.supervisor import KILL_S, TERM_S
+from schema.errors import Fault, SllmError, TimedOut, Unreachable
+from schema.link import (
+    Attach,
+    Descriptors,
+    Fork,
+    InstanceTruth,
+    Message,
+    Progress,
+    Resident,
+    StartInstance,
+    StopInstance,
+)
+from schema.states import InstanceState, Tier
+
+__all__ = ["InstanceOwner", "Lives"]
+
+_STOP_S: Final = 2.0
+"""From `StopInstance` to a worker to SIGTERM."""
+_STATUS_S: Final = 0.2
+"""How long the zygote may take to say how a worker ended, when the system does not."""
+_State = InstanceState
+_log = logging.getLogger(__name__)
+
+
+class InstanceOwner(Protocol):
+    """Who hears of instances, and knows where checkpoints lie."""
+
+    def instance_changed(self, truth: InstanceTruth) -> None: ...
+
+    def instance_progress(self, progress: Progress) -> None: ...
+
+    def attempts_changed(self) -> None:
+        """The journal has something new for the manager."""
+
+    def directory_of(self, start: StartInstance) -> str:
+        """The checkpoint's directory, relative to the node's. Raises SllmError for what this node cannot start."""
+
+
+class Lives:
+    """The lives that have a worker, or will, and what is done to one of them; `Instances` decides when.
+
+    ``fork`` hands a `Fork` to the zygote if it is there, and says whether it was.
+    """
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        roster: Roster,
+        store: StoreLink,
+        journal: Journal,
+        owner: InstanceOwner,
+        fork: Callable[[Message], bool],
+    ) -> None:
+        self._config = config
+        self._roster = roster
+        self._store = store
+        self._journal = journal
+        self._owner = owner
+        self._fork_door = fork
+        self._current: dict[str, Life] = {}
+        self._lives: set[Life] = set()
+        self._exits: dict[int, int] = {}
+        self._finished = asyncio.Event()
+
+    def _begin(self, life: Life) -> None:
+        try:
+            life.directory = self._owner.directory_of(life.start)
+        except SllmError as error:
+            life.fault = Fault.of(error)
+            self._finish(life)
+            return
+        self._lives.add(life)
+        life.begun = time.monotonic()
+        self._store.holds.add(life.start.digest, life.user)
+        self._fill(life)
+        if life in self._lives and life.ending is None:
+            self._fork(life)
+            self._expect(life, self._config.spawn_s, "its worker did not come up")
+            self._tell(life)
+
+    def _set_directory(self, life: Life) -> None:
+        try:
+            life.directory = self._owner.directory_of(life.start)
+        except SllmError as error:
+            _log.warning("instance %s: %s", life.start.instance, error)
+
+    def _fill(self, life: Life) -> None:
+        def answered(answer: Resident | Fault) -> None:
+            life.fill = ""
+            if isinstance(answer, Fault):
+                self._fail(life, answer)
+                return
+            life.resident = answer
+            if not life.phases.load_s:
+                life.phases = msgspec.structs.replace(
+                    life.phases,
+                    load_s=time.monotonic() - life.begun,
+                    loaded_from=Tier.DISK if answer.read_bytes else Tier.DRAM,
+                    loaded_bytes=answer.read_bytes,
+                )
+            self._expect_attach(life)
+
+        def progressed(progress: Progress) -> None:
+            self._owner.instance_progress(msgspec.structs.replace(progress, op=life.start.instance))
+
+        life.fill = self._store.fill(life.start.digest, life.directory, answered, progressed)
+
+    def _fork(self, life: Life) -> None:
+        life.nonce = secrets.randbits(52) + 1
+        self._roster.put(life.entry())
+        self._fork_door(Fork(instance=life.start.instance, epoch=life.start.epoch, nonce=life.nonce))
+
+    def _own_pid(self, life: Life, pid: int) -> None:
+        process = Process.open(pid)
+        if process is None:
+            status = describe_status(self._exits.pop(pid, None))
+            self._fail(life, Fault.of(SllmError(f"the worker (pid {pid}) {status} at once")))
+            return
+        life.phases = msgspec.structs.replace(life.phases, fork_s=time.monotonic() - life.begun)
+        self._own(life, process)
+
+    def _own(self, life: Life, process: Process) -> None:
+        life.process = process
+        self._roster.put(life.entry())
+        process.when_dead(lambda: self._process_died(life))
+
+    def _expect(self, life: Life, limit_s: float, what: str) -> None:
+        life.cancel_timer()
+        fault = Fault.of(TimedOut(f"{what} within {limit_s:g} s"))
+        life.timer = asyncio.get_running_loop().call_later(limit_s, lambda: self._fail(life, fault))
+
+    def _expect_attach(self, life: Life) -> None:
+        """Give the worker its weights, as soon as both are there."""
+        if life.worker is None or not life.asked or life.attached or life.ending is not None:
+            return
+        life.cancel_timer()
+        if life.resident is None or not self._store.ready or self._store.arena is None:
+            return
+        try:
+            descriptor = self._store.reopen()
+        except (SllmError, OSError) as error:
+            self._fail(life, Fault.of(error))
+            return
+        try:
+            life.worker.send(Descriptors(what="arena-ro"), (descriptor,))
+        finally:
+            os.close(descriptor)
+        resident = life.resident
+        life.attached = True
+        life.worker.send(Attach(arena=self._store.arena.id, extents=resident.extents, image_bytes=resident.image_bytes))
+        self._expect(life, self._config.start_s, "its worker did not become ready")
+
+    def _drain(self, life: Life) -> None:
+        grace_s = life.stop_grace_s or 0.0
+        if life.state in (_State.READY, _State.DRAINING) and grace_s > 0 and self._journal.busy(life.key):
+            life.state = _State.DRAINING
+            life.cancel_timer()
+            life.timer = asyncio.get_running_loop().call_later(grace_s, lambda: self._end(life))
+            self._tell(life)
+        else:
+            self._end(life)
+
+    def _fail(self, life: Life, fault: Fault) -> None:
+        if life in self._lives:
+            life.fault = life.fault or fault
+            self._end(life, quiet=True)
+
+    def _end(self, life: Life, *, quiet: bool = False) -> None:
+        """End the worker, by word, then by signal. ``quiet``: nobody asked for it, so only the end is told."""
+        if life.ending is not None or life not in self._lives:
+            return
+        life.cancel_timer()
+        if not quiet:
+            life.state = _State.STOPPING
+            self._tell(life)
+        if life.fill:
+            self._store.withdraw(life.fill)
+            life.fill = ""
+        if life.process is None:
+            self._finish(life)
+        elif life.process.alive:
+            told = life.worker is not None
+            if life.worker is not None:
+                life.worker.send(StopInstance(instance=life.start.instance, epoch=life.start.epoch))
+            loop = asyncio.get_running_loop()
+            life.ending = loop.create_task(self._ensure_dead(life, life.process, told), name=f"end {life.user}")
+
+    async def _ensure_dead(self, life: Life, process: Process, told: bool) -> None:
+        if told and await process.wait(_STOP_S):
+            return
+        if not await process.end(TERM_S, KILL_S):
+            _log.error("worker %d of instance %s could not be killed", process.pid, life.start.instance)
+
+    def _process_died(self, life: Life) -> None:
+        process = life.process
+        assert process is not None
+        if process.status is None and process.pid not in self._exits:
+            asyncio.get_running_loop().call_later(_STATUS_S, self._dead, life)
+        else:
+            self._dead(life)
+
+    def _dead(self, life: Life) -> None:
+        """The worker is proven dead, and how it ended is known as well as it will be."""
+        if life not in self._lives or life.process is None:
+            return
+        if life.worker is not None:
+            life.worker.drain()  # its last tokens, and perhaps why it ended
+        told = self._exits.pop(life.process.pid, None)
+        status = life.process.status if life.process.status is not None else told
+        if life.stop_grace_s is None and life.fault is None:
+            life.fault = Fault.of(Unreachable(f"the worker (pid {life.process.pid}) {describe_status(status)}"))
+        self._finish(life)
+
+    def _finish(self, life: Life) -> None:
+        """The life is over and nothing of it runs."""
+        began = life in self._lives
+        self._lives.discard(life)
+        life.cancel_timer()
+        life.state = _State.STOPPED
+        life.nonce = 0
+        if life.worker is not None:
+            life.worker.close("its process is dead")
+        if life.fill:
+            self._store.withdraw(life.fill)
+            life.fill = ""
+        if life.fault is not None:
+            _log.warning("instance %s, epoch %d: %s", life.start.instance, life.start.epoch, life.fault.message)
+        if self._current.get(life.start.instance) is life:
+            if life.stop_grace_s is not None:
+                del self._current[life.start.instance]
+            self._tell(life)
+        why = life.fault.message if life.fault is not None else f"instance {life.start.instance} was stopped"
+        self._journal.lose(life.key, why)
+        self._owner.attempts_changed()
+        self._roster.remove(life.entry())
+        if began:
+            self._store.holds.release(life.start.digest, life.user)
+            self._finished.set()
+        if (following := life.before) is not None:
+            life.before = following.after = None
+            self._begin(following)
+
+    def _tell(self, life: Life) -> None:
+        self._owner.instance_changed(life.truth())
