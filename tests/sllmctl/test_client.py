@@ -152,13 +152,15 @@ def test_a_name_stays_one_part_of_the_path(manager: FakeManager, ask: Ask, name:
     assert "?" not in path
 
 
-def _directory() -> Path:
-    return Path(tempfile.mkdtemp(dir="/tmp", prefix="sl"))
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="sl") as path:
+        yield Path(path)
 
 
 @pytest.mark.parametrize("left_behind", [False, True])
-async def test_without_a_manager_it_says_how_to_start_one(left_behind: bool) -> None:
-    path = _directory() / "admin.sock"
+async def test_without_a_manager_it_says_how_to_start_one(directory: Path, left_behind: bool) -> None:
+    path = directory / "admin.sock"
     if left_behind:
         with socket.socket(socket.AF_UNIX) as dead:
             dead.bind(str(path))
@@ -169,8 +171,8 @@ async def test_without_a_manager_it_says_how_to_start_one(left_behind: bool) -> 
             await twin.ask(client.status())
 
 
-def test_a_manager_that_is_silent() -> None:
-    path = _directory() / "admin.sock"
+def test_a_manager_that_is_silent(directory: Path) -> None:
+    path = directory / "admin.sock"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen(8)
@@ -179,8 +181,8 @@ def test_a_manager_that_is_silent() -> None:
             admin.ask(client.status())
 
 
-def test_a_manager_that_breaks_off() -> None:
-    path = _directory() / "admin.sock"
+def test_a_manager_that_breaks_off(directory: Path) -> None:
+    path = directory / "admin.sock"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen(8)
@@ -200,8 +202,7 @@ def _break_off(listener: socket.socket) -> None:
             said = connection.recv(1)
 
 
-def test_another_users_socket() -> None:
-    directory = _directory()
+def test_another_users_socket(directory: Path) -> None:
     program = (
         "import os, sys; from pathlib import Path; from schema.errors import Unauthorised;"
         "from sllmctl.client import AdminClient, status; from sllmctl.config import ClientSettings\n"

@@ -377,8 +377,11 @@ class _Server(uvicorn.Server):
 
 
 async def test_the_typed_client_understands_it(manager: _Manager) -> None:
-    path = Path(tempfile.mkdtemp(dir="/tmp", prefix="sl")) / "admin.sock"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp", prefix="sl") as directory,
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener,
+    ):
+        path = Path(directory) / "admin.sock"
         listener.bind(str(path))
         listener.listen(8)
         server = _Server(uvicorn.Config(manager.app, lifespan="off", ws="none", log_config=None))
