@@ -17,7 +17,7 @@ import msgspec
 from agent.config import NodeConfig
 from agent.daemon.agent import Agent
 from agent.daemon.files import FileLock, private_directory, write_atomic
-from agent.daemon.process import become_subreaper
+from agent.daemon.process import become_subreaper, reap_orphans
 from schema.errors import Conflict, InvalidInput, SllmError
 
 __all__ = ["main", "read_or_make_token"]
@@ -82,4 +82,7 @@ async def _serve(config: NodeConfig, token: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, agent.shut_down)
     _log.info("the agent serves %s as pid %d", config.socket_path, os.getpid())
-    await agent.run()
+    try:
+        await agent.run()
+    finally:
+        reap_orphans()

@@ -11,7 +11,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["Process", "become_subreaper", "describe_status", "start_ticks"]
+__all__ = ["Process", "become_subreaper", "describe_status", "reap_orphans", "start_ticks"]
 
 _PR_SET_CHILD_SUBREAPER = 36
 _log = logging.getLogger(__name__)
@@ -43,6 +43,13 @@ def become_subreaper() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         _log.warning("cannot adopt orphans: %s", os.strerror(ctypes.get_errno()))
+
+
+def reap_orphans() -> None:
+    """Collect whatever has ended and was left to this process, so that no zombie outlives it."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 class Process:
