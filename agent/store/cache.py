@@ -206,7 +206,10 @@ class ArenaStore:
             self._fail(fill, job.error)
         waiting, self._waiting = self._waiting, {}
         for other in waiting.values():
-            self._begin(other)
+            if other.digest in self._fills:  # its own given-up read is not over yet
+                self._waiting[other.digest] = other
+            else:
+                self._begin(other)
 
     def _give_up(self, fill: _Fill) -> None:
         if fill.job is None:

@@ -7,7 +7,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -26,6 +27,10 @@ __all__ = ["main"]
 _log = logging.getLogger(__name__)
 
 
+class _Stopped(BaseException):
+    """SIGTERM. No Exception, so that no library on the way takes it for a failure of its own."""
+
+
 def main(run_dir: str | Path, op: str, source: str | bytes) -> int:
     """Ingest ``source`` (the JSON of a `Source`) on the node of this run directory. Returns 0, or 1 after a fault.
 
@@ -36,6 +41,10 @@ def main(run_dir: str | Path, op: str, source: str | bytes) -> int:
     try:
         with _cancel_on_sigterm():
             digest = _ingest(load_config(Path(run_dir)), source, reporter)
+    except _Stopped:
+        reporter.done("", Fault.of(Cancelled("the ingest was cancelled; nothing of it was kept")))
+        logging.shutdown()
+        os._exit(1)  # a download's threads would hold up an ordinary exit until they are done
     except Exception as error:  # the agent must hear of every end
         if not isinstance(error, SllmError):
             _log.exception("ingest failed")
@@ -60,8 +69,25 @@ def _ingest(config: NodeConfig, source: str | bytes, reporter: Reporter) -> str:
     if not isinstance(wanted, HubSource):
         return convert(Path(wanted.path), config.checkpoints_path, temporary, written)
     with temporary_directory(temporary, "fetch") as directory:
-        fetch(wanted, directory, lambda done, total: reporter.progress("fetch", done, total))
+        _interruptible(lambda: fetch(wanted, directory, lambda done, total: reporter.progress("fetch", done, total)))
         return convert(directory, config.checkpoints_path, temporary, written)
+
+
+def _interruptible(work: Callable[[], None]) -> None:
+    """Run what cannot be stopped on a thread that can be left behind, so that a cancel need not wait for it."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # handed on to the thread that waits
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="fetch", daemon=True)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
 
 
 def _own_stdout() -> int:
@@ -75,7 +101,7 @@ def _own_stdout() -> int:
 def _cancel_on_sigterm() -> Iterator[None]:
     def cancel(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Cancelled("the ingest was cancelled; nothing of it was kept")
+        raise _Stopped
 
     before = signal.signal(signal.SIGTERM, cancel)
     try:

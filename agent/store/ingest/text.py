@@ -99,9 +99,9 @@ def _tokenizer(directory: SourceDirectory, scratch: Path) -> Tokenizer:
         data, what = _convert(directory, scratch), "the converted tokenizer"
     try:
         tokenizer = Tokenizer.from_str(data.decode())
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a Rust panic is no Exception
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":  # where Rust's panics come from
+            raise
         raise InvalidCheckpoint(f"{what} is not readable: {error}") from error
     # Limits and padding are the gateway's affair: what a request says must arrive whole.
     tokenizer.no_truncation()

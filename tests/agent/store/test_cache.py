@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -188,6 +189,33 @@ def test_next_life_has_whole_checkpoints_with_their_users_and_drops_the_rest(tmp
     assert read_image(descriptor, resident) == whole[2]
     assert again.store.arena.used_bytes == 3 * CHUNK
     again.close()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_nothing_leaks_and_all_is_answered_whatever_is_given_up(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    made = [commit(tmp_path, number, size * CHUNK) for number, size in enumerate((1, 2, 3, 4))]
+    (made[1][1] / "partition_0.bin").write_bytes(bytes(2 * CHUNK))  # never right
+    bench = Bench(Arena.create(6 * CHUNK, CHUNK))
+    ops = []
+    for number in range(60):
+        digest, directory, _ = chance.choice(made)
+        if chance.random() < 0.5:
+            ops.append(f"op{number}")
+            bench.store.fill(ops[-1], digest, directory, users=1, priority=chance.randrange(3))
+        else:
+            bench.store.hold(digest, chance.randrange(2))
+        if chance.random() < 0.3:
+            bench.store.pump()
+        assert bench.store.arena.used_bytes <= 6 * CHUNK
+    bench.wait(*ops)
+    assert bench.store.filling() == ()
+    for resident in bench.store.residents():
+        assert read_image(bench.arena.descriptor, resident) == made[int(resident.digest, 16)][2]
+        bench.store.hold(resident.digest, 0)
+        bench.store.drop(resident.digest)
+    assert bench.store.arena.used_bytes == 0
+    bench.close()
 
 
 class Budget(RuleBasedStateMachine):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import os
@@ -117,6 +118,21 @@ def test_sigterm_cancels_and_leaves_nothing(node: Node, tmp_path: Path) -> None:
         assert node.nothing_left()
 
 
+def test_sigterm_during_a_download_waits_for_nothing(node: Node, hub: tuple[dict[str, str], list[str]]) -> None:
+    environment, requested = hub
+    Hub.held.clear()
+    try:
+        child = node.start(HubSource("org/name"), env=environment | {"HF_HUB_DOWNLOAD_TIMEOUT": "60"})
+        assert Hub.asked.wait(60), requested
+        child.send_signal(signal.SIGTERM)
+        code, _, done = node.finish(child)
+    finally:
+        Hub.held.set()
+    assert code == 1
+    assert done.fault is not None
+    assert done.fault.code == "cancelled"
+
+
 def test_killed_ingest_is_swept_by_the_next(node: Node, tmp_path: Path) -> None:
     source = PathSource(str(large(tmp_path / "m")))
     child = node.start(source)
@@ -170,6 +186,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     source: Path
     requested: list[str]
+    held = threading.Event()
+    """While it is not set, weights are asked for in vain."""
+    held.set()
+    asked = threading.Event()
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -188,6 +208,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
             siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
             self.answer(json.dumps({"id": "org/name", "sha": "a" * 40, "siblings": siblings}).encode())
         elif path.startswith("/org/name/resolve/") and path.rpartition("/")[2] in files:
+            if path.endswith(".safetensors") and self.command == "GET":
+                self.asked.set()
+                self.held.wait(60)
             self.answer(files[path.rpartition("/")[2]])
         else:
             self.send_response(404)
@@ -203,7 +226,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(data)
+            with contextlib.suppress(ConnectionError):  # of a client that was cancelled
+                self.wfile.write(data)
 
     def log_message(self, format: str, *arguments: Any) -> None:  # noqa: A002 - the base class names it
         return
