@@ -275,7 +275,7 @@ class CheckpointTruth(_Part, frozen=True, kw_only=True):
     placements: tuple[Placement, ...] = ()
 
 
-class StartPhases(_Part, frozen=True, kw_only=True):
+class StartPhases(_Part, frozen=True, kw_only=True, omit_defaults=False):
     """Where the time of one instance's start went, in seconds; phases overlap, so they need not add up to ``total_s``.
 
     ``load_s``: until the weights were in DRAM, ``loaded_bytes`` of them read from ``loaded_from``. ``fork_s``: until the
@@ -362,7 +362,7 @@ class TokenRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     logprobs: tuple[float, ...] = ()
 
 
-class EngineTiming(_Part, frozen=True, kw_only=True):
+class EngineTiming(_Part, frozen=True, kw_only=True, omit_defaults=False):
     """What an attempt spent inside the engine, in seconds; ``first_token_s`` is from arrival to its first new token."""
 
     queued_s: float = 0.0

@@ -10,11 +10,9 @@ import stat
 from pathlib import Path
 
 from schema.errors import Conflict, InvalidInput
+from sllmctl.config import SOCKET_PATH_BYTES
 
-__all__ = ["MAX_SOCKET_PATH_BYTES", "bind_tcp", "bind_unix"]
-
-MAX_SOCKET_PATH_BYTES = 100
-"""Linux takes 107 bytes; some room is left for names derived from it."""
+__all__ = ["bind_tcp", "bind_unix"]
 
 
 def bind_tcp(host: str, port: int) -> socket.socket:
@@ -47,9 +45,9 @@ def bind_unix(path: Path) -> socket.socket:
     Raises Conflict when somebody answers on it or it is no socket, InvalidInput when the path is too long or its directory
     cannot be written.
     """
-    if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+    if len(os.fsencode(path)) > SOCKET_PATH_BYTES:
         raise InvalidInput(
-            f"the socket path {path} is longer than {MAX_SOCKET_PATH_BYTES} bytes; choose a shorter state directory"
+            f"the socket path {path} is longer than {SOCKET_PATH_BYTES} bytes; choose a shorter state directory"
         )
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:

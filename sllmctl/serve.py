@@ -26,11 +26,13 @@ from schema.ids import EpochCounter, system_ids
 from schema.states import NodeState
 from sllmctl import __version__
 from sllmctl.control.effects import AddNode
+from sllmctl.control.gauges import cluster_gauges
 from sllmctl.control.live import LiveEffects
 from sllmctl.control.loop import ControlLoop
 from sllmctl.control.runner import Runner
 from sllmctl.gateway.admin import admin_app
 from sllmctl.gateway.app import api_app
+from sllmctl.gateway.metrics import Metrics
 from sllmctl.gateway.router import Router
 from sllmctl.gateway.server import server_config
 from sllmctl.gateway.text import TextService
@@ -118,12 +120,15 @@ class Manager:
         self._assets = Assets(settings.state_dir / "assets", self._links, settings.assets)
         loop = ControlLoop(view, ids=system_ids, epochs=epochs, settings=settings.control)
         self._runner = Runner(loop, LiveEffects(database, self._links, self._router, self._assets, log))
+        metrics = Metrics()
+        metrics.add(lambda: cluster_gauges(view, self._router))
         api = api_app(
             router=self._router,
             assets=self._assets,
             text=TextService(settings.gateway),
             settings=settings.gateway,
             status=self.status,
+            metrics=metrics,
         )
         admin = admin_app(
             runner=self._runner,
@@ -133,7 +138,7 @@ class Manager:
             status=self.status,
             settings=settings.admin,
         )
-        self._api_server = _Server(server_config(api, settings.gateway))
+        self._api_server = _Server(server_config(api, settings.gateway, metrics))
         self._admin_server = _Server(server_config(admin, settings.gateway, lifespan=False))
 
     def status(self) -> StatusView:

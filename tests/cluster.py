@@ -32,8 +32,9 @@ START_S = 60.0
 class Cluster:
     """One manager at a time over one scratch directory; leaving the context stops all and checks that nothing is left."""
 
-    def __init__(self, *, arena_bytes: int = 256 << 20, settings: str = "") -> None:
+    def __init__(self, *, arena_bytes: int = 256 << 20, settings: str = "", entry: tuple[str, ...] = ("-m", "sllmctl")) -> None:
         self.directory = Path(tempfile.mkdtemp(dir="/tmp", prefix="sl"))
+        self.entry = entry
         self.config = self.directory / "config.toml"
         self.config.write_text(
             f'state_dir = "{self.directory}/state"\n'
@@ -74,7 +75,7 @@ class Cluster:
 
     def spawn(self, *flags: str) -> subprocess.Popen[bytes]:
         with (self.directory / "manager.log").open("ab") as log:
-            args = [sys.executable, "-m", "sllmctl", "--config", str(self.config), "serve", *flags]
+            args = [sys.executable, *self.entry, "--config", str(self.config), "serve", *flags]
             return subprocess.Popen(args, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
 
     def ready_status(self) -> dict[str, Any] | None:

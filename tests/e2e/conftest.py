@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
@@ -13,3 +13,13 @@ def cluster() -> Iterator[Cluster]:
     with Cluster() as made:
         made.add_model()
         yield made
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failed test shows what the cluster's processes logged."""
+    report = yield
+    made = getattr(item, "funcargs", {}).get("cluster")
+    if report.failed and isinstance(made, Cluster):
+        report.sections.append(("logs of the cluster", made.log()))
+    return report
