@@ -6,10 +6,12 @@ models' own modules run as they are, and only attention knows where one sequence
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Final
 
 import torch
@@ -39,7 +41,7 @@ class KvPool:
         self.kv_heads = kv_heads
         self.head_dim = head_dim
         shape = (blocks + 1, BLOCK_TOKENS, 2 * kv_heads, head_dim)
-        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.layers = [_zeros(shape, dtype, device) for _ in range(layers)]
         self.slots = [layer.flatten(0, 1) for layer in self.layers]
 
     def erase(self, blocks: list[int]) -> None:
@@ -47,6 +49,14 @@ class KvPool:
         index = torch.tensor(blocks, device=self.layers[0].device)
         for layer in self.layers:
             layer.index_fill_(0, index, 0)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """Zeroed memory. On CPU it is the system's, not yet touched: to write zeros to a gigabyte takes up to seconds."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 @dataclass(slots=True)

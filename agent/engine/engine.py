@@ -62,29 +62,26 @@ class BatchEngine:
 
     @torch.inference_mode()
     def warm(self) -> None:
-        """Run one prefill and one decode that nobody sees, before anything is submitted.
+        """Run one prefill that nobody sees, before anything is submitted.
 
         Raises InvalidCheckpoint when not every layer attends through this engine, exactly once.
         """
-        params = SamplingParams(max_tokens=2, temperature=0)
+        params = SamplingParams(max_tokens=1, temperature=0)
         submit = Submit(
             attempt=Epoch(0), instance="", instance_epoch=Epoch(0), request="", model="", prompt=(0, 0), params=params
         )
         sequence = Sequence(submit)
         self._blocks.admit(sequence)
-        self._blocks.extend(sequence, 3)
+        self._blocks.extend(sequence, 2)
         try:
-            for plan in (Plan(prefills=[(sequence, 2)]), Plan(decodes=[sequence])):
-                logits, sequences = self._runner.forward(plan)
-                layers = self._runner.attended_layers
-                if layers != list(range(len(self._pool.layers))):
-                    raise InvalidCheckpoint(
-                        f"{len(layers)} layers attended through the engine, the KV geometry has {len(self._pool.layers)}"
-                    )
-                sequence.tokens.append(max(0, sample(logits, sequences)[0]))
+            logits, sequences = self._runner.forward(Plan(prefills=[(sequence, 2)]))
+            sample(logits, sequences)
         finally:
             self._pool.erase(sequence.blocks)
             self._blocks.release(sequence)
+        attended, layers = self._runner.attended_layers, len(self._pool.layers)
+        if attended != list(range(layers)):
+            raise InvalidCheckpoint(f"{len(attended)} layers attended through the engine, the KV geometry has {layers}")
 
     def submit(self, submit: Submit) -> None:
         if submit.attempt in self._known:
