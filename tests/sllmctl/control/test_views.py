@@ -1,0 +1,48 @@
+"""What the admin API shows: the view's records with the router's numbers beside them."""
+
+from __future__ import annotations
+
+from schema.admin import ProgressView
+from schema.ids import Epoch
+from schema.link import InstanceLoad
+from schema.states import InstanceState, NodeState
+from sllmctl.control.views import checkpoint_views, instance_views, model_views, node_views
+from tests.sllmctl.control.world import World, digest_of, spec
+
+
+class Numbers:
+    """A router that says the same of every model, and of one instance."""
+
+    def __init__(self, load: InstanceLoad | None) -> None:
+        self.load = load
+
+    def model_counts(self, model: str) -> tuple[int, int]:
+        return (2, 3)
+
+    def instance_load(self, instance: str) -> InstanceLoad | None:
+        return self.load
+
+    def progress(self, op_or_instance: str) -> ProgressView | None:
+        return ProgressView(stage="read", done_bytes=1, total_bytes=2)
+
+
+def test_every_noun_is_shown(world: World) -> None:
+    world.serve(spec(least=1))
+    instance = world.only()
+    load = InstanceLoad(instance=instance.id, epoch=instance.epoch, running=4, waiting=0, kv_used_tokens=99)
+    (node,) = node_views(world.view)
+    assert (node.name, node.state, node.instances) == ("local", NodeState.READY, 1)
+    (model,) = model_views(world.view, Numbers(None))
+    assert (model.name, model.instances, model.waiting, model.running, model.progress) == ("m", {"ready": 1}, 2, 3, None)
+    (shown,) = instance_views(world.view, Numbers(load))
+    assert (shown.id, shown.node, shown.state) == (instance.id, "local", InstanceState.READY)
+    assert (shown.running, shown.kv_used_tokens, shown.kv_capacity_tokens) == (4, 99, 4096)
+    (checkpoint,) = checkpoint_views(world.view)
+    assert (checkpoint.digest, checkpoint.models, len(checkpoint.placements)) == (digest_of("m"), ("m",), 1)
+
+
+def test_the_load_of_an_older_life_is_not_shown(world: World) -> None:
+    world.serve(spec(least=1))
+    stale = InstanceLoad(instance=world.only().id, epoch=Epoch(1), running=4, waiting=0, kv_used_tokens=99)
+    (shown,) = instance_views(world.view, Numbers(stale))
+    assert (shown.running, shown.kv_used_tokens) == (0, 0)
