@@ -184,6 +184,8 @@ class Dispatcher:
             raise LinkError(f"a sequence of {len(sequence.tokens)} tokens ended at {end.position}: those between are missing")
         if end.timing is not None:
             sequence.request.engine = end.timing
+        if end.reason == EndReason.LOST:
+            self._doubt(attempt)
         if not attempt.wanted:
             self._close(attempt)
         elif end.reason in (EndReason.STOP, EndReason.LENGTH):
@@ -195,6 +197,12 @@ class Dispatcher:
             self._close(attempt)
             unasked = Cancelled(f"node {node} ended the sequence ({end.reason}) without saying why")
             self.fail(sequence.request, unasked if end.fault is None else end.fault.to_error())
+
+    def _doubt(self, attempt: Attempt) -> None:
+        """Put nothing more on the life that lost this attempt, unless it is already known to be over."""
+        route = self.routes.make(attempt.instance)
+        if route.change is not None and route.change.epoch == attempt.instance_epoch:
+            route.doubted = True
 
     def lose(self, attempt: Attempt, fault: Fault) -> None:
         """The attempt will say nothing more; its sequence goes on elsewhere when this settles, if it is still wanted."""

@@ -22,6 +22,8 @@ class Route:
     """An instance as the router knows it. ``change`` is the control loop's last word, None before the first.
 
     ``attempts`` are all that count on it, those that are only waited for too; ``kv_tokens`` what they were taken to need.
+    ``doubted`` is set when its node ended an attempt as lost: the life is over, or not what it was, and takes nothing until the
+    control loop, whose word comes a commit later, has spoken of it again.
     """
 
     instance: str
@@ -29,6 +31,7 @@ class Route:
     attempts: dict[Epoch, Attempt] = field(default_factory=dict)
     kv_tokens: int = 0
     said_busy: bool = False
+    doubted: bool = False
     load: InstanceLoad | None = None
     phases: StartPhases | None = None
     phases_epoch: int = 0
@@ -73,6 +76,7 @@ class Routes:
         if route.change is not None and route.change.model != change.model:
             self._by_model.get(route.change.model, {}).pop(change.instance, None)
         route.change = change
+        route.doubted = False
         self._by_model.setdefault(change.model, {})[change.instance] = route
         return route
 
@@ -119,6 +123,8 @@ class Routes:
 
     def _open(self, route: Route) -> RouteChanged | None:
         change = route.change
-        if change is None or change.state != InstanceState.READY or not change.reachable or change.node not in self.up:
+        if change is None or route.doubted or change.state != InstanceState.READY:
+            return None
+        if not change.reachable or change.node not in self.up:
             return None
         return change

@@ -53,19 +53,32 @@ def test_sequences_lost_together_keep_their_order() -> None:
     assert [submit.request for submit in bench.take(Submit)] == ids
 
 
-def test_an_end_as_lost_and_a_newer_epoch_both_mean_another_attempt() -> None:
+def test_a_life_that_lost_an_attempt_gets_no_other_until_the_loop_has_spoken() -> None:
     bench = Bench()
     bench.warm()
     bench.router.submit("m", (1,), params())
     (first,) = bench.take(Submit)
     bench.tokens(run(first, 4), end(first, 1, EndReason.LOST))
+    assert bench.take(Submit) == []
+    bench.instance("other")
     (second,) = bench.take(Submit)
-    assert second.generated == (4,)
-    bench.instance(epoch=epoch_of(1, 2))
+    assert (second.instance, second.generated) == ("other", (4,))
+    bench.instance("other", epoch=epoch_of(1, 2))
     (third,) = bench.take(Submit)
     assert (third.instance_epoch, third.generated) == (epoch_of(1, 2), (4,))
-    bench.instance(epoch=epoch_of(1, 1), state=InstanceState.STOPPED)
+    bench.instance("other", epoch=epoch_of(1, 1), state=InstanceState.STOPPED)
     assert bench.take(Submit) == []
+
+
+def test_a_life_that_lost_an_attempt_is_used_again_when_it_is_said_to_be_ready() -> None:
+    bench = Bench()
+    bench.warm()
+    bench.router.submit("m", (1,), params())
+    (first,) = bench.take(Submit)
+    bench.tokens(end(first, 0, EndReason.LOST))
+    bench.instance()
+    (second,) = bench.take(Submit)
+    assert second.instance == first.instance
 
 
 def test_attempts_of_one_sequence_are_bounded() -> None:
@@ -75,6 +88,7 @@ def test_attempts_of_one_sequence_are_bounded() -> None:
     for _ in range(2):
         (submit,) = bench.take(Submit)
         bench.tokens(end(submit, 0, EndReason.LOST))
+        bench.instance()
     assert bench.take(Submit) == []
     assert isinstance(request.sequences[0].failure, Unreachable)
     assert bench.router.instance_running("i") == 0
