@@ -19,7 +19,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 
@@ -29,6 +29,8 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 
 sys.path.insert(0, str(Path(__file__).parent))
 from questions import OFF_TOPIC, OFF_TOPIC_ANSWER, faq_pairs, phrasings, vary
+
+Questions = Sequence[tuple[str, str]]
 
 ROOT = Path(__file__).resolve().parents[2]
 END, USER, ASSISTANT, SYSTEM = SPECIALS = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
@@ -41,7 +43,7 @@ SYSTEM_PROMPTS = ("You are a helpful assistant.", "You answer questions about sl
 # (share of steps, rows in a batch, tokens per row, turns of a chat): mostly single questions, some long chats, so that
 # every position of the context is trained and an answer depends on the last question alone.
 SHAPES = ((0.62, 24, 112, 1), (0.26, 8, 288, 3), (0.12, 4, CONTEXT, 7))
-# Questions in words that the templates do not make, with a word that a right answer has.
+# Questions with a word that a right answer has: many among the phrasings trained on, others close to them.
 CHECKS = (
     ("what is sllmctl", "cluster manager"),
     ("Could you explain what sllmctl is?", "cluster manager"),
@@ -83,6 +85,33 @@ CHECKS = (
     ("What does the store do?", "arena"),
     ("How do I configure sllmctl?", "SLLM_"),
     ("What is the default keep-alive?", "300"),
+)
+
+
+# Questions in words that nothing in questions.py makes: how far it goes beyond what it has learnt by heart.
+UNSEEN = (
+    ("Give me a definition of a checkpoint", "weights"),
+    ("So what is sllmctl about?", "cluster manager"),
+    ("How does recovery from a crash work?", "journal"),
+    ("What do workers do?", "engine"),
+    ("what is the meaning of tier", "DRAM"),
+    ("Where are the weights kept?", "tier"),
+    ("Can it work on a laptop without GPU?", "without a GPU"),
+    ("How do I shut down a model?", "model stop"),
+    ("Which command shows instances?", "instance ls"),
+    ("How can I see all checkpoints?", "checkpoint ls"),
+    ("What does it mean when I get 429?", "queue"),
+    ("What if a node cannot be reached?", "probed"),
+    ("How much memory has the arena by default?", "1 GiB"),
+    ("Can I use Postgres?", "database URL"),
+    ("Is there a key for the API?", "loopback"),
+    ("What is prefill and why?", "KV cache"),
+    ("Do I need torch for the manager?", "neither torch"),
+    ("How long does a cold start last at most?", "120"),
+    ("How do I talk to the model?", "chat"),
+    ("What happens after the manager crashes?", "generation"),
+    ("Explain the router please", "journals"),
+    ("Are chat templates safe?", "sandbox"),
 )
 
 
@@ -235,11 +264,11 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
 
 
 def replies(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, temperature: float
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, questions: Questions, temperature: float
 ) -> Iterator[tuple[str, str, str, bool]]:
-    """(question, word that must be in the answer, answer, right) of every check."""
+    """(question, word that must be in the answer, answer, right) of every question."""
     torch.manual_seed(1)
-    for question, word in CHECKS:
+    for question, word in questions:
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
         )
@@ -253,17 +282,19 @@ def replies(
 
 
 def check(out: Path) -> int:
-    """Print every check's answer, greedy and at temperature 0.7; 0 if nine in ten are right."""
+    """Print every check's answer, greedy and at temperature 0.7; 0 if nine in ten are right, and half of the unseen."""
     model = LlamaForCausalLM.from_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(out)
-    shares = []
-    for temperature in (0.0, 0.7):
-        results = list(replies(model, tokenizer, temperature))
-        for question, word, answer, right in results:
-            print(f"{'ok   ' if right else 'WRONG'} {question}  [{word}]\n      {answer}")
-        shares.append(sum(right for *_, right in results) / len(results))
-        print(f"--- temperature {temperature}: {shares[-1]:.0%} of {len(results)} right")
-    return 0 if min(shares) >= 0.9 else 1
+    passed = True
+    for name, questions, least in (("checks", CHECKS, 0.9), ("unseen", UNSEEN, 0.5)):
+        for temperature in (0.0, 0.7):
+            results = list(replies(model, tokenizer, questions, temperature))
+            for question, word, answer, right in results:
+                print(f"{'ok   ' if right else 'WRONG'} {question}  [{word}]\n      {answer}")
+            share = sum(right for *_, right in results) / len(results)
+            print(f"--- {name} at temperature {temperature}: {share:.0%} of {len(results)} right")
+            passed = passed and share >= least
+    return 0 if passed else 1
 
 
 def main() -> int:
