@@ -258,9 +258,10 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write it under the class name that every version of transformers knows."""
     tokenizer.save_pretrained(out)
     config = out / "tokenizer_config.json"
-    config.write_text(
-        json.dumps(json.loads(config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n"
-    )
+    settings = json.loads(config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for key in ("is_local", "local_files_only"):  # how it was loaded, not what it is
+        settings.pop(key, None)
+    config.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def replies(
