@@ -50,7 +50,9 @@ class SllmError(Exception):
     by_code: ClassVar[dict[str, type[SllmError]]] = {}
 
     def __init_subclass__(cls) -> None:
-        SllmError.by_code[cls.code] = cls
+        # Only this tree crosses links; a part's own subclass of one of these classes arrives as what it is a kind of.
+        if cls.__module__ == __name__:
+            SllmError.by_code[cls.code] = cls
 
     @property
     def message(self) -> str:

@@ -46,9 +46,7 @@ def bind_unix(path: Path) -> socket.socket:
     cannot be written.
     """
     if len(os.fsencode(path)) > SOCKET_PATH_BYTES:
-        raise InvalidInput(
-            f"the socket path {path} is longer than {SOCKET_PATH_BYTES} bytes; choose a shorter state directory"
-        )
+        raise InvalidInput(f"the socket path {path} is longer than {SOCKET_PATH_BYTES} bytes; choose a shorter state directory")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _remove_stale(path)

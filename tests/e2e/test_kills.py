@@ -13,6 +13,8 @@ import pytest
 from tests.cluster import Cluster
 from tests.e2e.talk import Endless, ask, client
 
+pytestmark = pytest.mark.slow
+
 
 def gone(pid: int) -> bool:
     try:

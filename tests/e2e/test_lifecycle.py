@@ -12,6 +12,8 @@ import pytest
 from tests.cluster import Cluster, killed_at_exit
 from tests.e2e.talk import Endless, ask, client, completion
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_cold_request_starts_an_instance_and_a_warm_one_does_not(cluster: Cluster) -> None:
     cold = ask(cluster, "What is sllmctl?")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import signal
 
 import httpx
+import pytest
 
 from tests.cluster import Cluster
 from tests.e2e.talk import ask
+
+pytestmark = pytest.mark.slow
 
 
 def test_metrics_show_the_cluster_and_what_it_served(cluster: Cluster) -> None:

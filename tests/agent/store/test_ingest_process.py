@@ -27,6 +27,8 @@ from schema.link import FrameDecoder, OperationDone, Progress
 from schema.spec import HubSource, PathSource, Source
 from tests.checkpoints import make_llama_dir
 
+pytestmark = pytest.mark.slow
+
 MAIN = "import sys; from agent.store.ingest import main; sys.exit(main(*sys.argv[1:]))"
 
 

@@ -34,6 +34,8 @@ from schema.states import EndReason, InstanceState
 from tests.agent.engine.models import submit_of
 from tests.agent.workers.fake_agent import DIGEST, Heard, Node, Peer, alive, await_gone, node
 
+pytestmark = pytest.mark.slow
+
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
