@@ -54,7 +54,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     report = Report("kill -9 of a worker mid-stream, warm zygote, weights in DRAM")
-    with Cluster() as cluster, httpx.Client(base_url=cluster.url, timeout=60) as api:
+    # Crashes in a row are restarted ever later; each run here is to be a first one.
+    with Cluster(settings="[control]\nhealthy_s = 0\n") as cluster, httpx.Client(base_url=cluster.url, timeout=60) as api:
         cluster.add_model(scale={"min": 1, "max": 1})
         pauses, prefills = [], []
         for _ in range(args.runs):

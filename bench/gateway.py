@@ -1,8 +1,10 @@
 """What the whole path from socket to engine and back adds to the engine's own times, and how many short requests it takes.
 
-At 1 and 64 concurrent streams, per request: (time to first token at the client) - (first token as the engine counts it),
-and per token: (the client's time from first to last token - the engine's) / tokens. A bare uvicorn stream of prepared events is
-measured in the same run, as the floor. The client is a process of its own.
+The same clients twice, 1 and 64 of them, each with one stream after another and a random pause before each: once over HTTP, and
+once as calls into an engine that stands alone in a process, the time of a step that is under way when a client comes counted in
+both. Added are the differences: of the medians of the time to first token, and of the time per token. A bare uvicorn that
+streams prepared events is measured too, as the floor of HTTP itself. The HTTP client is a process of its own; on a machine
+with two cores it, the manager, the agent and the worker share them, where the engine alone has one to itself.
 
     python -m bench.gateway [--rounds 5] [--json FILE]
 """
@@ -11,61 +13,137 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import heapq
 import json
 import multiprocessing
+import os
+import random
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from bench.report import Report
+from schema.ids import Epoch
+from schema.link import EngineOptions, SamplingParams, Submit
 from tests.cluster import Cluster
 
 TOKENS = 100
+KV_BYTES = 128 << 20
 SHORT_REQUESTS = 1500
+PAUSE_S = 0.2
+PROMPT = "sllmctl is a"
 
 
-def http_head(length: int) -> str:
-    return f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+def http_head(length: int) -> bytes:
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+    return head.encode()
 
 
-async def stream_once(host: str, port: int, body: dict[str, Any]) -> tuple[float, float, int, str]:
-    """(seconds to the first token, seconds to the last, pieces, request id); over a bare socket, so that it costs little."""
-    payload = json.dumps(body).encode()
+async def stream_once(host: str, port: int, body: dict[str, Any]) -> tuple[float, float, int]:
+    """(seconds to the first token, seconds to the last, tokens); over a bare socket, so that it costs little."""
+    payload = json.dumps(body | {"stream_options": {"include_usage": True}}).encode()
     began = time.monotonic()
     reader, writer = await asyncio.open_connection(host, port)
-    head = http_head(len(payload))
-    writer.write(head.encode() + payload)
-    headers = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-    assert " 200 " in headers.splitlines()[0], headers
-    request_id = next((line.split(": ")[1] for line in headers.splitlines() if line.startswith("x-request-id")), "")
+    writer.write(http_head(len(payload)) + payload)
+    headers = await reader.readuntil(b"\r\n\r\n")
+    assert b" 200 " in headers.split(b"\r\n")[0], headers
     first = last = 0.0
-    pieces = 0
     tail = b""
     while data := await reader.read(1 << 16):
         now = time.monotonic()
-        count = data.count(b'"text":"') + data.count(b'"text": "')
-        if count and not first:
-            first = now
-        if count:
+        if b'"text":' in data:
+            first = first or now
             last = now
-        pieces += count
-        tail = (tail + data)[-64:]
+        tail = (tail + data)[-512:]
         if b"[DONE]" in tail:
             break
     writer.close()
-    return first - began, last - began, pieces, request_id
+    usage = tail.rpartition(b'"completion_tokens":')[2]
+    tokens = int(usage.split(b",")[0].split(b"}")[0]) if usage[:1].isdigit() else TOKENS
+    return first - began, last - began, tokens
 
 
-async def streams(host: str, port: int, concurrency: int, rounds: int) -> list[tuple[float, float, int, str]]:
-    body = {
-        "model": "docs", "prompt": "sllmctl is a", "max_tokens": TOKENS, "temperature": 1, "seed": 1, "stream": True,
-    }  # fmt: skip
+def pauses(client: int) -> Iterator[float]:
+    """Seconds before each stream of a client; the same in both runs."""
+    source = random.Random(client)
+    while True:
+        yield source.expovariate(1 / PAUSE_S)
+
+
+async def streams(host: str, port: int, concurrency: int, each: int) -> list[tuple[float, float]]:
+    """(time to first token, time per token after it) of each stream, in seconds; each client's first is not counted."""
+    # All that the engine alone is given, so that the model's own defaults do not make the work another.
+    body = {"model": "docs", "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 1, "top_p": 1, "stream": True}
     results = []
-    for _ in range(rounds):
-        results += await asyncio.gather(*(stream_once(host, port, body | {"seed": i}) for i in range(concurrency)))
+
+    async def one(client: int) -> None:
+        for turn, pause in zip(range(each + 1), pauses(client), strict=False):
+            await asyncio.sleep(pause)
+            first, last, tokens = await stream_once(host, port, body | {"seed": client * 1000 + turn})
+            if turn and tokens > 1:
+                results.append((first, (last - first) / (tokens - 1)))
+
+    await asyncio.gather(*(one(client) for client in range(concurrency)))
+    return results
+
+
+def engine_alone(checkpoints: str, concurrency: int, each: int) -> list[tuple[float, float]]:
+    """The same of an engine in this process, which takes new requests between two steps, as a worker's does."""
+    import torch
+    from tokenizers import Tokenizer
+
+    from agent.engine.build import build_engine
+    from agent.engine.weights import image_tensors
+    from agent.store.catalog import scan
+
+    torch.set_num_threads(1)
+    (entry,) = scan(Path(checkpoints)).values()
+    image = bytearray(b"".join((entry.directory / part.file).read_bytes() for part in entry.manifest.partitions))
+    options = EngineOptions(kv_bytes=KV_BYTES, max_concurrency=128)
+    engine = build_engine(entry.manifest, image_tensors(entry.manifest, memoryview(image)), options)
+    prompt = tuple(Tokenizer.from_file(str(entry.directory / "tokenizer.json")).encode(PROMPT).ids)
+    waiting = {client: pauses(client) for client in range(concurrency)}
+    due = [(time.monotonic() + next(gaps), client, 0) for client, gaps in waiting.items()]
+    heapq.heapify(due)
+    begun: dict[int, tuple[float, int, int]] = {}
+    firsts: dict[int, float] = {}
+    results = []
+    while due or begun:
+        now = time.monotonic()
+        while due and due[0][0] <= now:
+            at, client, turn = heapq.heappop(due)
+            attempt = len(firsts) + len(begun) + 1 + client * 1_000_000 + turn * 1000
+            begun[attempt] = (at, client, turn)
+            params = SamplingParams(max_tokens=TOKENS, temperature=1.0, seed=client * 1000 + turn, stop_token_ids=(0,))
+            engine.submit(
+                Submit(
+                    attempt=Epoch(attempt),
+                    instance="i",
+                    instance_epoch=Epoch(1),
+                    request="r",
+                    model="m",
+                    prompt=prompt,
+                    params=params,
+                )
+            )
+        if not begun:
+            time.sleep(max(0.0, due[0][0] - time.monotonic()))
+            continue
+        output = engine.step()
+        now = time.monotonic()
+        for run in output.runs:
+            firsts.setdefault(run.attempt, now)
+        for end in output.ends:
+            at, client, turn = begun.pop(end.attempt)
+            first = firsts.pop(end.attempt)
+            if turn and end.position > 1:
+                results.append((first - at, (now - first) / (end.position - 1)))
+            if turn < each:
+                heapq.heappush(due, (now + next(waiting[client]), client, turn + 1))
     return results
 
 
@@ -80,7 +158,7 @@ async def shorts(host: str, port: int, connections: int) -> float:
         reader, writer = await asyncio.open_connection(host, port)
         while remaining > 0:
             remaining -= 1
-            writer.write(head.encode() + body)
+            writer.write(head + body)
             answer = await reader.readuntil(b"\r\n\r\n")
             assert b" 200 " in answer.split(b"\r\n")[0], answer
             length = int(answer.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
@@ -99,7 +177,8 @@ def in_child(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _run(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    return asyncio.run(function(*args))
+    result = function(*args)
+    return asyncio.run(result) if asyncio.iscoroutine(result) else result
 
 
 def bare_server(port_out: Any) -> None:
@@ -132,19 +211,40 @@ def main() -> None:
     args = parser.parse_args()
     report = Report("gateway: what is added to the engine's own times; short requests a second")
     floor(report, args.rounds)
-    with Cluster() as cluster:
-        cluster.add_model(scale={"min": 1, "max": 1, "max_concurrency": 128})
+    with Cluster(settings="threads = 1\n") as cluster:
+        cluster.add_model(scale={"min": 1, "max": 1, "max_concurrency": 128}, engine={"kv_bytes": KV_BYTES})
         cluster.ready_instance()
+        checkpoints = str(cluster.directory / "data" / "checkpoints")
         url = httpx.URL(cluster.url)
         for concurrency in (1, 64):
-            in_child(streams, url.host, url.port, concurrency, 1)
-            results = in_child(streams, url.host, url.port, concurrency, args.rounds if concurrency > 1 else args.rounds * 8)
-            added(report, cluster, concurrency, results)
+            each = 4 if concurrency > 1 else 24
+            alone, http, spent = [], [], []
+            for _ in range(args.rounds):
+                alone.append(in_child(engine_alone, checkpoints, concurrency, each))
+                before = cpu_seconds(cluster)
+                http.append(in_child(streams, url.host, url.port, concurrency, each))
+                tokens = concurrency * (each + 1) * TOKENS
+                after = cpu_seconds(cluster)
+                spent.append({role: (after[role] - before[role]) / tokens * 1e3 for role in after})
+            added(report, concurrency, alone, http)
+            for role in ("manager", "agent"):
+                values = [figures[role] for figures in spent]
+                report.row(f"{concurrency} streams: processor time per token, {role}", values, "ms", "< 0.1")
         for connections in (1, 32):
             rates = [in_child(shorts, url.host, url.port, connections) for _ in range(args.rounds)]
             report.row(f"short requests, {connections} connections", rates, "1/s", ">= 300" if connections > 1 else "")
     if args.json:
         report.save(args.json)
+
+
+def cpu_seconds(cluster: Cluster) -> dict[str, float]:
+    """Processor time used so far by the manager and its node's processes, by role."""
+    assert cluster.manager is not None
+    used = {}
+    for role, pid in {"manager": cluster.manager.pid, **cluster.roster()}.items():
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        used[role] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return used
 
 
 def floor(report: Report, rounds: int) -> None:
@@ -153,23 +253,28 @@ def floor(report: Report, rounds: int) -> None:
     server.start()
     port = ours.recv()
     for concurrency in (1, 64):
-        began = time.monotonic()
-        results = in_child(streams, "127.0.0.1", port, concurrency, rounds)
-        del began
-        per_token = [(last - first) / (pieces - 1) * 1e3 / concurrency for first, last, pieces, _ in results]
-        report.row(f"bare uvicorn, {concurrency} streams: time per token", per_token, "ms")
+        rates = []
+        for _ in range(rounds):
+            results = in_child(streams, "127.0.0.1", port, concurrency, 4)
+            rates.append(statistics.median(per_token for _, per_token in results) * 1e3)
+        report.row(f"bare uvicorn, {concurrency} streams: time per token", rates, "ms")
     server.terminate()
     server.join()
 
 
-def added(report: Report, cluster: Cluster, concurrency: int, results: list[tuple[float, float, int, str]]) -> None:
-    first_added, token_added = [], []
-    for first, last, _, request_id in results:
-        engine = cluster.get(f"/requests/{request_id}")["timeline"]["engine"]
-        first_added.append((first - engine["first_token_s"]) * 1e3)
-        token_added.append(((last - first) - (engine["total_s"] - engine["first_token_s"])) / (TOKENS - 1) * 1e3)
-    report.row(f"{concurrency} streams: added to the time to first token", first_added, "ms", "< 5")
-    report.row(f"{concurrency} streams: added per token", token_added, "ms", "< 0.1")
+def added(
+    report: Report, concurrency: int, alone: list[list[tuple[float, float]]], http: list[list[tuple[float, float]]]
+) -> None:
+    """One figure per round: the difference of the two runs' medians."""
+
+    def medians(runs: list[list[tuple[float, float]]], index: int) -> list[float]:
+        return [statistics.median(result[index] for result in run) * 1e3 for run in runs]
+
+    for index, what, aim in ((0, "time to first token", "< 5"), (1, "time per token", "< 0.1")):
+        own, whole = medians(alone, index), medians(http, index)
+        report.row(f"{concurrency} streams: {what}, engine alone", own, "ms")
+        report.row(f"{concurrency} streams: {what}, over HTTP", whole, "ms")
+        report.row(f"{concurrency} streams: {what}, added", [b - a for a, b in zip(own, whole, strict=True)], "ms", aim)
 
 
 if __name__ == "__main__":
