@@ -2,7 +2,8 @@
 
 A spec's ``engine.kv_bytes`` is taken as it is. Otherwise, with the context c of the spec or checkpoint, whichever is shorter:
 
-* wanted: min(c, ``kv_sequence_tokens``) tokens for each of min(``kv_sequences``, the spec's max_concurrency) sequences;
+* wanted: ``kv_sequence_tokens`` tokens for each of ``kv_sequences`` sequences, in all; less if the spec's max_concurrency
+  sequences of c tokens need less;
 * least: min(c, ``kv_least_tokens``) tokens; a device with less room than that is no candidate;
 * given: what is wanted, but no more than half of the device's free memory, so that the next model finds room too, and no less
   than the least.
@@ -37,9 +38,9 @@ def kv_need(spec: ModelSpec, checkpoint: Checkpoint, settings: ControlSettings) 
         return KvNeed(spec.engine.kv_bytes, spec.engine.kv_bytes)
     context = context_tokens(spec, checkpoint)
     token_bytes = -(-checkpoint.kv_token_bytes // spec.devices)
-    sequences = min(settings.kv_sequences, spec.scale.max_concurrency)
     least = min(context, settings.kv_least_tokens)
-    wanted = max(least, min(context, settings.kv_sequence_tokens) * sequences)
+    most = context * spec.scale.max_concurrency
+    wanted = max(least, min(most, settings.kv_sequence_tokens * settings.kv_sequences))
     return KvNeed(least * token_bytes, wanted * token_bytes)
 
 
