@@ -8,7 +8,7 @@ from sllmctl.control import instances
 from sllmctl.control.effects import RejectWaiting
 from sllmctl.control.turn import Turn
 from sllmctl.control.view import Instance, Model
-from sllmctl.planner import Plan, place
+from sllmctl.planner import Plan, make_room, place
 
 __all__ = ["pending", "scale"]
 
@@ -46,12 +46,22 @@ def _start_missing(turn: Turn, model: Model) -> None:
             turn.event("model", model.name, "Unschedulable", found.reason, level="warning")
         if model.waiting and found.hopeless and not _active(turn, model):
             turn.do(RejectWaiting(model.name, Fault.of(Unschedulable(found.reason))))
+        if model.waiting and not found.hopeless:
+            _evict_idle(turn, model)
         return
     failed = [one for one in turn.view.instances_of(model.name).values() if one.state is _I.FAILED]
     if model.waiting and failed and not _active(turn, model):
         why = failed[-1].fault.message if failed[-1].fault is not None else "unknown"
         text = f"model {model.name!r} has only failed instances, the last for: {why}; deploy it again to retry"
         turn.do(RejectWaiting(model.name, Fault.of(Unschedulable(text))))
+
+
+def _evict_idle(turn: Turn, model: Model) -> None:
+    """Stop idle instances of others for a model whose requests wait; it is placed when their room is free."""
+    eviction = make_room(turn.view, model, turn.now, turn.settings)
+    for victim in () if eviction is None else eviction.instances:
+        instances.stop(turn, turn.view.instances[victim], "Evicted", f"it was idle, and model {model.name} waits for its room")
+    turn.wake("model", model.name, turn.now + turn.settings.evict_look_s)
 
 
 def _active(turn: Turn, model: Model) -> list[Instance]:

@@ -29,6 +29,8 @@ class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     after ``restarts_max`` restarts it is failed. A life that was ready for ``healthy_s`` sets the count back.
 
     ``scale_up_after_s``: requests wait so long while every ready instance is full before another instance is started.
+    ``evict_idle_s``: an instance idle for so long gives its place to a model whose requests wait for one;
+    ``evict_look_s``: how often such a model is looked at again.
 
     The KV cache of an instance whose spec says nothing: see sllmctl.planner.memory. ``kv_sequence_tokens`` times
     ``kv_sequences`` tokens are wanted, ``kv_least_tokens`` (or the model's context, if shorter) are the least.
@@ -51,6 +53,8 @@ class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     restarts_max: Annotated[int, Meta(ge=0)] = 5
     healthy_s: _Seconds = 60.0
     scale_up_after_s: _Seconds = 1.0
+    evict_idle_s: _Seconds = 1.0
+    evict_look_s: Annotated[float, Meta(gt=0, le=3600)] = 0.5
     kv_sequence_tokens: _Count = 4096
     kv_sequences: _Count = 8
     kv_least_tokens: _Count = 2048

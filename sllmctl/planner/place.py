@@ -7,6 +7,8 @@ the store evicts them itself.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection
 from enum import StrEnum
 
 import msgspec
@@ -14,10 +16,10 @@ import msgspec
 from schema.link import DeviceInfo
 from schema.states import NodeState, Tier, TierState
 from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import Checkpoint, ClusterView, Model, Node
+from sllmctl.control.view import HOLDING, Checkpoint, ClusterView, Instance, Model, Node
 from sllmctl.planner.memory import KvNeed, kv_given_bytes, kv_need
 
-__all__ = ["Candidate", "Plan", "Refusal", "Rejection", "place"]
+__all__ = ["Candidate", "Plan", "Refusal", "Rejection", "holding_nodes", "place", "place_on"]
 
 
 class Rejection(StrEnum):
@@ -79,10 +81,10 @@ def place(view: ClusterView, model: Model, now: float, settings: ControlSettings
     need = kv_need(model.spec, checkpoint, settings)
     rejected: dict[Rejection, int] = {}
     candidates: list[Candidate] = []
-    tiers = _tiers(view, checkpoint.digest)
+    tiers = holding_nodes(view, checkpoint.digest)
     for node_id in tiers:
         node = view.nodes[node_id]
-        found = _examine(view, node, checkpoint, model, need, tiers[node_id], settings)
+        found = place_on(view, node, checkpoint, model, need, tiers[node_id], settings)
         if isinstance(found, Candidate):
             candidates.append(found)
         else:
@@ -96,7 +98,7 @@ def place(view: ClusterView, model: Model, now: float, settings: ControlSettings
     return Plan(best, tuple(candidates[1 : settings.plan_candidates]), rejected, _reason(best, len(candidates), rejected))
 
 
-def _tiers(view: ClusterView, digest: str) -> dict[str, Tier]:
+def holding_nodes(view: ClusterView, digest: str) -> dict[str, Tier]:
     """The nodes that have the whole checkpoint, each with the fastest tier it lies on there."""
     tiers: dict[str, Tier] = {}
     for record in view.placements_of(digest).values():
@@ -108,9 +110,17 @@ def _tiers(view: ClusterView, digest: str) -> dict[str, Tier]:
     return tiers
 
 
-def _examine(
-    view: ClusterView, node: Node, checkpoint: Checkpoint, model: Model, need: KvNeed, tier: Tier, settings: ControlSettings
+def place_on(
+    view: ClusterView,
+    node: Node,
+    checkpoint: Checkpoint,
+    model: Model,
+    need: KvNeed,
+    tier: Tier,
+    settings: ControlSettings,
+    without: Collection[Instance] = (),
 ) -> Candidate | Rejection:
+    """The place for one more instance on this node, or why it is none; ``without`` are instances counted as gone."""
     if node.cordoned:
         return Rejection.CORDONED
     if node.state is NodeState.UNREACHABLE:
@@ -121,7 +131,7 @@ def _examine(
     if len(node.inventory.devices) < wanted:
         return Rejection.FEW_DEVICES
     share = -(-checkpoint.image_bytes // wanted)
-    rooms = sorted(_rooms(view, node, share), reverse=True, key=lambda room: (room[0], -room[2].index))
+    rooms = sorted(_rooms(view, node, share, without), reverse=True, key=lambda room: (room[0], -room[2].index))
     if sorted((room[1] for room in rooms), reverse=True)[wanted - 1] < need.least:
         return Rejection.SMALL_DEVICE
     arena_bytes = view.arena_bytes_of(node.id, checkpoint.digest)
@@ -131,7 +141,7 @@ def _examine(
     free = chosen[-1][0]
     if free < need.least:
         return Rejection.BUSY_DEVICE
-    held = view.arena_held_bytes.get(node.id, 0)
+    held = view.arena_held_bytes.get(node.id, 0) - _arena_freed_bytes(view, node, without)
     if not view.holds_arena(node.id, checkpoint.digest) and held + arena_bytes > node.inventory.arena.budget_bytes:
         return Rejection.BUSY_ARENA
     devices = [room[2] for room in chosen]
@@ -146,14 +156,26 @@ def _examine(
     )
 
 
-def _rooms(view: ClusterView, node: Node, share: int) -> list[tuple[int, int, DeviceInfo]]:
+def _rooms(view: ClusterView, node: Node, share: int, without: Collection[Instance]) -> list[tuple[int, int, DeviceInfo]]:
     """Each device with the KV room it has now, and would have if nothing else ran there, the weights' share taken off."""
     assert node.inventory is not None
+    freed: Counter[int] = Counter()
+    for gone in without:
+        freed.update(view.device_need_bytes(node.id, gone.digest, gone.devices, gone.kv_bytes))
     rooms: list[tuple[int, int, DeviceInfo]] = []
     for device in node.inventory.devices:
         whole = device.memory_bytes - (0 if device.kind == "cpu" else share)
-        rooms.append((whole - view.committed_bytes.get((node.id, device.index), 0), whole, device))
+        used = view.committed_bytes.get((node.id, device.index), 0) - freed[device.index]
+        rooms.append((whole - used, whole, device))
     return rooms
+
+
+def _arena_freed_bytes(view: ClusterView, node: Node, without: Collection[Instance]) -> int:
+    """The arena room of the weights that nobody on the node would use any more."""
+    gone = {instance.id for instance in without}
+    digests = {instance.digest for instance in without}
+    kept = {one.digest for one in view.instances_on(node.id).values() if one.state in HOLDING and one.id not in gone}
+    return sum(view.arena_bytes_of(node.id, digest) for digest in digests - kept)
 
 
 def _startup_s(node: Node, checkpoint: Checkpoint, tier: Tier, devices: list[DeviceInfo], settings: ControlSettings) -> float:

@@ -163,3 +163,36 @@ def test_a_restarted_manager_starts_what_is_missing(world: World) -> None:
     assert world.reasons("model").count("Unschedulable") == 0
     world.connect("local")
     assert world.only().state is _I.READY
+
+
+def two_idle_and_one_waiting(world: World, **rule: int) -> None:
+    """Models a and b have an idle instance each, which fill the node; a request waits for c."""
+    for name in "abc":
+        world.serve(spec(name, **(rule if name == "a" else {})))
+    for name in "ab":
+        world.demand(name, 1)
+        world.demand(name, 0, 1)
+        world.busy(world.only(name), 1)
+        world.demand(name, 0)
+        world.busy(world.only(name), 0)
+        world.pass_time(0.25)
+    world.demand("c", 1)
+
+
+def test_the_longest_idle_gives_its_place_to_one_that_waits(world: World) -> None:
+    two_idle_and_one_waiting(world)
+    assert {one.model for one in world.view.instances.values()} == {"a", "b"}, "not at once: they have only just served"
+    world.pass_time(world.settings.evict_idle_s + world.settings.evict_look_s)
+    assert {one.model for one in world.view.instances.values()} == {"b", "c"}
+    assert "Evicted" in world.reasons("instance")
+    assert world.only("c").state is _I.READY
+
+
+def test_the_busy_and_the_minimum_keep_their_place(world: World) -> None:
+    two_idle_and_one_waiting(world, least=1)
+    world.busy(world.only("b"), 1)
+    world.pass_time(60.0)
+    assert {one.model for one in world.view.instances.values()} == {"a", "b"}
+    world.busy(world.only("b"), 0)
+    world.pass_time(world.settings.evict_idle_s + world.settings.evict_look_s)
+    assert {one.model for one in world.view.instances.values()} == {"a", "c"}
