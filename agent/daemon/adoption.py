@@ -1,4 +1,4 @@
-"""The wait before an agent speaks: until every process it found alive has dialled or is proven dead, or ``adopt_s`` is over."""
+"""The wait before an agent speaks: until whoever the truth depends on has dialled or is proven dead, or ``adopt_s`` is over."""
 
 from __future__ import annotations
 

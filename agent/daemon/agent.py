@@ -77,7 +77,7 @@ class Agent:
         self._store_kin = Kin("store", config, self._roster, spawn)
         self._zygote_kin = Kin("zygote", config, self._roster, spawn)
         self._store = StoreLink(self._store_kin, self)
-        self._zygote = ZygoteLink(self._zygote_kin, lambda: self._adoption.arrived("zygote"))
+        self._zygote = ZygoteLink(self._zygote_kin)
         self._instances = Instances(config, self._roster, self._store, self._journal, self, self._zygote.ask)
         self._zygote.instances = self._instances
         self._relay = Relay(self._journal, self._instances, self)
@@ -158,8 +158,8 @@ class Agent:
                 self._adoption.expect((entry.instance, entry.epoch), process)
         self._adoption.expect("store")
         self._store_kin.adopt(next(iter(by_role.get("store", [])), None))
-        if self._zygote_kin.adopt(next(iter(by_role.get("zygote", [])), None)):
-            self._adoption.expect("zygote")
+        # The truth says nothing that a zygote knows, and one that still imports takes seconds to dial.
+        self._zygote_kin.adopt(next(iter(by_role.get("zygote", [])), None))
 
     async def _allow_truth(self) -> None:
         await self._adoption.wait(self._config.adopt_s)
@@ -198,7 +198,7 @@ class Agent:
         try:
             async with self._admission:
                 if self._shutdown.is_set():
-                    raise Conflict("this agent is shutting down; start it again")
+                    raise Unreachable("this agent is shutting down; dial the one that follows it")
                 identity = self._identity.judge(hello)
                 await asyncio.to_thread(self._identity.write, identity)
                 if connection.closed:

@@ -72,7 +72,7 @@ class ManagerLink:
         self._state_truth()
 
     def allow_truth(self) -> None:
-        """Every process of an earlier life has dialled or is proven dead, or was waited for long enough."""
+        """Whoever the truth depends on has dialled or is proven dead, or was waited for long enough."""
         self._may_speak = True
         self._state_truth()
 

@@ -75,14 +75,13 @@ class Kin:
     def pid(self) -> int:
         return self._process.pid if self._process is not None else 0
 
-    def adopt(self, entry: RosterEntry | None) -> bool:
-        """Take over what an earlier life of the agent left, if it lives; True then, and it is expected to dial."""
+    def adopt(self, entry: RosterEntry | None) -> None:
+        """Take over what an earlier life of the agent left, if it lives."""
         process = entry.open() if entry is not None else None
         if process is not None:
             self._take(process)
         elif entry is not None:
             self._roster.remove(entry)
-        return process is not None or is_locked(self._config.lock_path(self.role))
 
     def start(self) -> asyncio.Task[None]:
         """Begin to care for the process; the task ends only with `stop`, or by an error."""

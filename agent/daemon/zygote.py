@@ -18,11 +18,10 @@ _log = logging.getLogger(__name__)
 
 
 class ZygoteLink:
-    """Speaks to the zygote over its lives. ``ready`` is called when one has stated its truth."""
+    """Speaks to the zygote over its lives."""
 
-    def __init__(self, kin: Kin, ready: Callable[[], None]) -> None:
+    def __init__(self, kin: Kin) -> None:
         self._kin = kin
-        self._ready = ready
         self._stated = False
         self.instances: Instances | None = None
 
@@ -46,7 +45,6 @@ class ZygoteLink:
                 if message.threads != 1:
                     _log.error("the zygote has %d threads; its forks may hang", message.threads)
                 self._stated = True
-                self._ready()
                 self.instances.zygote_ready()
             case _ if not self._stated:
                 raise LinkError(f"the zygote said {type(message).__name__} before its truth")

@@ -170,7 +170,7 @@ class Dialer:
             was_up, self.steady = self.steady is not None, None
             self._router.link_lost(self.node)
             self._give_up_asked()
-        if connection.refusal is not None:
+        if connection.refusal is not None and connection.refusal.code != Unreachable.code:
             self._refused(connection.refusal)
             return self._settings.refused_retry_s
         self._not_up(fault.message, was_up=was_up)

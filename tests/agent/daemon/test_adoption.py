@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
@@ -84,6 +85,20 @@ async def test_everything_alive_is_adopted_with_its_attempts(after: Node) -> Non
         "zygote": zygote,
         "worker": worker.pid,
     }
+
+
+async def test_the_truth_does_not_wait_for_a_zygote_that_still_imports(after: Node) -> None:
+    worker, left = left_worker(after)
+    write_roster(after, [left, entry("zygote", zygote := after.sleeper())])
+    after.begin()
+    worker.begin()
+    manager = await after.dial_manager()
+    async with asyncio.timeout(after.config.adopt_s / 2):
+        await manager.take(Welcome)
+        truth = await manager.whole_truth()
+    assert [(instance.state, instance.pid) for instance in truth.instances] == [(InstanceState.READY, worker.pid)]
+    after.play("zygote", zygote)
+    assert {p["role"]: p["pid"] for p in after.roster()}["zygote"] == zygote
 
 
 async def test_what_died_meanwhile_is_stated_as_stopped(after: Node) -> None:

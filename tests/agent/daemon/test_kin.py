@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from schema.ids import epoch_of
-from schema.link import Evicted, InstanceUpdate, Ping, PlacementUpdate, Pong, Shutdown, Submit
+from schema.link import Evicted, InstanceUpdate, Ping, PlacementUpdate, Pong, Refused, Shutdown, Submit
 from schema.states import EndReason, InstanceState, Tier, TierState
 from tests.agent.daemon.peers import DIGEST, Node, alive, make_checkpoint, start_instance, submit
 
@@ -162,5 +162,19 @@ async def test_a_shutdown_with_grace_lets_attempts_finish(node: Node) -> None:
     worker.say(epoch_of(1, 9), (4,), EndReason.STOP)
     ids, end = await manager.tokens_until_end(epoch_of(1, 9))
     assert (ids, end.reason) == ([4], EndReason.STOP)
+    assert node.task is not None
+    await node.task
+
+
+async def test_a_manager_that_dials_during_a_shutdown_is_to_dial_again(node: Node) -> None:
+    manager = await node.manager()
+    start, worker = await node.ready(manager)
+    manager.send(submit(epoch_of(1, 9), start))
+    await worker.hear(Submit)
+    manager.send(Shutdown(grace_s=60))
+    await manager.instance(InstanceState.DRAINING)
+    following = await node.dial_manager(generation=2)
+    assert (await following.take(Refused)).fault.code == "unreachable"
+    worker.say(epoch_of(1, 9), (4,), EndReason.STOP)
     assert node.task is not None
     await node.task

@@ -166,6 +166,15 @@ async def test_a_refusal_is_an_error_of_its_own_and_is_said_once(short_dir: Path
                 await recorder.until(FromNode)
 
 
+async def test_an_agent_that_is_shutting_down_is_dialled_again_soon_and_is_no_error(short_dir: Path) -> None:
+    settings = LinkSettings(redial_longest_s=0.05, refused_retry_s=3600)
+    async with fake_agent(short_dir / "a.sock") as agent, links_to(agent, Recorder(), settings) as links:
+        ready = asyncio.create_task(links.ready("n", 5))
+        await agent.refuse(Fault("unreachable", "this agent is shutting down"))
+        await agent.link()
+        await ready
+
+
 @pytest.mark.parametrize(
     "words",
     [
