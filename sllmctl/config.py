@@ -48,10 +48,14 @@ _Bytes = Annotated[int, Meta(ge=0)]
 
 
 class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the inference API listens; port 0 takes a free one."""
+    """Where the inference API listens; port 0 takes a free one.
+
+    It asks for no key, so it listens on loopback alone, unless ``without_keys`` says that whoever reaches it may use it.
+    """
 
     host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8080
+    without_keys: bool = False
 
 
 class AdminSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -186,7 +190,7 @@ def _from_file(leaves: Mapping[str, _Leaf], environ: Mapping[str, str], file: Pa
         return
     except OSError as error:
         raise InvalidInput(f"cannot read the configuration file {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidInput(f"{path} is not valid TOML: {error}") from error
     for key, value in _flatten(leaves, table, "", path):
         yield key, _checked(leaves[key], value, f"{path}: {key}", strict=True, base=path.absolute().parent)
@@ -229,6 +233,8 @@ def _checked(leaf: _Leaf, value: Any, origin: str, *, strict: bool, base: Path |
             text = msgspec.convert(str(value) if isinstance(value, Path) else value, str)
             if not text:
                 raise ValueError("a path must not be empty")
+            if "\0" in text:
+                raise ValueError("a path must not contain a NUL character")
             path = (base or Path.cwd()) / Path(text).expanduser()
             return path if leaf.kind is Path else str(path)
         if leaf.key.endswith("_bytes") and isinstance(value, str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import os
 import socket
 import stat
@@ -15,15 +16,22 @@ from sllmctl.config import SOCKET_PATH_BYTES
 __all__ = ["bind_tcp", "bind_unix"]
 
 
-def bind_tcp(host: str, port: int) -> socket.socket:
-    """A TCP socket bound to host and port (0: any), not yet listening.
+def bind_tcp(host: str, port: int, *, anywhere: bool = False) -> socket.socket:
+    """A TCP socket listening on host and port (0: any).
 
-    Raises Conflict when the port is taken, InvalidInput when the address is none of this machine's.
+    Raises Conflict when the port is taken, InvalidInput when the address is none of this machine's, or not a loopback
+    address and ``anywhere`` is not set.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except socket.gaierror as error:
         raise InvalidInput(f"cannot listen on {host}: {error.strerror}", "api.host") from error
+    if not anywhere and not ipaddress.ip_address(address[0]).is_loopback:
+        raise InvalidInput(
+            f"the API asks for no key, so it does not listen on {host}; use a loopback address behind a proxy, "
+            "or set api.without_keys if whoever reaches it may use it",
+            "api.host",
+        )
     sock = socket.socket(family, kind, protocol)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -63,7 +63,13 @@ def run(settings: Settings) -> int:
 
 
 async def _serve(settings: Settings) -> None:
-    settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInput(
+            f"cannot make the state directory {settings.state_dir}: {error.strerror}; name a writable one in state_dir",
+            "state_dir",
+        ) from error
     async with contextlib.AsyncExitStack() as stack:
         database = await Database.open(
             settings.database_url,
@@ -71,7 +77,7 @@ async def _serve(settings: Settings) -> None:
             events_keep=settings.control.events_keep,
         )
         stack.push_async_callback(database.close)
-        api_socket = stack.enter_context(bind_tcp(settings.api.host, settings.api.port))
+        api_socket = stack.enter_context(bind_tcp(settings.api.host, settings.api.port, anywhere=settings.api.without_keys))
         admin_socket = stack.enter_context(_bound_admin(settings.admin_socket))
         cluster = await database.claim(time.time(), str(uuid.uuid4()))
         host, port = api_socket.getsockname()[:2]

@@ -26,7 +26,14 @@ def test_a_taken_port_is_a_conflict_that_names_it() -> None:
 @pytest.mark.parametrize("host", ["203.0.113.7", "no.such.host.invalid"])
 def test_an_address_of_another_machine_is_refused(host: str) -> None:
     with pytest.raises(InvalidInput, match="cannot listen"):
+        bind_tcp(host, 0, anywhere=True)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_an_address_that_others_reach_takes_consent(host: str) -> None:
+    with pytest.raises(InvalidInput, match="without_keys"):
         bind_tcp(host, 0)
+    bind_tcp(host, 0, anywhere=True).close()
 
 
 def test_the_admin_socket_is_for_its_owner_alone(directory: Path) -> None:
