@@ -21,7 +21,7 @@ import uvicorn
 import uvloop
 
 from schema.admin import StatusView
-from schema.errors import SllmError, TimedOut, Unreachable
+from schema.errors import InvalidInput, SllmError, TimedOut, Unreachable
 from schema.ids import EpochCounter, system_ids
 from schema.states import NodeState
 from sllmctl import __version__

@@ -53,7 +53,7 @@ def command(
 
     options = ChatOptions(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read()
+        prompt = _piped()
     if prompt is not None and not prompt.strip():
         raise click.UsageError("the prompt is empty")
     with invocation.admin() as admin:
@@ -62,6 +62,16 @@ def command(
             chat.reply(prompt)
         else:
             chat.converse()
+
+
+def _piped() -> str:
+    """The prompt on stdin. Raises UsageError for bytes that are no text."""
+    try:
+        prompt = sys.stdin.read()
+        prompt.encode()
+    except UnicodeError as error:
+        raise click.UsageError(f"the prompt on stdin is not UTF-8 text: {error}") from error
+    return prompt
 
 
 class _Chat:

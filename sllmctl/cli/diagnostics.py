@@ -10,18 +10,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
 if TYPE_CHECKING:
     from schema.admin import ProgressView
 
-__all__ = ["DOCTOR_FAULT", "FAILED", "INTERRUPTED", "OK", "USAGE", "ProgressLine", "confirm", "guard", "log_to_stderr", "note"]
+__all__ = [
+    "DOCTOR_FAULT",
+    "FAILED",
+    "INTERRUPTED",
+    "OK",
+    "USAGE",
+    "ProgressLine",
+    "confirm",
+    "guard",
+    "log_to_stderr",
+    "note",
+    "writing_stdout",
+]
 
 OK, FAILED, USAGE, DOCTOR_FAULT, INTERRUPTED = 0, 1, 2, 8, 130
 
@@ -49,18 +62,53 @@ _LINE_EVERY_S = 5.0
 
 def note(message: str) -> None:
     """A line for the person at the terminal, never part of the output."""
-    sys.stderr.write(message + "\n")
-    sys.stderr.flush()
+    try:
+        sys.stderr.write(message + "\n")
+        sys.stderr.flush()
+    except OSError:
+        # Where stderr takes nothing there is nobody to tell; the exit code still says how it went.
+        _give_up(sys.stderr)
 
 
 def guard(command: Callable[[], object]) -> int:
     """Run a command and return its exit code; whatever it raises ends here, said once."""
+    _stand_in_for_closed_streams()
     try:
         return _run(command)
     except BrokenPipeError:
-        # The reader of our output is gone. What is still buffered must not raise again when Python flushes on its way out.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of our output is gone, which is its own affair.
+        _give_up(sys.stdout)
         return FAILED
+
+
+def _stand_in_for_closed_streams() -> None:
+    """Python has None for a standard stream that was closed. Reading then meets the end, and writing to stdout an error.
+
+    The descriptors are also taken before a socket or a database gets one of these numbers.
+    """
+    for name, flags, mode in (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_WRONLY, "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode, encoding="utf-8"))
+
+
+class StdoutError(Exception):
+    """What a command said could not be written."""
+
+
+@contextlib.contextmanager
+def writing_stdout() -> Iterator[None]:
+    """A block that writes to stdout: its failure is a full disk or a closed stream of the user's, not a defect."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise StdoutError(f"cannot write to standard output: {error.strerror}") from error
+
+
+def _give_up(stream: TextIO) -> None:
+    """What is still buffered must not raise again when Python flushes on its way out."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def log_to_stderr(level: str) -> None:
@@ -133,7 +181,8 @@ def _amounts(progress: ProgressView | None) -> str:
 def _run(command: Callable[[], object]) -> int:
     try:
         result = command()
-        sys.stdout.flush()
+        with writing_stdout():
+            sys.stdout.flush()
         return result if isinstance(result, int) else OK
     except click.exceptions.Exit as error:
         return error.exit_code
@@ -150,6 +199,10 @@ def _run(command: Callable[[], object]) -> int:
         return USAGE
     except BrokenPipeError:
         raise
+    except StdoutError as error:
+        _give_up(sys.stdout)
+        note(f"error: {error}")
+        return FAILED
     except Exception as error:
         return _failed(error)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,14 +98,17 @@ def root(ctx: click.Context, file: Path | None, state_dir: str | None, admin_soc
 
 def run(arguments: Sequence[str]) -> int:
     """Carry out one command line (without the program's name) and return its exit code."""
-    return diagnostics.guard(lambda: root.main(list(arguments), prog_name="sllmctl", standalone_mode=False))
+
+    def command() -> object:
+        for argument in arguments:
+            # Python hides such bytes in the text, and what is sent to the manager could not carry them.
+            if not argument.isascii() and argument.encode(errors="replace").decode() != argument:
+                raise click.UsageError(f"the argument {argument!r} is not UTF-8 text")
+        return root.main(list(arguments), prog_name="sllmctl", standalone_mode=False)
+
+    return diagnostics.guard(command)
 
 
 def main() -> int:
     """The entry point of the `sllmctl` executable."""
-    code = run(sys.argv[1:])
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return code
+    return run(sys.argv[1:])

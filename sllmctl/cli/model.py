@@ -254,9 +254,15 @@ def _source(text: str) -> Source:
     """What SOURCE means. An existing directory comes first: a relative path can look like a model of the hub."""
     from schema.spec import PathSource, source_of
 
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return PathSource(str(path.absolute().resolve()))
+    if not text:
+        raise click.BadParameter("it is empty", param_hint="SOURCE")
+    try:
+        path = Path(text).expanduser()
+        if path.is_dir():
+            return PathSource(str(path.resolve()))
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise click.BadParameter(f"{text[:200]} cannot be looked at: {reason}", param_hint="SOURCE") from error
     source = source_of(text)
     if source is None or (isinstance(source, PathSource) and not source.node):
         hint = "" if source else "; a model of the hub is written ORG/NAME, a directory of a node NODE:/PATH"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
+from sllmctl.cli.diagnostics import writing_stdout
 from sllmctl.cli.format import printable
 
 __all__ = ["FORMATS", "Column", "Format", "now", "read_line", "show_item", "show_items", "stream", "write"]
@@ -35,14 +36,16 @@ def now() -> float:
 
 def write(text: str) -> None:
     """A line, or several."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    with writing_stdout():
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
 
 
 def stream(text: str) -> None:
     """A piece of text as it comes; on a terminal without the control characters that could steer it."""
-    sys.stdout.write(printable(text, keep="\n\t") if sys.stdout.isatty() else text)
-    sys.stdout.flush()
+    with writing_stdout():
+        sys.stdout.write(printable(text, keep="\n\t") if sys.stdout.isatty() else text)
+        sys.stdout.flush()
 
 
 def read_line(prompt: str) -> str:

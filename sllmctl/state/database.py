@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import sqlite3
@@ -70,6 +71,11 @@ class Database:
     async def _open(cls, url: URL, path: Path, backup_dir: Path, lock: int, events_keep: int) -> Database:
         try:
             os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise error_of(error, path) from error
+            raise InvalidInput(f"cannot open the database {path}: {error.strerror}", "database_url") from error
+        try:
             backup = await migrate(url, path, backup_dir)
         except (DBAPIError, sqlite3.Error, OSError) as error:
             raise error_of(error, path) from error

@@ -70,7 +70,9 @@ def test_a_file_that_was_asked_for_must_be_there(home: dict[str, str]) -> None:
         ("log_level = 'loud'", "log_level", "Invalid enum value"),
         ("state_dir = 3", "state_dir", "Expected `str`"),
         ("state_dir = ''", "state_dir", "must not be empty"),
+        ('state_dir = "a\\u0000b"', "state_dir", "NUL character"),
         ("[api\n", None, "not valid TOML"),
+        ("deep = " + "[" * 20_000, None, "not valid TOML"),
         ("[api]\nport = 1\nport = 2", None, "not valid TOML"),
     ],
 )

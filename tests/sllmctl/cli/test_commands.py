@@ -103,6 +103,10 @@ def test_interrupts_defects_and_results(capsys: pytest.CaptureFixture[str]) -> N
         ("model", "scale", "qwen"),
         ("model", "add", "x", "./nowhere"),
         ("model", "add", "x", "/nowhere/at/all"),
+        ("model", "add", "x", ""),
+        ("model", "add", "x", "~nobody-of-this-name/model"),
+        ("model", "add", "x", "/" + "a" * 5000),
+        ("model", "add", "x", "\udcff"),
         ("model", "add", "bad name", "org/name"),
         ("model", "add", "x", "org/name", "--min", "3", "--max", "2"),
         ("model", "add", "x", "org/name", "--kv-size", "lots"),
@@ -313,3 +317,38 @@ def test_a_reader_that_goes_away_is_no_traceback(manager: FakeManager) -> None:
     command = f"{sys.executable} -m sllmctl --socket {manager.socket} model show qwen -o json | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "redirect", "code", "said"),
+    [
+        ("model show qwen", ">/dev/full", 1, "error: cannot write to standard output: No space left on device\n"),
+        ("model show qwen", ">&-", 1, "error: cannot write to standard output: Bad file descriptor\n"),
+        ("chat -m qwen", "<&-", 2, "error: the prompt is empty\n"),
+        ("chat -m qwen", r"< <(printf '\xff\xfe')", 2, "error: the prompt on stdin is not UTF-8 text"),
+        (r"chat -m qwen $'\xff'", "", 2, "is not UTF-8 text\n"),
+        ("model foo", "2>&-", 2, ""),
+        ("model foo", "2>/dev/full", 2, ""),
+    ],
+)
+def test_streams_that_are_closed_full_or_no_text(manager: FakeManager, words: str, redirect: str, code: int, said: str) -> None:
+    command = f"{sys.executable} -m sllmctl --socket {manager.socket} {words} {redirect}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize("place", ["{0}/file", "{0}/file/below", "/proc/nowhere"])
+def test_a_state_directory_that_cannot_be_made_is_refused(alone: None, tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    done = subprocess.run(
+        [sys.executable, "-m", "sllmctl", "--state-dir", place.format(tmp_path), "serve"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: cannot make the state directory ")

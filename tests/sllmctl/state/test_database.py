@@ -145,6 +145,12 @@ async def test_a_damaged_file_is_named(url: str, tmp_path: Path, content: bytes)
     assert (tmp_path / "state.db").read_bytes() == content
 
 
+async def test_a_directory_in_the_databases_place_is_a_setting_to_change(url: str, tmp_path: Path) -> None:
+    (tmp_path / "state.db").mkdir()
+    with pytest.raises(InvalidInput, match=r"cannot open the database .*state\.db: Is a directory"):
+        await Database.open(url, backup_dir=tmp_path)
+
+
 async def test_a_database_of_something_else_is_refused(url: str, tmp_path: Path) -> None:
     connection = sqlite3.connect(tmp_path / "state.db")
     connection.execute("CREATE TABLE accounts (id INTEGER)")
