@@ -88,7 +88,7 @@ async def chat_job(gateway: Gateway, data: bytes) -> Job:
     stops = stop_strings(body, gateway.settings)
     messages = [_plain(message, at) for at, message in enumerate(body.messages)]
     model, text = await gateway.prepare(body.model)
-    prompt = await gateway.text.encode_chat(text, messages)
+    prompt = await gateway.text.encode_chat(text, messages, model.max_context_tokens)
     try:
         params = sampling_params(body, _max_tokens(body), text.defaults, len(prompt), model.max_context_tokens)
     except ContextOverflow as error:

@@ -45,7 +45,7 @@ async def completion_job(gateway: Gateway, data: bytes) -> Job:
     single = _single(body.prompt)
     model, text = await gateway.prepare(body.model)
     if isinstance(single, str):
-        prompt = await gateway.text.encode(text, single)
+        prompt = await gateway.text.encode(text, single, model.max_context_tokens)
     else:
         prompt = single
         if max(prompt, default=0) >= text.vocab_size:

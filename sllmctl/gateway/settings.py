@@ -24,7 +24,9 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     connections; one more is answered 503.
 
     Text: ``assets_timeout_s`` waits for a checkpoint's tokenizer and template to be here. ``tokenizers_kept`` stay loaded.
-    Texts over ``inline_encode_chars`` are tokenised off the event loop, by ``encode_threads``.
+    Texts over ``inline_encode_chars`` are tokenised off the event loop, by ``encode_threads``. A text with more than
+    ``chars_per_token_limit`` characters for each token of the context is refused without that: tokenising takes some hundred
+    bytes of memory for each token, however few of them the model can take.
 
     Templates run in a helper process of ``template_memory_bytes`` address space, one at a time: ``template_timeout_s`` each,
     after at most ``template_queue_timeout_s`` in the queue; ``template_output_bytes`` bounds what one may write.
@@ -47,6 +49,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     assets_timeout_s: _Seconds = 30.0
     tokenizers_kept: _Count = 16
     inline_encode_chars: _Count = 2048
+    chars_per_token_limit: _Count = 128
     encode_threads: Annotated[int, Meta(ge=1, le=64)] = 2
 
     template_timeout_s: _Seconds = 2.0

@@ -13,7 +13,7 @@ import msgspec
 from tokenizers import Tokenizer
 
 from schema.checkpoint import TextDefaults
-from schema.errors import InvalidCheckpoint, InvalidInput
+from schema.errors import ContextOverflow, InvalidCheckpoint, InvalidInput
 from sllmctl.gateway.detokenize import DetokenizerFactory
 from sllmctl.gateway.ports import TextAssetsPort
 from sllmctl.gateway.settings import GatewaySettings
@@ -64,8 +64,8 @@ class TextModel:
         return await asyncio.get_running_loop().run_in_executor(threads, self._encode_long, text, special)
 
     def _encode_long(self, text: str, special: bool) -> list[int]:
-        # Encoding a batch lets go of the interpreter lock, encoding a single text does not.
-        return self._tokenizer.encode_batch([text], add_special_tokens=special)[0].ids
+        # Encoding a batch lets go of the interpreter lock, encoding a single text does not; the fast one keeps no offsets.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
 
 
 class TextService:
@@ -115,15 +115,20 @@ class TextService:
         # One caller that goes away does not take the load from the others.
         return await asyncio.shield(task)
 
-    async def encode(self, model: TextModel, text: str) -> list[int]:
-        """A completion's prompt, framed as the tokenizer frames a whole text."""
+    async def encode(self, model: TextModel, text: str, context_tokens: int) -> list[int]:
+        """A completion's prompt, framed as the tokenizer frames a whole text.
+
+        Raises ContextOverflow for a text so long that it is not worth tokenising for a context of ``context_tokens``.
+        """
+        self._check_length(len(text), context_tokens, "prompt")
         return await model.encode(text, special=True, threads=self._threads)
 
-    async def encode_chat(self, model: TextModel, messages: list[dict[str, Any]]) -> list[int]:
+    async def encode_chat(self, model: TextModel, messages: list[dict[str, Any]], context_tokens: int) -> list[int]:
         """A chat's prompt, up to where the assistant speaks.
 
-        Raises InvalidInput when the model has no template or its template refuses the messages.
+        Raises InvalidInput when the model has no template or its template refuses the messages, ContextOverflow as `encode`.
         """
+        self._check_length(sum(len(message["content"]) for message in messages), context_tokens, "messages")
         if model.template is None:
             raise InvalidInput("this model has no chat template; use /v1/completions", "model")
         variables = {
@@ -134,8 +139,18 @@ class TextService:
             "add_generation_prompt": True,
         }
         text = await self._renderer.render(model.template, variables)
+        self._check_length(len(text), context_tokens, "messages")
         # The template writes the special tokens out; the tokenizer must not add them again.
         return await model.encode(text, special=False, threads=self._threads)
+
+    def _check_length(self, chars: int, context_tokens: int, param: str) -> None:
+        limit = context_tokens * self._settings.chars_per_token_limit
+        if chars > limit:
+            raise ContextOverflow(
+                f"the prompt has {chars} characters; this model's context holds {context_tokens} tokens, reply included, "
+                f"for which at most {limit} characters are read; shorten it",
+                param,
+            )
 
     async def _load(self, assets: TextAssetsPort) -> TextModel:
         model = await asyncio.get_running_loop().run_in_executor(self._threads, TextModel, assets, self._settings)

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import pytest
+
 from schema.checkpoint import TextDefaults
+from schema.errors import ContextOverflow
 from sllmctl.gateway.settings import GatewaySettings
-from sllmctl.gateway.text import TextService
+from sllmctl.gateway.text import TextModel, TextService
 from tests.sllmctl.gateway.harness import TOKENIZER, assets_directory, make_manifest
 
 
@@ -51,8 +54,26 @@ async def test_long_and_short_texts_give_the_same_ids() -> None:
         for chars in (1, 10_000):
             service = TextService(GatewaySettings(inline_encode_chars=chars))
             model = await service.load(assets)
-            assert await service.encode(model, text) == TOKENIZER.encode(text).ids
+            assert await service.encode(model, text, 4096) == TOKENIZER.encode(text).ids
             await service.close()
+
+
+async def test_a_text_that_no_context_holds_is_refused_before_it_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(*_: object, **__: object) -> list[int]:
+        raise AssertionError("it was tokenised")
+
+    with assets_directory() as assets:
+        service = TextService(GatewaySettings(chars_per_token_limit=10))
+        model = await service.load(assets)
+        assert await service.encode(model, "x" * 80, 8)
+        monkeypatch.setattr(TextModel, "encode", never)
+        with pytest.raises(ContextOverflow, match=r"81 characters.*8 tokens.*at most 80") as caught:
+            await service.encode(model, "x" * 81, 8)
+        assert caught.value.param == "prompt"
+        with pytest.raises(ContextOverflow) as caught:
+            await service.encode_chat(model, [{"role": "user", "content": "x" * 41}] * 2, 8)
+        assert caught.value.param == "messages"
+        await service.close()
 
 
 def test_the_gateway_is_light() -> None:
