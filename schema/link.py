@@ -16,7 +16,7 @@ Rules that every receiver keeps:
   closes the connection, and the truth that follows the reconnect repairs it.
 * Every `Submit` that its receiver holds is answered by exactly one `Ended`, repeated in each truth until `Acked`. A
   `Submit` may die with a connection: an attempt submitted over an earlier connection and absent from the next truth is
-  lost.
+  lost to a manager, which makes another; an agent submits it to the same worker again.
 * A dialler of truth sends nothing but its truth until it is complete, and the other side nothing but Ping and Pong until it
   has taken it in. Before an agent builds a truth for a new manager connection it has closed the older one.
 * A manager adopts attempts of older generations from a node's first truth in its life, the highest attempt of each (request,
@@ -24,8 +24,9 @@ Rules that every receiver keeps:
   cancels again after each truth.
 * Fills and forks name who asked (``op``, ``nonce``): only the latest asking is served. An agent attaches a worker only
   to extents from a `Resident` that answers its own `FillArena` on the store's present connection.
-* An agent states no truth before every process on its roster (in its run directory) has dialled it or is proven dead, or
-  ``adopt_s`` has run out. A user of a checkpoint counts until its process is proven dead, not until its link breaks.
+* An agent states no truth before its store and every worker on its roster (in its run directory) have dialled it or are
+  proven dead, or ``adopt_s`` has run out. A user of a checkpoint counts until its process is proven dead, not until its link
+  breaks.
 * A command for an instance or epoch that the agent does not have is answered by `InstanceUpdate` (stopped). A newer epoch
   ends the older life first. A stopped life is stated until the manager stops it or starts a newer one.
 * A known ``op`` asked for again is answered again, not done again; ended ones are stated until `OperationsAcked`.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Final
 
+import msgspec
+
 from schema.errors import Fault, LinkError, Unreachable
 from schema.ids import Epoch
 from schema.link import AttemptTruth, Ended, Submit, TokenRun
@@ -20,10 +22,11 @@ _MAX_FRAME_TOKENS: Final = 1 << 20
 
 class Attempt:
     """One attempt as it stands. ``new_ids`` follow the tokens it was submitted with; ``sent`` counts those of the sequence
-    that the manager's present connection was given. ``carried`` is the worker's connection it was handed to, 0 if to none.
+    that the manager's present connection was given. ``carried`` is the worker's connection it was handed to, 0 if to none;
+    ``repeats`` counts how often it was handed over again because that connection broke before the worker knew of it.
     """
 
-    __slots__ = ("cancelled", "carried", "end", "end_sent", "logprobs", "new_ids", "sent", "submit")
+    __slots__ = ("cancelled", "carried", "end", "end_sent", "logprobs", "new_ids", "repeats", "sent", "submit")
 
     def __init__(self, submit: Submit) -> None:
         self.submit = submit
@@ -33,6 +36,7 @@ class Attempt:
         self.sent = len(submit.generated)
         self.end_sent = False
         self.carried = 0
+        self.repeats = 0
         self.cancelled = False
 
     @property
@@ -70,6 +74,10 @@ class Attempt:
         run = TokenRun(self.submit.attempt, self.sent, ids, logprobs)
         self.sent += len(ids)
         return run
+
+    def continuation(self) -> Submit:
+        """What lets a worker that does not know the attempt go on from where it stands."""
+        return msgspec.structs.replace(self.submit, generated=(*self.submit.generated, *self.new_ids))
 
     def truth(self) -> AttemptTruth:
         """The whole attempt, counted as sent."""

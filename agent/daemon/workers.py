@@ -10,7 +10,7 @@ from agent.daemon.attempts import Attempt, Journal
 from agent.daemon.connection import Connection
 from agent.daemon.instances import Instances
 from agent.daemon.life import Life
-from schema.errors import Fault, LinkError, NotFound, Unreachable
+from schema.errors import Fault, LinkError, NotFound, SllmError
 from schema.ids import Epoch
 from schema.link import (
     Acked,
@@ -34,6 +34,8 @@ __all__ = ["Relay", "RelayOwner"]
 
 _ACK_FRAMES: Final = 32
 """A worker's frames are acknowledged at least so often, well within its window."""
+_MAX_REPEATS: Final = 3
+"""How often an attempt that its worker does not know is handed over again."""
 _log = logging.getLogger(__name__)
 
 
@@ -222,12 +224,16 @@ class _WorkerLink:
         if epoch in self._stated:
             if attempt.cancelled:
                 self.send(Cancel(attempt=epoch))
-        elif attempt.carried:
-            fault = Fault.of(Unreachable("the worker does not know this attempt: it was lost with an earlier connection"))
-            self._journal.finish(attempt, EndReason.LOST, fault)
-        else:
+        elif attempt.cancelled:
+            self._journal.finish(attempt, EndReason.CANCELLED)
+        elif attempt.repeats < _MAX_REPEATS:
+            # Not handed over yet, or lost with the connection. To end it as lost would say that this life is over.
+            attempt.repeats += bool(attempt.carried)
             attempt.carried = self._serial
-            self.send(attempt.submit)
+            self.send(attempt.continuation())
+        else:
+            why = f"its worker's link broke {attempt.repeats + 1} times when it was handed over: it may be what breaks it"
+            self._journal.finish(attempt, EndReason.ERROR, Fault.of(SllmError(why)))
 
     # --- its tokens
 

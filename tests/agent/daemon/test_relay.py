@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 
 from agent.daemon.attempts import Attempt, Journal
@@ -91,11 +92,43 @@ async def test_a_submit_to_what_is_not_ready_is_lost(node: Node) -> None:
     assert (end.reason, end.position) == (EndReason.LOST, 2)
 
 
-async def test_an_attempt_that_the_workers_next_truth_lacks_is_lost(node: Node) -> None:
+async def test_an_attempt_that_the_workers_next_truth_lacks_is_handed_over_again_from_where_it_stands(node: Node) -> None:
     manager, worker = await running(node)
+    given = worker.submits[A]
+    worker.say(A, (1, 2))
+    await manager.take(Tokens)
     worker.submits.clear()
     await worker.redial()
-    assert (await manager.tokens_until_end(A))[1].reason is EndReason.LOST
+    again = await worker.hear(Submit)
+    assert again == msgspec.structs.replace(given, generated=(*given.generated, 1, 2))
+    worker.say(A, (3,), EndReason.STOP)
+    ids, end = await manager.tokens_until_end(A)
+    assert (ids, end.reason, end.position) == ([3], EndReason.STOP, len(given.generated) + 3)
+
+
+async def test_an_attempt_that_breaks_its_workers_link_again_and_again_is_given_up(node: Node) -> None:
+    manager, worker = await running(node)
+    for _ in range(3):
+        worker.submits.clear()
+        await worker.redial()
+        await worker.hear(Submit)
+    worker.submits.clear()
+    await worker.redial()
+    _, end = await manager.tokens_until_end(A)
+    assert end.reason is EndReason.ERROR
+    assert end.fault is not None
+    assert "4 times" in end.fault.message
+
+
+async def test_a_cancelled_attempt_that_the_workers_next_truth_lacks_is_over(node: Node) -> None:
+    manager, worker = await running(node)
+    await worker.hang_up()
+    manager.send(Cancel(attempt=A))
+    manager.send(Ping(nonce=1))
+    await manager.take(Pong)
+    worker.submits.clear()
+    worker.begin()
+    assert (await manager.tokens_until_end(A))[1].reason is EndReason.CANCELLED
 
 
 async def test_an_attempt_submitted_while_the_workers_link_is_down_is_handed_over_later(node: Node) -> None:
