@@ -98,6 +98,16 @@ def test_a_second_manager_on_the_same_state_is_refused(cluster: Cluster) -> None
     assert ask(cluster, "What is a plan?").text
 
 
+def test_another_clusters_manager_is_refused_by_the_agent_and_disturbs_nothing(cluster: Cluster) -> None:
+    before = ask(cluster, "What is a plan?")
+    with killed_at_exit(cluster.spawn("--state-dir", str(cluster.directory / "other"), "--port", "0")) as second:
+        assert second.wait(30) == 6
+    assert "cluster" in cluster.log().rpartition("error: ")[2].splitlines()[0]
+    again = ask(cluster, "What is a plan?")
+    assert again.text == before.text
+    assert not cluster.get(f"/requests/{again.request_id}")["timeline"]["cold"]
+
+
 def test_a_taken_port_is_refused(cluster: Cluster) -> None:
     cluster.stop()
     with socket.create_server(("127.0.0.1", 0)) as taken:
