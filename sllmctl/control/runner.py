@@ -72,7 +72,8 @@ class Runner:
                 self._arrived.clear()
                 await self._carry_out(self._take_steps())
         except Exception as error:
-            why = SllmError(f"the manager is ending after a failure: {error}")
+            # What the operator can mend, such as a full disk, is told as what it is.
+            why = error if isinstance(error, SllmError) else SllmError(f"the manager is ending after a failure: {error}")
             raise
         finally:
             self._ended.set()

@@ -183,7 +183,11 @@ class Dispatcher:
         if attempt.wanted and end.position > len(sequence.tokens):
             raise LinkError(f"a sequence of {len(sequence.tokens)} tokens ended at {end.position}: those between are missing")
         if end.timing is not None:
-            sequence.request.engine = end.timing
+            request = sequence.request
+            request.engine = end.timing
+            if request.id in self.remembered:
+                # The engine speaks of a cancelled request only after it was given up here.
+                self.remembered[request.id] = request.view()
         if end.reason == EndReason.LOST:
             self._doubt(attempt)
         if not attempt.wanted:

@@ -176,6 +176,21 @@ async def test_a_failed_commit_ends_the_manager_and_nothing_is_done(database: Da
         await runner.ask(lambda ticket: StopModel(ticket, "m"))
 
 
+async def test_who_asks_for_what_a_full_disk_keeps_from_being_done_is_told_so() -> None:
+    recorder = Recorder()
+    runner = _runner(recorder)
+    running = asyncio.create_task(runner.run())
+    runner.post(AddNode("n0", "n0", "unix:/0"))
+    await recorder.began.wait()
+    recorder.failure = OutOfSpace("the disk is full")
+    asked = asyncio.create_task(runner.ask(lambda ticket: StopModel(ticket, "m")))
+    recorder.gate.set()
+    with pytest.raises(OutOfSpace):
+        await asked
+    with pytest.raises(OutOfSpace):
+        await running
+
+
 async def test_an_ask_without_an_answer_ends_in_time() -> None:
     recorder = Recorder()
     runner = _runner(recorder, reply_timeout_s=0.05)

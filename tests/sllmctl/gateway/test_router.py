@@ -325,8 +325,10 @@ def test_cancel_ends_a_running_request_at_once_and_drops_what_still_comes() -> N
     assert request.sequences[0].finish == EndReason.CANCELLED
     bench.tokens(run(submit, 5, 6, start=1))
     assert request.sequences[0].tokens == [4]
-    bench.tokens(end(submit, 3, EndReason.CANCELLED))
-    assert bench.router.request(request.id).state == RequestState.CANCELLED
+    timing = EngineTiming(total_s=1.0, steps=4)
+    bench.tokens(end(submit, 3, EndReason.CANCELLED, timing=timing))
+    view = bench.router.request(request.id)
+    assert (view.state, view.timeline.engine) == (RequestState.CANCELLED, timing)
     assert bench.router.live == 0
     bench.router.cancel(request.id)
     with pytest.raises(NotFound):
