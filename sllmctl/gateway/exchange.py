@@ -71,15 +71,15 @@ class Exchange:
 
         Raises UnsupportedMediaType, BodyTooLarge, Overloaded, TimedOut, ClientGone.
         """
-        length = 0
+        length, kind = 0, b""
         for name, value in self._scope["headers"]:
             if name == b"content-type":
                 kind = value.partition(b";")[0].strip().lower()
-                # Also what a web page can send to another site without being asked: it must not get through as JSON.
-                if kind != b"application/json" and not kind.endswith(b"+json"):
-                    raise UnsupportedMediaType(f"content type {kind.decode('latin-1')!r} is not application/json")
             elif name == b"content-length":
                 length = int(value)
+        # What a web page can send to another site without being asked, of another type or none, must not get through as JSON.
+        if kind != b"application/json" and not kind.endswith(b"+json"):
+            raise UnsupportedMediaType(f"content type {kind.decode('latin-1')!r} is not application/json")
         try:
             async with asyncio.timeout(settings.body_timeout_s):
                 return await self._read_body(length, settings.body_limit_bytes, budget)

@@ -79,7 +79,7 @@ class BodyDecoder(Generic[B]):
     def _refuse(self, name: str, value: Any) -> None:
         allowed = self._neutral.get(name)
         if allowed is None:
-            raise UnknownParameter(f"unknown parameter {name!r}", name[:128])
+            raise UnknownParameter(f"unknown parameter {name[:128]!r}", name[:128])
         if value is None or any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in allowed):
             return
         only = f" (other than {', '.join(msgspec.json.encode(each).decode() for each in allowed)})" if allowed else ""

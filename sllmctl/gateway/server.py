@@ -10,6 +10,8 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from schema.errors import InvalidInput, SllmError
+from sllmctl.gateway.errors import error_body
 from sllmctl.gateway.metrics import Metrics
 from sllmctl.gateway.settings import GatewaySettings
 
@@ -66,6 +68,9 @@ class _BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._header_timer = self.loop.call_later(self.limits.header_timeout_s, self._break_off, "slow headers")
 
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(b"400 Bad Request", InvalidInput("this is not a valid HTTP/1.1 request; the connection is closed"))
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop(self._header_timer)
         self._stop(self._reader_timer)
@@ -76,8 +81,14 @@ class _BoundedProtocol(HttpToolsProtocol):
             # Counted per read, so a body that comes along counts too; the limit is for those whose headers never end.
             self._header_bytes += len(data)
         super().data_received(data)
-        if self._in_headers and self._header_bytes > self.limits.header_limit_bytes:
-            self._break_off("long headers")
+        too_long = self._in_headers and self._header_bytes > self.limits.header_limit_bytes
+        if too_long and not self.transport.is_closing():
+            limit = self.limits.header_limit_bytes
+            self._refuse(
+                b"431 Request Header Fields Too Large",
+                InvalidInput(f"the request's headers are longer than {limit} bytes, the limit of this server"),
+            )
+            self._count("long headers")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -108,14 +119,28 @@ class _BoundedProtocol(HttpToolsProtocol):
             self._break_off("slow reader")
         super().timeout_keep_alive_handler()
 
+    def _refuse(self, status: bytes, error: SllmError) -> None:
+        """Answer what never becomes a request of the application, and close."""
+        if self.transport.get_write_buffer_size() or (self.cycle is not None and not self.cycle.response_complete):
+            # It came behind a request whose response is not out: an answer now would be taken for a part of that.
+            self.transport.abort()
+            return
+        body = error_body(error)
+        head = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+        self.transport.write(head % (status, len(body)) + body)
+        self.transport.close()
+
     def _break_off(self, reason: str) -> None:
         """Drop the connection with all that is unsent; the request on it, if any, learns that its client is gone."""
         if self.transport.is_closing():
             return
+        self._count(reason)
+        self.transport.abort()
+
+    def _count(self, reason: str) -> None:
         _log.info("connection from %s broken off: %s", self.client, reason)
         if self.counts is not None:
             self.counts.dropped.labels(reason).inc()
-        self.transport.abort()
 
     @staticmethod
     def _stop(timer: asyncio.TimerHandle | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import socket
 import struct
@@ -186,9 +187,28 @@ async def test_bytes_that_are_no_http() -> None:
         for garbage in (b"\x16\x03\x01 hello\r\n\r\n", b"GET\r\n\r\n", b"POST / HTTP/9.9\r\n\r\n"):
             reader, writer = await here.raw()
             writer.write(garbage)
-            assert await _status(reader) == 400
+            status, headers, answer = await _whole(reader)
+            assert (status, headers["content-type"], headers["connection"]) == (400, "application/json", "close")
+            assert msgspec.json.decode(answer)["error"]["type"] == "invalid_request_error"
+            assert await reader.read() == b""
             writer.close()
         assert (await here.client.get("/healthz")).status_code == 200
+
+
+@on_uvloop
+async def test_garbage_behind_a_running_response_is_no_part_of_it() -> None:
+    async with serving() as here:
+        reader, writer = await here.raw()
+        writer.write(http_post(_CHAT, chat_body(stream=True)))
+        request = await here.router.taken()
+        request.say("some text")
+        got = await asyncio.wait_for(reader.readuntil(b"some text"), WAIT_S)
+        writer.write(b"\x16\x03\x01 hello\r\n\r\n")
+        with contextlib.suppress(ConnectionResetError):
+            got += await asyncio.wait_for(reader.read(), WAIT_S)
+        assert got.count(b"HTTP/1.1") == 1
+        await asyncio.wait_for(request.cancelled.wait(), WAIT_S)
+        writer.close()
 
 
 @pytest.mark.parametrize("announced", [True, False])
@@ -256,14 +276,15 @@ async def test_a_body_that_never_ends_times_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "status"), [("text/plain", 415), ("application/json; charset=utf-8", 200), ("application/x+json", 200)]
+    ("kind", "status"),
+    [("text/plain", 415), ("", 415), ("application/json; charset=utf-8", 200), ("application/x+json", 200)],
 )
 @on_uvloop
 async def test_content_types(kind: str, status: int) -> None:
     async with serving() as here:
         here.router.reply = lambda request: request.say("fine", EndReason.LENGTH)
         data = msgspec.json.encode(chat_body())
-        response = await here.client.post(_CHAT, content=data, headers={"content-type": kind})
+        response = await here.client.post(_CHAT, content=data, headers={"content-type": kind} if kind else {})
         assert response.status_code == status
 
 
@@ -274,8 +295,10 @@ async def test_headers_that_never_end_or_do_not_come() -> None:
         silent, silent_writer = await here.raw()
         reader, writer = await here.raw()
         writer.write(b"GET / HTTP/1.1\r\n" + b"X-Long: y\r\n" * 1000)
-        with pytest.raises((asyncio.IncompleteReadError, ConnectionResetError)):
-            await asyncio.wait_for(reader.readexactly(1), WAIT_S)
+        status, _, answer = await asyncio.wait_for(_whole(reader), WAIT_S)
+        assert status == 431
+        assert "4096 bytes" in msgspec.json.decode(answer)["error"]["message"]
+        assert await reader.read() == b""
         assert here.metric("sllm_connections_dropped_total", reason="long headers") == 1
         with pytest.raises((asyncio.IncompleteReadError, ConnectionResetError)):
             await asyncio.wait_for(silent.readexactly(1), WAIT_S)
