@@ -103,6 +103,7 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
     adopt_s: _Seconds = 5.0
     spawn_s: _Seconds = 60.0
     start_s: _Seconds = 300.0
+    hang_s: Annotated[float, Meta(gt=0)] = 300.0
     log_level: LogLevel = "info"
 
 

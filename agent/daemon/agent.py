@@ -80,7 +80,7 @@ class Agent:
         self._zygote = ZygoteLink(self._zygote_kin)
         self._instances = Instances(config, self._roster, self._store, self._journal, self, self._zygote.ask)
         self._zygote.instances = self._instances
-        self._relay = Relay(self._journal, self._instances, self)
+        self._relay = Relay(self._journal, self._instances, self, config.hang_s)
         self._checkpoints = Checkpoints(config.checkpoints_path, self._store)
         self._operations = Operations(config, self._roster, self._store, self._checkpoints, self, ingest)
         self._manager = ManagerLink(self._journal, self._truth, self._command, self._manager_changed)

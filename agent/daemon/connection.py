@@ -50,6 +50,7 @@ class Connection:
         self._socket = sock
         self._handler = handler
         self._loop = asyncio.get_running_loop()
+        self.heard_at = self._loop.time()
         self._hello = bytearray()
         self._decoder: FrameDecoder[Any] | None = None
         self._outbox: deque[tuple[memoryview, tuple[int, ...]]] = deque()
@@ -147,6 +148,7 @@ class Connection:
         if not data:
             self.close("it hung up")
             return False
+        self.heard_at = self._loop.time()
         if self._decoder is None:
             self._read_hello(data)
             return True

@@ -13,7 +13,7 @@ from agent.daemon.life import Life, WorkerDoor
 from agent.daemon.lives import Lives
 from agent.daemon.process import Process
 from agent.daemon.roster import RosterEntry
-from schema.errors import Conflict, Fault, NotFound, SllmError, Unreachable
+from schema.errors import Conflict, Fault, NotFound, SllmError, TimedOut, Unreachable
 from schema.link import (
     Forked,
     Hello,
@@ -199,6 +199,7 @@ class Instances(Lives):
                 door.send(StopInstance(instance=life.start.instance, epoch=life.start.epoch))
             return
         if life.state is not _State.STARTING:
+            life.cancel_timer()
             return
         if not life.directory:
             self._fail(life, Fault.of(NotFound(f"checkpoint {life.start.digest} is no longer on this node's disk")))
@@ -213,9 +214,18 @@ class Instances(Lives):
         self._expect_attach(life)
 
     def worker_lost(self, life: Life, door: WorkerDoor) -> None:
-        """The worker's link broke; it dials again, or its process is found dead."""
-        if life.worker is door:
-            life.worker = None
+        """The worker's link broke; it dials again, or its process is found dead, or it is ended."""
+        if life.worker is not door:
+            return
+        life.worker = None
+        if life.state is _State.READY and life.ending is None:
+            self._expect(life, self._config.spawn_s, "its worker did not dial the agent again")
+
+    def worker_hung(self, life: Life, silent_s: float) -> None:
+        """A worker leaves questions unanswered. One that still starts has a time of its own for that."""
+        if life.state is not _State.STARTING and life.worker is not None:
+            life.worker.close("it does not answer")
+            self._fail(life, Fault.of(TimedOut(f"its worker has not answered for {silent_s:.0f} s (hang_s)")))
 
     def worker_changed(self, life: Life, truth: InstanceTruth) -> None:
         """The worker says how far it is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from typing import Any, Final, Protocol
@@ -20,6 +21,7 @@ from schema.link import (
     InstanceLoad,
     InstanceUpdate,
     Message,
+    Ping,
     Submit,
     TokenRun,
     Tokens,
@@ -55,12 +57,16 @@ class RelayOwner(Protocol):
 
 
 class Relay:
-    """Attempts between the manager and the workers: the journal is theirs, this is the way to and fro."""
+    """Attempts between the manager and the workers: the journal is theirs, this is the way to and fro.
 
-    def __init__(self, journal: Journal, instances: Instances, owner: RelayOwner) -> None:
+    A worker that leaves a question unanswered for ``hang_s`` seconds is ended: its link would never tell.
+    """
+
+    def __init__(self, journal: Journal, instances: Instances, owner: RelayOwner, hang_s: float) -> None:
         self.journal = journal
         self.instances = instances
         self.owner = owner
+        self.hang_s = hang_s
         self._serial = 0
 
     def welcome(self, connection: Connection, hello: Hello, welcome: Callable[[int], Welcome]) -> None:
@@ -125,6 +131,8 @@ class _WorkerLink:
         self._forgotten: list[Epoch] = []
         self._frame = 0
         self._acked_frame = 0
+        self._asked_at = 0.0
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def serial(self) -> int:
@@ -165,6 +173,8 @@ class _WorkerLink:
         pass
 
     def lost(self, connection: Connection, why: str) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         _log.info("the link to the worker of %s is lost: %s", self._life.user, why)
         self._relay.instances.worker_lost(self._life, self)
 
@@ -218,6 +228,7 @@ class _WorkerLink:
         self._relay.owner.attempts_changed()
         self._relay.instances.check_idle(self._life)
         self._relay.owner.worker_dialled(self._life)
+        self._beat()
 
     def _reconcile(self, attempt: Attempt) -> None:
         epoch = attempt.submit.attempt
@@ -234,6 +245,20 @@ class _WorkerLink:
         else:
             why = f"its worker's link broke {attempt.repeats + 1} times when it was handed over: it may be what breaks it"
             self._journal.finish(attempt, EndReason.ERROR, Fault.of(SllmError(why)))
+
+    # --- its silence
+
+    def _beat(self) -> None:
+        """Ask whether it still answers; it does so between two engine steps."""
+        if self._connection.closed:
+            return
+        loop = asyncio.get_running_loop()
+        if self._connection.heard_at >= self._asked_at:
+            self._asked_at = loop.time()
+            self.send(Ping(nonce=0))
+        elif loop.time() - self._asked_at >= self._relay.hang_s:
+            self._relay.instances.worker_hung(self._life, loop.time() - self._asked_at)
+        self._timer = loop.call_later(self._relay.hang_s / 4, self._beat)
 
     # --- its tokens
 

@@ -53,6 +53,8 @@ from schema.link import (
     Message,
     NodeTruth,
     OperationDone,
+    Ping,
+    Pong,
     Resident,
     Role,
     SamplingParams,
@@ -389,6 +391,7 @@ class Worker:
         self.memory: int | None = None
         self.becomes_ready = node.worker_becomes_ready
         self.obeys = True
+        self.answers = True
         self.submits: dict[Epoch, Submit] = {}
         self.generated: dict[Epoch, list[int]] = {}
         self.ends: dict[Epoch, Ended] = {}
@@ -490,6 +493,9 @@ class Worker:
             case StopInstance() | Shutdown():
                 if self.obeys:
                     self.kill()
+            case Ping():
+                if self.answers:
+                    self.peer.send(Pong(nonce=message.nonce))
             case _:
                 pass
         self.heard.put_nowait(message)

@@ -11,7 +11,7 @@ import pytest
 
 from schema.errors import Fault, SllmError
 from schema.ids import epoch_of
-from schema.link import Forked, InstanceUpdate, OperationDone, PlacementUpdate, StopInstance, Submit
+from schema.link import Forked, InstanceUpdate, OperationDone, Ping, PlacementUpdate, StopInstance, Submit
 from schema.states import EndReason, InstanceState, Tier, TierState
 from tests.agent.daemon.peers import DIGEST, Node, alive, make_checkpoint, start_instance, submit
 
@@ -240,3 +240,36 @@ async def test_a_worker_that_never_comes_times_out() -> None:
         assert truth.fault is not None
         assert truth.fault.code == "timed_out"
         await node.stores[0].until(lambda: node.stores[0].holds[DIGEST] == 0)
+
+
+async def test_a_worker_that_answers_no_more_is_ended_and_what_it_ran_is_lost() -> None:
+    node = Node(hang_s=0.2, spawn_s=0.3)
+    make_checkpoint(node.config.checkpoints_path)
+    async with node:
+        manager = await node.manager()
+        start, worker = await node.ready(manager)
+        await worker.redial()
+        for _ in range(8):
+            await worker.hear(Ping)
+        assert alive(worker.pid), "one that answers is left alone, however little it says"
+        manager.send(submit(epoch_of(1, 9), start))
+        await worker.hear(Submit)
+        worker.answers = False
+        truth = await manager.instance(InstanceState.STOPPED)
+        assert truth.fault is not None
+        assert "has not answered" in truth.fault.message
+        assert (await manager.tokens_until_end(epoch_of(1, 9)))[1].reason is EndReason.LOST
+        assert not alive(worker.pid)
+
+
+async def test_a_ready_worker_that_never_dials_again_is_ended() -> None:
+    node = Node(spawn_s=0.3)
+    make_checkpoint(node.config.checkpoints_path)
+    async with node:
+        manager = await node.manager()
+        _, worker = await node.ready(manager)
+        await worker.hang_up()
+        truth = await manager.instance(InstanceState.STOPPED)
+        assert truth.fault is not None
+        assert "did not dial" in truth.fault.message
+        assert not alive(worker.pid)
