@@ -19,7 +19,7 @@ Seconds = Annotated[float, Meta(ge=0, le=86400 * 365)]
 class PathSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="path"):
     """A Hugging Face directory at an absolute ``path`` on ``node``; an empty node is the manager's own machine."""
 
-    path: Annotated[str, Meta(min_length=1, max_length=4096)]
+    path: Annotated[str, Meta(pattern=r"^/[^\0]*$", max_length=4096)]
     node: str = ""
 
 

@@ -121,7 +121,9 @@ class _BoundedProtocol(HttpToolsProtocol):
 
     def _refuse(self, status: bytes, error: SllmError) -> None:
         """Answer what never becomes a request of the application, and close."""
-        if self.transport.get_write_buffer_size() or (self.cycle is not None and not self.cycle.response_complete):
+        cycle = self.cycle
+        behind = cycle is not None and not cycle.response_complete and (cycle.response_started or not cycle.more_body)
+        if behind or self.transport.get_write_buffer_size():
             # It came behind a request whose response is not out: an answer now would be taken for a part of that.
             self.transport.abort()
             return

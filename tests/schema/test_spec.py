@@ -19,6 +19,8 @@ def test_a_minimal_spec_scales_to_zero() -> None:
         ({"scale": {"maximum": 2}}, "scale"),
         ({"engine": {"threads": "two"}}, "engine.threads"),
         ({"source": {"kind": "hub", "repo": "../escape"}}, "source.repo"),
+        ({"source": {"kind": "path", "path": "relative"}}, "source.path"),
+        ({"source": {"kind": "path", "path": "/with\0nul"}}, "source.path"),
         ({"name": "no/slash"}, "name"),
     ],
 )

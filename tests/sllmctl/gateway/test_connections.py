@@ -184,7 +184,8 @@ async def test_bodies_that_are_no_json_or_no_object() -> None:
 @on_uvloop
 async def test_bytes_that_are_no_http() -> None:
     async with serving() as here:
-        for garbage in (b"\x16\x03\x01 hello\r\n\r\n", b"GET\r\n\r\n", b"POST / HTTP/9.9\r\n\r\n"):
+        chunked = http_post(_CHAT, b"", "Transfer-Encoding: chunked").replace(b"Content-Length: 0\r\n", b"") + b"zzz\r\n"
+        for garbage in (b"\x16\x03\x01 hello\r\n\r\n", b"GET\r\n\r\n", b"POST / HTTP/9.9\r\n\r\n", chunked):
             reader, writer = await here.raw()
             writer.write(garbage)
             status, headers, answer = await _whole(reader)
