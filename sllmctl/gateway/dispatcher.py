@@ -140,7 +140,7 @@ class Dispatcher:
         route.add(attempt)
         self.touch_route(route)
         attempt.sequence.attempt = attempt
-        attempt.sequence.attempts += 1
+        attempt.sequence.fruitless += 1
         attempt.sequence.request.attempts += 1
         attempt.sequence.request.instance = route.instance
 
@@ -169,6 +169,7 @@ class Dispatcher:
         if not new:
             return
         sequence.tokens.extend(new)
+        sequence.fruitless = 0
         self.journal_tokens += len(new)
         if sequence.request.first_token_at is None:
             sequence.request.first_token_at = self.clock()
@@ -324,7 +325,7 @@ class Dispatcher:
             self.cancel(request)
         elif (refusal := queue.refusal()) is not None:
             self.fail(request, refusal)
-        elif sequence.attempts >= self._settings.max_attempts:
+        elif sequence.fruitless >= self._settings.max_attempts:
             self.fail(request, fault.to_error())
         else:
             queue.put(sequence, front=True)

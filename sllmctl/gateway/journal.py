@@ -47,9 +47,12 @@ class Attempt:
 
 
 class Sequence:
-    """One choice of a request. ``tokens`` only grows: read it, never write; ``finish`` is set once, after its last token."""
+    """One choice of a request. ``tokens`` only grows: read it, never write; ``finish`` is set once, after its last token.
 
-    __slots__ = ("_waiters", "attempt", "attempts", "choice", "failure", "finish", "prompt", "request", "timer", "tokens")
+    ``fruitless`` counts its attempts since the last token that one of them brought.
+    """
+
+    __slots__ = ("_waiters", "attempt", "choice", "failure", "finish", "fruitless", "prompt", "request", "timer", "tokens")
 
     def __init__(self, request: Request, choice: int, prompt: tuple[int, ...]) -> None:
         self.request = request
@@ -59,7 +62,7 @@ class Sequence:
         self.finish: EndReason | None = None
         self.failure: SllmError | None = None
         self.attempt: Attempt | None = None
-        self.attempts = 0
+        self.fruitless = 0
         self.timer: Timer | None = None
         self._waiters: list[tuple[int, asyncio.Future[None]]] = []
 

@@ -16,7 +16,8 @@ _Count = Annotated[int, Meta(ge=1)]
 class RouterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What bounds requests in the router.
 
-    ``max_attempts``: how often one sequence may be put on an instance; then it fails with the last fault.
+    ``max_attempts``: how often one sequence may be put on an instance without a token coming of it; then it fails with the last
+    fault.
     ``max_journal_tokens``: prompt and generated tokens of all live requests; a new request beyond it is refused. Replies that
     run may go over it by what they still generate. ``max_sequence_tokens``: prompt and reply of one sequence, so that its
     Submit fits a frame. ``expected_reply_tokens``: what a reply is taken to need of a KV cache until the model's own

@@ -94,6 +94,18 @@ def test_attempts_of_one_sequence_are_bounded() -> None:
     assert bench.router.instance_running("i") == 0
 
 
+def test_attempts_that_bring_tokens_do_not_count_against_the_bound() -> None:
+    bench = Bench(RouterSettings(max_attempts=2))
+    bench.warm()
+    request = bench.router.submit("m", (1,), params(100))
+    for position in range(4):
+        (submit,) = bench.take(Submit)
+        bench.tokens(run(submit, 7), end(submit, position + 1, EndReason.LOST))
+        bench.instance()
+    assert request.sequences[0].tokens == [7] * 4
+    assert len(bench.take(Submit)) == 1
+
+
 def test_a_lost_attempt_that_had_all_its_tokens_is_finished() -> None:
     bench = Bench()
     bench.warm()
