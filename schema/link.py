@@ -582,13 +582,12 @@ class FillArena(Message, frozen=True, kw_only=True, tag="fill"):
     digest: str
     directory: str
     users: int = 1
-    priority: int = 0
 
 
 class Resident(Message, frozen=True, kw_only=True, tag="resident"):
     """Store -> agent: the whole image lies in the arena at ``extents``; said after a fill, and repeated in `StoreTruth`.
 
-    ``read_bytes`` were read from disk for this answer (0 if it was there), in ``seconds``.
+    ``read_bytes`` were read from disk for this answer, 0 if it was there.
     """
 
     digest: str
@@ -597,7 +596,6 @@ class Resident(Message, frozen=True, kw_only=True, tag="resident"):
     users: int = 0
     op: str = ""
     read_bytes: int = 0
-    seconds: float = 0.0
 
 
 class HoldCheckpoint(Message, frozen=True, kw_only=True, tag="hold"):

@@ -1,4 +1,4 @@
-"""Reads files into memory with a few plain threads: large blocks, most urgent first, checked on the way, cancelled at once.
+"""Reads files into memory with a few plain threads: large blocks, oldest job first, checked on the way, cancelled at once.
 
 A file's blocks that lie in the page cache are copied from there; the rest is read past the cache (O_DIRECT), which spares
 the machine a copy and its cache. Where a file system does not know that, reads are ordinary ones.
@@ -42,8 +42,7 @@ class Unit:
 class ReadJob:
     """Units to be read, for one asker. Made by `ReadPool.submit`; ``done_bytes`` may be read at any time."""
 
-    def __init__(self, units: Sequence[Unit], priority: int, changed: Callable[[ReadJob], None]) -> None:
-        self.priority = priority
+    def __init__(self, units: Sequence[Unit], changed: Callable[[ReadJob], None]) -> None:
         self.done_bytes = 0
         self.error: SllmError | None = None
         self.corrupt = False
@@ -58,7 +57,7 @@ class ReadJob:
 
 
 class ReadPool:
-    """``threads`` threads that serve the jobs, the highest priority first, among equals the oldest.
+    """``threads`` threads that serve the jobs, the oldest first.
 
     ``changed`` of a job is called from one of them after every unit, the last time when it is ``finished``.
     """
@@ -71,17 +70,13 @@ class ReadPool:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, units: Sequence[Unit], priority: int, changed: Callable[[ReadJob], None]) -> ReadJob:
+    def submit(self, units: Sequence[Unit], changed: Callable[[ReadJob], None]) -> ReadJob:
         """Read all units (at least one) in the background, in their order as far as threads allow."""
-        job = ReadJob(units, priority, changed)
+        job = ReadJob(units, changed)
         with self._condition:
             self._jobs.append(job)
             self._condition.notify_all()
         return job
-
-    def raise_priority(self, job: ReadJob, priority: int) -> None:
-        """Serve a job before others from its next unit on."""
-        job.priority = max(job.priority, priority)
 
     def cancel(self, job: ReadJob) -> None:
         """End a job as Cancelled as soon as its running reads are over; without effect on a finished one."""
@@ -117,8 +112,7 @@ class ReadPool:
 
     def _next(self) -> ReadJob | None:
         """The job to serve: one with units, or a cancelled one that nobody is serving and that must be ended."""
-        ready = [job for job in self._jobs if job._pending or not job._running]
-        return max(ready, key=lambda job: job.priority, default=None)
+        return next((job for job in self._jobs if job._pending or not job._running), None)
 
     def _read(self, job: ReadJob, unit: Unit) -> SllmError | None:
         try:

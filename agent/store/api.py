@@ -38,7 +38,7 @@ class Store(Protocol):
     def residents(self) -> tuple[Resident, ...]:
         """What lies whole in the arena, also after a restart, from the chunk table in the arena itself."""
 
-    def fill(self, op: str, digest: str, directory: Path, users: int = 1, priority: int = 0) -> None:
+    def fill(self, op: str, digest: str, directory: Path, users: int = 1) -> None:
         """Bring a checkpoint into the arena, held by ``users`` from now on; one that is there, or being filled, is not read
         again, and every ``op`` is answered.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -37,8 +37,6 @@ class _Fill:
     directory: Path
     ops: list[str]
     users: int
-    priority: int
-    began: float = field(default_factory=time.monotonic)
     occupant: Occupant | None = None
     job: ReadJob | None = None
     image_bytes: int = 0
@@ -75,23 +73,20 @@ class ArenaStore:
         """The ops that wait for an answer."""
         return tuple(op for fill in (*self._fills.values(), *self._waiting.values()) for op in fill.ops)
 
-    def fill(self, op: str, digest: str, directory: Path, users: int = 1, priority: int = 0) -> None:
+    def fill(self, op: str, digest: str, directory: Path, users: int = 1) -> None:
         known = self._fills.get(digest)
         if known is not None and known.given_up:
             known = self._waiting.get(digest)
             if known is None:
-                self._waiting[digest] = _Fill(digest, directory, [op], users, priority)
+                self._waiting[digest] = _Fill(digest, directory, [op], users)
                 return
         known = known or self._waiting.get(digest)
         if known is None:
-            self._begin(_Fill(digest, directory, [op], users, priority))
+            self._begin(_Fill(digest, directory, [op], users))
             return
         known.users = users
-        known.priority = max(known.priority, priority)
         if op not in known.ops:
             known.ops.append(op)
-        if known.job is not None:
-            self._pool.raise_priority(known.job, priority)
 
     def hold(self, digest: str, users: int) -> None:
         if (occupant := self._residents.get(digest)) is not None:
@@ -159,7 +154,7 @@ class ArenaStore:
         units = list(self._units(fill.directory, manifest, chunks, fill.verifying))
         self._fills[fill.digest] = fill
         self._tell(fill, time.monotonic(), 0)
-        fill.job = self._pool.submit(units, fill.priority, self._changed)
+        fill.job = self._pool.submit(units, self._changed)
 
     def _units(self, directory: Path, manifest: Manifest, chunks: list[int], verifying: bool) -> Iterator[Unit]:
         for partition in manifest.partitions:
@@ -195,10 +190,9 @@ class ArenaStore:
             self._use(fill.occupant, 0 if fill.given_up else fill.users)
             if fill.verifying:
                 _mark(catalog.mark_verified, fill.directory)
-            seconds = time.monotonic() - fill.began
             self._tell(fill, time.monotonic(), fill.image_bytes)
             for op in fill.ops:
-                self._listener.filled(op, self._resident(fill.occupant, op, fill.image_bytes, seconds))
+                self._listener.filled(op, self._resident(fill.occupant, op, fill.image_bytes))
         else:
             self._release(fill.occupant)
             if job.corrupt:
@@ -260,7 +254,7 @@ class ArenaStore:
         occupant.users, occupant.stamp = users, self._stamp
         self._arena.table.note(occupant)
 
-    def _resident(self, occupant: Occupant, op: str = "", read_bytes: int = 0, seconds: float = 0.0) -> Resident:
+    def _resident(self, occupant: Occupant, op: str = "", read_bytes: int = 0) -> Resident:
         return Resident(
             digest=occupant.digest,
             extents=self._arena.extents(occupant.chunks),
@@ -268,7 +262,6 @@ class ArenaStore:
             users=occupant.users,
             op=op,
             read_bytes=read_bytes,
-            seconds=seconds,
         )
 
 

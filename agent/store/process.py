@@ -151,7 +151,7 @@ class StoreProcess:
             except InvalidInput as error:
                 self.failed(message.op, message.digest, Fault.of(error))
                 return
-            self._store.fill(message.op, message.digest, directory, message.users, message.priority)
+            self._store.fill(message.op, message.digest, directory, message.users)
         elif isinstance(message, HoldCheckpoint):
             self._store.hold(message.digest, message.users)
         else:

@@ -1,4 +1,4 @@
-"""The reader's threads: order of urgency, cancel, short and shrinking files, both ways of reading."""
+"""The reader's threads: order of age, cancel, short and shrinking files, both ways of reading."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_bytes_arrive(pool: ReadPool, tmp_path: Path, size: int, cached: bool) -
         os.close(descriptor)
     memory = memoryview(bytearray(size))
     watch = Watch()
-    job = pool.submit(units(tmp_path / "f", size, memory), 0, watch)
+    job = pool.submit(units(tmp_path / "f", size, memory), watch)
     watch.wait(job)
     assert job.error is None
     assert job.done_bytes == size
@@ -74,7 +74,7 @@ def test_file_that_shrinks_under_the_read_is_named_with_its_offset(pool: ReadPoo
     memory = memoryview(bytearray(8 * MIB))
     watch = Watch()
     ahead = [Unit(tmp_path / "f", 4 * MIB, 4 * MIB - 4096, (memory[:8192],))]
-    job = pool.submit(ahead, 0, watch)
+    job = pool.submit(ahead, watch)
     watch.wait(job)
     assert job.error is not None
     assert job.error.code == "invalid_checkpoint"
@@ -92,7 +92,7 @@ def test_disk_error_is_named_with_its_offset(pool: ReadPool, tmp_path: Path, mon
 
     monkeypatch.setattr(reader.os, "preadv", failing)
     watch = Watch()
-    job = pool.submit(units(tmp_path / "f", 4 * MIB, memoryview(bytearray(4 * MIB)), 2 * MIB), 0, watch)
+    job = pool.submit(units(tmp_path / "f", 4 * MIB, memoryview(bytearray(4 * MIB)), 2 * MIB), watch)
     watch.wait(job)
     assert str(job.error) == f"cannot read {tmp_path / 'f'} at byte {2 * MIB}: Input/output error"
     assert job.error is not None
@@ -115,7 +115,7 @@ def test_short_reads_and_refused_direct_reads_are_made_good(
     monkeypatch.setattr(reader.os, "preadv", stingy)
     memory = memoryview(bytearray(MIB))
     watch = Watch()
-    job = pool.submit(units(tmp_path / "f", MIB, memory), 0, watch)
+    job = pool.submit(units(tmp_path / "f", MIB, memory), watch)
     watch.wait(job)
     assert job.error is None
     assert memory == data
@@ -134,7 +134,7 @@ def test_cancel_ends_a_job_and_leaves_its_memory_alone(tmp_path: Path, monkeypat
     monkeypatch.setattr(reader.os, "preadv", held)
     pool, watch = ReadPool(1), Watch()
     memory = memoryview(bytearray(8 * MIB))
-    job = pool.submit(units(tmp_path / "f", 8 * MIB, memory), 0, watch)
+    job = pool.submit(units(tmp_path / "f", 8 * MIB, memory), watch)
     assert entered.wait(30)
     pool.cancel(job)
     assert not job.finished
@@ -146,7 +146,7 @@ def test_cancel_ends_a_job_and_leaves_its_memory_alone(tmp_path: Path, monkeypat
     pool.close()
 
 
-def test_urgent_job_overtakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_oldest_job_is_served_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "f", 4 * MIB)
     entered, leave = threading.Event(), threading.Event()
     real = os.preadv
@@ -159,20 +159,20 @@ def test_urgent_job_overtakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(reader.os, "preadv", held)
     pool, watch = ReadPool(1), Watch()
     jobs = []
-    for priority in (0, 0, 5):
+    for _ in range(3):
         memory = memoryview(bytearray(4 * MIB))
-        jobs.append(pool.submit(units(tmp_path / "f", 4 * MIB, memory), priority, watch))
+        jobs.append(pool.submit(units(tmp_path / "f", 4 * MIB, memory), watch))
         assert entered.wait(30)
     leave.set()
     for job in jobs:
         watch.wait(job)
-    assert watch.finished == [jobs[2], jobs[0], jobs[1]]
+    assert watch.finished == jobs
     pool.close()
 
 
 def test_closing_ends_what_runs(tmp_path: Path) -> None:
     write(tmp_path / "f", 32 * MIB)
     pool, watch = ReadPool(1), Watch()
-    job = pool.submit(units(tmp_path / "f", 32 * MIB, memoryview(bytearray(32 * MIB))), 0, watch)
+    job = pool.submit(units(tmp_path / "f", 32 * MIB, memoryview(bytearray(32 * MIB))), watch)
     pool.close()
     assert job.finished

@@ -202,7 +202,7 @@ def test_nothing_leaks_and_all_is_answered_whatever_is_given_up(tmp_path: Path, 
         digest, directory, _ = chance.choice(made)
         if chance.random() < 0.5:
             ops.append(f"op{number}")
-            bench.store.fill(ops[-1], digest, directory, users=1, priority=chance.randrange(3))
+            bench.store.fill(ops[-1], digest, directory, users=1)
         else:
             bench.store.hold(digest, chance.randrange(2))
         if chance.random() < 0.3:
