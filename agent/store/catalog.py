@@ -7,6 +7,7 @@ Two marker files beside a manifest say what is known of the bytes: ``verified`` 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import shutil
@@ -17,21 +18,18 @@ from pathlib import Path
 from typing import Final
 
 from schema.checkpoint import Manifest, decode_manifest
-from schema.errors import Fault, InvalidCheckpoint, NotFound, SllmError
+from schema.errors import InvalidCheckpoint, NotFound, SllmError
 
 __all__ = [
     "MANIFEST_FILE",
     "CatalogEntry",
     "is_verified",
-    "list_checkpoints",
     "mark_verified",
-    "open_manifest",
     "quarantine",
     "quarantine_reason",
     "read_entry",
     "remove",
     "scan",
-    "scan_faults",
 ]
 
 MANIFEST_FILE: Final = "manifest.json"
@@ -39,6 +37,7 @@ _VERIFIED: Final = "verified"
 _QUARANTINED: Final = "quarantined"
 _MAX_MANIFEST_BYTES: Final = 256 << 20
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,49 +51,18 @@ class CatalogEntry:
 
 
 def scan(checkpoints_path: Path) -> dict[str, CatalogEntry]:
-    """All readable checkpoints by digest; of several layouts the first sound one by name. See `scan_faults` for the rest."""
+    """All readable checkpoints by digest; of several layouts the first sound one by name. Others are passed over and logged."""
     entries: dict[str, CatalogEntry] = {}
     for directory in _directories(checkpoints_path):
-        with contextlib.suppress(SllmError):
+        try:
             entry = read_entry(directory)
-            known = entries.get(entry.digest)
-            if known is None or (known.quarantined is not None and entry.quarantined is None):
-                entries[entry.digest] = entry
+        except SllmError as error:
+            _log.warning("the checkpoint in %s is passed over: %s", directory, error)
+            continue
+        known = entries.get(entry.digest)
+        if known is None or (known.quarantined is not None and entry.quarantined is None):
+            entries[entry.digest] = entry
     return entries
-
-
-def scan_faults(checkpoints_path: Path) -> dict[str, Fault]:
-    """What `scan` passed over: ``<digest>/<layout>`` of each unreadable entry, and why."""
-    faults: dict[str, Fault] = {}
-    for directory in _directories(checkpoints_path):
-        try:
-            read_entry(directory)
-        except SllmError as error:
-            faults[str(directory.relative_to(checkpoints_path))] = Fault.of(error)
-    return faults
-
-
-def list_checkpoints(checkpoints_path: Path) -> list[CatalogEntry]:
-    """The readable checkpoints, by digest."""
-    return [entry for _, entry in sorted(scan(checkpoints_path).items())]
-
-
-def open_manifest(checkpoints_path: Path, digest: str) -> tuple[Manifest, Path]:
-    """The manifest of a checkpoint and the directory it lies in.
-
-    Raises NotFound when it is not on this disk, InvalidCheckpoint when what is there cannot be read.
-    """
-    fault: SllmError = NotFound(f"checkpoint {digest} is not on this node's disk; ingest it first")
-    sound: list[CatalogEntry] = []
-    for directory in _directories(checkpoints_path, digest):
-        try:
-            sound.append(read_entry(directory))
-        except SllmError as error:
-            fault = error
-    if not sound:
-        raise fault
-    entry = min(sound, key=lambda entry: entry.quarantined is not None)
-    return entry.manifest, entry.directory
 
 
 def read_entry(directory: Path) -> CatalogEntry:
@@ -160,9 +128,9 @@ def quarantine_reason(directory: Path) -> str | None:
         return None
 
 
-def _directories(root: Path, digest: str | None = None) -> Iterator[Path]:
+def _directories(root: Path) -> Iterator[Path]:
     for outer in _children(root):
-        if _DIGEST.fullmatch(outer.name) and (digest is None or outer.name == digest):
+        if _DIGEST.fullmatch(outer.name):
             yield from _children(outer)
 
 

@@ -24,7 +24,8 @@ from tests.checkpoints import CHAT_TEMPLATE, make_llama_dir, make_tokenizer, wri
 def ingest(source: Path, data: Path) -> tuple[Manifest, Path]:
     digest = convert(source, data / "checkpoints", data / "tmp", lambda done, total: None)
     assert list((data / "tmp").iterdir()) == []
-    return catalog.open_manifest(data / "checkpoints", digest)
+    entry = catalog.scan(data / "checkpoints")[digest]
+    return entry.manifest, entry.directory
 
 
 def edit(path: Path, **values: Any) -> None:
@@ -216,10 +217,10 @@ def test_removed_checkpoint_is_gone(tmp_path: Path) -> None:
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-def test_unreadable_entries_are_passed_over_and_named(tmp_path: Path) -> None:
+def test_unreadable_entries_are_passed_over_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     manifest, directory = ingest(make_llama_dir(tmp_path / "m"), tmp_path)
     other = tmp_path / "checkpoints" / ("0" * 64) / LAYOUT
     other.mkdir(parents=True)
     (other / "manifest.json").write_bytes((directory / "manifest.json").read_bytes())
     assert list(catalog.scan(tmp_path / "checkpoints")) == [manifest.digest]
-    assert list(catalog.scan_faults(tmp_path / "checkpoints")) == [f"{'0' * 64}/{LAYOUT}"]
+    assert [str(other) in record.getMessage() for record in caplog.records] == [True]
