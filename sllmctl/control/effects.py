@@ -29,7 +29,6 @@ __all__ = [
     "Connect",
     "DemandChanged",
     "DeployModel",
-    "Disconnect",
     "Effect",
     "Effects",
     "Event",
@@ -331,13 +330,6 @@ class Connect:
 
 
 @dataclass(frozen=True, slots=True)
-class Disconnect:
-    """Give up the link to a node."""
-
-    node: str
-
-
-@dataclass(frozen=True, slots=True)
 class Log:
     """A line for the manager's log, beside the persisted events."""
 
@@ -345,7 +337,7 @@ class Log:
     message: str
 
 
-Effect = Send | Reply | RouteChanged | ModelChanged | RejectWaiting | CheckpointKnown | Connect | Disconnect | WakeAt | Log
+Effect = Send | Reply | RouteChanged | ModelChanged | RejectWaiting | CheckpointKnown | Connect | WakeAt | Log
 
 
 @dataclass(slots=True)

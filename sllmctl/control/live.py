@@ -10,7 +10,6 @@ from schema.link import ManagerMessage
 from sllmctl.control.effects import (
     CheckpointKnown,
     Connect,
-    Disconnect,
     Effect,
     Log,
     ModelChanged,
@@ -29,7 +28,6 @@ class DatabasePort(Protocol):
 
 class LinksPort(Protocol):
     def connect(self, node: str, address: str) -> None: ...
-    def disconnect(self, node: str) -> None: ...
     def send(self, node: str, message: ManagerMessage) -> None: ...
 
 
@@ -72,8 +70,6 @@ class LiveEffects:
                 self._assets.known(digest, node)
             case Connect(node, address):
                 self._links.connect(node, address)
-            case Disconnect(node):
-                self._links.disconnect(node)
             case Log(level, message):
                 self._logger.log(logging.getLevelNamesMapping().get(level.upper(), logging.INFO), "%s", message)
             case _:

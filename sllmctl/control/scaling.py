@@ -37,7 +37,7 @@ def scale(turn: Turn, model: Model) -> None:
 def _start_missing(turn: Turn, model: Model) -> None:
     model.refusal, before = "", model.refusal
     for _ in range(_missing(turn, model)):
-        found = place(turn.view, model, turn.now, turn.settings)
+        found = place(turn.view, model, turn.settings)
         if isinstance(found, Plan):
             instances.create(turn, model, found)
             continue

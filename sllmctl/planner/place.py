@@ -70,7 +70,7 @@ class Refusal(msgspec.Struct, frozen=True):
     reason: str
 
 
-def place(view: ClusterView, model: Model, now: float, settings: ControlSettings) -> Plan | Refusal:
+def place(view: ClusterView, model: Model, settings: ControlSettings) -> Plan | Refusal:
     """The best place for one more instance of ``model``, or why there is none.
 
     Ties go to the node with more free device memory, then to the smaller id, so that the answer depends on the view alone.

@@ -60,9 +60,6 @@ class Outside:
         assert self.post is not None
         self.post(FromNode(node, self.agent.truth()))
 
-    def disconnect(self, node: str) -> None:
-        self._note("disconnect", node)
-
     def send(self, node: str, message: ManagerMessage) -> None:
         self._note(type(message).__name__, message)
         assert self.post is not None

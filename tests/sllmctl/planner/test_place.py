@@ -126,7 +126,7 @@ def _brute(view: ClusterView, node: Node, model: Model) -> tuple[float, int, tup
 def test_place_finds_what_brute_force_finds(case: tuple[ClusterView, Model]) -> None:
     view, model = case
     twin = {name: found for name, node in view.nodes.items() if (found := _brute(view, node, model)) is not None}
-    found = place(view, model, 0.0, RULES)
+    found = place(view, model, RULES)
     if isinstance(found, Refusal):
         assert twin == {}
         assert sum(found.rejected.values()) == len(view.nodes)
@@ -147,14 +147,14 @@ def test_place_finds_what_brute_force_finds(case: tuple[ClusterView, Model]) -> 
 @given(clusters())
 def test_a_hopeless_refusal_stays_one_when_everything_stops(case: tuple[ClusterView, Model]) -> None:
     view, model = case
-    found = place(view, model, 0.0, RULES)
+    found = place(view, model, RULES)
     if not isinstance(found, Refusal):
         return
     for instance in list(view.instances.values()):
         view.drop_instance(instance)
     for record in list(view.placements.values()):
         view.put_placement(PlacementRecord(record.digest, record.node, record.tier, 0, record.state, 1, 0))
-    again = place(view, model, 0.0, RULES)
+    again = place(view, model, RULES)
     if found.hopeless:
         assert isinstance(again, Refusal)
         assert again.hopeless
@@ -183,7 +183,7 @@ def test_no_node_at_all_is_said() -> None:
     model = Model(ModelSpec(name="m", source=PathSource("/m")), ModelState.DEPLOYED, "d0", None, None, None, 0.0, 0.0)
     view = ClusterView()
     view.add_checkpoint(Checkpoint("d0", "Tiny", 1, 1, 16, 0.0))
-    found = place(view, model, 0.0, RULES)
+    found = place(view, model, RULES)
     assert isinstance(found, Refusal)
     assert found.hopeless
     assert found.reason == "no node can hold model 'm': there is no node"

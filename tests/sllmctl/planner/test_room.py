@@ -35,7 +35,7 @@ def without(view: ClusterView, gone: list[Instance]) -> None:
 @given(crowded(), st.data())
 def test_what_is_taken_is_enough_and_none_of_it_in_vain(case: tuple[ClusterView, Model], data: st.DataObject) -> None:
     view, model = case
-    before = place(view, model, NOW, RULES)
+    before = place(view, model, RULES)
     eviction = make_room(view, model, NOW, RULES)
     if isinstance(before, Plan):
         assert eviction is not None
@@ -51,9 +51,9 @@ def test_what_is_taken_is_enough_and_none_of_it_in_vain(case: tuple[ClusterView,
     spared = data.draw(st.sampled_from(taken)) if taken else None
     without(view, [one for one in taken if one is not spared])
     if spared is not None:
-        assert isinstance(place(view, model, NOW, RULES), Refusal)
+        assert isinstance(place(view, model, RULES), Refusal)
         without(view, [spared])
-    assert isinstance(place(view, model, NOW, RULES), Plan)
+    assert isinstance(place(view, model, RULES), Plan)
 
 
 @given(crowded())
@@ -62,4 +62,4 @@ def test_no_way_is_said_only_when_there_is_none(case: tuple[ClusterView, Model])
     if make_room(view, model, NOW, RULES) is None:
         idle = [one for one in view.instances.values() if one.idle_since is not None and one.idle_since + 1.0 <= NOW]
         without(view, idle)
-        assert isinstance(place(view, model, NOW, RULES), Refusal)
+        assert isinstance(place(view, model, RULES), Refusal)
