@@ -23,7 +23,7 @@ from sllmctl.config import Settings
 __all__ = ["Finding", "check_machine", "check_python", "socket_state"]
 
 _PYTHON_FROM, _PYTHON_BELOW = (3, 11), (3, 14)
-_NODE_PACKAGES = ("torch", "transformers", "safetensors", "numpy")
+_NODE_PACKAGES = ("torch", "transformers", "huggingface-hub", "numpy", "xxhash")
 _DISK_FAULT_BYTES, _DISK_WARN_BYTES = 1 << 30, 10 << 30
 _SHM = Path("/dev") / "shm"
 _SHM_WARN_BYTES = 64 << 20
