@@ -3,7 +3,7 @@
 Routes (all under ``/admin/v1``): GET nodes, nodes/{name}, models, models/{name}, instances, instances/{id}, checkpoints,
 checkpoints/{digest}, requests, requests/{id}, events, status; POST models (ModelSpec), models/{name}/deploy (DeployBody),
 models/{name}/stop, instances/{id}/stop, requests/{id}/cancel; DELETE models/{name}. Lists are ``{"items": [...]}``.
-An error's body is ``{"error": {"code", "message", "param"}}`` with the status of its class.
+An error's body is ``{"error": {"message", "type", "param", "code"}}`` with the status of its class.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Time-ordered ids and epochs: the names that outlive a process, and the numbers that fence an older life from a newer.
 
-Pure: clock and entropy are handed in, so that the control loop and the simulator stay deterministic.
+All but `system_ids` is pure: clock and entropy are handed in, and whoever must be deterministic is handed an `IdSource`.
 """
 
 from __future__ import annotations

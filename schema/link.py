@@ -414,7 +414,7 @@ class TruthEnd(Message, frozen=True, kw_only=True, tag="truthend"):
 
 
 class InstanceLoad(Message, frozen=True, kw_only=True, tag="load"):
-    """How busy an instance is, for metrics and the planner; said when it changed, at most every 100 ms."""
+    """How busy an instance is, for people to see; said when it changed, at most every 100 ms."""
 
     instance: str
     epoch: Epoch

@@ -29,7 +29,7 @@ class Tier(StrEnum):
 
 
 class NodeState(StrEnum):
-    """A node as the manager sees it. Unreachable is not dead: it is probed for ever, and its instances are kept.
+    """A node as the manager sees it. Unreachable is not dead: it is dialled for ever, and its instances are kept for a grace.
 
     ::
 

@@ -53,7 +53,7 @@ class NodeRow(Base):
 class CheckpointRow(Base):
     """A checkpoint the cluster knows, by digest; manifest and text assets lie as files in the manager's state directory.
 
-    The row goes only when no node holds the checkpoint any more.
+    The row goes only when no node holds the checkpoint any more and no model uses it.
     """
 
     __tablename__ = "checkpoints"
@@ -99,7 +99,7 @@ class ModelRow(Base):
 
 
 class InstanceRow(Base):
-    """A replica. Its row is written before its node is told (planned), and is deleted when it has stopped."""
+    """A replica. Its row is written, as starting, before its node is told, and is deleted when it has stopped."""
 
     __tablename__ = "instances"
     __table_args__ = (Index("instances_by_model", "model"),)

@@ -1,4 +1,4 @@
-"""The manager's settings: flag > SLLM_* environment > TOML file > default, in one typed tree that names every timeout.
+"""The manager's settings: flag > SLLM_* environment > TOML file > default, in one typed tree.
 
 A setting's place in the tree is its key everywhere: ``node.arena_bytes`` is the key ``arena_bytes`` of the table ``[node]`` in
 the file and ``SLLM_NODE_ARENA_BYTES`` in the environment. Whatever is unknown or of a wrong type is refused, naming the file

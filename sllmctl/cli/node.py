@@ -38,7 +38,7 @@ def ls(invocation: Invocation, form: Format) -> None:
 @output_option
 @pass_invocation
 def show(invocation: Invocation, name: str, form: Format) -> None:
-    """Show one node: its devices, memory and measured bandwidths."""
+    """Show one node: its devices, its memory, and its bandwidths where they were measured."""
     from sllmctl import client
 
     with invocation.admin() as admin:

@@ -74,8 +74,8 @@ class PlacementRecord:
 class Model:
     """``waiting`` and ``running`` are the router's last word; ``waiting_since`` is when the first of those waiting came.
 
-    ``refusal`` is the planner's last word, "" while it can be placed; while it is not "", or fewer instances than wanted run,
-    the model is looked at again whenever room appears. ``ingested`` holds the digest of an ingest that is done while its
+    ``refusal`` is why the planner found no place, "" if it found one or was not asked; while it is not "", the model is looked
+    at again whenever room appears. ``ingested`` holds the digest of an ingest that is done while its
     checkpoint has not been stated yet.
     """
 

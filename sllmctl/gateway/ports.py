@@ -59,7 +59,7 @@ class RouterPort(Protocol):
     def models(self) -> AbstractSequence[RoutedModelPort]: ...
 
     def submit(self, model: str, prompt: tuple[int, ...], params: SamplingParams, choices: int = 1) -> RequestPort:
-        """Take a request in. Raises NotFound, Overloaded, Unschedulable, ContextOverflow."""
+        """Take a request in. Raises NotFound, Conflict, InvalidInput, ContextOverflow, Overloaded."""
 
 
 class TextAssetsPort(Protocol):

@@ -23,6 +23,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     unread. ``drain_s``: how long running responses may go on once the gateway is told to stop. ``connection_limit`` open
     connections; one more is answered 503.
 
+    Bodies: at most ``stop_strings_limit`` stop strings, of ``stop_chars_limit`` characters each.
+
     Text: ``assets_timeout_s`` waits for a checkpoint's tokenizer and template to be here. ``tokenizers_kept`` stay loaded.
     Texts over ``inline_encode_chars`` are tokenised off the event loop, by ``encode_threads``. A text with more than
     ``chars_per_token_limit`` characters for each token of the context is refused without that: tokenising takes some hundred

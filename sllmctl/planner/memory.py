@@ -21,10 +21,10 @@ __all__ = ["KvNeed", "context_tokens", "kv_given_bytes", "kv_need"]
 
 
 class KvNeed(msgspec.Struct, frozen=True):
-    """Bytes on each device: with fewer than ``least`` it does not start, more than ``wanted`` it is not given."""
+    """Bytes on each device: with fewer than ``least_bytes`` it does not start, more than ``wanted_bytes`` it is not given."""
 
-    least: int
-    wanted: int
+    least_bytes: int
+    wanted_bytes: int
 
 
 def context_tokens(spec: ModelSpec, checkpoint: Checkpoint) -> int:
@@ -38,12 +38,12 @@ def kv_need(spec: ModelSpec, checkpoint: Checkpoint, settings: ControlSettings) 
         return KvNeed(spec.engine.kv_bytes, spec.engine.kv_bytes)
     context = context_tokens(spec, checkpoint)
     token_bytes = -(-checkpoint.kv_token_bytes // spec.devices)
-    least = min(context, settings.kv_least_tokens)
-    most = context * spec.scale.max_concurrency
-    wanted = max(least, min(most, settings.kv_sequence_tokens * settings.kv_sequences))
-    return KvNeed(least * token_bytes, wanted * token_bytes)
+    least_tokens = min(context, settings.kv_least_tokens)
+    most_tokens = context * spec.scale.max_concurrency
+    wanted_tokens = max(least_tokens, min(most_tokens, settings.kv_sequence_tokens * settings.kv_sequences))
+    return KvNeed(least_tokens * token_bytes, wanted_tokens * token_bytes)
 
 
 def kv_given_bytes(need: KvNeed, free_bytes: int) -> int:
-    """What is given of ``free_bytes`` (weights already taken off), which are at least ``need.least``."""
-    return max(need.least, min(need.wanted, free_bytes // 2))
+    """What is given of ``free_bytes`` (weights already taken off), which are at least ``need.least_bytes``."""
+    return max(need.least_bytes, min(need.wanted_bytes, free_bytes // 2))

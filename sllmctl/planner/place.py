@@ -132,14 +132,14 @@ def place_on(
         return Rejection.FEW_DEVICES
     share = -(-checkpoint.image_bytes // wanted)
     rooms = sorted(_rooms(view, node, share, without), reverse=True, key=lambda room: (room[0], -room[2].index))
-    if sorted((room[1] for room in rooms), reverse=True)[wanted - 1] < need.least:
+    if sorted((room[1] for room in rooms), reverse=True)[wanted - 1] < need.least_bytes:
         return Rejection.SMALL_DEVICE
     arena_bytes = view.arena_bytes_of(node.id, checkpoint.digest)
     if arena_bytes > node.inventory.arena.budget_bytes:
         return Rejection.SMALL_ARENA
     chosen = rooms[:wanted]
     free = chosen[-1][0]
-    if free < need.least:
+    if free < need.least_bytes:
         return Rejection.BUSY_DEVICE
     held = view.arena_held_bytes.get(node.id, 0) - _arena_freed_bytes(view, node, without)
     if not view.holds_arena(node.id, checkpoint.digest) and held + arena_bytes > node.inventory.arena.budget_bytes:

@@ -103,7 +103,7 @@ def _brute(view: ClusterView, node: Node, model: Model) -> tuple[float, int, tup
     if len(rooms) < model.spec.devices:
         return None
     free = rooms[model.spec.devices - 1][0]
-    if free < kv_need(model.spec, view.checkpoints["d0"], RULES).least:
+    if free < kv_need(model.spec, view.checkpoints["d0"], RULES).least_bytes:
         return None
     used = {one.digest for one in holding} | {
         one.digest for one in view.placements.values() if one.node == node.id and one.tier is Tier.DRAM and one.users
@@ -136,8 +136,8 @@ def test_place_finds_what_brute_force_finds(case: tuple[ClusterView, Model]) -> 
     seconds, free, devices = twin[found.best.node]
     assert (found.best.startup_s, found.best.free_bytes, found.best.devices) == (seconds, free, devices)
     need = kv_need(model.spec, view.checkpoints["d0"], RULES)
-    assert need.least <= found.best.kv_bytes <= max(free, 0)
-    assert found.best.kv_bytes <= need.wanted
+    assert need.least_bytes <= found.best.kv_bytes <= max(free, 0)
+    assert found.best.kv_bytes <= need.wanted_bytes
     assert sum(found.rejected.values()) == len(view.nodes) - len(twin)
     assert [one.startup_s for one in found.others] == sorted(one.startup_s for one in found.others)
     assert len(found.others) == min(len(twin), RULES.plan_candidates) - 1
@@ -167,14 +167,14 @@ def test_the_kv_rule() -> None:
     checkpoint = Checkpoint("d", "Tiny", 1, 10, 100_000, 0.0)
     spec = ModelSpec(name="m", source=PathSource("/m"))
     need = kv_need(spec, checkpoint, rules)
-    assert (need.least, need.wanted) == (20480, 8 * 40960)
-    assert kv_given_bytes(need, 10**9) == need.wanted
+    assert (need.least_bytes, need.wanted_bytes) == (20480, 8 * 40960)
+    assert kv_given_bytes(need, 10**9) == need.wanted_bytes
     assert kv_given_bytes(need, 100_000) == 50_000
-    assert kv_given_bytes(need, 30_000) == need.least
+    assert kv_given_bytes(need, 30_000) == need.least_bytes
     short = ModelSpec(
         name="m", source=PathSource("/m"), engine=EngineSpec(max_context_tokens=100), scale=ScaleSpec(max_concurrency=2)
     )
-    assert (kv_need(short, checkpoint, rules).least, kv_need(short, checkpoint, rules).wanted) == (1000, 2000)
+    assert (kv_need(short, checkpoint, rules).least_bytes, kv_need(short, checkpoint, rules).wanted_bytes) == (1000, 2000)
     fixed = ModelSpec(name="m", source=PathSource("/m"), engine=EngineSpec(kv_bytes=7))
     assert kv_need(fixed, checkpoint, rules) == type(need)(7, 7)
 
