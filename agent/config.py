@@ -1,8 +1,8 @@
 """A node's settings: one typed struct, given to the agent as JSON, left by it in its run directory for its kin.
 
-The run directory holds ``agent.sock``, ``agent.token`` (0600: what makes a dialler kin), ``node.json`` (this struct), and a
-lock file per process (``agent.lock``, ``store.lock``, ``zygote.lock``), held with flock while the process lives. The data
-directory holds ``identity.json`` (name, cluster, newest generation seen), ``checkpoints/<digest>/<layout>/``, ``tmp/``
+The run directory holds ``agent.sock``, ``agent.token`` (0600: what makes a dialler kin), ``node.json`` (this struct),
+``roster.json`` (its processes, for the agent's next life), and a lock file per process (``agent.lock``, ``store.lock``,
+``zygote.lock``), held with flock while the process lives. The data directory holds ``identity.json`` (name, cluster, newest generation seen), ``checkpoints/<digest>/<layout>/``, ``tmp/``
 for what is being ingested, and ``log/``.
 """
 

@@ -17,8 +17,8 @@ Rules that every receiver keeps:
 * Every `Submit` that its receiver holds is answered by exactly one `Ended`, repeated in each truth until `Acked`. A
   `Submit` may die with a connection: an attempt submitted over an earlier connection and absent from the next truth is
   lost to a manager, which makes another; an agent submits it to the same worker again.
-* A dialler of truth sends nothing but its truth until it is complete, and the other side nothing but Ping and Pong until it
-  has taken it in. Before an agent builds a truth for a new manager connection it has closed the older one.
+* A dialler of truth sends nothing but its truth until it is complete, and the other side nothing but Ping, Pong and
+  Shutdown until it has taken it in. Before an agent builds a truth for a new manager connection it has closed the older one.
 * A manager adopts attempts of older generations from a node's first truth in its life, the highest attempt of each (request,
   choice); any other live attempt that it does not know it cancels, any unknown end it acknowledges. What it wants cancelled it
   cancels again after each truth.

@@ -37,7 +37,7 @@ class NodeState(StrEnum):
            │          │             │
            └──────────┴──> removed <┘
 
-    ``cordoned`` (takes nothing new) and ``draining`` are flags beside the state, not states.
+    ``cordoned`` (takes nothing new) is a flag beside the state, not a state.
     """
 
     JOINING = "joining"
@@ -96,7 +96,7 @@ class InstanceState(StrEnum):
            │           └──> backoff ──> starting, failed, stopped              (it died and is still wanted)
            └──> stopped
 
-    ``planned``: a place is reserved, and something (an eviction, a fetch) must happen before it can start.
+    ``planned``: a place is reserved; its node has not been asked for anything yet.
     ``starting``: weights are on their way and a worker is being made, side by side; written before the node is told.
     ``draining``: finishes what it has, takes nothing new. ``backoff``: says why it died and when it is tried again.
     ``failed``: tried as often as allowed, or can never start; waits for an operator.
