@@ -191,7 +191,7 @@ def cancel_request(request_id: str) -> Call[None]:
 
 
 def events(kind: str | None = None, name: str | None = None, limit: int = 100) -> Call[tuple[EventView, ...]]:
-    """The newest events, oldest first, of one kind of thing ("model", "instance", "node") or one object by name."""
+    """The newest events, oldest first, of one kind of thing (model, instance, node, checkpoint) or one object by name."""
     query = {"kind": kind, "object": name, "limit": str(limit)}
     return _list("events", EventView, {key: value for key, value in query.items() if value is not None})
 
