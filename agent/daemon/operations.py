@@ -69,10 +69,6 @@ class Operations:
     def done(self) -> tuple[OperationDone, ...]:
         return tuple(self._done.values())
 
-    def dropping(self, digest: str) -> bool:
-        """True while a checkpoint is being taken from the disk."""
-        return digest in self._dropping
-
     def begin(self, message: Ingest | LoadCheckpoint | DropCheckpoint) -> None:
         """Begin an operation; a known one that has ended is answered again, and one under way will be."""
         if (done := self._done.get(message.op)) is not None:

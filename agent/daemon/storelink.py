@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol
 from agent.daemon.connection import Connection
 from agent.daemon.holds import Holds
 from agent.daemon.supervisor import Kin
+from agent.native.mapping import read_only
 from schema.errors import Fault, LinkError, SllmError, Unreachable
 from schema.link import (
     ArenaInfo,
@@ -132,7 +133,7 @@ class StoreLink:
         """A new descriptor of the arena that can only be read. The caller owns it. Raises Unreachable, OSError."""
         if self._descriptor is None:
             raise Unreachable("there is no arena yet")
-        return os.open(f"/proc/self/fd/{self._descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        return read_only(self._descriptor)
 
     def close(self) -> None:
         """Let go of the arena; its memory is free when the store has gone too."""

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from agent.config import NodeConfig
 from agent.daemon.connection import Connection
@@ -17,7 +17,7 @@ from agent.daemon.files import is_locked
 from agent.daemon.process import Process, describe_status
 from agent.daemon.roster import Roster, RosterEntry
 from schema.errors import Conflict
-from schema.link import Message, Shutdown
+from schema.link import Message, Ping, Shutdown
 
 __all__ = ["KILL_S", "TERM_S", "Kin", "Spawn", "log_path", "spawn_kin", "spawn_process"]
 
@@ -158,10 +158,27 @@ class Kin:
             if not dead.done() and not dialled.done():
                 _log.error("the %s (pid %d) has not dialled within %g s; it is ended", self.role, process.pid, limit_s)
                 await process.end(TERM_S, KILL_S)
+            while not dead.done():
+                await self._hear(process, dead)
             await dead
         finally:
             dead.cancel()
             dialled.cancel()
+
+    async def _hear(self, process: Process, dead: asyncio.Future[Any]) -> None:
+        """Ask whether it still answers, and end one that has not for ``hang_s``, or that dials no more."""
+        hang_s = self._config.hang_s
+        connection, asked_at = self.connection, asyncio.get_running_loop().time()
+        if connection is not None:
+            connection.send(Ping(nonce=0))
+        for _ in range(4):
+            await asyncio.wait((dead,), timeout=hang_s / 4)
+            if dead.done() or (connection is not None and connection.heard_at >= asked_at):
+                return
+            if self.connection is not connection:
+                return
+        _log.error("the %s (pid %d) has not answered for %g s; it is ended", self.role, process.pid, hang_s)
+        await process.end(TERM_S, KILL_S)
 
     async def _wait_dialled(self, timeout_s: float) -> None:
         with contextlib.suppress(TimeoutError):

@@ -285,6 +285,7 @@ class Store:
         self.holds: dict[str, int] = {}
         self.residents: dict[str, Resident] = {}
         self.answers = node.store_answers
+        self.listens = True
         self.given: list[int] = []
         self.changed = asyncio.Condition()
         self.memory = os.memfd_create("test-arena")
@@ -315,6 +316,8 @@ class Store:
         elif isinstance(message, DropResident):
             self.residents.pop(message.digest, None)
             self.peer.send(OperationDone(op=message.op, digest=message.digest))
+        elif isinstance(message, Ping) and self.listens:
+            self.peer.send(Pong(nonce=message.nonce))
         elif isinstance(message, Shutdown):
             self.kill()
         async with self.changed:
@@ -348,6 +351,7 @@ class Zygote:
         self.peer = Peer(ToZygote)
         self.forks: list[Fork] = []
         self.answers = True
+        self.listens = True
 
     async def run(self) -> None:
         await self.peer.dial(self.node.config.socket_path, self.node.kin_hello(Role.ZYGOTE, pid=self.pid))
@@ -360,6 +364,8 @@ class Zygote:
                     self.forks.append(message)
                     if self.answers:
                         self.fork(message)
+                elif isinstance(message, Ping) and self.listens:
+                    self.peer.send(Pong(nonce=message.nonce))
                 elif isinstance(message, Shutdown):
                     os.kill(self.pid, signal.SIGKILL)
 

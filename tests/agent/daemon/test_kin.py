@@ -90,6 +90,21 @@ async def test_a_killed_zygote_is_made_again_and_forks_what_waited(node: Node) -
     assert alive(worker.pid)
 
 
+async def test_kin_that_answers_no_more_is_ended_and_made_again() -> None:
+    node = Node(hang_s=0.2)
+    make_checkpoint(node.config.checkpoints_path)
+    async with node:
+        await node.until(lambda: bool(node.stores) and bool(node.zygotes))
+        store, zygote = node.stores[0], node.zygotes[0]
+        zygote.listens = False
+        await node.until(lambda: len(node.zygotes) == 2)
+        assert not alive(zygote.pid)
+        assert alive(store.pid), "one that answers is left alone"
+        store.listens = False
+        await node.until(lambda: len(node.stores) == 2)
+        assert not alive(store.pid)
+
+
 async def test_a_worker_of_an_outdated_fork_is_killed(node: Node) -> None:
     manager = await node.manager()
     await node.ready(manager)
