@@ -132,8 +132,10 @@ class Cluster:
         return [item for item in self.get("/instances")["items"] if item["model"] == model]
 
     def ready_instance(self, model: str = "docs", timeout_s: float = 60) -> dict[str, Any]:
+        """An instance that is ready, and that the node has stated in this manager's life: before, its pid is not known."""
+
         def ready() -> dict[str, Any] | None:
-            return next((item for item in self.instances(model) if item["state"] == "ready"), None)
+            return next((item for item in self.instances(model) if item["state"] == "ready" and item["pid"]), None)
 
         return self.until(ready, f"an instance of {model} is ready", timeout_s)
 

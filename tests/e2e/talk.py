@@ -9,6 +9,8 @@ import openai
 
 from tests.cluster import Cluster
 
+SEED = 7
+
 
 @dataclass
 class Answer:
@@ -22,10 +24,10 @@ def client(cluster: Cluster) -> openai.OpenAI:
 
 
 def ask(cluster: Cluster, question: str, *, max_tokens: int = 40) -> Answer:
-    """A greedy chat reply."""
+    """A chat reply, the same each time."""
     with client(cluster) as api:
         raw = api.chat.completions.with_raw_response.create(
-            model="docs", messages=[{"role": "user", "content": question}], max_tokens=max_tokens, temperature=0
+            model="docs", messages=[{"role": "user", "content": question}], max_tokens=max_tokens, temperature=1, seed=SEED
         )
         choice = raw.parse().choices[0]
         return Answer(choice.message.content or "", raw.headers["x-request-id"], choice.finish_reason)
@@ -37,10 +39,12 @@ def completion(cluster: Cluster, prompt: str, *, max_tokens: int = 16) -> str:
 
 
 class Endless:
-    """A greedy stream of a long completion, read token by token; closing it early disconnects."""
+    """A stream of a long completion, the same each time, read token by token; closing it early disconnects."""
 
-    def __init__(self, api: openai.OpenAI, *, prompt: str = "sllmctl is", max_tokens: int = 300) -> None:
-        self._stream = api.completions.create(model="docs", prompt=prompt, max_tokens=max_tokens, temperature=0, stream=True)
+    def __init__(self, api: openai.OpenAI, *, prompt: str = "sllmctl is", max_tokens: int = 1500) -> None:
+        self._stream = api.completions.create(
+            model="docs", prompt=prompt, max_tokens=max_tokens, temperature=1, seed=SEED, stream=True
+        )
         self._events = iter(self._stream)
         self.request_id = self._stream.response.headers["x-request-id"]
         self.text = ""

@@ -63,7 +63,7 @@ def refused_ingest(cluster: Cluster, source: Path) -> str:
 
 def test_a_client_that_disconnects_costs_the_engine_two_steps_at_most(cluster: Cluster, tmp_path: Path) -> None:
     with client(cluster) as api:
-        with Endless(api, max_tokens=450) as stream:
+        with Endless(api, max_tokens=1500) as stream:
             assert stream.token()
             (instance,) = cluster.instances()
             # While the worker is held no step is taken, however slow everything else is.
@@ -88,7 +88,7 @@ def test_a_client_that_disconnects_costs_the_engine_two_steps_at_most(cluster: C
 def test_more_than_the_queue_takes_is_refused_and_what_waits_is_served(cluster: Cluster) -> None:
     cluster.post("/models/docs/deploy", {"scale": {"min": 0, "max": 1, "max_concurrency": 1, "queue_limit": 1}})
     waited: list[str] = []
-    with client(cluster) as api, Endless(api, max_tokens=450) as running:
+    with client(cluster) as api, Endless(api, max_tokens=1500) as running:
         assert running.token()
         (instance,) = cluster.instances()
         os.kill(instance["pid"], signal.SIGSTOP)
