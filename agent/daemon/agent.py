@@ -54,10 +54,11 @@ from schema.link import (
     Submit,
     Welcome,
 )
+from schema.version import VERSION
 
 __all__ = ["SOFTWARE", "Agent"]
 
-SOFTWARE: Final = "sllmctl-agent"
+SOFTWARE: Final = f"sllmctl-agent {VERSION}"
 _FAREWELL_S: Final = 1.0
 _log = logging.getLogger(__name__)
 

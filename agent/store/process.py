@@ -39,10 +39,11 @@ from schema.link import (
     ToStore,
     Welcome,
 )
+from schema.version import VERSION
 
 __all__ = ["StoreProcess", "main"]
 
-_SOFTWARE: Final = "sllmctl-store"
+_SOFTWARE: Final = f"sllmctl-store {VERSION}"
 _log = logging.getLogger(__name__)
 
 

@@ -52,10 +52,11 @@ from schema.link import (
     WorkerTruth,
 )
 from schema.states import InstanceState
+from schema.version import VERSION
 
 __all__ = ["Worker"]
 
-_SOFTWARE: Final = "sllmctl-worker"
+_SOFTWARE: Final = f"sllmctl-worker {VERSION}"
 _LOAD_EVERY_S: Final = 0.1
 _IDLE_S: Final = 1.0
 """How often an idle worker looks whether it still has an agent; messages wake it at once."""

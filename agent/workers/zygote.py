@@ -23,10 +23,11 @@ from agent.config import NodeConfig, load_config
 from agent.workers.kin import kin_token
 from schema.errors import Fault, SllmError
 from schema.link import ChildExited, Fork, Forked, Hello, Ping, Pong, Role, Shutdown, ToZygote, Welcome, ZygoteTruth
+from schema.version import VERSION
 
 __all__ = ["main"]
 
-_SOFTWARE: Final = "sllmctl-zygote"
+_SOFTWARE: Final = f"sllmctl-zygote {VERSION}"
 _ENVIRONMENT: Final = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
