@@ -1,8 +1,9 @@
 """What the admin API shows and takes: one struct per noun, shared by its server, the typed client, the CLI and the TUI.
 
-Routes (all under ``/admin/v1``): GET nodes, nodes/{name}, models, models/{name}, instances, instances/{id}, checkpoints,
-checkpoints/{digest}, requests, requests/{id}, events, status; POST models (ModelSpec), models/{name}/deploy (DeployBody),
-models/{name}/stop, instances/{id}/stop, requests/{id}/cancel; DELETE models/{name}. Lists are ``{"items": [...]}``.
+Routes (all under ``/admin/v1``): GET nodes, nodes/{name}, models, models/{name}, models/{name}/explain, instances, instances/{id},
+checkpoints, checkpoints/{digest}, requests, requests/{id}, requests/{id}/explain, estimates, events, status; POST models
+(ModelSpec), models/{name}/deploy (DeployBody), models/{name}/stop, instances/{id}/stop, requests/{id}/cancel; DELETE models/{name}.
+Lists are ``{"items": [...]}``.
 An error's body is ``{"error": {"message", "type", "param", "code"}}`` with the status of its class.
 """
 
@@ -16,14 +17,22 @@ from schema.spec import ModelSpec, ScaleSpec
 from schema.states import InstanceState, ModelState, NodeState, RequestState, Tier, TierState
 
 __all__ = [
+    "CandidateView",
     "CheckpointView",
+    "DecisionView",
     "DeployBody",
+    "EstimateErrorView",
+    "EstimatesView",
     "EventView",
+    "ExplainView",
     "InstanceView",
     "ModelView",
+    "NodeVerdictView",
     "NodeView",
+    "OutcomeView",
     "PlacementView",
     "ProgressView",
+    "RequestExplainView",
     "RequestTimeline",
     "RequestView",
     "StatusView",
@@ -151,6 +160,96 @@ class EventView(_View, frozen=True, kw_only=True):
     object: str
     reason: str
     message: str
+
+
+class CandidateView(_View, frozen=True, kw_only=True):
+    """A place that was weighed. ``actions`` say in words what would have to leave for it. Seconds from the decision."""
+
+    node: str
+    devices: tuple[int, ...]
+    source: str
+    queue_s: float
+    load_s: float
+    room_s: float
+    startup_s: float
+    delay_s: float
+    cost_s: float
+    actions: tuple[str, ...] = ()
+
+
+class DecisionView(_View, frozen=True, kw_only=True):
+    """What was decided for a model: ``kind`` is "start", "wait" or "refused"; ``instance`` is the one that was started.
+
+    ``candidates`` are the best few, the chosen one first; ``rejected`` counts nodes by reason. ``waiting`` requests waited."""
+
+    at: float
+    model: str
+    kind: str
+    instance: str | None
+    waiting: int
+    reason: str
+    candidates: tuple[CandidateView, ...]
+    rejected: dict[str, int]
+
+
+class NodeVerdictView(_View, frozen=True, kw_only=True):
+    """One node in a full explanation: the best place on it, or why there is none."""
+
+    node: str
+    candidate: CandidateView | None = None
+    rejection: str | None = None
+
+
+class ExplainView(_View, frozen=True, kw_only=True):
+    """Where one more instance of a model would go now, every node looked at; and the latest decision that was carried out."""
+
+    model: str
+    at: float
+    decision: DecisionView
+    nodes: tuple[NodeVerdictView, ...]
+    last: DecisionView | None
+
+
+class RequestExplainView(_View, frozen=True, kw_only=True):
+    """A request, and what was decided for its model between its coming in and its being routed. ``kept`` is False when
+    decisions of that time are not remembered any more."""
+
+    request: RequestView
+    decisions: tuple[DecisionView, ...]
+    kept: bool
+
+
+class OutcomeView(_View, frozen=True, kw_only=True):
+    """An estimate beside what happened. ``kind`` is "start" or "prefill"; ``source`` the tier of a start's weights."""
+
+    at: float
+    kind: str
+    model: str
+    node: str
+    source: str
+    estimated_s: float
+    actual_s: float
+
+
+class EstimateErrorView(_View, frozen=True, kw_only=True):
+    """The distribution of the error, actual minus estimated, of one kind and source; quantiles of its absolute value."""
+
+    kind: str
+    source: str
+    count: int
+    bias_s: float
+    p50_s: float
+    p90_s: float
+    p99_s: float
+    median_actual_s: float
+
+
+class EstimatesView(_View, frozen=True, kw_only=True):
+    """How good the planner's estimates are: errors by kind, the latest outcomes, and the coefficients behind them."""
+
+    errors: tuple[EstimateErrorView, ...]
+    outcomes: tuple[OutcomeView, ...]
+    coefficients: dict[str, float]
 
 
 class StatusView(_View, frozen=True, kw_only=True):

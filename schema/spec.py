@@ -36,12 +36,13 @@ Source = PathSource | HubSource
 class ScaleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How many instances, and when. ``max_concurrency`` sequences run on one instance; ``queue_limit`` requests wait.
 
-    With ``min`` 0 the last instance stops ``keep_alive_s`` after its last request ended.
+    With ``min`` 0 the last instance stops ``keep_alive_s`` after its last request ended; None derives it from what a reload
+    would cost.
     """
 
     min: Annotated[int, Meta(ge=0, le=10_000)] = 0
     max: Annotated[int, Meta(ge=1, le=10_000)] = 1
-    keep_alive_s: Seconds = 300.0
+    keep_alive_s: Seconds | None = None
     max_concurrency: Annotated[int, Meta(ge=1, le=4096)] = 64
     queue_limit: Annotated[int, Meta(ge=0, le=1_000_000)] = 256
 

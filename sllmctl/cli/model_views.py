@@ -10,7 +10,7 @@ from sllmctl.cli.phases import progress_text
 
 if TYPE_CHECKING:
     from schema.admin import ModelView
-    from schema.spec import Source
+    from schema.spec import ScaleSpec, Source
 
 __all__ = ["columns", "fields"]
 
@@ -26,7 +26,7 @@ def columns() -> list[Column[ModelView]]:
         Column("WAITING", lambda m: str(m.waiting), right=True),
         Column("CHECKPOINT", lambda m: short_digest(m.digest)),
         Column("AGE", lambda m: age(moment - m.created_at), right=True),
-        Column("KEEP-ALIVE", lambda m: duration(m.spec.scale.keep_alive_s), wide=True, right=True),
+        Column("KEEP-ALIVE", lambda m: _keep_alive(m.spec.scale), wide=True, right=True),
         Column("CONCURRENCY", lambda m: str(m.spec.scale.max_concurrency), wide=True, right=True),
         Column("SOURCE", lambda m: _source(m.spec.source), wide=True),
     ]
@@ -43,7 +43,7 @@ def fields(model: ModelView) -> list[tuple[str, str]]:
         ("Requests", f"{model.running} running, {model.waiting} waiting"),
         ("Scale", f"{scale.min} to {scale.max} instances, {scale.max_concurrency} sequences each"),
         ("Queue", f"{scale.queue_limit} requests may wait"),
-        ("Keep-alive", duration(scale.keep_alive_s)),
+        ("Keep-alive", _keep_alive(scale)),
         ("Cold start", f"a request waits up to {duration(model.spec.cold_start_timeout_s)}"),
         ("Devices", f"{model.spec.devices} an instance"),
     ]
@@ -79,3 +79,7 @@ def _source(source: Source) -> str:
     if isinstance(source, PathSource):
         return f"{source.node}:{source.path}" if source.node else source.path
     return f"{source.repo}@{source.revision}"
+
+
+def _keep_alive(scale: ScaleSpec) -> str:
+    return "by reload cost" if scale.keep_alive_s is None else duration(scale.keep_alive_s)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from schema.admin import EventView
+from schema.admin import EventView, OutcomeView
 from schema.errors import Fault
 from schema.ids import Epoch
 from schema.link import InstanceTruth, InstanceUpdate, ManagerMessage, NodeTruth, OperationDone, PlacementUpdate
@@ -35,9 +35,12 @@ __all__ = [
     "FromNode",
     "InstanceActivity",
     "Log",
+    "Migrate",
     "ModelChanged",
     "NodeLost",
+    "PrefillTimed",
     "PutCheckpoint",
+    "PutEstimate",
     "PutInstance",
     "PutModel",
     "PutNode",
@@ -149,13 +152,23 @@ class InstanceActivity:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefillTimed:
+    """An instance computed a sequence of so many tokens in so many seconds: what moving one would cost. Said for a few of
+    them, never for all."""
+
+    instance: str
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """A time asked for by `WakeAt` has come."""
 
 
 Event = (
     AddNode | FromNode | NodeLost | AddModel | DeployModel | StopModel | RemoveModel | StopInstanceNow | DemandChanged
-    | InstanceActivity | Tick
+    | InstanceActivity | PrefillTimed | Tick
 )  # fmt: skip
 
 # --- Rows to commit -----------------------------------------------------------------------------------------------
@@ -242,11 +255,20 @@ class RemoveInstance:
     id: str
 
 
+@dataclass(frozen=True, slots=True)
+class PutEstimate:
+    """A coefficient that was corrected: what it is of (``key``), and the observations it is made of."""
+
+    key: str
+    samples: tuple[float, ...]
+    changed_at: float
+
+
 RowChange = (
     PutNode | PutCheckpoint | PutPlacement | RemovePlacement | PutModel | RemoveModelRow | RemoveCheckpointRow | PutInstance
-    | RemoveInstance | EventView
+    | RemoveInstance | PutEstimate | EventView | OutcomeView
 )  # fmt: skip
-"""One row to write or delete; an EventView is an event to append."""
+"""One row to write or delete; an EventView is an event to append, an OutcomeView an estimate beside what happened."""
 
 # --- Effects: what is to be done once the rows are durable ----------------------------------------------------------
 
@@ -299,6 +321,16 @@ class ModelChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class Migrate:
+    """Move every sequence of ``source`` to ``target``, an instance of the same model that is ready, as soon as it can be
+    done. The source takes nothing new any more and stops with its last sequence, moved or ended. Said only if the
+    planner's abilities include it."""
+
+    source: str
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
 class RejectWaiting:
     """No instance can come for this model: fail the requests that wait for it, with this fault."""
 
@@ -337,7 +369,7 @@ class Log:
     message: str
 
 
-Effect = Send | Reply | RouteChanged | ModelChanged | RejectWaiting | CheckpointKnown | Connect | WakeAt | Log
+Effect = Send | Reply | RouteChanged | ModelChanged | Migrate | RejectWaiting | CheckpointKnown | Connect | WakeAt | Log
 
 
 @dataclass(slots=True)

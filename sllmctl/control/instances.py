@@ -18,6 +18,7 @@ __all__ = [
     "check",
     "create",
     "died",
+    "keep_alive_s",
     "move",
     "retire",
     "route",
@@ -47,7 +48,7 @@ def _set(turn: Turn, instance: Instance, state: InstanceState) -> None:
         turn.freed = True
     turn.view.set_state(instance, state)
     if state is not _I.READY:
-        instance.idle_since = None
+        turn.view.set_activity(instance, instance.running, None)
     turn.put_instance(instance)
 
 
@@ -195,6 +196,12 @@ def died(turn: Turn, instance: Instance, fault: Fault | None) -> None:
         _back_off(turn, instance)
 
 
+def keep_alive_s(turn: Turn, model: Model) -> float:
+    """How long an idle instance of a model is kept."""
+    chosen = model.spec.scale.keep_alive_s
+    return turn.settings.keep_alive_least_s if chosen is None else chosen
+
+
 def _wanted(turn: Turn, instance: Instance, *, crashed: bool) -> bool:
     """True if the model would have to start another one for it: there is demand, too few others, or its keep-alive runs."""
     model = turn.view.models[instance.model]
@@ -206,7 +213,7 @@ def _wanted(turn: Turn, instance: Instance, *, crashed: bool) -> bool:
         return False
     if model.waiting or model.running or instance.running or others < scale.min:
         return True
-    return crashed and instance.idle_since is not None and turn.now - instance.idle_since < scale.keep_alive_s
+    return crashed and instance.idle_since is not None and turn.now - instance.idle_since < keep_alive_s(turn, model)
 
 
 def _fail(turn: Turn, instance: Instance) -> None:
@@ -285,7 +292,7 @@ def _take(turn: Turn, instance: Instance, truth: InstanceTruth) -> None:
     if instance.state is _I.READY and instance.ready_at is None:
         instance.ready_at = turn.now
         if not instance.running:
-            instance.idle_since = turn.now
+            turn.view.set_activity(instance, 0, turn.now)
         turn.rescale[instance.model] = None
         if before[0] is not _I.READY:
             instance.fault = None

@@ -18,6 +18,7 @@ from sllmctl.control.effects import (
     InstanceActivity,
     Log,
     NodeLost,
+    PrefillTimed,
     RemoveModel,
     Reply,
     Step,
@@ -57,7 +58,7 @@ class ControlLoop:
         for model in list(self.view.models.values()):
             models.say(turn, model)
             if model.state is ModelState.DEPLOYED:
-                model.refusal = "no node has connected since the manager started"
+                self.view.set_refusal(model, "no node has connected since the manager started")
             elif model.state is ModelState.INGESTING:
                 turn.wake("model", model.name, model.changed_at + self.settings.ingest_timeout_s)
             else:
@@ -84,6 +85,8 @@ class ControlLoop:
                 nodes.lost(turn, event)
             case AddNode():
                 nodes.add(turn, event)
+            case PrefillTimed():
+                pass
             case Tick():
                 self._tick(turn)
             case _:
@@ -163,11 +166,10 @@ class ControlLoop:
         instance = self.view.instances.get(event.instance)
         if instance is None:
             return
-        instance.running = event.running
-        if event.running:
-            instance.idle_since = None
-        elif instance.state is InstanceState.READY:
-            instance.idle_since = turn.now
+        resting = not event.running and instance.state is InstanceState.READY
+        self.view.set_activity(instance, event.running, turn.now if resting else None)
+        instance.served |= event.running > 0
+        if resting:
             turn.rescale[instance.model] = None
 
     def _tick(self, turn: Turn) -> None:

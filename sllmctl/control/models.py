@@ -166,7 +166,8 @@ def deploy(turn: Turn, event: DeployModel) -> None:
         _move(turn, model, _M.DEPLOYED)
     turn.put_model(model)
     scale = model.spec.scale
-    turn.event("model", model.name, "Deployed", f"{scale.min} to {scale.max} instances, keep-alive {scale.keep_alive_s:g} s")
+    keep = "by reload cost" if scale.keep_alive_s is None else f"{scale.keep_alive_s:g} s"
+    turn.event("model", model.name, "Deployed", f"{scale.min} to {scale.max} instances, keep-alive {keep}")
     say(turn, model)
     for instance in list(turn.view.instances_of(model.name).values()):
         if instance.state is InstanceState.FAILED:

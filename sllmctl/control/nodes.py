@@ -14,7 +14,7 @@ __all__ = ["add", "check", "lost", "move", "take_checkpoint", "take_truth"]
 
 def move(turn: Turn, node: Node, state: NodeState) -> None:
     assert can_become(node.state, state), f"node {node.id}: {node.state} cannot become {state}"
-    node.state = state
+    turn.view.set_node_state(node, state)
     turn.put_node(node)
 
 

@@ -17,7 +17,7 @@ _I = InstanceState
 
 def pending(turn: Turn) -> list[str]:
     """Models that were refused a place, those whose requests wait longest first, so that none starves."""
-    refused = [model for model in turn.view.models.values() if model.refusal]
+    refused = [turn.view.models[name] for name in turn.view.refused]
     never = float("inf")
     refused.sort(key=lambda model: (never if model.waiting_since is None else model.waiting_since, model.name))
     return [model.name for model in refused]
@@ -26,7 +26,7 @@ def pending(turn: Turn) -> list[str]:
 def scale(turn: Turn, model: Model) -> None:
     """Start or stop instances until the model has what it should have now; ask to be woken when time alone changes that."""
     if model.state is not ModelState.DEPLOYED:
-        model.refusal = ""
+        turn.view.set_refusal(model, "")
         for instance in list(turn.view.instances_of(model.name).values()):
             instances.stop(turn, instance, "Stopping", f"model {model.name} is {model.state.value}")
         return
@@ -35,13 +35,14 @@ def scale(turn: Turn, model: Model) -> None:
 
 
 def _start_missing(turn: Turn, model: Model) -> None:
-    model.refusal, before = "", model.refusal
+    before = model.refusal
+    turn.view.set_refusal(model, "")
     for _ in range(_missing(turn, model)):
         found = place(turn.view, model, turn.settings)
         if isinstance(found, Plan):
             instances.create(turn, model, found)
             continue
-        model.refusal = found.reason
+        turn.view.set_refusal(model, found.reason)
         if found.reason != before:
             turn.event("model", model.name, "Unschedulable", found.reason, level="warning")
         if model.waiting and found.hopeless and not _active(turn, model):
@@ -98,10 +99,11 @@ def _stop_surplus(turn: Turn, model: Model) -> None:
     spare = len(active) - rule.min
     if model.waiting or spare <= 0:
         return
+    keep_alive_s = instances.keep_alive_s(turn, model)
     for instance in sorted(active, key=lambda one: (one.idle_since or 0.0, one.id)):
         if instance.idle_since is None or instance.running or turn.view.nodes[instance.node].state is not NodeState.READY:
             continue
-        at = instance.idle_since + rule.keep_alive_s
+        at = instance.idle_since + keep_alive_s
         if at > turn.now:
             turn.wake("model", model.name, at)
             return
@@ -110,7 +112,7 @@ def _stop_surplus(turn: Turn, model: Model) -> None:
         spare -= 1
         last = spare + rule.min == 0
         reason, target = ("ScaledToZero", "none") if last else ("ScaledDown", f"{spare + rule.min}")
-        instances.stop(turn, instance, reason, f"idle for {rule.keep_alive_s:g} s; model {model.name} keeps {target}")
+        instances.stop(turn, instance, reason, f"idle for {keep_alive_s:g} s; model {model.name} keeps {target}")
 
 
 def _usefulness(instance: Instance) -> tuple[bool, int, float]:

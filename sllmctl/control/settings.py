@@ -32,11 +32,20 @@ class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     ``evict_idle_s``: an instance idle for so long gives its place to a model whose requests wait for one;
     ``evict_look_s``: how often such a model is looked at again.
 
+    ``keep_alive_per_reload``: a model whose spec names no keep-alive keeps an idle instance for so many times what its reload
+    would take, but ``keep_alive_least_s`` at least and ``keep_alive_most_s`` at most. ``heat_s``: calls of a model count for
+    its demand for about so long. ``unserved_s``: an instance that no request has reached yet is not evicted so long.
+    ``age_s``: a model whose requests have waited so long for room is given the first that appears, before any other.
+    ``prefetch_every_s``: how often checkpoints in demand are brought from disk into free DRAM ahead of need; 0 is never.
+
     The KV cache of an instance whose spec says nothing: see sllmctl.planner.memory. ``kv_sequence_tokens`` times
     ``kv_sequences`` tokens are wanted, ``kv_least_tokens`` (or the model's context, if shorter) are the least.
 
-    The bandwidths and ``start_base_s`` (a worker without its weights) are assumed where a node has not measured its own.
-    ``events_keep``: older events are cut. ``plan_candidates``: how many candidates a plan remembers.
+    The bandwidths, ``start_base_s`` (a worker without its weights), ``prefill_token_s`` and ``prefill_base_s`` (recomputing a
+    sequence: per token, and once) and ``scale_up_after_s`` are assumed until a node has measured, or experience told, better.
+    ``events_keep``, ``outcomes_keep``, ``decisions_keep``: older events, estimates with their outcomes, and decisions are cut.
+    ``plan_candidates``: how many candidates a plan remembers. ``plan_nodes``: of nodes that differ in nothing but room and
+    queues, so many are looked at for one plan, the roomiest first.
     """
 
     local_node: str = "local"
@@ -55,11 +64,24 @@ class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     scale_up_after_s: _Seconds = 1.0
     evict_idle_s: _Seconds = 1.0
     evict_look_s: Annotated[float, Meta(gt=0, le=3600)] = 0.5
+    keep_alive_per_reload: Annotated[float, Meta(ge=0, le=1e6)] = 60.0
+    keep_alive_least_s: _Seconds = 30.0
+    keep_alive_most_s: _Seconds = 3600.0
+    heat_s: Annotated[float, Meta(gt=0, le=86400 * 30)] = 600.0
+    unserved_s: _Seconds = 10.0
+    age_s: _Seconds = 15.0
+    prefetch_every_s: _Seconds = 0.0
     kv_sequence_tokens: _Count = 4096
     kv_sequences: _Count = 8
     kv_least_tokens: _Count = 2048
     disk_read_bps: _Positive = 1e9
     device_copy_bps: _Positive = 10e9
+    network_bps: _Positive = 1e9
     start_base_s: _Seconds = 0.5
+    prefill_token_s: _Positive = 1e-3
+    prefill_base_s: _Seconds = 0.05
     events_keep: _Count = 10_000
+    outcomes_keep: _Count = 10_000
+    decisions_keep: _Count = 10_000
     plan_candidates: _Count = 3
+    plan_nodes: _Count = 64

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from schema.errors import Fault
 from schema.ids import Epoch
-from schema.link import Inventory, StartPhases
+from schema.link import DeviceInfo, Inventory, StartPhases
 from schema.spec import ModelSpec
 from schema.states import InstanceState, ModelState, NodeState, Tier, TierState
+from sllmctl.control.room import RoomIndex
+
+if TYPE_CHECKING:
+    from sllmctl.planner.plans import Plan
 
 __all__ = ["HOLDING", "LIVE", "Checkpoint", "ClusterView", "Instance", "Model", "Node", "PlacementKey", "PlacementRecord"]
 
@@ -75,8 +79,9 @@ class Model:
     """``waiting`` and ``running`` are the router's last word; ``waiting_since`` is when the first of those waiting came.
 
     ``refusal`` is why the planner found no place, "" if it found one or was not asked; while it is not "", the model is looked
-    at again whenever room appears. ``ingested`` holds the digest of an ingest that is done while its
-    checkpoint has not been stated yet.
+    at again whenever room appears (`ClusterView.set_refusal`). ``heat`` counts recent calls that found the model idle or
+    without an instance, decaying since ``heat_at``: what a reload would be paid for. ``ingested`` holds the digest of an ingest
+    that is done while its checkpoint has not been stated yet.
     """
 
     spec: ModelSpec
@@ -92,6 +97,8 @@ class Model:
     waiting_since: float | None = None
     refusal: str = ""
     ingested: str | None = None
+    heat: float = 0.0
+    heat_at: float = 0.0
 
     @property
     def name(self) -> str:
@@ -103,7 +110,8 @@ class Instance:
     """One replica. ``epoch`` is its present or last life.
 
     Live only: what its engine can take, ``pid``, ``running`` sequences, ``idle_since`` (None while busy or not ready),
-    ``life_at`` (when this life was begun or its stop was asked for), ``ready_at`` of this life.
+    ``life_at`` (when this life was begun or its stop was asked for), ``ready_at`` of this life, ``plan`` (the decision that
+    made it, None after a restart of the manager), ``served`` (a sequence has reached it since it was made).
     """
 
     id: str
@@ -128,6 +136,8 @@ class Instance:
     idle_since: float | None = None
     life_at: float = 0.0
     ready_at: float | None = None
+    plan: Plan | None = None
+    served: bool = False
 
 
 _NO_PLACEMENTS: Mapping[PlacementKey, PlacementRecord] = {}
@@ -141,6 +151,11 @@ class ClusterView:
     ``committed_bytes[(node, device)]`` is the device memory that holding instances have been promised (their KV cache, and
     their share of the weights where the device is not a CPU). ``arena_held_bytes[node]`` is the arena room of checkpoints
     that something uses; the rest of the arena is free or evictable.
+
+    ``idle_weights[(node, device)]`` are checkpoints that lie in device memory and nobody uses, with their bytes there: they
+    are not free, but may be dropped. ``resting_bytes[(node, device)]`` is what ready instances without a sequence have been
+    promised. ``free`` and ``loose`` find nodes by room: as it is, and as it would be without idle weights and resting
+    instances.
     """
 
     nodes: dict[str, Node] = field(default_factory=dict)
@@ -150,6 +165,14 @@ class ClusterView:
     instances: dict[str, Instance] = field(default_factory=dict)
     committed_bytes: dict[tuple[str, int], int] = field(default_factory=dict)
     arena_held_bytes: dict[str, int] = field(default_factory=dict)
+    idle_weights: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)
+    resting_bytes: dict[tuple[str, int], int] = field(default_factory=dict)
+    refused: dict[str, None] = field(default_factory=dict)
+    _free: RoomIndex = field(default_factory=RoomIndex)
+    _loose: RoomIndex = field(default_factory=RoomIndex)
+    _stale: dict[str, None] = field(default_factory=dict)
+    _device_users: dict[tuple[str, int, str], int] = field(default_factory=dict)
+    _placed_at: dict[tuple[str, str], dict[PlacementKey, PlacementRecord]] = field(default_factory=dict)
     _by_model: dict[str, dict[str, Instance]] = field(default_factory=dict)
     _by_node: dict[str, dict[str, Instance]] = field(default_factory=dict)
     _placed_on: dict[str, dict[PlacementKey, PlacementRecord]] = field(default_factory=dict)
@@ -171,6 +194,28 @@ class ClusterView:
 
     def placements_of(self, digest: str) -> Mapping[PlacementKey, PlacementRecord]:
         return self._placed_of.get(digest, _NO_PLACEMENTS)
+
+    def placements_at(self, digest: str, node: str) -> Mapping[PlacementKey, PlacementRecord]:
+        """The placements of one checkpoint on one node."""
+        return self._placed_at.get((digest, node), _NO_PLACEMENTS)
+
+    def free_bytes(self, node: str, device: DeviceInfo) -> int:
+        """Device memory that nothing is promised and no idle weights lie in; negative while promises overlap."""
+        key = (node, device.index)
+        idle = self.idle_weights.get(key)
+        return device.memory_bytes - self.committed_bytes.get(key, 0) - (sum(idle.values()) if idle else 0)
+
+    @property
+    def free(self) -> RoomIndex:
+        """Nodes that take instances, by their free device memory."""
+        self._refresh()
+        return self._free
+
+    @property
+    def loose(self) -> RoomIndex:
+        """Nodes that take instances, by their device memory if idle weights and resting instances were gone."""
+        self._refresh()
+        return self._loose
 
     def models_of(self, digest: str) -> Iterable[str]:
         """The names of the models that use a checkpoint, in order."""
@@ -204,6 +249,12 @@ class ClusterView:
 
     def add_node(self, node: Node) -> None:
         self.nodes[node.id] = node
+        self._stale[node.id] = None
+
+    def set_node_state(self, node: Node, state: NodeState) -> None:
+        """Change a node's state. Whether the transition is allowed is the caller's to judge."""
+        node.state = state
+        self._stale[node.id] = None
 
     def set_inventory(self, node: str, inventory: Inventory) -> None:
         """A node stated its means; what was promised on it is counted anew, since kinds and chunks may have changed."""
@@ -211,6 +262,7 @@ class ClusterView:
         self.nodes[node].inventory = inventory
         if old is None or old.devices != inventory.devices or old.arena.chunk_bytes != inventory.arena.chunk_bytes:
             self._recount(node)
+        self._stale[node] = None
 
     def add_checkpoint(self, checkpoint: Checkpoint) -> None:
         self.checkpoints[checkpoint.digest] = checkpoint
@@ -224,15 +276,21 @@ class ClusterView:
         self.placements[record.key] = record
         self._placed_on.setdefault(record.node, {})[record.key] = record
         self._placed_of.setdefault(record.digest, {})[record.key] = record
+        self._placed_at.setdefault((record.digest, record.node), {})[record.key] = record
         if record.tier is Tier.DRAM and record.users:
             self._hold(record.node, record.digest, 1)
+        if record.tier is Tier.DEVICE:
+            self._weigh_idle(record.node, record.device, record.digest)
 
     def drop_placement(self, key: PlacementKey) -> None:
         record = self.placements.pop(key)
         _discard(self._placed_on, record.node, key)
         _discard(self._placed_of, record.digest, key)
+        _discard(self._placed_at, (record.digest, record.node), key)
         if record.tier is Tier.DRAM and record.users:
             self._hold(record.node, record.digest, -1)
+        if record.tier is Tier.DEVICE:
+            self._weigh_idle(record.node, record.device, record.digest)
 
     def add_model(self, model: Model) -> None:
         self.models[model.name] = model
@@ -248,8 +306,17 @@ class ClusterView:
         if digest is not None:
             self._models_of.setdefault(digest, set()).add(model.name)
 
+    def set_refusal(self, model: Model, refusal: str) -> None:
+        """Remember why a model found no place, or, with "", that it waits for none."""
+        model.refusal = refusal
+        if refusal:
+            self.refused[model.name] = None
+        else:
+            self.refused.pop(model.name, None)
+
     def drop_model(self, name: str) -> None:
         self.set_digest(self.models[name], None)
+        self.refused.pop(name, None)
         del self.models[name]
 
     def add_instance(self, instance: Instance) -> None:
@@ -264,12 +331,22 @@ class ClusterView:
         held, holds = instance.state in HOLDING, state in HOLDING
         if held and not holds:
             self._commit(instance, -1)
+        rested = _rests(instance)
         instance.state = state
+        self._rest(instance, rested)
         if holds and not held:
             self._commit(instance, 1)
 
+    def set_activity(self, instance: Instance, running: int, idle_since: float | None) -> None:
+        """The router's account of an instance, and since when it has nothing to do."""
+        rested = _rests(instance)
+        instance.running, instance.idle_since = running, idle_since
+        self._rest(instance, rested)
+
     def drop_instance(self, instance: Instance) -> None:
         del self.instances[instance.id]
+        if _rests(instance):
+            self._add_resting(instance, -1)
         if instance.state in HOLDING:
             self._commit(instance, -1)
         _discard(self._by_model, instance.model, instance.id)
@@ -280,7 +357,53 @@ class ClusterView:
         for device, need in needs.items():
             key = (instance.node, device)
             self.committed_bytes[key] = self.committed_bytes.get(key, 0) + sign * need
+            user = (instance.node, device, instance.digest)
+            self._device_users[user] = self._device_users.get(user, 0) + sign
+            self._weigh_idle(*user)
         self._hold(instance.node, instance.digest, sign)
+        self._stale[instance.node] = None
+
+    def _rest(self, instance: Instance, rested: bool) -> None:
+        rests = _rests(instance)
+        if rests != rested:
+            self._add_resting(instance, 1 if rests else -1)
+
+    def _add_resting(self, instance: Instance, sign: int) -> None:
+        needs = self.device_need_bytes(instance.node, instance.digest, instance.devices, instance.kv_bytes)
+        for device, need in needs.items():
+            key = (instance.node, device)
+            self.resting_bytes[key] = self.resting_bytes.get(key, 0) + sign * need
+        self._stale[instance.node] = None
+
+    def _weigh_idle(self, node: str, device: int, digest: str) -> None:
+        """Weights in device memory are idle when neither the node counts a user nor an instance of ours is to use them."""
+        record = self.placements.get((digest, node, Tier.DEVICE, device))
+        unused = record is not None and record.users == 0 and record.state is TierState.RESIDENT
+        here = self.idle_weights.setdefault((node, device), {})
+        if record is not None and unused and not self._device_users.get((node, device, digest)):
+            here[digest] = record.size_bytes
+        else:
+            here.pop(digest, None)
+        self._stale[node] = None
+
+    def _refresh(self) -> None:
+        for node_id in self._stale:
+            node = self.nodes[node_id]
+            if node.state is not NodeState.READY or node.cordoned or node.inventory is None:
+                self._free.drop(node_id)
+                self._loose.drop(node_id)
+                continue
+            free: list[int] = []
+            loose: list[int] = []
+            for device in node.inventory.devices:
+                key = (node_id, device.index)
+                room = device.memory_bytes - self.committed_bytes.get(key, 0)
+                loose.append(room + self.resting_bytes.get(key, 0))
+                idle = self.idle_weights.get(key)
+                free.append(room - sum(idle.values()) if idle else room)
+            self._free.put(node_id, free)
+            self._loose.put(node_id, loose)
+        self._stale.clear()
 
     def _hold(self, node: str, digest: str, sign: int) -> None:
         key = (node, digest)
@@ -294,21 +417,30 @@ class ClusterView:
             self.arena_held_bytes[node] = self.arena_held_bytes.get(node, 0) + sign * self.arena_bytes_of(node, digest)
 
     def _recount(self, node: str) -> None:
-        for key in [key for key in self.committed_bytes if key[0] == node]:
-            del self.committed_bytes[key]
+        for promised in (self.committed_bytes, self.resting_bytes):
+            for key in [key for key in promised if key[0] == node]:
+                del promised[key]
         for instance in self.instances_on(node).values():
             if instance.state in HOLDING:
                 for device, need in self.device_need_bytes(node, instance.digest, instance.devices, instance.kv_bytes).items():
                     self.committed_bytes[node, device] = self.committed_bytes.get((node, device), 0) + need
+            if _rests(instance):
+                self._add_resting(instance, 1)
+        self._stale[node] = None
         held = [digest for holder, digest in self._holders if holder == node]
         self.arena_held_bytes[node] = sum(self.arena_bytes_of(node, digest) for digest in held)
 
 
+def _rests(instance: Instance) -> bool:
+    return instance.state is InstanceState.READY and instance.idle_since is not None
+
+
+_O = TypeVar("_O")
 _K = TypeVar("_K")
 _V = TypeVar("_V")
 
 
-def _discard(index: dict[str, dict[_K, _V]], outer: str, key: _K) -> None:
+def _discard(index: dict[_O, dict[_K, _V]], outer: _O, key: _K) -> None:
     del index[outer][key]
     if not index[outer]:
         del index[outer]

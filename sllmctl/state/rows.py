@@ -10,7 +10,7 @@ import msgspec
 from sqlalchemy import Connection, Executable, bindparam, delete, insert, select
 from sqlalchemy.dialects.sqlite import insert as upsert_into
 
-from schema.admin import EventView
+from schema.admin import EventView, OutcomeView
 from schema.errors import Fault
 from schema.ids import Epoch
 from schema.link import StartPhases
@@ -112,7 +112,7 @@ def _values(change: RowChange) -> dict[str, Any]:
             return {"digest_": change.digest}
         case RemovePlacement():
             return {"digest_": change.digest, "node_": change.node, "tier_": change.tier, "device_": change.device}
-        case EventView():
+        case EventView() | OutcomeView():
             return msgspec.structs.asdict(change)
         case _:
             return {name: getattr(change, name) for name in change.__slots__}
