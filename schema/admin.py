@@ -1,9 +1,9 @@
 """What the admin API shows and takes: one struct per noun, shared by its server, the typed client, the CLI and the TUI.
 
-Routes (all under ``/admin/v1``): GET nodes, nodes/{name}, models, models/{name}, models/{name}/explain, instances, instances/{id},
-checkpoints, checkpoints/{digest}, requests, requests/{id}, requests/{id}/explain, estimates, events, status; POST models
-(ModelSpec), models/{name}/deploy (DeployBody), models/{name}/stop, instances/{id}/stop, requests/{id}/cancel; DELETE models/{name}.
-Lists are ``{"items": [...]}``.
+Routes (all under ``/admin/v1``): GET nodes, nodes/{name}, models, models/{name}, models/{name}/explain, instances,
+instances/{id}, checkpoints, checkpoints/{digest}, requests, requests/{id}, requests/{id}/explain, estimates, events, status;
+POST models (ModelSpec), models/{name}/deploy (DeployBody), models/{name}/stop, instances/{id}/stop, requests/{id}/cancel;
+DELETE models/{name}. Lists are ``{"items": [...]}``.
 An error's body is ``{"error": {"message", "type", "param", "code"}}`` with the status of its class.
 """
 

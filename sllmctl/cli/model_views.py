@@ -82,4 +82,4 @@ def _source(source: Source) -> str:
 
 
 def _keep_alive(scale: ScaleSpec) -> str:
-    return "by reload cost" if scale.keep_alive_s is None else duration(scale.keep_alive_s)
+    return "auto" if scale.keep_alive_s is None else duration(scale.keep_alive_s)
