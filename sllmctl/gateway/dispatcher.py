@@ -15,9 +15,9 @@ from msgspec.structs import replace
 from schema.admin import RequestView
 from schema.errors import Cancelled, ContextOverflow, Fault, LinkError, SllmError, TimedOut
 from schema.ids import Epoch, EpochCounter
-from schema.link import Cancel, Ended, ManagerMessage, SamplingParams, Submit
+from schema.link import Cancel, Ended, EngineTiming, ManagerMessage, SamplingParams, Submit
 from schema.states import EndReason
-from sllmctl.control.effects import Event, InstanceActivity
+from sllmctl.control.effects import Event, InstanceActivity, PrefillTimed
 from sllmctl.gateway.journal import Attempt, Request, Sequence
 from sllmctl.gateway.queues import CallLater, ModelQueue
 from sllmctl.gateway.reconcile import NodeLink
@@ -103,7 +103,7 @@ class Dispatcher:
         if change.max_context_tokens and len(sequence.prompt) + params.max_tokens > change.max_context_tokens:
             # Only for what came in before an instance had said how much it takes, when none takes more.
             params = replace(params, max_tokens=change.max_context_tokens - len(sequence.prompt))
-        journal = len(sequence.prompt) + len(sequence.tokens)
+        start = len(sequence.tokens)
         attempt = Attempt(
             epoch=self._epochs.next(),
             sequence=sequence,
@@ -111,12 +111,14 @@ class Dispatcher:
             instance=route.instance,
             instance_epoch=change.epoch,
             link=self.node(change.node).count,
-            kv_tokens=journal + queue.expected_tokens(params),
+            began_at=self.clock(),
+            start=start,
+            kv_tokens=len(sequence.prompt) + start + queue.expected_tokens(params),
             max_tokens=params.max_tokens,
         )
         self.place(attempt, route)
         if request.routed_at is None:
-            request.routed_at = self.clock()
+            request.routed_at = attempt.began_at
             if request.cold and route.phases_epoch == change.epoch:
                 request.start = route.phases
         self.send(
@@ -184,6 +186,7 @@ class Dispatcher:
         if attempt.wanted and end.position > len(sequence.tokens):
             raise LinkError(f"a sequence of {len(sequence.tokens)} tokens ended at {end.position}: those between are missing")
         if end.timing is not None:
+            self._learn(attempt, end.position, end.timing)
             request = sequence.request
             request.engine = end.timing
             if request.id in self.remembered:
@@ -202,6 +205,17 @@ class Dispatcher:
             self._close(attempt)
             unasked = Cancelled(f"node {node} ended the sequence ({end.reason}) without saying why")
             self.fail(sequence.request, unasked if end.fault is None else end.fault.to_error())
+
+    def _learn(self, attempt: Attempt, position: int, timing: EngineTiming) -> None:
+        """Take in how fast an attempt went; a few times, tell the control loop what its prefill cost."""
+        sequence = attempt.sequence
+        self.queue(sequence.request.model).pace.ended(position - attempt.start, timing)
+        now, route = self.clock(), self.routes.make(attempt.instance)
+        if timing.prefill_s > 0 and now >= route.tell_prefill_at:
+            wait_s = max(2 * route.tell_prefill_s, self._settings.prefill_interval_s)
+            route.tell_prefill_s = min(wait_s, self._settings.prefill_longest_s)
+            route.tell_prefill_at = now + route.tell_prefill_s
+            self._post(PrefillTimed(attempt.instance, len(sequence.prompt) + attempt.start, timing.prefill_s))
 
     def _doubt(self, attempt: Attempt) -> None:
         """Put nothing more on the life that lost this attempt, unless it is already known to be over."""

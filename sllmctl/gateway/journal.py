@@ -31,8 +31,9 @@ class Attempt:
     """One run of a sequence on one life of an instance.
 
     ``link`` is the count of the node's connection over which it was submitted: a later truth without it says that it was
-    lost. ``kv_tokens`` is what it was taken to need; ``max_tokens`` what its reply may have on this instance. ``wanted`` is
-    False once its tokens are not: then only its end is waited for.
+    lost. ``began_at`` is when it was submitted, with ``start`` tokens of the reply. ``kv_tokens`` is what it was taken to
+    need; ``max_tokens`` what its reply may have on this instance. ``wanted`` is False once its tokens are not: then only its
+    end is waited for.
     """
 
     epoch: Epoch
@@ -41,6 +42,8 @@ class Attempt:
     instance: str
     instance_epoch: Epoch
     link: int
+    began_at: float
+    start: int
     kv_tokens: int
     max_tokens: int
     wanted: bool = True

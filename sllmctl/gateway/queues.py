@@ -12,6 +12,7 @@ from schema.spec import ModelSpec
 from schema.states import ModelState
 from sllmctl.control.effects import DemandChanged, Event
 from sllmctl.gateway.journal import Request, Sequence, Timer
+from sllmctl.gateway.pace import Pace
 from sllmctl.gateway.router_settings import RouterSettings
 
 __all__ = ["CallLater", "ModelQueue", "RoutedModel"]
@@ -43,6 +44,7 @@ class ModelQueue:
         self.waiting_requests = 0
         self.live = 0
         self.start_s = 0.0
+        self.pace = Pace(settings.reply_smoothing)
         self._settings = settings
         self._post = post
         self._call_later = call_later

@@ -32,6 +32,7 @@ from schema.link import (
 from sllmctl.control.effects import Event, ModelChanged, RejectWaiting, RouteChanged
 from sllmctl.gateway.dispatcher import Dispatcher
 from sllmctl.gateway.journal import Attempt, Request, Sequence
+from sllmctl.gateway.journals import LiveJournals
 from sllmctl.gateway.progress import ProgressBoard
 from sllmctl.gateway.queues import CallLater, ModelQueue, RoutedModel
 from sllmctl.gateway.reconcile import NodeLink
@@ -42,7 +43,8 @@ __all__ = ["Request", "RoutedModel", "Router", "Sequence"]
 
 
 class Router:
-    """``send`` says something to a node, ``post`` tells the control loop; neither may call back before it returns."""
+    """``send`` says something to a node, ``post`` tells the control loop; neither may call back before it returns.
+    ``journals`` is what the planner may ask."""
 
     def __init__(
         self,
@@ -67,6 +69,7 @@ class Router:
         self._ids = ids
         self._settings = settings
         self._progress = ProgressBoard(settings.remembered_progress)
+        self.journals = LiveJournals(self._core)
 
     # --- from the control loop's effects
 
@@ -332,6 +335,8 @@ class Router:
                 instance=submit.instance,
                 instance_epoch=submit.instance_epoch,
                 link=self._core.node(node).count,
+                began_at=self._core.clock(),
+                start=len(submit.generated),
                 kv_tokens=len(submit.prompt) + len(sequence.tokens),
                 max_tokens=submit.params.max_tokens,
             )

@@ -24,9 +24,11 @@ class RouterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     replies have taught better. ``reply_smoothing``: the weight of the newest reply in a model's averages.
 
     ``orphan_grace_s``: how long a sequence found on a node at the manager's start runs without a client.
-    ``demand_interval_s``: how often the control loop hears of a changed queue. ``first_retry_after_s``: what a refused client
-    is told before a model's pace is known; ``longest_retry_after_s``: at most. ``remembered_requests``: finished ones that can
-    still be shown. ``remembered_progress``: operations and starts whose progress is kept.
+    ``demand_interval_s``: how often the control loop hears of a changed queue. ``prefill_interval_s``: how soon after the time
+    of one prefill it hears of another of the same instance; twice as long each time, up to ``prefill_longest_s``.
+    ``first_retry_after_s``: what a refused client is told before a model's pace is known; ``longest_retry_after_s``: at most.
+    ``remembered_requests``: finished ones that can still be shown. ``remembered_progress``: operations and starts whose
+    progress is kept.
     """
 
     max_attempts: _Count = 8
@@ -35,6 +37,8 @@ class RouterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     expected_reply_tokens: _Count = 256
     orphan_grace_s: _Seconds = 30.0
     demand_interval_s: _Seconds = 0.1
+    prefill_interval_s: _Seconds = 1.0
+    prefill_longest_s: _Seconds = 60.0
     first_retry_after_s: _Seconds = 5.0
     longest_retry_after_s: _Seconds = 120.0
     remembered_requests: _Count = 1000

@@ -21,7 +21,8 @@ GONE = frozenset({InstanceState.STOPPED, InstanceState.FAILED, InstanceState.BAC
 class Route:
     """An instance as the router knows it. ``change`` is the control loop's last word, None before the first.
 
-    ``attempts`` are all that count on it, those that are only waited for too; ``kv_tokens`` what they were taken to need.
+    ``attempts`` are all that count on it, those that are only waited for too; ``kv_tokens`` what they were taken to need,
+    ``began_sum_s`` the sum of the times at which they began. A prefill's time is told from ``tell_prefill_at`` on.
     ``doubted`` is set when its node ended an attempt as lost: the life is over, or not what it was, and takes nothing until the
     control loop, whose word comes a commit later, has spoken of it again.
     """
@@ -30,19 +31,25 @@ class Route:
     change: RouteChanged | None = None
     attempts: dict[Epoch, Attempt] = field(default_factory=dict)
     kv_tokens: int = 0
+    began_sum_s: float = 0.0
     said_busy: bool = False
     doubted: bool = False
     load: InstanceLoad | None = None
     phases: StartPhases | None = None
     phases_epoch: int = 0
+    tell_prefill_at: float = 0.0
+    tell_prefill_s: float = 0.0
 
     def add(self, attempt: Attempt) -> None:
         self.attempts[attempt.epoch] = attempt
         self.kv_tokens += attempt.kv_tokens
+        self.began_sum_s += attempt.began_at
 
     def remove(self, attempt: Attempt) -> None:
         if self.attempts.pop(attempt.epoch, None) is not None:
             self.kv_tokens -= attempt.kv_tokens
+            # An empty sum is exact again, so that rounding never adds up.
+            self.began_sum_s = self.began_sum_s - attempt.began_at if self.attempts else 0.0
 
     @property
     def idle_and_gone(self) -> bool:
@@ -93,6 +100,15 @@ class Routes:
         for route in self._by_model.get(model, {}).values():
             if (change := self._open(route)) is not None:
                 yield change
+
+    def busy(self, model: str) -> tuple[int, float]:
+        """How many attempts run on the instances that take new sequences, and the sum of the times at which they began."""
+        running, began_sum_s = 0, 0.0
+        for route in self._by_model.get(model, {}).values():
+            if route.attempts and self._open(route) is not None:
+                running += len(route.attempts)
+                began_sum_s += route.began_sum_s
+        return running, began_sum_s
 
     def pick(self, model: str, journal_tokens: int, expected_tokens: int, whole_tokens: int) -> Route | None:
         """The least busy instance with room for a journal and the reply it is expected to grow by; None if there is none.
