@@ -73,7 +73,7 @@ class Dispatcher:
 
     def is_cold(self, model: str) -> bool:
         """True when no instance of it takes sequences."""
-        return not any(self.routes.ready(model))
+        return not self.routes.any_open(model)
 
     def touch_model(self, model: str) -> None:
         self._models[model] = None
@@ -221,7 +221,7 @@ class Dispatcher:
         """Put nothing more on the life that lost this attempt, unless it is already known to be over."""
         route = self.routes.make(attempt.instance)
         if route.change is not None and route.change.epoch == attempt.instance_epoch:
-            route.doubted = True
+            self.routes.doubt(route)
 
     def lose(self, attempt: Attempt, fault: Fault) -> None:
         """The attempt will say nothing more; its sequence goes on elsewhere when this settles, if it is still wanted."""

@@ -52,10 +52,13 @@ class Attempt:
 class Sequence:
     """One choice of a request. ``tokens`` only grows: read it, never write; ``finish`` is set once, after its last token.
 
-    ``fruitless`` counts its attempts since the last token that one of them brought.
+    ``fruitless`` counts its attempts since the last token that one of them brought. ``on_end`` is called once, at the end or
+    failure; it may not call the router.
     """
 
-    __slots__ = ("_waiters", "attempt", "choice", "failure", "finish", "fruitless", "prompt", "request", "timer", "tokens")
+    __slots__ = (
+        "_waiters", "attempt", "choice", "failure", "finish", "fruitless", "on_end", "prompt", "request", "timer", "tokens",
+    )  # fmt: skip
 
     def __init__(self, request: Request, choice: int, prompt: tuple[int, ...]) -> None:
         self.request = request
@@ -67,6 +70,7 @@ class Sequence:
         self.attempt: Attempt | None = None
         self.fruitless = 0
         self.timer: Timer | None = None
+        self.on_end: Callable[[Sequence], None] | None = None
         self._waiters: list[tuple[int, asyncio.Future[None]]] = []
 
     @property
@@ -93,6 +97,9 @@ class Sequence:
 
     def wake(self) -> None:
         """Let those who wait look again; tokens on the way to where someone waits wake nobody."""
+        if self.on_end is not None and self.done:
+            call, self.on_end = self.on_end, None
+            call(self)
         if self._waiters:
             have = len(self.tokens)
             later: list[tuple[int, asyncio.Future[None]]] = []

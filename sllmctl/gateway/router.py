@@ -110,7 +110,7 @@ class Router:
     def truth_began(self, node: str, truth: NodeTruth) -> None:
         """A new connection to a node states what it holds."""
         self._core.node(node).begin()
-        self._core.routes.up.discard(node)
+        self._core.routes.node_down(node)
         for instance in truth.instances:
             if instance.phases is not None:
                 self.instance_started(instance.instance, instance.epoch, instance.phases)
@@ -137,7 +137,7 @@ class Router:
             if attempt.epoch not in link.seen and attempt.link < link.count:
                 self._core.lose(attempt, Fault("unreachable", f"node {node} does not have the sequence any more"))
         orphans, cancels = link.complete()
-        self._core.routes.up.add(node)
+        self._core.routes.node_up(node)
         for truths in orphans.values():
             cancels += self._adopt(node, truths)
         cancels += [attempt.epoch for attempt in self._core.attempts.values() if attempt.node == node and not attempt.wanted]
@@ -196,7 +196,7 @@ class Router:
         """The connection broke. Its sequences may well go on, so they wait: for its next truth, or for the control loop to
         give the instances up."""
         self._core.node(node).lost()
-        self._core.routes.up.discard(node)
+        self._core.routes.node_down(node)
         self._core.settle()
 
     # --- for the gateway
@@ -295,8 +295,8 @@ class Router:
                 f"requests of {self._core.journal_tokens} tokens are being served, as many as fit; try again later",
                 queue.retry_after_s(cold=False),
             )
-        room = not queue.waiting and self._core.pick(queue, len(prompt), 0, params) is not None
-        if not room and queue.waiting_requests >= queue.model.spec.scale.queue_limit:
+        crowded = queue.waiting_requests >= queue.model.spec.scale.queue_limit
+        if crowded and (queue.waiting or self._core.pick(queue, len(prompt), 0, params) is None):
             raise Overloaded(
                 f"{queue.waiting_requests} requests wait for model {queue.name!r} already, as many as may; try again later",
                 queue.retry_after_s(cold=self._core.is_cold(queue.name)),
