@@ -24,10 +24,13 @@ import msgspec
 from schema.admin import (
     CheckpointView,
     DeployBody,
+    EstimatesView,
     EventView,
+    ExplainView,
     InstanceView,
     ModelView,
     NodeView,
+    RequestExplainView,
     RequestView,
     StatusView,
 )
@@ -46,7 +49,10 @@ __all__ = [
     "checkpoint",
     "checkpoints",
     "deploy_model",
+    "estimates",
     "events",
+    "explain_model",
+    "explain_request",
     "instance",
     "instances",
     "model",
@@ -157,6 +163,11 @@ def remove_model(name: str) -> Call[None]:
     return Call("DELETE", f"models/{_segment(name)}", _nothing)
 
 
+def explain_model(name: str) -> Call[ExplainView]:
+    """Where one more instance of a model would go now, and why."""
+    return _get(f"models/{_segment(name)}/explain", ExplainView)
+
+
 def instances() -> Call[tuple[InstanceView, ...]]:
     return _list("instances", InstanceView)
 
@@ -188,6 +199,16 @@ def request(request_id: str) -> Call[RequestView]:
 
 def cancel_request(request_id: str) -> Call[None]:
     return Call("POST", f"requests/{_segment(request_id)}/cancel", _nothing)
+
+
+def explain_request(request_id: str) -> Call[RequestExplainView]:
+    """What was decided for a request's model while it waited."""
+    return _get(f"requests/{_segment(request_id)}/explain", RequestExplainView)
+
+
+def estimates() -> Call[EstimatesView]:
+    """How good the planner's estimates are."""
+    return _get("estimates", EstimatesView)
 
 
 def events(kind: str | None = None, name: str | None = None, limit: int = 100) -> Call[tuple[EventView, ...]]:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from sllmctl.cli.output import FORMATS
+from sllmctl.cli.output import FORMATS, REPORT_FORMATS
 
 if TYPE_CHECKING:
     from sllmctl.client import AdminClient
     from sllmctl.config import Settings
 
-__all__ = ["Invocation", "output_option", "pass_invocation", "yes_option"]
+__all__ = ["Invocation", "output_option", "pass_invocation", "report_option", "yes_option"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -51,6 +51,13 @@ def output_option(command: F) -> F:
     """``-o table|wide|json|yaml|name``, given to the command as ``form``."""
     return click.option(
         "-o", "--output", "form", type=click.Choice(FORMATS), default="table", show_default=True, help="How to print."
+    )(command)
+
+
+def report_option(command: F) -> F:
+    """``-o table|wide|json|yaml``, given to the command as ``form``: for what is no list of things with names."""
+    return click.option(
+        "-o", "--output", "form", type=click.Choice(REPORT_FORMATS), default="table", show_default=True, help="How to print."
     )(command)
 
 

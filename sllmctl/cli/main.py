@@ -52,6 +52,8 @@ _COMMANDS = {
     "checkpoint": _entry(_LOOK, "checkpoint", "Checkpoints: weights, and the tiers they lie on."),
     "request": _entry(_LOOK, "request", "Requests: those that run, and the latest that ended."),
     "event": _entry(_LOOK, "event", "Events: what happened, and why."),
+    "explain": _entry(_LOOK, "explain", "Where a model's next instance would go, and why."),
+    "bench": _entry(_LOOK, "bench", "Measurements: how good the planner's estimates are."),
     **{
         role: _entry(_HIDDEN, "passthrough", f"Run the node's {role} process.", role)
         for role in ("agent", "store", "zygote", "ingest")

@@ -24,11 +24,28 @@ def command() -> None:
     """Models: add, deploy, scale, stop, remove."""
 
 
+class _KeepAlive(click.FloatRange):
+    """Seconds, or "auto", which is kept as it is: None is what was not given."""
+
+    name = "number of seconds, nor auto"
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == "auto" else super().convert(value, param, ctx)
+
+
 def _scale_options(function: F) -> F:
     options = (
         click.option("--min", "min_instances", type=click.IntRange(0), help="Instances kept at least; 0 scales to zero."),
         click.option("--max", "max_instances", type=click.IntRange(1), help="Instances at most."),
-        click.option("--keep-alive", type=click.FloatRange(0), metavar="SECONDS", help="How long an idle instance stays."),
+        click.option(
+            "--keep-alive",
+            type=_KeepAlive(),
+            metavar="SECONDS|auto",
+            help="How long the last instance stays idle; auto makes it of what a reload would take.",
+        ),
         click.option("--concurrency", type=click.IntRange(1), help="Sequences that run on one instance at once."),
         click.option("--queue-limit", type=click.IntRange(0), help="Requests that may wait."),
     )
@@ -229,7 +246,7 @@ def _given_scale(options: dict[str, Any]) -> dict[str, Any]:
         "concurrency": "max_concurrency",
         "queue_limit": "queue_limit",
     }
-    return {names[key]: value for key, value in options.items() if value is not None}
+    return {names[key]: None if value == "auto" else value for key, value in options.items() if value is not None}
 
 
 def _changed(scale: ScaleSpec, changed: dict[str, Any]) -> ScaleSpec:

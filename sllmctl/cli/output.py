@@ -12,10 +12,24 @@ from typing import Any, Generic, Literal, TypeVar
 from sllmctl.cli.diagnostics import writing_stdout
 from sllmctl.cli.format import printable
 
-__all__ = ["FORMATS", "Column", "Format", "now", "read_line", "show_item", "show_items", "stream", "write"]
+__all__ = [
+    "FORMATS",
+    "REPORT_FORMATS",
+    "Column",
+    "Format",
+    "ReportFormat",
+    "now",
+    "read_line",
+    "show_item",
+    "show_items",
+    "stream",
+    "write",
+]
 
 Format = Literal["table", "wide", "json", "yaml", "name"]
 FORMATS: tuple[Format, ...] = ("table", "wide", "json", "yaml", "name")
+ReportFormat = Literal["table", "wide", "json", "yaml"]
+REPORT_FORMATS: tuple[ReportFormat, ...] = ("table", "wide", "json", "yaml")
 T = TypeVar("T")
 
 

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from schema.admin import RequestTimeline
+from schema.admin import OutcomeView, RequestTimeline
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
 
@@ -19,6 +19,8 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _WAITS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _TOKEN_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28)
+_ERRORS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96)
+_RATIOS = (0.1, 0.25, 0.5, 0.67, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
 
 
 class _Callback(Collector):
@@ -74,6 +76,21 @@ class Metrics:
             "sllm_connections_dropped", "Connections that the gateway broke off, by reason.", ("reason",), registry=registry
         )
 
+        self.estimate_error = Histogram(
+            "sllm_estimate_error_seconds",
+            "By how much an estimate of the planner missed, whichever way; by kind (start, prefill) and source of the weights.",
+            ("kind", "source"),
+            buckets=_ERRORS_S,
+            registry=registry,
+        )
+        self.estimate_ratio = Histogram(
+            "sllm_estimate_ratio",
+            "What was, over what the planner had estimated: above 1 it took longer; by kind and source of the weights.",
+            ("kind", "source"),
+            buckets=_RATIOS,
+            registry=registry,
+        )
+
     def add(self, collect: Callable[[], Iterable[Metric]]) -> None:
         """Have ``collect`` called at every scrape, on the event loop; it returns metric families made on the spot."""
         self._registry.register(_Callback(collect))
@@ -88,6 +105,13 @@ class Metrics:
         self.first_token.labels(model, cold).observe(timeline.first_token_s)
         if timeline.ended_s is not None and tokens > 1:
             self.token_time.labels(model).observe((timeline.ended_s - timeline.first_token_s) / (tokens - 1))
+
+    def estimated(self, outcome: OutcomeView) -> None:
+        """Take in how good an estimate was."""
+        labels = (outcome.kind, outcome.source)
+        self.estimate_error.labels(*labels).observe(abs(outcome.actual_s - outcome.estimated_s))
+        if outcome.estimated_s > 0:
+            self.estimate_ratio.labels(*labels).observe(outcome.actual_s / outcome.estimated_s)
 
     def value(self, name: str, labels: dict[str, str] | None = None) -> float:
         """One sample by its name; 0 for one that was never touched."""

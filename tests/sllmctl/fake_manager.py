@@ -22,13 +22,21 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from schema.admin import (
+    CandidateView,
     CheckpointView,
+    DecisionView,
+    EstimateErrorView,
+    EstimatesView,
     EventView,
+    ExplainView,
     InstanceView,
     ModelView,
+    NodeVerdictView,
     NodeView,
+    OutcomeView,
     PlacementView,
     ProgressView,
+    RequestExplainView,
     RequestTimeline,
     RequestView,
     StatusView,
@@ -226,6 +234,103 @@ STATUS = StatusView(
     nodes_ready=1,
     nodes=2,
 )
+_HERE = CandidateView(
+    node="local",
+    devices=(0,),
+    source="dram",
+    queue_s=0.0,
+    load_s=0.0,
+    room_s=0.0,
+    startup_s=0.12,
+    delay_s=0.0,
+    cost_s=0.12,
+)
+_THERE = CandidateView(
+    node="gpu2",
+    devices=(0, 1),
+    source="local (peer)",
+    queue_s=1.5,
+    load_s=12.25,
+    room_s=0.4,
+    startup_s=13.8,
+    delay_s=0.05,
+    cost_s=13.85,
+    actions=("drop idle weights of tiny/small", "move inst_7 (broken\x1b[31m) to inst_9 on gpu3"),
+)
+_STARTED = DecisionView(
+    at=NOW - 190,
+    model="qwen",
+    kind="start",
+    instance="inst_1",
+    waiting=2,
+    reason="weights are in DRAM on local",
+    candidates=(_HERE, _THERE),
+    rejected={"unreachable": 1, "without the checkpoint": 3},
+)
+_WAITED = DecisionView(
+    at=NOW - 64.98,
+    model="qwen",
+    kind="wait",
+    instance=None,
+    waiting=1,
+    reason="inst_1 has room in 0.4 s, sooner than gpu2 in 13.8 s",
+    candidates=(_THERE,),
+    rejected={},
+)
+EXPLAINS = {
+    "qwen": ExplainView(
+        model="qwen",
+        at=NOW,
+        decision=msgspec.structs.replace(_STARTED, at=NOW, instance=None, waiting=0),
+        nodes=(
+            NodeVerdictView(node="local", candidate=_HERE),
+            NodeVerdictView(node="gpu2", candidate=_THERE),
+            NodeVerdictView(node="gpu1", rejection="unreachable"),
+            NodeVerdictView(node="gpu3", rejection="without the checkpoint"),
+        ),
+        last=_STARTED,
+    ),
+    "broken": ExplainView(
+        model="broken",
+        at=NOW,
+        decision=DecisionView(
+            at=NOW,
+            model="broken",
+            kind="refused",
+            instance=None,
+            waiting=1,
+            reason="no node can hold it",
+            candidates=(),
+            rejected={"with a DRAM budget below the weights": 1},
+        ),
+        nodes=(),
+        last=None,
+    ),
+}
+REQUEST_EXPLAINS = {
+    "req_1": RequestExplainView(request=REQUESTS[0], decisions=(_STARTED, _WAITED), kept=True),
+    "req_2": RequestExplainView(request=REQUESTS[1], decisions=(_STARTED,), kept=True),
+}
+ESTIMATES = EstimatesView(
+    errors=(
+        EstimateErrorView(
+            kind="start",
+            source="disk",
+            count=12,
+            bias_s=0.12,
+            p50_s=0.02,
+            p90_s=0.4,
+            p99_s=1.25,
+            median_actual_s=3.5,
+        ),
+        EstimateErrorView(
+            kind="prefill", source="", count=340, bias_s=-0.004, p50_s=0.001, p90_s=0.002, p99_s=0.009, median_actual_s=0.03
+        ),
+    ),
+    outcomes=(OutcomeView(at=NOW - 3, kind="start", model="qwen", node="local", source="disk", estimated_s=3.4, actual_s=3.5),),
+    coefficients={"disk_bps:node_1": 2.5e9, "build_s:0123456789ab": 0.31},
+)
+_EXPLAINS: dict[str, dict[str, Any]] = {"models": EXPLAINS, "requests": REQUEST_EXPLAINS}
 _LISTS: dict[str, tuple[Any, ...]] = {
     "nodes": NODES,
     "models": MODELS,
@@ -278,7 +383,11 @@ class FakeManager:
 
     def _view(self, path: str) -> Response:
         noun, _, name = path.partition("/")
-        name, _, _ = name.partition("/")
+        name, _, below = name.partition("/")
+        if noun == "estimates":
+            return Response(msgspec.json.encode(ESTIMATES))
+        if below == "explain" and name in _EXPLAINS[noun]:
+            return Response(msgspec.json.encode(_EXPLAINS[noun][name]))
         if noun == "status":
             return Response(msgspec.json.encode(msgspec.structs.replace(STATUS, api_url=self.url)))
         if not name:

@@ -28,7 +28,19 @@ from schema.spec import ModelSpec, PathSource, ScaleSpec
 from sllmctl import client
 from sllmctl.client import AdminClient, AsyncAdminClient, Call
 from sllmctl.config import ClientSettings
-from tests.sllmctl.fake_manager import CHECKPOINTS, EVENTS, INSTANCES, MODELS, NODES, REQUESTS, FakeManager, fake_manager
+from tests.sllmctl.fake_manager import (
+    CHECKPOINTS,
+    ESTIMATES,
+    EVENTS,
+    EXPLAINS,
+    INSTANCES,
+    MODELS,
+    NODES,
+    REQUEST_EXPLAINS,
+    REQUESTS,
+    FakeManager,
+    fake_manager,
+)
 
 _SETTINGS = ClientSettings(connect_s=1.0, answer_s=5.0)
 Ask = Callable[[Call[Any]], Any]
@@ -73,6 +85,9 @@ def test_views_come_back_as_they_were_sent(ask: Ask) -> None:
     assert ask(client.requests()) == REQUESTS
     assert ask(client.request("req_1")) == REQUESTS[0]
     assert ask(client.events()) == EVENTS
+    assert ask(client.explain_model("qwen")) == EXPLAINS["qwen"]
+    assert ask(client.explain_request("req_1")) == REQUEST_EXPLAINS["req_1"]
+    assert ask(client.estimates()) == ESTIMATES
     assert ask(client.status()).generation == 7
 
 

@@ -112,6 +112,14 @@ def test_interrupts_defects_and_results(capsys: pytest.CaptureFixture[str]) -> N
         ("model", "add", "x", "org/name", "--kv-size", "lots"),
         ("model", "deploy", "qwen", "--min", "5"),
         ("event", "ls", "--limit", "0"),
+        ("explain",),
+        ("explain", "qwen", "--request", "req_1"),
+        ("explain", "qwen", "-o", "name"),
+        ("explain", ""),
+        ("bench",),
+        ("bench", "estimates", "all"),
+        ("model", "scale", "qwen", "--keep-alive", "soon"),
+        ("model", "scale", "qwen", "--keep-alive", "-1"),
         ("--config", "/nowhere.toml", "model", "ls"),
     ],
 )
@@ -206,6 +214,14 @@ def test_scaling_keeps_what_is_not_given(sllmctl: Sllmctl, manager: FakeManager)
     assert sllmctl("model", "scale", "qwen", "--min", "1", "--keep-alive", "9").code == 0
     scale = manager.asked[1][2]["scale"]
     assert scale == {"min": 1, "max": 2, "keep_alive_s": 9.0, "max_concurrency": 64, "queue_limit": 256}
+    assert sllmctl("model", "scale", "qwen", "--keep-alive", "auto").code == 0
+    assert manager.asked[-1][2]["scale"] == {
+        "min": 0,
+        "max": 2,
+        "keep_alive_s": None,
+        "max_concurrency": 64,
+        "queue_limit": 256,
+    }
     assert sllmctl("model", "scale", "broken", "--min", "1").code == 6, "only what is deployed is scaled"
     assert sllmctl("model", "deploy", "qwen").code == 0
     assert manager.asked[-1] == ("POST", "models/qwen/deploy", {"scale": None})
@@ -237,6 +253,15 @@ def test_requests_are_cancelled(sllmctl: Sllmctl, manager: FakeManager) -> None:
     assert sllmctl("request", "show", "req_9").code == 5
 
 
+def test_what_is_not_there_cannot_be_explained(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    manager.refuse("GET models/x/explain", 404, "not_found", "there is no model 'x'")
+    manager.refuse("GET requests/y/explain", 404, "not_found", "there is no request 'y'")
+    for words in (("x",), ("--request", "y")):
+        said = sllmctl("explain", *words)
+        assert (said.code, said.out) == (5, "")
+        assert said.err == f"error: there is no {'model' if words == ('x',) else 'request'} {words[-1]!r}\n"
+
+
 def test_without_a_manager(alone: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--socket", "/tmp/nowhere/admin.sock", "model", "ls"]) == 3
     out, err = capsys.readouterr()
@@ -257,7 +282,18 @@ def _python(program: str, *arguments: str, **options: Any) -> subprocess.Complet
     )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["version"], ["model", "--help"], ["chat", "--help"], ["serve", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["version"],
+        ["model", "--help"],
+        ["chat", "--help"],
+        ["serve", "--help"],
+        ["explain", "--help"],
+        ["bench", "--help"],
+    ],
+)
 def test_help_imports_only_what_it_needs(arguments: list[str]) -> None:
     program = (
         "import sys; from sllmctl.cli.main import run\n"

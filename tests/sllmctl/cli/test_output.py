@@ -10,8 +10,20 @@ import msgspec
 import pytest
 import yaml
 
+from schema.admin import EstimatesView, RequestExplainView, RequestTimeline
 from tests.sllmctl.cli.conftest import Sllmctl
-from tests.sllmctl.fake_manager import CHECKPOINTS, EVENTS, INSTANCES, MODELS, NODES, REQUESTS, FakeManager
+from tests.sllmctl.fake_manager import (
+    CHECKPOINTS,
+    ESTIMATES,
+    EVENTS,
+    EXPLAINS,
+    INSTANCES,
+    MODELS,
+    NODES,
+    REQUEST_EXPLAINS,
+    REQUESTS,
+    FakeManager,
+)
 
 _GOLDEN = Path(__file__).parent / "golden"
 _DIGEST = CHECKPOINTS[0].digest
@@ -40,6 +52,13 @@ _SAID = {
     "request_show_running": ("request", "show", "req_2"),
     "event_ls": ("event", "ls"),
     "event_ls_wide": ("event", "ls", "-o", "wide"),
+    "explain": ("explain", "qwen"),
+    "explain_wide": ("explain", "qwen", "-o", "wide"),
+    "explain_refused": ("explain", "broken"),
+    "explain_request": ("explain", "--request", "req_1"),
+    "explain_request_warm": ("explain", "--request", "req_2"),
+    "bench_estimates": ("bench", "estimates"),
+    "bench_estimates_wide": ("bench", "estimates", "-o", "wide"),
 }
 _VIEWS: dict[str, tuple[tuple[Any, ...], list[str]]] = {
     "node": (NODES, ["local", "gpu1"]),
@@ -70,6 +89,39 @@ def test_programs_get_the_admin_apis_structs(sllmctl: Sllmctl, noun: str) -> Non
     assert sllmctl(noun, "ls", "-o", "name").out.splitlines() == names
     if noun != "event":
         assert json.loads(sllmctl(noun, "show", names[0], "-o", "json").out) == _plain(views[0])
+
+
+def test_programs_get_the_whole_of_a_report(sllmctl: Sllmctl) -> None:
+    reports = {
+        ("explain", "qwen"): EXPLAINS["qwen"],
+        ("explain", "--request", "req_1"): REQUEST_EXPLAINS["req_1"],
+        ("bench", "estimates"): ESTIMATES,
+    }
+    for words, view in reports.items():
+        assert json.loads(sllmctl(*words, "-o", "json").out) == _plain(view)
+        assert yaml.safe_load(sllmctl(*words, "-o", "yaml").out) == _plain(view)
+
+
+def test_a_request_that_needed_no_decision_is_told_why(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    def told(kept: bool = True, **timeline: Any) -> str:
+        request = msgspec.structs.replace(REQUESTS[1], timeline=RequestTimeline(**timeline))
+        manager.answers.clear()
+        manager.answer("GET requests/req_2/explain", 200, RequestExplainView(request=request, decisions=(), kept=kept))
+        out = sllmctl("explain", "--request", "req_2").out
+        return next(line.partition(":")[2].strip() for line in out.splitlines() if line.startswith("Decision:"))
+
+    assert told(cold=False, routed_s=0.001) == "none was needed: instance inst_1 had room"
+    assert told(cold=False, routed_s=2.5) == "none was needed: instance inst_1 had room after 2.50 s"
+    assert told(cold=True, routed_s=0.2) == "none was needed: instance inst_1 was on its way"
+    assert told(cold=True) == "none was made for its model since it came in"
+    assert told(cold=True, ended_s=3.0) == "none was made for its model"
+    assert told(kept=False, cold=True, routed_s=0.2) == "decisions of that time are not all remembered any more"
+
+
+def test_estimates_without_outcomes_say_so_beside_the_output(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    manager.answer("GET estimates", 200, EstimatesView(errors=(), outcomes=(), coefficients={}))
+    said = sllmctl("bench", "estimates", "-o", "wide")
+    assert (said.code, said.out, said.err) == (0, "", "nothing has been both estimated and measured yet\n")
 
 
 def test_nothing_to_list_prints_nothing_but_an_empty_list_for_programs(sllmctl: Sllmctl, manager: FakeManager) -> None:

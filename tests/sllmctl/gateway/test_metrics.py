@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import pytest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from schema.admin import RequestTimeline
+from schema.admin import OutcomeView, RequestTimeline
 from schema.states import EndReason
+from sllmctl.control.effects import RemoveInstance, RowChange
+from sllmctl.control.watched import WatchedDatabase
 from sllmctl.gateway.metrics import Metrics
 from tests.sllmctl.gateway.harness import chat_body, serving
 
@@ -57,3 +60,33 @@ def test_what_did_not_happen_is_not_observed() -> None:
     assert metrics.value("sllm_request_queue_seconds_count", {"model": "m", "cold": "true"}) == 1
     assert metrics.value("sllm_time_to_first_token_seconds_sum", {"model": "m", "cold": "true"}) == 2.0
     assert metrics.value("sllm_time_per_output_token_seconds_count", {"model": "m"}) == 0
+
+
+class _Database:
+    def __init__(self) -> None:
+        self.rows: list[RowChange] = []
+
+    async def commit(self, changes: Sequence[RowChange]) -> None:
+        if any(change == RemoveInstance("") for change in changes):
+            raise OSError("no disk")
+        self.rows += changes
+
+
+def _outcome(estimated_s: float, actual_s: float) -> OutcomeView:
+    return OutcomeView(at=1.0, kind="start", model="m", node="n", source="disk", estimated_s=estimated_s, actual_s=actual_s)
+
+
+async def test_estimates_are_counted_beside_their_outcomes_once_those_are_durable() -> None:
+    metrics, database = Metrics(), _Database()
+    watched = WatchedDatabase(database, metrics.estimated)
+    rows: list[RowChange] = [_outcome(2.0, 2.5), RemoveInstance("i"), _outcome(4.0, 3.0), _outcome(0.0, 1.0)]
+    await watched.commit(rows)
+    assert database.rows == rows
+    with pytest.raises(OSError, match="no disk"):
+        await watched.commit([_outcome(2.0, 9.0), RemoveInstance("")])
+    labels = {"kind": "start", "source": "disk"}
+    assert metrics.value("sllm_estimate_error_seconds_count", labels) == 3
+    assert metrics.value("sllm_estimate_error_seconds_sum", labels) == 2.5
+    assert metrics.value("sllm_estimate_ratio_count", labels) == 2
+    assert metrics.value("sllm_estimate_ratio_bucket", {**labels, "le": "0.8"}) == 1
+    assert b"sllm_estimate_ratio" in metrics.render()
