@@ -8,10 +8,9 @@ answers. Routes and bodies are those of schema.admin. ``GET models/{name}?wait=r
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
 
-import msgspec
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -21,7 +20,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from schema.admin import DeployBody, EventView, RequestView, StatusView
-from schema.errors import Conflict, InvalidInput, NotFound, SllmError, Unauthorised
+from schema.errors import Conflict, InvalidInput, SllmError, Unauthorised
 from schema.spec import parse_spec
 from schema.states import InstanceState, ModelState
 from sllmctl.config import AdminSettings
@@ -38,7 +37,19 @@ from sllmctl.control.views import (
     node_view,
     node_views,
 )
-from sllmctl.gateway.errors import BodyTooLarge, MethodNotAllowed, NoSuchPath, UnsupportedMediaType, http_status, retry_after
+from sllmctl.gateway.answers import (
+    broken,
+    decode,
+    error_answer,
+    item_answer,
+    json_answer,
+    known,
+    no_route,
+    read_number,
+    read_query,
+    refuse,
+)
+from sllmctl.gateway.errors import BodyTooLarge, UnsupportedMediaType
 
 __all__ = ["DatabasePort", "RequestsPort", "RunnerPort", "admin_app"]
 
@@ -47,7 +58,6 @@ _HOSTS = frozenset({"sllmctl", "localhost"})
 _EVENTS_LIMIT = 10_000
 _LEAST_DIGEST = 4
 _UNTIL = ("ingested", "ready", "stopped", "gone")
-V = TypeVar("V")
 
 
 class RunnerPort(Protocol):
@@ -106,7 +116,7 @@ def admin_app(
     }
     app = Starlette(
         routes=[Route(_PREFIX + path, endpoint, methods=[method]) for (method, path), endpoint in routes.items()],
-        exception_handlers={SllmError: _refuse, HTTPException: _no_route, Exception: _broken},
+        exception_handlers={SllmError: refuse, HTTPException: no_route, Exception: broken},
     )
     app.router.redirect_slashes = False
     return _Door(app)
@@ -128,7 +138,7 @@ class _Door:
                 refusal = Unauthorised(
                     f"the admin API takes no requests of web pages; its host is one of {', '.join(sorted(_HOSTS))}"
                 )
-                await _error(refusal)(scope, receive, send)
+                await error_answer(refusal)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -149,118 +159,118 @@ class _Admin:
     # --- reads ---
 
     async def get_status(self, request: Request) -> Response:
-        _query(request)
-        return _json(self._status())
+        read_query(request)
+        return json_answer(self._status())
 
     async def list_nodes(self, request: Request) -> Response:
-        _query(request)
-        return _items(node_views(self._view))
+        read_query(request)
+        return item_answer(node_views(self._view))
 
     async def get_node(self, request: Request) -> Response:
-        _query(request)
+        read_query(request)
         name = request.path_params["name"]
         node = self._view.node_named(name) or self._view.nodes.get(name)
-        return _json(node_view(self._view, _known("node", name, node)))
+        return json_answer(node_view(self._view, known("node", name, node)))
 
     async def list_models(self, request: Request) -> Response:
-        _query(request)
-        return _items(model_views(self._view, self._router))
+        read_query(request)
+        return item_answer(model_views(self._view, self._router))
 
     async def get_model(self, request: Request) -> Response:
-        query = _query(request, "wait", "timeout")
+        query = read_query(request, "wait", "timeout")
         name, until = request.path_params["name"], query.get("wait")
         if until is None:
             return self._model(name)
         if until not in _UNTIL:
             raise InvalidInput(f"wait: {until!r} is none of {', '.join(_UNTIL)}", "wait")
-        timeout_s = min(_number(query, "timeout", self._settings.wait_limit_s), self._settings.wait_limit_s)
+        timeout_s = min(read_number(query, "timeout", self._settings.wait_limit_s), self._settings.wait_limit_s)
         done = await self._wait(request, name, until, timeout_s)
         return self._model(name, 200 if done else 202)
 
     async def list_instances(self, request: Request) -> Response:
-        _query(request)
-        return _items(instance_views(self._view, self._router))
+        read_query(request)
+        return item_answer(instance_views(self._view, self._router))
 
     async def get_instance(self, request: Request) -> Response:
-        _query(request)
+        read_query(request)
         wanted = request.path_params["id"]
-        instance = _known("instance", wanted, self._view.instances.get(wanted))
-        return _json(instance_view(self._view, self._router, instance))
+        instance = known("instance", wanted, self._view.instances.get(wanted))
+        return json_answer(instance_view(self._view, self._router, instance))
 
     async def list_checkpoints(self, request: Request) -> Response:
-        _query(request)
-        return _items(checkpoint_views(self._view))
+        read_query(request)
+        return item_answer(checkpoint_views(self._view))
 
     async def get_checkpoint(self, request: Request) -> Response:
-        _query(request)
+        read_query(request)
         start = request.path_params["digest"]
         if len(start) < _LEAST_DIGEST:
             raise InvalidInput(f"{start!r} is too short for a digest; give {_LEAST_DIGEST} digits or more", "digest")
         found = [checkpoint for checkpoint in self._view.checkpoints.values() if checkpoint.digest.startswith(start)]
         if len(found) > 1:
             raise Conflict(f"{len(found)} checkpoints begin with {start}; give more digits")
-        return _json(checkpoint_view(self._view, _known("checkpoint", start, found[0] if found else None)))
+        return json_answer(checkpoint_view(self._view, known("checkpoint", start, found[0] if found else None)))
 
     async def list_requests(self, request: Request) -> Response:
-        _query(request)
-        return _items(self._router.requests())
+        read_query(request)
+        return item_answer(self._router.requests())
 
     async def get_request(self, request: Request) -> Response:
-        _query(request)
-        return _json(self._router.request(request.path_params["id"]))
+        read_query(request)
+        return json_answer(self._router.request(request.path_params["id"]))
 
     async def list_events(self, request: Request) -> Response:
-        query = _query(request, "kind", "object", "limit", "after")
-        limit = _number(query, "limit", 100)
+        query = read_query(request, "kind", "object", "limit", "after")
+        limit = read_number(query, "limit", 100)
         if not limit.is_integer() or not 1 <= limit <= _EVENTS_LIMIT:
             raise InvalidInput(f"limit: {query['limit']} is no number from 1 to {_EVENTS_LIMIT}", "limit")
-        return _items(await self._database.events(query.get("kind"), query.get("object"), int(limit), query.get("after")))
+        return item_answer(await self._database.events(query.get("kind"), query.get("object"), int(limit), query.get("after")))
 
     # --- commands ---
 
     async def add_model(self, request: Request) -> Response:
-        _query(request)
-        spec = parse_spec(_decode(await self._body(request), Any))
+        read_query(request)
+        spec = parse_spec(decode(await self._body(request), Any))
         await self._runner.ask(lambda ticket: AddModel(ticket, spec))
         return self._model(spec.name, 201)
 
     async def deploy_model(self, request: Request) -> Response:
-        _query(request)
+        read_query(request)
         name, body = request.path_params["name"], await self._body(request)
-        scale = _decode(body, DeployBody).scale if body else None
+        scale = decode(body, DeployBody).scale if body else None
         if scale is not None and scale.min > scale.max:
             raise InvalidInput(f"scale.min {scale.min} is above scale.max {scale.max}", "scale.min")
         await self._runner.ask(lambda ticket: DeployModel(ticket, name, scale))
         return self._model(name)
 
     async def stop_model(self, request: Request) -> Response:
-        _query(request)
+        read_query(request)
         name = request.path_params["name"]
         await self._runner.ask(lambda ticket: StopModel(ticket, name))
         return self._model(name)
 
     async def remove_model(self, request: Request) -> Response:
-        _query(request)
+        read_query(request)
         name = request.path_params["name"]
         await self._runner.ask(lambda ticket: RemoveModel(ticket, name))
         return Response(status_code=204)
 
     async def stop_instance(self, request: Request) -> Response:
-        _query(request)
+        read_query(request)
         instance = request.path_params["id"]
         await self._runner.ask(lambda ticket: StopInstanceNow(ticket, instance))
         return Response(status_code=204)
 
     async def cancel_request(self, request: Request) -> Response:
-        _query(request)
+        read_query(request)
         self._router.cancel(request.path_params["id"])
         return Response(status_code=204)
 
     # --- parts ---
 
     def _model(self, name: str, status: int = 200) -> Response:
-        model = _known("model", name, self._view.models.get(name))
-        return _json(model_view(self._view, self._router, model), status)
+        model = known("model", name, self._view.models.get(name))
+        return json_answer(model_view(self._view, self._router, model), status)
 
     async def _wait(self, request: Request, name: str, until: str, timeout_s: float) -> bool:
         """True once the model is as asked for, False when the time ran out or the asker has gone."""
@@ -291,7 +301,7 @@ class _Admin:
 
 def _reached(view: ClusterView, name: str, until: str) -> bool:
     """Whether a model is as waited for. Raises NotFound, the model's fault, or Conflict when it can never be."""
-    model = _known("model", name, view.models.get(name))
+    model = known("model", name, view.models.get(name))
     instances = view.instances_of(name).values()
     if until == "gone":
         return False
@@ -311,77 +321,3 @@ def _reached(view: ClusterView, name: str, until: str) -> bool:
         if instance.state is InstanceState.FAILED and instance.fault is not None:
             raise instance.fault.to_error()
     return False
-
-
-def _query(request: Request, *known: str) -> dict[str, str]:
-    """The query's parameters. Raises InvalidInput for one that this route does not know, or that is given twice."""
-    found: dict[str, str] = {}
-    for key, value in request.query_params.multi_items():
-        if key not in known:
-            raise InvalidInput(f"unknown parameter {key!r}", key)
-        if key in found:
-            raise InvalidInput(f"parameter {key!r} is given twice", key)
-        found[key] = value
-    return found
-
-
-def _number(query: dict[str, str], key: str, default: float) -> float:
-    try:
-        number = float(query.get(key, default))
-    except ValueError:
-        number = -1.0
-    if not 0 <= number < float("inf"):
-        raise InvalidInput(f"{key}: {query[key]!r} is no number from 0 up", key)
-    return number
-
-
-def _known(kind: str, name: str, found: V | None) -> V:
-    if found is None:
-        raise NotFound(f"there is no {kind} {name!r}; `sllmctl {kind} ls` shows what there is")
-    return found
-
-
-def _decode(body: bytes, kind: Any) -> Any:
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError as error:
-        raise InvalidInput(f"the body is wrong: {error}") from error
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise InvalidInput(f"the body is not valid JSON: {error}") from error
-
-
-def _json(value: object, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status, media_type="application/json")
-
-
-def _items(views: Sequence[object]) -> Response:
-    return _json({"items": views})
-
-
-def _error(error: SllmError) -> Response:
-    param = error.param if isinstance(error, InvalidInput) else None
-    body = {"error": {"code": error.code, "message": error.message, "param": param}}
-    headers = {}
-    if (wait := retry_after(error)) is not None:
-        headers["retry-after"] = wait
-    if isinstance(error, MethodNotAllowed):
-        headers["allow"] = error.allow
-    return Response(msgspec.json.encode(body), http_status(error), headers, "application/json")
-
-
-async def _refuse(_: Request, error: Exception) -> Response:
-    assert isinstance(error, SllmError)
-    return _error(error)
-
-
-async def _no_route(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    if error.status_code == 405:
-        allow = (error.headers or {}).get("allow", (error.headers or {}).get("Allow", "GET"))
-        return _error(MethodNotAllowed(f"{request.method} is not allowed on {request.url.path}; use {allow}", allow))
-    return _error(NoSuchPath(f"nothing is at {request.url.path}"))
-
-
-async def _broken(_: Request, error: Exception) -> Response:
-    """The answer to a defect of ours; Starlette raises it once more after this, so that the server logs it whole."""
-    return _error(SllmError(f"{type(error).__name__} inside the manager; its log has more"))

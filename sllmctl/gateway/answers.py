@@ -1,0 +1,106 @@
+"""How the admin API reads its requests and writes its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from schema.errors import InvalidInput, NotFound, SllmError
+from sllmctl.gateway.errors import MethodNotAllowed, NoSuchPath, http_status, retry_after
+
+__all__ = [
+    "broken",
+    "decode",
+    "error_answer",
+    "item_answer",
+    "json_answer",
+    "known",
+    "no_route",
+    "read_number",
+    "read_query",
+    "refuse",
+]
+
+V = TypeVar("V")
+
+
+def read_query(request: Request, *names: str) -> dict[str, str]:
+    """The query's parameters. Raises InvalidInput for one that this route does not know, or that is given twice."""
+    found: dict[str, str] = {}
+    for key, value in request.query_params.multi_items():
+        if key not in names:
+            raise InvalidInput(f"unknown parameter {key!r}", key)
+        if key in found:
+            raise InvalidInput(f"parameter {key!r} is given twice", key)
+        found[key] = value
+    return found
+
+
+def read_number(query: dict[str, str], key: str, default: float) -> float:
+    """A parameter that is a number from 0 up. Raises InvalidInput."""
+    try:
+        number = float(query.get(key, default))
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise InvalidInput(f"{key}: {query[key]!r} is no number from 0 up", key)
+    return number
+
+
+def known(kind: str, name: str, found: V | None) -> V:
+    """What was looked for by its name. Raises NotFound for None."""
+    if found is None:
+        raise NotFound(f"there is no {kind} {name!r}; `sllmctl {kind} ls` shows what there is")
+    return found
+
+
+def decode(body: bytes, kind: Any) -> Any:
+    """A body's struct. Raises InvalidInput."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        raise InvalidInput(f"the body is wrong: {error}") from error
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InvalidInput(f"the body is not valid JSON: {error}") from error
+
+
+def json_answer(value: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+def item_answer(views: Sequence[object]) -> Response:
+    return json_answer({"items": views})
+
+
+def error_answer(error: SllmError) -> Response:
+    param = error.param if isinstance(error, InvalidInput) else None
+    body = {"error": {"code": error.code, "message": error.message, "param": param}}
+    headers = {}
+    if (wait := retry_after(error)) is not None:
+        headers["retry-after"] = wait
+    if isinstance(error, MethodNotAllowed):
+        headers["allow"] = error.allow
+    return Response(msgspec.json.encode(body), http_status(error), headers, "application/json")
+
+
+async def refuse(_: Request, error: Exception) -> Response:
+    assert isinstance(error, SllmError)
+    return error_answer(error)
+
+
+async def no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        allow = (error.headers or {}).get("allow", (error.headers or {}).get("Allow", "GET"))
+        return error_answer(MethodNotAllowed(f"{request.method} is not allowed on {request.url.path}; use {allow}", allow))
+    return error_answer(NoSuchPath(f"nothing is at {request.url.path}"))
+
+
+async def broken(_: Request, error: Exception) -> Response:
+    """The answer to a defect of ours; Starlette raises it once more after this, so that the server logs it whole."""
+    return error_answer(SllmError(f"{type(error).__name__} inside the manager; its log has more"))
