@@ -283,12 +283,12 @@ class Dispatcher:
             request.timer.cancel()
             request.timer = None
         del self.requests[request.id]
-        self.journal_tokens -= len(request.sequences[0].prompt) + request.generated
+        view = self.remembered[request.id] = request.view()
+        self.journal_tokens -= view.prompt_tokens + view.generated_tokens
         queue = self.queue(request.model)
         queue.request_ended(request, request.ended_at)
         queue.live -= 1
         self.touch_model(request.model)
-        self.remembered[request.id] = request.view()
         if len(self.remembered) > self._settings.remembered_requests:
             self.remembered.popitem(last=False)
 

@@ -158,7 +158,10 @@ class Request:
 
     @property
     def failure(self) -> SllmError | None:
-        return next((sequence.failure for sequence in self.sequences if sequence.failure is not None), None)
+        for sequence in self.sequences:
+            if sequence.failure is not None:
+                return sequence.failure
+        return None
 
     @property
     def state(self) -> RequestState:
@@ -173,7 +176,7 @@ class Request:
     @property
     def generated(self) -> int:
         """Tokens generated so far, over all choices."""
-        return sum(len(sequence.tokens) for sequence in self.sequences)
+        return sum([len(sequence.tokens) for sequence in self.sequences])
 
     def timeline(self) -> RequestTimeline:
         def since(at: float | None) -> float | None:
