@@ -86,12 +86,12 @@ class Device:
         "_held_since",
         "_kernel",
         "_lives",
-        "_used_bytes",
         "compute",
         "held_s",
         "index",
         "link",
         "memory_bytes",
+        "used_bytes",
         "weights",
     )
 
@@ -103,7 +103,7 @@ class Device:
         self.weights: dict[tuple[str, int], Weights] = {}
         self.held_s = 0.0
         self._kernel = kernel
-        self._used_bytes = 0
+        self.used_bytes = 0
         self._lives = 0
         self._held_since = 0.0
 
@@ -128,8 +128,8 @@ class Device:
             self._held_since = self._kernel.now
 
     def take(self, size: int) -> None:
-        self._used_bytes += size
-        assert self._used_bytes <= self.memory_bytes, f"a device of {self.memory_bytes} bytes holds {self._used_bytes}"
+        self.used_bytes += size
+        assert self.used_bytes <= self.memory_bytes, f"a device of {self.memory_bytes} bytes holds {self.used_bytes}"
 
     def put(self, digest: str, part: int, weights: Weights) -> None:
         self.weights[digest, part] = weights
