@@ -42,6 +42,11 @@ class RoomIndex:
                 return
             yield index[place]
 
+    def room(self, node: str, count: int) -> int | None:
+        """The room on the count-th roomiest device of a node; None if it has fewer, or takes nothing."""
+        rooms = self._rooms.get(node)
+        return rooms[count - 1] if rooms is not None and len(rooms) >= count else None
+
     def count(self, count: int, least_bytes: int) -> int:
         """How many nodes `nodes` would yield."""
         index = self._index(count)

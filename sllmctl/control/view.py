@@ -20,13 +20,27 @@ from sllmctl.control.room import RoomIndex
 if TYPE_CHECKING:
     from sllmctl.planner.plans import Plan
 
-__all__ = ["HOLDING", "LIVE", "Checkpoint", "ClusterView", "Instance", "Model", "Node", "PlacementKey", "PlacementRecord"]
+__all__ = [
+    "HOLDING",
+    "LEAVING",
+    "LIVE",
+    "Checkpoint",
+    "ClusterView",
+    "Instance",
+    "Model",
+    "Node",
+    "PlacementKey",
+    "PlacementRecord",
+]
 
 PlacementKey = tuple[str, str, Tier, int]
 """(digest, node, tier, device)."""
 
 LIVE = frozenset({InstanceState.STARTING, InstanceState.READY, InstanceState.DRAINING, InstanceState.STOPPING})
 """States in which a node has, or may have, a life of the instance."""
+
+LEAVING = frozenset({InstanceState.DRAINING, InstanceState.STOPPING})
+"""States of those on their way out: what they were promised is still theirs."""
 
 HOLDING = LIVE | {InstanceState.PLANNED, InstanceState.BACKOFF}
 """States that keep device memory and arena room for the instance, so that a restart never finds its place taken."""
@@ -142,6 +156,7 @@ class Instance:
 
 _NO_PLACEMENTS: Mapping[PlacementKey, PlacementRecord] = {}
 _NO_INSTANCES: Mapping[str, Instance] = {}
+_NO_NODES: Mapping[str, int] = {}
 
 
 @dataclass(slots=True)
@@ -154,8 +169,9 @@ class ClusterView:
 
     ``idle_weights[(node, device)]`` are checkpoints that lie in device memory and nobody uses, with their bytes there: they
     are not free, but may be dropped. ``resting_bytes[(node, device)]`` is what ready instances without a sequence have been
-    promised. ``free`` and ``loose`` find nodes by room: as it is, and as it would be without idle weights and resting
-    instances.
+    promised, ``leaving_bytes`` what those that drain or stop have been. ``free`` and ``loose`` find nodes by room: as it is,
+    and as it would be without idle weights, resting and leaving instances. ``means`` counts changes of which nodes take
+    instances, and of what they have.
     """
 
     nodes: dict[str, Node] = field(default_factory=dict)
@@ -167,12 +183,15 @@ class ClusterView:
     arena_held_bytes: dict[str, int] = field(default_factory=dict)
     idle_weights: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)
     resting_bytes: dict[tuple[str, int], int] = field(default_factory=dict)
+    leaving_bytes: dict[tuple[str, int], int] = field(default_factory=dict)
+    means: int = 0
     refused: dict[str, None] = field(default_factory=dict)
     _free: RoomIndex = field(default_factory=RoomIndex)
     _loose: RoomIndex = field(default_factory=RoomIndex)
     _stale: dict[str, None] = field(default_factory=dict)
     _device_users: dict[tuple[str, int, str], int] = field(default_factory=dict)
     _placed_at: dict[tuple[str, str], dict[PlacementKey, PlacementRecord]] = field(default_factory=dict)
+    _resident: dict[tuple[str, Tier], dict[str, int]] = field(default_factory=dict)
     _by_model: dict[str, dict[str, Instance]] = field(default_factory=dict)
     _by_node: dict[str, dict[str, Instance]] = field(default_factory=dict)
     _placed_on: dict[str, dict[PlacementKey, PlacementRecord]] = field(default_factory=dict)
@@ -198,6 +217,10 @@ class ClusterView:
     def placements_at(self, digest: str, node: str) -> Mapping[PlacementKey, PlacementRecord]:
         """The placements of one checkpoint on one node."""
         return self._placed_at.get((digest, node), _NO_PLACEMENTS)
+
+    def nodes_with(self, digest: str, tier: Tier) -> Mapping[str, int]:
+        """The nodes on whose tier a whole checkpoint lies, with the number of its placements there (one per device)."""
+        return self._resident.get((digest, tier), _NO_NODES)
 
     def free_bytes(self, node: str, device: DeviceInfo) -> int:
         """Device memory that nothing is promised and no idle weights lie in; negative while promises overlap."""
@@ -249,11 +272,13 @@ class ClusterView:
 
     def add_node(self, node: Node) -> None:
         self.nodes[node.id] = node
+        self.means += 1
         self._stale[node.id] = None
 
     def set_node_state(self, node: Node, state: NodeState) -> None:
         """Change a node's state. Whether the transition is allowed is the caller's to judge."""
         node.state = state
+        self.means += 1
         self._stale[node.id] = None
 
     def set_inventory(self, node: str, inventory: Inventory) -> None:
@@ -262,6 +287,9 @@ class ClusterView:
         self.nodes[node].inventory = inventory
         if old is None or old.devices != inventory.devices or old.arena.chunk_bytes != inventory.arena.chunk_bytes:
             self._recount(node)
+            self.means += 1
+        elif old.arena.budget_bytes != inventory.arena.budget_bytes:
+            self.means += 1
         self._stale[node] = None
 
     def add_checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -277,6 +305,9 @@ class ClusterView:
         self._placed_on.setdefault(record.node, {})[record.key] = record
         self._placed_of.setdefault(record.digest, {})[record.key] = record
         self._placed_at.setdefault((record.digest, record.node), {})[record.key] = record
+        if record.state is TierState.RESIDENT:
+            nodes = self._resident.setdefault((record.digest, record.tier), {})
+            nodes[record.node] = nodes.get(record.node, 0) + 1
         if record.tier is Tier.DRAM and record.users:
             self._hold(record.node, record.digest, 1)
         if record.tier is Tier.DEVICE:
@@ -287,6 +318,11 @@ class ClusterView:
         _discard(self._placed_on, record.node, key)
         _discard(self._placed_of, record.digest, key)
         _discard(self._placed_at, (record.digest, record.node), key)
+        if record.state is TierState.RESIDENT:
+            nodes = self._resident[record.digest, record.tier]
+            nodes[record.node] -= 1
+            if not nodes[record.node]:
+                _discard(self._resident, (record.digest, record.tier), record.node)
         if record.tier is Tier.DRAM and record.users:
             self._hold(record.node, record.digest, -1)
         if record.tier is Tier.DEVICE:
@@ -325,15 +361,21 @@ class ClusterView:
         self._by_node.setdefault(instance.node, {})[instance.id] = instance
         if instance.state in HOLDING:
             self._commit(instance, 1)
+        if _rests(instance):
+            self._promise(self.resting_bytes, instance, 1)
+        if instance.state in LEAVING:
+            self._promise(self.leaving_bytes, instance, 1)
 
     def set_state(self, instance: Instance, state: InstanceState) -> None:
         """Change an instance's state and what it holds. Whether the transition is allowed is the caller's to judge."""
         held, holds = instance.state in HOLDING, state in HOLDING
         if held and not holds:
             self._commit(instance, -1)
-        rested = _rests(instance)
+        rested, left = _rests(instance), instance.state in LEAVING
         instance.state = state
         self._rest(instance, rested)
+        if (state in LEAVING) != left:
+            self._promise(self.leaving_bytes, instance, -1 if left else 1)
         if holds and not held:
             self._commit(instance, 1)
 
@@ -346,7 +388,9 @@ class ClusterView:
     def drop_instance(self, instance: Instance) -> None:
         del self.instances[instance.id]
         if _rests(instance):
-            self._add_resting(instance, -1)
+            self._promise(self.resting_bytes, instance, -1)
+        if instance.state in LEAVING:
+            self._promise(self.leaving_bytes, instance, -1)
         if instance.state in HOLDING:
             self._commit(instance, -1)
         _discard(self._by_model, instance.model, instance.id)
@@ -366,13 +410,13 @@ class ClusterView:
     def _rest(self, instance: Instance, rested: bool) -> None:
         rests = _rests(instance)
         if rests != rested:
-            self._add_resting(instance, 1 if rests else -1)
+            self._promise(self.resting_bytes, instance, 1 if rests else -1)
 
-    def _add_resting(self, instance: Instance, sign: int) -> None:
+    def _promise(self, promised: dict[tuple[str, int], int], instance: Instance, sign: int) -> None:
         needs = self.device_need_bytes(instance.node, instance.digest, instance.devices, instance.kv_bytes)
         for device, need in needs.items():
             key = (instance.node, device)
-            self.resting_bytes[key] = self.resting_bytes.get(key, 0) + sign * need
+            promised[key] = promised.get(key, 0) + sign * need
         self._stale[instance.node] = None
 
     def _weigh_idle(self, node: str, device: int, digest: str) -> None:
@@ -398,7 +442,7 @@ class ClusterView:
             for device in node.inventory.devices:
                 key = (node_id, device.index)
                 room = device.memory_bytes - self.committed_bytes.get(key, 0)
-                loose.append(room + self.resting_bytes.get(key, 0))
+                loose.append(room + self.resting_bytes.get(key, 0) + self.leaving_bytes.get(key, 0))
                 idle = self.idle_weights.get(key)
                 free.append(room - sum(idle.values()) if idle else room)
             self._free.put(node_id, free)
@@ -417,7 +461,7 @@ class ClusterView:
             self.arena_held_bytes[node] = self.arena_held_bytes.get(node, 0) + sign * self.arena_bytes_of(node, digest)
 
     def _recount(self, node: str) -> None:
-        for promised in (self.committed_bytes, self.resting_bytes):
+        for promised in (self.committed_bytes, self.resting_bytes, self.leaving_bytes):
             for key in [key for key in promised if key[0] == node]:
                 del promised[key]
         for instance in self.instances_on(node).values():
@@ -425,7 +469,9 @@ class ClusterView:
                 for device, need in self.device_need_bytes(node, instance.digest, instance.devices, instance.kv_bytes).items():
                     self.committed_bytes[node, device] = self.committed_bytes.get((node, device), 0) + need
             if _rests(instance):
-                self._add_resting(instance, 1)
+                self._promise(self.resting_bytes, instance, 1)
+            if instance.state in LEAVING:
+                self._promise(self.leaving_bytes, instance, 1)
         self._stale[node] = None
         held = [digest for holder, digest in self._holders if holder == node]
         self.arena_held_bytes[node] = sum(self.arena_bytes_of(node, digest) for digest in held)
