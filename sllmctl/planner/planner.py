@@ -1,0 +1,585 @@
+"""Where one more instance of a model goes: the place where it would be ready soonest, what others pay for that included.
+
+The cost of a place is ``startup_s + delay_s``. ``startup_s`` is the time until those who leave have left, and from then what
+`Estimates` say of a start there: the queues of its channels, and its bytes over the slowest of them. ``delay_s`` is what others
+pay (see `victims`; for those that migrate, `moves`).
+
+Nodes are looked at in classes, by where the weights come from: the device, DRAM, disk, another node. Within a class those with
+the most free room come first, then those with the most room if what may leave had left; ties go to the place with more free
+memory, then to the smaller node id. A class has an end (settings.plan_nodes, or `_ENOUGH` places without a queue), and a node
+whose start alone would cost more than the best place so far is passed over. So of nodes that differ in nothing but room and
+queues the choice is the best among those looked at, and on clusters of up to `_ENOUGH` nodes the cost is never above that of
+the best place by more than its ``delay_s`` times ``2 * devices + 1`` (see `victims.choose`; 2 more where the DRAM budget has to
+be made room in as well), devices of one node being taken by their room, not by the queues of their links.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from schema.states import Tier
+from sllmctl.control.settings import ControlSettings
+from sllmctl.control.view import HOLDING, ClusterView, Instance, Model, Node
+from sllmctl.planner.estimates import Estimates, Startup
+from sllmctl.planner.memory import KvNeed, kv_given_bytes
+from sllmctl.planner.plans import Abilities, Candidate, Decision, Journals, Move, Plan, Rejection, Wait
+from sllmctl.planner.reasons import plan_reason, refusal, wait_reason
+from sllmctl.planner.rooms import Ask, Fleet, Ground, arena_deficit_bytes, ask, fleet, ground
+from sllmctl.planner.victims import Exit, Prices, choose, cover, exits_on, spared
+
+__all__ = ["LocalityPlanner", "PlannerOptions"]
+
+_ENOUGH = 8
+"""Places of one class without a queue that are compared: with so many, another is hardly better."""
+_CHEAP = 0.02
+"""What costs others less than this part of the start is as good as free."""
+
+
+class PlannerOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What a planner leaves out, to see what it is worth. Without ``locality`` it looks neither at where weights lie nor at
+    queues when it compares nodes, and the roomiest wins. Without ``sharing`` a device is one instance's alone."""
+
+    locality: bool = True
+    sharing: bool = True
+
+
+@dataclass(slots=True)
+class Option:
+    """A place, before it is told: ``key`` orders them."""
+
+    key: tuple[float, int, str]
+    node: Node
+    devices: tuple[int, ...]
+    source: Tier
+    peer: str
+    startup: Startup
+    room_s: float
+    delay_s: float
+    free: int
+    exits: list[Exit]
+    ground: Ground
+    moves: tuple[Move, ...] = ()
+
+    @property
+    def cost_s(self) -> float:
+        return self.room_s + self.startup.total_s + self.delay_s
+
+
+class LocalityPlanner:
+    """Reads the view, the estimates and the journals by reference, and keeps nothing but an index of the nodes' means."""
+
+    def __init__(
+        self,
+        view: ClusterView,
+        estimates: Estimates,
+        journals: Journals,
+        settings: ControlSettings,
+        abilities: Abilities,
+        options: PlannerOptions | None = None,
+    ) -> None:
+        self._view = view
+        self._estimates = estimates
+        self._journals = journals
+        self._settings = settings
+        self._abilities = abilities
+        self._options = options or PlannerOptions()
+        self._fleet: Fleet | None = None
+
+    def plan(self, model: Model, now: float, *, wait_s: float | None = None) -> Decision:
+        """Where one more instance of ``model`` goes, or why it should not or cannot be. The same view gives the same answer.
+
+        It waits if ``wait_s`` is less than the best place costs, or, once its requests have waited for ``age_s``, less than
+        its start takes: what others would pay counts no more then.
+        """
+        return self._decide(model, now, wait_s, full=False)[0]
+
+    def explain(self, model: Model, now: float) -> tuple[Decision, list[tuple[str, Candidate | Rejection]]]:
+        """What `plan` would decide if it looked at every node, and what it found on each, by the node's id."""
+        decision, search = self._decide(model, now, None, full=True)
+        if search is None:
+            return decision, [(node, Rejection.UNKNOWN) for node in self._view.nodes]
+        return decision, search.verdicts()
+
+    def reload_s(self, model: Model, now: float) -> float:
+        """How long a start of ``model`` would take, with no queue, when its idle instances and their KV caches are gone: its
+        weights still on their device, if they lie on one, or else in the fastest tier that has them."""
+        view, settings = self._view, self._settings
+        checkpoint = view.checkpoints.get(model.digest) if model.digest is not None else None
+        if checkpoint is None:
+            return settings.start_base_s
+        nodes = self.fleet().open
+        later = now + settings.keep_alive_most_s
+        for tier in (Tier.DEVICE, Tier.DRAM, Tier.DISK):
+            best: float | None = None
+            looked = 0
+            for name in view.nodes_with(checkpoint.digest, tier):
+                node = nodes.get(name)
+                if node is None or node.inventory is None or len(node.inventory.devices) < model.spec.devices:
+                    continue
+                devices = [device.index for device in node.inventory.devices[: model.spec.devices]]
+                found = self._estimates.startup(node, checkpoint, devices, tier, "", later).total_s
+                best = found if best is None else min(best, found)
+                looked += 1
+                if looked == _ENOUGH:
+                    break
+            if best is not None:
+                return best
+        return settings.start_base_s
+
+    def fleet(self) -> Fleet:
+        if self._fleet is None or self._fleet.means != self._view.means:
+            self._fleet = fleet(self._view)
+        return self._fleet
+
+    def _decide(self, model: Model, now: float, wait_s: float | None, *, full: bool) -> tuple[Decision, _Search | None]:
+        view = self._view
+        checkpoint = view.checkpoints.get(model.digest) if model.digest is not None else None
+        fleet = self.fleet()
+        if checkpoint is None:
+            count = len(view.nodes) - len(fleet.removed)
+            return refusal(model, {Rejection.UNKNOWN: count} if count else {}), None
+        asked = ask(model, checkpoint, self._settings, now)
+        search = _Search(view, self._estimates, self._journals, self._settings, self._abilities, self._options, fleet, asked)
+        search.run(full=full)
+        found = search.found()
+        rejected = search.rejected()
+        if not found:
+            return refusal(model, rejected), search
+        best = search.candidate(found[0], roomy=True)
+        others = tuple(search.candidate(one) for one in found[1 : self._settings.plan_candidates])
+        limit = best.startup_s if asked.aged else best.cost_s
+        if wait_s is not None and wait_s < limit:
+            return Wait(wait_s, best, rejected, wait_reason(best, wait_s)), search
+        return Plan(best, others, rejected, plan_reason(view, best, len(found), rejected)), search
+
+
+class _Search:
+    """One plan: the nodes looked at, and what was found on each."""
+
+    def __init__(
+        self,
+        view: ClusterView,
+        estimates: Estimates,
+        journals: Journals,
+        settings: ControlSettings,
+        abilities: Abilities,
+        options: PlannerOptions,
+        fleet: Fleet,
+        asked: Ask,
+    ) -> None:
+        self._view = view
+        self._estimates = estimates
+        self._journals = journals
+        self._settings = settings
+        self._abilities = abilities
+        self._options = options
+        self._fleet = fleet
+        self._asked = asked
+        self._prices = Prices(view, estimates, settings, asked.now)
+        self._looked: dict[str, Option | Rejection] = {}
+        self._best: Option | None = None
+        self._device = view.nodes_with(asked.digest, Tier.DEVICE)
+        self._dram = view.nodes_with(asked.digest, Tier.DRAM)
+        self._disk = view.nodes_with(asked.digest, Tier.DISK)
+        self._peers = self._find_peers() if abilities.fetch else [""]
+
+    # --- what was found ---
+
+    def found(self) -> list[Option]:
+        options = [one for one in self._looked.values() if isinstance(one, Option)]
+        options.sort(key=lambda one: one.key)
+        return options
+
+    def rejected(self) -> dict[Rejection, int]:
+        """How many nodes were rejected for what; with the candidates they are all that are not removed."""
+        counts: dict[Rejection, int] = {}
+        for verdict in self._looked.values():
+            if not isinstance(verdict, Option):
+                counts[verdict] = counts.get(verdict, 0) + 1
+        total = len(self._fleet.open) + len(self._fleet.closed)
+        fetch = self._abilities.fetch
+        closed = 0
+        for node, reason in self._fleet.closed.items():
+            if fetch or self._holds(node):
+                closed += 1
+                counts[reason] = counts.get(reason, 0) + 1
+        if fetch:
+            holding = len(self._fleet.open)
+        else:
+            holding = self._count_holding() - closed
+            if total > holding + closed:
+                counts[Rejection.NO_COPY] = total - holding - closed
+        left = holding - len(self._looked)
+        if left > 0:
+            if self._best is not None:
+                counts[Rejection.SLOWER] = counts.get(Rejection.SLOWER, 0) + left
+            else:
+                self._count_full(counts, left)
+        return counts
+
+    def verdicts(self) -> list[tuple[str, Candidate | Rejection]]:
+        """What was found on every node that is not removed."""
+        found: list[tuple[str, Candidate | Rejection]] = []
+        for name in self._view.nodes:
+            if name in self._fleet.removed:
+                continue
+            verdict = self._looked.get(name)
+            if isinstance(verdict, Option):
+                found.append((name, self.candidate(verdict)))
+            elif verdict is not None:
+                found.append((name, verdict))
+            elif name in self._fleet.closed and (self._abilities.fetch or self._holds(name)):
+                found.append((name, self._fleet.closed[name]))
+            else:
+                found.append((name, Rejection.NO_COPY))
+        return found
+
+    def _holds(self, node: str) -> bool:
+        return node in self._disk or node in self._dram or node in self._device
+
+    def _count_holding(self) -> int:
+        """Nodes with a whole copy, closed ones included."""
+        disk, dram, removed = self._disk, self._dram, self._fleet.removed
+        count = len(disk)
+        count += sum(node not in disk for node in dram)
+        count += sum(node not in disk and node not in dram for node in self._device)
+        if removed:
+            count -= sum(self._holds(node) for node in removed)
+        return count
+
+    def _count_full(self, counts: dict[Rejection, int], left: int) -> None:
+        """Nodes that the indexes rule out: too small for it, or in use."""
+        asked, fleet = self._asked, self._fleet
+        fits = not fleet.mixed and fleet.whole.count(asked.count, asked.least + asked.share) == len(fleet.open)
+        if fits and asked.checkpoint.image_bytes <= fleet.least_arena_bytes - fleet.chunk_bytes:
+            counts[Rejection.BUSY_DEVICE] = counts.get(Rejection.BUSY_DEVICE, 0) + left
+            return
+        for node in fleet.open if self._abilities.fetch else self._holders():
+            if node in fleet.open and node not in self._looked:
+                reason = self._too_small(fleet.open[node]) or Rejection.BUSY_DEVICE
+                counts[reason] = counts.get(reason, 0) + 1
+
+    def _holders(self) -> Iterator[str]:
+        disk, dram = self._disk, self._dram
+        yield from disk
+        yield from (node for node in dram if node not in disk)
+        yield from (node for node in self._device if node not in disk and node not in dram)
+
+    # --- looking ---
+
+    def run(self, *, full: bool) -> None:
+        """Look at nodes, class by class; ``full``: at all of them."""
+        open_nodes = self._fleet.open
+        if full:
+            for name in open_nodes:
+                if self._abilities.fetch or self._holds(name):
+                    self._look(open_nodes[name], bounded=False)
+            return
+        if not self._options.locality:
+            members: Mapping[str, object] = open_nodes if self._abilities.fetch else dict.fromkeys(self._holders())
+            self._walk(members)
+            return
+        self._walk(self._device)
+        self._walk(self._dram)
+        self._walk(self._disk)
+        if self._abilities.fetch:
+            self._walk(open_nodes)
+
+    def _walk(self, members: Mapping[str, object]) -> None:
+        """Look at the nodes of a class: those with room, then those where some leave, then those where the busy would."""
+        open_nodes, looked = self._fleet.open, self._looked
+        seen = enough = 0
+        for name in self._by_room(members):
+            if name in looked or name not in open_nodes:
+                continue
+            if seen >= self._settings.plan_nodes:
+                return
+            seen += 1
+            found = self._look(open_nodes[name], bounded=True)
+            if isinstance(found, Option) and found.startup.queue_s <= 0.0:
+                enough += 1
+                others_s = found.room_s + found.delay_s
+                if enough >= _ENOUGH or (found.exits and others_s <= _CHEAP * found.startup.total_s):
+                    return
+
+    def _by_room(self, members: Mapping[str, object]) -> Iterator[str]:
+        view, asked, fleet = self._view, self._asked, self._fleet
+        count = asked.count
+        need = asked.least if fleet.mixed else asked.least + asked.share
+        few = 4 * self._settings.plan_nodes
+        if len(members) <= few:
+            free, loose = view.free, view.loose
+            rooms: list[tuple[bool, int, str]] = []
+            for name in members:
+                room = free.room(name, count)
+                if room is None:
+                    if name in fleet.open:
+                        rooms.append((True, 0, name))
+                    continue
+                if room >= need:
+                    rooms.append((False, -room, name))
+                else:
+                    rooms.append((True, -(loose.room(name, count) or 0), name))
+            rooms.sort()
+            for _, _, name in rooms:
+                yield name
+            return
+        for _, name in view.free.nodes(count, need):
+            if name in members:
+                yield name
+        for _, name in view.loose.nodes(count, -(1 << 62)):
+            if name in members:
+                yield name
+
+    def _look(self, node: Node, *, bounded: bool) -> Option | Rejection:
+        found = self._on(node, bounded=bounded)
+        self._looked[node.id] = found
+        if isinstance(found, Option) and (self._best is None or found.key < self._best.key):
+            self._best = found
+        return found
+
+    # --- one node ---
+
+    def _too_small(self, node: Node) -> Rejection | None:
+        asked, inventory = self._asked, node.inventory
+        assert inventory is not None
+        if len(inventory.devices) < asked.count:
+            return Rejection.FEW_DEVICES
+        wholes = sorted(
+            (device.memory_bytes - (0 if device.kind == "cpu" else asked.share) for device in inventory.devices), reverse=True
+        )
+        if wholes[asked.count - 1] < asked.least:
+            return Rejection.SMALL_DEVICE
+        if node.id not in self._device and (self._view.arena_bytes_of(node.id, asked.digest) > inventory.arena.budget_bytes):
+            return Rejection.SMALL_ARENA
+        return None
+
+    def _on(self, node: Node, *, bounded: bool) -> Option | Rejection:
+        """The best place on a node, or why there is none."""
+        asked = self._asked
+        small = self._too_small(node)
+        if small is not None:
+            return small
+        here = ground(self._view, node, asked, sharing=self._options.sharing)
+        found: Option | Rejection = Rejection.BUSY_DEVICE
+        if len(here.own) >= asked.count:
+            found = self._try(here, here.own, Tier.DEVICE, "", bounded=bounded)
+        source, peer = self._source(node)
+        if source is None or len(here.own) == len(here.rooms):
+            return found
+        if self._view.arena_bytes_of(node.id, asked.digest) > here.inventory.arena.budget_bytes:
+            return found if isinstance(found, Option) else Rejection.SMALL_ARENA
+        other = self._try(here, list(here.rooms), source, peer, bounded=bounded)
+        if not isinstance(other, Option):
+            return found if isinstance(found, Option) or found is Rejection.SLOWER else other
+        return other if not isinstance(found, Option) or other.key < found.key else found
+
+    def _source(self, node: Node) -> tuple[Tier | None, str]:
+        if node.id in self._dram:
+            return Tier.DRAM, ""
+        if node.id in self._disk:
+            return Tier.DISK, ""
+        if self._abilities.fetch:
+            peer = next((peer for peer in self._peers if peer != node.id), "")
+            return Tier.REMOTE, peer
+        return None, ""
+
+    def _find_peers(self) -> list[str]:
+        """Nodes to fetch from, the best two: those that have it in DRAM before those that have it on disk."""
+        found: list[str] = []
+        for members in (self._dram, self._disk):
+            for name in members:
+                if name in self._fleet.open and name not in found:
+                    found.append(name)
+                    if len(found) == 2:
+                        return found
+        return found
+
+    def _try(self, here: Ground, allowed: list[int], source: Tier, peer: str, *, bounded: bool) -> Option | Rejection:
+        """The best place on these devices, its weights coming from there."""
+        asked, node = self._asked, here.node
+        count = asked.count
+        rooms = here.rooms
+        order = sorted(allowed, key=lambda index: (-rooms[index], index))
+        devices = order[:count]
+        deficit = 0 if source is Tier.DEVICE else arena_deficit_bytes(self._view, node, asked.digest)
+        free = rooms[devices[-1]] >= asked.least and not any(here.lodgers.get(index) for index in devices)
+        if not free and here.lodgers:
+            unlodged = [index for index in order if not here.lodgers.get(index)][:count]
+            if len(unlodged) == count and rooms[unlodged[-1]] >= asked.least:
+                devices, free = unlodged, True
+        startup = self._startup(here, devices, source, peer, asked.now)
+        if bounded and self._best is not None and self._options.locality:
+            floor = startup.total_s - startup.queue_s
+            if floor > self._best.key[0]:
+                return Rejection.SLOWER
+        if free and not deficit:
+            return self._option(here, sorted(devices), source, peer, startup, [])
+        exits = exits_on(self._view, node, asked, self._prices, self._journals, self._settings)
+        taken: list[Exit] = []
+        if not free:
+            chosen = choose(rooms, allowed, here.lodgers, exits, count, asked.least)
+            if chosen is None:
+                return Rejection.BUSY_DEVICE
+            devices, taken = chosen[1], chosen[2]
+        for_arena: list[Exit] = []
+        if deficit:
+            more = self._clear_arena(here, exits, taken, deficit)
+            if more is None:
+                return Rejection.BUSY_ARENA
+            for_arena = more
+            taken = taken + [one for one in more if one not in taken]
+        if len(taken) > 1 and not here.lodgers:
+            taken = spared(rooms, devices, asked.least, taken, for_arena)
+        return self._option(here, sorted(devices), source, peer, None, taken)
+
+    def _clear_arena(self, here: Ground, exits: list[Exit], taken: list[Exit], deficit: int) -> list[Exit] | None:
+        """Who leaves so that the arena has room for ``deficit`` bytes more: a checkpoint's bytes are free when all who use it
+        have left."""
+        view, node = self._view, here.node.id
+        by_id = {name: one for one in exits for name in one.ids}
+        users: dict[str, list[Instance]] = {}
+        for instance in view.instances_on(node).values():
+            if instance.state in HOLDING:
+                users.setdefault(instance.digest, []).append(instance)
+        items: list[tuple[int, float, float, Exit]] = []
+        groups: dict[int, list[Exit]] = {}
+        freed: list[Exit] = []
+        for digest, group in users.items():
+            if digest == self._asked.digest or any(one.id not in by_id for one in group):
+                continue
+            leaving = list(dict.fromkeys(by_id[one.id] for one in group))
+            size = view.arena_bytes_of(node, digest)
+            extra = [one for one in leaving if one not in taken]
+            if not extra:
+                deficit -= size
+                freed += leaving
+                continue
+            joined = Exit({}, sum(one.delay_s for one in extra), max(one.room_s for one in extra))
+            groups[id(joined)] = leaving
+            items.append((size, joined.delay_s, joined.room_s, joined))
+        if deficit <= 0:
+            return freed
+        since_s = max((one.room_s for one in taken), default=0.0)
+        found = cover(deficit, items, since_s)
+        if found is None:
+            return None
+        return freed + [one for joined in found[1] for one in groups[id(joined)]]
+
+    def _startup(self, here: Ground, devices: list[int], source: Tier, peer: str, at: float) -> Startup:
+        own = here.own
+        if source is not Tier.DEVICE and own and all(index in own for index in devices):
+            source, peer = Tier.DEVICE, ""
+        return self._estimates.startup(here.node, self._asked.checkpoint, devices, source, peer, at)
+
+    def _option(
+        self, here: Ground, devices: list[int], source: Tier, peer: str, startup: Startup | None, exits: list[Exit]
+    ) -> Option:
+        asked = self._asked
+        room_s = delay_s = 0.0
+        frees: dict[int, int] = {}
+        for one in exits:
+            room_s = max(room_s, one.room_s)
+            delay_s += one.delay_s
+            for index, size in one.frees.items():
+                frees[index] = frees.get(index, 0) + size
+        if source is not Tier.DEVICE and here.own and all(index in here.own for index in devices):
+            source, peer = Tier.DEVICE, ""
+        if startup is None:
+            startup = self._startup(here, devices, source, peer, asked.now + room_s)
+        if exits:
+            saved = self._keep_weights(here, devices, exits, frees)
+            delay_s -= saved
+        free = min(here.rooms[index] + frees.get(index, 0) for index in devices)
+        cost_s = room_s + delay_s + (startup.total_s if self._options.locality else 0.0)
+        return Option(
+            key=(cost_s, -free, here.node.id),
+            node=here.node,
+            devices=tuple(devices),
+            source=source,
+            peer=peer,
+            startup=startup,
+            room_s=room_s,
+            delay_s=delay_s,
+            free=free,
+            exits=exits,
+            ground=here,
+        )
+
+    def _keep_weights(self, here: Ground, devices: list[int], exits: list[Exit], frees: dict[int, int]) -> float:
+        """Weights of those who leave stay where there is room enough, the costliest first; returns the delay saved."""
+        saved = 0.0
+        for at, one in sorted(enumerate(exits), key=lambda item: -item[1].weights_s):
+            if not one.weights or not one.ids:
+                continue
+            left = [here.rooms[index] + frees.get(index, 0) - one.weights.get(index, 0) for index in devices]
+            if min(left) < self._asked.least:
+                continue
+            kept = Exit({index: size - one.weights.get(index, 0) for index, size in one.frees.items()})
+            kept.delay_s, kept.room_s = one.delay_s - one.weights_s, one.room_s
+            kept.ids, kept.stops, kept.drains = one.ids, one.stops, one.drains
+            exits[at] = kept
+            saved += one.weights_s
+            for index, size in one.weights.items():
+                frees[index] -= size
+        return saved
+
+    # --- telling ---
+
+    def candidate(self, option: Option, *, roomy: bool = False) -> Candidate:
+        """``roomy``: weights that cost next to nothing to drop go too, until the KV cache gets what it wants."""
+        asked = self._asked
+        exits = option.exits
+        free, delay_s = option.free, option.delay_s
+        if roomy and self._options.sharing and free // 2 < asked.wanted and not option.ground.cpu:
+            exits, free, delay_s = self._widened(option)
+        need = KvNeed(asked.least, asked.wanted)
+        kv_bytes = kv_given_bytes(need, free) if self._options.sharing else max(asked.least, min(asked.wanted, free))
+        return Candidate(
+            node=option.node.id,
+            name=option.node.name,
+            devices=option.devices,
+            kv_bytes=kv_bytes,
+            source=option.source,
+            peer=option.peer,
+            queue_s=option.startup.queue_s,
+            load_s=option.startup.load_s,
+            room_s=option.room_s,
+            startup_s=option.room_s + option.startup.total_s,
+            delay_s=delay_s,
+            free_bytes=free,
+            drops=tuple(dict.fromkeys(digest for one in exits for digest in one.drops)),
+            stops=tuple(name for one in exits for name in one.stops),
+            drains=tuple(name for one in exits for name in one.drains),
+            moves=option.moves,
+        )
+
+    def _widened(self, option: Option) -> tuple[list[Exit], int, float]:
+        asked, view, node = self._asked, self._view, option.node
+        gone = {digest for one in option.exits for digest in one.drops}
+        exits, delay_s = list(option.exits), option.delay_s
+        rooms = {index: option.ground.rooms[index] + sum(one.frees.get(index, 0) for one in exits) for index in option.devices}
+        limit_s = _CHEAP * option.startup.total_s
+        lying = {digest for index in option.devices for digest in view.idle_weights.get((node.id, index), ())}
+        items = sorted(
+            (self._prices.weights_s(node, digest), digest)
+            for digest in lying - gone - {asked.digest}
+            if not view.holds_arena(node.id, digest)
+        )
+        for weights_s, digest in items:
+            if min(rooms.values()) // 2 >= asked.wanted or weights_s > limit_s:
+                break
+            frees = {
+                device.index: view.idle_weights.get((node.id, device.index), {}).get(digest, 0)
+                for device in option.ground.inventory.devices
+            }
+            one = Exit(frees, weights_s)
+            one.drops = (digest,)
+            exits.append(one)
+            delay_s += weights_s
+            for index in rooms:
+                rooms[index] += frees[index]
+        return exits, min(rooms.values()), delay_s
