@@ -1,137 +1,191 @@
-"""A scenario: what is simulated, as a file says it. Sizes in bytes, rates in bytes per second, times in seconds."""
+"""A scenario from its file or from those that are shipped: read, normalised, changed by assignments, checked.
+
+Values of keys in ``_bytes``, ``_bps`` and ``_s`` may be written with units (``48 GB``, ``10 Gbps``, ``3 ms``).
+"""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
-from typing import Annotated
+from importlib import resources
+from pathlib import Path
+from typing import Any
 
 import msgspec
-from msgspec import Meta
+import yaml
 
-__all__ = ["Arrival", "Lengths", "ModelGroup", "NodeGroup", "Popularity", "Scenario", "Speed", "Workload"]
+from schema.errors import InvalidInput, NotFound
+from sllmctl.simulate.check import Fault, check
+from sllmctl.simulate.parts import Arrival, Lengths, ModelGroup, NodeGroup, Popularity, Scenario, Speed, Workload
+from sllmctl.simulate.sizes import read_bytes, read_rate, read_seconds
+from sllmctl.simulate.trace import find
 
-_Positive = Annotated[float, Meta(gt=0)]
-_Seconds = Annotated[float, Meta(ge=0)]
-_Count = Annotated[int, Meta(ge=1)]
-_Bytes = Annotated[int, Meta(ge=0)]
+__all__ = [
+    "Arrival",
+    "Lengths",
+    "ModelGroup",
+    "NodeGroup",
+    "Popularity",
+    "Scenario",
+    "Speed",
+    "Workload",
+    "load_scenario",
+    "override",
+    "shipped_scenarios",
+]
 
-
-class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    pass
-
-
-class NodeGroup(_Part, frozen=True, kw_only=True):
-    """``count`` equal machines. ``device_bps`` is the link to one device, ``network_bps`` the machine's own, ``dram_bytes`` the
-    arena's budget. ``device_kind`` names the speed class of its devices (a GPU's name), "cpu" for none."""
-
-    name: str
-    count: _Count = 1
-    devices: _Count = 1
-    device_kind: str = "cuda"
-    device_bytes: _Positive
-    device_bps: _Positive
-    dram_bytes: _Bytes
-    disk_bps: _Positive
-    network_bps: _Positive
+_MOST_FILE_BYTES = 4 << 20
+_READERS = {"_bytes": read_bytes, "_bps": read_rate, "_s": read_seconds}
+_STEP = re.compile(r"(?:^|\.)([A-Za-z_][A-Za-z0-9_]*)|\[([0-9]{1,6})\]")
 
 
-class Speed(_Part, frozen=True, kw_only=True):
-    """How fast an instance computes alone on its devices.
+def shipped_scenarios() -> list[str]:
+    """The names of the scenarios that come with the simulator."""
+    folder = resources.files("sllmctl.simulate").joinpath("scenarios")
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
-    A prefill of t tokens takes ``prefill_base_s + t * prefill_token_s``. One decode step of n sequences that hold k tokens
-    takes ``decode_step_s + n * decode_sequence_s + k * decode_token_s``.
+
+def load_scenario(path_or_name: str | Path) -> Scenario:
+    """A checked scenario from a YAML file, or from one that is shipped, by its name.
+
+    Raises NotFound if there is neither, InvalidInput naming file, key and reason if it is no good.
     """
+    text, source, folder = _text(path_or_name)
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader that refuses keys given twice
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{source}:{mark.line + 1}" if mark is not None else source
+        raise InvalidInput(f"{place}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    except RecursionError:
+        raise InvalidInput(f"{source}: too deeply nested to be a scenario") from None
+    return _checked(value, source, folder)
 
-    prefill_base_s: _Seconds
-    prefill_token_s: _Seconds
-    decode_step_s: _Positive
-    decode_sequence_s: _Seconds = 0.0
-    decode_token_s: _Seconds = 0.0
 
+def override(scenario: Scenario, assignments: Sequence[str]) -> Scenario:
+    """The scenario with assignments such as ``workload.rate=1.4`` or ``models[0].count=64`` made, checked as a file is.
 
-class ModelGroup(_Part, frozen=True, kw_only=True):
-    """``count`` models of one size, each with weights of its own.
-
-    ``build_s``: making a worker, side by side with the load. ``finish_s``: from the weights' arrival to ready.
-    ``on_disk``: on how many nodes the checkpoint lies on disk at the beginning, None for all of them; ``in_dram`` likewise, 0
-    for none. ``kv_bytes``: KV cache per device of one instance, None for the planner's rule.
+    What stands right of ``=`` is YAML. Raises InvalidInput.
     """
-
-    name: str
-    count: _Count = 1
-    weights_bytes: _Count
-    kv_token_bytes: _Count
-    max_context_tokens: _Count = 2048
-    devices: _Count = 1
-    speed: Speed
-    build_s: _Seconds = 0.0
-    finish_s: _Seconds = 0.0
-    on_disk: Annotated[int, Meta(ge=0)] | None = None
-    in_dram: Annotated[int, Meta(ge=0)] = 0
-    kv_bytes: _Count | None = None
-    max_concurrency: _Count = 32
-    max_instances: _Count = 64
-    min_instances: Annotated[int, Meta(ge=0)] = 0
-    keep_alive_s: _Seconds | None = None
+    # Through JSON, for lists in the place of tuples: they are assigned to.
+    value = msgspec.json.decode(msgspec.json.encode(scenario))
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator:
+            raise InvalidInput(f"{assignment!r} is no assignment; write KEY=VALUE, such as workload.rate=1.4")
+        try:
+            new = yaml.load(text, Loader=_Loader)  # noqa: S506 - as above
+        except yaml.YAMLError as error:
+            raise InvalidInput(f"{assignment}: the value is not YAML", key) from error
+        _assign(value, key.strip(), new)
+    return _checked(value, f"{scenario.name} with {', '.join(assignments)}" if assignments else scenario.name, Path.cwd())
 
 
-class Lengths(_Part, frozen=True, kw_only=True):
-    """Token counts: log-normal, by mean and coefficient of variation, cut to [least, most]."""
-
-    mean: _Positive
-    cv: Annotated[float, Meta(ge=0)]
-    least: _Count = 1
-    most: _Count
-
-
-class Popularity(_Part, frozen=True, kw_only=True):
-    """Zipf: the model of rank r is called in proportion to ``1 / r**exponent``; 0 is uniform. The seed shuffles ranks."""
-
-    zipf: Annotated[float, Meta(ge=0, le=10)] = 0.0
-
-
-class Workload(_Part, frozen=True, kw_only=True):
-    """``requests`` arrivals in all, or as many as ``duration_s`` brings, whichever ends first (one of them is needed).
-
-    ``rate``: requests per second over the whole cluster; times between arrivals are Gamma with coefficient of variation ``cv``.
-    ``per_model``: every model has an arrival process of its own, with its share of the rate and this CV; otherwise one process
-    serves all. ``trace``: a CSV file instead (columns time,model,input_tokens,output_tokens), beside the scenario or shipped.
-    """
-
-    rate: _Positive | None = None
-    cv: _Positive = 1.0
-    per_model: bool = False
-    requests: _Count | None = None
-    duration_s: _Positive | None = None
-    input_tokens: Lengths | None = None
-    output_tokens: Lengths | None = None
-    popularity: Popularity = Popularity()
-    trace: str | None = None
+def _text(path_or_name: str | Path) -> tuple[str, str, Path]:
+    """A scenario's text, what to call it, and the folder its other files are looked for in."""
+    path = Path(path_or_name)
+    try:
+        if path.is_file():
+            if path.stat().st_size > _MOST_FILE_BYTES:
+                raise InvalidInput(f"{path}: more than {_MOST_FILE_BYTES >> 20} MiB is no scenario")
+            return path.read_text(encoding="utf-8"), str(path), path.parent
+        name = str(path_or_name)
+        if name in shipped_scenarios():
+            file = resources.files("sllmctl.simulate").joinpath("scenarios", f"{name}.yaml")
+            return file.read_text(encoding="utf-8"), f"{name}.yaml", Path.cwd()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"{path}: cannot be read: {error}") from error
+    raise NotFound(f"{path_or_name} is no file, and no shipped scenario; those are {', '.join(shipped_scenarios())}")
 
 
-class Scenario(_Part, frozen=True, kw_only=True):
-    """``timeout_s``: a request that has waited so long for an instance fails. ``policies``: names known to
-    sllmctl.simulate.policies. ``control``: overrides of the control loop's settings, by name."""
-
-    name: str
-    description: str = ""
-    seed: Annotated[int, Meta(ge=0)] = 0
-    nodes: tuple[NodeGroup, ...]
-    models: tuple[ModelGroup, ...]
-    workload: Workload
-    policies: tuple[str, ...] = ("sllmctl",)
-    timeout_s: _Positive = 300.0
-    control: dict[str, float | int | str] = {}
-
-    def model_names(self) -> Sequence[str]:
-        """Every model of every group: ``group-00001`` and so on."""
-        return [f"{group.name}-{number:05d}" for group in self.models for number in range(group.count)]
+def _checked(value: Any, source: str, folder: Path) -> Scenario:
+    try:
+        scenario = msgspec.convert(_normal(value, ""), Scenario)
+        scenario = _with_files(scenario, folder)
+        check(scenario)
+    except msgspec.ValidationError as error:
+        reason, _, place = str(error).partition(" - at `$")
+        key = place.rstrip("`").removeprefix(".")
+        raise InvalidInput(f"{source}: {key}: {reason}" if key else f"{source}: {reason}", key or None) from error
+    except Fault as fault:
+        raise InvalidInput(f"{source}: {fault}", fault.key) from fault
+    return scenario
 
 
-class Arrival(msgspec.Struct, frozen=True, array_like=True):
-    """One request: when, for which model, with how many tokens in and out."""
+def _normal(value: Any, key: str) -> Any:
+    """Units read, whole numbers made integers; the same in everything below."""
+    if isinstance(value, dict):
+        return {name: _normal(item, f"{key}.{name}" if key else str(name)) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_normal(item, f"{key}[{number}]") for number, item in enumerate(value)]
+    if isinstance(value, str):
+        for suffix, read in _READERS.items():
+            if key.endswith(suffix):
+                try:
+                    value = read(value)
+                except ValueError as error:
+                    raise Fault(key, str(error)) from error
+                break
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise Fault(key, f"{value} is no number to count with")
+        # YAML's 4.8e+10 is a float, also where a count is wanted.
+        return int(value) if value.is_integer() else value
+    return value
 
-    at: float
-    model: str
-    prompt_tokens: int
-    output_tokens: int
+
+def _with_files(scenario: Scenario, folder: Path) -> Scenario:
+    """Its trace and counts named so that they are found from anywhere."""
+    workload = scenario.workload
+    for key in ("trace", "counts"):
+        name = getattr(workload, key)
+        if name is None:
+            continue
+        found = find(name, folder)
+        if found is None:
+            raise Fault(f"workload.{key}", f"there is no file {name} in {folder.resolve()}, and none of that name is shipped")
+        workload = msgspec.structs.replace(workload, **{key: found})
+    return msgspec.structs.replace(scenario, workload=workload)
+
+
+def _assign(value: Any, key: str, new: Any) -> None:
+    """Set one key of a nest of dicts and lists; a parent that is not there yet (None or absent) becomes a dict."""
+    steps = [name or int(number) for name, number in _STEP.findall(key)]
+    if not steps or "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".") != key:
+        raise InvalidInput(f"{key!r} is no key; write one such as workload.rate or models[0].count", key)
+    *parents, last = steps
+    for step in parents:
+        value = _item(value, step, key)
+    if isinstance(last, str) and isinstance(value, dict):
+        value[last] = new
+    else:
+        _item(value, last, key)
+        value[last] = new
+
+
+def _item(value: Any, step: str | int, key: str) -> Any:
+    if isinstance(step, int):
+        if not isinstance(value, list):
+            raise InvalidInput(f"{key}: there is no list to take [{step}] of", key)
+        if step >= len(value):
+            raise InvalidInput(f"{key}: [{step}] is beyond the end, there are {len(value)}", key)
+        return value[step]
+    if not isinstance(value, dict):
+        raise InvalidInput(f"{key}: there is nothing to take .{step} of", key)
+    if value.get(step) is None:
+        value[step] = {}
+    return value[step]
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
