@@ -7,7 +7,7 @@ told to, or with its last sequence. For its memory and its loads see `store`.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Protocol
 
 from schema.errors import Fault, NotFound, OutOfSpace, SllmError
@@ -43,15 +43,12 @@ from sllmctl.simulate.store import SimModel, Store
 __all__ = ["Life", "NodeOwner", "SimNode", "zeros"]
 
 _LOST = Fault("unreachable", "its instance was stopped")
-_zeros: dict[int, tuple[int, ...]] = {}
 
 
+@lru_cache(maxsize=4096)
 def zeros(count: int) -> tuple[int, ...]:
     """So many token ids; which ones they are matters to nobody here."""
-    found = _zeros.get(count)
-    if found is None:
-        found = _zeros[count] = (0,) * count
-    return found
+    return (0,) * count
 
 
 class NodeOwner(Protocol):
