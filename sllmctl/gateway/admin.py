@@ -50,6 +50,7 @@ from sllmctl.gateway.answers import (
     refuse,
 )
 from sllmctl.gateway.errors import BodyTooLarge, UnsupportedMediaType
+from sllmctl.gateway.explanations import Explanations
 
 __all__ = ["DatabasePort", "RequestsPort", "RunnerPort", "admin_app"]
 
@@ -91,6 +92,7 @@ def admin_app(
     router: RequestsPort,
     status: Callable[[], StatusView],
     settings: AdminSettings | None = None,
+    explanations: Explanations | None = None,
 ) -> ASGIApp:
     """The application; it holds no state of its own."""
     admin = _Admin(runner, view, database, router, status, settings or AdminSettings())
@@ -113,6 +115,7 @@ def admin_app(
         ("GET", "requests/{id}"): admin.get_request,
         ("POST", "requests/{id}/cancel"): admin.cancel_request,
         ("GET", "events"): admin.list_events,
+        **({} if explanations is None else explanations.routes()),
     }
     app = Starlette(
         routes=[Route(_PREFIX + path, endpoint, methods=[method]) for (method, path), endpoint in routes.items()],

@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import httpx
 import pytest
 import uvicorn
 
-from schema.admin import EventView, ProgressView, RequestTimeline, RequestView, StatusView
+from schema.admin import EstimateErrorView, EventView, OutcomeView, ProgressView, RequestTimeline, RequestView, StatusView
 from schema.errors import Conflict, Fault, InvalidCheckpoint, NotFound, Overloaded, SllmError
 from schema.ids import Epoch
 from schema.link import InstanceLoad
@@ -26,6 +28,8 @@ from sllmctl.config import AdminSettings, ClientSettings
 from sllmctl.control.effects import AddModel, DeployModel, Event, RemoveModel, StopInstanceNow, StopModel
 from sllmctl.control.view import Checkpoint, ClusterView, Instance, Model, Node, PlacementRecord
 from sllmctl.gateway.admin import admin_app
+from sllmctl.gateway.explanations import Explanations
+from sllmctl.planner.plans import Candidate, Decision, Refusal, Rejection, Wait
 
 _A, _B = "ab" * 32, "abcd" + "0" * 60
 
@@ -77,6 +81,43 @@ class _Database:
         self.asked.append((kind, object, limit, after))
         return [EventView(id="ev_1", at=1.0, level="info", kind="model", object="tiny", reason="added", message="added")]
 
+    async def outcomes(self, limit: int = 100) -> list[OutcomeView]:
+        self.asked.append(("outcomes", limit))
+        return [
+            OutcomeView(
+                at=float(at), kind="start", model="tiny", node="local", source="disk", estimated_s=1.0, actual_s=1.0 + at / 10
+            )
+            for at in range(5)
+        ]
+
+
+_BEST = Candidate(node="node_1", name="local", devices=(0,), kv_bytes=1, source=Tier.DISK, startup_s=2.0)
+
+
+@dataclass(frozen=True)
+class _Made:
+    at: float
+    model: str
+    instance: str | None
+    waiting: int
+    decision: Decision
+
+
+class _Planner:
+    def explain(self, model: Model, now: float) -> tuple[Decision, list[tuple[str, Candidate | Rejection]]]:
+        return Wait(0.5, _BEST, {}, f"at {now:g} {model.name} is better served by waiting"), [("node_1", _BEST)]
+
+
+class _Estimates:
+    def coefficients(self) -> dict[str, float]:
+        return {"disk": 2e9}
+
+
+def _summarise(outcomes: Sequence[OutcomeView]) -> list[EstimateErrorView]:
+    bias_s = sum(outcome.actual_s - outcome.estimated_s for outcome in outcomes) / len(outcomes)
+    sizes = {"p50_s": 0.2, "p90_s": 0.4, "p99_s": 0.4, "median_actual_s": 1.2}
+    return [EstimateErrorView(kind="start", source="disk", count=len(outcomes), bias_s=bias_s, **sizes)]
+
 
 class _Router:
     def __init__(self) -> None:
@@ -119,11 +160,22 @@ class _Manager:
     def __init__(self, settings: AdminSettings | None = None) -> None:
         self.view, self.runner, self.database, self.router = _view(), _Runner(), _Database(), _Router()
         self.broken = False
+        self.decisions = deque([_Made(3.0, "tiny", None, 2, Refusal({Rejection.CORDONED: 1}, False, "no room"))], maxlen=9)
         self.app = admin_app(
             runner=self.runner,
             view=self.view,
             database=self.database,
             router=self.router,
+            explanations=Explanations(
+                view=self.view,
+                router=self.router,
+                planner=_Planner(),
+                decisions=self.decisions,
+                estimates=_Estimates(),
+                database=self.database,
+                summarise=_summarise,
+                clock=lambda: 77.0,
+            ),
             status=self.status,
             settings=settings or AdminSettings(wait_limit_s=5.0, wait_look_s=0.001, body_bytes=2000),
         )
@@ -401,3 +453,30 @@ async def test_the_typed_client_understands_it(manager: _Manager) -> None:
         finally:
             server.should_exit = True
             await serving
+
+
+async def test_decisions_are_explained(http: httpx.AsyncClient) -> None:
+    model = (await http.get("models/tiny/explain")).json()
+    assert (model["at"], model["decision"]["kind"], model["decision"]["waiting"]) == (77.0, "wait", 0)
+    assert model["decision"]["reason"] == "at 77 tiny is better served by waiting"
+    assert [(node["node"], node["candidate"]["cost_s"]) for node in model["nodes"]] == [("local", 2.0)]
+    assert (model["last"]["kind"], model["last"]["rejected"]) == ("refused", {"cordoned": 1})
+    request = (await http.get("requests/req_1/explain")).json()
+    assert (request["request"]["id"], request["kept"], request["decisions"]) == ("req_1", True, [model["last"]])
+    assert _refusal(await http.get("models/x/explain")) == (404, "not_found", None)
+    assert _refusal(await http.get("requests/req_9/explain")) == (404, "not_found", None)
+    assert _refusal(await http.get("models/tiny/explain?wide=1")) == (400, "invalid_input", "wide")
+
+
+async def test_estimates_are_summed_up_over_all_and_shown_by_the_newest(http: httpx.AsyncClient) -> None:
+    everything = (await http.get("estimates")).json()
+    assert [outcome["at"] for outcome in everything["outcomes"]] == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert everything["coefficients"] == {"disk": 2e9}
+    ((error),) = everything["errors"]
+    assert (error["kind"], error["source"], error["count"]) == ("start", "disk", 5)
+    assert error["bias_s"] == pytest.approx(0.2)
+    few = (await http.get("estimates?limit=2")).json()
+    assert few["errors"] == everything["errors"]
+    assert [outcome["at"] for outcome in few["outcomes"]] == [3.0, 4.0]
+    assert (await http.get("estimates?limit=0")).json()["outcomes"] == []
+    assert _refusal(await http.get("estimates?limit=-1")) == (400, "invalid_input", "limit")

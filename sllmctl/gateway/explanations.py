@@ -1,0 +1,83 @@
+"""The admin API's routes that say why: of a model, of a request, and how good the estimates behind the decisions are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Protocol
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from schema.admin import EstimateErrorView, EstimatesView, OutcomeView, RequestView
+from sllmctl.control.explain import DecisionsPort, ExplainerPort, explain, explain_request
+from sllmctl.control.view import ClusterView
+from sllmctl.gateway.answers import json_answer, known, read_number, read_query
+
+__all__ = ["EstimatesPort", "Explanations", "OutcomesPort", "RequestPort"]
+
+_OUTCOMES_LIMIT = 10_000
+
+
+class OutcomesPort(Protocol):
+    async def outcomes(self, limit: int = 100) -> list[OutcomeView]:
+        """The newest outcomes, oldest first."""
+
+
+class EstimatesPort(Protocol):
+    def coefficients(self) -> Mapping[str, float]:
+        """What estimates are made of now, by key."""
+
+
+class RequestPort(Protocol):
+    def request(self, id: str) -> RequestView: ...  # noqa: A002 - the name that every view of a request has
+
+
+class Explanations:
+    """``summarise`` makes the distribution of errors of outcomes. ``clock`` is the control loop's (Unix seconds)."""
+
+    def __init__(
+        self,
+        *,
+        view: ClusterView,
+        router: RequestPort,
+        planner: ExplainerPort,
+        decisions: DecisionsPort,
+        estimates: EstimatesPort,
+        database: OutcomesPort,
+        summarise: Callable[[Sequence[OutcomeView]], Iterable[EstimateErrorView]],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._view, self._router, self._database = view, router, database
+        self._planner, self._decisions, self._estimates = planner, decisions, estimates
+        self._summarise, self._clock = summarise, clock
+
+    def routes(self) -> dict[tuple[str, str], Callable[[Request], Awaitable[Response]]]:
+        return {
+            ("GET", "models/{name}/explain"): self.explain_model,
+            ("GET", "requests/{id}/explain"): self.explain_request,
+            ("GET", "estimates"): self.get_estimates,
+        }
+
+    async def explain_model(self, request: Request) -> Response:
+        read_query(request)
+        name = request.path_params["name"]
+        model = known("model", name, self._view.models.get(name))
+        return json_answer(explain(self._view, self._planner, self._decisions, model, self._clock()))
+
+    async def explain_request(self, request: Request) -> Response:
+        read_query(request)
+        asked = self._router.request(request.path_params["id"])
+        return json_answer(explain_request(self._view, self._decisions, asked))
+
+    async def get_estimates(self, request: Request) -> Response:
+        """The errors are those of all outcomes that are kept; the outcomes shown are the newest."""
+        limit = int(read_number(read_query(request, "limit"), "limit", 100))
+        kept = await self._database.outcomes(_OUTCOMES_LIMIT)
+        return json_answer(
+            EstimatesView(
+                errors=tuple(self._summarise(kept)),
+                outcomes=tuple(kept[max(0, len(kept) - limit) :]),
+                coefficients=dict(self._estimates.coefficients()),
+            )
+        )
