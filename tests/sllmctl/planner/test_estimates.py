@@ -1,0 +1,187 @@
+"""Estimates of starts and migrations: what they begin with, how they are corrected, and what queues ahead."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from schema.link import ArenaInfo, DeviceInfo, Inventory, StartPhases
+from schema.states import NodeState, Tier
+from sllmctl.control.settings import ControlSettings
+from sllmctl.control.view import Checkpoint, Node
+from sllmctl.planner.coefficients import Line, Window
+from sllmctl.planner.estimates import Channel, Estimates
+from sllmctl.planner.loads import Loads
+
+GB = 10**9
+RULES = ControlSettings(disk_read_bps=1e9, device_copy_bps=10e9, network_bps=0.5e9, start_base_s=0.3)
+
+
+def node(name: str = "n", *, kind: str = "cuda", devices: int = 2, disk_bps: float = 0.0) -> Node:
+    inventory = Inventory(
+        hostname=name,
+        cpus=4,
+        memory_bytes=64 * GB,
+        devices=tuple(DeviceInfo(index=i, kind=kind, name=kind, memory_bytes=48 * GB) for i in range(devices)),
+        arena=ArenaInfo(id="a", budget_bytes=32 * GB, chunk_bytes=1 << 22),
+        disk_read_bps=disk_bps,
+    )
+    return Node(name, name, "unix:/x", NodeState.READY, False, 0.0, 0.0, inventory)
+
+
+def checkpoint(digest: str = "d", size_gb: float = 10) -> Checkpoint:
+    return Checkpoint(digest, "Tiny", int(size_gb * GB), 1000, 2048, 0.0)
+
+
+def start(load_s: float, source: Tier | None = Tier.DISK, *, build_s: float = 0.2, finish_s: float = 0.1) -> StartPhases:
+    total_s = max(load_s, build_s) + finish_s
+    return StartPhases(load_s=load_s, loaded_from=source, build_s=build_s, attach_s=finish_s, total_s=total_s)
+
+
+def disk_start(estimates: Estimates, seconds: float, digest: str = "d", here: Node | None = None) -> None:
+    """A load from disk that nothing was ahead of."""
+    here, what = here or node(), checkpoint(digest)
+    estimates.began("one", here, what, (0,), Tier.DISK, "", 0.0)
+    estimates.ended("one", seconds)
+    estimates.started(here, what, (0,), start(seconds), seconds)
+
+
+def test_a_start_takes_its_slowest_channel_or_its_worker_whichever_is_longer() -> None:
+    estimates = Estimates(RULES)
+    there = (node(), checkpoint(), (0, 1))
+    assert estimates.startup(*there, Tier.DISK, "", 0.0).total_s == pytest.approx(10.0)
+    assert estimates.startup(*there, Tier.DRAM, "", 0.0).total_s == pytest.approx(0.5)
+    assert estimates.startup(*there, Tier.DEVICE, "", 0.0).total_s == pytest.approx(0.3)
+    assert estimates.startup(*there, Tier.REMOTE, "peer", 0.0).total_s == pytest.approx(20.0)
+    assert estimates.startup(node(kind="cpu"), checkpoint(), (0,), Tier.DRAM, "", 0.0).load_s == 0.0
+
+
+def test_a_measured_bandwidth_goes_before_an_assumed_one_and_a_new_measurement_before_an_old() -> None:
+    estimates, here = Estimates(RULES), node(disk_bps=2e9)
+    assert estimates.bandwidth_bps(here, Channel.DISK) == 2e9
+    here.inventory = node(disk_bps=4e9).inventory
+    assert estimates.bandwidth_bps(here, Channel.DISK) == 4e9
+    assert estimates.bandwidth_bps(node(), Channel.NETWORK) == 0.5e9
+
+
+def test_one_outlier_moves_nothing_and_a_lasting_change_is_followed() -> None:
+    estimates, here = Estimates(RULES), node(disk_bps=2e9)
+    for _ in range(6):
+        disk_start(estimates, 5.0, here=here)
+    before = estimates.bandwidth_bps(here, Channel.DISK)
+    assert before == 2e9
+    disk_start(estimates, 500.0, here=here)
+    assert estimates.bandwidth_bps(here, Channel.DISK) == before
+    disk_start(estimates, 5.0, here=here)
+    for _ in range(3):
+        disk_start(estimates, 10.0, here=here)
+    assert estimates.bandwidth_bps(here, Channel.DISK) == 1e9
+
+
+def test_the_first_observation_alone_does_not_outvote_a_measurement() -> None:
+    estimates, here = Estimates(RULES), node(disk_bps=2e9)
+    disk_start(estimates, 500.0, here=here)
+    assert estimates.bandwidth_bps(here, Channel.DISK) == 2e9
+
+
+def test_a_load_that_queued_teaches_no_bandwidth() -> None:
+    estimates, here = Estimates(RULES), node()
+    estimates.began("a", here, checkpoint("a"), (0,), Tier.DISK, "", 0.0)
+    estimates.began("b", here, checkpoint("b"), (1,), Tier.DISK, "", 0.0)
+    estimates.ended("a", 10.0)
+    rows = estimates.started(here, checkpoint("b"), (1,), start(20.0), 20.0)
+    assert not [row for row in rows if row.key.startswith("bps/")]
+
+
+def test_small_loads_teach_no_bandwidth() -> None:
+    estimates, here = Estimates(RULES), node()
+    tiny = checkpoint("tiny", 0.001)
+    estimates.began("a", here, tiny, (0,), Tier.DISK, "", 0.0)
+    assert not [row for row in estimates.started(here, tiny, (0,), start(1.0), 1.0) if row.key.startswith("bps/")]
+
+
+def test_a_new_checkpoint_takes_after_the_others_on_its_kind_of_device() -> None:
+    estimates = Estimates(RULES)
+    for number in range(5):
+        disk_start(estimates, 0.01, digest=f"d{number}")
+    found = estimates.startup(node(), checkpoint("new", 0), (0,), Tier.DEVICE, "", 0.0)
+    assert found.total_s == pytest.approx(0.3)
+    assert estimates.startup(node(kind="cpu"), checkpoint("new", 0), (0,), Tier.DRAM, "", 0.0).total_s == pytest.approx(0.3)
+
+
+def test_loads_ahead_on_a_channel_are_waited_for_and_others_are_not() -> None:
+    estimates, here = Estimates(RULES), node()
+    estimates.began("a", here, checkpoint("a"), (0,), Tier.DISK, "", 100.0)
+    assert estimates.startup(here, checkpoint("b"), (1,), Tier.DISK, "", 104.0).queue_s == pytest.approx(6.0)
+    assert estimates.startup(here, checkpoint("b"), (1,), Tier.DRAM, "", 104.0).queue_s == 0.0
+    assert estimates.startup(here, checkpoint("b"), (0,), Tier.DRAM, "", 100.5).queue_s == pytest.approx(0.5)
+    assert estimates.startup(node("other"), checkpoint("b"), (1,), Tier.DISK, "", 104.0).queue_s == 0.0
+    estimates.ended("a", 105.0)
+    assert estimates.startup(here, checkpoint("b"), (1,), Tier.DISK, "", 105.0).queue_s == 0.0
+    estimates.ended("never heard of", 105.0)
+
+
+def test_a_peer_that_gives_is_busy_giving() -> None:
+    estimates, giver, taker = Estimates(RULES), node("giver"), node("taker")
+    estimates.began("a", taker, checkpoint("a"), (0,), Tier.REMOTE, "giver", 0.0)
+    assert estimates.startup(node("third"), checkpoint("b"), (0,), Tier.REMOTE, "giver", 0.0).queue_s == pytest.approx(20.0)
+    assert estimates.startup(giver, checkpoint("b"), (0,), Tier.DISK, "", 0.0).queue_s == 0.0
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 10), st.floats(0, 5)), min_size=1, max_size=8), st.randoms(use_true_random=False))
+def test_a_queue_is_what_is_left_of_those_ahead(loads: list[tuple[float, float]], rng: random.Random) -> None:
+    queue, now, ends, free_at = Loads(), 0.0, {}, 0.0
+    for number, (seconds, pause) in enumerate(loads):
+        now += pause
+        for name in [name for name, at in ends.items() if at <= now]:
+            queue.end(name, ends.pop(name))
+        free_at = max(now, free_at) + seconds
+        queue.begin(f"l{number}", [(("n", "disk", 0), seconds)], now)
+        ends[f"l{number}"] = free_at
+        assert queue.wait_s(("n", "disk", 0), now) == pytest.approx(free_at - now)
+    for name in rng.sample(sorted(ends), len(ends)):
+        queue.end(name, now)
+    assert queue.none
+
+
+def test_a_migration_is_a_line_through_prefills_that_outliers_do_not_bend() -> None:
+    estimates = Estimates(RULES)
+    assert estimates.migration_s("d", "cuda", 1000) == pytest.approx(1000 * RULES.prefill_token_s + RULES.prefill_base_s)
+    for tokens in (100, 400, 900, 1600, 2500, 3600):
+        estimates.prefilled("d", "cuda", tokens, 0.0002 * tokens + 0.03, 1.0)
+    assert estimates.migration_s("d", "cuda", 5000) == pytest.approx(1.03)
+    estimates.prefilled("d", "cuda", 500, 60.0, 2.0)
+    assert estimates.migration_s("d", "cuda", 5000) == pytest.approx(1.03, rel=0.1)
+    assert estimates.migration_s("unknown", "cuda", 5000) == pytest.approx(1.03, rel=0.1)
+
+
+def test_prefills_of_one_length_move_the_level_alone() -> None:
+    line = Line(0.001, 0.05)
+    for _ in range(5):
+        line.add(100, 0.5)
+    assert (line.slope, line.base) == (0.001, pytest.approx(0.4))
+
+
+def test_what_was_learned_is_taken_up_again() -> None:
+    estimates, rows = Estimates(RULES), {}
+    here = node()
+    for seconds in (5.0, 5.5, 6.0):
+        estimates.began("one", here, checkpoint(), (0,), Tier.DISK, "", 0.0)
+        estimates.ended("one", seconds)
+        rows |= {row.key: row for row in estimates.started(here, checkpoint(), (0,), start(seconds), seconds)}
+    for tokens in (100, 500, 900):
+        rows |= {row.key: row for row in estimates.prefilled("d", "cuda", tokens, tokens / 1e4, 9.0)}
+    again = Estimates(RULES)
+    again.restore(list(rows.values()))
+    assert again.coefficients() == pytest.approx(estimates.coefficients())
+    assert again.bandwidth_bps(here, Channel.DISK) == estimates.bandwidth_bps(here, Channel.DISK) != 1e9
+
+
+def test_a_window_keeps_only_its_latest() -> None:
+    window = Window.assumed(1.0)
+    for sample in (5.0, 6.0, 7.0, 8.0, 9.0):
+        window.add(sample)
+    assert (window.value, window.samples) == (7.0, (5.0, 6.0, 7.0, 8.0, 9.0))
