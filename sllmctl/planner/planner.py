@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import combinations
+from math import comb
 
 import msgspec
 
@@ -25,6 +27,7 @@ from sllmctl.control.settings import ControlSettings
 from sllmctl.control.view import HOLDING, ClusterView, Instance, Model, Node
 from sllmctl.planner.estimates import Estimates, Startup
 from sllmctl.planner.memory import KvNeed, kv_given_bytes
+from sllmctl.planner.moves import Movers
 from sllmctl.planner.plans import Abilities, Candidate, Decision, Journals, Move, Plan, Rejection, Wait
 from sllmctl.planner.reasons import plan_reason, refusal, wait_reason
 from sllmctl.planner.rooms import Ask, Fleet, Ground, arena_deficit_bytes, ask, fleet, ground
@@ -36,6 +39,10 @@ _ENOUGH = 8
 """Places of one class without a queue that are compared: with so many, another is hardly better."""
 _CHEAP = 0.02
 """What costs others less than this part of the start is as good as free."""
+_SOLVED = 8
+"""Migrations are worked out for so many nodes of one plan."""
+_DEVICE_SETS = 6
+"""So many sets of devices are tried on each."""
 
 
 class PlannerOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -184,6 +191,10 @@ class _Search:
         self._device = view.nodes_with(asked.digest, Tier.DEVICE)
         self._dram = view.nodes_with(asked.digest, Tier.DRAM)
         self._disk = view.nodes_with(asked.digest, Tier.DISK)
+        self._moving = abilities.migrate
+        self._solved = 0
+        self._full = False
+        self._movers: Movers | None = None
         self._peers = self._find_peers() if abilities.fetch else [""]
 
     # --- what was found ---
@@ -273,6 +284,7 @@ class _Search:
     def run(self, *, full: bool) -> None:
         """Look at nodes, class by class; ``full``: at all of them."""
         open_nodes = self._fleet.open
+        self._full = full
         if full:
             for name in open_nodes:
                 if self._abilities.fetch or self._holds(name):
@@ -413,18 +425,32 @@ class _Search:
                 devices, free = unlodged, True
         startup = self._startup(here, devices, source, peer, asked.now)
         if bounded and self._best is not None and self._options.locality:
-            floor = startup.total_s - startup.queue_s
-            if floor > self._best.key[0]:
+            floor_s = startup.total_s - startup.queue_s
+            if floor_s > self._best.key[0]:
                 return Rejection.SLOWER
         if free and not deficit:
+            if startup.queue_s > 0.0 and self._options.locality:
+                devices, startup = self._least_queued(here, order, devices, source, peer, startup)
             return self._option(here, sorted(devices), source, peer, startup, [])
-        exits = exits_on(self._view, node, asked, self._prices, self._journals, self._settings)
+        moving = None
+        if self._moving and not free and not deficit and (self._full or self._solved < _SOLVED):
+            moving = self._find_movers().exit_of
+        exits = exits_on(self._view, node, asked, self._prices, self._journals, self._settings, moving)
         taken: list[Exit] = []
+        moves: tuple[Move, ...] = ()
         if not free:
             chosen = choose(rooms, allowed, here.lodgers, exits, count, asked.least)
             if chosen is None:
                 return Rejection.BUSY_DEVICE
             devices, taken = chosen[1], chosen[2]
+            if any(one.victim for one in exits):
+                limit_s = float("inf")
+                if bounded and self._best is not None:
+                    limit_s = self._best.key[0] - (startup.total_s - startup.queue_s if self._options.locality else 0.0)
+                solved = self._solve(here, allowed, devices, exits, limit_s)
+                if solved is None:
+                    return Rejection.BUSY_DEVICE if limit_s == float("inf") else Rejection.SLOWER
+                devices, taken, moves = solved
         for_arena: list[Exit] = []
         if deficit:
             more = self._clear_arena(here, exits, taken, deficit)
@@ -432,9 +458,53 @@ class _Search:
                 return Rejection.BUSY_ARENA
             for_arena = more
             taken = taken + [one for one in more if one not in taken]
-        if len(taken) > 1 and not here.lodgers:
+        if len(taken) > 1 and not here.lodgers and not moves:
             taken = spared(rooms, devices, asked.least, taken, for_arena)
-        return self._option(here, sorted(devices), source, peer, None, taken)
+        return self._option(here, sorted(devices), source, peer, None, taken, moves)
+
+    def _find_movers(self) -> Movers:
+        if self._movers is None:
+            self._movers = Movers(
+                self._view, self._estimates, self._journals, self._settings, self._abilities, self._fleet, self._asked,
+                self._prices, sharing=self._options.sharing,
+            )  # fmt: skip
+        return self._movers
+
+    def _solve(
+        self, here: Ground, allowed: list[int], first: list[int], exits: list[Exit], limit_s: float
+    ) -> tuple[list[int], list[Exit], tuple[Move, ...]] | None:
+        """The best devices, who leaves them, and where the busy go: all sets of devices where those are few, or else the
+        cheapest single ones, or the set that is cheapest before targets are assigned."""
+        asked = self._asked
+        self._solved += 1
+        if asked.count == 1:
+            priced = [(choose(here.rooms, [index], here.lodgers, exits, 1, asked.least), index) for index in allowed]
+            singles = sorted((found[0], index) for found, index in priced if found is not None)
+            sets = [[index] for _, index in singles[:_DEVICE_SETS]]
+        elif comb(len(allowed), asked.count) <= _DEVICE_SETS:
+            sets = [list(devices) for devices in combinations(allowed, asked.count)]
+        else:
+            sets = [first]
+        best: tuple[list[int], list[Exit], tuple[Move, ...]] | None = None
+        for devices in sets:
+            found = self._find_movers().solve(here, devices, exits, asked.least, limit_s)
+            if found is not None:
+                best = (devices, found[0], found[1])
+                limit_s = max(one.room_s for one in found[0]) + sum(one.delay_s for one in found[0]) if found[0] else 0.0
+        return best
+
+    def _least_queued(
+        self, here: Ground, order: list[int], devices: list[int], source: Tier, peer: str, startup: Startup
+    ) -> tuple[list[int], Startup]:
+        """Of the devices with room, those with less room but a shorter queue."""
+        count = self._asked.count
+        fit = [index for index in order if here.rooms[index] >= self._asked.least and not here.lodgers.get(index)]
+        for at in range(1, len(fit) - count + 1):
+            other = fit[at : at + count]
+            found = self._startup(here, other, source, peer, self._asked.now)
+            if found.total_s < startup.total_s:
+                devices, startup = other, found
+        return devices, startup
 
     def _clear_arena(self, here: Ground, exits: list[Exit], taken: list[Exit], deficit: int) -> list[Exit] | None:
         """Who leaves so that the arena has room for ``deficit`` bytes more: a checkpoint's bytes are free when all who use it
@@ -476,7 +546,14 @@ class _Search:
         return self._estimates.startup(here.node, self._asked.checkpoint, devices, source, peer, at)
 
     def _option(
-        self, here: Ground, devices: list[int], source: Tier, peer: str, startup: Startup | None, exits: list[Exit]
+        self,
+        here: Ground,
+        devices: list[int],
+        source: Tier,
+        peer: str,
+        startup: Startup | None,
+        exits: list[Exit],
+        moves: tuple[Move, ...] = (),
     ) -> Option:
         asked = self._asked
         room_s = delay_s = 0.0
@@ -507,6 +584,7 @@ class _Search:
             free=free,
             exits=exits,
             ground=here,
+            moves=moves,
         )
 
     def _keep_weights(self, here: Ground, devices: list[int], exits: list[Exit], frees: dict[int, int]) -> float:

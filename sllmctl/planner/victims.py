@@ -15,7 +15,7 @@ copies, since any of them may be the one that is called. An instance that drains
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import exp
 
 from schema.states import InstanceState, ModelState, Tier
@@ -33,9 +33,10 @@ class Exit:
 
     ``weights`` are those bytes of ``frees`` that are of ``drops``, and ``weights_s`` the part of the delay that is for them:
     both are spared where there is room enough without. ``ids``: the instances of it, those that leave already included.
+    ``victim``: the one that migrates; what it costs is then of its soonest target, until it is assigned one (see `moves`).
     """
 
-    __slots__ = ("delay_s", "drains", "drops", "frees", "ids", "room_s", "stops", "weights", "weights_s")
+    __slots__ = ("delay_s", "drains", "drops", "frees", "ids", "room_s", "stops", "victim", "weights", "weights_s")
 
     def __init__(self, frees: dict[int, int], delay_s: float = 0.0, room_s: float = 0.0) -> None:
         self.frees = frees
@@ -47,6 +48,7 @@ class Exit:
         self.stops: tuple[str, ...] = ()
         self.drains: tuple[str, ...] = ()
         self.ids: tuple[str, ...] = ()
+        self.victim = ""
 
 
 class Prices:
@@ -89,13 +91,13 @@ class Prices:
             return part / device_bps
         return max(part / device_bps, checkpoint.image_bytes / disk_bps)
 
-    def weights_s(self, node: Node, digest: str) -> float:
+    def weights_s(self, node: Node, digest: str, *, busy: bool = False) -> float:
         """Dropping a checkpoint's weights from a node's devices."""
         heat = self.heat(digest)
-        if heat <= 0.0:
+        if heat <= 0.0 and not busy:
             return 0.0
         copies = max(1, len(self._view.nodes_with(digest, Tier.DEVICE)))
-        return (1.0 - exp(-heat)) * self.load_s(node, digest) / copies
+        return (1.0 if busy else 1.0 - exp(-heat)) * self.load_s(node, digest) / copies
 
     def instance_s(self, instance: Instance, *, busy: bool) -> float:
         """Ending an instance, its weights left where they are."""
@@ -120,9 +122,16 @@ def remaining_s(instance: Instance, journals: Journals, settings: ControlSetting
 
 
 def exits_on(
-    view: ClusterView, node: Node, asked: Ask, prices: Prices, journals: Journals, settings: ControlSettings
+    view: ClusterView,
+    node: Node,
+    asked: Ask,
+    prices: Prices,
+    journals: Journals,
+    settings: ControlSettings,
+    moving: Callable[[Instance], Exit | None] | None = None,
 ) -> list[Exit]:
-    """All that may leave a node, in an order that depends on the view alone."""
+    """All that may leave a node, in an order that depends on the view alone. ``moving``: a busy instance as one that migrates,
+    None if it has nowhere to go; without it none does."""
     assert node.inventory is not None
     kinds = {device.index: device.kind for device in node.inventory.devices}
     holders: dict[str, list[Instance]] = {}
@@ -147,12 +156,20 @@ def exits_on(
         found: list[Exit] = []
         for instance in group:
             one_exit = _leave(view, instance, asked, prices, journals, settings, spare)
+            if moving is not None and instance.running and instance.state is InstanceState.READY:
+                one_exit = _sooner(one_exit, moving(instance) if instance.model != asked.model.name else None)
             if one_exit is not None:
                 found.append(one_exit)
         if found:
             _with_weights(view, node, digest, group, found, idle.get(digest), kinds, asked, prices)
-            exits += _joined(found) if len(found) == len(group) and len(group) > 1 and found[0].drops else found
+            exits += _joined(found) if len(group) > 1 and found[0].drops else found
     return exits
+
+
+def _sooner(drain: Exit | None, move: Exit | None) -> Exit | None:
+    if drain is None or move is None:
+        return drain or move
+    return move if move.room_s + move.delay_s <= drain.room_s + drain.delay_s else drain
 
 
 def _leave(
@@ -226,13 +243,14 @@ def _with_weights(
     prices: Prices,
 ) -> None:
     """Let the weights go with their instances, where they can: a node drops a checkpoint from all of its devices at once, and
-    only when none of them uses it. The newcomer's own weights are no room, but stay for it."""
+    only when none of them uses it. Those of one that migrates cost nothing, since it has others by then. The newcomer's own
+    stay for it."""
     checkpoint = view.checkpoints.get(digest)
     leaving = {name for one in found for name in one.ids}
     stays = [instance for instance in group if instance.id not in leaving]
     by_id = {instance.id: instance for instance in group}
-    whole = not stays and len(found) == len(group)
-    drop_s = prices.weights_s(node, digest)
+    moved = any(one.victim for one in found)
+    whole = not stays and (len(group) == 1 or not moved)
     busy = any(one.drains for one in found)
     for at, one in enumerate(found):
         instance = by_id[one.ids[0]]
@@ -253,9 +271,9 @@ def _with_weights(
                 for index, size in (idle or {}).items():
                     one.frees[index] = one.frees.get(index, 0) + size
                     one.weights[index] = one.weights.get(index, 0) + size
-                copies = max(1, len(view.nodes_with(digest, Tier.DEVICE)))
-                one.weights_s = prices.load_s(node, digest) / copies if busy else drop_s
-                one.delay_s += one.weights_s
+                if not moved:
+                    one.weights_s = prices.weights_s(node, digest, busy=busy)
+                    one.delay_s += one.weights_s
             continue
         beside = {index for other in stays for index in other.devices}
         for index, size in shares.items():
