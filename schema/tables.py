@@ -11,7 +11,18 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from schema.states import InstanceState, ModelState, NodeState, Tier, TierState
 
-__all__ = ["Base", "CheckpointRow", "ClusterRow", "EventRow", "InstanceRow", "ModelRow", "NodeRow", "PlacementRow"]
+__all__ = [
+    "Base",
+    "CheckpointRow",
+    "ClusterRow",
+    "EstimateRow",
+    "EventRow",
+    "InstanceRow",
+    "ModelRow",
+    "NodeRow",
+    "OutcomeRow",
+    "PlacementRow",
+]
 
 
 def _enum(kind: type) -> Enum:
@@ -134,3 +145,28 @@ class EventRow(Base):
     object: Mapped[str] = mapped_column(String(128))
     reason: Mapped[str] = mapped_column(String(48))
     message: Mapped[str] = mapped_column(Text)
+
+
+class EstimateRow(Base):
+    """A coefficient that the planner has learned: its latest observations (JSON), newest last."""
+
+    __tablename__ = "estimates"
+
+    key: Mapped[str] = mapped_column(String(256), primary_key=True)
+    samples: Mapped[str] = mapped_column(Text)
+    changed_at: Mapped[float] = mapped_column(Float)
+
+
+class OutcomeRow(Base):
+    """An estimate beside what happened. Old ones are cut by count."""
+
+    __tablename__ = "outcomes"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    at: Mapped[float] = mapped_column(Float)
+    kind: Mapped[str] = mapped_column(String(16))
+    model: Mapped[str] = mapped_column(String(64))
+    node: Mapped[str] = mapped_column(String(64))
+    source: Mapped[str] = mapped_column(String(16))
+    estimated_s: Mapped[float] = mapped_column(Float)
+    actual_s: Mapped[float] = mapped_column(Float)

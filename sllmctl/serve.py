@@ -76,6 +76,7 @@ async def _serve(settings: Settings) -> None:
             settings.database_url,
             backup_dir=settings.state_dir / "backups",
             events_keep=settings.control.events_keep,
+            outcomes_keep=settings.control.outcomes_keep,
         )
         stack.push_async_callback(database.close)
         api_socket = stack.enter_context(bind_tcp(settings.api.host, settings.api.port, anywhere=settings.api.without_keys))

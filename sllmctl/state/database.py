@@ -6,7 +6,9 @@ import errno
 import fcntl
 import os
 import sqlite3
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,21 +18,31 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from schema.admin import EventView
+from schema.admin import EventView, OutcomeView
 from schema.errors import Conflict, InvalidInput
-from schema.tables import ClusterRow, EventRow
-from sllmctl.control.effects import RowChange
+from schema.tables import Base, ClusterRow, EventRow, OutcomeRow
+from sllmctl.control.effects import PutEstimate, RowChange
 from sllmctl.control.view import ClusterView
 from sllmctl.state.engines import database_path, error_of, read_engine, write_engine
 from sllmctl.state.migrate import migrate
-from sllmctl.state.rows import apply, read_view
+from sllmctl.state.rows import apply, read_estimates, read_view
 
 __all__ = ["Cluster", "Database"]
 
 T = TypeVar("T")
 
-_rowid: ColumnClause[int] = literal_column("events.rowid", Integer)
-"""The order in which events were written; their ids are only as fine as a millisecond."""
+_rowid: ColumnClause[int] = literal_column("rowid", Integer)
+"""The order in which rows were written; the ids of events are only as fine as a millisecond."""
+
+
+@dataclass(slots=True)
+class _Log:
+    """A table that is only appended to, and cut now and then to its newest ``keep`` rows."""
+
+    kind: type
+    row: type[Base]
+    keep: int
+    untrimmed: int
 
 
 class Cluster(msgspec.Struct, frozen=True):
@@ -43,17 +55,18 @@ class Cluster(msgspec.Struct, frozen=True):
 class Database:
     """The open database of one manager; made by `open`, ended by `close`."""
 
-    def __init__(self, path: Path, writer: AsyncEngine, reader: AsyncEngine, lock: int, events_keep: int) -> None:
+    def __init__(self, path: Path, writer: AsyncEngine, reader: AsyncEngine, lock: int, logs: tuple[_Log, ...]) -> None:
         self.path = path
         self.backup: Path | None = None
         self._writer = writer
         self._reader = reader
         self._lock = lock
-        self._events_keep = events_keep
-        self._events_untrimmed = events_keep
+        self._logs = logs
 
     @classmethod
-    async def open(cls, url: str, *, backup_dir: str | Path, events_keep: int = 10_000) -> Database:
+    async def open(
+        cls, url: str, *, backup_dir: str | Path, events_keep: int = 10_000, outcomes_keep: int = 10_000
+    ) -> Database:
         """Take the database for this process, back it up if its schema is older, and migrate it.
 
         ``backup`` names the backup that was made. Raises Conflict when another manager holds it, or for a newer schema;
@@ -61,14 +74,18 @@ class Database:
         """
         parsed, path = database_path(url)
         lock = _take(path)
+        logs = (
+            _Log(EventView, EventRow, events_keep, events_keep),
+            _Log(OutcomeView, OutcomeRow, outcomes_keep, outcomes_keep),
+        )
         try:
-            return await cls._open(parsed, path, Path(backup_dir), lock, events_keep)
+            return await cls._open(parsed, path, Path(backup_dir), lock, logs)
         except BaseException:
             os.close(lock)
             raise
 
     @classmethod
-    async def _open(cls, url: URL, path: Path, backup_dir: Path, lock: int, events_keep: int) -> Database:
+    async def _open(cls, url: URL, path: Path, backup_dir: Path, lock: int, logs: tuple[_Log, ...]) -> Database:
         try:
             os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
         except OSError as error:
@@ -79,7 +96,7 @@ class Database:
             backup = await migrate(url, path, backup_dir)
         except (DBAPIError, sqlite3.Error, OSError) as error:
             raise error_of(error, path) from error
-        database = cls(path, write_engine(url), read_engine(url), lock, events_keep)
+        database = cls(path, write_engine(url), read_engine(url), lock, logs)
         database.backup = backup
         return database
 
@@ -96,18 +113,34 @@ class Database:
         and then none of them is kept."""
         if not changes:
             return
-        self._events_untrimmed += sum(type(change) is EventView for change in changes)
-        trim = self._events_untrimmed > self._events_keep // 10
+        kinds = Counter(type(change) for change in changes)
+        for log in self._logs:
+            log.untrimmed += kinds[log.kind]
+        full = [log for log in self._logs if log.untrimmed > log.keep // 10]
 
         def write(connection: Connection) -> None:
             apply(connection, changes)
-            if trim:
-                oldest = select(_rowid).select_from(EventRow).order_by(_rowid.desc()).offset(self._events_keep).limit(1)
-                connection.execute(delete(EventRow).where(literal_column("rowid") <= oldest.scalar_subquery()))
+            for log in full:
+                oldest = select(_rowid).select_from(log.row).order_by(_rowid.desc()).offset(log.keep).limit(1)
+                connection.execute(delete(log.row).where(_rowid <= oldest.scalar_subquery()))
 
         await self._write(write)
-        if trim:
-            self._events_untrimmed = 0
+        for log in full:
+            log.untrimmed = 0
+
+    async def estimates(self) -> list[PutEstimate]:
+        """The coefficients that were learned."""
+        return await self._read(read_estimates)
+
+    async def outcomes(self, limit: int = 100) -> list[OutcomeView]:
+        """The newest estimates with their outcomes, oldest first."""
+        query = select(*(column for column in OutcomeRow.__table__.columns if column.name != "id"))
+        query = query.order_by(OutcomeRow.id.desc()).limit(limit)
+
+        def read(connection: Connection) -> list[OutcomeView]:
+            return [OutcomeView(**row) for row in connection.execute(query).mappings()]
+
+        return (await self._read(read))[::-1]
 
     async def events(
         self,

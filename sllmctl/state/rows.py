@@ -15,9 +15,20 @@ from schema.errors import Fault
 from schema.ids import Epoch
 from schema.link import StartPhases
 from schema.spec import ModelSpec
-from schema.tables import Base, CheckpointRow, EventRow, InstanceRow, ModelRow, NodeRow, PlacementRow
+from schema.tables import (
+    Base,
+    CheckpointRow,
+    EstimateRow,
+    EventRow,
+    InstanceRow,
+    ModelRow,
+    NodeRow,
+    OutcomeRow,
+    PlacementRow,
+)
 from sllmctl.control.effects import (
     PutCheckpoint,
+    PutEstimate,
     PutInstance,
     PutModel,
     PutNode,
@@ -30,7 +41,7 @@ from sllmctl.control.effects import (
 )
 from sllmctl.control.view import Checkpoint, ClusterView, Instance, Model, Node, PlacementRecord
 
-__all__ = ["apply", "read_view"]
+__all__ = ["apply", "read_estimates", "read_view"]
 
 
 def _upsert(row: type[Base]) -> Executable:
@@ -48,7 +59,9 @@ _STATEMENTS: dict[type, Executable] = {
     PutPlacement: _upsert(PlacementRow),
     PutModel: _upsert(ModelRow),
     PutInstance: _upsert(InstanceRow),
+    PutEstimate: _upsert(EstimateRow),
     EventView: insert(EventRow),
+    OutcomeView: insert(OutcomeRow),
     RemoveInstance: delete(InstanceRow).where(InstanceRow.id == bindparam("id_")),
     RemoveModelRow: delete(ModelRow).where(ModelRow.name == bindparam("name_")),
     RemoveCheckpointRow: delete(CheckpointRow).where(CheckpointRow.digest == bindparam("digest_")),
@@ -112,12 +125,15 @@ def _values(change: RowChange) -> dict[str, Any]:
             return {"digest_": change.digest}
         case RemovePlacement():
             return {"digest_": change.digest, "node_": change.node, "tier_": change.tier, "device_": change.device}
+        case PutEstimate():
+            return {"key": change.key, "samples": _json(change.samples), "changed_at": change.changed_at}
         case EventView() | OutcomeView():
             return msgspec.structs.asdict(change)
         case _:
             return {name: getattr(change, name) for name in change.__slots__}
 
 
+_samples = msgspec.json.Decoder(tuple[float, ...])
 _devices = msgspec.json.Decoder(tuple[int, ...])
 _faults = msgspec.json.Decoder(Fault)
 _phases = msgspec.json.Decoder(StartPhases)
@@ -145,3 +161,12 @@ def read_view(connection: Connection) -> ClusterView:
         values["phases"] = None if values["phases"] is None else _phases.decode(values["phases"])
         view.add_instance(Instance(**values))
     return view
+
+
+def read_estimates(connection: Connection) -> list[PutEstimate]:
+    """The coefficients as they were last committed."""
+    query = select(*EstimateRow.__table__.columns).order_by(EstimateRow.key)
+    return [
+        PutEstimate(row["key"], _samples.decode(row["samples"]), row["changed_at"])
+        for row in connection.execute(query).mappings()
+    ]

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select, update
 
+from schema.admin import OutcomeView
 from schema.errors import Conflict, InvalidInput, OutOfSpace, SllmError
 from schema.states import InstanceState, NodeState, Tier
 from schema.tables import ClusterRow
 from sllmctl.control.effects import (
+    PutEstimate,
     PutModel,
     RemoveCheckpointRow,
     RemoveInstance,
@@ -97,6 +99,29 @@ async def test_events_by_object_page_and_are_cut(url: str, tmp_path: Path) -> No
     await database.close()
 
 
+async def test_what_was_learned_is_kept_and_outcomes_are_cut(url: str, tmp_path: Path) -> None:
+    database = await Database.open(url, backup_dir=tmp_path, outcomes_keep=20)
+    await database.commit([PutEstimate("bps/n/disk", (1e9, 2e9), 5.0), PutEstimate("build/d/cpu", (0.1,), 5.0)])
+    await database.commit([PutEstimate("bps/n/disk", (2e9, 3e9), 6.0)])
+    for number in range(60):
+        await database.commit([_outcome(number)])
+    await database.close()
+    database = await Database.open(url, backup_dir=tmp_path)
+    assert await database.estimates() == [
+        PutEstimate("bps/n/disk", (2e9, 3e9), 6.0),
+        PutEstimate("build/d/cpu", (0.1,), 5.0),
+    ]
+    kept = await database.outcomes(limit=1000)
+    assert 20 <= len(kept) <= 23
+    assert kept == [_outcome(number) for number in range(60 - len(kept), 60)]
+    assert await database.outcomes(limit=2) == [_outcome(58), _outcome(59)]
+    await database.close()
+
+
+def _outcome(number: int) -> OutcomeView:
+    return OutcomeView(at=number, kind="start", model="m", node="n", source="disk", estimated_s=1.0, actual_s=number / 10)
+
+
 async def test_eight_tasks_that_read_and_then_write_lose_nothing(database: Database, url: str) -> None:
     await database.claim(1.0, "u")
     engine = write_engine(database_path(url)[0])
@@ -128,7 +153,7 @@ async def test_a_newer_schema_is_refused_and_left_alone(database: Database, url:
     with sqlite3.connect(tmp_path / "state.db") as connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
     connection.close()
-    with pytest.raises(Conflict, match=r"9999.*0001"):
+    with pytest.raises(Conflict, match=r"9999.*0002"):
         await Database.open(url, backup_dir=tmp_path)
     connection = sqlite3.connect(tmp_path / "state.db")
     assert connection.execute("SELECT version_num FROM alembic_version").fetchone() == ("9999",)

@@ -13,6 +13,7 @@ from sqlalchemy import create_engine
 
 from schema.errors import SllmError
 from schema.tables import Base
+from sllmctl.control.effects import PutEstimate
 from sllmctl.state import Database
 from tests.sllmctl.state import rows
 
@@ -33,57 +34,42 @@ async def test_the_migrations_make_the_tables_that_the_code_means(database: Data
     assert differences == []
 
 
-def _make_old(path: Path) -> None:
-    """A file of an older revision: the tables as they are, one of them as it was before, the revision put back."""
+def _make_first(path: Path) -> None:
+    """Make of a file of today one of the first release, 0001: what came since is taken away."""
     connection = sqlite3.connect(path)
-    connection.execute("UPDATE alembic_version SET version_num = '0000'")
+    for table in ("estimates", "outcomes"):
+        connection.execute(f"DROP TABLE {table}")
+    connection.execute("UPDATE alembic_version SET version_num = '0001'")
     connection.commit()
     connection.close()
 
 
-@pytest.fixture
-def older_revision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make revision 0000 known, so that 0001 is an upgrade from it."""
-    from alembic.script import ScriptDirectory
-
-    walk = ScriptDirectory.walk_revisions
-
-    class Older:
-        revision = "0000"
-
-    monkeypatch.setattr(ScriptDirectory, "walk_revisions", lambda self: [*walk(self), Older()])
-
-
-async def test_an_older_file_is_backed_up_before_it_is_migrated(
-    database: Database, url: str, tmp_path: Path, older_revision: None, monkeypatch: pytest.MonkeyPatch
+async def test_a_file_of_the_first_release_is_backed_up_and_migrated_with_all_that_it_holds(
+    database: Database, url: str, tmp_path: Path
 ) -> None:
     await database.commit(rows.whole())
     await database.close()
-    _make_old(tmp_path / "state.db")
-
-    def upgrade(config: object, target: str) -> None:
-        connection = config.attributes["connection"]  # type: ignore[attr-defined]
-        connection.exec_driver_sql("ALTER TABLE nodes ADD COLUMN note TEXT")
-        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0001'")
-
-    monkeypatch.setattr(command, "upgrade", upgrade)
+    _make_first(tmp_path / "state.db")
     opened = await Database.open(url, backup_dir=tmp_path / "backups")
     backup = opened.backup
     assert backup is not None
     assert (await opened.claim(1.0, "u")).generation == 1
+    assert list((await opened.load()).instances) == ["inst_1"]
+    assert await opened.estimates() == []
+    await opened.commit([PutEstimate("bps/n/disk", (1.0, 2.0), 3.0)])
     await opened.close()
     copy = sqlite3.connect(backup)
-    assert copy.execute("SELECT version_num FROM alembic_version").fetchone() == ("0000",)
+    assert copy.execute("SELECT version_num FROM alembic_version").fetchone() == ("0001",)
     assert copy.execute("SELECT id FROM instances").fetchone() == ("inst_1",)
     copy.close()
 
 
 async def test_a_failing_migration_changes_nothing(
-    database: Database, url: str, tmp_path: Path, older_revision: None, monkeypatch: pytest.MonkeyPatch
+    database: Database, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await database.commit(rows.whole())
     await database.close()
-    _make_old(tmp_path / "state.db")
+    _make_first(tmp_path / "state.db")
 
     def upgrade(config: object, target: str) -> None:
         connection = config.attributes["connection"]  # type: ignore[attr-defined]
