@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from schema.admin import EstimateErrorView, EstimatesView, OutcomeView, RequestView
+from schema.admin import EstimatesView, OutcomeView, RequestView
 from sllmctl.control.explain import DecisionsPort, ExplainerPort, explain, explain_request
 from sllmctl.control.view import ClusterView
 from sllmctl.gateway.answers import json_answer, known, read_number, read_query
+from sllmctl.planner.outcomes import summarise
 
 __all__ = ["EstimatesPort", "Explanations", "OutcomesPort", "RequestPort"]
 
@@ -34,7 +35,7 @@ class RequestPort(Protocol):
 
 
 class Explanations:
-    """``summarise`` makes the distribution of errors of outcomes. ``clock`` is the control loop's (Unix seconds)."""
+    """``clock`` is the control loop's (Unix seconds)."""
 
     def __init__(
         self,
@@ -45,12 +46,11 @@ class Explanations:
         decisions: DecisionsPort,
         estimates: EstimatesPort,
         database: OutcomesPort,
-        summarise: Callable[[Sequence[OutcomeView]], Iterable[EstimateErrorView]],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._view, self._router, self._database = view, router, database
         self._planner, self._decisions, self._estimates = planner, decisions, estimates
-        self._summarise, self._clock = summarise, clock
+        self._clock = clock
 
     def routes(self) -> dict[tuple[str, str], Callable[[Request], Awaitable[Response]]]:
         return {
@@ -76,7 +76,7 @@ class Explanations:
         kept = await self._database.outcomes(_OUTCOMES_LIMIT)
         return json_answer(
             EstimatesView(
-                errors=tuple(self._summarise(kept)),
+                errors=summarise(kept),
                 outcomes=tuple(kept[max(0, len(kept) - limit) :]),
                 coefficients=dict(self._estimates.coefficients()),
             )

@@ -7,7 +7,7 @@ import contextlib
 import socket
 import tempfile
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import httpx
 import pytest
 import uvicorn
 
-from schema.admin import EstimateErrorView, EventView, OutcomeView, ProgressView, RequestTimeline, RequestView, StatusView
+from schema.admin import EventView, OutcomeView, ProgressView, RequestTimeline, RequestView, StatusView
 from schema.errors import Conflict, Fault, InvalidCheckpoint, NotFound, Overloaded, SllmError
 from schema.ids import Epoch
 from schema.link import InstanceLoad
@@ -113,12 +113,6 @@ class _Estimates:
         return {"disk": 2e9}
 
 
-def _summarise(outcomes: Sequence[OutcomeView]) -> list[EstimateErrorView]:
-    bias_s = sum(outcome.actual_s - outcome.estimated_s for outcome in outcomes) / len(outcomes)
-    sizes = {"p50_s": 0.2, "p90_s": 0.4, "p99_s": 0.4, "median_actual_s": 1.2}
-    return [EstimateErrorView(kind="start", source="disk", count=len(outcomes), bias_s=bias_s, **sizes)]
-
-
 class _Router:
     def __init__(self) -> None:
         self.cancelled: list[str] = []
@@ -173,7 +167,6 @@ class _Manager:
                 decisions=self.decisions,
                 estimates=_Estimates(),
                 database=self.database,
-                summarise=_summarise,
                 clock=lambda: 77.0,
             ),
             status=self.status,
