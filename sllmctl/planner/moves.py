@@ -14,7 +14,7 @@ leaves a tenth of the gap before it. With T the estimate of a sequence and t its
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 
 from schema.states import InstanceState, Tier
@@ -50,18 +50,23 @@ class Target:
         self.peer = ""
         self.ask: Ask | None = None
         self.ground: Ground | None = None
-        self.drops: list[Exit] = []
+        self.drops: list[Exit] | None = None
 
 
 @dataclass(slots=True)
 class Victim:
-    """A busy instance with its sequences, and where they could go, the soonest first."""
+    """A busy instance with its sequences, and where they could go: when the last token would have moved, and to where. New
+    instances are looked for only if no ready one can take it. ``least_s``: no target is sooner."""
 
     instance: Instance
+    model: Model
     count: int
     tokens: int
     longest: int
-    targets: list[tuple[float, Target]]
+    targets: list[tuple[float, Target]] = field(default_factory=list)
+    least_s: float = 0.0
+    asked_ready: bool = False
+    asked_starts: bool = False
 
 
 @dataclass(slots=True, frozen=True)
@@ -120,12 +125,17 @@ class Movers:
 
     # --- victims and targets ---
 
-    def exit_of(self, instance: Instance) -> Exit | None:
-        """A busy instance as one that may leave by migrating, at the price of its soonest target; None if it may not."""
+    def exit_of(self, instance: Instance, limit_s: float) -> Exit | None:
+        """A busy instance as one that may leave by migrating, at the price of its soonest target; None if it may not, or not
+        for less than ``limit_s``."""
         if instance.id not in self._victims:
             self._victims[instance.id] = self._victim(instance)
         victim = self._victims[instance.id]
-        if victim is None:
+        if victim is None or victim.least_s >= limit_s:
+            return None
+        if not victim.targets:
+            self._find_targets(victim)
+        if not victim.targets or victim.targets[0][0] >= limit_s:
             return None
         soonest_s, target = victim.targets[0]
         pause_s = self._times(victim, target.node)[1]
@@ -141,17 +151,29 @@ class Movers:
         tokens = self._journals.tokens(instance.id)
         if not tokens:
             return None
-        found = Victim(instance, len(tokens), sum(tokens), max(tokens), [])
-        targets = self._ready_targets(instance, model) + self._start_targets(model)
-        for target in targets:
-            ready_s = 0.0
-            if target.ground is not None:
-                ready_s = self._ready_s(target, sorted(target.ground.rooms)[: model.spec.devices])
-            found.targets.append((ready_s + self._times(found, target.node)[0], target))
-        if not found.targets:
-            return None
-        found.targets.sort(key=lambda item: (item[0], item[1].instance.id if item[1].instance else "", item[1].node.id))
+        found = Victim(instance, model, len(tokens), sum(tokens), max(tokens))
+        found.least_s = self._times(found, self._view.nodes[instance.node])[0]
         return found
+
+    def _find_targets(self, victim: Victim) -> None:
+        """Ready instances; and, if there are none, nodes for a new one, the soonest first."""
+        if not victim.asked_ready:
+            victim.asked_ready = True
+            for target in self._ready_targets(victim.instance, victim.model):
+                victim.targets.append((self._times(victim, target.node)[0], target))
+            if victim.targets:
+                return
+        if not victim.asked_starts:
+            victim.asked_starts = True
+            count = victim.model.spec.devices
+            starts: list[tuple[float, Target]] = []
+            for target in self._start_targets(victim.model):
+                assert target.ground is not None
+                rooms = target.ground.rooms
+                devices = sorted(rooms, key=lambda index: (-rooms[index], index))[:count]
+                starts.append((self._ready_s(target, devices) + self._times(victim, target.node)[0], target))
+            starts.sort(key=lambda item: (item[0], item[1].node.id))
+            victim.targets += starts
 
     def _times(self, victim: Victim, node: Node) -> tuple[float, float]:
         """(until the last token has moved, how long each sequence stands still), the target being there."""
@@ -215,7 +237,7 @@ class Movers:
 
         for faster in (device, dram):
             for looked, name in enumerate(faster):
-                if looked == 2 * _TARGETS or consider(name):
+                if looked == _TARGETS or consider(name):
                     break
         members: Mapping[str, object] = fleet.open if self._abilities.fetch else disk
         for index in (view.free, view.loose):
@@ -224,7 +246,7 @@ class Movers:
                 if name not in members:
                     continue
                 looked += 1
-                if looked > 2 * _TARGETS or consider(name):
+                if looked > _TARGETS or consider(name):
                     break
         return found
 
@@ -247,17 +269,34 @@ class Movers:
             return None
         else:
             target.source = Tier.DEVICE
-        lying: dict[str, dict[int, int]] = {}
-        for index in here.rooms:
-            for digest, size in view.idle_weights.get((node.id, index), {}).items():
-                if digest not in (wanted.digest, self._asked.digest) and not view.holds_arena(node.id, digest):
-                    lying.setdefault(digest, {})[index] = size
-        for digest, frees in lying.items():
-            leaving = Exit(frees, self._prices.weights_s(node, digest))
-            leaving.drops = (digest,)
-            target.drops.append(leaving)
-        found = choose(here.rooms, self._unlodged(here, ()), {}, target.drops, wanted.count, wanted.least)
+        unlodged = self._unlodged(here, ())
+        if len(unlodged) < wanted.count:
+            return None
+        if sorted((here.rooms[index] for index in unlodged), reverse=True)[wanted.count - 1] >= wanted.least:
+            return target
+        loose = sorted((here.wholes[index] - view.committed_bytes.get((node.id, index), 0) for index in unlodged), reverse=True)
+        if loose[wanted.count - 1] < wanted.least:
+            return None
+        found = choose(here.rooms, unlodged, {}, self._drops(target), wanted.count, wanted.least)
         return target if found is not None else None
+
+    def _drops(self, target: Target) -> list[Exit]:
+        """The idle weights that could go from a target's node, priced when they are first needed."""
+        if target.drops is None:
+            assert target.ground is not None
+            assert target.ask is not None
+            view, node = self._view, target.node
+            lying: dict[str, dict[int, int]] = {}
+            for index in target.ground.rooms:
+                for digest, size in view.idle_weights.get((node.id, index), {}).items():
+                    if digest not in (target.ask.digest, self._asked.digest) and not view.holds_arena(node.id, digest):
+                        lying.setdefault(digest, {})[index] = size
+            target.drops = []
+            for digest, frees in lying.items():
+                leaving = Exit(frees, self._prices.weights_s(node, digest, max(frees.values())))
+                leaving.drops = (digest,)
+                target.drops.append(leaving)
+        return target.drops
 
     def _unlodged(self, here: Ground, claims: Sequence[Claim]) -> list[int]:
         if self._sharing:
@@ -332,7 +371,26 @@ class Movers:
         victim = self._victims[one.victim]
         assert victim is not None
         found: list[_Partial] = []
-        for soonest_s, target in victim.targets:
+        self._extend_with(here, devices, state, one, victim, 0, freed, limit_s, found)
+        if not found and not victim.asked_starts:
+            at = len(victim.targets)
+            self._find_targets(victim)
+            self._extend_with(here, devices, state, one, victim, at, freed, limit_s, found)
+        return found
+
+    def _extend_with(
+        self,
+        here: Ground,
+        devices: Sequence[int],
+        state: _Partial,
+        one: Exit,
+        victim: Victim,
+        since: int,
+        freed: tuple[int, ...],
+        limit_s: float,
+        found: list[_Partial],
+    ) -> None:
+        for soonest_s, target in victim.targets[since:]:
             if max(state.room_s, soonest_s) + state.delay_s >= limit_s:
                 break
             assigned = self._assign(here, devices, state.claims, victim, target)
@@ -351,7 +409,6 @@ class Movers:
                     (*state.claims, claim),
                 )
             )
-        return found
 
     def _assign(
         self, here: Ground, devices: Sequence[int], claims: tuple[Claim, ...], victim: Victim, target: Target
@@ -401,17 +458,20 @@ class Movers:
         for claim in beside:
             for index, size in zip(claim.devices, claim.device_bytes, strict=True):
                 rooms[index] -= size
-        for leaving in target.drops:
-            if leaving.drops[0] in dropped:
-                for index, size in leaving.frees.items():
-                    rooms[index] += size
+        if dropped:
+            for leaving in self._drops(target):
+                if leaving.drops[0] in dropped:
+                    for index, size in leaving.frees.items():
+                        rooms[index] += size
         allowed = [index for index in self._unlodged(there, beside) if node.id != here.node.id or index not in devices]
         if len(allowed) < wanted.count:
             return None
         token_bytes = -(-wanted.checkpoint.kv_token_bytes // wanted.count)
         least = max(wanted.least, victim.tokens * token_bytes)
-        drops = [leaving for leaving in target.drops if leaving.drops[0] not in dropped]
-        chosen = choose(rooms, allowed, {}, drops, wanted.count, least)
+        chosen = choose(rooms, allowed, {}, (), wanted.count, least)
+        if chosen is None:
+            drops = [leaving for leaving in self._drops(target) if leaving.drops[0] not in dropped]
+            chosen = choose(rooms, allowed, {}, drops, wanted.count, least)
         if chosen is None:
             return None
         _, places, taken = chosen

@@ -15,8 +15,9 @@ be made room in as well), devices of one node being taken by their room, not by 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from math import comb
 
@@ -25,7 +26,7 @@ import msgspec
 from schema.states import Tier
 from sllmctl.control.settings import ControlSettings
 from sllmctl.control.view import HOLDING, ClusterView, Instance, Model, Node
-from sllmctl.planner.estimates import Estimates, Startup
+from sllmctl.planner.estimates import Channel, Estimates, Startup
 from sllmctl.planner.memory import KvNeed, kv_given_bytes
 from sllmctl.planner.moves import Movers
 from sllmctl.planner.plans import Abilities, Candidate, Decision, Journals, Move, Plan, Rejection, Wait
@@ -39,10 +40,13 @@ _ENOUGH = 8
 """Places of one class without a queue that are compared: with so many, another is hardly better."""
 _CHEAP = 0.02
 """What costs others less than this part of the start is as good as free."""
-_SOLVED = 8
+_SOLVED = 4
 """Migrations are worked out for so many nodes of one plan."""
 _DEVICE_SETS = 6
 """So many sets of devices are tried on each."""
+
+
+_Chosen = tuple[float, list[int], list[Exit]]
 
 
 class PlannerOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -191,7 +195,6 @@ class _Search:
         self._device = view.nodes_with(asked.digest, Tier.DEVICE)
         self._dram = view.nodes_with(asked.digest, Tier.DRAM)
         self._disk = view.nodes_with(asked.digest, Tier.DISK)
-        self._moving = abilities.migrate
         self._solved = 0
         self._full = False
         self._movers: Movers | None = None
@@ -310,6 +313,8 @@ class _Search:
             if seen >= self._settings.plan_nodes:
                 return
             seen += 1
+            if self._slower(open_nodes[name]):
+                continue
             found = self._look(open_nodes[name], bounded=True)
             if isinstance(found, Option) and found.startup.queue_s <= 0.0:
                 enough += 1
@@ -358,16 +363,30 @@ class _Search:
     def _too_small(self, node: Node) -> Rejection | None:
         asked, inventory = self._asked, node.inventory
         assert inventory is not None
-        if len(inventory.devices) < asked.count:
+        whole = self._fleet.whole.room(node.id, asked.count)
+        if whole is None:
             return Rejection.FEW_DEVICES
-        wholes = sorted(
-            (device.memory_bytes - (0 if device.kind == "cpu" else asked.share) for device in inventory.devices), reverse=True
-        )
-        if wholes[asked.count - 1] < asked.least:
+        if whole - (0 if inventory.devices[0].kind == "cpu" else asked.share) < asked.least:
             return Rejection.SMALL_DEVICE
-        if node.id not in self._device and (self._view.arena_bytes_of(node.id, asked.digest) > inventory.arena.budget_bytes):
+        if node.id not in self._device and self._arena_bytes(node) > inventory.arena.budget_bytes:
             return Rejection.SMALL_ARENA
         return None
+
+    def _arena_bytes(self, node: Node) -> int:
+        return self._view.arena_bytes_of(node.id, self._asked.digest)
+
+    def _slower(self, node: Node) -> bool:
+        """True if no start on a node whose devices lack the weights could be better than the best so far."""
+        if self._best is None or not self._options.locality or node.id in self._device:
+            return False
+        asked, estimates = self._asked, self._estimates
+        floor_s = 0.0
+        if node.id not in self._dram:
+            channel = Channel.DISK if node.id in self._disk else Channel.NETWORK
+            floor_s = asked.checkpoint.image_bytes / estimates.bandwidth_bps(node, channel)
+        elif node.inventory is not None and node.inventory.devices[0].kind != "cpu":
+            floor_s = asked.share / estimates.bandwidth_bps(node, Channel.DEVICE)
+        return floor_s > self._best.key[0]
 
     def _on(self, node: Node, *, bounded: bool) -> Option | Rejection:
         """The best place on a node, or why there is none."""
@@ -382,7 +401,7 @@ class _Search:
         source, peer = self._source(node)
         if source is None or len(here.own) == len(here.rooms):
             return found
-        if self._view.arena_bytes_of(node.id, asked.digest) > here.inventory.arena.budget_bytes:
+        if self._arena_bytes(node) > here.inventory.arena.budget_bytes:
             return found if isinstance(found, Option) else Rejection.SMALL_ARENA
         other = self._try(here, list(here.rooms), source, peer, bounded=bounded)
         if not isinstance(other, Option):
@@ -432,25 +451,21 @@ class _Search:
             if startup.queue_s > 0.0 and self._options.locality:
                 devices, startup = self._least_queued(here, order, devices, source, peer, startup)
             return self._option(here, sorted(devices), source, peer, startup, [])
-        moving = None
-        if self._moving and not free and not deficit and (self._full or self._solved < _SOLVED):
-            moving = self._find_movers().exit_of
-        exits = exits_on(self._view, node, asked, self._prices, self._journals, self._settings, moving)
         taken: list[Exit] = []
         moves: tuple[Move, ...] = ()
+        everything = here.wholes if deficit or here.lodgers else None
+        exits = self._exits(here, everything or self._loose(here, allowed), busy=bool(deficit or here.lodgers))
         if not free:
             chosen = choose(rooms, allowed, here.lodgers, exits, count, asked.least)
-            if chosen is None:
-                return Rejection.BUSY_DEVICE
-            devices, taken = chosen[1], chosen[2]
-            if any(one.victim for one in exits):
-                limit_s = float("inf")
-                if bounded and self._best is not None:
-                    limit_s = self._best.key[0] - (startup.total_s - startup.queue_s if self._options.locality else 0.0)
-                solved = self._solve(here, allowed, devices, exits, limit_s)
-                if solved is None:
+            floor_s = startup.total_s - startup.queue_s if self._options.locality else 0.0
+            if chosen is None or (chosen[0] > _CHEAP * floor_s and not deficit):
+                limit_s = self._best.key[0] - floor_s if bounded and self._best is not None else float("inf")
+                found = self._with_busy(here, allowed, chosen, limit_s, deficit)
+                if found is None:
                     return Rejection.BUSY_DEVICE if limit_s == float("inf") else Rejection.SLOWER
-                devices, taken, moves = solved
+                devices, taken, moves = found
+            else:
+                devices, taken = chosen[1], chosen[2]
         for_arena: list[Exit] = []
         if deficit:
             more = self._clear_arena(here, exits, taken, deficit)
@@ -461,6 +476,46 @@ class _Search:
         if len(taken) > 1 and not here.lodgers and not moves:
             taken = spared(rooms, devices, asked.least, taken, for_arena)
         return self._option(here, sorted(devices), source, peer, None, taken, moves)
+
+    def _exits(
+        self, here: Ground, devices: Container[int], *, busy: bool, moving: Callable[[Instance], Exit | None] | None = None
+    ) -> list[Exit]:
+        return exits_on(
+            self._view, here.node, self._asked, self._prices, self._journals, self._settings,
+            devices=devices, busy=busy, moving=moving,
+        )  # fmt: skip
+
+    def _loose(self, here: Ground, allowed: list[int]) -> list[int]:
+        """The devices that would have room without idle weights, and without those who rest or leave already."""
+        view, node, least = self._view, here.node.id, self._asked.least
+        found: list[int] = []
+        for index in allowed:
+            key = (node, index)
+            room = here.wholes[index] - view.committed_bytes.get(key, 0)
+            if room + view.resting_bytes.get(key, 0) + view.leaving_bytes.get(key, 0) >= least:
+                found.append(index)
+        return found
+
+    def _with_busy(
+        self, here: Ground, allowed: list[int], chosen: _Chosen | None, limit_s: float, deficit: int
+    ) -> tuple[list[int], list[Exit], tuple[Move, ...]] | None:
+        """The best devices and who leaves them for less than ``limit_s``, the busy counted in, and where those of them go that
+        migrate; ``chosen`` is the best without the busy."""
+        asked = self._asked
+        best: tuple[list[int], list[Exit], tuple[Move, ...]] | None = None
+        if chosen is not None and chosen[0] <= limit_s:
+            limit_s, best = chosen[0], (chosen[1], chosen[2], ())
+        moving = None
+        if self._abilities.migrate and not deficit and (self._full or self._solved < _SOLVED):
+            self._solved += 1
+            moving = partial(self._find_movers().exit_of, limit_s=limit_s)
+        exits = self._exits(here, here.wholes, busy=True, moving=moving)
+        found = choose(here.rooms, allowed, here.lodgers, exits, asked.count, asked.least)
+        if found is None:
+            return best
+        if not any(one.victim for one in exits):
+            return (found[1], found[2], ()) if found[0] < limit_s or best is None else best
+        return self._solve(here, allowed, found[1], exits, limit_s) or best
 
     def _find_movers(self) -> Movers:
         if self._movers is None:
@@ -476,7 +531,6 @@ class _Search:
         """The best devices, who leaves them, and where the busy go: all sets of devices where those are few, or else the
         cheapest single ones, or the set that is cheapest before targets are assigned."""
         asked = self._asked
-        self._solved += 1
         if asked.count == 1:
             priced = [(choose(here.rooms, [index], here.lodgers, exits, 1, asked.least), index) for index in allowed]
             singles = sorted((found[0], index) for found, index in priced if found is not None)
@@ -490,7 +544,7 @@ class _Search:
             found = self._find_movers().solve(here, devices, exits, asked.least, limit_s)
             if found is not None:
                 best = (devices, found[0], found[1])
-                limit_s = max(one.room_s for one in found[0]) + sum(one.delay_s for one in found[0]) if found[0] else 0.0
+                limit_s = max((one.room_s for one in found[0]), default=0.0) + sum(one.delay_s for one in found[0])
         return best
 
     def _least_queued(
@@ -643,9 +697,9 @@ class _Search:
         limit_s = _CHEAP * option.startup.total_s
         lying = {digest for index in option.devices for digest in view.idle_weights.get((node.id, index), ())}
         items = sorted(
-            (self._prices.weights_s(node, digest), digest)
+            (self._prices.weights_s(node, digest, view.checkpoints[digest].image_bytes), digest)
             for digest in lying - gone - {asked.digest}
-            if not view.holds_arena(node.id, digest)
+            if digest in view.checkpoints and not view.holds_arena(node.id, digest)
         )
         for weights_s, digest in items:
             if min(rooms.values()) // 2 >= asked.wanted or weights_s > limit_s:

@@ -15,7 +15,7 @@ copies, since any of them may be the one that is called. An instance that drains
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from math import exp
 
 from schema.states import InstanceState, ModelState, Tier
@@ -74,40 +74,32 @@ class Prices:
             self._heats[digest] = found
         return found
 
-    def load_s(self, node: Node, digest: str) -> float:
+    def load_s(self, node: Node, digest: str, part_bytes: int) -> float:
         """Bringing a checkpoint's part back to one device of a node."""
-        view = self._view
-        checkpoint = view.checkpoints.get(digest)
-        if checkpoint is None:
-            return 0.0
-        found = self._bandwidths.get(node.id)
+        view, name = self._view, node.id
+        found = self._bandwidths.get(name)
         if found is None:
             estimates = self._estimates
             found = (estimates.bandwidth_bps(node, Channel.DISK), estimates.bandwidth_bps(node, Channel.DEVICE))
-            self._bandwidths[node.id] = found
-        disk_bps, device_bps = found
-        part = next((bytes_ for bytes_ in self._parts(node.id, digest)), checkpoint.image_bytes)
-        if node.id in view.nodes_with(digest, Tier.DRAM):
-            return part / device_bps
-        return max(part / device_bps, checkpoint.image_bytes / disk_bps)
+            self._bandwidths[name] = found
+        if name in view.nodes_with(digest, Tier.DRAM):
+            return part_bytes / found[1]
+        checkpoint = view.checkpoints.get(digest)
+        image_bytes = checkpoint.image_bytes if checkpoint is not None else part_bytes
+        return max(part_bytes / found[1], image_bytes / found[0])
 
-    def weights_s(self, node: Node, digest: str, *, busy: bool = False) -> float:
-        """Dropping a checkpoint's weights from a node's devices."""
+    def weights_s(self, node: Node, digest: str, part_bytes: int, *, busy: bool = False) -> float:
+        """Dropping a checkpoint's weights, so many bytes on each, from a node's devices."""
         heat = self.heat(digest)
         if heat <= 0.0 and not busy:
             return 0.0
         copies = max(1, len(self._view.nodes_with(digest, Tier.DEVICE)))
-        return (1.0 if busy else 1.0 - exp(-heat)) * self.load_s(node, digest) / copies
+        return (1.0 if busy else 1.0 - exp(-heat)) * self.load_s(node, digest, part_bytes) / copies
 
     def instance_s(self, instance: Instance, *, busy: bool) -> float:
         """Ending an instance, its weights left where they are."""
         called = 1.0 if busy else 1.0 - exp(-self.heat(instance.digest))
         return called * self._settings.start_base_s / max(1, len(self._view.instances_of(instance.model)))
-
-    def _parts(self, node: str, digest: str) -> Iterable[int]:
-        for record in self._view.placements_at(digest, node).values():
-            if record.tier is Tier.DEVICE:
-                yield record.size_bytes
 
 
 def remaining_s(instance: Instance, journals: Journals, settings: ControlSettings, now: float) -> float:
@@ -128,10 +120,13 @@ def exits_on(
     prices: Prices,
     journals: Journals,
     settings: ControlSettings,
+    *,
+    devices: Container[int],
+    busy: bool = True,
     moving: Callable[[Instance], Exit | None] | None = None,
 ) -> list[Exit]:
-    """All that may leave a node, in an order that depends on the view alone. ``moving``: a busy instance as one that migrates,
-    None if it has nowhere to go; without it none does."""
+    """All that may leave these devices of a node, in an order that depends on the view alone. Without ``busy``, none that has
+    sequences. ``moving``: a busy instance as one that migrates, None if it has nowhere to go; without it none does."""
     assert node.inventory is not None
     kinds = {device.index: device.kind for device in node.inventory.devices}
     holders: dict[str, list[Instance]] = {}
@@ -147,14 +142,20 @@ def exits_on(
                     idle.setdefault(digest, {})[index] = size
     exits: list[Exit] = []
     for digest, frees in idle.items():
-        if digest not in holders and not view.holds_arena(node.id, digest):
-            one = Exit(frees, prices.weights_s(node, digest))
+        if digest in holders or not any(index in devices for index in frees):
+            continue
+        if not view.holds_arena(node.id, digest):
+            one = Exit(frees, prices.weights_s(node, digest, max(frees.values())))
             one.drops = (digest,)
             exits.append(one)
     spare: dict[str, int] = {}
     for digest, group in holders.items():
         found: list[Exit] = []
+        if not any(index in devices for instance in group for index in instance.devices):
+            continue
         for instance in group:
+            if instance.running and not busy and instance.state is InstanceState.READY:
+                continue
             one_exit = _leave(view, instance, asked, prices, journals, settings, spare)
             if moving is not None and instance.running and instance.state is InstanceState.READY:
                 one_exit = _sooner(one_exit, moving(instance) if instance.model != asked.model.name else None)
@@ -272,7 +273,7 @@ def _with_weights(
                     one.frees[index] = one.frees.get(index, 0) + size
                     one.weights[index] = one.weights.get(index, 0) + size
                 if not moved:
-                    one.weights_s = prices.weights_s(node, digest, busy=busy)
+                    one.weights_s = prices.weights_s(node, digest, share, busy=busy)
                     one.delay_s += one.weights_s
             continue
         beside = {index for other in stays for index in other.devices}
