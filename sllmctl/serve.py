@@ -30,6 +30,7 @@ from sllmctl.control.gauges import cluster_gauges
 from sllmctl.control.live import LiveEffects
 from sllmctl.control.loop import ControlLoop
 from sllmctl.control.runner import Runner
+from sllmctl.control.watched import WatchedDatabase
 from sllmctl.gateway.admin import admin_app
 from sllmctl.gateway.app import api_app
 from sllmctl.gateway.metrics import Metrics
@@ -135,8 +136,9 @@ class Manager:
         )
         self._assets = Assets(settings.state_dir / "assets", self._links, settings.assets)
         loop = ControlLoop(view, ids=system_ids, epochs=epochs, settings=settings.control)
-        self._runner = Runner(loop, LiveEffects(database, self._links, self._router, self._assets, log))
         metrics = Metrics()
+        rows = WatchedDatabase(database, metrics.estimated)
+        self._runner = Runner(loop, LiveEffects(rows, self._links, self._router, self._assets, log))
         metrics.add(lambda: cluster_gauges(view, self._router))
         api = api_app(
             router=self._router,
