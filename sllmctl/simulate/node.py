@@ -99,6 +99,7 @@ class Life:
     def truth(self, fault: Fault | None = None) -> InstanceTruth:
         ready = self.engine is not None
         capacity = self.engine.capacity_tokens if self.engine is not None else 0
+        context = self.start.options.max_context_tokens or self.model.group.max_context_tokens
         return InstanceTruth(
             instance=self.instance,
             epoch=self.epoch,
@@ -106,7 +107,7 @@ class Life:
             state=self.state,
             devices=self.start.devices,
             kv_capacity_tokens=capacity,
-            max_context_tokens=min(self.start.options.max_context_tokens, capacity) if ready else 0,
+            max_context_tokens=min(context, capacity) if ready else 0,
             phases=self.phases,
             fault=fault,
         )
