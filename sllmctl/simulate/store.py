@@ -249,12 +249,14 @@ class Store:
         self._changed(digest)
 
     def _drop_weights(self, digest: str) -> None:
+        """From every device on which nobody uses them: that is what counts as idle, device by device."""
         found = [(device, part, weights) for device in self.devices for part, weights in device.parts_of(digest)]
         if not found:
             raise NotFound(f"checkpoint {digest} is on no device of this node")
-        if any(weights.users for _, _, weights in found):
-            raise Conflict(f"checkpoint {digest} is in use on a device; stop its instances first")
-        for device, part, _ in found:
+        idle = [(device, part) for device, part, weights in found if not weights.users]
+        if not idle:
+            raise Conflict(f"checkpoint {digest} is in use on every device where it lies; stop its instances first")
+        for device, part in idle:
             device.drop(digest, part)
 
     def _drop_resident(self, digest: str) -> None:

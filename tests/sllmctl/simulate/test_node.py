@@ -132,6 +132,17 @@ def test_weights_in_use_are_not_dropped_and_idle_ones_are() -> None:
     assert done.fault.code == "not_found"
 
 
+def test_weights_are_dropped_where_they_are_idle_and_stay_where_they_are_used() -> None:
+    bench = Bench()
+    bench.nodes["a"].store.place("m0", Tier.DRAM)
+    bench.start("i", "m0", (0,))
+    bench.start("j", "m0", (1,))
+    bench.run()
+    bench.stop("i")
+    assert bench.drop("m0", Tier.DEVICE).fault is None
+    assert bench.lies("m0") == {(Tier.DRAM, 0): (20 * GB, 0), (Tier.DEVICE, 1): (20 * GB, 1)}
+
+
 def test_weights_that_nobody_waits_for_any_more_do_not_stay_on_the_device() -> None:
     bench = Bench()
     bench.nodes["a"].store.place("m0", Tier.DISK)
