@@ -128,10 +128,10 @@ class Movers:
     def exit_of(self, instance: Instance, limit_s: float) -> Exit | None:
         """A busy instance as one that may leave by migrating, at the price of its soonest target; None if it may not, or not
         for less than ``limit_s``."""
-        if instance.id not in self._victims:
-            self._victims[instance.id] = self._victim(instance)
+        if self.least_s(instance) >= limit_s:
+            return None
         victim = self._victims[instance.id]
-        if victim is None or victim.least_s >= limit_s:
+        if victim is None:
             return None
         if not victim.targets:
             self._find_targets(victim)
@@ -143,6 +143,13 @@ class Movers:
         found.ids = (instance.id,)
         found.victim = instance.id
         return found
+
+    def least_s(self, instance: Instance) -> float:
+        """No move of a busy instance takes less; infinite if it may not move."""
+        if instance.id not in self._victims:
+            self._victims[instance.id] = self._victim(instance)
+        victim = self._victims[instance.id]
+        return float("inf") if victim is None else victim.least_s
 
     def _victim(self, instance: Instance) -> Victim | None:
         model = self._view.models.get(instance.model)

@@ -8,9 +8,10 @@ Nodes are looked at in classes, by where the weights come from: the device, DRAM
 the most free room come first, then those with the most room if what may leave had left; ties go to the place with more free
 memory, then to the smaller node id. A class has an end (settings.plan_nodes, or `_ENOUGH` places without a queue), and a node
 whose start alone would cost more than the best place so far is passed over. So of nodes that differ in nothing but room and
-queues the choice is the best among those looked at, and on clusters of up to `_ENOUGH` nodes the cost is never above that of
-the best place by more than its ``delay_s`` times ``2 * devices + 1`` (see `victims.choose`; 2 more where the DRAM budget has to
-be made room in as well), devices of one node being taken by their room, not by the queues of their links.
+queues the choice is the best among those looked at. On a cluster of up to `_ENOUGH` nodes its cost is at most the best place's
+start and ``2 * devices + 3`` times what that place's room costs, its time and what others pay (see `victims.choose`; all of it
+where the DRAM budget has to be made room in as well). Devices of one node are taken by their room first, and with migration
+only the soonest few targets of a victim, and only so many nodes, are worked out.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from math import comb
 
 import msgspec
 
-from schema.states import Tier
+from schema.states import InstanceState, Tier
 from sllmctl.control.settings import ControlSettings
 from sllmctl.control.view import HOLDING, ClusterView, Instance, Model, Node
 from sllmctl.planner.estimates import Channel, Estimates, Startup
@@ -331,6 +332,8 @@ class _Search:
             free, loose = view.free, view.loose
             rooms: list[tuple[bool, int, str]] = []
             for name in members:
+                if name in self._looked or (self._best is not None and name in fleet.open and self._slower(fleet.open[name])):
+                    continue
                 room = free.room(name, count)
                 if room is None:
                     if name in fleet.open:
@@ -453,8 +456,9 @@ class _Search:
             return self._option(here, sorted(devices), source, peer, startup, [])
         taken: list[Exit] = []
         moves: tuple[Move, ...] = ()
-        everything = here.wholes if deficit or here.lodgers else None
-        exits = self._exits(here, everything or self._loose(here, allowed), busy=bool(deficit or here.lodgers))
+        everything = bool(deficit or here.lodgers)
+        loose = here.wholes if everything else self._loose(here, allowed)
+        exits = self._exits(here, loose, busy=everything) if loose else []
         if not free:
             chosen = choose(rooms, allowed, here.lodgers, exits, count, asked.least)
             floor_s = startup.total_s - startup.queue_s if self._options.locality else 0.0
@@ -505,6 +509,8 @@ class _Search:
         best: tuple[list[int], list[Exit], tuple[Move, ...]] | None = None
         if chosen is not None and chosen[0] <= limit_s:
             limit_s, best = chosen[0], (chosen[1], chosen[2], ())
+        if best is not None and not self._busy_under(here.node, limit_s):
+            return best
         moving = None
         if self._abilities.migrate and not deficit and (self._full or self._solved < _SOLVED):
             self._solved += 1
@@ -516,6 +522,18 @@ class _Search:
         if not any(one.victim for one in exits):
             return (found[1], found[2], ()) if found[0] < limit_s or best is None else best
         return self._solve(here, allowed, found[1], exits, limit_s) or best
+
+    def _busy_under(self, node: Node, limit_s: float) -> bool:
+        """True if a busy instance of a node might leave for less than ``limit_s``."""
+        base_s = self._prices.least_s
+        for instance in self._view.instances_on(node.id).values():
+            if instance.running and instance.state is InstanceState.READY and instance.served:
+                if self._abilities.migrate and self._find_movers().least_s(instance) < limit_s:
+                    return True
+                replicas = len(self._view.instances_of(instance.model))
+                if base_s / replicas + self._journals.remaining_s(instance.id) < limit_s:
+                    return True
+        return False
 
     def _find_movers(self) -> Movers:
         if self._movers is None:

@@ -52,7 +52,8 @@ class Exit:
 
 
 class Prices:
-    """What losing something costs, as of one plan; probabilities are worked out once for each model."""
+    """What losing something costs, as of one plan; probabilities are worked out once for each model. ``least_s``: ending a busy
+    instance that is its model's only one costs no less."""
 
     def __init__(self, view: ClusterView, estimates: Estimates, settings: ControlSettings, now: float) -> None:
         self._view = view
@@ -61,6 +62,7 @@ class Prices:
         self._now = now
         self._heats: dict[str, float] = {}
         self._bandwidths: dict[str, tuple[float, float]] = {}
+        self.least_s = settings.start_base_s
 
     def heat(self, digest: str) -> float:
         """Recent calls of the deployed models that use a checkpoint, decayed until now."""
@@ -135,6 +137,8 @@ def exits_on(
             holders.setdefault(instance.digest, []).append(instance)
     idle: dict[str, dict[int, int]] = {}
     for index in kinds:
+        if index not in devices:
+            continue
         lying = view.idle_weights.get((node.id, index))
         if lying:
             for digest, size in lying.items():
@@ -142,9 +146,7 @@ def exits_on(
                     idle.setdefault(digest, {})[index] = size
     exits: list[Exit] = []
     for digest, frees in idle.items():
-        if digest in holders or not any(index in devices for index in frees):
-            continue
-        if not view.holds_arena(node.id, digest):
+        if digest not in holders and not view.holds_arena(node.id, digest):
             one = Exit(frees, prices.weights_s(node, digest, max(frees.values())))
             one.drops = (digest,)
             exits.append(one)
