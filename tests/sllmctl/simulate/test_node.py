@@ -143,6 +143,18 @@ def test_weights_are_dropped_where_they_are_idle_and_stay_where_they_are_used() 
     assert bench.lies("m0") == {(Tier.DRAM, 0): (20 * GB, 0), (Tier.DEVICE, 1): (20 * GB, 1)}
 
 
+def test_a_part_that_idles_beside_one_in_use_does_not_stay() -> None:
+    bench = Bench(machine(devices=3), group(devices=2))
+    bench.nodes["a"].store.place("m0", Tier.DRAM)
+    bench.start("i", "m0", (0, 1), kv=5 * GB)
+    bench.start("j", "m0", (1, 2), kv=5 * GB)
+    bench.run()
+    assert bench.lies("m0")[Tier.DEVICE, 1] == (20 * GB, 2)
+    bench.stop("i")
+    assert bench.lies("m0")[Tier.DEVICE, 1] == (10 * GB, 1)
+    assert bench.lies("m0")[Tier.DEVICE, 0] == (10 * GB, 0)
+
+
 def test_weights_that_nobody_waits_for_any_more_do_not_stay_on_the_device() -> None:
     bench = Bench()
     bench.nodes["a"].store.place("m0", Tier.DISK)
