@@ -163,7 +163,7 @@ class Store:
             weights = device.weights.get((digest, part))
             if weights is not None:
                 weights.users -= 1
-                # A manager counts a checkpoint once on a device: a part that idles beside one in use would be room that it misses.
+                # A manager counts a checkpoint once on a device: what idles beside a part in use is room that it does not see.
                 beside = any(other != part and one.users for other, one in device.parts_of(digest))
                 if not weights.users and (beside or not weights.whole):
                     device.drop(digest, part)
