@@ -2,8 +2,9 @@
 
 Every device of 80 GB is filled with instances and idle weights of models of 8 to 60 GB (the largest on two devices) until
 hardly any has room for one more; a checkpoint lies on 20 disks and in the DRAM of 2 nodes, a third of the instances rest, and
-a tenth of the nodes load something. Models are asked for at random, the view is changed between the questions as it is by a
-running cluster, and the processor time of each answer is measured. The first figures are without the ability to migrate, the second with it.
+some nodes load something. Models are asked for at random, the view is changed between the questions as it is by a running
+cluster, and the processor time of each answer is measured. The first figures are without the ability to migrate, the second
+with it.
 
     python -m bench.planner [--nodes 1000] [--models 10000] [--plans 2000] [--out FILE]
 """

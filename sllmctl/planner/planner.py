@@ -5,9 +5,10 @@ The cost of a place is ``startup_s + delay_s``. ``startup_s`` is the time until 
 pay (see `victims`; for those that migrate, `moves`).
 
 Nodes are looked at in classes, by where the weights come from: the device, DRAM, disk, another node. Within a class those with
-the most free room come first, then those with the most room if what may leave had left; ties go to the place with more free
-memory, then to the smaller node id. A class has an end (settings.plan_nodes, or `_ENOUGH` places without a queue), and a node
-whose start alone would cost more than the best place so far is passed over. So of nodes that differ in nothing but room and
+the most free room come first, then those with the most room if what may leave had left; ties go to a place for which nobody
+leaves, then to the one with more free memory, then to the smaller node id. A class has an end (settings.plan_nodes, or
+`_ENOUGH` places without a queue), and a node whose start alone would cost more than the best place so far is passed over. So
+of nodes that differ in nothing but room and
 queues the choice is the best among those looked at. On a cluster of up to `_ENOUGH` nodes its cost is at most the best place's
 start and ``2 * devices + 3`` times what that place's room costs, its time and what others pay (see `victims.choose`; all of it
 where the DRAM budget has to be made room in as well). Devices of one node are taken by their room first, and with migration
@@ -62,7 +63,7 @@ class PlannerOptions(msgspec.Struct, frozen=True, kw_only=True):
 class Option:
     """A place, before it is told: ``key`` orders them."""
 
-    key: tuple[float, int, str]
+    key: tuple[float, bool, int, str]
     node: Node
     devices: tuple[int, ...]
     source: Tier
@@ -383,13 +384,12 @@ class _Search:
         if self._best is None or not self._options.locality or node.id in self._device:
             return False
         asked, estimates = self._asked, self._estimates
-        floor_s = 0.0
         if node.id not in self._dram:
             channel = Channel.DISK if node.id in self._disk else Channel.NETWORK
-            floor_s = asked.checkpoint.image_bytes / estimates.bandwidth_bps(node, channel)
-        elif node.inventory is not None and node.inventory.devices[0].kind != "cpu":
-            floor_s = asked.share / estimates.bandwidth_bps(node, Channel.DEVICE)
-        return floor_s > self._best.key[0]
+            return asked.checkpoint.image_bytes > self._best.key[0] * estimates.bandwidth_bps(node, channel)
+        if node.inventory is None or node.inventory.devices[0].kind == "cpu":
+            return False
+        return asked.share > self._best.key[0] * estimates.bandwidth_bps(node, Channel.DEVICE)
 
     def _on(self, node: Node, *, bounded: bool) -> Option | Rejection:
         """The best place on a node, or why there is none."""
@@ -448,7 +448,7 @@ class _Search:
         startup = self._startup(here, devices, source, peer, asked.now)
         if bounded and self._best is not None and self._options.locality:
             floor_s = startup.total_s - startup.queue_s
-            if floor_s > self._best.key[0]:
+            if floor_s > self._best.key[0] or (floor_s == self._best.key[0] and not free and not self._best.exits):
                 return Rejection.SLOWER
         if free and not deficit:
             if startup.queue_s > 0.0 and self._options.locality:
@@ -509,7 +509,7 @@ class _Search:
         best: tuple[list[int], list[Exit], tuple[Move, ...]] | None = None
         if chosen is not None and chosen[0] <= limit_s:
             limit_s, best = chosen[0], (chosen[1], chosen[2], ())
-        if best is not None and not self._busy_under(here.node, limit_s):
+        if limit_s < float("inf") and not self._busy_under(here.node, limit_s):
             return best
         moving = None
         if self._abilities.migrate and not deficit and (self._full or self._solved < _SOLVED):
@@ -645,7 +645,7 @@ class _Search:
         free = min(here.rooms[index] + frees.get(index, 0) for index in devices)
         cost_s = room_s + delay_s + (startup.total_s if self._options.locality else 0.0)
         return Option(
-            key=(cost_s, -free, here.node.id),
+            key=(cost_s, bool(exits), -free, here.node.id),
             node=here.node,
             devices=tuple(devices),
             source=source,

@@ -80,9 +80,11 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     ``queue_s``: until its channels are free; ``load_s``: its bytes over the slowest of them; ``room_s``: until those who leave
     have left; ``startup_s``: all of it, until it is ready. ``delay_s``: what others pay: reloads that become likely, pauses.
 
-    ``drops``: idle weights that leave the device tier of this node; ``stops``: idle instances that end; ``drains``: busy ones
-    that take nothing new and end with their last sequence; ``moves``: busy ones that migrate; ``preempts``: busy ones that end
-    at once, their sequences resumed elsewhere from their journals (no plan of sllmctl's own planner does that).
+    ``drops``: checkpoints whose weights leave the device tier of this node: idle ones, and those of whoever leaves for it or
+    has been leaving, as soon as nothing uses them any more and before the newcomer begins; ``stops``: idle instances that
+    end; ``drains``: busy ones that take nothing new and end with their last sequence; ``moves``: busy ones that migrate;
+    ``preempts``: busy ones that end at once, their sequences resumed elsewhere from their journals (no plan of sllmctl's own
+    planner does that).
     ``free_bytes``: the room for its KV cache on the tightest of its devices.
     """
 

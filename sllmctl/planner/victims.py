@@ -92,11 +92,15 @@ class Prices:
 
     def weights_s(self, node: Node, digest: str, part_bytes: int, *, busy: bool = False) -> float:
         """Dropping a checkpoint's weights, so many bytes on each, from a node's devices."""
-        heat = self.heat(digest)
-        if heat <= 0.0 and not busy:
-            return 0.0
-        copies = max(1, len(self._view.nodes_with(digest, Tier.DEVICE)))
-        return (1.0 if busy else 1.0 - exp(-heat)) * self.load_s(node, digest, part_bytes) / copies
+        called = 1.0
+        if not busy:
+            heat = self._heats.get(digest)
+            if heat is None:
+                heat = self.heat(digest)
+            if heat <= 0.0:
+                return 0.0
+            called -= exp(-heat)
+        return called * self.load_s(node, digest, part_bytes) / (len(self._view.nodes_with(digest, Tier.DEVICE)) or 1)
 
     def instance_s(self, instance: Instance, *, busy: bool) -> float:
         """Ending an instance, its weights left where they are."""
