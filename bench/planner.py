@@ -115,9 +115,9 @@ class Cluster:
         self.view.put_placement(PlacementRecord(digest, node, tier, device, TierState.RESIDENT, size, users))
 
     def _fill(self, node: str) -> None:
-        """Instances and idle weights until four draws in a row find no room."""
+        """Instances and idle weights until forty draws find no room."""
         misses = 0
-        while misses < 4:
+        while misses < 40:
             number = self.draw.randrange(len(self.names))
             size, count = _SIZES[number % len(_SIZES)]
             inventory = self.view.nodes[node].inventory

@@ -40,6 +40,9 @@ __all__ = ["LocalityPlanner", "PlannerOptions"]
 
 _ENOUGH = 8
 """Places of one class without a queue that are compared: with so many, another is hardly better."""
+_MISSED = 16
+"""After so many nodes of a class on which nobody may leave, or not soon enough, the others are left for the next time; for
+requests that have aged they are not."""
 _CHEAP = 0.02
 """What costs others less than this part of the start is as good as free."""
 _SOLVED = 4
@@ -308,7 +311,7 @@ class _Search:
     def _walk(self, members: Mapping[str, object]) -> None:
         """Look at the nodes of a class: those with room, then those where some leave, then those where the busy would."""
         open_nodes, looked = self._fleet.open, self._looked
-        seen = enough = 0
+        seen = enough = missed = 0
         for name in self._by_room(members):
             if name in looked or name not in open_nodes:
                 continue
@@ -318,7 +321,11 @@ class _Search:
             if self._slower(open_nodes[name]):
                 continue
             found = self._look(open_nodes[name], bounded=True)
-            if isinstance(found, Option) and found.startup.queue_s <= 0.0:
+            if not isinstance(found, Option):
+                missed += 1
+                if missed >= _MISSED and not self._asked.aged:
+                    return
+            elif found.startup.queue_s <= 0.0:
                 enough += 1
                 others_s = found.room_s + found.delay_s
                 if enough >= _ENOUGH or (found.exits and others_s <= _CHEAP * found.startup.total_s):
@@ -509,7 +516,7 @@ class _Search:
         best: tuple[list[int], list[Exit], tuple[Move, ...]] | None = None
         if chosen is not None and chosen[0] <= limit_s:
             limit_s, best = chosen[0], (chosen[1], chosen[2], ())
-        if limit_s < float("inf") and not self._busy_under(here.node, limit_s):
+        if not self._busy_under(here.node, limit_s):
             return best
         moving = None
         if self._abilities.migrate and not deficit and (self._full or self._solved < _SOLVED):
@@ -525,14 +532,16 @@ class _Search:
 
     def _busy_under(self, node: Node, limit_s: float) -> bool:
         """True if a busy instance of a node might leave for less than ``limit_s``."""
-        base_s = self._prices.least_s
+        asked, base_s, age_s = self._asked, self._prices.least_s, self._settings.age_s
         for instance in self._view.instances_on(node.id).values():
             if instance.running and instance.state is InstanceState.READY and instance.served:
                 if self._abilities.migrate and self._find_movers().least_s(instance) < limit_s:
                     return True
-                replicas = len(self._view.instances_of(instance.model))
-                if base_s / replicas + self._journals.remaining_s(instance.id) < limit_s:
-                    return True
+                if asked.aged or (instance.ready_at is not None and asked.now - instance.ready_at >= age_s):
+                    known_s = self._journals.remaining_s(instance.id)
+                    least_s = base_s / len(self._view.instances_of(instance.model)) + min(known_s, self._settings.drain_s)
+                    if (known_s > 0.0 or asked.aged) and least_s < limit_s:
+                        return True
         return False
 
     def _find_movers(self) -> Movers:
