@@ -47,6 +47,10 @@ class RoomIndex:
         rooms = self._rooms.get(node)
         return rooms[count - 1] if rooms is not None and len(rooms) >= count else None
 
+    def at(self, count: int, place: int) -> str:
+        """The node at a place in the order of `nodes`, counted from 0."""
+        return self._index(count)[-1 - place][1]
+
     def count(self, count: int, least_bytes: int) -> int:
         """How many nodes `nodes` would yield."""
         index = self._index(count)

@@ -24,6 +24,10 @@ class LiveJournals:
         now = self._core.clock()
         return max((self._remaining_s(attempt, now) for attempt in self._running(instance)), default=0.0)
 
+    def resumed(self, instance: str) -> int:
+        """How many of the sequences on an instance were lost by another before."""
+        return sum(attempt.start > 0 or attempt.sequence.fruitless > 1 for attempt in self._running(instance))
+
     def wait_s(self, model: str) -> float | None:
         """How long until the last of those who wait for a model would run on its ready instances; None if nothing tells.
 
