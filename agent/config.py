@@ -3,7 +3,8 @@
 The run directory holds ``agent.sock``, ``agent.token`` (0600: what makes a dialler kin), ``node.json`` (this struct),
 ``roster.json`` (its processes, for the agent's next life), and a lock file per process (``agent.lock``, ``store.lock``,
 ``zygote.lock``), held with flock while the process lives. The data directory holds ``identity.json`` (name, cluster, newest
-generation seen), ``checkpoints/<digest>/<layout>/``, ``tmp/`` for what is being ingested or removed, and ``log/``.
+generation seen), ``disk.json`` (how fast the checkpoints' disk reads), ``checkpoints/<digest>/<layout>/``, ``tmp/`` for what is
+being ingested or removed, and ``log/``.
 """
 
 from __future__ import annotations

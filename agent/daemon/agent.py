@@ -16,6 +16,7 @@ from agent.daemon.adoption import Adoption
 from agent.daemon.attempts import Journal
 from agent.daemon.catalog import Checkpoints
 from agent.daemon.connection import Connection
+from agent.daemon.diskspeed import DiskSpeed
 from agent.daemon.identity import IdentityFile
 from agent.daemon.ingest import IngestCommand, ingest_command
 from agent.daemon.instances import Instances
@@ -87,6 +88,7 @@ class Agent:
         self._manager = ManagerLink(self._journal, self._truth, self._command, self._manager_changed)
         self._server = Server(config.socket_path, self._admit)
         self._inventory = inventory(config, None)
+        self._disk = DiskSpeed(config)
         self._devices = {device.index for device in devices(config)}
         self._admission = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -106,6 +108,7 @@ class Agent:
         self._manager_changed(False)
         watched: list[asyncio.Task[Any]] = [self._store_kin.start(), self._zygote_kin.start()]
         self._own(self._allow_truth(), "adoption")
+        self._own(self._disk.run(), "measure the disk's speed")
         ending = asyncio.create_task(self._shutdown.wait())
         try:
             await asyncio.wait([ending, *watched], return_when=asyncio.FIRST_COMPLETED)
@@ -125,6 +128,7 @@ class Agent:
 
     async def _end(self) -> None:
         self._shutdown.set()
+        self._disk.close()
         await self._operations.stop()
         self._instances.stop_all(self._grace_s)
         if not await self._instances.ended(self._grace_s + 2 * (TERM_S + KILL_S)):
@@ -225,7 +229,9 @@ class Agent:
 
     def _truth(self) -> NodeTruth:
         arena = self._store.arena
-        found = msgspec.structs.replace(self._inventory, arena=arena) if arena is not None else self._inventory
+        found = msgspec.structs.replace(
+            self._inventory, arena=arena or self._inventory.arena, disk_read_bps=self._disk.read_bps
+        )
         return NodeTruth(
             node=self._identity.identity.node,
             inventory=found,
@@ -236,6 +242,8 @@ class Agent:
         )
 
     def _command(self, message: Any) -> None:
+        if isinstance(message, StartInstance | Ingest | LoadCheckpoint):
+            self._disk.give_way()
         match message:
             case Submit():
                 self._relay.submit(message)
