@@ -12,7 +12,7 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from socket import socket
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from sllmctl.control.runner import Runner
 from sllmctl.control.watched import WatchedDatabase
 from sllmctl.gateway.admin import admin_app
 from sllmctl.gateway.app import api_app
+from sllmctl.gateway.explanations import Explanations
 from sllmctl.gateway.metrics import Metrics
 from sllmctl.gateway.router import Router
 from sllmctl.gateway.server import server_config
@@ -41,10 +42,14 @@ from sllmctl.listeners import bind_tcp, bind_unix
 from sllmctl.nodes.assets import Assets
 from sllmctl.nodes.links import Links
 from sllmctl.nodes.local import LocalAgent
+from sllmctl.planner.estimates import Estimates
+from sllmctl.planner.planner import LocalityPlanner
+from sllmctl.planner.plans import Abilities
 from sllmctl.state import Cluster, Database
 
 if TYPE_CHECKING:
     from sllmctl.config import NodeSettings, Settings
+    from sllmctl.control.effects import PutEstimate
     from sllmctl.control.view import ClusterView
 
 __all__ = ["run"]
@@ -85,7 +90,7 @@ async def _serve(settings: Settings) -> None:
         cluster = await database.claim(time.time(), str(uuid.uuid4()))
         host, port = api_socket.getsockname()[:2]
         api_url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        manager = Manager(settings, database, cluster, await database.load(), api_url)
+        manager = Manager(settings, database, cluster, await database.load(), await database.estimates(), api_url)
         await manager.serve(api_socket, admin_socket)
 
 
@@ -108,7 +113,15 @@ class _Server(uvicorn.Server):
 class Manager:
     """The parts of one manager, joined. Made before anything runs; `serve` starts them and ends them."""
 
-    def __init__(self, settings: Settings, database: Database, cluster: Cluster, view: ClusterView, api_url: str) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        cluster: Cluster,
+        view: ClusterView,
+        learned: Sequence[PutEstimate],
+        api_url: str,
+    ) -> None:
         self._settings = settings
         self._cluster = cluster
         self._view = view
@@ -135,7 +148,19 @@ class Manager:
             local=self._local,
         )
         self._assets = Assets(settings.state_dir / "assets", self._links, settings.assets)
-        loop = ControlLoop(view, ids=system_ids, epochs=epochs, settings=settings.control)
+        control = settings.control
+        estimates = Estimates(control)
+        estimates.restore(learned)
+        planner = LocalityPlanner(view, estimates, self._router.journals, control, Abilities())
+        loop = ControlLoop(
+            view,
+            ids=system_ids,
+            epochs=epochs,
+            settings=control,
+            estimates=estimates,
+            planner=planner,
+            journals=self._router.journals,
+        )
         metrics = Metrics()
         rows = WatchedDatabase(database, metrics.estimated)
         self._runner = Runner(loop, LiveEffects(rows, self._links, self._router, self._assets, log))
@@ -155,6 +180,14 @@ class Manager:
             router=self._router,
             status=self.status,
             settings=settings.admin,
+            explanations=Explanations(
+                view=view,
+                router=self._router,
+                planner=planner,
+                decisions=loop.decisions,
+                estimates=estimates,
+                database=database,
+            ),
         )
         self._api_server = _Server(server_config(api, settings.gateway, metrics))
         self._admin_server = _Server(server_config(admin, settings.gateway, lifespan=False))

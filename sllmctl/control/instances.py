@@ -6,10 +6,12 @@ from schema.errors import Fault, NotFound
 from schema.ids import Epoch
 from schema.link import EngineOptions, InstanceTruth, StartInstance, StopInstance
 from schema.states import InstanceState, ModelState, NodeState, can_become
+from sllmctl.control import learning
 from sllmctl.control.effects import RouteChanged, StopInstanceNow
 from sllmctl.control.turn import Turn
-from sllmctl.control.view import HOLDING, LIVE, Instance, Model
-from sllmctl.planner import Plan, context_tokens
+from sllmctl.control.view import HOLDING, LIVE, STANDING, Instance, Model
+from sllmctl.planner.memory import context_tokens
+from sllmctl.planner.plans import Plan
 
 __all__ = [
     "ACTIVE",
@@ -46,6 +48,12 @@ def move(turn: Turn, instance: Instance, state: InstanceState) -> None:
 def _set(turn: Turn, instance: Instance, state: InstanceState) -> None:
     if instance.state in HOLDING and state not in HOLDING:
         turn.freed = True
+    if instance.state in STANDING and state not in STANDING:
+        turn.settle[instance.node] = None
+    if instance.state is _I.STARTING and state is not _I.READY:
+        learning.ended(turn, instance)
+    if turn.core.takes_part(instance.id):
+        turn.involved[instance.id] = None
     turn.view.set_state(instance, state)
     if state is not _I.READY:
         turn.view.set_activity(instance, instance.running, None)
@@ -70,7 +78,7 @@ def route(turn: Turn, instance: Instance) -> None:
 
 
 def create(turn: Turn, model: Model, plan: Plan) -> Instance:
-    """A new instance where the plan says, its first life begun."""
+    """A new instance where the plan says: its room is reserved, its life begins when the room is there."""
     assert model.digest is not None
     best = plan.best
     instance = Instance(
@@ -89,10 +97,14 @@ def create(turn: Turn, model: Model, plan: Plan) -> Instance:
         reason=plan.reason,
         created_at=turn.now,
         changed_at=turn.now,
+        life_at=turn.now,
+        plan=plan,
     )
     turn.view.add_instance(instance)
+    turn.put_instance(instance)
     turn.event("instance", instance.id, "Scheduled", f"model {model.name} {plan.reason}")
-    begin_life(turn, instance)
+    turn.wake("instance", instance.id, turn.now + turn.settings.room_timeout_s)
+    route(turn, instance)
     return instance
 
 
@@ -101,6 +113,7 @@ def begin_life(turn: Turn, instance: Instance) -> None:
     model = turn.view.models[instance.model]
     move(turn, instance, _I.STARTING)
     instance.epoch = turn.core.epochs.next()
+    learning.began(turn, instance)
     instance.retry_at = instance.ready_at = None
     instance.phases = None
     instance.pid = instance.running = instance.kv_capacity_tokens = instance.max_context_tokens = 0
@@ -125,27 +138,36 @@ def begin_life(turn: Turn, instance: Instance) -> None:
     )
 
 
-def stop(turn: Turn, instance: Instance, reason: str, message: str) -> None:
-    """End an instance for good: one that serves drains first, one without a life is gone at once."""
+def stop(turn: Turn, instance: Instance, reason: str, message: str, *, grace_s: float | None = None) -> None:
+    """End an instance for good: one that serves drains first, for ``grace_s`` or else drain_s; with none at all it ends at
+    once, and so does one without a life."""
     match instance.state:
         case _I.DRAINING | _I.STOPPING | _I.STOPPED:
             return
-        case _I.READY:
+        case _I.READY if grace_s != 0.0:
             move(turn, instance, _I.DRAINING)
-            grace_s = turn.settings.drain_s
+            instance.grace_s = grace_s
+            given_s = _grace_s(turn, instance)
+        case _I.READY:
+            move(turn, instance, _I.STOPPING)
+            given_s = 0.0
         case _I.STARTING:
             move(turn, instance, _I.STOPPING)
-            grace_s = 0.0
+            given_s = 0.0
         case _:
             _acknowledge(turn, instance)
             retire(turn, instance, reason, message)
             return
     instance.life_at = turn.now
     turn.event("instance", instance.id, reason, message)
-    turn.wake("instance", instance.id, turn.now + grace_s + turn.settings.stop_timeout_s)
+    turn.wake("instance", instance.id, turn.now + given_s + turn.settings.stop_timeout_s)
     turn.rescale[instance.model] = None
     route(turn, instance)
-    turn.send(instance.node, StopInstance(instance=instance.id, epoch=instance.epoch, grace_s=grace_s))
+    turn.send(instance.node, StopInstance(instance=instance.id, epoch=instance.epoch, grace_s=given_s))
+
+
+def _grace_s(turn: Turn, instance: Instance) -> float:
+    return turn.settings.drain_s if instance.grace_s is None else instance.grace_s
 
 
 def stop_now(turn: Turn, event: StopInstanceNow) -> None:
@@ -199,7 +221,11 @@ def died(turn: Turn, instance: Instance, fault: Fault | None) -> None:
 def keep_alive_s(turn: Turn, model: Model) -> float:
     """How long an idle instance of a model is kept."""
     chosen = model.spec.scale.keep_alive_s
-    return turn.settings.keep_alive_least_s if chosen is None else chosen
+    if chosen is not None:
+        return chosen
+    settings = turn.settings
+    wanted = settings.keep_alive_per_reload * turn.core.planner.reload_s(model, turn.now)
+    return min(max(wanted, settings.keep_alive_least_s), settings.keep_alive_most_s)
 
 
 def _wanted(turn: Turn, instance: Instance, *, crashed: bool) -> bool:
@@ -265,7 +291,7 @@ def adopt(turn: Turn, instance: Instance, truth: InstanceTruth, *, whole: bool) 
         return
     if instance.state in _ENDING or instance.state not in LIVE:
         if whole:
-            grace_s = turn.settings.drain_s if instance.state is _I.DRAINING else 0.0
+            grace_s = _grace_s(turn, instance) if instance.state is _I.DRAINING else 0.0
             turn.send(instance.node, StopInstance(instance=instance.id, epoch=instance.epoch, grace_s=grace_s))
         if instance.state is _I.DRAINING and truth.state is _I.STOPPING:
             _set(turn, instance, _I.STOPPING)
@@ -297,6 +323,7 @@ def _take(turn: Turn, instance: Instance, truth: InstanceTruth) -> None:
         if before[0] is not _I.READY:
             instance.fault = None
             took = f" after {instance.phases.total_s:.2f} s" if instance.phases is not None else ""
+            learning.started(turn, instance)
             turn.event("instance", instance.id, "Ready", f"it serves model {instance.model}{took}")
     if before != (instance.state, instance.kv_capacity_tokens, instance.max_context_tokens):
         route(turn, instance)
@@ -308,6 +335,13 @@ def check(turn: Turn, instance: Instance) -> None:
         return
     settings = turn.settings
     match instance.state:
+        case _I.PLANNED:
+            at = instance.life_at + settings.room_timeout_s
+            if at > turn.now:
+                turn.wake("instance", instance.id, at)
+                return
+            message = f"its room has not come within room_timeout_s, {settings.room_timeout_s:g} s; it is planned anew"
+            retire(turn, instance, "NoRoom", message, level="warning")
         case _I.BACKOFF if instance.retry_at is not None:
             if instance.retry_at > turn.now:
                 turn.wake("instance", instance.id, instance.retry_at)
@@ -324,7 +358,7 @@ def check(turn: Turn, instance: Instance) -> None:
             _acknowledge(turn, instance)
             died(turn, instance, Fault("timed_out", f"it was not ready after start_timeout_s, {settings.start_timeout_s:g} s"))
         case _I.DRAINING | _I.STOPPING:
-            grace_s = settings.drain_s if instance.state is _I.DRAINING else 0.0
+            grace_s = _grace_s(turn, instance) if instance.state is _I.DRAINING else 0.0
             at = instance.life_at + grace_s + settings.stop_timeout_s
             if at > turn.now:
                 turn.wake("instance", instance.id, at)

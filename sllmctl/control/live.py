@@ -12,6 +12,7 @@ from sllmctl.control.effects import (
     Connect,
     Effect,
     Log,
+    Migrate,
     ModelChanged,
     RejectWaiting,
     RouteChanged,
@@ -72,5 +73,7 @@ class LiveEffects:
                 self._links.connect(node, address)
             case Log(level, message):
                 self._logger.log(logging.getLevelNamesMapping().get(level.upper(), logging.INFO), "%s", message)
+            case Migrate():
+                raise AssertionError("nodes cannot migrate yet: the planner's abilities must not include it")
             case _:
                 raise AssertionError(f"{type(effect).__name__} is the runner's own to carry out")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from schema.errors import Fault, SllmError
 from schema.ids import EpochCounter, IdSource
 from schema.link import InstanceUpdate, NodeTruth, OperationDone, PlacementUpdate
 from schema.states import InstanceState, ModelState, NodeState
-from sllmctl.control import instances, models, nodes, scaling
+from sllmctl.control import demand, drops, instances, learning, models, nodes, placing, prefetch, scaling
+from sllmctl.control.decisions import Decisions
 from sllmctl.control.effects import (
     AddModel,
     AddNode,
@@ -29,17 +32,35 @@ from sllmctl.control.effects import (
 from sllmctl.control.settings import ControlSettings
 from sllmctl.control.turn import Core, Turn
 from sllmctl.control.view import ClusterView
+from sllmctl.planner.plans import Journals, NoJournals, Planner
+
+if TYPE_CHECKING:
+    from sllmctl.planner.estimates import Estimates
 
 __all__ = ["ControlLoop"]
 
 
 class ControlLoop:
-    """The owner of cluster state. ``view`` is its own: others read it between steps and change nothing."""
+    """The owner of cluster state. ``view`` is its own: others read it between steps and change nothing.
 
-    def __init__(self, view: ClusterView, *, ids: IdSource, epochs: EpochCounter, settings: ControlSettings) -> None:
+    ``planner`` decides, over the same view and ``estimates``, which the loop keeps up to date. ``decisions`` are its latest.
+    """
+
+    def __init__(
+        self,
+        view: ClusterView,
+        *,
+        ids: IdSource,
+        epochs: EpochCounter,
+        settings: ControlSettings,
+        estimates: Estimates,
+        planner: Planner,
+        journals: Journals | None = None,
+    ) -> None:
         self.view = view
         self.settings = settings
-        self._core = Core(view, ids, epochs, settings)
+        self.decisions = Decisions(settings.decisions_keep)
+        self._core = Core(view, ids, epochs, settings, estimates, planner, journals or NoJournals(), self.decisions)
 
     def begin(self, now: float) -> Step:
         """The first step of a manager's life, after its state was loaded: nothing is connected, and the router knows nothing.
@@ -66,6 +87,8 @@ class ControlLoop:
         for instance in self.view.instances.values():
             instance.life_at = now
             instances.route(turn, instance)
+        if self.settings.prefetch_every_s:
+            turn.wake("prefetch", "", now + self.settings.prefetch_every_s)
         for node in self.view.nodes.values():
             if node.state is not NodeState.REMOVED:
                 turn.do(Connect(node.id, node.address))
@@ -86,7 +109,7 @@ class ControlLoop:
             case AddNode():
                 nodes.add(turn, event)
             case PrefillTimed():
-                pass
+                learning.prefilled(turn, event)
             case Tick():
                 self._tick(turn)
             case _:
@@ -95,18 +118,23 @@ class ControlLoop:
 
     def _finish(self, turn: Turn) -> Step:
         """Settle what the event has stirred up: scale the models it touched, then those that wait for the room it freed."""
-        view = self.view
-        while turn.rescale or turn.freed:
-            names = list(turn.rescale)
-            turn.rescale.clear()
-            if not names:
-                turn.freed = False
-                names = scaling.pending(turn)
-            for name in names:
-                model = view.models.get(name)
+        aged_asked = False
+        while turn.settle or turn.involved or turn.rescale or turn.freed:
+            for node in _taken(turn.settle):
+                placing.settle(turn, node)
+            for instance in _taken(turn.involved):
+                placing.follow(turn, instance)
+            if turn.freed and not aged_asked:
+                aged_asked = True
+                scaling.place_aged(turn)
+            for name in _taken(turn.rescale):
+                model = self.view.models.get(name)
                 if model is not None:
                     scaling.scale(turn, model)
                     models.finish_removal(turn, model)
+            if turn.freed and not (turn.settle or turn.involved or turn.rescale):
+                turn.freed = False
+                scaling.place_refused(turn)
         return turn.finish()
 
     def _command(self, turn: Turn, event: AddModel | DeployModel | StopModel | RemoveModel | StopInstanceNow) -> None:
@@ -160,6 +188,8 @@ class ControlLoop:
             model.waiting_since = None
         elif model.waiting_since is None:
             model.waiting_since = turn.now
+            if not self.view.instances_of(model.name):
+                demand.called(model, turn.now, self.settings.heat_s)
         turn.rescale[model.name] = None
 
     def _activity(self, turn: Turn, event: InstanceActivity) -> None:
@@ -167,8 +197,11 @@ class ControlLoop:
         if instance is None:
             return
         resting = not event.running and instance.state is InstanceState.READY
+        before = instance.running
         self.view.set_activity(instance, event.running, turn.now if resting else None)
-        instance.served |= event.running > 0
+        if event.running and not before:
+            instance.served = True
+            demand.called(self.view.models[instance.model], turn.now, self.settings.heat_s)
         if resting:
             turn.rescale[instance.model] = None
 
@@ -186,5 +219,15 @@ class ControlLoop:
                 case "node":
                     if (node := self.view.nodes.get(name)) is not None:
                         nodes.check(turn, node)
+                case "refused":
+                    scaling.look_around(turn)
+                case "prefetch":
+                    prefetch.look(turn)
                 case _:
-                    models.retry_drop(turn, name)
+                    drops.retry(turn, name)
+
+
+def _taken(marks: dict[str, None]) -> list[str]:
+    names = list(marks)
+    marks.clear()
+    return names

@@ -5,14 +5,14 @@ from __future__ import annotations
 import msgspec
 
 from schema.errors import Conflict, Fault, InvalidInput, NotFound
-from schema.link import CancelOperation, DropCheckpoint, Ingest, OperationDone, OperationsAcked
+from schema.link import CancelOperation, Ingest, OperationDone, OperationsAcked
 from schema.spec import PathSource
 from schema.states import InstanceState, ModelState, NodeState, Tier, can_become
-from sllmctl.control import instances
+from sllmctl.control import drops, instances, prefetch
 from sllmctl.control.effects import AddModel, DeployModel, ModelChanged, RejectWaiting, RemoveModel, StopModel
-from sllmctl.control.turn import Drop, Turn
+from sllmctl.control.turn import Turn
 from sllmctl.control.view import Model, Node
-from sllmctl.planner import context_tokens
+from sllmctl.planner.memory import context_tokens
 
 __all__ = [
     "add",
@@ -23,7 +23,6 @@ __all__ = [
     "forget_checkpoint",
     "operation_done",
     "remove",
-    "retry_drop",
     "say",
     "stop",
 ]
@@ -69,7 +68,8 @@ def add(turn: Turn, event: AddModel) -> None:
         turn.view.add_model(model)
         turn.put_model(model)
     else:
-        model.spec, model.op, model.node, model.fault, model.ingested = spec, op, node.id, None, None
+        model.spec, model.fault, model.ingested = spec, None, None
+        turn.view.set_operation(model, op, node.id)
         _move(turn, model, _M.INGESTING)
     turn.wake("model", model.name, turn.now + turn.settings.ingest_timeout_s)
     turn.event("model", model.name, "Ingesting", f"on node {node.name}")
@@ -95,17 +95,16 @@ def _ingest_node(turn: Turn, name: str | None) -> Node:
 
 def operation_done(turn: Turn, node: str, done: OperationDone) -> None:
     """An operation has ended: take its result in, and let the node forget it once that is durable."""
-    model = next((one for one in turn.view.models.values() if one.op == done.op), None)
-    drop = turn.core.drops.pop(done.op, None)
-    if drop is not None:
-        _dropped(turn, drop, done)
+    model = turn.view.model_of_op(done.op)
+    if drops.done(turn, done.op, done) or prefetch.done(turn, done.op):
+        pass
     elif model is not None and model.state is _M.INGESTING:
         if done.fault is None and done.digest not in turn.view.checkpoints:
             model.ingested = done.digest
             return
         _ingested(turn, model, done.digest, done.fault)
     elif model is not None:
-        model.op = model.node = None
+        turn.view.set_operation(model, None, None)
         turn.put_model(model)
         finish_removal(turn, model)
         if done.fault is None:
@@ -115,14 +114,14 @@ def operation_done(turn: Turn, node: str, done: OperationDone) -> None:
 
 def finish_ingest(turn: Turn, node: str, digest: str) -> None:
     """A checkpoint became known; an ingest that ended before it was stated is complete now."""
-    for model in list(turn.view.models.values()):
-        if model.ingested == digest and model.node == node and model.op is not None:
+    for model in turn.view.operating_on(node):
+        if model.ingested == digest and model.op is not None:
             operation_done(turn, node, OperationDone(op=model.op, digest=digest))
 
 
 def _ingested(turn: Turn, model: Model, digest: str, fault: Fault | None) -> None:
-    model.op = model.node = model.ingested = None
-    model.fault = fault
+    turn.view.set_operation(model, None, None)
+    model.fault, model.ingested = fault, None
     if fault is None:
         turn.view.set_digest(model, digest)
         _move(turn, model, _M.STOPPED)
@@ -210,7 +209,7 @@ def remove(turn: Turn, event: RemoveModel) -> None:
         if turn.view.nodes[model.node].state is NodeState.READY and model.ingested is None:
             turn.send(model.node, CancelOperation(op=model.op))
         else:
-            model.op = model.node = None
+            turn.view.set_operation(model, None, None)
     _undeploy(turn, model, "is being removed")
 
 
@@ -220,6 +219,8 @@ def finish_removal(turn: Turn, model: Model) -> None:
         return
     digest = model.digest
     turn.remove_model(model)
+    turn.core.decisions.forget(model.name)
+    turn.core.look_at.pop(model.name, None)
     turn.event("model", model.name, "Deleted", "it is forgotten")
     turn.do(ModelChanged(model.name, None, model.state, None, 0))
     if digest is not None:
@@ -234,37 +235,6 @@ def forget_checkpoint(turn: Turn, digest: str) -> None:
     for tier in (Tier.DRAM, Tier.DISK):
         for node in sorted(node for node, where in places if where is tier):
             if turn.view.nodes[node].state is NodeState.READY:
-                _drop(turn, Drop(node, digest, tier, 1))
+                drops.begin(turn, node, digest, tier)
     if not places:
         turn.remove_checkpoint(digest)
-
-
-def _drop(turn: Turn, drop: Drop) -> None:
-    op = turn.core.ids("op")
-    turn.core.drops[op] = drop
-    turn.send(drop.node, DropCheckpoint(op=op, digest=drop.digest, tier=drop.tier))
-
-
-def _dropped(turn: Turn, drop: Drop, done: OperationDone) -> None:
-    """A worker that has just ended may still be counted as a user: that Conflict is tried again, a bounded number of times."""
-    if done.fault is None or done.fault.code == "not_found":
-        return
-    if done.fault.code == "conflict" and drop.attempts < turn.settings.drop_attempts:
-        again = turn.core.ids("op")
-        turn.core.drops[again] = Drop(drop.node, drop.digest, drop.tier, drop.attempts + 1)
-        turn.wake("drop", again, turn.now + turn.settings.drop_retry_s)
-        return
-    name = turn.view.nodes[drop.node].name
-    message = f"it stays on {drop.tier.value} of node {name}: {done.fault.message}"
-    turn.event("checkpoint", drop.digest, "DropFailed", message, level="warning")
-
-
-def retry_drop(turn: Turn, op: str) -> None:
-    """A time asked for has come: try again to drop a checkpoint, unless a model uses it now."""
-    drop = turn.core.drops.get(op)
-    if drop is None:
-        return
-    if any(turn.view.models_of(drop.digest)) or turn.view.nodes[drop.node].state is not NodeState.READY:
-        del turn.core.drops[op]
-        return
-    turn.send(drop.node, DropCheckpoint(op=op, digest=drop.digest, tier=drop.tier))

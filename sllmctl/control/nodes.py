@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from schema.link import CancelOperation, CheckpointTruth, Ingest, NodeTruth
 from schema.states import InstanceState, ModelState, NodeState, Tier, TierState, can_become
-from sllmctl.control import instances, models
+from sllmctl.control import drops, instances, models, prefetch
 from sllmctl.control.effects import AddNode, CheckpointKnown, Connect, Log, NodeLost
 from sllmctl.control.turn import Turn
 from sllmctl.control.view import LIVE, Checkpoint, Node, PlacementKey, PlacementRecord
@@ -44,13 +44,15 @@ def lost(turn: Turn, event: NodeLost) -> None:
     for instance in turn.view.instances_on(node.id).values():
         instances.route(turn, instance)
         turn.rescale[instance.model] = None
-    for model in list(turn.view.models.values()):
-        if model.node == node.id and model.state is ModelState.DELETING:
-            model.op = model.node = None
+    for instance in list(turn.view.planned_on(node.id).values()):
+        instances.retire(turn, instance, "Gone", f"node {node.name} is unreachable, and it had not begun")
+    for model in turn.view.operating_on(node.id):
+        if model.state is ModelState.DELETING:
+            turn.view.set_operation(model, None, None)
             turn.put_model(model)
             turn.rescale[model.name] = None
-    for op in [op for op, drop in turn.core.drops.items() if drop.node == node.id]:
-        del turn.core.drops[op]
+    drops.lost(turn, node.id)
+    prefetch.lost(turn, node.id)
 
 
 def check(turn: Turn, node: Node) -> None:
@@ -75,6 +77,7 @@ def take_truth(turn: Turn, node: Node, truth: NodeTruth) -> None:
     turn.put_node(node)
     turn.view.set_inventory(node.id, truth.inventory)
     turn.freed = True
+    turn.settle[node.id] = None
     _take_checkpoints(turn, node, truth)
     _take_instances(turn, node, truth)
     _take_operations(turn, node, truth)
@@ -105,19 +108,19 @@ def _take_operations(turn: Turn, node: Node, truth: NodeTruth) -> None:
     for done in truth.done:
         models.operation_done(turn, node.id, done)
     wanted: set[str] = set()
-    for model in list(turn.view.models.values()):
-        if model.node != node.id or model.op is None:
+    for model in turn.view.operating_on(node.id):
+        if model.op is None:
             continue
         if model.state is ModelState.INGESTING:
             wanted.add(model.op)
             if model.ingested is None:
                 turn.send(node.id, Ingest(op=model.op, source=model.spec.source))
         elif model.state is ModelState.DELETING and model.op not in truth.ops:
-            model.op = model.node = None
+            turn.view.set_operation(model, None, None)
             turn.put_model(model)
             turn.rescale[model.name] = None
     for op in truth.ops:
-        if op not in wanted and op not in turn.core.drops:
+        if op not in wanted and op not in turn.core.drops and op not in turn.core.prefetches:
             turn.send(node.id, CancelOperation(op=op))
 
 
@@ -147,17 +150,21 @@ def take_checkpoint(turn: Turn, node: Node, truth: CheckpointTruth) -> None:
         )
         turn.view.add_checkpoint(checkpoint)
         turn.put_checkpoint(checkpoint)
-    gone: dict[PlacementKey, PlacementRecord] = {
-        key: record for key, record in turn.view.placements_of(truth.digest).items() if record.node == node.id
-    }
+    gone: dict[PlacementKey, PlacementRecord] = dict(turn.view.placements_at(truth.digest, node.id))
     for one in held:
         device = one.device if one.tier is Tier.DEVICE else 0
         record = PlacementRecord(truth.digest, node.id, one.tier, device, one.state, one.size_bytes, one.users)
         before = gone.pop(record.key, None)
+        dropping = (node.id, truth.digest, one.tier) in turn.core.dropping and not one.users
+        if dropping and before is not None and before.state is TierState.EVICTING and one.state is TierState.RESIDENT:
+            continue
         if before is not None and (before.state, before.users, before.size_bytes) == (one.state, one.users, one.size_bytes):
             continue
         turn.view.put_placement(record)
-        turn.freed = True
+        turn.freed |= one.state is TierState.RESIDENT and (
+            before is None or before.state is not one.state or one.users < before.users
+        )
+        turn.settle[node.id] = None
         if before is None or (before.state, before.size_bytes) != (one.state, one.size_bytes):
             turn.put_placement(record)
         if one.state is TierState.QUARANTINED and (before is None or before.state is not TierState.QUARANTINED):
@@ -166,6 +173,7 @@ def take_checkpoint(turn: Turn, node: Node, truth: CheckpointTruth) -> None:
     for record in gone.values():
         turn.remove_placement(record)
         turn.freed = True
+        turn.settle[node.id] = None
     if any(one.state is TierState.RESIDENT for one in held):
         turn.do(CheckpointKnown(truth.digest, node.id))
         models.finish_ingest(turn, node.id, truth.digest)

@@ -1,85 +1,169 @@
-"""How many instances a model has: its minimum, what waits for it, its keep-alive, its maximum."""
+"""How many instances: a model's minimum, what waits for it, its keep-alive, its maximum; and who is asked first.
+
+Models that were refused are kept in the order in which they were. Whenever room may have appeared, those whose requests wait
+for age_s or more are asked before anything else may take it, the longest-refused first; then the models that the event
+touched; then the other refused ones. Each time it ends after `_IN_A_ROW` refusals in a row: what is too little for so many is
+hardly room for the next. So that none is passed over for ever, the rest is asked in turn, as many every evict_look_s.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from schema.errors import Fault, Unschedulable
 from schema.states import InstanceState, ModelState, NodeState
-from sllmctl.control import instances
+from sllmctl.control import instances, placing
 from sllmctl.control.effects import RejectWaiting
 from sllmctl.control.turn import Turn
 from sllmctl.control.view import Instance, Model
-from sllmctl.planner import Plan, make_room, place
+from sllmctl.planner.plans import Plan, Refusal, Wait
 
-__all__ = ["pending", "scale"]
+__all__ = ["look_around", "place_aged", "place_refused", "scale"]
 
 _I = InstanceState
+_IN_A_ROW = 4
+_LONGEST_LOOK_S = 10.0
+"""A wait that was decided is looked at again within this, however long it is."""
 
 
-def pending(turn: Turn) -> list[str]:
-    """Models that were refused a place, those whose requests wait longest first, so that none starves."""
-    refused = [turn.view.models[name] for name in turn.view.refused]
-    never = float("inf")
-    refused.sort(key=lambda model: (never if model.waiting_since is None else model.waiting_since, model.name))
-    return [model.name for model in refused]
+def place_aged(turn: Turn) -> None:
+    """Room may have appeared: those whose requests wait too long already are asked first."""
+    row = 0
+    for name in tuple(turn.view.refused):
+        model = turn.view.models[name]
+        if model.waiting_since is None or turn.now - model.waiting_since < turn.settings.age_s:
+            if model.waiting_since is not None:
+                return
+            continue
+        scale(turn, model, look=True)
+        row = row + 1 if model.refusal else 0
+        if row == _IN_A_ROW:
+            return
 
 
-def scale(turn: Turn, model: Model) -> None:
-    """Start or stop instances until the model has what it should have now; ask to be woken when time alone changes that."""
+def place_refused(turn: Turn) -> None:
+    """Room may have appeared: those who were refused are asked again, as the module says."""
+    refused = tuple(turn.view.refused)
+    asked = _ask(turn, refused)
+    turn.core.unasked = len(refused) - asked
+    if turn.core.unasked:
+        turn.wake("refused", "", turn.now + turn.settings.evict_look_s)
+
+
+def look_around(turn: Turn) -> None:
+    """A time asked for has come: the longest-refused are asked again, and some of the others in turn."""
+    core = turn.core
+    refused = tuple(turn.view.refused)
+    asked = _ask(turn, refused)
+    if asked < len(refused):
+        turned = core.turned % len(refused)
+        asked += _ask(turn, refused[turned:] + refused[:turned])
+        core.turned = turned + _IN_A_ROW
+    core.unasked = max(0, core.unasked - asked)
+    if core.unasked or any(turn.view.models[name].waiting for name in turn.view.refused):
+        turn.wake("refused", "", turn.now + turn.settings.evict_look_s)
+
+
+def _ask(turn: Turn, names: Iterable[str]) -> int:
+    """Until `_IN_A_ROW` are refused; returns how many were asked."""
+    row = asked = 0
+    for name in names:
+        model = turn.view.models.get(name)
+        if model is None or not model.refusal:
+            continue
+        scale(turn, model, look=True)
+        asked += 1
+        row = row + 1 if model.refusal else 0
+        if row == _IN_A_ROW:
+            break
+    return asked
+
+
+def scale(turn: Turn, model: Model, *, look: bool = False) -> None:
+    """Start or stop instances until the model has what it should have now; ask to be woken when time alone changes that.
+
+    A model that is to wait, or was refused, is not planned for again at each of its requests, unless it is time to ``look``.
+    """
     if model.state is not ModelState.DEPLOYED:
         turn.view.set_refusal(model, "")
         for instance in list(turn.view.instances_of(model.name).values()):
             instances.stop(turn, instance, "Stopping", f"model {model.name} is {model.state.value}")
         return
-    _start_missing(turn, model)
+    _start_missing(turn, model, look)
     _stop_surplus(turn, model)
 
 
-def _start_missing(turn: Turn, model: Model) -> None:
-    before = model.refusal
-    turn.view.set_refusal(model, "")
-    for _ in range(_missing(turn, model)):
-        found = place(turn.view, model, turn.settings)
-        if isinstance(found, Plan):
-            instances.create(turn, model, found)
-            continue
-        turn.view.set_refusal(model, found.reason)
-        if found.reason != before:
-            turn.event("model", model.name, "Unschedulable", found.reason, level="warning")
-        if model.waiting and found.hopeless and not _active(turn, model):
-            turn.do(RejectWaiting(model.name, Fault.of(Unschedulable(found.reason))))
-        if model.waiting and not found.hopeless:
-            _evict_idle(turn, model)
+def _start_missing(turn: Turn, model: Model, look: bool) -> None:
+    view, core = turn.view, turn.core
+    missing = _missing(turn, model)
+    if missing and model.waiting and not look and core.look_at.get(model.name, 0.0) > turn.now:
+        turn.wake("model", model.name, core.look_at[model.name])
         return
-    failed = [one for one in turn.view.instances_of(model.name).values() if one.state is _I.FAILED]
+    core.look_at.pop(model.name, None)
+    while missing:
+        wait_s = core.journals.wait_s(model.name) if model.waiting and _serving(turn, model) else None
+        decision = core.planner.plan(model, turn.now, wait_s=wait_s)
+        if isinstance(decision, Plan):
+            waiting = model.waiting
+            instance = placing.carry_out(turn, model, decision)
+            core.decisions.add(turn.now, model.name, instance.id, waiting, decision)
+            view.set_refusal(model, "")
+            missing -= 1
+            continue
+        core.decisions.add(turn.now, model.name, None, model.waiting, decision)
+        if isinstance(decision, Wait):
+            view.set_refusal(model, "")
+            _look_later(turn, model, min(max(decision.wait_s / 2, turn.settings.evict_look_s), _LONGEST_LOOK_S))
+        else:
+            _refused(turn, model, decision)
+        return
+    view.set_refusal(model, "")
+    failed = [one for one in view.instances_of(model.name).values() if one.state is _I.FAILED]
     if model.waiting and failed and not _active(turn, model):
         why = failed[-1].fault.message if failed[-1].fault is not None else "unknown"
         text = f"model {model.name!r} has only failed instances, the last for: {why}; deploy it again to retry"
         turn.do(RejectWaiting(model.name, Fault.of(Unschedulable(text))))
 
 
-def _evict_idle(turn: Turn, model: Model) -> None:
-    """Stop idle instances of others for a model whose requests wait; it is placed when their room is free."""
-    eviction = make_room(turn.view, model, turn.now, turn.settings)
-    for victim in () if eviction is None else eviction.instances:
-        instances.stop(turn, turn.view.instances[victim], "Evicted", f"it was idle, and model {model.name} waits for its room")
-    turn.wake("model", model.name, turn.now + turn.settings.evict_look_s)
+def _look_later(turn: Turn, model: Model, seconds: float) -> None:
+    turn.core.look_at[model.name] = turn.now + seconds
+    turn.wake("model", model.name, turn.now + seconds)
+
+
+def _refused(turn: Turn, model: Model, refusal: Refusal) -> None:
+    if refusal.reason != model.refusal:
+        turn.event("model", model.name, "Unschedulable", refusal.reason, level="warning")
+    turn.view.set_refusal(model, refusal.reason)
+    if not model.waiting:
+        return
+    if not refusal.hopeless:
+        turn.core.look_at[model.name] = float("inf")
+        turn.wake("refused", "", turn.now + turn.settings.evict_look_s)
+    elif not _active(turn, model):
+        turn.do(RejectWaiting(model.name, Fault.of(Unschedulable(refusal.reason))))
 
 
 def _active(turn: Turn, model: Model) -> list[Instance]:
-    return [one for one in turn.view.instances_of(model.name).values() if one.state in instances.ACTIVE]
+    """The instances that a model has; one that moves is replaced by its target."""
+    there = turn.view.instances_of(model.name).values()
+    return [one for one in there if one.state in instances.ACTIVE and not one.moving]
+
+
+def _serving(turn: Turn, model: Model) -> bool:
+    there = turn.view.instances_of(model.name).values()
+    return any(one.state is _I.READY and turn.view.nodes[one.node].state is NodeState.READY for one in there)
 
 
 def _missing(turn: Turn, model: Model) -> int:
     """How many instances to start now. A failed one keeps its slot, or a model that always fails would start for ever."""
     rule = model.spec.scale
     there = list(turn.view.instances_of(model.name).values())
-    active = [one for one in there if one.state in instances.ACTIVE]
+    active = [one for one in there if one.state in instances.ACTIVE and not one.moving]
     slots = rule.max - len(active) - sum(one.state is _I.FAILED for one in there)
     below = rule.min - (rule.max - slots)
     if not model.waiting:
         return max(0, min(below, slots))
-    serving = sum(one.state is _I.READY and turn.view.nodes[one.node].state is NodeState.READY for one in active)
-    if serving and model.waiting_since is not None:
+    if model.waiting_since is not None and _serving(turn, model) and turn.core.journals.wait_s(model.name) is None:
         at = model.waiting_since + turn.settings.scale_up_after_s
         if at > turn.now:
             turn.wake("model", model.name, at)
@@ -99,10 +183,16 @@ def _stop_surplus(turn: Turn, model: Model) -> None:
     spare = len(active) - rule.min
     if model.waiting or spare <= 0:
         return
-    keep_alive_s = instances.keep_alive_s(turn, model)
+    for instance in [one for one in active if one.state is _I.PLANNED and not turn.core.is_moved_to(one.id)][:spare]:
+        instances.stop(turn, instance, "Gone", "nobody waits for it any more")
+        active.remove(instance)
+        spare -= 1
+    keep_alive_s = -1.0
     for instance in sorted(active, key=lambda one: (one.idle_since or 0.0, one.id)):
         if instance.idle_since is None or instance.running or turn.view.nodes[instance.node].state is not NodeState.READY:
             continue
+        if keep_alive_s < 0.0:
+            keep_alive_s = instances.keep_alive_s(turn, model)
         at = instance.idle_since + keep_alive_s
         if at > turn.now:
             turn.wake("model", model.name, at)

@@ -20,7 +20,9 @@ class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     ``local_node``: the name of the node that runs beside the manager, where a source without a node lies.
     ``unreachable_grace_s``: instances of a node that is away for longer count as lost.
     ``start_timeout_s``: a life that is not ready after so long is given up and counted as a death.
-    ``drain_s``: what a stopped instance gets to finish its sequences. ``stop_timeout_s``: a node that has not stopped an
+    ``drain_s``: what a stopped instance gets to finish its sequences; ``drain_longest_s``: what it gets when it leaves only to
+    make room. ``room_timeout_s``: a planned instance whose room has not come by then is planned anew.
+    ``stop_timeout_s``: a node that has not stopped an
     instance so long after its drain is told again.
     ``ingest_timeout_s``: an ingest is cancelled after this. ``drop_retry_s``, ``drop_attempts``: a checkpoint still in use
     when it is to be dropped. ``reply_timeout_s``: an operator's command waits so long for its answer.
@@ -52,6 +54,8 @@ class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     unreachable_grace_s: _Seconds = 60.0
     start_timeout_s: _Seconds = 600.0
     drain_s: _Seconds = 30.0
+    drain_longest_s: _Seconds = 300.0
+    room_timeout_s: Annotated[float, Meta(gt=0, le=86400)] = 400.0
     stop_timeout_s: Annotated[float, Meta(gt=0, le=86400)] = 30.0
     ingest_timeout_s: _Seconds = 6 * 3600.0
     drop_retry_s: _Seconds = 1.0

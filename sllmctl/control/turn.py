@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from schema.admin import EventView
 from schema.ids import EpochCounter, IdSource
 from schema.link import InstanceTruth, ManagerMessage
 from schema.states import NodeState, Tier
+from sllmctl.control.decisions import Decisions
 from sllmctl.control.effects import (
     Effect,
     Log,
@@ -32,11 +34,15 @@ from sllmctl.control.effects import (
 )
 from sllmctl.control.settings import ControlSettings
 from sllmctl.control.view import Checkpoint, ClusterView, Instance, Model, Node, PlacementKey, PlacementRecord
+from sllmctl.planner.plans import Journals, Planner
 
-__all__ = ["Core", "Drop", "Timers", "Turn"]
+if TYPE_CHECKING:
+    from sllmctl.planner.estimates import Estimates
+
+__all__ = ["Core", "Drop", "Moving", "Timers", "Turn"]
 
 TimerKey = tuple[str, str]
-"""What is to be looked at when its time has come: ("model" | "instance" | "node" | "drop", its id)."""
+"""What is to be looked at when its time has come: ("model" | "instance" | "node" | "drop" | "refused" | "prefetch", its id)."""
 
 
 class Timers:
@@ -76,22 +82,70 @@ class Drop:
     attempts: int
 
 
+@dataclass(frozen=True, slots=True)
+class Moving:
+    """A busy instance whose sequences go to ``target``, so that ``cause`` gets its room; ``made``: the target is there only
+    for it."""
+
+    source: str
+    target: str
+    cause: str
+    made: bool
+
+
 @dataclass(slots=True)
 class Core:
-    """What lasts from step to step."""
+    """What lasts from step to step. ``dropping`` finds a drop by what it drops; ``prefetches`` are loads ahead of need by
+    operation, each a node and a checkpoint; ``moves`` are by source. ``look_at``: a model is not planned for before
+    then. ``turned`` and ``unasked`` are of `scaling.look_around`: whose turn is next, and how many were not asked yet."""
 
     view: ClusterView
     ids: IdSource
     epochs: EpochCounter
     settings: ControlSettings
+    estimates: Estimates
+    planner: Planner
+    journals: Journals
+    decisions: Decisions
     timers: Timers = field(default_factory=Timers)
     drops: dict[str, Drop] = field(default_factory=dict)
+    dropping: dict[tuple[str, str, Tier], str] = field(default_factory=dict)
+    prefetches: dict[str, tuple[str, str]] = field(default_factory=dict)
+    moves: dict[str, Moving] = field(default_factory=dict)
+    look_at: dict[str, float] = field(default_factory=dict)
+    turned: int = 0
+    unasked: int = 0
+    prefill_outcome_at: float = 0.0
     woken_at: float | None = None
+    _moves_of: dict[str, dict[str, Moving]] = field(default_factory=dict)
+
+    def begin_move(self, moving: Moving) -> None:
+        self.moves[moving.source] = moving
+        for name in (moving.source, moving.target, moving.cause):
+            self._moves_of.setdefault(name, {})[moving.source] = moving
+
+    def end_move(self, moving: Moving) -> None:
+        del self.moves[moving.source]
+        for name in (moving.source, moving.target, moving.cause):
+            del self._moves_of[name][moving.source]
+            if not self._moves_of[name]:
+                del self._moves_of[name]
+
+    def moves_of(self, instance: str) -> list[Moving]:
+        """The moves that an instance has to do with, as source, target or cause."""
+        return list(self._moves_of.get(instance, {}).values())
+
+    def is_moved_to(self, instance: str) -> bool:
+        return any(moving.target == instance for moving in self._moves_of.get(instance, {}).values())
+
+    def takes_part(self, instance: str) -> bool:
+        return instance in self._moves_of
 
 
 class Turn:
     """The state of one step. ``rescale`` names models whose number of instances must be looked at before it ends;
-    ``freed`` says that room may have appeared for those that were refused."""
+    ``freed`` says that room may have appeared for those that were refused; ``settle`` names nodes on which what is planned may
+    have its room now, ``involved`` instances that changed and have to do with a move."""
 
     def __init__(self, core: Core, now: float) -> None:
         self.core = core
@@ -100,6 +154,8 @@ class Turn:
         self.now = now
         self.rescale: dict[str, None] = {}
         self.freed = False
+        self.settle: dict[str, None] = {}
+        self.involved: dict[str, None] = {}
         self.effects: list[Effect] = []
         self._nodes: dict[str, Node] = {}
         self._checkpoints: dict[str, Checkpoint] = {}
@@ -108,6 +164,7 @@ class Turn:
         self._instances: dict[str, Instance] = {}
         self._gone: list[RowChange] = []
         self._events: list[EventView] = []
+        self._appended: list[RowChange] = []
 
     # --- marking rows ---
 
@@ -148,6 +205,10 @@ class Turn:
         self._checkpoints.pop(digest, None)
         self._gone.append(RemoveCheckpointRow(digest))
 
+    def append(self, row: RowChange) -> None:
+        """A row that depends on no other."""
+        self._appended.append(row)
+
     # --- effects, events, times ---
 
     def do(self, effect: Effect) -> None:
@@ -178,6 +239,7 @@ class Turn:
         changes += [_instance_row(instance) for instance in self._instances.values()]
         changes += sorted(self._gone, key=_removal_order)
         changes += self._events
+        changes += self._appended
         at = self.core.timers.next()
         if at is not None and at != self.core.woken_at:
             self.effects.append(WakeAt(at))

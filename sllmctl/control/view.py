@@ -24,6 +24,7 @@ __all__ = [
     "HOLDING",
     "LEAVING",
     "LIVE",
+    "STANDING",
     "Checkpoint",
     "ClusterView",
     "Instance",
@@ -41,6 +42,9 @@ LIVE = frozenset({InstanceState.STARTING, InstanceState.READY, InstanceState.DRA
 
 LEAVING = frozenset({InstanceState.DRAINING, InstanceState.STOPPING})
 """States of those on their way out: what they were promised is still theirs."""
+
+STANDING = LIVE | {InstanceState.BACKOFF}
+"""States whose room on the devices is really theirs; a planned instance begins once these leave it room."""
 
 HOLDING = LIVE | {InstanceState.PLANNED, InstanceState.BACKOFF}
 """States that keep device memory and arena room for the instance, so that a restart never finds its place taken."""
@@ -125,7 +129,10 @@ class Instance:
 
     Live only: what its engine can take, ``pid``, ``running`` sequences, ``idle_since`` (None while busy or not ready),
     ``life_at`` (when this life was begun or its stop was asked for), ``ready_at`` of this life, ``plan`` (the decision that
-    made it, None after a restart of the manager), ``served`` (a sequence has reached it since it was made).
+    made it, None after a restart of the manager), ``served`` (a sequence has reached it since it was made), ``grace_s`` (what
+    its sequences get when it drains, None for drain_s), ``moving`` (its sequences are to go to another instance, which
+    takes its place: its model does not count it any more), ``source`` and ``expected_s`` (where this life's weights come from,
+    and how long from its begin until it should be ready).
     """
 
     id: str
@@ -152,6 +159,10 @@ class Instance:
     ready_at: float | None = None
     plan: Plan | None = None
     served: bool = False
+    grace_s: float | None = None
+    moving: bool = False
+    source: Tier = Tier.DISK
+    expected_s: float = 0.0
 
 
 _NO_PLACEMENTS: Mapping[PlacementKey, PlacementRecord] = {}
@@ -169,7 +180,8 @@ class ClusterView:
 
     ``idle_weights[(node, device)]`` are checkpoints that lie in device memory and nobody uses, with their bytes there: they
     are not free, but may be dropped. ``resting_bytes[(node, device)]`` is what ready instances without a sequence have been
-    promised, ``leaving_bytes`` what those that drain or stop have been. ``free`` and ``loose`` find nodes by room: as it is,
+    promised, ``leaving_bytes`` what those that drain or stop have been, ``planned_bytes`` what those without a life yet
+    have been. ``dram_bytes[node]`` lie in the arena, used or not. ``free`` and ``loose`` find nodes by room: as it is,
     and as it would be without idle weights, resting and leaving instances. ``means`` counts changes of which nodes take
     instances, and of what they have.
     """
@@ -184,6 +196,8 @@ class ClusterView:
     idle_weights: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)
     resting_bytes: dict[tuple[str, int], int] = field(default_factory=dict)
     leaving_bytes: dict[tuple[str, int], int] = field(default_factory=dict)
+    planned_bytes: dict[tuple[str, int], int] = field(default_factory=dict)
+    dram_bytes: dict[str, int] = field(default_factory=dict)
     means: int = 0
     refused: dict[str, None] = field(default_factory=dict)
     _free: RoomIndex = field(default_factory=RoomIndex)
@@ -197,6 +211,11 @@ class ClusterView:
     _placed_on: dict[str, dict[PlacementKey, PlacementRecord]] = field(default_factory=dict)
     _placed_of: dict[str, dict[PlacementKey, PlacementRecord]] = field(default_factory=dict)
     _holders: dict[tuple[str, str], int] = field(default_factory=dict)
+    _planned: dict[str, dict[str, Instance]] = field(default_factory=dict)
+    _standing: dict[tuple[str, int, str], int] = field(default_factory=dict)
+    _lying: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)
+    _by_op: dict[str, Model] = field(default_factory=dict)
+    _ops_on: dict[str, dict[str, Model]] = field(default_factory=dict)
     _models_of: dict[str, set[str]] = field(default_factory=dict)
 
     # --- reading ---
@@ -268,6 +287,40 @@ class ClusterView:
         share = -(-checkpoint.image_bytes // len(devices)) if checkpoint is not None and devices else 0
         return {device: kv_bytes + (0 if kinds.get(device, "cpu") == "cpu" else share) for device in devices}
 
+    def planned_on(self, node: str) -> Mapping[str, Instance]:
+        """The instances on a node whose life has not begun, in the order in which they were made."""
+        return self._planned.get(node, _NO_INSTANCES)
+
+    def live_bytes(self, node: str, device: int) -> int:
+        """Device memory of the instances that have a life, or had one and begin another."""
+        key = (node, device)
+        return self.committed_bytes.get(key, 0) - self.planned_bytes.get(key, 0)
+
+    def lying_bytes(self, node: str, device: int) -> dict[str, int]:
+        """Weights in device memory, also those on their way out, that no instance with a life uses; by checkpoint."""
+        here = self._lying.get((node, device))
+        if not here:
+            return {}
+        return {digest: size for digest, size in here.items() if not self._standing.get((node, device, digest))}
+
+    def arena_live_bytes(self, node: str, digest: str) -> int:
+        """Arena room held with this checkpoint, not counting the others that only planned instances hold."""
+        held = self.arena_held_bytes.get(node, 0)
+        planned: dict[str, int] = {}
+        for instance in self.planned_on(node).values():
+            planned[instance.digest] = planned.get(instance.digest, 0) + 1
+        for other, count in planned.items():
+            if other != digest and self._holders.get((node, other), 0) == count:
+                held -= self.arena_bytes_of(node, other)
+        return held if (node, digest) in self._holders else held + self.arena_bytes_of(node, digest)
+
+    def model_of_op(self, op: str) -> Model | None:
+        return self._by_op.get(op)
+
+    def operating_on(self, node: str) -> list[Model]:
+        """Models with an operation on a node."""
+        return list(self._ops_on.get(node, {}).values())
+
     # --- changing: the control loop only ---
 
     def add_node(self, node: Node) -> None:
@@ -310,8 +363,26 @@ class ClusterView:
             nodes[record.node] = nodes.get(record.node, 0) + 1
         if record.tier is Tier.DRAM and record.users:
             self._hold(record.node, record.digest, 1)
+        if record.tier is Tier.DRAM:
+            self.dram_bytes[record.node] = self.dram_bytes.get(record.node, 0) + record.size_bytes
         if record.tier is Tier.DEVICE:
+            self._lying.setdefault((record.node, record.device), {})[record.digest] = record.size_bytes
             self._weigh_idle(record.node, record.device, record.digest)
+
+    def set_operation(self, model: Model, op: str | None, node: str | None) -> None:
+        """The operation that a model waits for, and where it runs."""
+        if model.op is not None:
+            self._by_op.pop(model.op, None)
+        if model.node is not None and model.name in self._ops_on.get(model.node, {}):
+            _discard(self._ops_on, model.node, model.name)
+        model.op, model.node = op, node
+        self._note_operation(model)
+
+    def _note_operation(self, model: Model) -> None:
+        if model.op is not None:
+            self._by_op[model.op] = model
+        if model.node is not None:
+            self._ops_on.setdefault(model.node, {})[model.name] = model
 
     def drop_placement(self, key: PlacementKey) -> None:
         record = self.placements.pop(key)
@@ -325,11 +396,15 @@ class ClusterView:
                 _discard(self._resident, (record.digest, record.tier), record.node)
         if record.tier is Tier.DRAM and record.users:
             self._hold(record.node, record.digest, -1)
+        if record.tier is Tier.DRAM:
+            self.dram_bytes[record.node] -= record.size_bytes
         if record.tier is Tier.DEVICE:
+            _discard(self._lying, (record.node, record.device), record.digest)
             self._weigh_idle(record.node, record.device, record.digest)
 
     def add_model(self, model: Model) -> None:
         self.models[model.name] = model
+        self._note_operation(model)
         if model.digest is not None:
             self._models_of.setdefault(model.digest, set()).add(model.name)
 
@@ -352,6 +427,7 @@ class ClusterView:
 
     def drop_model(self, name: str) -> None:
         self.set_digest(self.models[name], None)
+        self.set_operation(self.models[name], None, None)
         self.refused.pop(name, None)
         del self.models[name]
 
@@ -365,6 +441,7 @@ class ClusterView:
             self._promise(self.resting_bytes, instance, 1)
         if instance.state in LEAVING:
             self._promise(self.leaving_bytes, instance, 1)
+        self._stand(instance, 1)
 
     def set_state(self, instance: Instance, state: InstanceState) -> None:
         """Change an instance's state and what it holds. Whether the transition is allowed is the caller's to judge."""
@@ -372,7 +449,9 @@ class ClusterView:
         if held and not holds:
             self._commit(instance, -1)
         rested, left = _rests(instance), instance.state in LEAVING
+        self._stand(instance, -1)
         instance.state = state
+        self._stand(instance, 1)
         self._rest(instance, rested)
         if (state in LEAVING) != left:
             self._promise(self.leaving_bytes, instance, -1 if left else 1)
@@ -391,6 +470,7 @@ class ClusterView:
             self._promise(self.resting_bytes, instance, -1)
         if instance.state in LEAVING:
             self._promise(self.leaving_bytes, instance, -1)
+        self._stand(instance, -1)
         if instance.state in HOLDING:
             self._commit(instance, -1)
         _discard(self._by_model, instance.model, instance.id)
@@ -406,6 +486,19 @@ class ClusterView:
             self._weigh_idle(*user)
         self._hold(instance.node, instance.digest, sign)
         self._stale[instance.node] = None
+
+    def _stand(self, instance: Instance, sign: int) -> None:
+        """Count an instance among those that wait for their room, or among those that use it."""
+        if instance.state is InstanceState.PLANNED:
+            self._promise(self.planned_bytes, instance, sign)
+            if sign > 0:
+                self._planned.setdefault(instance.node, {})[instance.id] = instance
+            else:
+                _discard(self._planned, instance.node, instance.id)
+        elif instance.state in STANDING:
+            for device in instance.devices:
+                user = (instance.node, device, instance.digest)
+                self._standing[user] = self._standing.get(user, 0) + sign
 
     def _rest(self, instance: Instance, rested: bool) -> None:
         rests = _rests(instance)
@@ -461,7 +554,7 @@ class ClusterView:
             self.arena_held_bytes[node] = self.arena_held_bytes.get(node, 0) + sign * self.arena_bytes_of(node, digest)
 
     def _recount(self, node: str) -> None:
-        for promised in (self.committed_bytes, self.resting_bytes, self.leaving_bytes):
+        for promised in (self.committed_bytes, self.resting_bytes, self.leaving_bytes, self.planned_bytes):
             for key in [key for key in promised if key[0] == node]:
                 del promised[key]
         for instance in self.instances_on(node).values():
@@ -472,6 +565,8 @@ class ClusterView:
                 self._promise(self.resting_bytes, instance, 1)
             if instance.state in LEAVING:
                 self._promise(self.leaving_bytes, instance, 1)
+            if instance.state is InstanceState.PLANNED:
+                self._promise(self.planned_bytes, instance, 1)
         self._stale[node] = None
         held = [digest for holder, digest in self._holders if holder == node]
         self.arena_held_bytes[node] = sum(self.arena_bytes_of(node, digest) for digest in held)

@@ -20,7 +20,7 @@ from sllmctl.control.effects import (
     StopModel,
 )
 from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import HOLDING
+from sllmctl.control.view import STANDING
 from tests.sllmctl.control.world import Agent, World, digest_of, spec
 
 _I = InstanceState
@@ -181,9 +181,9 @@ class Cluster(RuleBasedStateMachine):
         self.world.check_rows()
 
     @invariant()
-    def no_device_is_promised_twice(self) -> None:
+    def no_device_is_used_twice(self) -> None:
         for name, agent in self.world.agents.items():
-            taken = sum(one.kv_bytes for one in self.world.view.instances_on(name).values() if one.state in HOLDING)
+            taken = sum(one.kv_bytes for one in self.world.view.instances_on(name).values() if one.state in STANDING)
             assert taken <= agent.device_mib << 20
 
     @invariant()

@@ -26,11 +26,10 @@ from sllmctl.control.effects import (
     StopModel,
 )
 from sllmctl.control.live import LiveEffects
-from sllmctl.control.loop import ControlLoop
 from sllmctl.control.runner import Runner
 from sllmctl.control.settings import ControlSettings
 from sllmctl.state import Database
-from tests.sllmctl.control.world import Agent, spec
+from tests.sllmctl.control.world import Agent, control_loop, spec
 
 
 class Outside:
@@ -90,7 +89,7 @@ async def test_a_model_from_add_to_ready_through_the_real_database(database: Dat
     outside = Outside()
     view = await database.load()
     generation = (await database.claim(1.0, "u")).generation
-    loop = ControlLoop(view, ids=system_ids, epochs=EpochCounter(generation), settings=ControlSettings())
+    loop = control_loop(view, ids=system_ids, epochs=EpochCounter(generation), settings=ControlSettings())
     live = LiveEffects(database, outside, outside, outside, logging.getLogger("test"))
     runner = Runner(loop, live)
     outside.post = runner.post
@@ -139,7 +138,7 @@ def _runner(recorder: Recorder, database_view: object = None, **rules: float) ->
     from sllmctl.control.view import ClusterView
 
     settings = ControlSettings(**rules)  # type: ignore[arg-type]
-    return Runner(ControlLoop(ClusterView(), ids=system_ids, epochs=EpochCounter(1), settings=settings), recorder)
+    return Runner(control_loop(ClusterView(), ids=system_ids, epochs=EpochCounter(1), settings=settings), recorder)
 
 
 async def test_events_that_arrive_during_a_commit_share_the_next(database: Database) -> None:
@@ -205,7 +204,7 @@ async def test_the_loop_is_woken_at_the_time_it_asked_for(database: Database) ->
     outside = Outside()
     settings = ControlSettings(scale_up_after_s=0.0)
     view = await database.load()
-    loop = ControlLoop(view, ids=system_ids, epochs=EpochCounter(1), settings=settings)
+    loop = control_loop(view, ids=system_ids, epochs=EpochCounter(1), settings=settings)
     runner = Runner(loop, LiveEffects(database, outside, outside, outside, logging.getLogger("test")))
     outside.post = runner.post
     running = asyncio.create_task(runner.run())

@@ -191,7 +191,7 @@ def test_the_longest_idle_gives_its_place_to_one_that_waits(world: World) -> Non
 def test_the_busy_and_the_minimum_keep_their_place(world: World) -> None:
     two_idle_and_one_waiting(world, least=1)
     world.busy(world.only("b"), 1)
-    world.pass_time(60.0)
+    world.pass_time(world.settings.age_s - 1.0)
     assert {one.model for one in world.view.instances.values()} == {"a", "b"}
     world.busy(world.only("b"), 0)
     world.pass_time(world.settings.evict_idle_s + world.settings.evict_look_s)

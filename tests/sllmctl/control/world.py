@@ -15,7 +15,7 @@ from sqlalchemy.pool import StaticPool
 
 from schema.admin import EventView
 from schema.errors import Fault
-from schema.ids import Epoch, EpochCounter, make_id
+from schema.ids import Epoch, EpochCounter, IdSource, make_id
 from schema.link import (
     ArenaInfo,
     CancelOperation,
@@ -62,14 +62,33 @@ from sllmctl.control.effects import (
 )
 from sllmctl.control.loop import ControlLoop
 from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import Instance
+from sllmctl.control.view import ClusterView, Instance
+from sllmctl.planner.estimates import Estimates
+from sllmctl.planner.planner import LocalityPlanner
+from sllmctl.planner.plans import Abilities, Journals, NoJournals
 from sllmctl.state.rows import apply, read_view
 
-__all__ = ["MIB", "Agent", "World", "digest_of", "spec"]
+__all__ = ["MIB", "Agent", "World", "control_loop", "digest_of", "spec"]
 
 MIB = 1 << 20
 _I = InstanceState
 START = 1_000_000.0
+
+
+def control_loop(
+    view: ClusterView,
+    *,
+    ids: IdSource,
+    epochs: EpochCounter,
+    settings: ControlSettings,
+    abilities: Abilities | None = None,
+    journals: Journals | None = None,
+) -> ControlLoop:
+    """A loop with the production planner over estimates of its own."""
+    estimates = Estimates(settings)
+    journals = journals or NoJournals()
+    planner = LocalityPlanner(view, estimates, journals, settings, abilities or Abilities())
+    return ControlLoop(view, ids=ids, epochs=epochs, settings=settings, estimates=estimates, planner=planner, journals=journals)
 
 
 def digest_of(name: str) -> str:
@@ -215,7 +234,15 @@ class Agent:
 class World:
     """The loop, its durable rows, its agents, and what a router would know. Every effect is checked against the rows."""
 
-    def __init__(self, *agents: Agent, settings: ControlSettings | None = None) -> None:
+    def __init__(
+        self,
+        *agents: Agent,
+        settings: ControlSettings | None = None,
+        abilities: Abilities | None = None,
+        journals: Journals | None = None,
+    ) -> None:
+        self.abilities = abilities or Abilities()
+        self.journals = journals or NoJournals()
         self.now = START
         self.settings = settings or ControlSettings()
         self.agents = {agent.name: agent for agent in agents}
@@ -247,7 +274,14 @@ class World:
             agent.connected = False
         with self.engine.begin() as connection:
             self.view = read_view(connection)
-        self.loop = ControlLoop(self.view, ids=self.make_id, epochs=EpochCounter(self.generation), settings=self.settings)
+        self.loop = control_loop(
+            self.view,
+            ids=self.make_id,
+            epochs=EpochCounter(self.generation),
+            settings=self.settings,
+            abilities=self.abilities,
+            journals=self.journals,
+        )
         self.carry_out(None, self.loop.begin(self.now))
 
     def make_id(self, kind: str) -> str:

@@ -1,0 +1,220 @@
+"""Plans carried out: the place reserved first, then those who leave told so, and the newcomer begun when its room is there.
+
+What begins is decided from the view alone, so that a restarted manager goes on by the same rule: a planned instance begins when
+the instances with a life (and those between two lives) leave it room on its devices and in the arena, those planned on the
+same devices before it counted first. Weights that nobody uses are dropped as far as its room needs that.
+"""
+
+from __future__ import annotations
+
+from schema.states import InstanceState, NodeState, Tier, TierState
+from sllmctl.control import drops, instances
+from sllmctl.control.effects import Migrate
+from sllmctl.control.turn import Moving, Turn
+from sllmctl.control.view import Instance, Model, Node
+from sllmctl.planner.plans import Candidate, Move, Plan
+
+__all__ = ["carry_out", "follow", "settle"]
+
+_I = InstanceState
+_LOST = frozenset({_I.DRAINING, _I.STOPPING, _I.STOPPED, _I.BACKOFF, _I.FAILED})
+
+
+def carry_out(turn: Turn, model: Model, plan: Plan) -> Instance:
+    """Make the instance of a plan, and its room."""
+    best = plan.best
+    instance = instances.create(turn, model, plan)
+    for digest in best.drops:
+        _drop_idle(turn, best.node, digest)
+    longest_s = turn.settings.drain_longest_s
+    whose = f"model {model.name} takes its room"
+    for name in best.stops:
+        _end(turn, name, "Evicted", f"it was idle, and {whose}", None)
+    for name in best.drains:
+        _end(turn, name, "Evicted", f"it takes nothing new, and {whose}", longest_s)
+    for name in best.preempts:
+        _end(turn, name, "Preempted", whose, 0.0)
+    for move in best.moves:
+        _begin_move(turn, instance, move)
+    settle(turn, best.node)
+    return instance
+
+
+def _end(turn: Turn, name: str, reason: str, message: str, grace_s: float | None) -> None:
+    victim = turn.view.instances.get(name)
+    if victim is not None:
+        instances.stop(turn, victim, reason, message, grace_s=grace_s)
+
+
+# --- beginning what is planned ---
+
+
+def settle(turn: Turn, node_id: str) -> None:
+    """Begin what is planned on a node and has its room now; make idle weights leave for what has not."""
+    planned = turn.view.planned_on(node_id)
+    node = turn.view.nodes[node_id]
+    if not planned or node.state is not NodeState.READY or node.inventory is None:
+        return
+    promised: dict[int, int] = {}
+    for instance in list(planned.values()):
+        missing = _missing_bytes(turn, node, instance, promised)
+        if not any(size > 0 for size in missing.values()) and _arena_fits(turn, node, instance):
+            instances.begin_life(turn, instance)
+            continue
+        _make_lying_leave(turn, instance, missing)
+        needs = turn.view.device_need_bytes(node_id, instance.digest, instance.devices, instance.kv_bytes)
+        for device, need in needs.items():
+            promised[device] = promised.get(device, 0) + need
+
+
+def _missing_bytes(turn: Turn, node: Node, instance: Instance, promised: dict[int, int]) -> dict[int, int]:
+    """What each of its devices lacks; its own weights, where they lie already, take no new room."""
+    assert node.inventory is not None
+    view = turn.view
+    memory = {device.index: device.memory_bytes for device in node.inventory.devices}
+    missing: dict[int, int] = {}
+    for device, need in view.device_need_bytes(node.id, instance.digest, instance.devices, instance.kv_bytes).items():
+        lying = view.lying_bytes(node.id, device)
+        others = sum(size for digest, size in lying.items() if digest != instance.digest)
+        taken = view.live_bytes(node.id, device) + promised.get(device, 0) + others
+        missing[device] = taken + need - memory.get(device, 0)
+    return missing
+
+
+def _arena_fits(turn: Turn, node: Node, instance: Instance) -> bool:
+    """Weights that lie on all its devices already need no arena room."""
+    assert node.inventory is not None
+    view = turn.view
+    if view.arena_live_bytes(node.id, instance.digest) <= node.inventory.arena.budget_bytes:
+        return True
+    return all(
+        (record := view.placements.get((instance.digest, node.id, Tier.DEVICE, device))) is not None
+        and record.state is TierState.RESIDENT
+        for device in instance.devices
+    )
+
+
+def _make_lying_leave(turn: Turn, instance: Instance, missing: dict[int, int]) -> None:
+    """Drop weights that nobody uses, those first that its plan named, as far as its devices lack room beyond who leaves.
+
+    Room that instances on their way out will give is not made by dropping weights.
+    """
+    view, node = turn.view, instance.node
+    named = set(instance.plan.best.drops) if instance.plan is not None else set()
+    for device, size in missing.items():
+        key = (node, device)
+        lack = size - view.leaving_bytes.get(key, 0) - _leaving_by_moves(turn, node, device)
+        on_way = sum(
+            nbytes for digest, nbytes in view.lying_bytes(node, device).items() if digest not in view.idle_weights.get(key, {})
+        )
+        lack -= on_way
+        idle = view.idle_weights.get(key, {})
+        for digest in sorted(idle, key=lambda digest: (digest not in named, idle[digest], digest)):
+            if lack <= 0:
+                break
+            lack -= idle[digest]
+            _drop_idle(turn, node, digest)
+
+
+def _leaving_by_moves(turn: Turn, node: str, device: int) -> int:
+    """Room that those will give who go elsewhere."""
+    view = turn.view
+    total = 0
+    for name in turn.core.moves:
+        one = view.instances.get(name)
+        if one is not None and one.node == node and device in one.devices and one.state is _I.READY:
+            total += view.device_need_bytes(node, one.digest, one.devices, one.kv_bytes)[device]
+    return total
+
+
+def _drop_idle(turn: Turn, node: str, digest: str) -> None:
+    """Take weights from the devices of a node on which nobody uses them; they count as neither idle nor there from now on."""
+    view = turn.view
+    devices = [
+        record.device
+        for record in view.placements_at(digest, node).values()
+        if record.tier is Tier.DEVICE and digest in view.idle_weights.get((node, record.device), {})
+    ]
+    if devices:
+        drops.begin(turn, node, digest, Tier.DEVICE)
+
+
+# --- moves ---
+
+
+def _begin_move(turn: Turn, cause: Instance, move: Move) -> None:
+    view = turn.view
+    source = view.instances.get(move.instance)
+    if source is None or source.state is not _I.READY or source.id in turn.core.moves:
+        return
+    target = view.instances.get(move.target) if move.target else _make_target(turn, source, move)
+    if target is None:
+        return
+    turn.core.begin_move(Moving(source.id, target.id, cause.id, made=not move.target))
+    source.moving = True
+    for digest in move.drops:
+        _drop_idle(turn, target.node, digest)
+    settle(turn, target.node)
+    turn.involved[source.id] = None
+
+
+def _make_target(turn: Turn, source: Instance, move: Move) -> Instance:
+    node = turn.view.nodes[move.node]
+    place = Candidate(
+        node=move.node,
+        name=node.name,
+        devices=move.devices,
+        kv_bytes=move.kv_bytes,
+        source=move.source,
+        peer=move.peer,
+        startup_s=move.ready_s,
+        drops=move.drops,
+    )
+    plan = Plan(place, (), {}, f"on {node.name}, to take over from {source.id}")
+    return instances.create(turn, turn.view.models[source.model], plan)
+
+
+def follow(turn: Turn, name: str) -> None:
+    """An instance that has to do with a move has changed: go on with the move, or give it up."""
+    for moving in turn.core.moves_of(name):
+        _judge(turn, moving)
+
+
+def _judge(turn: Turn, moving: Moving) -> None:
+    view = turn.view
+    source, target, cause = (view.instances.get(one) for one in (moving.source, moving.target, moving.cause))
+    if source is None or source.state is not _I.READY:
+        _end_move(turn, moving)
+        if target is not None and moving.made and not _needed(turn, target):
+            instances.stop(turn, target, "Stopping", f"{moving.source} ended by itself; nothing is left to take over")
+    elif target is None or target.state in _LOST:
+        _end_move(turn, moving)
+        if target is not None and moving.made:
+            instances.stop(turn, target, "Stopping", "it could not take over in time")
+        if cause is not None and cause.state is _I.PLANNED:
+            message = f"{moving.source} cannot move: {moving.target} is lost; it is planned anew"
+            instances.stop(turn, cause, "RoomLost", message)
+    elif cause is None or cause.state is not _I.PLANNED:
+        _end_move(turn, moving)
+        if moving.made and target.state is not _I.READY:
+            instances.stop(turn, target, "Stopping", f"{moving.source} stays where it is")
+    elif target.state is _I.READY:
+        _end_move(turn, moving)
+        turn.do(Migrate(source.id, target.id))
+        turn.event("instance", source.id, "Migrating", f"its sequences go on on {target.id}")
+        longest_s = turn.settings.drain_longest_s
+        instances.stop(turn, source, "Moved", f"its sequences go to {target.id}", grace_s=longest_s)
+
+
+def _end_move(turn: Turn, moving: Moving) -> None:
+    turn.core.end_move(moving)
+    source = turn.view.instances.get(moving.source)
+    if source is not None:
+        source.moving = False
+        turn.rescale[source.model] = None
+
+
+def _needed(turn: Turn, target: Instance) -> bool:
+    model = turn.view.models[target.model]
+    others = sum(one.state in instances.ACTIVE for one in turn.view.instances_of(model.name).values() if one is not target)
+    return bool(model.waiting or model.running or others < model.spec.scale.min)
