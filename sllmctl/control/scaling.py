@@ -168,9 +168,17 @@ def _missing(turn: Turn, model: Model) -> int:
         if at > turn.now:
             turn.wake("model", model.name, at)
             return max(0, min(below, slots))
-    coming = sum(one.state is not _I.READY for one in active)
+    coming = sum(one.state is not _I.READY or _just_ready(turn, one) for one in active)
     wanted = -(-model.waiting // rule.max_concurrency) - coming
     return max(0, min(max(below, wanted), slots))
+
+
+def _just_ready(turn: Turn, instance: Instance) -> bool:
+    """The router's last word may be from before it was told of this instance: who waited may run on it by now."""
+    if instance.ready_at is None or instance.ready_at + turn.settings.scale_up_after_s <= turn.now:
+        return False
+    turn.wake("model", instance.model, instance.ready_at + turn.settings.scale_up_after_s)
+    return True
 
 
 def _stop_surplus(turn: Turn, model: Model) -> None:

@@ -196,3 +196,28 @@ def test_the_busy_and_the_minimum_keep_their_place(world: World) -> None:
     world.busy(world.only("b"), 0)
     world.pass_time(world.settings.evict_idle_s + world.settings.evict_look_s)
     assert {one.model for one in world.view.instances.values()} == {"a", "c"}
+
+
+def test_the_word_from_before_an_instance_was_ready_starts_no_other(world: World) -> None:
+    world.agents["local"].hold("m")
+    world.serve(spec(most=2))
+    world.agents["local"].automatic = False
+    world.demand("m", 1)
+    world.pass_time(10.0)
+    world.tell("local", world.agents["local"].become(world.only().id, _I.READY))
+    assert len(world.view.instances) == 1
+    world.demand("m", 0, 1)
+    world.pass_time(10.0)
+    assert len(world.view.instances) == 1
+
+
+def test_those_who_still_wait_then_get_another(world: World) -> None:
+    world.serve(spec(most=2))
+    world.agents["local"].automatic = False
+    world.demand("m", 4)
+    world.pass_time(10.0)
+    world.tell("local", world.agents["local"].become(world.only().id, _I.READY))
+    world.demand("m", 1, 4)
+    assert len(world.view.instances) == 1
+    world.pass_time(world.settings.scale_up_after_s)
+    assert len(world.view.instances) == 2
