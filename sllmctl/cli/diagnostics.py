@@ -58,6 +58,7 @@ _BY_CODE = {
 
 _SHOW_AFTER_S = 1.0
 _LINE_EVERY_S = 5.0
+_REWRITE_EVERY_S = 0.05
 
 
 def note(message: str) -> None:
@@ -146,16 +147,21 @@ class ProgressLine:
 
     def show(self, what: str, progress: ProgressView | None) -> None:
         """Say that ``what`` goes on, with its stage, bytes and rate where they are known."""
+        self.line(lambda: f"{what}{_amounts(progress)}")
+
+    def line(self, text: Callable[[], str]) -> None:
+        """Say this, unless something was said just now; ``text`` is only asked for if it is."""
         moment = self._clock()
         if moment - self._began < _SHOW_AFTER_S or (not self._terminal and moment - self._said < _LINE_EVERY_S and self._open):
             return
+        if self._terminal and self._open and moment - self._said < _REWRITE_EVERY_S:
+            return
         self._said = moment
-        text = f"{what}{_amounts(progress)}"
         if self._terminal:
             width = os.get_terminal_size(sys.stderr.fileno()).columns
-            sys.stderr.write(f"\r\x1b[K{text[: max(width - 1, 1)]}")
+            sys.stderr.write(f"\r\x1b[K{text()[: max(width - 1, 1)]}")
         else:
-            sys.stderr.write(text + "\n")
+            sys.stderr.write(text() + "\n")
         sys.stderr.flush()
         self._open = True
 

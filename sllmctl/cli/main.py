@@ -54,6 +54,7 @@ _COMMANDS = {
     "event": _entry(_LOOK, "event", "Events: what happened, and why."),
     "explain": _entry(_LOOK, "explain", "Where a model's next instance would go, and why."),
     "bench": _entry(_LOOK, "bench", "Measurements: how good the planner's estimates are."),
+    "simulate": _entry(_LOOK, "simulate", "Simulate clusters: policies side by side, on a virtual clock."),
     **{
         role: _entry(_HIDDEN, "passthrough", f"Run the node's {role} process.", role)
         for role in ("agent", "store", "zygote", "ingest")
