@@ -58,7 +58,6 @@ _BY_CODE = {
 
 _SHOW_AFTER_S = 1.0
 _LINE_EVERY_S = 5.0
-_REWRITE_EVERY_S = 0.05
 
 
 def note(message: str) -> None:
@@ -150,11 +149,9 @@ class ProgressLine:
         self.line(lambda: f"{what}{_amounts(progress)}")
 
     def line(self, text: Callable[[], str]) -> None:
-        """Say this, unless something was said just now; ``text`` is only asked for if it is."""
+        """Say this, if it is time to; ``text`` is only asked for then."""
         moment = self._clock()
         if moment - self._began < _SHOW_AFTER_S or (not self._terminal and moment - self._said < _LINE_EVERY_S and self._open):
-            return
-        if self._terminal and self._open and moment - self._said < _REWRITE_EVERY_S:
             return
         self._said = moment
         if self._terminal:
