@@ -206,7 +206,8 @@ class _Cluster:
             times.append(_NEVER)
         record.failed.append(0)
         record.cold.append(0)
-        most = max(model.group.max_context_tokens - arrival.prompt_tokens, 1)
+        # A client that names no length gets what is left of the context, as the gateway has it.
+        most = max(self.router.model(arrival.model).max_context_tokens - arrival.prompt_tokens, 1)
         params = self._params.get(most)
         if params is None:
             params = self._params[most] = SamplingParams(max_tokens=most)
