@@ -18,12 +18,15 @@ from sllmctl.control.effects import PutEstimate
 from sllmctl.control.settings import ControlSettings
 from sllmctl.control.view import Checkpoint, Node
 from sllmctl.planner.coefficients import Line, Window
-from sllmctl.planner.loads import ChannelKey, Loads
+from sllmctl.planner.loads import ChannelKey, Loads, Record
 
 __all__ = ["Channel", "Estimates", "Startup"]
 
 _LEAST_LOAD_BYTES = 16 << 20
 """Smaller loads are mostly latency and teach no bandwidth."""
+_RECORDS = 4096
+"""So many loads are remembered until their starts are reported; the oldest of more teach nothing."""
+_FETCHED = (Tier.DISK, Tier.REMOTE)
 
 
 class Channel(StrEnum):
@@ -54,7 +57,10 @@ class Estimates:
         self._windows: dict[str, Window] = {}
         self._lines: dict[str, Line] = {}
         self._loads = Loads()
-        self._queued_s: dict[tuple[str, str], float] = {}
+        self._records: dict[str, Record] = {}
+        self._unreported: dict[tuple[str, str, tuple[int, ...]], Record] = {}
+        # By node and checkpoint: the load that brings it there, and when it is expected.
+        self._coming: dict[tuple[str, str], tuple[str, float]] = {}
         # What is read for every node that a plan looks at, by node and by checkpoint; made again when something was learned.
         self._speeds: dict[str, tuple[Inventory | None, float, float, float, str]] = {}
         self._fixed: dict[tuple[str, str], tuple[float, float]] = {}
@@ -69,12 +75,20 @@ class Estimates:
     def startup(
         self, node: Node, checkpoint: Checkpoint, devices: Sequence[int], source: Tier, peer: str, now: float
     ) -> Startup:
-        """A start on these devices (their number counts for the bytes of each) with weights from ``source``."""
+        """A start on these devices (their number counts for the bytes of each) with weights from ``source``.
+
+        Where another load already brings them to the node, this one waits for that and goes on from memory.
+        """
         build_s, finish_s = self._fixed_s(checkpoint.digest, self._of(node)[4])
         queue_s = load_s = 0.0
+        coming = self._coming.get((node.id, checkpoint.digest)) if source in _FETCHED else None
+        if coming is not None:
+            source = Tier.DRAM
         for key, seconds in self._path(node, checkpoint, devices, source, peer):
             load_s = max(load_s, seconds)
             queue_s = max(queue_s, self._loads.wait_s(key, now))
+        if coming is not None:
+            queue_s = max(queue_s, coming[1] - now - load_s)
         return Startup(queue_s, load_s, max(queue_s + load_s, build_s) + finish_s)
 
     def migration_s(self, digest: str, kind: str, tokens: int) -> float:
@@ -94,13 +108,34 @@ class Estimates:
         self, load: str, node: Node, checkpoint: Checkpoint, devices: Sequence[int], source: Tier, peer: str, now: float
     ) -> None:
         """A load (named by its instance) takes its place in the queue of each channel on its path."""
-        path = self._path(node, checkpoint, devices, source, peer)
-        self._queued_s[node.id, checkpoint.digest] = max((self._loads.wait_s(key, now) for key, _ in path), default=0.0)
+        self.ended(load, now)
+        place, where = (node.id, checkpoint.digest), source
+        shared = source in _FETCHED and place in self._coming
+        if shared:
+            where = Tier.DRAM
+        elif source in _FETCHED:
+            expected = self.startup(node, checkpoint, devices, source, peer, now)
+            self._coming[place] = (load, now + expected.queue_s + expected.load_s)
+        path = self._path(node, checkpoint, devices, where, peer)
+        last = [self._loads.last(key) for key, _ in path]
+        ahead = None if shared else [self._records[other] for other in dict.fromkeys(last) if other is not None]
+        record = self._records[load] = Record(place, source, path, ahead, now)
+        key = (*place, tuple(devices))
+        self._unreported.pop(key, None)
+        self._unreported[key] = record
+        if len(self._unreported) > _RECORDS:
+            del self._unreported[next(iter(self._unreported))]
         self._loads.begin(load, path, now)
 
     def ended(self, load: str, now: float) -> None:
         """It is done or given up; unknown ones are passed over."""
+        record = self._records.pop(load, None)
+        if record is None:
+            return
+        record.close()
         self._loads.end(load, now)
+        if self._coming.get(record.place, ("", 0.0))[0] == load:
+            del self._coming[record.place]
 
     # --- learning ---
 
@@ -113,20 +148,23 @@ class Estimates:
         build_s = phases.fork_s + phases.build_s
         finish_s = max(0.0, phases.total_s - max(phases.load_s, build_s))
         for digest in (checkpoint.digest, ""):
-            rows.append(self._learn(f"build/{digest}/{kind}", build_s, self._settings.start_base_s, now))
-            rows.append(self._learn(f"finish/{digest}/{kind}", finish_s, 0.0, now))
+            believed_build_s, believed_finish_s = self._fixed_s(digest, kind)
+            rows.append(self._learn(f"build/{digest}/{kind}", build_s, believed_build_s, now))
+            rows.append(self._learn(f"finish/{digest}/{kind}", finish_s, believed_finish_s, now))
         self._fixed.clear()
-        source = phases.loaded_from
-        if source is None or self._queued_s.pop((node.id, checkpoint.digest), 1.0) > 0.0:
-            # It may have stood in a queue for a part of its load.
+        record = self._unreported.pop((node.id, checkpoint.digest, tuple(devices)), None)
+        if record is None:
+            return rows
+        load_s, source = record.alone_s(phases.load_s), phases.loaded_from
+        if source is not record.source or not phases.loaded_bytes:
             return rows
         path = self._path(node, checkpoint, devices, source, "")
-        if path and phases.load_s > 0 and checkpoint.image_bytes >= _LEAST_LOAD_BYTES:
+        if path and load_s > 0 and checkpoint.image_bytes >= _LEAST_LOAD_BYTES:
             # A load says how fast its slowest channel was, and of the others only that they were not slower.
             (_, name, _), _ = max(path, key=lambda part: part[1])
             size_bytes = checkpoint.image_bytes / (len(devices) if name == Channel.DEVICE else 1)
             assumed = self.bandwidth_bps(node, Channel(name))
-            rows.append(self._learn(f"bps/{node.id}/{name}", size_bytes / phases.load_s, assumed, now))
+            rows.append(self._learn(f"bps/{node.id}/{name}", size_bytes / load_s, assumed, now))
             self._speeds.pop(node.id, None)
         return rows
 

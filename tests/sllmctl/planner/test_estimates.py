@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from schema.link import ArenaInfo, DeviceInfo, Inventory, StartPhases
 from schema.states import NodeState, Tier
+from sllmctl.control.effects import PutEstimate
 from sllmctl.control.settings import ControlSettings
 from sllmctl.control.view import Checkpoint, Node
 from sllmctl.planner.coefficients import Line, Window
@@ -38,7 +40,7 @@ def checkpoint(digest: str = "d", size_gb: float = 10) -> Checkpoint:
 
 def start(load_s: float, source: Tier | None = Tier.DISK, *, build_s: float = 0.2, finish_s: float = 0.1) -> StartPhases:
     total_s = max(load_s, build_s) + finish_s
-    return StartPhases(load_s=load_s, loaded_from=source, build_s=build_s, attach_s=finish_s, total_s=total_s)
+    return StartPhases(load_s=load_s, loaded_from=source, loaded_bytes=1, build_s=build_s, attach_s=finish_s, total_s=total_s)
 
 
 def disk_start(estimates: Estimates, seconds: float, digest: str = "d", here: Node | None = None) -> None:
@@ -87,13 +89,125 @@ def test_the_first_observation_alone_does_not_outvote_a_measurement() -> None:
     assert estimates.bandwidth_bps(here, Channel.DISK) == 2e9
 
 
-def test_a_load_that_queued_teaches_no_bandwidth() -> None:
+def bandwidth_lesson(estimates: Estimates, here: Node, digest: str, device: int, load_s: float) -> float | None:
+    """The newest sample of a bandwidth that a reported start left, if it left one."""
+    rows = estimates.started(here, checkpoint(digest), (device,), start(load_s), 0.0)
+    return next((row.samples[-1] for row in rows if row.key.startswith("bps/")), None)
+
+
+def test_the_wait_of_a_load_is_no_part_of_its_bandwidth() -> None:
+    estimates, here = Estimates(RULES), node(devices=3)
+    for place, (name, at) in enumerate((("a", 0.0), ("b", 1.0), ("c", 2.0))):
+        estimates.began(name, here, checkpoint(name), (place,), Tier.DISK, "", at)
+    assert bandwidth_lesson(estimates, here, "a", 0, 8.0) == pytest.approx(10 * GB / 8)
+    estimates.ended("a", 8.0)
+    assert bandwidth_lesson(estimates, here, "b", 1, 19.0) == pytest.approx(10 * GB / 12)
+    estimates.ended("b", 20.0)
+    assert bandwidth_lesson(estimates, here, "c", 2, 28.0) == pytest.approx(10 * GB / 10)
+
+
+def test_a_load_behind_one_of_unknown_end_teaches_no_bandwidth() -> None:
     estimates, here = Estimates(RULES), node()
     estimates.began("a", here, checkpoint("a"), (0,), Tier.DISK, "", 0.0)
     estimates.began("b", here, checkpoint("b"), (1,), Tier.DISK, "", 0.0)
-    estimates.ended("a", 10.0)
-    rows = estimates.started(here, checkpoint("b"), (1,), start(20.0), 20.0)
+    estimates.ended("a", 3.0)
+    assert bandwidth_lesson(estimates, here, "b", 1, 13.0) is None
+
+
+def test_a_load_beside_one_that_another_channel_holds_up_teaches_no_bandwidth() -> None:
+    estimates, here = Estimates(RULES), node()
+    estimates.began("a", here, checkpoint("a"), (0,), Tier.REMOTE, "", 0.0)
+    estimates.began("b", here, checkpoint("b"), (0,), Tier.DRAM, "", 0.0)
+    estimates.started(here, checkpoint("a"), (0,), start(20.0, Tier.REMOTE), 20.0)
+    rows = estimates.started(here, checkpoint("b"), (0,), start(21.0, Tier.DRAM), 21.0)
     assert not [row for row in rows if row.key.startswith("bps/")]
+
+
+def test_weights_that_come_from_elsewhere_than_planned_teach_no_bandwidth() -> None:
+    estimates, here = Estimates(RULES), node()
+    for reported in (start(5.0, Tier.DISK), StartPhases(load_s=1.0, loaded_from=Tier.DRAM, total_s=2.0), start(1.0, None)):
+        estimates.began("a", here, checkpoint("a"), (0,), Tier.DRAM, "", 0.0)
+        estimates.ended("a", 5.0)
+        rows = estimates.started(here, checkpoint("a"), (0,), reported, 5.0)
+        assert not [row for row in rows if row.key.startswith("bps/")]
+
+
+def test_a_start_of_what_is_already_coming_waits_for_that_and_reads_nothing_twice() -> None:
+    estimates, here = Estimates(RULES), node(kind="cpu")
+    estimates.began("a", here, checkpoint("a"), (0,), Tier.DISK, "", 0.0)
+    assert estimates.startup(here, checkpoint("a"), (1,), Tier.DISK, "", 4.0).total_s == pytest.approx(6.0)
+    estimates.began("b", here, checkpoint("a"), (1,), Tier.DISK, "", 4.0)
+    assert estimates.startup(here, checkpoint("c"), (1,), Tier.DISK, "", 4.0).queue_s == pytest.approx(6.0)
+    estimates.ended("a", 10.0)
+    assert bandwidth_lesson(estimates, here, "a", 1, 6.0) is None
+    assert estimates.startup(here, checkpoint("c"), (1,), Tier.DISK, "", 10.0).queue_s == 0.0
+    assert estimates.startup(here, checkpoint("a"), (1,), Tier.DISK, "", 10.0).load_s == pytest.approx(10.0)
+
+
+def test_a_weights_way_onto_the_devices_counts_also_where_they_are_already_coming() -> None:
+    estimates, here = Estimates(RULES), node()
+    estimates.began("a", here, checkpoint("a"), (0,), Tier.DISK, "", 0.0)
+    late = estimates.startup(here, checkpoint("a"), (1,), Tier.DISK, "", 9.9)
+    assert late.queue_s == pytest.approx(0.0)
+    assert late.load_s == pytest.approx(1.0)
+
+
+def test_loads_that_fail_for_ever_leave_nothing_behind() -> None:
+    estimates, here = Estimates(RULES), node()
+    tracemalloc.start()
+    try:
+        sizes = []
+        for number in range(2000):
+            estimates.began(f"l{number}", here, checkpoint(f"d{number % 3}"), (0,), Tier.DISK, "", float(number))
+            estimates.ended(f"l{number - 1}", number + 0.5)
+            if number % 1000 == 999:
+                sizes.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert sizes[1] - sizes[0] < 20_000
+
+
+def test_the_first_start_of_a_checkpoint_does_not_put_its_estimate_back_to_what_was_assumed() -> None:
+    estimates = Estimates(ControlSettings(start_base_s=5.0))
+    for number in range(5):
+        disk_start(estimates, 0.01, digest=f"d{number}")
+    before = estimates.startup(node(), checkpoint("new", 0), (0,), Tier.DEVICE, "", 0.0)
+    disk_start(estimates, 0.01, digest="new")
+    assert before.total_s == pytest.approx(0.3)
+    assert estimates.startup(node(), checkpoint("new", 0), (0,), Tier.DEVICE, "", 0.0) == before
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.5, 5), st.floats(0, 4), st.booleans()), min_size=2, max_size=12),
+    st.floats(0.2, 5),
+)
+def test_a_busy_disk_teaches_its_true_bandwidth(loads: list[tuple[float, float, bool]], speed: float) -> None:
+    """Whatever stands in line: a lesson is right or is not given, and without failures all of them are given."""
+    estimates, here = Estimates(RULES), node(kind="cpu", devices=1)
+    now, free_at, reports, events = 0.0, 0.0, 0, []
+    for number, (size_gb, pause, fails) in enumerate(loads):
+        now += pause
+        free_at = max(now, free_at) + size_gb / speed
+        events += [(now, 0, number, now), (free_at, 1, number, now)]
+        reports += not fails
+    lessons = 0
+    for at, kind, number, began_at in sorted(events):
+        size_gb, _, fails = loads[number]
+        what = checkpoint(f"d{number}", size_gb)
+        if kind == 0:
+            estimates.began(f"l{number}", here, what, (0,), Tier.DISK, "", at)
+            continue
+        estimates.ended(f"l{number}", at)
+        if fails:
+            continue
+        rows = estimates.started(here, what, (0,), start(at - began_at), at)
+        for row in rows:
+            if row.key.startswith("bps/"):
+                assert row.samples[-1] == pytest.approx(speed * 1e9, rel=1e-6)
+                lessons += 1
+    assert lessons <= reports
+    if reports == len(loads):
+        assert lessons == reports
 
 
 def test_small_loads_teach_no_bandwidth() -> None:
@@ -133,7 +247,8 @@ def test_a_peer_that_gives_is_busy_giving() -> None:
 
 @given(st.lists(st.tuples(st.floats(0.1, 10), st.floats(0, 5)), min_size=1, max_size=8), st.randoms(use_true_random=False))
 def test_a_queue_is_what_is_left_of_those_ahead(loads: list[tuple[float, float]], rng: random.Random) -> None:
-    queue, now, ends, free_at = Loads(), 0.0, {}, 0.0
+    queue, now, free_at = Loads(), 0.0, 0.0
+    ends: dict[str, float] = {}
     for number, (seconds, pause) in enumerate(loads):
         now += pause
         for name in [name for name, at in ends.items() if at <= now]:
@@ -162,11 +277,13 @@ def test_prefills_of_one_length_move_the_level_alone() -> None:
     line = Line(0.001, 0.05)
     for _ in range(5):
         line.add(100, 0.5)
-    assert (line.slope, line.base) == (0.001, pytest.approx(0.4))
+    assert line.slope == 0.001
+    assert line.base == pytest.approx(0.4)
 
 
 def test_what_was_learned_is_taken_up_again() -> None:
-    estimates, rows = Estimates(RULES), {}
+    estimates = Estimates(RULES)
+    rows: dict[str, PutEstimate] = {}
     here = node()
     for seconds in (5.0, 5.5, 6.0):
         estimates.began("one", here, checkpoint(), (0,), Tier.DISK, "", 0.0)
