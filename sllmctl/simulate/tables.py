@@ -11,7 +11,7 @@ import msgspec
 
 from sllmctl.simulate.summary import Summary
 
-__all__ = ["COLUMNS", "Figure", "figures_of", "seconds_text", "to_csv", "to_json", "to_markdown"]
+__all__ = ["COLUMNS", "Figure", "figures_of", "seconds_text", "share_text", "to_csv", "to_json", "to_markdown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ def seconds_text(value: float) -> str:
     return f"{value:.3f}" if value < 10 else f"{value:.1f}"
 
 
-def _share(part: int, whole: int) -> str:
+def share_text(part: int, whole: int) -> str:
     """Rounded, but 100 % and 0 % mean all and none."""
     if not whole:
         return "-"
@@ -47,7 +47,7 @@ def _loads(summary: Summary) -> str:
 COLUMNS: tuple[Figure, ...] = (
     Figure("POLICY", lambda s: s.policy, right=False),
     Figure("REQUESTS", lambda s: str(s.requests)),
-    Figure("WITHIN", lambda s: _share(s.within, s.requests)),
+    Figure("WITHIN", lambda s: share_text(s.within, s.requests)),
     Figure("FAILED", lambda s: str(s.failed)),
     Figure("MEAN", lambda s: seconds_text(s.startup.mean_s)),
     Figure("P50", lambda s: seconds_text(s.startup.p50_s)),
