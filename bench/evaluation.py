@@ -87,7 +87,7 @@ def main() -> None:
         # After each, so that nothing is lost when it is ended.
         args.json.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1) + b"\n")
         print(
-            f"{time.monotonic() - began:6.0f} s {100 * ended / max(total, 1):3.0f} %  {one.scenario}, {outcome.distribution[0]}: "
+            f"{time.monotonic() - began:6.0f} s {100 * ended / max(total, 1):3.0f} % {one.scenario} {outcome.distribution[0]}: "
             f"mean {one.startup.mean_s:.3f} s, P99 {one.startup.p99_s:.3f} s, within {100 * one.within_share:.1f} %",
             file=sys.stderr,
             flush=True,
