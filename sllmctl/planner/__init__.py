@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from sllmctl.planner.memory import context_tokens
-from sllmctl.planner.place import Candidate, Plan, Refusal, Rejection, place
 from sllmctl.planner.planner import LocalityPlanner, PlannerOptions
-from sllmctl.planner.room import Eviction, make_room
+from sllmctl.planner.plans import Candidate, Plan, Refusal, Rejection, Wait
 
 __all__ = [
     "Candidate",
-    "Eviction",
     "LocalityPlanner",
     "Plan",
     "PlannerOptions",
     "Refusal",
     "Rejection",
+    "Wait",
     "context_tokens",
-    "make_room",
-    "place",
 ]

@@ -534,12 +534,14 @@ class _Search:
         """True if a busy instance of a node might leave for less than ``limit_s``."""
         asked, base_s, age_s = self._asked, self._prices.least_s, self._settings.age_s
         for instance in self._view.instances_on(node.id).values():
-            if instance.running and instance.state is InstanceState.READY and instance.served:
+            if instance.running and instance.served and instance.state is InstanceState.READY and not instance.moving:
                 if self._abilities.migrate and self._find_movers().least_s(instance) < limit_s:
                     return True
                 if asked.aged or (instance.ready_at is not None and asked.now - instance.ready_at >= age_s):
                     known_s = self._journals.remaining_s(instance.id)
-                    least_s = base_s / len(self._view.instances_of(instance.model)) + min(known_s, self._settings.drain_s)
+                    least_s = base_s / len(self._view.instances_of(instance.model)) + min(
+                        known_s, self._settings.drain_longest_s
+                    )
                     if (known_s > 0.0 or asked.aged) and least_s < limit_s:
                         return True
         return False

@@ -5,6 +5,7 @@
   ``unserved_s``: so none is taken from the request that it was started for.
 * A busy one may drain if it is above its model's minimum and has served; and either the newcomer's requests have waited for
   ``age_s``, or it is known how long it would go on and it has been ready for ``age_s``: each start serves at least so long.
+* None whose sequences are to go elsewhere already: its room is spoken for.
 * Those who drain or stop already leave anyway, and cost only the time until they are gone. What is reserved behind them
   by others is in the promised bytes.
 
@@ -109,12 +110,13 @@ class Prices:
 
 
 def remaining_s(instance: Instance, journals: Journals, settings: ControlSettings, now: float) -> float:
-    """How long one that drains, or would, goes on; ``drain_s`` at most, since then it is stopped."""
+    """How long one that drains, or would for a newcomer, goes on: what it is given at most, since then it is stopped."""
     if instance.state is InstanceState.STOPPING or not instance.running:
         return 0.0
-    most = settings.drain_s
+    most = settings.drain_longest_s
     if instance.state is InstanceState.DRAINING:
-        most = max(0.0, most - (now - instance.life_at))
+        given_s = settings.drain_s if instance.grace_s is None else instance.grace_s
+        most = max(0.0, given_s - (now - instance.life_at))
     known = journals.remaining_s(instance.id)
     return min(known, most) if known > 0.0 else most
 
@@ -164,7 +166,8 @@ def exits_on(
                 continue
             one_exit = _leave(view, instance, asked, prices, journals, settings, spare)
             if moving is not None and instance.running and instance.state is InstanceState.READY:
-                one_exit = _sooner(one_exit, moving(instance) if instance.model != asked.model.name else None)
+                stays = instance.moving or instance.model == asked.model.name
+                one_exit = _sooner(one_exit, None if stays else moving(instance))
             if one_exit is not None:
                 found.append(one_exit)
         if found:
@@ -192,7 +195,7 @@ def _leave(
     now = asked.now
     if instance.state in LEAVING:
         found = Exit(dict.fromkeys(instance.devices, instance.kv_bytes), 0.0, remaining_s(instance, journals, settings, now))
-    elif instance.state is not InstanceState.READY or instance.model == asked.model.name:
+    elif instance.state is not InstanceState.READY or instance.moving or instance.model == asked.model.name:
         return None
     elif instance.running:
         if not instance.served:
@@ -231,7 +234,8 @@ def _spare(view: ClusterView, instance: Instance, spare: dict[str, int]) -> bool
     left = spare.get(instance.model)
     if left is None:
         there = sum(
-            other.state in HOLDING and other.state not in LEAVING for other in view.instances_of(instance.model).values()
+            other.state in HOLDING and other.state not in LEAVING and not other.moving
+            for other in view.instances_of(instance.model).values()
         )
         left = there - owner.spec.scale.min
     spare[instance.model] = left - 1

@@ -17,6 +17,8 @@ from sllmctl.planner.victims import Exit, Prices, exits_on
 from tests.sllmctl.planner.crowds import NOW, RULES, Crowd, crowds
 
 MIGRATE = Abilities(migrate=True)
+ROOMY = 1.02
+"""Idle weights that cost less than 2 % of the start to drop go too, until the KV cache gets what it wants."""
 
 
 # --- against brute force ---
@@ -72,7 +74,7 @@ def test_the_cost_is_within_its_bound_of_brute_force(case: tuple[Crowd, Model]) 
     assert twin
     factor = 2 * model.spec.devices + 3
     room = max(found.best.room_s, 0.0)
-    assert found.best.cost_s <= min(start + factor * (delay + room) for start, delay in twin) + 1e-9
+    assert found.best.cost_s <= min(ROOMY * start + factor * (delay + room) for start, delay in twin) + 1e-9
     assert found.best.cost_s >= min(start for start, _ in twin) - 1e-9
 
 
@@ -87,7 +89,7 @@ def test_what_is_explained_in_full_is_what_is_planned(case: tuple[Crowd, Model])
     assert [name for name, _ in verdicts] == list(crowd.view.nodes)
     if isinstance(found, Plan):
         assert isinstance(decision, Plan)
-        assert decision.best.cost_s <= found.best.cost_s + 1e-9
+        assert decision.best.cost_s <= ROOMY * found.best.cost_s + 1e-9
         assert sum(found.rejected.values()) + 1 <= len(crowd.view.nodes)
     else:
         assert isinstance(decision, Refusal)
@@ -182,7 +184,7 @@ def test_migrations_have_targets_with_room_and_are_chosen_only_if_better(case: t
         return
     assert isinstance(found, Plan)
     if isinstance(without, Plan):
-        assert found.best.cost_s <= without.best.cost_s + 1e-9
+        assert found.best.cost_s <= ROOMY * without.best.cost_s + 1e-9
     _check_victims(crowd, model, found.best)
     victims = [move.instance for move in found.best.moves]
     assert len(set(victims)) == len(victims)
@@ -294,7 +296,7 @@ def test_the_busy_drain_for_requests_that_aged_or_when_their_end_is_known(
     assert isinstance(found, Plan) is goes
     if isinstance(found, Plan):
         assert found.best.drains == ("old",)
-        assert found.best.room_s == (remaining or RULES.drain_s)
+        assert found.best.room_s == (remaining or RULES.drain_longest_s)
 
 
 def test_room_that_is_on_its_way_is_reserved_once() -> None:
@@ -308,6 +310,28 @@ def test_room_that_is_on_its_way_is_reserved_once() -> None:
     again = crowd.planner().plan(model, NOW)
     assert isinstance(again, Refusal)
     assert not again.hopeless
+
+
+@pytest.mark.parametrize(("grace_s", "room_s"), [(None, RULES.drain_s - 4.0), (50.0, 46.0), (3.0, 0.0)])
+def test_one_that_drains_is_gone_when_its_grace_has_run_out(grace_s: float | None, room_s: float) -> None:
+    crowd = _one_device()
+    old = crowd.runs("old", "a", "n0", state=InstanceState.DRAINING, tokens=(9,), remaining=500.0)
+    old.grace_s, old.life_at = grace_s, NOW - 4.0
+    found = crowd.planner().plan(crowd.view.models["m"], NOW)
+    assert isinstance(found, Plan)
+    assert found.best.room_s == room_s
+
+
+@pytest.mark.parametrize("tokens", [(9,), ()])
+def test_one_that_goes_elsewhere_already_gives_its_room_to_nobody_else(tokens: tuple[int, ...]) -> None:
+    crowd = _one_device()
+    crowd.node("n1", [30])
+    crowd.lies("a", "n1", Tier.DRAM)
+    old = crowd.runs("old", "a", "n0", tokens=tokens, idle_s=None if tokens else 50.0, remaining=4.0)
+    model = crowd.view.models["m"]
+    assert isinstance(crowd.planner(MIGRATE).plan(model, NOW), Plan)
+    old.moving = True
+    assert isinstance(crowd.planner(MIGRATE).plan(model, NOW), Refusal)
 
 
 def test_it_waits_while_waiting_is_cheaper_and_for_the_aged_counts_only_their_own_time() -> None:
