@@ -88,7 +88,7 @@ class Agent:
         self._manager = ManagerLink(self._journal, self._truth, self._command, self._manager_changed)
         self._server = Server(config.socket_path, self._admit)
         self._inventory = inventory(config, None)
-        self._disk = DiskSpeed(config)
+        self._disk = DiskSpeed(config, self._busy)
         self._devices = {device.index for device in devices(config)}
         self._admission = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -240,6 +240,12 @@ class Agent:
             ops=self._operations.running,
             done=self._operations.done,
         )
+
+    def _busy(self) -> bool:
+        """Something starts, loads or is ingested, or the node's own processes have yet to begin."""
+        if not (self._store.ready and self._zygote.ready):
+            return True
+        return self._store.loading or self._instances.starting or bool(self._operations.running)
 
     def _command(self, message: Any) -> None:
         if isinstance(message, StartInstance | Ingest | LoadCheckpoint):

@@ -1,11 +1,14 @@
-"""How fast this node's disk reads: measured beside everything else, remembered for a day, and never in a load's way."""
+"""How fast this node's disk reads: measured when the node is quiet, remembered for a day, and never in a load's way."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import stat
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -14,53 +17,61 @@ from msgspec import Meta
 
 from agent.config import NodeConfig
 from agent.daemon.files import write_atomic
-from agent.native.disk_speed import measure_read_bps
+from agent.native.disk_speed import SCRATCH_BYTES, measure_read_bps
 
 __all__ = ["DiskSpeed"]
 
 _VALID_S: Final = 86400.0
-_AGAIN_S: Final = 60.0
-"""After it gave way to a load, by when most loads are over."""
-_LIMIT_S: Final = 0.4
-_FILE_BYTES: Final = 64 << 20
-"""Files of checkpoints from this size are read rather than one made for it."""
+_AGAIN_S: Final = 5.0
+"""When to look again whether the node is quiet. It never is at once, so that whom an agent is started for comes first."""
+_LIMIT_S: Final = 1.0
 _log = logging.getLogger(__name__)
 
 
 class _Remembered(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``device`` is the file system's (st_dev); ``measured_at`` is Unix seconds, for it outlives the machine's clock."""
+    """``path`` is the checkpoints', ``device`` their file system's (st_dev); ``measured_at`` is Unix seconds, since it outlives
+    the machine's clock."""
 
+    path: str
     device: int
     measured_at: float
     read_bps: Annotated[float, Meta(gt=0)]
 
 
 class DiskSpeed:
-    """``read_bps`` of the checkpoints' disk, 0 as long as it is not known. Owned by the agent's loop."""
+    """``read_bps`` of the checkpoints' disk, 0 as long as it is not known. Owned by the agent's loop.
 
-    def __init__(self, config: NodeConfig) -> None:
-        self._directory = config.checkpoints_path
+    ``busy`` says whether something starts, loads or ingests, or the node has yet to begin; then a measurement waits. The
+    threads that read keep their priority: one of low priority would keep the interpreter's lock from the agent's loop.
+    """
+
+    def __init__(self, config: NodeConfig, busy: Callable[[], bool]) -> None:
+        self._directory = config.checkpoints_path.absolute()
         self._threads = config.reader_threads
         self._place = Path(config.data_dir) / "disk.json"
+        self._busy = busy
         self._stop = threading.Event()
         self._closed = False
         self.read_bps = self._remembered()
 
     async def run(self) -> None:
-        """Measure, unless it is known; again after a while if a load came between."""
+        """Measure once the node is quiet, unless it is known; again later if something began meanwhile."""
         while not self.read_bps and not self._closed:
+            if self._busy():
+                await asyncio.sleep(_AGAIN_S)
+                continue
             self._stop.clear()
             try:
                 self.read_bps = await asyncio.to_thread(self._measure)
             except OSError as error:
                 _log.warning("cannot measure how fast %s reads: %s", self._directory, error)
                 return
-            if self.read_bps or not self._stop.is_set():
+            if not self.read_bps and not self._stop.is_set():
+                _log.warning("cannot measure how fast %s reads: nothing was read within %g s", self._directory, _LIMIT_S)
                 return
-            await asyncio.sleep(_AGAIN_S)
 
     def give_way(self) -> None:
-        """A load is about to begin: end a measurement that is under way, within the time of one block."""
+        """Something is about to begin: end a measurement that is under way, within the time of one block."""
         self._stop.set()
 
     def close(self) -> None:
@@ -69,22 +80,36 @@ class DiskSpeed:
         self._stop.set()
 
     def _measure(self) -> float:
-        files = (child for child in self._directory.glob("*/*/*") if child.is_file() and not child.is_symlink())
-        sizes = {child: child.stat().st_size for child in files}
-        largest = max(sizes, key=sizes.__getitem__, default=None)
-        file = largest if largest is not None and sizes[largest] >= _FILE_BYTES else None
+        began = time.monotonic()
+        file = self._file()
         found = measure_read_bps(self._directory, file, threads=self._threads, limit_s=_LIMIT_S, stop=self._stop)
         if found:
-            memory = _Remembered(self._directory.stat().st_dev, time.time(), found)
-            write_atomic(self._place, msgspec.json.encode(memory), durable=False)
-            _log.info("%s reads %.2f GB/s", self._directory, found / 1e9)
+            _log.info("%s reads %.2f GB/s, measured in %.2f s", self._directory, found / 1e9, time.monotonic() - began)
+            self._remember(found)
         return found
+
+    def _file(self) -> Path | None:
+        """The largest file of a checkpoint, or None if a file made for the purpose is as good."""
+        sizes: dict[Path, int] = {}
+        for path in self._directory.glob("*/*/*"):
+            with contextlib.suppress(OSError):  # a checkpoint may be dropped meanwhile
+                status = path.lstat()
+                if stat.S_ISREG(status.st_mode) and status.st_size >= SCRATCH_BYTES:
+                    sizes[path] = status.st_size
+        return max(sizes, key=sizes.__getitem__, default=None)
+
+    def _remember(self, read_bps: float) -> None:
+        try:
+            memory = _Remembered(str(self._directory), self._directory.stat().st_dev, time.time(), read_bps)
+            write_atomic(self._place, msgspec.json.encode(memory), durable=False)
+        except OSError as error:
+            _log.warning("cannot remember how fast %s reads: %s", self._directory, error)
 
     def _remembered(self) -> float:
         """What an earlier life measured within a day on the same disk; 0 if there is nothing of the kind."""
         try:
             memory = msgspec.json.decode(self._place.read_bytes(), type=_Remembered)
-            same = memory.device == self._directory.stat().st_dev
-        except (OSError, msgspec.DecodeError):
+            same = (memory.path, memory.device) == (str(self._directory), self._directory.stat().st_dev)
+        except (OSError, ValueError):  # ValueError: not JSON, not UTF-8, or not what is written here
             return 0.0
         return memory.read_bps if same and 0 <= time.time() - memory.measured_at < _VALID_S else 0.0

@@ -40,6 +40,11 @@ class Instances(Lives):
     def truths(self) -> tuple[InstanceTruth, ...]:
         return tuple(life.truth() for life in self._current.values())
 
+    @property
+    def starting(self) -> bool:
+        """True while a life is on its way to ready, or waits for an older one to end."""
+        return any(life.state is _State.STARTING for life in self._current.values())
+
     def get(self, instance: str, epoch: int) -> Life | None:
         life = self._current.get(instance)
         return life if life is not None and life.start.epoch == epoch else None

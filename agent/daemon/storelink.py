@@ -85,6 +85,11 @@ class StoreLink:
         """True when the present store has stated its truth and its arena is held."""
         return self._stated and self._descriptor is not None
 
+    @property
+    def loading(self) -> bool:
+        """True while a fill is not answered yet."""
+        return bool(self._fills)
+
     def filling(self, digest: str) -> bool:
         return any(fill.message.digest == digest for fill in self._fills.values())
 

@@ -25,6 +25,11 @@ class ZygoteLink:
         self._stated = False
         self.instances: Instances | None = None
 
+    @property
+    def ready(self) -> bool:
+        """True when the present zygote has stated its truth: it has imported all, and can fork."""
+        return self._stated
+
     def welcome(self, connection: Connection, hello: Hello, welcome: Callable[[int], Welcome]) -> None:
         """A zygote has dialled. Raises Conflict for another than ours."""
         self._kin.claim(connection, hello.pid)

@@ -1,7 +1,14 @@
-"""How fast a directory's disk reads: a short look past the page cache, with as many threads as loads use."""
+"""How fast a directory's disk reads: a short look past the page cache, with as many threads and as long reads as loads have.
+
+Where a file system refuses direct I/O (some overlays and network file systems), loads read through the page cache, and so
+does the look, after the kernel was asked to forget the pages (POSIX_FADV_DONTNEED). The figure then includes the copy out
+of the cache. As the kernel may keep pages that others use, and a network's server or a hypervisor has a cache of its own,
+it is an upper bound there. On tmpfs it is the memory's, as a load's is.
+"""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -15,58 +22,67 @@ from typing import Final
 
 from agent.native.reader import BLOCK_BYTES
 
-__all__ = ["measure_read_bps"]
+__all__ = ["SCRATCH_BYTES", "measure_read_bps"]
 
 READ_BYTES: Final = 256 << 20
 """No more is read, however fast the disk."""
 SCRATCH_BYTES: Final = 64 << 20
 """What is written where there is no file of that size to read; a file system takes it back at once, also after a crash."""
 LEAST_BYTES: Final = 8 << 20
-"""Less says more of latency than of bandwidth."""
+"""A shorter file says more of latency than of bandwidth."""
 
 
 def measure_read_bps(directory: Path, file: Path | None, *, threads: int, limit_s: float, stop: threading.Event) -> float:
-    """Bytes per second of direct reads of ``file``, or of a nameless one made in ``directory`` and gone afterwards.
+    """Bytes per second of reads of ``file``, or of a nameless one made in ``directory`` and gone afterwards.
 
-    Writing and reading take at most ``limit_s`` each, and a block's time. 0 if ``stop`` was set meanwhile, if the file system
-    knows no direct I/O, or if it was too slow or too full for a figure. Raises OSError for a directory that cannot be used.
+    Writing and reading take at most ``limit_s`` each, and a block's time. 0 if ``stop`` was set meanwhile, or nothing could be
+    read in that time. Raises OSError, also for a file that is none or too short, and for a disk with too little room.
     """
     with ExitStack() as stack:
         if file is not None:
             descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             stack.callback(os.close, descriptor)
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError(errno.ENOTSUP, "is not a file to read from", str(file))
         else:
             descriptor = stack.enter_context(tempfile.TemporaryFile(dir=directory, buffering=0)).fileno()
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or not _make_direct(descriptor):
-            return 0.0
-        size_bytes = status.st_size if file is not None else _write(descriptor, limit_s, stop)
-        return _Race(descriptor, min(size_bytes, READ_BYTES), limit_s, stop).run(threads)
+        try:
+            return _look(descriptor, file is None, True, threads, limit_s, stop)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # how a file system refuses direct I/O, or its alignment
+                raise
+        return _look(descriptor, file is None, False, threads, limit_s, stop)
 
 
-def _make_direct(descriptor: int) -> bool:
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)
-    except OSError:
-        return False
-    return True
+def _look(descriptor: int, scratch: bool, direct: bool, threads: int, limit_s: float, stop: threading.Event) -> float:
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | (os.O_DIRECT if direct else 0))
+    if scratch:
+        _write(descriptor, direct, limit_s, stop)
+    size_bytes = min(os.fstat(descriptor).st_size, READ_BYTES)
+    if stop.is_set():
+        return 0.0
+    if size_bytes < LEAST_BYTES:
+        raise OSError(errno.ENODATA, f"there are only {size_bytes} bytes to read, and {LEAST_BYTES} are the least")
+    if not direct:
+        os.posix_fadvise(descriptor, 0, size_bytes, os.POSIX_FADV_DONTNEED)
+    return _Race(descriptor, size_bytes, limit_s, stop).run(threads)
 
 
-def _write(descriptor: int, limit_s: float, stop: threading.Event) -> int:
-    """Fill a file with what no disk compresses; how many bytes there was time and room for."""
+def _write(descriptor: int, direct: bool, limit_s: float, stop: threading.Event) -> None:
+    """Fill a file with what no disk compresses, as far as there is time, and in no more than half of the room."""
     end = time.monotonic() + limit_s
+    disk = os.fstatvfs(descriptor)
+    size_bytes = min(SCRATCH_BYTES, disk.f_bavail * disk.f_frsize // 2)
+    if size_bytes < LEAST_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    flags = 0 if direct else os.RWF_DSYNC  # pages that are not written yet would not be forgotten
     with mmap.mmap(-1, BLOCK_BYTES) as block:
         block[:] = os.urandom(BLOCK_BYTES)
-        written = 0
-        while written < SCRATCH_BYTES and time.monotonic() < end and not stop.is_set():
-            try:
-                count = os.pwrite(descriptor, block, written)
-            except OSError:  # no room, or another alignment than a page's: then that is all
-                break
-            written += count
-            if count < BLOCK_BYTES:
-                break
-    return written
+        for offset in range(0, size_bytes - BLOCK_BYTES + 1, BLOCK_BYTES):
+            if time.monotonic() >= end or stop.is_set():
+                return
+            os.pwritev(descriptor, [block], offset, flags)
 
 
 class _Race:
@@ -79,10 +95,10 @@ class _Race:
         self._stop = stop
         self._lock = threading.Lock()
         self._read_bytes = 0
-        self._failed = False
+        self._error: OSError | None = None
 
     def run(self, threads: int) -> float:
-        """Bytes per second, or 0 if that cannot be said."""
+        """Bytes per second, or 0 if that cannot be said. Raises OSError."""
         began = time.monotonic()
         readers = [threading.Thread(target=self._read, args=(began + self._limit_s,)) for _ in range(threads)]
         for reader in readers:
@@ -90,21 +106,21 @@ class _Race:
         for reader in readers:
             reader.join()
         elapsed_s = time.monotonic() - began
-        if self._failed or self._stop.is_set() or self._read_bytes < LEAST_BYTES:
-            return 0.0
-        return self._read_bytes / elapsed_s
+        if self._error is not None:
+            raise self._error
+        return 0.0 if self._stop.is_set() else self._read_bytes / elapsed_s
 
     def _read(self, end: float) -> None:
         with mmap.mmap(-1, BLOCK_BYTES) as block:
-            while time.monotonic() < end and not self._stop.is_set() and not self._failed:
+            while time.monotonic() < end and not self._stop.is_set() and self._error is None:
                 with self._lock:
                     offset = next(self._blocks, None)
                 if offset is None:
                     return
                 try:
                     count = os.preadv(self._descriptor, [block], offset)
-                except OSError:
-                    self._failed = True
+                except OSError as error:
+                    self._error = error
                     return
                 with self._lock:
                     self._read_bytes += count

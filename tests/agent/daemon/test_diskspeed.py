@@ -1,18 +1,71 @@
-"""The disk's speed: measured once a day per disk, in nobody's way, and stated."""
+"""The disk's speed: measured once a day per disk when the node is quiet, in nobody's way, and stated."""
 
 from __future__ import annotations
 
 import asyncio
-import os
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from agent.config import NodeConfig
+from agent.daemon import diskspeed
 from agent.daemon.diskspeed import DiskSpeed
-from tests.agent.daemon.peers import Node
+from agent.native import disk_speed
+from schema.link import LoadCheckpoint, OperationDone, Ping, Pong
+from schema.states import InstanceState, Tier
+from tests.agent.daemon.peers import DIGEST, Manager, Node, make_checkpoint, start_instance
+
+_BLOCKS = 8 << 20
+
+
+@pytest.fixture(autouse=True)
+def _small_and_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diskspeed, "_AGAIN_S", 0.001)
+    monkeypatch.setattr(diskspeed, "SCRATCH_BYTES", _BLOCKS)
+    monkeypatch.setattr(disk_speed, "SCRATCH_BYTES", _BLOCKS)
+
+
+class Look:
+    """A measurement in one test: it takes until it is told to end, or `let` says what it found."""
+
+    def __init__(self) -> None:
+        self.files: list[Path | None] = []
+        self.began = threading.Event()
+        self.ended_early = 0
+        self._found = 0.0
+        self._let = threading.Event()
+
+    def __call__(self, directory: Path, file: Path | None, *, threads: int, limit_s: float, stop: threading.Event) -> float:
+        self.files.append(file)
+        self.began.set()
+        while not self._let.wait(0.001):
+            if stop.is_set():
+                self.ended_early += 1
+                return 0.0
+        return self._found
+
+    def let(self, found: float) -> None:
+        self._found = found
+        self._let.set()
+
+
+@pytest.fixture
+def look(monkeypatch: pytest.MonkeyPatch) -> Look:
+    made = Look()
+    monkeypatch.setattr(diskspeed, "measure_read_bps", made)
+    return made
+
+
+@pytest.fixture
+async def fresh() -> Node:
+    """A node with one checkpoint, not begun yet."""
+    node = Node()
+    make_checkpoint(node.config.checkpoints_path)
+    return node
 
 
 def config_in(directory: Path) -> NodeConfig:
@@ -21,82 +74,171 @@ def config_in(directory: Path) -> NodeConfig:
     return config
 
 
-def remember(config: NodeConfig, *, read_bps: float = 3e9, ago_s: float = 60.0, device: int | None = None) -> Path:
-    here = config.checkpoints_path.stat().st_dev if device is None else device
+def quiet() -> bool:
+    return False
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.rglob("*"))
+
+
+def remember(config: NodeConfig, *, ago_s: float = 60.0, **fields: Any) -> Path:
+    here = {"path": str(config.checkpoints_path), "device": config.checkpoints_path.stat().st_dev, "read_bps": 3e9}
     place = Path(config.data_dir) / "disk.json"
-    place.write_bytes(msgspec.json.encode({"device": here, "measured_at": time.time() - ago_s, "read_bps": read_bps}))
+    place.write_bytes(msgspec.json.encode({**here, "measured_at": time.time() - ago_s, **fields}))
     return place
 
 
-async def test_what_was_measured_today_is_not_measured_again(tmp_path: Path) -> None:
+async def test_what_was_measured_today_is_not_measured_again(tmp_path: Path, look: Look) -> None:
     config = config_in(tmp_path)
     place = remember(config)
     before = place.read_bytes()
-    speed = DiskSpeed(config)
+    speed = DiskSpeed(config, quiet)
     assert speed.read_bps == 3e9
     await speed.run()
-    assert (speed.read_bps, place.read_bytes()) == (3e9, before)
+    assert (speed.read_bps, place.read_bytes(), look.files) == (3e9, before, [])
 
 
-@pytest.mark.parametrize("odd", ["old", "from the future", "another disk", "torn", "negative"])
-def test_what_does_not_hold_any_more_is_forgotten(tmp_path: Path, odd: str) -> None:
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"ago_s": 90_000.0},
+        {"ago_s": -3600.0},
+        {"device": -1},
+        {"path": "/elsewhere/checkpoints"},
+        {"read_bps": -1.0},
+        {"read_bps": 0.0},
+        {"read_bps": "fast"},
+        {"by": "another program"},
+    ],
+    ids=str,
+)
+async def test_what_does_not_hold_is_measured_anew(tmp_path: Path, look: Look, odd: dict[str, Any]) -> None:
     config = config_in(tmp_path)
-    device = config.checkpoints_path.stat().st_dev
-    ago_s = {"old": 90_000.0, "from the future": -3600.0}.get(odd, 60.0)
-    read_bps = -1.0 if odd == "negative" else 3e9
-    place = remember(config, ago_s=ago_s, device=device + (odd == "another disk"), read_bps=read_bps)
-    if odd == "torn":
-        place.write_bytes(place.read_bytes()[:20])
-    assert DiskSpeed(config).read_bps == 0
-
-
-async def test_a_measurement_is_remembered_for_the_next_life(tmp_path: Path) -> None:
-    config = config_in(tmp_path)
-    try:
-        os.close(os.open(tmp_path / "probe", os.O_CREAT | os.O_RDONLY | os.O_DIRECT, 0o600))
-    except OSError:
-        pytest.skip("the file system of the temporary directory knows no direct I/O")
-    part = config.checkpoints_path / "d" / "l1" / "part-0"
-    part.parent.mkdir(parents=True)
-    with part.open("wb") as file:  # large enough to be read in place of a file made for it
-        for _ in range(64):
-            file.write(bytes(1 << 20))
-    speed = DiskSpeed(config)
+    remember(config, **odd)
+    speed = DiskSpeed(config, quiet)
     assert speed.read_bps == 0
+    look.let(2e9)
+    await speed.run()
+    assert (speed.read_bps, DiskSpeed(config, quiet).read_bps) == (2e9, 2e9)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"path": "/tm', b'{"path": "\xff"}', b"\x00\x01", b"[]"])
+def test_a_file_that_is_none_of_ours_is_ignored(tmp_path: Path, content: bytes) -> None:
+    config = config_in(tmp_path)
+    (tmp_path / "disk.json").write_bytes(content)
+    assert DiskSpeed(config, quiet).read_bps == 0
+
+
+async def test_a_disk_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    speed = DiskSpeed(config, quiet)
     await speed.run()
     assert speed.read_bps > 0
-    assert DiskSpeed(config).read_bps == speed.read_bps
+    assert DiskSpeed(config, quiet).read_bps == speed.read_bps
+    assert names(tmp_path) == ["checkpoints", "disk.json"]
 
 
-async def test_a_measurement_gives_way_and_ends_with_its_owner(tmp_path: Path) -> None:
-    speed = DiskSpeed(config_in(tmp_path))
-    running = asyncio.create_task(speed.run())
-    await asyncio.sleep(0)
-    speed.give_way()
-    speed.close()
-    running.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await running
+async def test_the_largest_file_of_a_checkpoint_is_read_if_it_is_large_enough(tmp_path: Path, look: Look) -> None:
+    config = config_in(tmp_path)
+    look.let(1e9)
+    small, large, largest = (config.checkpoints_path / name / "l1" / "part-0" for name in "abc")
+    for file, size_bytes in ((small, _BLOCKS - 1), (large, _BLOCKS), (largest, _BLOCKS + 1)):
+        await DiskSpeed(config, quiet).run()
+        (tmp_path / "disk.json").unlink()
+        file.parent.mkdir(parents=True)
+        with file.open("wb") as out:
+            out.truncate(size_bytes)
+    await DiskSpeed(config, quiet).run()
+    assert look.files == [None, None, large, largest]
 
 
-async def test_it_does_nothing_once_closed(tmp_path: Path) -> None:
-    speed = DiskSpeed(config_in(tmp_path))
+async def test_it_does_nothing_once_closed(tmp_path: Path, look: Look) -> None:
+    speed = DiskSpeed(config_in(tmp_path), quiet)
     speed.close()
     await speed.run()
-    assert speed.read_bps == 0
+    assert (speed.read_bps, look.files) == (0, [])
+
+
+async def test_closing_ends_a_measurement(tmp_path: Path, look: Look) -> None:
+    speed = DiskSpeed(config_in(tmp_path), quiet)
+    running = asyncio.create_task(speed.run())
+    await asyncio.to_thread(look.began.wait, 10)
+    speed.close()
+    await running
+    assert (speed.read_bps, look.ended_early) == (0, 1)
 
 
 async def test_a_directory_that_cannot_be_used_costs_only_the_figure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = NodeConfig(run_dir=str(tmp_path / "run"), data_dir=str(tmp_path / "nowhere"))
-    speed = DiskSpeed(config)
+    speed = DiskSpeed(NodeConfig(run_dir=str(tmp_path / "run"), data_dir=str(tmp_path / "nowhere")), quiet)
     await speed.run()
     assert speed.read_bps == 0
     assert "cannot measure" in caplog.text
 
 
-async def test_the_truth_states_what_is_remembered() -> None:
-    node = Node()
-    node.config.checkpoints_path.mkdir(parents=True, exist_ok=True)
-    remember(node.config, read_bps=2.5e9)
-    async with node:
+async def test_a_figure_that_cannot_be_remembered_is_used(tmp_path: Path, look: Look, caplog: pytest.LogCaptureFixture) -> None:
+    config = config_in(tmp_path)
+    (tmp_path / "disk.json").mkdir()
+    look.let(2e9)
+    speed = DiskSpeed(config, quiet)
+    await speed.run()
+    assert speed.read_bps == 2e9
+    assert "cannot remember" in caplog.text
+
+
+async def test_the_truth_states_what_is_remembered(fresh: Node) -> None:
+    remember(fresh.config, read_bps=2.5e9)
+    async with fresh as node:
         assert (await node.manager()).truth.inventory.disk_read_bps == 2.5e9
+
+
+async def test_the_truth_states_what_was_measured_since(fresh: Node, look: Look) -> None:
+    async with fresh as node:
+        assert (await node.manager()).truth.inventory.disk_read_bps == 0
+        look.let(2e9)
+        await node.until((Path(node.config.data_dir) / "disk.json").exists)
+        await turns(await node.manager())
+        assert (await node.manager()).truth.inventory.disk_read_bps == 2e9
+
+
+async def test_nothing_is_measured_before_the_nodes_processes_serve(fresh: Node, look: Look) -> None:
+    fresh.kin_dial = False
+    async with fresh as node:
+        stranger = await node.dial_manager()
+        await node.until(lambda: len(node.pids) == 2)
+        assert not look.files
+        node.play("store", node.pids[0])
+        await stranger.whole_truth()
+        await turns(stranger)
+        assert not look.files
+        node.play("zygote", node.pids[1])
+        await node.until(lambda: bool(look.files))
+
+
+@pytest.mark.parametrize("command", [start_instance(), LoadCheckpoint(op="op_1", digest=DIGEST, tier=Tier.DRAM)], ids=str)
+async def test_a_measurement_gives_way_and_waits_until_the_load_is_over(fresh: Node, look: Look, command: Any) -> None:
+    fresh.store_answers = False
+    async with fresh as node:
+        manager = await node.manager()
+        await node.until(lambda: len(look.files) == 1)
+        manager.send(command)
+        store = node.stores[0]
+        await store.until(lambda: bool(store.fills))
+        await node.until(lambda: look.ended_early == 1)
+        await turns(manager)
+        assert len(look.files) == 1
+        look.let(2e9)
+        store.answer(store.fills[0])
+        if isinstance(command, LoadCheckpoint):
+            await manager.take(OperationDone)
+        else:
+            await manager.instance(InstanceState.READY)
+        await node.until((Path(node.config.data_dir) / "disk.json").exists)
+        assert len(look.files) == 2
+
+
+async def turns(manager: Manager, count: int = 20) -> None:
+    """Some turns of the agent's loop, in each of which it looks again."""
+    for nonce in range(1, count):
+        manager.send(Ping(nonce=nonce))
+        await manager.take(Pong)
