@@ -76,7 +76,11 @@ class Cluster:
     def spawn(self, *flags: str) -> subprocess.Popen[bytes]:
         with (self.directory / "manager.log").open("ab") as log:
             args = [sys.executable, *self.entry, "--config", str(self.config), "serve", *flags]
-            return subprocess.Popen(args, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
+            # Tests say themselves when weights come into DRAM.
+            environment = {"SLLM_CONTROL_PREFETCH_EVERY_S": "0"} | os.environ
+            return subprocess.Popen(
+                args, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT, env=environment, start_new_session=True
+            )
 
     def ready_status(self) -> dict[str, Any] | None:
         assert self.manager is not None

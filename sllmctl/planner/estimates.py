@@ -91,6 +91,10 @@ class Estimates:
             queue_s = max(queue_s, coming[1] - now - load_s)
         return Startup(queue_s, load_s, max(queue_s + load_s, build_s) + finish_s)
 
+    def wait_s(self, node: Node, channel: Channel, now: float) -> float:
+        """How long a load that begins now would wait for a node's network or disk."""
+        return self._loads.wait_s((node.id, channel, 0), now)
+
     def migration_s(self, digest: str, kind: str, tokens: int) -> float:
         """Recomputing a sequence of so many tokens on a device of this kind."""
         return self._line(digest, kind).at(tokens)
@@ -107,7 +111,8 @@ class Estimates:
     def began(
         self, load: str, node: Node, checkpoint: Checkpoint, devices: Sequence[int], source: Tier, peer: str, now: float
     ) -> None:
-        """A load (named by its instance) takes its place in the queue of each channel on its path."""
+        """A load (named by its instance) takes its place in the queue of each channel on its path. Without ``devices`` it ends
+        in DRAM."""
         self.ended(load, now)
         place, where = (node.id, checkpoint.digest), source
         shared = source in _FETCHED and place in self._coming
@@ -221,7 +226,7 @@ class Estimates:
         _, network, disk, link, kind = self._of(node)
         size_bytes = checkpoint.image_bytes
         path: list[tuple[ChannelKey, float]] = []
-        if kind != "cpu":
+        if kind != "cpu" and devices:
             seconds = size_bytes / len(devices) / link
             path += [((node.id, Channel.DEVICE, device), seconds) for device in devices]
         if source is Tier.DISK:
