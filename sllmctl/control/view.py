@@ -181,9 +181,9 @@ class ClusterView:
     ``idle_weights[(node, device)]`` are checkpoints that lie in device memory and nobody uses, with their bytes there: they
     are not free, but may be dropped. ``resting_bytes[(node, device)]`` is what ready instances without a sequence have been
     promised, ``leaving_bytes`` what those that drain or stop have been, ``planned_bytes`` what those without a life yet
-    have been. ``dram_bytes[node]`` lie in the arena, used or not. ``free`` and ``loose`` find nodes by room: as it is,
-    and as it would be without idle weights, resting and leaving instances. ``means`` counts changes of which nodes take
-    instances, and of what they have.
+    have been. ``dram_bytes[node]`` lie in the arena, used or not. ``free_on[node]`` and ``loose_on[node]`` are the room on
+    each of its devices: as it is, and as it would be without idle weights, resting and leaving instances; ``free`` and
+    ``loose`` find nodes by it. ``means`` counts changes of which nodes take instances, and of what they have.
     """
 
     nodes: dict[str, Node] = field(default_factory=dict)
@@ -198,6 +198,8 @@ class ClusterView:
     leaving_bytes: dict[tuple[str, int], int] = field(default_factory=dict)
     planned_bytes: dict[tuple[str, int], int] = field(default_factory=dict)
     dram_bytes: dict[str, int] = field(default_factory=dict)
+    free_on: dict[str, dict[int, int]] = field(default_factory=dict)
+    loose_on: dict[str, dict[int, int]] = field(default_factory=dict)
     means: int = 0
     refused: dict[str, None] = field(default_factory=dict)
     _free: RoomIndex = field(default_factory=RoomIndex)
@@ -243,9 +245,7 @@ class ClusterView:
 
     def free_bytes(self, node: str, device: DeviceInfo) -> int:
         """Device memory that nothing is promised and no idle weights lie in; negative while promises overlap."""
-        key = (node, device.index)
-        idle = self.idle_weights.get(key)
-        return device.memory_bytes - self.committed_bytes.get(key, 0) - (sum(idle.values()) if idle else 0)
+        return self.free_on[node][device.index]
 
     @property
     def free(self) -> RoomIndex:
@@ -327,6 +327,8 @@ class ClusterView:
         self.nodes[node.id] = node
         self.means += 1
         self._stale[node.id] = None
+        if node.inventory is not None:
+            self._measure(node.id)
 
     def set_node_state(self, node: Node, state: NodeState) -> None:
         """Change a node's state. Whether the transition is allowed is the caller's to judge."""
@@ -481,6 +483,7 @@ class ClusterView:
         for device, need in needs.items():
             key = (instance.node, device)
             self.committed_bytes[key] = self.committed_bytes.get(key, 0) + sign * need
+            self._room(instance.node, device, -sign * need, -sign * need)
             user = (instance.node, device, instance.digest)
             self._device_users[user] = self._device_users.get(user, 0) + sign
             self._weigh_idle(*user)
@@ -510,18 +513,28 @@ class ClusterView:
         for device, need in needs.items():
             key = (instance.node, device)
             promised[key] = promised.get(key, 0) + sign * need
-        self._stale[instance.node] = None
+            if promised is not self.planned_bytes:
+                self._room(instance.node, device, 0, sign * need)
 
     def _weigh_idle(self, node: str, device: int, digest: str) -> None:
         """Weights in device memory are idle when neither the node counts a user nor an instance of ours is to use them."""
         record = self.placements.get((digest, node, Tier.DEVICE, device))
         unused = record is not None and record.users == 0 and record.state is TierState.RESIDENT
         here = self.idle_weights.setdefault((node, device), {})
+        before = here.get(digest, 0)
         if record is not None and unused and not self._device_users.get((node, device, digest)):
             here[digest] = record.size_bytes
         else:
             here.pop(digest, None)
-        self._stale[node] = None
+        self._room(node, device, before - here.get(digest, 0), 0)
+
+    def _room(self, node: str, device: int, free: int, loose: int) -> None:
+        """So much more is free on a device, and would be."""
+        room = self.free_on.get(node)
+        if room is not None and device in room:
+            room[device] += free
+            self.loose_on[node][device] += loose
+            self._stale[node] = None
 
     def _refresh(self) -> None:
         for node_id in self._stale:
@@ -530,17 +543,22 @@ class ClusterView:
                 self._free.drop(node_id)
                 self._loose.drop(node_id)
                 continue
-            free: list[int] = []
-            loose: list[int] = []
-            for device in node.inventory.devices:
-                key = (node_id, device.index)
-                room = device.memory_bytes - self.committed_bytes.get(key, 0)
-                loose.append(room + self.resting_bytes.get(key, 0) + self.leaving_bytes.get(key, 0))
-                idle = self.idle_weights.get(key)
-                free.append(room - sum(idle.values()) if idle else room)
-            self._free.put(node_id, free)
-            self._loose.put(node_id, loose)
+            self._free.put(node_id, list(self.free_on[node_id].values()))
+            self._loose.put(node_id, list(self.loose_on[node_id].values()))
         self._stale.clear()
+
+    def _measure(self, node: str) -> None:
+        """The room on each device of a node, counted anew."""
+        inventory = self.nodes[node].inventory
+        assert inventory is not None
+        free = self.free_on[node] = {}
+        loose = self.loose_on[node] = {}
+        for device in inventory.devices:
+            key = (node, device.index)
+            room = device.memory_bytes - self.committed_bytes.get(key, 0)
+            free[device.index] = room - sum(self.idle_weights.get(key, {}).values())
+            loose[device.index] = room + self.resting_bytes.get(key, 0) + self.leaving_bytes.get(key, 0)
+        self._stale[node] = None
 
     def _hold(self, node: str, digest: str, sign: int) -> None:
         key = (node, digest)
@@ -567,7 +585,7 @@ class ClusterView:
                 self._promise(self.leaving_bytes, instance, 1)
             if instance.state is InstanceState.PLANNED:
                 self._promise(self.planned_bytes, instance, 1)
-        self._stale[node] = None
+        self._measure(node)
         held = [digest for holder, digest in self._holders if holder == node]
         self.arena_held_bytes[node] = sum(self.arena_bytes_of(node, digest) for digest in held)
 
