@@ -92,11 +92,11 @@ def _ours(*, locality: bool = True, sharing: bool = True) -> MakePlanner:
 
 _FETCH = Abilities(fetch=True)
 _MIGRATE = Abilities(fetch=True, migrate=True)
-_AS_PUBLISHED = {"keep_alive_per_reload": 1.0, "keep_alive_least_s": 0.0, "evict_idle_s": 0.0, "scale_up_after_s": 0.0}
-"""An idle instance is kept for as long as its load takes, unless its device is wanted sooner; and every request that finds no
-idle instance is placed at once."""
-_AT_ONCE = {"evict_idle_s": 0.0, "scale_up_after_s": 0.0}
-"""With the production keep-alive, which is the better one for them."""
+_AT_ONCE = {"evict_idle_s": 0.0, "scale_up_after_s": 0.0, "prefetch_every_s": 0.0}
+"""Every request that finds no room is placed at once, and nothing is read ahead of need. With the production keep-alive, which
+is the better one for them."""
+_AS_PUBLISHED = _AT_ONCE | {"keep_alive_per_reload": 1.0, "keep_alive_least_s": 0.0}
+"""An idle instance is kept for as long as its load takes, unless its device is wanted sooner."""
 
 POLICIES: dict[str, Policy] = {
     policy.name: policy
@@ -125,6 +125,7 @@ POLICIES: dict[str, Policy] = {
         Policy("sllmctl", "sllmctl", _ours(), _MIGRATE),
         Policy("sllmctl-no-locality", "sllmctl without locality", _ours(locality=False), _MIGRATE),
         Policy("sllmctl-no-migration", "sllmctl without migration", _ours(), _FETCH),
+        Policy("sllmctl-no-prefetch", "sllmctl without prefetch", _ours(), _MIGRATE, control={"prefetch_every_s": 0.0}),
         Policy("sllmctl-no-sharing", "sllmctl without sharing", _ours(sharing=False), _MIGRATE, exclusive=True),
     )
 }
