@@ -470,8 +470,8 @@ class LoadCheckpoint(Message, frozen=True, kw_only=True, tag="prefetch"):
 
 
 class DropCheckpoint(Message, frozen=True, kw_only=True, tag="drop"):
-    """Take a checkpoint from one tier: DEVICE (those devices of the node where nobody uses it), DRAM, or DISK for good. Where all
-    of it is in use: a Conflict, and nothing is dropped. What is said after it on this link finds the room free."""
+    """Take a checkpoint from one tier: DEVICE (those devices of the node where nobody uses it), DRAM, or DISK for good. Where
+    all is in use: a Conflict, and nothing is dropped. What is said after it on this link finds the room free."""
 
     op: str
     digest: str
