@@ -15,6 +15,9 @@ def begin(turn: Turn, node: str, digest: str, tier: Tier) -> None:
     """Ask a node to drop a checkpoint. Weights on its devices count as leaving from now on, where nobody uses them."""
     if (node, digest, tier) in turn.core.dropping:
         return
+    if tier is Tier.DEVICE and turn.core.kept.get((node, digest), 0.0) > turn.now:
+        turn.wake("settle", node, turn.core.kept[node, digest])
+        return
     op = turn.core.ids("op")
     turn.core.drops[op] = Drop(node, digest, tier, 1)
     turn.core.dropping[node, digest, tier] = op
@@ -58,9 +61,11 @@ def done(turn: Turn, op: str, said: OperationDone) -> bool:
 
 
 def _stays(turn: Turn, drop: Drop) -> None:
+    """It was not dropped: it may be used again, and is not asked to leave its devices again at once."""
     if drop.tier is not Tier.DEVICE:
         return
-    view = turn.view
+    view, settings = turn.view, turn.settings
+    turn.core.kept[drop.node, drop.digest] = turn.now + settings.drop_retry_s * settings.drop_attempts
     for record in list(view.placements_at(drop.digest, drop.node).values()):
         if record.tier is Tier.DEVICE and record.state is TierState.EVICTING:
             back = replace(record, state=TierState.RESIDENT)
@@ -74,10 +79,15 @@ def retry(turn: Turn, op: str) -> None:
     if drop is None:
         return
     view = turn.view
-    used = drop.tier is not Tier.DEVICE and any(view.models_of(drop.digest))
+    if drop.tier is Tier.DEVICE:
+        records = view.placements_at(drop.digest, drop.node).values()
+        used = not any(record.tier is Tier.DEVICE and record.state is TierState.EVICTING for record in records)
+    else:
+        used = any(view.models_of(drop.digest))
     if used or view.nodes[drop.node].state is not NodeState.READY:
         _forget(turn, op, drop)
         _stays(turn, drop)
+        turn.settle[drop.node] = None
         return
     turn.send(drop.node, DropCheckpoint(op=op, digest=drop.digest, tier=drop.tier))
 

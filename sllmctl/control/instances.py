@@ -9,7 +9,7 @@ from schema.states import InstanceState, ModelState, NodeState, can_become
 from sllmctl.control import learning
 from sllmctl.control.effects import RouteChanged, StopInstanceNow
 from sllmctl.control.turn import Turn
-from sllmctl.control.view import HOLDING, LIVE, STANDING, Instance, Model
+from sllmctl.control.view import HOLDING, LIVE, Instance, Model
 from sllmctl.planner.memory import context_tokens
 from sllmctl.planner.plans import Plan
 
@@ -47,9 +47,10 @@ def move(turn: Turn, instance: Instance, state: InstanceState) -> None:
 
 def _set(turn: Turn, instance: Instance, state: InstanceState) -> None:
     if instance.state in HOLDING and state not in HOLDING:
-        turn.freed = True
-    if instance.state in STANDING and state not in STANDING:
+        turn.free()
         turn.settle[instance.node] = None
+    if instance.state is _I.READY:
+        turn.look_now(instance.model)
     if instance.state is _I.STARTING and state is not _I.READY:
         learning.ended(turn, instance)
     if turn.core.takes_part(instance.id):
@@ -229,13 +230,14 @@ def keep_alive_s(turn: Turn, model: Model) -> float:
 
 
 def _wanted(turn: Turn, instance: Instance, *, crashed: bool) -> bool:
-    """True if the model would have to start another one for it: there is demand, too few others, or its keep-alive runs."""
+    """True if the model would have to start another one for it: there is demand, too few others, or its keep-alive runs.
+    One that moves has a successor already."""
     model = turn.view.models[instance.model]
     if model.state is not ModelState.DEPLOYED:
         return False
     scale = model.spec.scale
     others = sum(other.state in ACTIVE for other in turn.view.instances_of(model.name).values() if other is not instance)
-    if others >= scale.max:
+    if others >= scale.max or instance.moving:
         return False
     if model.waiting or model.running or instance.running or others < scale.min:
         return True

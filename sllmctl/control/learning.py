@@ -37,7 +37,8 @@ def _nearest(view: ClusterView, instance: Instance) -> Tier:
 
 
 def started(turn: Turn, instance: Instance) -> None:
-    """It is ready: what it took corrects the estimates."""
+    """It is ready: what it took corrects the estimates. How long that was is known only of a life that this manager began, on a
+    node that it has not lost sight of since."""
     view, estimates = turn.view, turn.core.estimates
     estimates.ended(instance.id, turn.now)
     node, checkpoint = view.nodes[instance.node], view.checkpoints.get(instance.digest)
@@ -45,6 +46,8 @@ def started(turn: Turn, instance: Instance) -> None:
         return
     for row in estimates.started(node, checkpoint, instance.devices, instance.phases, turn.now):
         turn.append(row)
+    if instance.expected_s is None or node.seen_at > instance.life_at:
+        return
     turn.append(
         OutcomeView(
             at=turn.now,

@@ -185,9 +185,9 @@ class ControlLoop:
             return
         model.waiting, model.running = event.waiting, event.running
         if not event.waiting:
-            model.waiting_since = None
+            self.view.set_waiting_since(model, None)
         elif model.waiting_since is None:
-            model.waiting_since = turn.now
+            self.view.set_waiting_since(model, turn.now)
             if not self.view.instances_of(model.name):
                 demand.called(model, turn.now, self.settings.heat_s)
         turn.rescale[model.name] = None
@@ -204,6 +204,8 @@ class ControlLoop:
             demand.called(self.view.models[instance.model], turn.now, self.settings.heat_s)
         if resting:
             turn.rescale[instance.model] = None
+            if turn.core.takes_part(instance.id):
+                turn.involved[instance.id] = None
 
     def _tick(self, turn: Turn) -> None:
         self._core.woken_at = None
@@ -223,6 +225,8 @@ class ControlLoop:
                     scaling.look_around(turn)
                 case "prefetch":
                     prefetch.look(turn)
+                case "settle":
+                    turn.settle[name] = None
                 case _:
                     drops.retry(turn, name)
 

@@ -191,7 +191,8 @@ def stop(turn: Turn, event: StopModel) -> None:
 def _undeploy(turn: Turn, model: Model, what: str) -> None:
     say(turn, model)
     turn.do(RejectWaiting(model.name, Fault("unschedulable", f"model {model.name!r} {what}")))
-    model.waiting, model.waiting_since = 0, None
+    model.waiting = 0
+    turn.view.set_waiting_since(model, None)
     turn.rescale[model.name] = None
 
 

@@ -43,6 +43,7 @@ def lost(turn: Turn, event: NodeLost) -> None:
     turn.wake("node", node.id, turn.now + turn.settings.unreachable_grace_s)
     for instance in turn.view.instances_on(node.id).values():
         instances.route(turn, instance)
+        turn.look_now(instance.model)
         turn.rescale[instance.model] = None
     for instance in list(turn.view.planned_on(node.id).values()):
         instances.retire(turn, instance, "Gone", f"node {node.name} is unreachable, and it had not begun")
@@ -76,7 +77,7 @@ def take_truth(turn: Turn, node: Node, truth: NodeTruth) -> None:
     node.seen_at, node.unreachable_since = turn.now, None
     turn.put_node(node)
     turn.view.set_inventory(node.id, truth.inventory)
-    turn.freed = True
+    turn.free()
     turn.settle[node.id] = None
     _take_checkpoints(turn, node, truth)
     _take_instances(turn, node, truth)
@@ -161,9 +162,8 @@ def take_checkpoint(turn: Turn, node: Node, truth: CheckpointTruth) -> None:
         if before is not None and (before.state, before.users, before.size_bytes) == (one.state, one.users, one.size_bytes):
             continue
         turn.view.put_placement(record)
-        turn.freed |= one.state is TierState.RESIDENT and (
-            before is None or before.state is not one.state or one.users < before.users
-        )
+        if one.state is TierState.RESIDENT and (before is None or before.state is not one.state or one.users < before.users):
+            turn.free()
         turn.settle[node.id] = None
         if before is None or (before.state, before.size_bytes) != (one.state, one.size_bytes):
             turn.put_placement(record)
@@ -172,7 +172,7 @@ def take_checkpoint(turn: Turn, node: Node, truth: CheckpointTruth) -> None:
             turn.event("checkpoint", truth.digest, "Quarantined", message, level="error")
     for record in gone.values():
         turn.remove_placement(record)
-        turn.freed = True
+        turn.free()
         turn.settle[node.id] = None
     if any(one.state is TierState.RESIDENT for one in held):
         turn.do(CheckpointKnown(truth.digest, node.id))

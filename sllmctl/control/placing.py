@@ -7,14 +7,16 @@ same devices before it counted first. Weights that nobody uses are dropped as fa
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from schema.states import InstanceState, NodeState, Tier, TierState
 from sllmctl.control import drops, instances
 from sllmctl.control.effects import Migrate
 from sllmctl.control.turn import Moving, Turn
-from sllmctl.control.view import Instance, Model, Node
+from sllmctl.control.view import LEAVING, STANDING, Instance, Model, Node
 from sllmctl.planner.plans import Candidate, Move, Plan
 
-__all__ = ["carry_out", "follow", "settle"]
+__all__ = ["carry_out", "follow", "give_up", "settle"]
 
 _I = InstanceState
 _LOST = frozenset({_I.DRAINING, _I.STOPPING, _I.STOPPED, _I.BACKOFF, _I.FAILED})
@@ -55,30 +57,57 @@ def settle(turn: Turn, node_id: str) -> None:
     node = turn.view.nodes[node_id]
     if not planned or node.state is not NodeState.READY or node.inventory is None:
         return
-    promised: dict[int, int] = {}
+    ahead: list[Instance] = []
     for instance in list(planned.values()):
-        missing = _missing_bytes(turn, node, instance, promised)
-        if not any(size > 0 for size in missing.values()) and _arena_fits(turn, node, instance):
+        lacks = _lacks(turn, node, instance, ahead)
+        if all(lack.bytes <= 0 for lack in lacks) and _arena_fits(turn, node, instance):
             instances.begin_life(turn, instance)
             continue
-        _make_lying_leave(turn, instance, missing)
-        needs = turn.view.device_need_bytes(node_id, instance.digest, instance.devices, instance.kv_bytes)
-        for device, need in needs.items():
-            promised[device] = promised.get(device, 0) + need
+        stays = any(lack.bytes > lack.leaving_bytes + sum(lack.lying.values()) for lack in lacks)
+        if stays or _arena_stays(turn, node, instance):
+            give_up(turn, instance, "those who were to make its room stay")
+            continue
+        _make_lying_leave(turn, instance, lacks)
+        ahead.append(instance)
 
 
-def _missing_bytes(turn: Turn, node: Node, instance: Instance, promised: dict[int, int]) -> dict[int, int]:
-    """What each of its devices lacks; its own weights, where they lie already, take no new room."""
+@dataclass(slots=True)
+class _Lack:
+    """The bytes that a device lacks for a planned instance (none if below 0), and who will give some of them: instances that
+    leave, and ``lying`` weights that nobody with a life uses."""
+
+    device: int
+    bytes: int
+    leaving_bytes: int
+    lying: dict[str, int]
+
+
+def _lacks(turn: Turn, node: Node, instance: Instance, ahead: list[Instance]) -> list[_Lack]:
+    """What each of its devices lacks, those planned ``ahead`` counted in. Its own weights, and theirs, where they lie
+    already, take no new room."""
     assert node.inventory is not None
     view = turn.view
     memory = {device.index: device.memory_bytes for device in node.inventory.devices}
-    missing: dict[int, int] = {}
+    found: list[_Lack] = []
     for device, need in view.device_need_bytes(node.id, instance.digest, instance.devices, instance.kv_bytes).items():
-        lying = view.lying_bytes(node.id, device)
-        others = sum(size for digest, size in lying.items() if digest != instance.digest)
-        taken = view.live_bytes(node.id, device) + promised.get(device, 0) + others
-        missing[device] = taken + need - memory.get(device, 0)
-    return missing
+        lying = {digest: size for digest, size in view.lying_bytes(node.id, device).items() if digest != instance.digest}
+        taken = view.live_bytes(node.id, device)
+        for one in ahead:
+            if device in one.devices:
+                taken += view.device_need_bytes(node.id, one.digest, one.devices, one.kv_bytes)[device]
+                lying.pop(one.digest, None)
+        missing = taken + sum(lying.values()) + need - memory.get(device, 0)
+        leaving = view.leaving_bytes.get((node.id, device), 0) + _leaving_by_moves(turn, node.id, device) if missing > 0 else 0
+        found.append(_Lack(device, missing, leaving, lying))
+    return found
+
+
+def give_up(turn: Turn, instance: Instance, why: str) -> None:
+    """No room will come for what was planned: it is planned anew, but a little later, since little may have changed."""
+    instances.retire(turn, instance, "RoomLost", f"{why}; it is planned anew", level="warning")
+    at = turn.now + turn.settings.evict_look_s
+    turn.core.look_at[instance.model] = at
+    turn.wake("model", instance.model, at)
 
 
 def _arena_fits(turn: Turn, node: Node, instance: Instance) -> bool:
@@ -94,21 +123,30 @@ def _arena_fits(turn: Turn, node: Node, instance: Instance) -> bool:
     )
 
 
-def _make_lying_leave(turn: Turn, instance: Instance, missing: dict[int, int]) -> None:
+def _arena_stays(turn: Turn, node: Node, instance: Instance) -> bool:
+    """True if the arena lacks room for its weights even when all who leave have left."""
+    assert node.inventory is not None
+    if _arena_fits(turn, node, instance):
+        return False
+    stay = {
+        one.digest
+        for one in turn.view.instances_on(node.id).values()
+        if one.state in STANDING and one.state not in LEAVING and one.id not in turn.core.moves
+    }
+    used = sum(turn.view.arena_bytes_of(node.id, digest) for digest in stay | {instance.digest})
+    return used > node.inventory.arena.budget_bytes
+
+
+def _make_lying_leave(turn: Turn, instance: Instance, lacks: list[_Lack]) -> None:
     """Drop weights that nobody uses, those first that its plan named, as far as its devices lack room beyond who leaves.
 
     Room that instances on their way out will give is not made by dropping weights.
     """
     view, node = turn.view, instance.node
     named = set(instance.plan.best.drops) if instance.plan is not None else set()
-    for device, size in missing.items():
-        key = (node, device)
-        lack = size - view.leaving_bytes.get(key, 0) - _leaving_by_moves(turn, node, device)
-        on_way = sum(
-            nbytes for digest, nbytes in view.lying_bytes(node, device).items() if digest not in view.idle_weights.get(key, {})
-        )
-        lack -= on_way
-        idle = view.idle_weights.get(key, {})
+    for one in lacks:
+        idle = view.idle_weights.get((node, one.device), {})
+        lack = one.bytes - one.leaving_bytes - sum(size for digest, size in one.lying.items() if digest not in idle)
         for digest in sorted(idle, key=lambda digest: (digest not in named, idle[digest], digest)):
             if lack <= 0:
                 break
@@ -154,7 +192,7 @@ def _begin_move(turn: Turn, cause: Instance, move: Move) -> None:
     source.moving = True
     for digest in move.drops:
         _drop_idle(turn, target.node, digest)
-    settle(turn, target.node)
+    turn.settle[target.node] = None
     turn.involved[source.id] = None
 
 
@@ -185,15 +223,17 @@ def _judge(turn: Turn, moving: Moving) -> None:
     source, target, cause = (view.instances.get(one) for one in (moving.source, moving.target, moving.cause))
     if source is None or source.state is not _I.READY:
         _end_move(turn, moving)
-        if target is not None and moving.made and not _needed(turn, target):
-            instances.stop(turn, target, "Stopping", f"{moving.source} ended by itself; nothing is left to take over")
+        _spare_target(turn, moving, target)
+    elif source.idle_since is not None:
+        _end_move(turn, moving)
+        instances.stop(turn, source, "Evicted", "it was to move, and has nothing left to do")
+        _spare_target(turn, moving, target)
     elif target is None or target.state in _LOST:
         _end_move(turn, moving)
         if target is not None and moving.made:
             instances.stop(turn, target, "Stopping", "it could not take over in time")
         if cause is not None and cause.state is _I.PLANNED:
-            message = f"{moving.source} cannot move: {moving.target} is lost; it is planned anew"
-            instances.stop(turn, cause, "RoomLost", message)
+            give_up(turn, cause, f"{moving.source} cannot move, {moving.target} is lost")
     elif cause is None or cause.state is not _I.PLANNED:
         _end_move(turn, moving)
         if moving.made and target.state is not _I.READY:
@@ -204,6 +244,12 @@ def _judge(turn: Turn, moving: Moving) -> None:
         turn.event("instance", source.id, "Migrating", f"its sequences go on on {target.id}")
         longest_s = turn.settings.drain_longest_s
         instances.stop(turn, source, "Moved", f"its sequences go to {target.id}", grace_s=longest_s)
+
+
+def _spare_target(turn: Turn, moving: Moving, target: Instance | None) -> None:
+    """Nothing is left to take over: a target that was made for it goes, unless its model needs it."""
+    if target is not None and moving.made and not _needed(turn, target):
+        instances.stop(turn, target, "Stopping", f"{moving.source} ended by itself; nothing is left to take over")
 
 
 def _end_move(turn: Turn, moving: Moving) -> None:

@@ -8,7 +8,7 @@ hardly room for the next. So that none is passed over for ever, the rest is aske
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from itertools import islice
 
 from schema.errors import Fault, Unschedulable
 from schema.states import InstanceState, ModelState, NodeState
@@ -28,55 +28,64 @@ _LONGEST_LOOK_S = 10.0
 
 def place_aged(turn: Turn) -> None:
     """Room may have appeared: those whose requests wait too long already are asked first."""
-    row = 0
-    for name in tuple(turn.view.refused):
-        model = turn.view.models[name]
-        if model.waiting_since is None or turn.now - model.waiting_since < turn.settings.age_s:
-            if model.waiting_since is not None:
-                return
-            continue
-        scale(turn, model, look=True)
-        row = row + 1 if model.refusal else 0
-        if row == _IN_A_ROW:
+    row = at = 0
+    line = turn.view.line
+    while row < _IN_A_ROW and at < len(line):
+        since, name = line[at]
+        if turn.now - since < turn.settings.age_s:
             return
+        if _still_refused(turn, name):
+            row, at = row + 1, at + 1
+        else:
+            row = 0
 
 
 def place_refused(turn: Turn) -> None:
     """Room may have appeared: those who were refused are asked again, as the module says."""
-    refused = tuple(turn.view.refused)
-    asked = _ask(turn, refused)
-    turn.core.unasked = len(refused) - asked
+    before = len(turn.view.refused)
+    turn.core.unasked = before - _ask(turn, 0)
     if turn.core.unasked:
         turn.wake("refused", "", turn.now + turn.settings.evict_look_s)
 
 
 def look_around(turn: Turn) -> None:
     """A time asked for has come: the longest-refused are asked again, and some of the others in turn."""
-    core = turn.core
-    refused = tuple(turn.view.refused)
-    asked = _ask(turn, refused)
-    if asked < len(refused):
-        turned = core.turned % len(refused)
-        asked += _ask(turn, refused[turned:] + refused[:turned])
+    core, view = turn.core, turn.view
+    asked = _ask(turn, 0)
+    if len(view.refused) > _IN_A_ROW:
+        turned = core.turned if core.turned < len(view.refused) else 0
+        asked += _ask(turn, turned)
         core.turned = turned + _IN_A_ROW
     core.unasked = max(0, core.unasked - asked)
-    if core.unasked or any(turn.view.models[name].waiting for name in turn.view.refused):
+    if core.unasked or view.line:
         turn.wake("refused", "", turn.now + turn.settings.evict_look_s)
 
 
-def _ask(turn: Turn, names: Iterable[str]) -> int:
-    """Until `_IN_A_ROW` are refused; returns how many were asked."""
+def _ask(turn: Turn, at: int) -> int:
+    """Those who were refused, from a place in their order on, until `_IN_A_ROW` are refused again; returns how many were asked.
+    Who was asked in this turn is passed over."""
     row = asked = 0
-    for name in names:
-        model = turn.view.models.get(name)
-        if model is None or not model.refusal:
-            continue
-        scale(turn, model, look=True)
-        asked += 1
-        row = row + 1 if model.refusal else 0
-        if row == _IN_A_ROW:
+    refused = turn.view.refused
+    while row < _IN_A_ROW:
+        name = next(islice(refused, at, None), None)
+        if name is None:
             break
+        if name in turn.asked:
+            at += 1
+            continue
+        asked += 1
+        if _still_refused(turn, name):
+            row, at = row + 1, at + 1
+        else:
+            row = 0
     return asked
+
+
+def _still_refused(turn: Turn, name: str) -> bool:
+    model = turn.view.models[name]
+    turn.asked.add(name)
+    scale(turn, model, look=True)
+    return bool(model.refusal)
 
 
 def scale(turn: Turn, model: Model, *, look: bool = False) -> None:
@@ -96,8 +105,9 @@ def scale(turn: Turn, model: Model, *, look: bool = False) -> None:
 def _start_missing(turn: Turn, model: Model, look: bool) -> None:
     view, core = turn.view, turn.core
     missing = _missing(turn, model)
-    if missing and model.waiting and not look and core.look_at.get(model.name, 0.0) > turn.now:
-        turn.wake("model", model.name, core.look_at[model.name])
+    later = core.look_at.get(model.name, 0.0)
+    if missing and not look and later > turn.now and (model.waiting or later != float("inf")):
+        turn.wake("model", model.name, later)
         return
     core.look_at.pop(model.name, None)
     while missing:
@@ -214,4 +224,4 @@ def _stop_surplus(turn: Turn, model: Model) -> None:
 
 
 def _usefulness(instance: Instance) -> tuple[bool, int, float]:
-    return (instance.state is _I.READY, instance.running, -(instance.idle_since or 0.0))
+    return (instance.state is _I.READY, instance.running, instance.idle_since or 0.0)

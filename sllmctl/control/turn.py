@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 __all__ = ["Core", "Drop", "Moving", "Timers", "Turn"]
 
 TimerKey = tuple[str, str]
-"""What is to be looked at when its time has come: ("model" | "instance" | "node" | "drop" | "refused" | "prefetch", its id)."""
+"""What is to be looked at when its time has come: ("model" | "instance" | "node" | "drop" | "refused" | "prefetch" | "settle",
+its id)."""
 
 
 class Timers:
@@ -96,7 +97,8 @@ class Moving:
 @dataclass(slots=True)
 class Core:
     """What lasts from step to step. ``dropping`` finds a drop by what it drops; ``prefetches`` are loads ahead of need by
-    operation, each a node and a checkpoint; ``moves`` are by source. ``look_at``: a model is not planned for before
+    operation, each a node and a checkpoint; ``kept``: weights that a node did not drop from its devices, and until when it is
+    not asked again. ``moves`` are by source. ``look_at``: a model is not planned for before
     then. ``turned`` and ``unasked`` are of `scaling.look_around`: whose turn is next, and how many were not asked yet."""
 
     view: ClusterView
@@ -111,6 +113,7 @@ class Core:
     drops: dict[str, Drop] = field(default_factory=dict)
     dropping: dict[tuple[str, str, Tier], str] = field(default_factory=dict)
     prefetches: dict[str, tuple[str, str]] = field(default_factory=dict)
+    kept: dict[tuple[str, str], float] = field(default_factory=dict)
     moves: dict[str, Moving] = field(default_factory=dict)
     look_at: dict[str, float] = field(default_factory=dict)
     turned: int = 0
@@ -144,8 +147,9 @@ class Core:
 
 class Turn:
     """The state of one step. ``rescale`` names models whose number of instances must be looked at before it ends;
-    ``freed`` says that room may have appeared for those that were refused; ``settle`` names nodes on which what is planned may
-    have its room now, ``involved`` instances that changed and have to do with a move."""
+    ``freed`` says that room may have appeared for those that were refused, ``asked`` who was asked for that since; ``settle``
+    names nodes on which what is planned may have its room now, ``involved`` instances that changed and have to do with a
+    move."""
 
     def __init__(self, core: Core, now: float) -> None:
         self.core = core
@@ -154,6 +158,7 @@ class Turn:
         self.now = now
         self.rescale: dict[str, None] = {}
         self.freed = False
+        self.asked: set[str] = set()
         self.settle: dict[str, None] = {}
         self.involved: dict[str, None] = {}
         self.effects: list[Effect] = []
@@ -225,6 +230,17 @@ class Turn:
             EventView(id=event_id, at=self.now, level=level, kind=kind, object=name, reason=reason, message=message)
         )
         self.effects.append(Log(level, f"{kind} {name}: {reason}: {message}"))
+
+    def free(self) -> None:
+        """Room may have appeared."""
+        self.freed = True
+        self.asked.clear()
+
+    def look_now(self, model: str) -> None:
+        """What a model was to wait for has changed: it is planned for again when it is scaled next. One that was refused
+        waits for room."""
+        if self.core.look_at.get(model, float("inf")) != float("inf"):
+            del self.core.look_at[model]
 
     def wake(self, kind: str, name: str, at: float) -> None:
         self.core.timers.set((kind, name), at)

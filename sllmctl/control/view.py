@@ -6,6 +6,7 @@ changed only through the methods of `ClusterView`; only the control loop calls t
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
@@ -132,7 +133,7 @@ class Instance:
     made it, None after a restart of the manager), ``served`` (a sequence has reached it since it was made), ``grace_s`` (what
     its sequences get when it drains, None for drain_s), ``moving`` (its sequences are to go to another instance, which
     takes its place: its model does not count it any more), ``source`` and ``expected_s`` (where this life's weights come from,
-    and how long from its begin until it should be ready).
+    and how long from its begin until it should be ready; None for one that another manager began).
     """
 
     id: str
@@ -162,7 +163,7 @@ class Instance:
     grace_s: float | None = None
     moving: bool = False
     source: Tier = Tier.DISK
-    expected_s: float = 0.0
+    expected_s: float | None = None
 
 
 _NO_PLACEMENTS: Mapping[PlacementKey, PlacementRecord] = {}
@@ -184,6 +185,8 @@ class ClusterView:
     have been. ``dram_bytes[node]`` lie in the arena, used or not. ``free_on[node]`` and ``loose_on[node]`` are the room on
     each of its devices: as it is, and as it would be without idle weights, resting and leaving instances; ``free`` and
     ``loose`` find nodes by it. ``means`` counts changes of which nodes take instances, and of what they have.
+    ``refused`` are the models that found no place, in the order in which they did; ``line`` are those of them for which
+    requests wait, by when the first of these came.
     """
 
     nodes: dict[str, Node] = field(default_factory=dict)
@@ -202,6 +205,7 @@ class ClusterView:
     loose_on: dict[str, dict[int, int]] = field(default_factory=dict)
     means: int = 0
     refused: dict[str, None] = field(default_factory=dict)
+    line: list[tuple[float, str]] = field(default_factory=list)
     _free: RoomIndex = field(default_factory=RoomIndex)
     _loose: RoomIndex = field(default_factory=RoomIndex)
     _stale: dict[str, None] = field(default_factory=dict)
@@ -421,16 +425,35 @@ class ClusterView:
 
     def set_refusal(self, model: Model, refusal: str) -> None:
         """Remember why a model found no place, or, with "", that it waits for none."""
+        if bool(refusal) != bool(model.refusal):
+            self._line_up(model, -1)
+            model.refusal = refusal
+            self._line_up(model, 1)
         model.refusal = refusal
         if refusal:
             self.refused[model.name] = None
         else:
             self.refused.pop(model.name, None)
 
+    def set_waiting_since(self, model: Model, since: float | None) -> None:
+        """Remember when the first of those came who wait for a model."""
+        self._line_up(model, -1)
+        model.waiting_since = since
+        self._line_up(model, 1)
+
+    def _line_up(self, model: Model, sign: int) -> None:
+        if model.waiting_since is None or not model.refusal:
+            return
+        entry = (model.waiting_since, model.name)
+        if sign > 0:
+            insort(self.line, entry)
+        else:
+            del self.line[bisect_left(self.line, entry)]
+
     def drop_model(self, name: str) -> None:
         self.set_digest(self.models[name], None)
         self.set_operation(self.models[name], None, None)
-        self.refused.pop(name, None)
+        self.set_refusal(self.models[name], "")
         del self.models[name]
 
     def add_instance(self, instance: Instance) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
-from sllmctl.control.settings import ControlSettings
 from tests.sllmctl.control.world import Agent, World
 
 MakeWorld = Callable[..., World]
@@ -16,8 +16,8 @@ MakeWorld = Callable[..., World]
 def make_world() -> Iterator[MakeWorld]:
     worlds: list[World] = []
 
-    def make(*agents: Agent, settings: ControlSettings | None = None) -> World:
-        worlds.append(World(*agents, settings=settings))
+    def make(*agents: Agent, **means: Any) -> World:
+        worlds.append(World(*agents, **means))
         return worlds[-1]
 
     yield make

@@ -7,36 +7,23 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
-import msgspec
 from sqlalchemy import create_engine, event
 from sqlalchemy.pool import StaticPool
 
 from schema.admin import EventView
 from schema.errors import Fault
-from schema.ids import Epoch, EpochCounter, IdSource, make_id
+from schema.ids import EpochCounter, IdSource, make_id
 from schema.link import (
-    ArenaInfo,
-    CancelOperation,
-    CheckpointTruth,
-    DeviceInfo,
-    DropCheckpoint,
     Ingest,
-    InstanceTruth,
     InstanceUpdate,
-    Inventory,
     ManagerMessage,
-    NodeTruth,
     OperationDone,
-    OperationsAcked,
-    Placement,
     PlacementUpdate,
     StartInstance,
-    StopInstance,
 )
 from schema.spec import EngineSpec, ModelSpec, PathSource, ScaleSpec
-from schema.states import InstanceState, Tier, TierState
+from schema.states import InstanceState
 from schema.tables import Base
 from sllmctl.control.effects import (
     AddModel,
@@ -49,6 +36,7 @@ from sllmctl.control.effects import (
     FromNode,
     InstanceActivity,
     Log,
+    Migrate,
     ModelChanged,
     NodeLost,
     PutInstance,
@@ -65,12 +53,13 @@ from sllmctl.control.settings import ControlSettings
 from sllmctl.control.view import ClusterView, Instance
 from sllmctl.planner.estimates import Estimates
 from sllmctl.planner.planner import LocalityPlanner
-from sllmctl.planner.plans import Abilities, Journals, NoJournals
+from sllmctl.planner.plans import Abilities, Journals, NoJournals, Planner
 from sllmctl.state.rows import apply, read_view
+from tests.sllmctl.control.agents import MIB, Agent, digest_of
+from tests.sllmctl.control.recount import check_indexes
 
 __all__ = ["MIB", "Agent", "World", "control_loop", "digest_of", "spec"]
 
-MIB = 1 << 20
 _I = InstanceState
 START = 1_000_000.0
 
@@ -83,152 +72,32 @@ def control_loop(
     settings: ControlSettings,
     abilities: Abilities | None = None,
     journals: Journals | None = None,
+    planner: Planner | None = None,
 ) -> ControlLoop:
-    """A loop with the production planner over estimates of its own."""
+    """A loop with the production planner, or another, over estimates of its own."""
     estimates = Estimates(settings)
     journals = journals or NoJournals()
-    planner = LocalityPlanner(view, estimates, journals, settings, abilities or Abilities())
+    planner = planner or LocalityPlanner(view, estimates, journals, settings, abilities or Abilities())
     return ControlLoop(view, ids=ids, epochs=epochs, settings=settings, estimates=estimates, planner=planner, journals=journals)
 
 
-def digest_of(name: str) -> str:
-    return (name.encode().hex() * 64)[:64]
-
-
 def spec(
-    name: str = "m", *, least: int = 0, most: int = 1, keep_alive_s: float = 100.0, kv_mib: int = 10, node: str = ""
+    name: str = "m",
+    *,
+    least: int = 0,
+    most: int = 1,
+    keep_alive_s: float | None = 100.0,
+    kv_mib: int = 10,
+    node: str = "",
+    devices: int = 1,
 ) -> ModelSpec:
     return ModelSpec(
         name=name,
         source=PathSource(f"/models/{name}", node),
         scale=ScaleSpec(min=least, max=most, keep_alive_s=keep_alive_s, max_concurrency=4),
         engine=EngineSpec(kv_bytes=kv_mib * MIB),
+        devices=devices,
     )
-
-
-@dataclass
-class Agent:
-    """A node that keeps its word: lives by epoch, operations by id, and never more on a device than it has."""
-
-    name: str
-    device_mib: int = 25
-    arena_mib: int = 1000
-    connected: bool = False
-    checkpoints: dict[str, CheckpointTruth] = field(default_factory=dict)
-    lives: dict[str, InstanceTruth] = field(default_factory=dict)
-    starts: dict[str, StartInstance] = field(default_factory=dict)
-    ops: dict[str, Ingest | DropCheckpoint] = field(default_factory=dict)
-    done: dict[str, OperationDone] = field(default_factory=dict)
-    heard: list[ManagerMessage] = field(default_factory=list)
-    automatic: bool = True
-    """Starts, drains, ingests and drops succeed as soon as they are asked for."""
-
-    def truth(self) -> NodeTruth:
-        inventory = Inventory(
-            hostname=self.name,
-            cpus=4,
-            memory_bytes=1 << 34,
-            devices=(DeviceInfo(index=0, kind="cpu", name="cpu", memory_bytes=self.device_mib * MIB),),
-            arena=ArenaInfo(id="a", budget_bytes=self.arena_mib * MIB, chunk_bytes=2 * MIB),
-        )
-        return NodeTruth(
-            node=self.name,
-            inventory=inventory,
-            checkpoints=tuple(self.checkpoints.values()),
-            instances=tuple(self.lives.values()),
-            ops=tuple(self.ops),
-            done=tuple(self.done.values()),
-        )
-
-    def hold(self, name: str, *, image_mib: int = 8) -> None:
-        """Have the checkpoint of a model on disk."""
-        digest = digest_of(name)
-        disk = Placement(tier=Tier.DISK, state=TierState.RESIDENT, size_bytes=image_mib * MIB)
-        self.checkpoints[digest] = CheckpointTruth(
-            digest=digest,
-            architecture="Tiny",
-            image_bytes=image_mib * MIB,
-            kv_token_bytes=1024,
-            max_context_tokens=512,
-            placements=(disk,),
-        )
-
-    def hear(self, message: ManagerMessage) -> list[InstanceUpdate | PlacementUpdate | OperationDone]:
-        self.heard.append(message)
-        match message:
-            case StartInstance():
-                return self._start(message)
-            case StopInstance(instance=instance, epoch=epoch, grace_s=grace_s):
-                return self._stop(instance, epoch, grace_s)
-            case Ingest(op=op) | DropCheckpoint(op=op):
-                if op in self.done:
-                    return [self.done[op]]
-                self.ops[op] = message
-                return self.finish(op) if self.automatic else []
-            case CancelOperation(op=op):
-                return self.finish(op, Fault("cancelled", "it was cancelled")) if op in self.ops else []
-            case OperationsAcked(ops=ops):
-                for op in ops:
-                    self.done.pop(op, None)
-                return []
-            case _:
-                raise AssertionError(f"the loop never says {message}")
-
-    def finish(self, op: str, fault: Fault | None = None) -> list[InstanceUpdate | PlacementUpdate | OperationDone]:
-        """End an operation, well or with a fault."""
-        asked = self.ops.pop(op)
-        update: list[InstanceUpdate | PlacementUpdate | OperationDone] = []
-        digest = digest_of(asked.source.path.rsplit("/", 1)[1]) if isinstance(asked, Ingest) else asked.digest  # type: ignore[union-attr]
-        if fault is None and isinstance(asked, Ingest):
-            self.hold(asked.source.path.rsplit("/", 1)[1])  # type: ignore[union-attr]
-            update.append(PlacementUpdate(truth=self.checkpoints[digest]))
-        elif fault is None and digest in self.checkpoints:
-            assert isinstance(asked, DropCheckpoint)
-            left = tuple(one for one in self.checkpoints[digest].placements if one.tier is not asked.tier)
-            truth = msgspec.structs.replace(self.checkpoints[digest], placements=left)
-            self.checkpoints[digest] = truth
-            if not left:
-                del self.checkpoints[digest]
-            update.append(PlacementUpdate(truth=truth))
-        self.done[op] = OperationDone(op=op, digest=digest if fault is None else "", fault=fault)
-        return [*update, self.done[op]]
-
-    def _start(self, message: StartInstance) -> list[InstanceUpdate | PlacementUpdate | OperationDone]:
-        known = self.lives.get(message.instance)
-        if known is not None and known.epoch >= message.epoch:
-            return []
-        self.lives[message.instance] = InstanceTruth(
-            instance=message.instance,
-            epoch=message.epoch,
-            digest=message.digest,
-            state=_I.STARTING,
-            devices=message.devices,
-        )
-        self.starts[message.instance] = message
-        taken = sum(self.starts[one].options.kv_bytes for one, life in self.lives.items() if life.state is not _I.STOPPED)
-        assert taken <= self.device_mib * MIB, f"{self.name} was asked to hold {taken // MIB} of {self.device_mib} MiB"
-        assert message.digest in self.checkpoints
-        return self.become(message.instance, _I.READY) if self.automatic else []
-
-    def _stop(self, instance: str, epoch: Epoch, grace_s: float) -> list[InstanceUpdate | PlacementUpdate | OperationDone]:
-        life = self.lives.get(instance)
-        if life is None or life.epoch != epoch:
-            return [InstanceUpdate(truth=InstanceTruth(instance=instance, epoch=epoch, digest="", state=_I.STOPPED))]
-        if grace_s and not self.automatic and life.state is not _I.STOPPED:
-            return self.become(instance, _I.DRAINING)
-        del self.lives[instance]
-        return [InstanceUpdate(truth=msgspec.structs.replace(life, state=_I.STOPPED))]
-
-    def become(
-        self, instance: str, state: InstanceState, fault: Fault | None = None
-    ) -> list[InstanceUpdate | PlacementUpdate | OperationDone]:
-        """A life changes; a stopped one is stated until the manager has heard of it and said so."""
-        capacity = 4096 if state is _I.READY else 0
-        life = msgspec.structs.replace(
-            self.lives[instance], state=state, fault=fault, kv_capacity_tokens=capacity, max_context_tokens=512, pid=77
-        )
-        self.lives[instance] = life
-        return [InstanceUpdate(truth=life)]
 
 
 class World:
@@ -240,8 +109,10 @@ class World:
         settings: ControlSettings | None = None,
         abilities: Abilities | None = None,
         journals: Journals | None = None,
+        planner: Planner | None = None,
     ) -> None:
         self.abilities = abilities or Abilities()
+        self.planner = planner
         self.journals = journals or NoJournals()
         self.now = START
         self.settings = settings or ControlSettings()
@@ -266,6 +137,7 @@ class World:
         self.rejected: list[RejectWaiting] = []
         self.replies: dict[int, Fault | None] = {}
         self.known: list[CheckpointKnown] = []
+        self.migrated: list[Migrate] = []
         self.dialled: list[str] = []
         self.queue: deque[Callable[[], None]] = deque()
         self.tickets = 0
@@ -281,6 +153,7 @@ class World:
             settings=self.settings,
             abilities=self.abilities,
             journals=self.journals,
+            planner=self.planner,
         )
         self.carry_out(None, self.loop.begin(self.now))
 
@@ -316,7 +189,7 @@ class World:
     def pass_time(self, seconds: float) -> None:
         """Let time go by, waking the loop when it asked for it."""
         end = self.now + seconds
-        for _ in range(10_000):
+        for _ in range(10_000 + int(seconds)):
             self.settle()
             if self.wake_at is None or self.wake_at > end:
                 self.now = end
@@ -354,6 +227,15 @@ class World:
     def busy(self, instance: Instance, running: int) -> None:
         self.do(InstanceActivity(instance.id, running))
 
+    def served(self, model: str, running: int = 0) -> Instance:
+        """A request for a model has come and found its one instance, on which so many run now."""
+        self.demand(model, 1)
+        instance = self.only(model)
+        self.busy(instance, 1)
+        self.demand(model, 0, running)
+        self.busy(instance, running)
+        return instance
+
     def only(self, model: str = "m") -> Instance:
         (instance,) = self.view.instances_of(model).values()
         return instance
@@ -390,6 +272,10 @@ class World:
                     self.rejected.append(effect)
                 case Reply(ticket, fault):
                     self.replies[ticket] = fault
+                case Migrate():
+                    assert self.abilities.migrate, "not asked for where it cannot be done"
+                    self.migrated.append(effect)
+                    self.queue.append(lambda effect=effect: self.migrate(effect))  # type: ignore[misc]
                 case CheckpointKnown():
                     self.known.append(effect)
                 case Connect(node):
@@ -418,6 +304,23 @@ class World:
             for answer in agent.hear(message):
                 self.say(FromNode(node, answer))
 
+    def migrate(self, effect: Migrate) -> None:
+        """The router moves what runs on the source; the source, which takes nothing new any more, ends."""
+        source, target = (self.view.instances.get(one) for one in (effect.source, effect.target))
+        if source is None or target is None or target.state is not _I.READY:
+            return
+        assert source.model == target.model
+        if source.running:
+            self.say(InstanceActivity(target.id, target.running + source.running))
+            self.say(InstanceActivity(source.id, 0))
+        self.queue.append(lambda: self.end_drained(effect.source))
+
+    def end_drained(self, instance: str) -> None:
+        source = self.view.instances.get(instance)
+        life = self.agents[source.node].lives.get(instance) if source is not None else None
+        if source is not None and life is not None and life.state is _I.DRAINING:
+            self.tell(source.node, self.agents[source.node].become(instance, _I.STOPPED))
+
     def check_rows(self) -> None:
         """What is durable is what the view says, and the indexes are what a recount says."""
         with self.engine.begin() as connection:
@@ -430,12 +333,9 @@ class World:
             name: model.state for name, model in self.view.models.items()
         }
         assert stored.placements.keys() == self.view.placements.keys()
-        committed = {key: value for key, value in self.view.committed_bytes.items() if value}
-        held = {key: value for key, value in self.view.arena_held_bytes.items() if value}
-        for node in list(self.view.nodes):
-            self.view._recount(node)
-        assert committed == {key: value for key, value in self.view.committed_bytes.items() if value}
-        assert held == {key: value for key, value in self.view.arena_held_bytes.items() if value}
+        for key, record in self.view.placements.items():
+            assert (stored.placements[key].state, stored.placements[key].size_bytes) == (record.state, record.size_bytes)
+        check_indexes(self.view)
 
     def puts(self, instance: str) -> list[InstanceState]:
         """The states of an instance as they were committed."""

@@ -1,0 +1,69 @@
+"""A planner that returns what it was told to: for what the loop makes of a plan, whatever would have led to it."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from schema.states import Tier
+from sllmctl.control.view import Model
+from sllmctl.planner.plans import Candidate, Decision, Move, Plan, Refusal, Rejection
+from tests.sllmctl.control.agents import MIB
+
+__all__ = ["ScriptedPlanner", "move", "place"]
+
+
+def place(
+    node: str,
+    *,
+    devices: tuple[int, ...] = (0,),
+    kv_mib: int = 10,
+    startup_s: float = 2.0,
+    room_s: float = 0.0,
+    drops: tuple[str, ...] = (),
+    stops: tuple[str, ...] = (),
+    drains: tuple[str, ...] = (),
+    moves: tuple[Move, ...] = (),
+    preempts: tuple[str, ...] = (),
+) -> Plan:
+    best = Candidate(
+        node=node, name=node, devices=devices, kv_bytes=kv_mib * MIB, source=Tier.DISK, startup_s=startup_s, room_s=room_s,
+        drops=drops, stops=stops, drains=drains, moves=moves, preempts=preempts,
+    )  # fmt: skip
+    return Plan(best, (), {}, f"on {node}, as the script says")
+
+
+def move(
+    instance: str,
+    node: str,
+    *,
+    target: str = "",
+    devices: tuple[int, ...] = (0,),
+    kv_mib: int = 10,
+    drops: tuple[str, ...] = (),
+) -> Move:
+    return Move(
+        instance=instance, node=node, devices=devices, kv_bytes=kv_mib * MIB, target=target, drops=drops,
+        ready_s=1.0, migrate_s=1.0, pause_s=0.1,
+    )  # fmt: skip
+
+
+class ScriptedPlanner:
+    """``script`` by model; without more of it there is no room now. ``asked``: for whom it was asked, and when."""
+
+    def __init__(self) -> None:
+        self.script: dict[str, deque[Decision]] = {}
+        self.asked: list[tuple[str, float]] = []
+        self.reloads_s = 1.0
+
+    def then(self, model: str, *decisions: Decision) -> None:
+        self.script.setdefault(model, deque()).extend(decisions)
+
+    def plan(self, model: Model, now: float, *, wait_s: float | None = None) -> Decision:
+        self.asked.append((model.name, now))
+        left = self.script.get(model.name)
+        if left:
+            return left.popleft()
+        return Refusal({Rejection.BUSY_DEVICE: 1}, False, f"the script has no place for {model.name}")
+
+    def reload_s(self, model: Model, now: float) -> float:
+        return self.reloads_s
