@@ -20,11 +20,13 @@ from itertools import chain
 from schema.states import InstanceState, Tier
 from sllmctl.control.settings import ControlSettings
 from sllmctl.control.view import ClusterView, Instance, Model, Node
+from sllmctl.planner.cover import choose
 from sllmctl.planner.estimates import Estimates
 from sllmctl.planner.memory import KvNeed, kv_given_bytes
 from sllmctl.planner.plans import Abilities, Journals, Move
+from sllmctl.planner.prices import Prices
 from sllmctl.planner.rooms import Ask, Fleet, Ground, ask, ground
-from sllmctl.planner.victims import Exit, Prices, choose
+from sllmctl.planner.victims import Exit
 
 __all__ = ["Movers", "Target"]
 

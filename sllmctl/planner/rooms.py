@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from schema.link import Inventory
@@ -13,6 +14,8 @@ from sllmctl.planner.memory import kv_need
 from sllmctl.planner.plans import Rejection
 
 __all__ = ["Ask", "Fleet", "Ground", "arena_deficit_bytes", "ask", "fleet", "ground"]
+
+_NONE: Mapping[str, int] = {}
 
 
 @dataclass(slots=True)
@@ -91,54 +94,60 @@ def fleet(view: ClusterView) -> Fleet:
 
 @dataclass(slots=True)
 class Ground:
-    """One node's devices as one ask finds them. By device: ``rooms``, the bytes there are for its KV cache now, its share of
-    the weights taken off; ``wholes``, the same if nothing else were there; ``own``, where its weights lie already.
-    ``lodgers`` are the instances on each device, only counted where a device is one instance's alone."""
+    """One node's devices as one ask finds them. By device: ``rooms``, the bytes there are for its KV cache now, its ``share``
+    of the weights taken off; ``own``, where its weights lie already. ``lodgers`` are the instances on each device, only counted
+    where a device is one instance's alone. ``cpu``: there are CPUs, on which weights take no device memory."""
 
     node: Node
     inventory: Inventory
     rooms: dict[int, int]
-    wholes: dict[int, int]
+    share: int
     own: list[int]
     lodgers: dict[int, set[str]]
     cpu: bool
+
+    @property
+    def wholes(self) -> dict[int, int]:
+        """``rooms`` if nothing else were there."""
+        share = self.share
+        return {one.index: one.memory_bytes - (0 if one.kind == "cpu" else share) for one in self.inventory.devices}
+
+    def has_own(self, devices: Sequence[int]) -> bool:
+        """True if its weights lie on all of these devices."""
+        own = self.own
+        return bool(own) and all(index in own for index in devices)
 
 
 def ground(view: ClusterView, node: Node, asked: Ask, *, sharing: bool = True) -> Ground:
     inventory = node.inventory
     assert inventory is not None
+    name, digest, share = node.id, asked.digest, asked.share
+    free = view.free_on[name]
     rooms: dict[int, int] = {}
-    wholes: dict[int, int] = {}
-    name, digest = node.id, asked.digest
     cpu = False
     for device in inventory.devices:
         index = device.index
-        key = (name, index)
         if device.kind == "cpu":
             cpu = True
-            whole = device.memory_bytes
+            rooms[index] = free[index]
         else:
-            whole = device.memory_bytes - asked.share
-        wholes[index] = whole
-        room = whole - view.committed_bytes.get(key, 0)
-        idle = view.idle_weights.get(key)
-        if idle:
-            room -= sum(idle.values()) - idle.get(digest, 0)
-        rooms[index] = room
+            rooms[index] = free[index] - share
     own: list[int] = []
-    if not cpu and name in view.nodes_with(digest, Tier.DEVICE):
-        own = [
-            record.device
-            for record in view.placements_at(digest, name).values()
-            if record.tier is Tier.DEVICE and record.state is TierState.RESIDENT and record.size_bytes >= asked.share
-        ]
+    if name in view.nodes_with(digest, Tier.DEVICE):
+        for record in view.placements_at(digest, name).values():
+            if record.tier is Tier.DEVICE and record.state is TierState.RESIDENT:
+                index = record.device
+                if index in rooms:
+                    rooms[index] += view.idle_weights.get((name, index), _NONE).get(digest, 0)
+                if not cpu and record.size_bytes >= share:
+                    own.append(index)
     lodgers: dict[int, set[str]] = {}
     if not sharing:
         for instance in view.instances_on(name).values():
             if instance.state in HOLDING:
                 for index in instance.devices:
                     lodgers.setdefault(index, set()).add(instance.id)
-    return Ground(node, inventory, rooms, wholes, own, lodgers, cpu)
+    return Ground(node, inventory, rooms, share, own, lodgers, cpu)
 
 
 def arena_deficit_bytes(view: ClusterView, node: Node, digest: str) -> int:

@@ -17,12 +17,14 @@ from typing import Protocol, runtime_checkable
 from schema.states import Tier
 from sllmctl.control.settings import ControlSettings
 from sllmctl.control.view import HOLDING, LEAVING, ClusterView, Instance, Model, Node
+from sllmctl.planner.cover import choose
 from sllmctl.planner.estimates import Estimates, Startup
 from sllmctl.planner.memory import KvNeed, kv_given_bytes
 from sllmctl.planner.planner import LocalityPlanner
 from sllmctl.planner.plans import Abilities, Candidate, Decision, Journals, Plan, Refusal, Rejection
+from sllmctl.planner.prices import Prices
 from sllmctl.planner.rooms import Ask, Fleet, Ground, arena_deficit_bytes, ask, fleet, ground
-from sllmctl.planner.victims import Exit, Prices, choose, exits_on
+from sllmctl.planner.victims import Exit, exits_on
 
 __all__ = ["Histories", "Preempting", "RandomPlanner", "Unwaiting"]
 
