@@ -4,7 +4,7 @@ Every device of 80 GB is filled with instances and idle weights of models of 8 t
 hardly any has room for one more; a checkpoint lies on 20 disks and in the DRAM of 2 nodes, a third of the instances rest, and
 some nodes load something. Models are asked for at random, the view is changed between the questions as it is by a running
 cluster, and the processor time of each answer is measured. The first figures are without the ability to migrate, the second
-with it.
+with it. The third are of a cluster that is full of busy instances of which nobody knows when they end: all is refused.
 
     python -m bench.planner [--nodes 1000] [--models 10000] [--plans 2000] [--out FILE]
 """
@@ -39,28 +39,30 @@ _SIZES = ((8, 1), (14, 1), (26, 1), (60, 2))
 
 
 class BusyJournals:
-    """Each busy instance has the sequences that were drawn for it."""
+    """Each busy instance has the sequences that were drawn for it. ``known``: it can be told when they end."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, known: bool) -> None:
+        self.known = known
         self.sequences: dict[str, tuple[int, ...]] = {}
 
     def tokens(self, instance: str) -> Sequence[int]:
         return self.sequences.get(instance, ())
 
     def remaining_s(self, instance: str) -> float:
-        return 0.02 * max(self.sequences.get(instance, (0,)))
+        return 0.02 * max(self.sequences.get(instance, (0,))) if self.known else 0.0
 
     def wait_s(self, model: str) -> float | None:
         return None
 
 
 class Cluster:
-    """The view, and the changes that a running cluster would make to it."""
+    """The view, and the changes that a running cluster would make to it. ``full``: nothing may leave."""
 
-    def __init__(self, nodes: int, models: int, seed: int) -> None:
+    def __init__(self, nodes: int, models: int, seed: int, *, full: bool = False) -> None:
+        self._full = full
         self.draw = random.Random(seed)
         self.view = ClusterView()
-        self.journals = BusyJournals()
+        self.journals = BusyJournals(known=not full)
         self.settings = ControlSettings()
         self.estimates = Estimates(self.settings)
         self.names = [f"model-{number:05d}" for number in range(models)]
@@ -124,7 +126,7 @@ class Cluster:
             assert inventory is not None
             free = sorted(((self.view.free_bytes(node, device), device.index) for device in inventory.devices), reverse=True)
             need = size * _GB // count
-            idle = self.draw.random() < 0.4
+            idle = not self._full and self.draw.random() < 0.4
             if free[count - 1][0] < need + (0 if idle else (2 + size // 8) * _GB):
                 misses += 1
                 continue
@@ -144,7 +146,7 @@ class Cluster:
         )  # fmt: skip
         self.view.add_instance(instance)
         self.view.set_state(instance, InstanceState.READY)
-        if self.draw.random() < 0.33:
+        if not self._full and self.draw.random() < 0.33:
             self.view.set_activity(instance, 0, _NOW - self.draw.uniform(0, 60))
         else:
             self._busy(instance)
@@ -159,10 +161,10 @@ class Cluster:
         self.view.set_activity(instance, len(sequences), None)
 
     def stir(self) -> None:
-        """What happens between two plans: some instances become busy, or rest."""
+        """What happens between two plans: some instances become busy, or rest, or others run on them."""
         for _ in range(4):
             instance = self.view.instances[f"inst-{self.draw.randint(1, self._count):06d}"]
-            if instance.running:
+            if instance.running and not self._full:
                 self.journals.sequences.pop(instance.id, None)
                 self.view.set_activity(instance, 0, _NOW - self.draw.uniform(0, 60))
             else:
@@ -191,6 +193,29 @@ def _kind(plan: Plan) -> str:
     return "free"
 
 
+def _report(
+    report: Report, cluster: Cluster, args: argparse.Namespace, title: str, abilities: Abilities, aims: tuple[str, str]
+) -> None:
+    """``aims``: of the mean, and of the 99th percentile."""
+    gc.collect()
+    gc.freeze()
+    planner = LocalityPlanner(cluster.view, cluster.estimates, cluster.journals, cluster.settings, abilities)
+    measure(cluster, planner, 200)
+    figures: dict[str, list[float]] = {"mean": [], "p50": [], "p99": [], "max": []}
+    kinds: Counter[str] = Counter()
+    for _ in range(args.rounds):
+        spans, decided = measure(cluster, planner, args.plans)
+        kinds += decided
+        figures["mean"].append(statistics.fmean(spans))
+        for name, at in (("p50", 50), ("p99", 99)):
+            figures[name].append(statistics.quantiles(spans, n=100)[at - 1])
+        figures["max"].append(max(spans))
+    for name, values in figures.items():
+        aim = {"mean": aims[0], "p99": aims[1]}.get(name, "")
+        report.row(f"{title}, {name} of {args.plans} plans", values, "ms", f"aim {aim}" if aim else "")
+    report.note(f"{title}: " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=1000)
@@ -202,26 +227,13 @@ def main() -> None:
     args = parser.parse_args()
     report = Report("a placement decision")
     cluster = Cluster(args.nodes, args.models, args.seed)
-    view = cluster.view
-    report.note(f"{len(view.nodes)} nodes, {len(view.models)} models, {len(view.instances)} instances, seed {args.seed}")
-    gc.collect()
-    gc.freeze()
-    for title, migrate, aims in (("without migration", False, ("0.2", "1")), ("with migration", True, ("", "5"))):
-        planner = LocalityPlanner(view, cluster.estimates, cluster.journals, cluster.settings, Abilities(migrate=migrate))
-        measure(cluster, planner, 200)
-        figures: dict[str, list[float]] = {"mean": [], "p50": [], "p99": [], "max": []}
-        kinds: Counter[str] = Counter()
-        for _ in range(args.rounds):
-            spans, decided = measure(cluster, planner, args.plans)
-            kinds += decided
-            figures["mean"].append(statistics.fmean(spans))
-            for name, at in (("p50", 50), ("p99", 99)):
-                figures[name].append(statistics.quantiles(spans, n=100)[at - 1])
-            figures["max"].append(max(spans))
-        for name, values in figures.items():
-            aim = {"mean": aims[0], "p99": aims[1]}.get(name, "")
-            report.row(f"{title}, {name} of {args.plans} plans", values, "ms", f"aim {aim}" if aim else "")
-        report.note(f"{title}: " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())))
+    size = f"{len(cluster.view.nodes)} nodes, {len(cluster.view.models)} models, {len(cluster.view.instances)} instances"
+    report.note(f"{size}, seed {args.seed}")
+    _report(report, cluster, args, "without migration", Abilities(), ("0.2", "1"))
+    _report(report, cluster, args, "with migration", Abilities(migrate=True), ("", "5"))
+    gc.unfreeze()
+    cluster = Cluster(args.nodes, args.models, args.seed, full=True)
+    _report(report, cluster, args, "refused", Abilities(), ("", ""))
     if args.out is not None:
         report.save(args.out)
 

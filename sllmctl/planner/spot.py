@@ -68,6 +68,8 @@ class Spots:
         small = self.too_small(node)
         if small is not None:
             return small
+        if self._is_full(node) and not self._working.any_under(node, _ANY_S if best is None else best.key[0]):
+            return Rejection.BUSY_DEVICE
         here = ground(self._view, node, asked, sharing=self._inquiry.options.sharing)
         found: Option | Rejection = Rejection.BUSY_DEVICE
         if len(here.own) >= asked.count:
@@ -83,6 +85,12 @@ class Spots:
         if not isinstance(other, Option):
             return found if isinstance(found, Option) or found is Rejection.SLOWER else other
         return other if not isinstance(found, Option) or other.key < found.key else found
+
+    def _is_full(self, node: Node) -> bool:
+        """True if only the busy could make room on enough of its devices."""
+        asked, loose = self._asked, self._view.loose_on[node.id].values()
+        need = asked.least + (0 if self._inquiry.fleet.mixed else asked.share)
+        return (max(loose) if asked.count == 1 else sorted(loose)[-asked.count]) < need
 
     def _arena_bytes(self, node: Node) -> int:
         return self._view.arena_bytes_of(node.id, self._asked.digest)
@@ -122,10 +130,9 @@ class Spots:
         asked, inquiry, rooms = self._asked, self._inquiry, here.rooms
         taken: list[Exit] = []
         moves: tuple[Move, ...] = ()
-        everything = bool(deficit or here.lodgers)
-        exits = Exits(inquiry.view, here.node, asked, inquiry.prices, inquiry.journals, inquiry.settings, busy=everything)
+        exits = Exits(inquiry.view, here.node, asked, inquiry.prices, inquiry.journals, inquiry.settings, busy=bool(deficit))
         if free is None:
-            loose = order if everything else self._loose(here, order)
+            loose = order if deficit else self._loose(here, order)
             enough_s = CHEAP * floor_s
             chosen = None
             if len(loose) >= asked.count:

@@ -49,7 +49,7 @@ class Working:
         best: _Room | None = None
         if chosen is not None and chosen[0] <= limit_s:
             limit_s, best = chosen[0], (chosen[1], chosen[2], ())
-        if not self._any_under(here.node, limit_s):
+        if not self.any_under(here.node, limit_s):
             return best
         moving = None
         if inquiry.abilities.migrate and not deficit and (not self._bounded or self._solved < _SOLVED):
@@ -66,7 +66,7 @@ class Working:
             return (found[1], found[2], ()) if found[0] < limit_s or best is None else best
         return self._solve(here, allowed, found[1], every, limit_s) or best
 
-    def _any_under(self, node: Node, limit_s: float) -> bool:
+    def any_under(self, node: Node, limit_s: float) -> bool:
         """True if a busy instance of a node might leave for less than ``limit_s``."""
         if limit_s <= 0.0:
             return False
