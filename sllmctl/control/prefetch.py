@@ -27,8 +27,9 @@ _NODES = 8
 def look(turn: Turn) -> None:
     """A time asked for has come: begin some loads, and look again later."""
     turn.wake("prefetch", "", turn.now + turn.settings.prefetch_every_s)
+    reading = {node for node, _ in turn.core.prefetches.values()}
     for digest in _wanted(turn):
-        _begin(turn, digest)
+        _begin(turn, digest, reading)
 
 
 def _wanted(turn: Turn) -> Iterator[str]:
@@ -45,21 +46,25 @@ def _wanted(turn: Turn) -> Iterator[str]:
     yield from nlargest(_AT_ONCE, found, key=lambda digest: (found[digest], digest))
 
 
-def _begin(turn: Turn, digest: str) -> None:
-    """One load, if some node has the checkpoint on disk, the room, and nothing else to read."""
+def _begin(turn: Turn, digest: str, reading: set[str]) -> None:
+    """One load, if some node has the checkpoint on disk, the room, and nothing else to read; ``reading`` are those that read
+    ahead already, however long that takes them."""
     view, core = turn.view, turn.core
     best: tuple[int, str] | None = None
     for seen, name in enumerate(view.nodes_with(digest, Tier.DISK)):
         if seen >= _NODES:
             break
         node = view.nodes[name]
-        if node.state is NodeState.READY and not node.cordoned and not core.estimates.wait_s(node, Channel.DISK, turn.now):
+        if name in reading or node.state is not NodeState.READY or node.cordoned:
+            continue
+        if not core.estimates.wait_s(node, Channel.DISK, turn.now):
             free = _free_bytes(turn, node, digest)
             if free >= 0 and (best is None or (free, name) > best):
                 best = (free, name)
     if best is None:
         return
     node = view.nodes[best[1]]
+    reading.add(node.id)
     op = core.ids("op")
     core.prefetches[op] = (node.id, digest)
     core.estimates.began(op, node, view.checkpoints[digest], (), Tier.DISK, "", turn.now)

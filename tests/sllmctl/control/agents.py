@@ -104,7 +104,7 @@ class Agent:
         """It was restarted: what only processes and memory held is gone."""
         for holding in (self.lives, self.ops, self.weights, self.dram):
             holding.clear()
-        for digest in self.checkpoints:
+        for digest in list(self.checkpoints):
             self._restate(digest)
 
     def used_bytes(self, device: int) -> int:
@@ -164,6 +164,8 @@ class Agent:
         update: list[Said] = []
         name = asked.source.path.rsplit("/", 1)[1] if isinstance(asked, Ingest) else ""  # type: ignore[union-attr]
         digest = digest_of(name) if isinstance(asked, Ingest) else asked.digest
+        if fault is None and isinstance(asked, LoadCheckpoint) and digest not in self.checkpoints:
+            fault = Fault("not_found", "it is not here")
         if fault is None:
             match asked:
                 case Ingest():

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from schema.errors import Fault
 from schema.link import DropCheckpoint
-from schema.spec import ScaleSpec
-from schema.states import InstanceState, ModelState
+from schema.spec import ModelSpec, ScaleSpec
+from schema.states import InstanceState, ModelState, NodeState
 from sllmctl.control.effects import (
     AddModel,
     DemandChanged,
@@ -19,28 +21,56 @@ from sllmctl.control.effects import (
     StopInstanceNow,
     StopModel,
 )
+from sllmctl.control.instances import ACTIVE
 from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import STANDING
+from sllmctl.control.view import ClusterView
+from sllmctl.planner.plans import Abilities, NoJournals
 from tests.sllmctl.control.world import Agent, World, digest_of, spec
 
 _I = InstanceState
 NODES = ("a", "b")
 MODELS = ("m0", "m1", "m2")
+HEALED_S = 900.0
+"""By then all who wait are served: what is planned without hope has been given up, and drains have come to their end."""
 nodes = st.sampled_from(NODES)
 models = st.sampled_from(MODELS)
 picks = st.integers(0, 7)
 
 
+class RunningJournals(NoJournals):
+    """What runs according to the view has 64 tokens each, and 5 s to go."""
+
+    view = ClusterView()
+
+    def tokens(self, instance: str) -> list[int]:
+        return [64] * self.view.instances[instance].running
+
+    def remaining_s(self, instance: str) -> float:
+        return 5.0 if self.view.instances[instance].running else 0.0
+
+
 class Cluster(RuleBasedStateMachine):
     """Two nodes of two places each, three models; agents answer when the machine says so."""
 
+    abilities = Abilities()
+
     def __init__(self) -> None:
         super().__init__()
-        agents = [Agent(name, automatic=False) for name in NODES]
+        self.journals = RunningJournals()
+        agents = self.make_agents()
         for agent in agents:
+            agent.automatic = False
             for name in MODELS:
                 agent.hold(name)
-        self.world = World(*agents, settings=ControlSettings(restarts_max=3, healthy_s=20.0))
+        settings = ControlSettings(restarts_max=3, healthy_s=20.0, prefetch_every_s=20.0)
+        self.world = World(*agents, settings=settings, abilities=self.abilities, journals=self.journals)
+        self.journals.view = self.world.view
+
+    def make_agents(self) -> list[Agent]:
+        return [Agent(name) for name in NODES]
+
+    def spec(self, name: str, **rule: Any) -> ModelSpec:
+        return spec(name, node="a", **rule)
 
     @initialize(least=st.integers(0, 1), keep=st.sampled_from([0.0, 5.0, 60.0]))
     def serve_all(self, least: int, keep: float) -> None:
@@ -50,7 +80,7 @@ class Cluster(RuleBasedStateMachine):
         for name in NODES:
             self.world.connect(name)
         for number, name in enumerate(MODELS):
-            self.world.serve(spec(name, least=least * (number == 0), most=1 + number, keep_alive_s=keep, node="a"))
+            self.world.serve(self.spec(name, least=least * (number == 0), most=1 + number, keep_alive_s=keep))
         for agent in self.world.agents.values():
             agent.automatic = False
 
@@ -65,7 +95,7 @@ class Cluster(RuleBasedStateMachine):
     @rule(name=models, least=st.integers(0, 1), most=st.integers(1, 3), keep=st.sampled_from([0.0, 5.0, 60.0]))
     def add_and_deploy(self, name: str, least: int, most: int, keep: float) -> None:
         world = self.world
-        world.ask(lambda ticket: AddModel(ticket, spec(name, least=least, most=most, keep_alive_s=keep, node="a")))
+        world.ask(lambda ticket: AddModel(ticket, self.spec(name, least=least, most=most, keep_alive_s=keep)))
         agent = world.agents["a"]
         for op in list(agent.ops):
             world.tell("a", agent.finish(op))
@@ -139,9 +169,9 @@ class Cluster(RuleBasedStateMachine):
     @rule(node=nodes, forgets=st.booleans())
     def restart_manager_and_perhaps_a_node(self, node: str, forgets: bool) -> None:
         if forgets:
-            self.world.agents[node].lives.clear()
-            self.world.agents[node].ops.clear()
+            self.world.agents[node].forget()
         self.world.start_manager()
+        self.journals.view = self.world.view
 
     @rule(node=nodes, pick=picks, well=st.booleans())
     def end_operation(self, node: str, pick: int, well: bool) -> None:
@@ -183,15 +213,33 @@ class Cluster(RuleBasedStateMachine):
     @invariant()
     def no_device_is_used_twice(self) -> None:
         for name, agent in self.world.agents.items():
-            taken = sum(one.kv_bytes for one in self.world.view.instances_on(name).values() if one.state in STANDING)
-            assert taken <= agent.device_mib << 20
+            for device in range(agent.devices):
+                assert agent.used_bytes(device) <= agent.device_mib << 20
+                assert self.world.view.live_bytes(name, device) <= agent.device_mib << 20
+            assert agent.dram_bytes() <= agent.arena_mib << 20
+
+    @invariant()
+    def what_is_planned_begins_or_goes_in_time(self) -> None:
+        for one in self.world.view.instances.values():
+            if one.state is _I.PLANNED:
+                assert self.world.now - one.life_at <= self.world.settings.room_timeout_s
+
+    @invariant()
+    def moves_are_of_those_that_are_there(self) -> None:
+        view, moves = self.world.view, self.world.loop._core.moves
+        for moving in moves.values():
+            assert view.instances[moving.source].state is _I.READY
+            assert view.instances[moving.target].state in (_I.PLANNED, _I.STARTING)
+            assert view.instances[moving.cause].state is _I.PLANNED
+        assert {one.id for one in view.instances.values() if one.moving} == set(moves)
 
     @invariant()
     def no_model_has_more_than_it_may(self) -> None:
         for model in self.world.view.models.values():
             there = self.world.view.instances_of(model.name).values()
-            active = [one for one in there if one.state in (_I.STARTING, _I.READY, _I.BACKOFF, _I.FAILED)]
-            assert len(active) <= model.spec.scale.max
+            active = [one for one in there if one.state in (*ACTIVE, _I.FAILED) and not one.moving]
+            if all(self.world.view.nodes[one.node].state is NodeState.READY for one in active):
+                assert len(active) <= model.spec.scale.max
 
     @invariant()
     def an_instance_lives_once(self) -> None:
@@ -235,22 +283,54 @@ class Cluster(RuleBasedStateMachine):
             world.demand(name, 0)
         for id_ in list(world.view.instances):
             world.do(InstanceActivity(id_, 0))
+        world.rejected.clear()
         for name in wanted:
-            world.rejected.clear()
             world.do(DemandChanged(name, 1, 0))
-            held = any(digest_of(name) in agent.checkpoints for agent in world.agents.values())
-            for _ in range(100):
-                if self.served(name) or world.rejected:
-                    break
-                world.pass_time(60.0)
-            assert self.served(name) or (not held and world.rejected)
-            world.do(DemandChanged(name, 0, 0))
+        left = set(wanted)
+        began = world.now
+        while left:
+            for name in sorted(left):
+                held = any(digest_of(name) in agent.checkpoints for agent in world.agents.values())
+                if self.serve_one(name) or (not held and any(one.model == name for one in world.rejected)):
+                    left.discard(name)
+                    world.do(DemandChanged(name, 0, 0))
+            assert not left or world.now - began <= HEALED_S, f"{left} wait for ever"
+            world.pass_time(5.0)
         assert not any(model.state in (ModelState.INGESTING, ModelState.DELETING) for model in world.view.models.values())
         self.rows_and_indexes_agree()
 
-    def served(self, name: str) -> bool:
-        return any(one.state is _I.READY for one in self.world.view.instances_of(name).values())
+    def serve_one(self, name: str) -> bool:
+        """A request runs and ends, if there is an instance for it."""
+        for one in self.world.view.instances_of(name).values():
+            if one.state is _I.READY:
+                self.world.busy(one, 1)
+                self.world.busy(one, 0)
+                return True
+        return False
 
+
+class Devices(Cluster):
+    """The same, with weights on devices, one model that spans two of them, and DRAM for three of the four models' weights."""
+
+    def make_agents(self) -> list[Agent]:
+        return [
+            Agent("a", kind="cuda", devices=2, device_mib=34, arena_mib=24),
+            Agent("b", kind="cuda", devices=1, device_mib=45, arena_mib=24),
+        ]
+
+    def spec(self, name: str, **rule: Any) -> ModelSpec:
+        return spec(name, node="a", devices=2 if name == "m2" else 1, **rule)
+
+
+class Migrations(Devices):
+    """The same, and busy instances migrate."""
+
+    abilities = Abilities(migrate=True)
+
+
+_RUNS = settings(max_examples=30, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
 
 TestCluster = Cluster.TestCase
-TestCluster.settings = settings(max_examples=50, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+TestDevices = Devices.TestCase
+TestMigrations = Migrations.TestCase
+TestCluster.settings = TestDevices.settings = TestMigrations.settings = _RUNS
