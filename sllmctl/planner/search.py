@@ -173,11 +173,13 @@ class Search:
                 if name in members:
                     yield True, name
             return
-        free_on, loose_on = view.free_on, view.loose_on
+        free_on, loose_on, bandwidth_bps = view.free_on, view.loose_on, self._inquiry.estimates.bandwidth_bps
+        least_bps = self._least_bps(source)
+        channel = Channel.DEVICE if source is Tier.DRAM else Channel.DISK if source is Tier.DISK else Channel.NETWORK
         rooms: list[tuple[bool, int, str]] = []
         for name in members:
             node = open_nodes.get(name)
-            if node is None or name in looked or (self._best is not None and self._is_slower(node, source, crowded=False)):
+            if node is None or name in looked or (least_bps and bandwidth_bps(node, channel) < least_bps):
                 continue
             free = free_on[name]
             if len(free) < count:
@@ -192,6 +194,14 @@ class Search:
         rooms.sort()
         for crowded, _, name in rooms:
             yield crowded, name
+
+    def _least_bps(self, source: Tier | None) -> float:
+        """With slower weights than that no start of a class could be better than the best so far; 0 if all could."""
+        if self._best is None or source is None or source is Tier.DEVICE or self._best.key[0] <= 0.0:
+            return 0.0
+        if source is Tier.DRAM:
+            return 0.0 if self._fleet.mixed else self._asked.share / self._best.key[0]
+        return self._asked.checkpoint.image_bytes / self._best.key[0]
 
     def _is_slower(self, node: Node, source: Tier | None, *, crowded: bool) -> bool:
         """True if no start on a node could be better than the best so far. For a crowded node that has to be as good."""
