@@ -7,7 +7,7 @@ from itertools import combinations
 from math import comb
 
 from schema.states import InstanceState
-from sllmctl.control.view import Node
+from sllmctl.control.view import Instance, Node
 from sllmctl.planner.cover import choose, pick
 from sllmctl.planner.inquiry import Inquiry
 from sllmctl.planner.moves import Movers
@@ -51,20 +51,26 @@ class Working:
             limit_s, best = chosen[0], (chosen[1], chosen[2], ())
         if not self.any_under(here.node, limit_s):
             return best
-        moving = None
-        if inquiry.abilities.migrate and not deficit and (not self._bounded or self._solved < _SOLVED):
-            self._solved += 1
-            moving = partial(self._find_movers().exit_of, limit_s=limit_s)
-        exits = Exits(
-            inquiry.view, here.node, asked, inquiry.prices, inquiry.journals, inquiry.settings, busy=True, moving=moving
-        )
-        found = pick(here.rooms, allowed, here.lodgers, exits.on, asked.count, asked.least)
-        if found is None:
+        drains = Exits(inquiry.view, here.node, asked, inquiry.prices, inquiry.journals, inquiry.settings, busy=True)
+        found = pick(here.rooms, allowed, here.lodgers, drains.on, asked.count, asked.least)
+        if found is not None and (best is None or found[0] < limit_s):
+            limit_s, best = min(limit_s, found[0]), (found[1], found[2], ())
+        if deficit or not inquiry.abilities.migrate or (self._bounded and self._solved >= _SOLVED):
             return best
-        every = exits.all() if moving is not None else []
-        if not any(one.victim for one in every):
-            return (found[1], found[2], ()) if found[0] < limit_s or best is None else best
-        return self._solve(here, allowed, found[1], every, limit_s) or best
+        movers = self._find_movers()
+        if not any(
+            _is_working(one) and movers.least_s(one) < limit_s for one in inquiry.view.instances_on(here.node.id).values()
+        ):
+            return best
+        self._solved += 1
+        moves = Exits(
+            inquiry.view, here.node, asked, inquiry.prices, inquiry.journals, inquiry.settings, busy=True,
+            moving=partial(movers.exit_of, limit_s=limit_s),
+        )  # fmt: skip
+        found = pick(here.rooms, allowed, here.lodgers, moves.on, asked.count, asked.least)
+        if found is None or not any(one.victim for one in moves.all()):
+            return best
+        return self._solve(here, allowed, found[1], moves.all(), limit_s) or best
 
     def any_under(self, node: Node, limit_s: float) -> bool:
         """True if a busy instance of a node might leave for less than ``limit_s``."""
@@ -75,7 +81,7 @@ class Working:
         movers = self._find_movers() if inquiry.abilities.migrate else None
         base_s, long_ago = inquiry.prices.least_s, asked.now - settings.age_s
         for instance in inquiry.view.instances_on(node.id).values():
-            if not instance.running or not instance.served or instance.state is not InstanceState.READY or instance.moving:
+            if not _is_working(instance):
                 continue
             if movers is not None and movers.least_s(instance) < limit_s:
                 return True
@@ -118,3 +124,7 @@ class Working:
                 best = (devices, found[0], found[1])
                 limit_s = max((one.room_s for one in found[0]), default=0.0) + sum(one.delay_s for one in found[0])
         return best
+
+
+def _is_working(instance: Instance) -> bool:
+    return bool(instance.running and instance.served and instance.state is InstanceState.READY and not instance.moving)
