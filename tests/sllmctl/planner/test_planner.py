@@ -76,7 +76,9 @@ def test_the_cost_is_within_its_bound_of_brute_force(case: tuple[Crowd, Model]) 
     factor = 2 * model.spec.devices + 3
     room = max(found.best.room_s, 0.0)
     assert found.best.cost_s <= min(ROOMY * start + factor * (delay + room) for start, delay in twin) + 1e-9
-    assert found.best.cost_s >= min(start for start, _ in twin) - 1e-9
+    # Of several instances of which one must stay, the twin knows only one choice of who may go.
+    if all(other.spec.scale.min == 0 for other in crowd.view.models.values()):
+        assert found.best.cost_s >= min(start for start, _ in twin) - 1e-9
 
 
 @settings(max_examples=200, deadline=None)
