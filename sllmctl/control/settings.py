@@ -41,7 +41,8 @@ class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     ``prefetch_every_s``: how often deployed checkpoints are brought from idle disks into free DRAM ahead of need; 0 is never.
 
     The KV cache of an instance whose spec says nothing: see sllmctl.planner.memory. ``kv_sequence_tokens`` times
-    ``kv_sequences`` tokens are wanted, ``kv_least_tokens`` (or the model's context, if shorter) are the least.
+    ``kv_sequences`` tokens are wanted, ``kv_least_tokens`` (or the model's context, if shorter) are the least. A place whose
+    cache is short costs a plan the missing part times ``kv_short_s``.
 
     The bandwidths, ``start_base_s`` (a worker without its weights), ``prefill_token_s`` and ``prefill_base_s`` (recomputing a
     sequence: per token, and once) and ``scale_up_after_s`` are assumed until a node has measured, or experience told, better.
@@ -75,6 +76,7 @@ class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     unserved_s: _Seconds = 10.0
     age_s: _Seconds = 15.0
     prefetch_every_s: _Seconds = 2.0
+    kv_short_s: _Seconds = 2.0
     kv_sequence_tokens: _Count = 4096
     kv_sequences: _Count = 8
     kv_least_tokens: _Count = 2048

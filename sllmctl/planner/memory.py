@@ -5,8 +5,8 @@ A spec's ``engine.kv_bytes`` is taken as it is. Otherwise, with the context c of
 * wanted: ``kv_sequence_tokens`` tokens for each of ``kv_sequences`` sequences, in all; less if the spec's max_concurrency
   sequences of c tokens need less;
 * least: min(c, ``kv_least_tokens``) tokens; a device with less room than that is no candidate;
-* given: what is wanted, but no more than half of the device's free memory, so that the next model finds room too, and no less
-  than the least.
+* given: what is wanted, as far as the device's free memory goes, and no less than the least. On a CPU no more than half of what
+  is free, so that the next model finds room too: there are no weights on it that could make way.
 """
 
 from __future__ import annotations
@@ -44,6 +44,6 @@ def kv_need(spec: ModelSpec, checkpoint: Checkpoint, settings: ControlSettings) 
     return KvNeed(least_tokens * token_bytes, wanted_tokens * token_bytes)
 
 
-def kv_given_bytes(need: KvNeed, free_bytes: int) -> int:
+def kv_given_bytes(need: KvNeed, free_bytes: int, *, cpu: bool) -> int:
     """What is given of ``free_bytes`` (weights already taken off), which are at least ``need.least_bytes``."""
-    return max(need.least_bytes, min(need.wanted_bytes, free_bytes // 2))
+    return max(need.least_bytes, min(need.wanted_bytes, free_bytes // 2 if cpu else free_bytes))

@@ -257,7 +257,8 @@ class Packer:
         given: list[int] = []
         for tenant, devices in zip(tenants, places, strict=True):
             free = tenant.least + min(rooms[index] for index in devices)
-            size = kv_given_bytes(KvNeed(tenant.least, max(tenant.least, tenant.start.ask.wanted)), free)
+            cpu = self._share(tenant.start) == 0
+            size = kv_given_bytes(KvNeed(tenant.least, max(tenant.least, tenant.start.ask.wanted)), free, cpu=cpu)
             for index in devices:
                 rooms[index] -= size - tenant.least
             given.append(size)

@@ -2,8 +2,9 @@
 
 The cost of a place is ``startup_s + delay_s``. ``startup_s`` is the time until those who leave have left, and from then what
 `Estimates` say of a start there: the queues of its channels, and its bytes over the slowest of them. ``delay_s`` is what others
-pay (see `prices`; for those that migrate, `moves`). Ties go to a place for which nobody leaves, then to the one with more free
-memory, then to the smaller node id.
+pay (see `prices`; for those that migrate, `moves`). A KV cache that is short of what is wanted costs up to ``kv_short_s`` more:
+its requests would wait for each other, and few of them would fill it. Ties go to a place for which nobody leaves, then to the
+one with more free memory, then to the smaller node id.
 
 `search` says which nodes are compared, `spot` what is the best place on one of them: of nodes that differ in nothing but room
 and queues the choice is the best among those looked at. On a cluster of a few nodes its cost is at most 1.04 times the best
@@ -19,6 +20,7 @@ from sllmctl.control.settings import ControlSettings
 from sllmctl.control.view import ClusterView, Model
 from sllmctl.planner.estimates import Estimates
 from sllmctl.planner.inquiry import Inquiry, PlannerOptions
+from sllmctl.planner.memory import KvNeed, kv_given_bytes
 from sllmctl.planner.plans import Abilities, Candidate, Decision, Journals, Plan, Refusal, Rejection, Wait
 from sllmctl.planner.reasons import plan_reason, refusal, wait_reason
 from sllmctl.planner.rooms import Fleet, ask, fleet
@@ -30,6 +32,8 @@ __all__ = ["LocalityPlanner", "PlannerOptions"]
 
 _COPIES = 8
 """So many copies of a checkpoint are compared for what a reload takes."""
+_COMFORT = 0.5
+"""A KV cache of this part of what is wanted is not short."""
 
 
 class LocalityPlanner:
@@ -59,14 +63,14 @@ class LocalityPlanner:
         its start takes: what others would pay counts no more then.
         """
         inquiry = self._inquire(model, now)
-        return self._unknown(model) if inquiry is None else self._decide(Search(inquiry), inquiry, wait_s)
+        return self._unknown(model) if inquiry is None else self._decide(*self._searched(inquiry), wait_s)
 
     def explain(self, model: Model, now: float) -> tuple[Decision, list[tuple[str, Candidate | Rejection]]]:
         """What `plan` would decide if it looked at every node, and what it found on each, by the node's id."""
         inquiry = self._inquire(model, now)
         if inquiry is None:
             return self._unknown(model), [(node, Rejection.UNKNOWN) for node in self._view.nodes]
-        search = Search(inquiry, bounded=False)
+        search, inquiry = self._searched(inquiry, bounded=False)
         decision = self._decide(search, inquiry, None)
         told: list[tuple[str, Candidate | Rejection]] = []
         for node, verdict in search.verdicts():
@@ -104,11 +108,12 @@ class LocalityPlanner:
             self._fleet = fleet(self._view)
         return self._fleet
 
-    def _inquire(self, model: Model, now: float) -> Inquiry | None:
+    def _inquire(self, model: Model, now: float, *, least: int = 0) -> Inquiry | None:
         checkpoint = self._view.checkpoints.get(model.digest) if model.digest is not None else None
         if checkpoint is None:
             return None
         asked = ask(model, checkpoint, self._settings, now)
+        asked.least = max(asked.least, least)
         return Inquiry(
             self._view, self._estimates, self._journals, self._settings, self._abilities, self._options, self.fleet(), asked
         )
@@ -117,8 +122,36 @@ class LocalityPlanner:
         count = len(self._view.nodes) - len(self.fleet().removed)
         return refusal(model, {Rejection.UNKNOWN: count} if count else {})
 
-    def _decide(self, search: Search, inquiry: Inquiry, wait_s: float | None) -> Decision:
+    def _searched(self, inquiry: Inquiry, *, bounded: bool = True) -> tuple[Search, Inquiry]:
+        """Look for a place with room for a KV cache that is not short; and, unless that is as good as any, for one with room
+        for the least that will do, which is then taken if it is cheaper by more than its cache's shortness costs."""
+        asked, settings = inquiry.asked, self._settings
+        comfort = int(asked.wanted * _COMFORT)
+        search = Search(inquiry, bounded=bounded)
+        comfortable = None
+        if settings.kv_short_s and asked.least < comfort and self._options.sharing:
+            comfortable = self._inquire(asked.model, asked.now, least=comfort)
+        if comfortable is None:
+            search.run()
+            return search, inquiry
+        roomy = Search(comfortable, bounded=bounded)
+        roomy.run()
+        if roomy.best is not None and _is_easy(comfortable, roomy.best):
+            return roomy, comfortable
         search.run()
+        if roomy.best is None or search.best is None:
+            return search, inquiry
+        if self._priced(comfortable, roomy.best) <= self._priced(inquiry, search.best):
+            return roomy, comfortable
+        return search, inquiry
+
+    def _priced(self, inquiry: Inquiry, option: Option) -> float:
+        """What a place costs, the shortness of its KV cache included."""
+        wanted = inquiry.asked.wanted
+        given = kv_given_bytes(KvNeed(inquiry.asked.least, wanted), option.free, cpu=option.ground.cpu)
+        return option.key[0] + self._settings.kv_short_s * (1.0 - given / wanted)
+
+    def _decide(self, search: Search, inquiry: Inquiry, wait_s: float | None) -> Decision:
         found, rejected = search.found(), search.rejected()
         if not found:
             return refusal(inquiry.asked.model, rejected)
@@ -128,3 +161,14 @@ class LocalityPlanner:
         if wait_s is not None and wait_s < limit:
             return Wait(wait_s, best, rejected, wait_reason(best, wait_s))
         return Plan(best, others, rejected, plan_reason(self._view, best, len(found), rejected))
+
+
+def _is_easy(inquiry: Inquiry, option: Option) -> bool:
+    """Nobody leaves for it, it waits for nothing, and no node has the weights on a faster tier."""
+    if option.exits or option.startup.queue_s > 0.0:
+        return False
+    if option.source is Tier.DEVICE or inquiry.device:
+        return option.source is Tier.DEVICE
+    if option.source is Tier.DRAM or inquiry.dram:
+        return option.source is Tier.DRAM
+    return option.source is Tier.DISK or not inquiry.disk

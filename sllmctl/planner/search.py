@@ -43,6 +43,11 @@ class Search:
 
     # --- what was found ---
 
+    @property
+    def best(self) -> Option | None:
+        """The cheapest place of those that were looked at."""
+        return self._best
+
     def found(self) -> list[Option]:
         options = [one for one in self._looked.values() if isinstance(one, Option)]
         options.sort(key=lambda one: one.key)

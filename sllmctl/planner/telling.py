@@ -16,10 +16,10 @@ def candidate(inquiry: Inquiry, option: Option, *, roomy: bool = False) -> Candi
     asked = inquiry.asked
     exits = option.exits
     free, delay_s = option.free, option.delay_s
-    if roomy and inquiry.options.sharing and free // 2 < asked.wanted and not option.ground.cpu:
+    if roomy and free < asked.wanted and not option.ground.cpu and inquiry.options.sharing:
         exits, free, delay_s = _widened(inquiry, option)
-    need = KvNeed(asked.least, asked.wanted)
-    kv_bytes = kv_given_bytes(need, free) if inquiry.options.sharing else max(asked.least, min(asked.wanted, free))
+    halved = option.ground.cpu and inquiry.options.sharing
+    kv_bytes = kv_given_bytes(KvNeed(asked.least, asked.wanted), free, cpu=halved)
     return Candidate(
         node=option.node.id,
         name=option.node.name,
@@ -53,7 +53,7 @@ def _widened(inquiry: Inquiry, option: Option) -> tuple[list[Exit], int, float]:
         if digest in view.checkpoints and not view.holds_arena(node.id, digest)
     )
     for weights_s, digest in items:
-        if min(rooms.values()) // 2 >= asked.wanted or weights_s > limit_s:
+        if min(rooms.values()) >= asked.wanted or weights_s > limit_s:
             break
         frees = {
             device.index: view.idle_weights.get((node.id, device.index), {}).get(digest, 0)

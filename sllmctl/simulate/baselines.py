@@ -180,7 +180,7 @@ class _Baseline:
         free = place.free
         if not here.cpu and self._sharing:
             for one in others:
-                if free // 2 >= asked.wanted:
+                if free >= asked.wanted:
                     break
                 if not one.ids and one not in exits and any(index in one.frees for index in place.devices):
                     exits.append(one)
@@ -190,7 +190,7 @@ class _Baseline:
             node=here.node.id,
             name=here.node.name,
             devices=tuple(sorted(place.devices)),
-            kv_bytes=kv_given_bytes(KvNeed(asked.least, asked.wanted), free),
+            kv_bytes=kv_given_bytes(KvNeed(asked.least, asked.wanted), free, cpu=here.cpu),
             source=source[0],
             peer=source[1],
             queue_s=startup.queue_s,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import combinations
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 
@@ -236,6 +237,25 @@ def test_weights_on_the_device_come_before_dram_and_disk() -> None:
     assert [(one.node, one.source) for one in (decision.best, *decision.others)] == [
         ("n2", Tier.DEVICE), ("n1", Tier.DRAM), ("n0", Tier.DISK),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("short_s", "node", "kv_bytes"), [(0.0, "n0", 2), (2.0, "n0", 2), (20.0, "n1", 8)])
+def test_a_short_cache_is_taken_only_if_what_it_saves_is_worth_it(short_s: float, node: str, kv_bytes: int) -> None:
+    crowd = Crowd()
+    crowd.node("n0", [24])
+    crowd.node("n1", [24])
+    crowd.model("a", 10)
+    model = crowd.model("m", 10)
+    crowd.runs("busy", "a", "n0", kv=2, tokens=(9,))
+    crowd.lies("m", "n0", Tier.DRAM)
+    crowd.lies("m", "n1", Tier.DISK)
+    planner = crowd.planner(settings=msgspec.structs.replace(RULES, kv_short_s=short_s))
+    found = planner.plan(model, NOW)
+    assert isinstance(found, Plan)
+    assert (found.best.node, found.best.kv_bytes) == (node, kv_bytes)
+    explained, _ = planner.explain(model, NOW)
+    assert isinstance(explained, Plan)
+    assert explained.best.node == node
 
 
 def test_a_start_from_the_device_needs_no_dram() -> None:
