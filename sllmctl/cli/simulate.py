@@ -94,13 +94,15 @@ def command(
     files = [Path(plot) for plot in plots if plot != "-"]
     for file in files:
         check_plot_path(file)
+    if csv_file is not None and csv_file.is_dir():
+        raise click.UsageError(f"--csv {csv_file}: is a directory")
     if csv_file is not None and not csv_file.parent.is_dir():
         raise click.UsageError(f"--csv {csv_file}: there is no directory {csv_file.parent}")
     given = [*assignments, *([f"workload.requests={requests}"] if requests is not None else [])]
     # The file's own key is checked before it is changed, so that an error names the file.
     asked = override(load_scenario(scenario), given) if given else load_scenario(scenario)
     key, values = _varied(rates, sweep)
-    names = tuple(POLICIES) if policies == ("all",) else policies or asked.policies
+    names = tuple(POLICIES) if "all" in policies else policies or asked.policies
     check_policies(names)
     chosen = runs(asked, names, key, values, sorted(set(seeds)) or [asked.seed])
     found: list[Outcome] = []
@@ -139,6 +141,9 @@ def _varied(rates: Sequence[float], sweep: str | None) -> tuple[str | None, list
     if rates and sweep is not None:
         raise click.UsageError("vary one thing at a time: --rate or --sweep")
     if rates:
+        for rate in rates:
+            if not math.isfinite(rate):
+                raise click.UsageError(f"--rate {rate}: write a number of requests per second")
         values: list[float | int] = list(dict.fromkeys(rates))
         return _RATE, values
     if sweep is None:
@@ -161,7 +166,8 @@ def _progress(scenarios: Sequence[Scenario], names: Sequence[str], jobs: int) ->
     total = sum(_counted(scenarios, expected_requests))
     nodes = sum(group.count for group in scenarios[0].nodes)
     models = sum(group.count for group in scenarios[0].models)
-    seconds = total / _ASSUMED_RPS / min(jobs, len(scenarios))
+    jobs = min(jobs, len(scenarios))
+    seconds = total / _ASSUMED_RPS / jobs
     what = f"{_some(len(names), 'policy', 'policies')}, {_some(len(scenarios), 'simulation')}"
     note(
         f"{scenarios[0].name}: {total:,} requests in all ({what}) for {_some(models, 'model')} on {_some(nodes, 'node')}; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import msgspec
@@ -9,13 +10,14 @@ import msgspec
 from schema.spec import ModelSpec
 from sllmctl.control.settings import ControlSettings
 from sllmctl.simulate.parts import Lengths, ModelGroup, NodeGroup, Scenario, Workload
-from sllmctl.simulate.trace import read_counts, read_trace
+from sllmctl.simulate.trace import LONGEST_S, read_counts, read_trace
 
 __all__ = ["Fault", "check", "least_kv_bytes"]
 
 _LEAST_CV, _MOST_CV = 0.01, 100.0
 """Of times between arrivals: beyond these, Gamma draws lose their precision."""
 _MOST_MODELS = 1_000_000
+_MOST_DEVICES = 1_000_000
 
 
 class Fault(Exception):
@@ -38,6 +40,8 @@ def check(scenario: Scenario) -> None:
     settings = _settings(scenario)
     if sum(group.count for group in scenario.models) > _MOST_MODELS:
         raise Fault("models", f"more than {_MOST_MODELS} models in all")
+    if sum(group.count * group.devices for group in scenario.nodes) > _MOST_DEVICES:
+        raise Fault("nodes", f"more than {_MOST_DEVICES} devices in all")
     for number, group in enumerate(scenario.models):
         for key, reason in _model_faults(group, scenario.nodes, settings):
             raise Fault(f"models[{number}].{key}" if key else f"models[{number}]", reason)
@@ -152,6 +156,13 @@ def _check_workload(scenario: Scenario) -> None:
         return
     if workload.requests is None and workload.duration_s is None:
         raise Fault("workload", "has no end: give requests or duration_s")
+    assert workload.rate is not None
+    lasts_s = min(
+        math.inf if workload.duration_s is None else workload.duration_s,
+        math.inf if workload.requests is None else workload.requests / workload.rate,
+    )
+    if lasts_s > LONGEST_S:
+        raise Fault("workload", f"requests come for {lasts_s / 86400:,.0f} days; at most {LONGEST_S / 86400:.0f} are simulated")
     if not _LEAST_CV <= workload.cv <= _MOST_CV:
         raise Fault("workload.cv", f"{workload.cv:g} is not from {_LEAST_CV:g} to {_MOST_CV:g}")
 

@@ -42,11 +42,11 @@ class Speed(_Part, frozen=True, kw_only=True):
     takes ``decode_step_s + n * decode_sequence_s + k * decode_token_s``.
     """
 
-    prefill_base_s: _Seconds
-    prefill_token_s: _Seconds
-    decode_step_s: _Positive
-    decode_sequence_s: _Seconds = 0.0
-    decode_token_s: _Seconds = 0.0
+    prefill_base_s: Annotated[float, Meta(ge=0, le=3600)]
+    prefill_token_s: Annotated[float, Meta(ge=0, le=60)]
+    decode_step_s: Annotated[float, Meta(gt=0, le=3600)]
+    decode_sequence_s: Annotated[float, Meta(ge=0, le=60)] = 0.0
+    decode_token_s: Annotated[float, Meta(ge=0, le=1)] = 0.0
 
 
 class ModelGroup(_Part, frozen=True, kw_only=True):
@@ -103,7 +103,7 @@ class Workload(_Part, frozen=True, kw_only=True):
     rate: _Positive | None = None
     cv: _Positive = 1.0
     per_model: bool = False
-    requests: _Count | None = None
+    requests: Annotated[int, Meta(ge=1, le=1_000_000_000)] | None = None
     duration_s: _Positive | None = None
     input_tokens: Lengths | None = None
     output_tokens: Lengths | None = None

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ __all__ = [
 
 _MOST_FILE_BYTES = 4 << 20
 _READERS = {"_bytes": read_bytes, "_bps": read_rate, "_s": read_seconds}
+_MOST_VALUES = 1_000_000
 _STEP = re.compile(r"(?:^|\.)([A-Za-z_][A-Za-z0-9_]*)|\[([0-9]{1,6})\]")
 
 
@@ -101,7 +103,7 @@ def _text(path_or_name: str | Path) -> tuple[str, str, Path]:
 
 def _checked(value: Any, source: str, folder: Path) -> Scenario:
     try:
-        scenario = msgspec.convert(_normal(value, ""), Scenario)
+        scenario = msgspec.convert(_normal(value, "", count()), Scenario)
         scenario = _with_files(scenario, folder)
         check(scenario)
     except msgspec.ValidationError as error:
@@ -110,15 +112,20 @@ def _checked(value: Any, source: str, folder: Path) -> Scenario:
         raise InvalidInput(f"{source}: {key}: {reason}" if key else f"{source}: {reason}", key or None) from error
     except Fault as fault:
         raise InvalidInput(f"{source}: {fault}", fault.key) from fault
+    except RecursionError:
+        raise InvalidInput(f"{source}: an alias stands within what it names") from None
     return scenario
 
 
-def _normal(value: Any, key: str) -> Any:
-    """Units read, whole numbers made integers; the same in everything below."""
+def _normal(value: Any, key: str, numbers: Iterator[int]) -> Any:
+    """Units read, whole numbers made integers; the same in everything below. ``numbers`` counts the values."""
+    if next(numbers) > _MOST_VALUES:
+        # A few aliases of aliases make billions.
+        raise Fault(key, f"more than {_MOST_VALUES:,} values are no scenario")
     if isinstance(value, dict):
-        return {name: _normal(item, f"{key}.{name}" if key else str(name)) for name, item in value.items()}
+        return {name: _normal(item, f"{key}.{name}" if key else str(name), numbers) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_normal(item, f"{key}[{number}]") for number, item in enumerate(value)]
+        return [_normal(item, f"{key}[{number}]", numbers) for number, item in enumerate(value)]
     if isinstance(value, str):
         for suffix, read in _READERS.items():
             if key.endswith(suffix):
@@ -179,7 +186,7 @@ def _item(value: Any, step: str | int, key: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would silently take the last."""
+    """Refuses a key that is given twice, of which YAML would silently take the last; 1e-3 is a number, as in YAML 1.2."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -189,3 +196,8 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)

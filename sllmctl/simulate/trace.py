@@ -15,10 +15,12 @@ from typing import IO
 from schema.errors import InvalidInput
 from sllmctl.simulate.parts import Arrival
 
-__all__ = ["Counts", "find", "is_shipped", "read_counts", "read_trace", "synthetic_counts"]
+__all__ = ["LONGEST_S", "Counts", "find", "is_shipped", "read_counts", "read_trace", "synthetic_counts"]
 
 _TRACE = ["time", "model", "input_tokens", "output_tokens"]
 _FUNCTION = ["HashOwner", "HashApp", "HashFunction", "Trigger"]
+LONGEST_S = 366 * 86400.0
+"""Requests come for so long at most: while nothing else happens, the control loop still looks around every few seconds."""
 _MOST_IN_A_MINUTE = 10_000_000
 """More invocations of one function than this in a minute are taken for a broken file."""
 
@@ -42,7 +44,7 @@ def _opened(name: str) -> Iterator[IO[str]]:
         source = (
             path if path.is_file() or not is_shipped(name) else resources.files("sllmctl.simulate").joinpath("traces", name)
         )
-        with source.open("r", encoding="utf-8") as stream:
+        with source.open("r", encoding="utf-8-sig") as stream:
             yield stream
     except OSError as error:
         raise InvalidInput(f"{name}: {error.strerror or error}") from error
@@ -100,6 +102,9 @@ def _time(place: str, text: str) -> float:
         raise InvalidInput(f"{place}: time {text!r} is no number of seconds") from None
     if not math.isfinite(value) or value < 0:
         raise InvalidInput(f"{place}: time {text} is not a time from 0 on")
+    if value > LONGEST_S:
+        days = f"{LONGEST_S / 86400:.0f} days"
+        raise InvalidInput(f"{place}: time {text} is more than {days}; times are seconds since the trace began")
     return value
 
 
