@@ -576,13 +576,15 @@ class FillArena(Message, frozen=True, kw_only=True, tag="fill"):
     """Agent -> store: read the checkpoint in ``directory`` into the arena, evicting only what the store may.
 
     ``users`` hold it from now on. Answered, at once if it is there already, by `Resident` or `OperationDone` with a fault, and
-    with this ``op``. ``directory`` is relative to the node's checkpoints directory.
+    with this ``op``. ``directory`` is relative to the node's checkpoints directory. ``priority``: 0 if an instance waits for
+    it, 1 if it is read ahead of need; a fill under way is raised by one that is more urgent.
     """
 
     op: str
     digest: str
     directory: str
     users: int = 1
+    priority: Annotated[int, Meta(ge=0, le=2)] = 0
 
 
 class Resident(Message, frozen=True, kw_only=True, tag="resident"):

@@ -14,6 +14,7 @@ from agent.daemon.catalog import Checkpoints
 from agent.daemon.ingest import IngestCommand, run_ingest
 from agent.daemon.roster import Roster
 from agent.daemon.storelink import StoreLink
+from agent.native.jobs import Priority
 from schema.errors import Cancelled, Conflict, Fault, InvalidInput, SllmError
 from schema.link import DropCheckpoint, FileChunk, Ingest, LoadCheckpoint, Message, OperationDone, Progress, ReadFile, Resident
 from schema.states import Tier
@@ -143,7 +144,7 @@ class Operations:
 
         self._store.holds.add(message.digest, message.op)
         try:
-            fill = self._store.fill(message.digest, directory, _answer(answer), progressed)
+            fill = self._store.fill(message.digest, directory, _answer(answer), progressed, priority=Priority.PREFETCH)
             try:
                 result = await answer
             finally:

@@ -8,9 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+import msgspec
+
 from agent.daemon.connection import Connection
 from agent.daemon.holds import Holds
 from agent.daemon.supervisor import Kin
+from agent.native.jobs import Priority
 from agent.native.mapping import read_only
 from schema.errors import Fault, LinkError, SllmError, Unreachable
 from schema.link import (
@@ -111,12 +114,15 @@ class StoreLink:
         answered: Callable[[Resident | Fault], None],
         progress: Callable[[Progress], None],
         op: str = "",
+        *,
+        priority: Priority = Priority.REQUEST,
     ) -> str:
         """Ask for a checkpoint in the arena; answered once, now or later, unless it is withdrawn. Returns its op."""
         self._count += 1
         op = op or f"fill-{os.getpid()}-{self._count}"
-        fill = _Fill(FillArena(op=op, digest=digest, directory=directory, users=self.holds.count(digest)), answered, progress)
-        self._fills[op] = fill
+        users = self.holds.count(digest)
+        message = FillArena(op=op, digest=digest, directory=directory, users=users, priority=priority)
+        fill = self._fills[op] = _Fill(message, answered, progress)
         if self._stated:
             self._kin.send(fill.message)
         self._owner.placement_changed(digest)
@@ -217,8 +223,7 @@ class StoreLink:
             self._owner.store_ready()
 
     def _counted(self, message: FillArena) -> FillArena:
-        users = self.holds.count(message.digest)
-        return FillArena(op=message.op, digest=message.digest, directory=message.directory, users=users)
+        return msgspec.structs.replace(message, users=self.holds.count(message.digest))
 
     def _resident(self, message: Resident) -> None:
         self.residents[message.digest] = message

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from agent.native.jobs import Priority
 from schema.errors import Fault
 from schema.link import ArenaInfo, Resident
 
@@ -38,9 +39,9 @@ class Store(Protocol):
     def residents(self) -> tuple[Resident, ...]:
         """What lies whole in the arena, also after a restart, from the chunk table in the arena itself."""
 
-    def fill(self, op: str, digest: str, directory: Path, users: int = 1) -> None:
+    def fill(self, op: str, digest: str, directory: Path, users: int = 1, priority: Priority = Priority.REQUEST) -> None:
         """Bring a checkpoint into the arena, held by ``users`` from now on; one that is there, or being filled, is not read
-        again, and every ``op`` is answered.
+        again, and every ``op`` is answered. What is asked for again more urgently is read more urgently from then on.
 
         Room is reserved before the first read: free chunks, then those of the least recently used without users. Fails
         with OutOfSpace when that is not enough, InvalidCheckpoint when a file is short or a checksum wrong. A failed or

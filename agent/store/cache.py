@@ -15,7 +15,7 @@ from typing import Final
 
 from agent.native.arena import Arena
 from agent.native.chunk_table import Occupant
-from agent.native.reader import ReadJob, ReadPool, Unit
+from agent.native.reader import Priority, ReadJob, ReadPool, Unit
 from agent.store import catalog
 from agent.store.api import StoreListener
 from agent.store.room import FreeChunks
@@ -37,6 +37,7 @@ class _Fill:
     directory: Path
     ops: list[str]
     users: int
+    priority: Priority
     occupant: Occupant | None = None
     job: ReadJob | None = None
     image_bytes: int = 0
@@ -73,18 +74,21 @@ class ArenaStore:
         """The ops that wait for an answer."""
         return tuple(op for fill in (*self._fills.values(), *self._waiting.values()) for op in fill.ops)
 
-    def fill(self, op: str, digest: str, directory: Path, users: int = 1) -> None:
+    def fill(self, op: str, digest: str, directory: Path, users: int = 1, priority: Priority = Priority.REQUEST) -> None:
         known = self._fills.get(digest)
         if known is not None and known.given_up:
             known = self._waiting.get(digest)
             if known is None:
-                self._waiting[digest] = _Fill(digest, directory, [op], users)
+                self._waiting[digest] = _Fill(digest, directory, [op], users, priority)
                 return
         known = known or self._waiting.get(digest)
         if known is None:
-            self._begin(_Fill(digest, directory, [op], users))
+            self._begin(_Fill(digest, directory, [op], users, priority))
             return
         known.users = users
+        known.priority = min(known.priority, priority)
+        if known.job is not None:
+            self._pool.raise_priority(known.job, priority)
         if op not in known.ops:
             known.ops.append(op)
 
@@ -154,7 +158,7 @@ class ArenaStore:
         units = list(self._units(fill.directory, manifest, chunks, fill.verifying))
         self._fills[fill.digest] = fill
         self._tell(fill, time.monotonic(), 0)
-        fill.job = self._pool.submit(units, self._changed)
+        fill.job = self._pool.submit(units, self._changed, priority=fill.priority)
 
     def _units(self, directory: Path, manifest: Manifest, chunks: list[int], verifying: bool) -> Iterator[Unit]:
         for partition in manifest.partitions:

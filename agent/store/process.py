@@ -17,6 +17,7 @@ from typing import Final
 from agent.channel import Channel
 from agent.config import NodeConfig, load_config
 from agent.native.arena import Arena
+from agent.native.reader import Priority
 from agent.store.cache import ArenaStore
 from schema.errors import Fault, InvalidInput, LinkError, SllmError
 from schema.link import (
@@ -152,7 +153,7 @@ class StoreProcess:
             except InvalidInput as error:
                 self.failed(message.op, message.digest, Fault.of(error))
                 return
-            self._store.fill(message.op, message.digest, directory, message.users)
+            self._store.fill(message.op, message.digest, directory, message.users, Priority(message.priority))
         elif isinstance(message, HoldCheckpoint):
             self._store.hold(message.digest, message.users)
         else:

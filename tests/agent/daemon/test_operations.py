@@ -127,6 +127,7 @@ async def test_a_load_that_is_cancelled_lets_go(node: Node) -> None:
     store.answers = False
     manager.send(LoadCheckpoint(op="op_1", digest=DIGEST))
     await store.until(lambda: store.holds.get(DIGEST) == 1 and bool(store.fills))
+    assert store.fills[0].priority == 1
     manager.send(CancelOperation(op="op_1"))
     fault = (await done(manager, "op_1")).fault
     assert fault is not None

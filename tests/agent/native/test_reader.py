@@ -1,17 +1,18 @@
-"""The reader's threads: order of age, cancel, short and shrinking files, both ways of reading."""
+"""The reader's threads: fair shares, rings, cancel, short and shrinking files, both ways of reading."""
 
 from __future__ import annotations
 
 import errno
 import os
+import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from agent.native import reader
-from agent.native.reader import ReadJob, ReadPool, Unit
+from agent.native import threads
+from agent.native.reader import Priority, ReadJob, ReadPool, Unit
 
 MIB = 1 << 20
 
@@ -90,7 +91,7 @@ def test_disk_error_is_named_with_its_offset(pool: ReadPool, tmp_path: Path, mon
             raise OSError(errno.EIO, "Input/output error")
         return real(descriptor, buffers, offset, flags)
 
-    monkeypatch.setattr(reader.os, "preadv", failing)
+    monkeypatch.setattr(threads.os, "preadv", failing)
     watch = Watch()
     job = pool.submit(units(tmp_path / "f", 4 * MIB, memoryview(bytearray(4 * MIB)), 2 * MIB), watch)
     watch.wait(job)
@@ -112,7 +113,7 @@ def test_short_reads_and_refused_direct_reads_are_made_good(
             raise OSError(errno.EINVAL, "bad alignment")
         return real(descriptor, [buffers[0][:70001]], offset, flags)
 
-    monkeypatch.setattr(reader.os, "preadv", stingy)
+    monkeypatch.setattr(threads.os, "preadv", stingy)
     memory = memoryview(bytearray(MIB))
     watch = Watch()
     job = pool.submit(units(tmp_path / "f", MIB, memory), watch)
@@ -131,7 +132,7 @@ def test_cancel_ends_a_job_and_leaves_its_memory_alone(tmp_path: Path, monkeypat
         assert leave.wait(30)
         return real(descriptor, buffers, offset, flags)
 
-    monkeypatch.setattr(reader.os, "preadv", held)
+    monkeypatch.setattr(threads.os, "preadv", held)
     pool, watch = ReadPool(1), Watch()
     memory = memoryview(bytearray(8 * MIB))
     job = pool.submit(units(tmp_path / "f", 8 * MIB, memory), watch)
@@ -146,28 +147,148 @@ def test_cancel_ends_a_job_and_leaves_its_memory_alone(tmp_path: Path, monkeypat
     pool.close()
 
 
-def test_the_oldest_job_is_served_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path / "f", 4 * MIB)
-    entered, leave = threading.Event(), threading.Event()
-    real = os.preadv
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate(monkeypatch)
+    yield gate
+    gate.leave.set()
 
-    def held(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
-        entered.set()
-        assert leave.wait(30)
-        return real(descriptor, buffers, offset, flags)
 
-    monkeypatch.setattr(reader.os, "preadv", held)
+class Gate:
+    """Holds back every read until ``leave`` is set; ``entered`` tells of the first."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.entered, self.leave = threading.Event(), threading.Event()
+        real = os.preadv
+
+        def held(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+            self.entered.set()
+            assert self.leave.wait(30)
+            return real(descriptor, buffers, offset, flags)
+
+        monkeypatch.setattr(threads.os, "preadv", held)
+
+
+def read_side_by_side(tmp_path: Path, gate: Gate, priorities: list[Priority], counts: list[int]) -> list[int]:
+    """The order in which jobs of so many units each were served, by one thread that was busy while they came."""
+    write(tmp_path / "f", 64 * 4096)
     pool, watch = ReadPool(1), Watch()
-    jobs = []
-    for _ in range(3):
-        memory = memoryview(bytearray(4 * MIB))
-        jobs.append(pool.submit(units(tmp_path / "f", 4 * MIB, memory), watch))
-        assert entered.wait(30)
-    leave.set()
+    order: list[int] = []
+    memory = memoryview(bytearray(64 * 4096))
+
+    def submit(number: int, priority: Priority, count: int) -> ReadJob:
+        work = units(tmp_path / "f", 64 * 4096, memory, 4096)[:count]
+        return pool.submit(work, watch, priority=priority, unit_done=lambda *_: order.append(number))
+
+    jobs = [submit(-1, Priority.REQUEST, 1)]
+    assert gate.entered.wait(30)
+    jobs += [submit(number, *each) for number, each in enumerate(zip(priorities, counts, strict=True))]
+    gate.leave.set()
     for job in jobs:
         watch.wait(job)
-    assert watch.finished == jobs
+        assert job.error is None
     pool.close()
+    return order[1:]
+
+
+def test_jobs_of_one_priority_share_fairly(tmp_path: Path, gate: Gate) -> None:
+    order = read_side_by_side(tmp_path, gate, [Priority.REQUEST] * 3, [8, 8, 8])
+    for at in range(0, 24, 3):
+        assert sorted(order[at : at + 3]) == [0, 1, 2]
+
+
+def test_a_higher_priority_goes_first_and_never_starves_the_rest(tmp_path: Path, gate: Gate) -> None:
+    order = read_side_by_side(tmp_path, gate, [Priority.PREFETCH, Priority.REQUEST, Priority.BACKGROUND], [16, 64, 4])
+    while_requested = order[: len(order) - order[::-1].index(1)]
+    assert 6 <= while_requested.count(0) <= 10
+    assert 1 <= while_requested.count(2) <= 2
+    assert order[:10].count(1) >= 7
+
+
+def test_a_job_that_is_raised_goes_on_as_urgently_as_those_it_joins(tmp_path: Path, gate: Gate) -> None:
+    write(tmp_path / "f", 64 * 4096)
+    pool, watch = ReadPool(1), Watch()
+    order: list[int] = []
+    memory = memoryview(bytearray(64 * 4096))
+    work = units(tmp_path / "f", 64 * 4096, memory, 4096)
+    low = pool.submit(work, watch, priority=Priority.BACKGROUND, unit_done=lambda *_: order.append(0))
+    assert gate.entered.wait(30)
+    high = pool.submit(work, watch, unit_done=lambda *_: order.append(1))
+    pool.raise_priority(low, Priority.REQUEST)
+    pool.raise_priority(low, Priority.PREFETCH)
+    assert low.priority is Priority.REQUEST
+    gate.leave.set()
+    watch.wait(low)
+    watch.wait(high)
+    assert 28 <= order[:64].count(0) <= 36
+    pool.close()
+
+
+def test_units_are_told_of_once_their_bytes_are_right(pool: ReadPool, tmp_path: Path) -> None:
+    data = write(tmp_path / "f", 8 * MIB)
+    memory = memoryview(bytearray(8 * MIB))
+    watch, told = Watch(), []
+
+    def done(job: ReadJob, unit: Unit) -> None:
+        assert not job.finished
+        told.append((unit.offset_bytes, bytes(unit.targets[0]) == data[unit.offset_bytes : unit.offset_bytes + MIB]))
+
+    job = pool.submit(units(tmp_path / "f", 8 * MIB, memory), watch, unit_done=done)
+    watch.wait(job)
+    assert sorted(told) == [(at, True) for at in range(0, 8 * MIB, MIB)]
+    assert job.prefix_bytes == job.done_bytes == 8 * MIB
+
+
+def test_a_sink_that_fails_ends_the_job(pool: ReadPool, tmp_path: Path) -> None:
+    write(tmp_path / "f", MIB)
+
+    def full(job: ReadJob, unit: Unit) -> None:
+        raise RuntimeError("no room")
+
+    watch = Watch()
+    job = pool.submit(units(tmp_path / "f", MIB, memoryview(bytearray(MIB))), watch, unit_done=full)
+    watch.wait(job)
+    assert job.error is not None
+    assert "no room" in str(job.error)
+
+
+def test_a_ring_of_two_slots_takes_a_file_of_any_size(pool: ReadPool, tmp_path: Path) -> None:
+    data = write(tmp_path / "f", 16 * MIB)
+    slots = [memoryview(bytearray(MIB)) for _ in range(2)]
+    free = queue.SimpleQueue[memoryview]()
+    copied, watch = bytearray(16 * MIB), Watch()
+
+    def drained(job: ReadJob, unit: Unit) -> None:
+        copied[unit.offset_bytes : unit.offset_bytes + MIB] = unit.targets[0]
+        free.put(unit.targets[0])
+
+    job = pool.submit([], watch, unit_done=drained, last=False)
+    for slot in slots:
+        free.put(slot)
+    for at in range(0, 16 * MIB, MIB):
+        unit = Unit(tmp_path / "f", 16 * MIB, at, (free.get(timeout=30),))
+        assert not job.finished
+        pool.feed(job, [unit], last=at == 15 * MIB)
+    watch.wait(job)
+    assert job.error is None
+    assert copied == data
+    assert job.prefix_bytes == 16 * MIB
+    with pytest.raises(ValueError, match="last"):
+        pool.feed(job, [], last=True)
+
+
+def test_an_open_job_ends_by_its_last_units_by_a_cancel_and_by_closing(tmp_path: Path) -> None:
+    pool, watch = ReadPool(2), Watch()
+    jobs = [pool.submit([], watch, last=False) for _ in range(3)]
+    pool.feed(jobs[0], [], last=True)
+    watch.wait(jobs[0])
+    assert jobs[0].error is None
+    pool.cancel(jobs[1])
+    watch.wait(jobs[1])
+    pool.feed(jobs[1], [Unit(tmp_path / "none", 1, 0, (memoryview(bytearray(1)),))], last=True)
+    pool.close()
+    assert [job.error.code for job in jobs[1:] if job.error is not None] == ["cancelled", "cancelled"]
+    assert jobs[2].finished
 
 
 def test_closing_ends_what_runs(tmp_path: Path) -> None:

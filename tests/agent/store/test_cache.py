@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from agent.native.arena import Arena
+from agent.native.reader import Priority, ReadJob, ReadPool
 from agent.store import catalog
 from schema.errors import Conflict, NotFound
 from tests.agent.store.images import CHUNK, Bench, commit, read_image
@@ -57,6 +58,23 @@ def test_two_ops_share_one_fill_and_a_third_reads_nothing(bench: Bench, tmp_path
     assert bench.told.resident["c"].read_bytes == 0
     assert bench.told.resident["c"].users == 3
     assert bench.store.arena.used_bytes == 2 * CHUNK
+
+
+def test_a_prefetch_that_a_start_waits_for_is_raised(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raised: list[tuple[Priority, Priority]] = []
+    real = ReadPool.raise_priority
+
+    def seen(pool: ReadPool, job: ReadJob, priority: Priority) -> None:
+        before = job.priority
+        real(pool, job, priority)
+        raised.append((before, job.priority))
+
+    monkeypatch.setattr(ReadPool, "raise_priority", seen)
+    digest, directory, _ = commit(tmp_path, 1, 2 * CHUNK)
+    bench.store.fill("a", digest, directory, priority=Priority.PREFETCH)
+    bench.store.fill("b", digest, directory, users=2, priority=Priority.REQUEST)
+    assert raised == [(Priority.PREFETCH, Priority.REQUEST)]
+    bench.wait("a", "b")
 
 
 def test_least_recently_used_goes_first_and_users_stay(bench: Bench, tmp_path: Path) -> None:
