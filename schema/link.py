@@ -61,6 +61,7 @@ __all__ = [
     "AttemptTruth",
     "Cancel",
     "CancelOperation",
+    "CancelVerify",
     "CheckpointTruth",
     "ChildExited",
     "Descriptors",
@@ -114,6 +115,8 @@ __all__ = [
     "TokenRun",
     "Tokens",
     "TruthEnd",
+    "VerifyCheckpoint",
+    "VerifyStored",
     "Welcome",
     "WorkerMessage",
     "WorkerTruth",
@@ -256,13 +259,17 @@ class Inventory(_Part, frozen=True, kw_only=True):
 
 
 class Placement(_Part, frozen=True, kw_only=True):
-    """One checkpoint on one tier of the speaking node. ``users`` counts instances and loads that hold it there."""
+    """One checkpoint on one tier of the speaking node. ``users`` counts instances and loads that hold it there.
+
+    ``reason`` says why it is in quarantine.
+    """
 
     tier: Tier
     state: TierState
     size_bytes: int = 0
     users: int = 0
     device: int = 0
+    reason: str = ""
 
 
 class CheckpointTruth(_Part, frozen=True, kw_only=True):
@@ -478,6 +485,17 @@ class DropCheckpoint(Message, frozen=True, kw_only=True, tag="drop"):
     tier: Tier
 
 
+class VerifyCheckpoint(Message, frozen=True, kw_only=True, tag="verify"):
+    """Read the copy on disk and compare every checksum: a wrong one puts it in quarantine, none takes it out of there. Ends
+    with `OperationDone`, whose fault names the file and the byte.
+
+    What lies in DRAM is compared too: a wrong image is dropped, or kept from new users until its last one has gone.
+    """
+
+    op: str
+    digest: str
+
+
 class CancelOperation(Message, frozen=True, kw_only=True, tag="cancelop"):
     """End an operation early; answered by its `OperationDone` (cancelled, or how it ended just before)."""
 
@@ -590,7 +608,8 @@ class FillArena(Message, frozen=True, kw_only=True, tag="fill"):
 class Resident(Message, frozen=True, kw_only=True, tag="resident"):
     """Store -> agent: the whole image lies in the arena at ``extents``; said after a fill, and repeated in `StoreTruth`.
 
-    ``read_bytes`` were read from disk for this answer, 0 if it was there.
+    ``read_bytes`` were read from disk for this answer, 0 if it was there. ``condemned`` says which bytes of it were found
+    wrong: it goes when its last user has gone, and no other gets it.
     """
 
     digest: str
@@ -599,16 +618,19 @@ class Resident(Message, frozen=True, kw_only=True, tag="resident"):
     users: int = 0
     op: str = ""
     read_bytes: int = 0
+    condemned: str = ""
 
 
 class HoldCheckpoint(Message, frozen=True, kw_only=True, tag="hold"):
     """Agent -> store: how many instances and loads use a checkpoint now, fills not yet answered included.
 
-    With 0 it may be evicted when room is needed, and a fill that nobody waits for is given up.
+    With 0 it may be evicted when room is needed, and a fill that nobody waits for is given up. ``condemned`` repeats what the
+    store once said of it, for a store that was restarted since.
     """
 
     digest: str
     users: _Count
+    condemned: str = ""
 
 
 class DropResident(Message, frozen=True, kw_only=True, tag="dropresident"):
@@ -616,6 +638,24 @@ class DropResident(Message, frozen=True, kw_only=True, tag="dropresident"):
 
     op: str
     digest: str
+
+
+class VerifyStored(Message, frozen=True, kw_only=True, tag="verifystored"):
+    """Agent -> store: compare the checksums of the copy in ``directory``, and of the image in the arena if it lies there.
+
+    Read behind everything that anybody waits for. `Progress` tells how far it is; answered by one `OperationDone`.
+    ``directory`` is relative to the node's checkpoints directory.
+    """
+
+    op: str
+    digest: str
+    directory: str
+
+
+class CancelVerify(Message, frozen=True, kw_only=True, tag="cancelverify"):
+    """Agent -> store: nobody waits for this verification any more. It is not answered."""
+
+    op: str
 
 
 class Evicted(Message, frozen=True, kw_only=True, tag="evicted"):
@@ -693,8 +733,8 @@ class WorkerTruth(Message, frozen=True, kw_only=True, tag="workertruth"):
 
 
 ManagerMessage = (
-    Ping | Pong | StartInstance | StopInstance | Ingest | LoadCheckpoint | DropCheckpoint | CancelOperation | OperationsAcked
-    | ReadFile | Submit | Cancel | Acked | Shutdown
+    Ping | Pong | StartInstance | StopInstance | Ingest | LoadCheckpoint | DropCheckpoint | VerifyCheckpoint | CancelOperation
+    | OperationsAcked | ReadFile | Submit | Cancel | Acked | Shutdown
 )  # fmt: skip
 """What a manager says to an agent after its Hello."""
 
@@ -705,7 +745,10 @@ AgentMessage = (
 """What an agent says to a manager."""
 
 StoreMessage = Ping | Pong | Descriptors | StoreTruth | Resident | Evicted | Progress | OperationDone
-ToStore = Welcome | Refused | Ping | Pong | Descriptors | FillArena | HoldCheckpoint | DropResident | Shutdown
+ToStore = (
+    Welcome | Refused | Ping | Pong | Descriptors | FillArena | HoldCheckpoint | DropResident | VerifyStored | CancelVerify
+    | Shutdown
+)  # fmt: skip
 ZygoteMessage = Ping | Pong | ZygoteTruth | Forked | ChildExited
 ToZygote = Welcome | Refused | Ping | Pong | Descriptors | Fork | Shutdown
 WorkerMessage = Ping | Pong | WorkerTruth | AttemptTruth | TruthEnd | InstanceUpdate | InstanceLoad | Tokens

@@ -53,6 +53,7 @@ from schema.link import (
     StartInstance,
     StopInstance,
     Submit,
+    VerifyCheckpoint,
     Welcome,
 )
 from schema.version import VERSION
@@ -248,7 +249,7 @@ class Agent:
         return self._store.loading or self._instances.starting or bool(self._operations.running)
 
     def _command(self, message: Any) -> None:
-        if isinstance(message, StartInstance | Ingest | LoadCheckpoint):
+        if isinstance(message, StartInstance | Ingest | LoadCheckpoint | VerifyCheckpoint):
             self._disk.give_way()
         match message:
             case Submit():
@@ -261,7 +262,7 @@ class Agent:
                 self._instances.start(message)
             case StopInstance():
                 self._instances.stop(message)
-            case Ingest() | LoadCheckpoint() | DropCheckpoint():
+            case Ingest() | LoadCheckpoint() | DropCheckpoint() | VerifyCheckpoint():
                 self._operations.begin(message)
             case CancelOperation():
                 self._operations.cancel(message.op)

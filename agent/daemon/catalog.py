@@ -50,11 +50,28 @@ class Checkpoints:
         return entry
 
     def directory(self, digest: str) -> str:
-        """Its directory, relative to the checkpoints'. Raises NotFound, InvalidCheckpoint for one in quarantine."""
+        """Its directory, relative to the checkpoints'. Raises NotFound, InvalidCheckpoint for one in quarantine.
+
+        A copy whose weights went bad can still be started from a good image in DRAM.
+        """
         entry = self.entry(digest)
-        if entry.quarantined is not None:
-            raise InvalidCheckpoint(f"checkpoint {digest} is in quarantine ({entry.quarantined}); ingest it again")
+        if entry.quarantined is not None and not self._usable(entry):
+            raise InvalidCheckpoint(
+                f"checkpoint {digest} is in quarantine ({entry.quarantined}); ingest it again, "
+                "or verify it if its files are right again"
+            )
+        return self.relative(entry)
+
+    def relative(self, entry: CatalogEntry) -> str:
+        """An entry's directory as the store names it."""
         return str(entry.directory.relative_to(self._root))
+
+    def _usable(self, entry: CatalogEntry) -> bool:
+        """True when weights and text can be had without the bytes for which a copy is in quarantine."""
+        resident = self._store.residents.get(entry.digest)
+        reason = entry.quarantined or ""
+        assets = (str(entry.directory / file) for file in (catalog.MANIFEST_FILE, *(a.file for a in entry.manifest.assets)))
+        return resident is not None and not resident.condemned and not any(asset in reason for asset in assets)
 
     async def remove(self, digest: str) -> None:
         """Take it from the disk for good. Raises NotFound, SllmError."""
@@ -77,9 +94,14 @@ class Checkpoints:
         size = entry.manifest.image_bytes if entry is not None else resident.image_bytes if resident is not None else 0
         if entry is not None:
             state = TierState.RESIDENT if entry.quarantined is None else TierState.QUARANTINED
-            placements.append(Placement(tier=Tier.DISK, state=state, size_bytes=size))
+            placements.append(Placement(tier=Tier.DISK, state=state, size_bytes=size, reason=entry.quarantined or ""))
         if resident is not None:
-            placements.append(Placement(tier=Tier.DRAM, state=TierState.RESIDENT, size_bytes=resident.image_bytes, users=users))
+            bad = resident.condemned
+            # Without usable files beside it no worker can be built over the image, however good that is.
+            barred = entry is not None and entry.quarantined is not None and not self._usable(entry)
+            state = TierState.QUARANTINED if bad else TierState.EVICTING if barred else TierState.RESIDENT
+            image_bytes = resident.image_bytes
+            placements.append(Placement(tier=Tier.DRAM, state=state, size_bytes=image_bytes, users=users, reason=bad))
         elif self._store.filling(digest):
             placements.append(Placement(tier=Tier.DRAM, state=TierState.FILLING, size_bytes=size, users=users))
         facts = self._facts.get(digest)

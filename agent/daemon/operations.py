@@ -16,12 +16,24 @@ from agent.daemon.roster import Roster
 from agent.daemon.storelink import StoreLink
 from agent.native.jobs import Priority
 from schema.errors import Cancelled, Conflict, Fault, InvalidInput, SllmError
-from schema.link import DropCheckpoint, FileChunk, Ingest, LoadCheckpoint, Message, OperationDone, Progress, ReadFile, Resident
+from schema.link import (
+    DropCheckpoint,
+    FileChunk,
+    Ingest,
+    LoadCheckpoint,
+    Message,
+    OperationDone,
+    Progress,
+    ReadFile,
+    Resident,
+    VerifyCheckpoint,
+)
 from schema.states import Tier
 
 __all__ = ["OperationOwner", "Operations"]
 
 T = TypeVar("T")
+Operation = Ingest | LoadCheckpoint | DropCheckpoint | VerifyCheckpoint
 
 _INGESTS: Final = 2
 """Ingests at once; more would only share the disk."""
@@ -70,7 +82,7 @@ class Operations:
     def done(self) -> tuple[OperationDone, ...]:
         return tuple(self._done.values())
 
-    def begin(self, message: Ingest | LoadCheckpoint | DropCheckpoint) -> None:
+    def begin(self, message: Operation) -> None:
         """Begin an operation; a known one that has ended is answered again, and one under way will be."""
         if (done := self._done.get(message.op)) is not None:
             self._owner.tell(done)
@@ -104,13 +116,15 @@ class Operations:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _run(self, message: Ingest | LoadCheckpoint | DropCheckpoint) -> None:
+    async def _run(self, message: Operation) -> None:
         op = message.op
         try:
             if isinstance(message, Ingest):
                 done = await self._run_ingest(message)
             elif isinstance(message, LoadCheckpoint):
                 done = await self._load(message)
+            elif isinstance(message, VerifyCheckpoint):
+                done = await self._verify(message)
             else:
                 done = await self._drop(message)
         except asyncio.CancelledError:
@@ -153,6 +167,21 @@ class Operations:
             self._store.holds.release(message.digest, message.op)
         fault = result if isinstance(result, Fault) else None
         return OperationDone(op=message.op, digest=message.digest, fault=fault)
+
+    async def _verify(self, message: VerifyCheckpoint) -> OperationDone:
+        """Both quarantine and its end are written by the store; what it found is read again before the end is told."""
+        digest = message.digest
+        entry = self._checkpoints.entry(digest)
+        directory = self._checkpoints.relative(entry)
+        answer: asyncio.Future[Fault | None] = asyncio.get_running_loop().create_future()
+        self._store.verify(message.op, digest, directory, _answer(answer), self._owner.tell)
+        try:
+            fault = await answer
+        finally:
+            self._store.cancel_verify(message.op)
+        await self._checkpoints.scan()
+        self._owner.placement_changed(digest)
+        return OperationDone(op=message.op, digest=digest, fault=fault)
 
     async def _drop(self, message: DropCheckpoint) -> OperationDone:
         digest = message.digest

@@ -18,6 +18,7 @@ from agent.native.mapping import read_only
 from schema.errors import Fault, LinkError, SllmError, Unreachable
 from schema.link import (
     ArenaInfo,
+    CancelVerify,
     Descriptors,
     DropResident,
     Evicted,
@@ -29,6 +30,7 @@ from schema.link import (
     Resident,
     StoreMessage,
     StoreTruth,
+    VerifyStored,
     Welcome,
 )
 
@@ -68,6 +70,14 @@ class _Drop:
     answered: Callable[[Fault | None], None]
 
 
+@dataclass(slots=True)
+class _Verify:
+    message: VerifyStored
+    answered: Callable[[Fault | None], None]
+    progress: Callable[[Progress], None]
+    losses: int = 0
+
+
 class StoreLink:
     """Speaks to the store over its lives. ``arena`` and ``residents`` are as last heard."""
 
@@ -81,6 +91,7 @@ class StoreLink:
         self._stated = False
         self._fills: dict[str, _Fill] = {}
         self._drops: dict[str, _Drop] = {}
+        self._verifies: dict[str, _Verify] = {}
         self._count = 0
 
     @property
@@ -140,6 +151,24 @@ class StoreLink:
         if self._stated:
             self._kin.send(self._drops[op].message)
 
+    def verify(
+        self,
+        op: str,
+        digest: str,
+        directory: str,
+        answered: Callable[[Fault | None], None],
+        progress: Callable[[Progress], None],
+    ) -> None:
+        """Compare a copy on disk and what lies of it in the arena with its checksums; answered once, unless it is cancelled."""
+        self._verifies[op] = _Verify(VerifyStored(op=op, digest=digest, directory=directory), answered, progress)
+        if self._stated:
+            self._kin.send(self._verifies[op].message)
+
+    def cancel_verify(self, op: str) -> None:
+        """Nobody waits for a verification any more; it is not answered."""
+        if self._verifies.pop(op, None) is not None and self._stated:
+            self._kin.send(CancelVerify(op=op))
+
     def reopen(self) -> int:
         """A new descriptor of the arena that can only be read. The caller owns it. Raises Unreachable, OSError."""
         if self._descriptor is None:
@@ -170,8 +199,9 @@ class StoreLink:
                 if self.residents.pop(message.digest, None) is not None:
                     self._owner.placement_changed(message.digest)
             case Progress():
-                if (fill := self._fills.get(message.op)) is not None:
-                    fill.progress(message)
+                asked = self._fills.get(message.op) or self._verifies.get(message.op)
+                if asked is not None:
+                    asked.progress(message)
             case _:
                 raise LinkError(f"the store has no {type(message).__name__} to say")
 
@@ -188,6 +218,12 @@ class StoreLink:
             if fill.losses >= _MAX_LOSSES:
                 del self._fills[op]
                 fill.answered(Fault.of(Unreachable(f"the store died {fill.losses} times while it was loading this checkpoint")))
+        for op, verify in list(self._verifies.items()):
+            verify.losses += 1
+            if verify.losses >= _MAX_LOSSES:
+                del self._verifies[op]
+                died = f"the store died {verify.losses} times while it was verifying this checkpoint"
+                verify.answered(Fault.of(Unreachable(died)))
         self._owner.store_lost()
 
     # --- what the store says
@@ -205,18 +241,26 @@ class StoreLink:
 
     def _truth(self, message: StoreTruth) -> None:
         earlier = self.residents
-        if self.arena is not None and self.arena.id != message.arena.id:
+        same = self.arena is not None and self.arena.id == message.arena.id
+        if self.arena is not None and not same:
             _log.warning("the arena is a new one; what lay in the old one stays only where a worker maps it")
         self.arena = message.arena
         self.residents = {resident.digest: resident for resident in message.residents}
+        if same:  # what an earlier store found wrong, this one does not know
+            for digest, resident in self.residents.items():
+                if (before := earlier.get(digest)) is not None and before.condemned:
+                    self.residents[digest] = msgspec.structs.replace(resident, condemned=before.condemned)
         self._stated = True
         for digest in {*self.holds.counts(), *self.residents}:
-            self._kin.send(HoldCheckpoint(digest=digest, users=self.holds.count(digest)))
+            why = self.residents[digest].condemned if digest in self.residents else ""
+            self._kin.send(HoldCheckpoint(digest=digest, users=self.holds.count(digest), condemned=why))
         for fill in self._fills.values():
             if fill.message.op not in message.filling:
                 self._kin.send(self._counted(fill.message))
         for drop in self._drops.values():
             self._kin.send(drop.message)
+        for verify in self._verifies.values():
+            self._kin.send(verify.message)
         for digest in earlier.keys() | self.residents.keys():
             self._owner.placement_changed(digest)
         if self._descriptor is not None:
@@ -244,6 +288,9 @@ class StoreLink:
             if message.fault is None and self.residents.pop(drop.message.digest, None) is not None:
                 self._owner.placement_changed(drop.message.digest)
             drop.answered(message.fault)
+        verify = self._verifies.pop(message.op, None)
+        if verify is not None:
+            verify.answered(message.fault)
 
     def _users_changed(self, digest: str, users: int) -> None:
         if self._stated:

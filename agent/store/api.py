@@ -26,6 +26,14 @@ class StoreListener(Protocol):
 
     def failed(self, op: str, digest: str, fault: Fault) -> None: ...
 
+    def verifying(self, op: str, stage: str, done_bytes: int, total_bytes: int) -> None: ...
+
+    def verified(self, op: str, digest: str, fault: Fault | None) -> None:
+        """A verification has ended; every one does, but those that were cancelled."""
+
+    def condemned(self, resident: Resident) -> None:
+        """An image that has users was found wrong."""
+
     def evicted(self, digest: str) -> None:
         """The chunks of a checkpoint without users were given to another; said before they are overwritten."""
 
@@ -48,11 +56,23 @@ class Store(Protocol):
         cancelled fill gives every chunk back.
         """
 
-    def hold(self, digest: str, users: int) -> None:
-        """Say how many use a checkpoint; it may be evicted only at 0. Holding also counts while it is being filled."""
+    def hold(self, digest: str, users: int, condemned: str = "") -> None:
+        """Say how many use a checkpoint; it may be evicted only at 0. Holding also counts while it is being filled.
+
+        ``condemned`` says why its image is wrong, as an earlier life of the store found.
+        """
+
+    def verify(self, op: str, digest: str, directory: Path) -> None:
+        """Compare a copy on disk with its checksums, and its image if it lies in the arena.
+
+        A bad copy is quarantined, a good one freed of that. A bad image is dropped at once, or with its last user.
+        """
+
+    def cancel_verify(self, op: str) -> None:
+        """Nobody waits for a verification any more."""
 
     def drop(self, digest: str) -> None:
-        """Free a checkpoint's chunks. Raises Conflict when it has users, NotFound when it is not there."""
+        """Free a checkpoint's chunks. Raises Conflict when it has users or is looked at, NotFound when it is not there."""
 
     def close(self) -> None:
         """Stop the background work; the arena's content stays valid for the next life."""

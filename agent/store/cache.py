@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +20,7 @@ from agent.native.reader import Priority, ReadJob, ReadPool, Unit
 from agent.store import catalog
 from agent.store.api import StoreListener
 from agent.store.room import FreeChunks
+from agent.store.verify import Verdict, Verifier
 from schema.checkpoint import Manifest
 from schema.errors import Cancelled, Conflict, Fault, InvalidCheckpoint, NotFound, OutOfSpace, SllmError
 from schema.link import ArenaInfo, Resident
@@ -59,6 +61,10 @@ class ArenaStore:
         self._residents = {occupant.digest: occupant for occupant in arena.occupants}
         self._fills: dict[str, _Fill] = {}
         self._waiting: dict[str, _Fill] = {}
+        self._verifier = Verifier(self._pool, self._woken)
+        self._unheard: set[str] = set()  # verifications that nobody waits for any more
+        self._verify_told_at = 0.0
+        self._condemned: dict[str, str] = {}
         self._free = FreeChunks(arena.chunks, (chunk for occupant in arena.occupants for chunk in occupant.chunks))
         self._free_slots = set(range(arena.slots)) - {occupant.slot for occupant in arena.occupants}
         self._stamp = max((occupant.stamp for occupant in arena.occupants), default=0)
@@ -92,9 +98,12 @@ class ArenaStore:
         if op not in known.ops:
             known.ops.append(op)
 
-    def hold(self, digest: str, users: int) -> None:
+    def hold(self, digest: str, users: int, condemned: str = "") -> None:
         if (occupant := self._residents.get(digest)) is not None:
             self._use(occupant, users)
+            if condemned:
+                self._condemned[digest] = condemned
+            self._drop_condemned(occupant)
         for fill in (self._fills.get(digest), self._waiting.get(digest)):
             if fill is not None and not fill.given_up:
                 fill.users = users
@@ -109,7 +118,24 @@ class ArenaStore:
             raise NotFound(f"checkpoint {digest} is not in this node's memory")
         if occupant.users:
             raise Conflict(f"checkpoint {digest} has {occupant.users} users; stop its instances first")
-        self._release(self._residents.pop(digest))
+        if self._inspected(digest):
+            raise Conflict(f"checkpoint {digest} is just being verified; wait until that has ended")
+        del self._residents[digest]
+        self._release(occupant)
+
+    def verify(self, op: str, digest: str, directory: Path) -> None:
+        if op in self._verifier.asked:
+            self._unheard.discard(op)
+            return
+        occupant = self._residents.get(digest)
+        chunks = list(occupant.chunks) if occupant is not None else []
+        image = partial(self._arena.views, chunks) if chunks else None
+        self._verifier.begin(op, digest, directory, image)
+
+    def cancel_verify(self, op: str) -> None:
+        if op in self._verifier.asked:
+            self._unheard.add(op)
+            self._verifier.cancel(op)
 
     def pump(self) -> None:
         """Tell the listener what the background has done since the last call. To be called after ``wake``."""
@@ -120,8 +146,10 @@ class ArenaStore:
                 self._end(fill, fill.job)
             elif now - fill.told_at >= _PROGRESS_S and fill.told_bytes != fill.job.done_bytes:
                 self._tell(fill, now, fill.job.done_bytes)
+        self._pump_verifier(now)
 
     def close(self) -> None:
+        self._verifier.close()
         self._pool.close()
         for fill in self._fills.values():
             if fill.occupant is not None:
@@ -131,6 +159,9 @@ class ArenaStore:
 
     def _begin(self, fill: _Fill) -> None:
         occupant = self._residents.get(fill.digest)
+        if occupant is not None and (why := self._condemned.get(fill.digest)) is not None:
+            self._fail(fill, InvalidCheckpoint(f"{why}; {occupant.users} users still have it, stop them first"))
+            return
         if occupant is not None:
             self._use(occupant, fill.users)
             for op in fill.ops:
@@ -173,6 +204,51 @@ class ArenaStore:
                     xxh3 if verifying else None,
                 )
 
+    def _pump_verifier(self, now: float) -> None:
+        for verdict in self._verifier.take():
+            self._judge(verdict)
+        if now - self._verify_told_at >= _PROGRESS_S:
+            self._verify_told_at = now
+            for op in self._verifier.asked:
+                stage, done_bytes, total_bytes = self._verifier.progress(op)
+                if stage:
+                    self._listener.verifying(op, stage, done_bytes, total_bytes)
+
+    def _judge(self, verdict: Verdict) -> None:
+        """Act on how a verification ended, then tell it."""
+        error, digest = verdict.error, verdict.digest
+        if error is None:
+            _mark(catalog.release, verdict.directory)
+        elif isinstance(error, InvalidCheckpoint):
+            _mark(catalog.quarantine, verdict.directory, str(error))
+        elif not isinstance(error, Cancelled):
+            _mark(catalog.unmark_verified, verdict.directory)
+        occupant = self._residents.get(digest)
+        if verdict.image_error is not None and occupant is not None:
+            self._condemned[digest] = str(verdict.image_error)
+            if not self._drop_condemned(occupant):
+                self._listener.condemned(self._resident(occupant))
+        if verdict.op in self._unheard:
+            self._unheard.discard(verdict.op)
+            return
+        fault = error or verdict.image_error
+        self._listener.verified(verdict.op, digest, Fault.of(fault) if fault is not None else None)
+
+    def _drop_condemned(self, occupant: Occupant) -> bool:
+        """Free an image that was found wrong, if nobody uses it any more."""
+        if occupant.digest not in self._condemned or occupant.users or self._inspected(occupant.digest):
+            return False
+        self._evict(occupant)
+        return True
+
+    def _inspected(self, digest: str) -> bool:
+        """True while the image is being compared, and must stay where it is."""
+        return digest in self._verifier.asked.values()
+
+    def _woken(self) -> None:
+        """On the verifier's thread."""
+        self._wake()
+
     def _changed(self, job: ReadJob) -> None:
         """On a reader's thread: wakes the owner at a job's end, and now and then before it."""
         now = time.monotonic()
@@ -201,6 +277,8 @@ class ArenaStore:
             self._release(fill.occupant)
             if job.corrupt:
                 _mark(catalog.quarantine, fill.directory, str(job.error))
+            elif not isinstance(job.error, Cancelled):
+                _mark(catalog.unmark_verified, fill.directory)
             self._fail(fill, job.error)
         waiting, self._waiting = self._waiting, {}
         for other in waiting.values():
@@ -225,7 +303,9 @@ class ArenaStore:
         """True when chunks and a slot for an image are free now, evicting what must go; False when they will be, once the
         reads that were given up are over. Raises OutOfSpace, nothing evicted, when they will not."""
         needed = self._arena.chunks_for(image_bytes)
-        idle = sorted((each for each in self._residents.values() if not each.users), key=lambda each: each.stamp)
+        inspected = set(self._verifier.asked.values())
+        free = (each for each in self._residents.values() if not each.users and each.digest not in inspected)
+        idle = sorted(free, key=lambda each: each.stamp)
         ending = [fill.occupant for fill in self._fills.values() if fill.given_up and fill.occupant is not None]
         chunks, slots = len(self._free), len(self._free_slots)
         victims: list[Occupant] = []
@@ -243,10 +323,14 @@ class ArenaStore:
                 f"{chunks * self._arena.chunk_bytes} are free or idle; stop an instance or give the node a larger arena"
             )
         for occupant in victims:
-            del self._residents[occupant.digest]
-            self._listener.evicted(occupant.digest)
-            self._release(occupant)
+            self._evict(occupant)
         return True
+
+    def _evict(self, occupant: Occupant) -> None:
+        del self._residents[occupant.digest]
+        self._condemned.pop(occupant.digest, None)
+        self._listener.evicted(occupant.digest)
+        self._release(occupant)
 
     def _release(self, occupant: Occupant) -> None:
         self._arena.table.release(occupant)
@@ -266,6 +350,7 @@ class ArenaStore:
             users=occupant.users,
             op=op,
             read_bytes=read_bytes,
+            condemned=self._condemned.get(occupant.digest, ""),
         )
 
 

@@ -28,8 +28,10 @@ __all__ = [
     "quarantine",
     "quarantine_reason",
     "read_entry",
+    "release",
     "remove",
     "scan",
+    "unmark_verified",
 ]
 
 MANIFEST_FILE: Final = "manifest.json"
@@ -114,8 +116,19 @@ def mark_verified(directory: Path) -> None:
     (directory / _VERIFIED).touch()
 
 
+def unmark_verified(directory: Path) -> None:
+    """Note that this copy could not be read whole: the next load looks at every chunk again."""
+    (directory / _VERIFIED).unlink(missing_ok=True)
+
+
+def release(directory: Path) -> None:
+    """Note that every byte of this copy was found right after all: it may be used again."""
+    mark_verified(directory)
+    (directory / _QUARANTINED).unlink(missing_ok=True)
+
+
 def quarantine(directory: Path, reason: str) -> None:
-    """Note that this copy is wrong, and why; it is not loaded again. Ingesting the model anew replaces it."""
+    """Note that this copy is wrong, and why; it is not loaded until it was verified. Ingesting the model anew replaces it."""
     (directory / _VERIFIED).unlink(missing_ok=True)
     (directory / _QUARANTINED).write_text(reason)
 

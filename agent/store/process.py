@@ -21,6 +21,7 @@ from agent.native.reader import Priority
 from agent.store.cache import ArenaStore
 from schema.errors import Fault, InvalidInput, LinkError, SllmError
 from schema.link import (
+    CancelVerify,
     Descriptors,
     DropResident,
     Evicted,
@@ -38,6 +39,7 @@ from schema.link import (
     StoreMessage,
     StoreTruth,
     ToStore,
+    VerifyStored,
     Welcome,
 )
 from schema.version import VERSION
@@ -119,6 +121,16 @@ class StoreProcess:
         _log.warning("loading %s failed: %s", digest, fault.message)
         self._say(OperationDone(op=op, digest=digest, fault=fault))
 
+    def verifying(self, op: str, stage: str, done_bytes: int, total_bytes: int) -> None:
+        self._say(Progress(op=op, stage=stage, done_bytes=done_bytes, total_bytes=total_bytes))
+
+    def verified(self, op: str, digest: str, fault: Fault | None) -> None:
+        self._say(OperationDone(op=op, digest=digest, fault=fault))
+
+    def condemned(self, resident: Resident) -> None:
+        _log.error("checkpoint %s is wrong in memory: %s", resident.digest, resident.condemned)
+        self._say(resident)
+
     def evicted(self, digest: str) -> None:
         self._say(Evicted(digest=digest))
 
@@ -144,7 +156,7 @@ class StoreProcess:
             _log.error("%s; dialling again", error)
             self._channel.close(0.0)
 
-    def _command(self, message: FillArena | HoldCheckpoint | DropResident) -> None:
+    def _command(self, message: FillArena | HoldCheckpoint | DropResident | VerifyStored | CancelVerify) -> None:
         if self._store is None or self._announced:
             raise LinkError(f"the agent sent {type(message).__name__} before the store had an arena")
         if isinstance(message, FillArena):
@@ -155,7 +167,16 @@ class StoreProcess:
                 return
             self._store.fill(message.op, message.digest, directory, message.users, Priority(message.priority))
         elif isinstance(message, HoldCheckpoint):
-            self._store.hold(message.digest, message.users)
+            self._store.hold(message.digest, message.users, message.condemned)
+        elif isinstance(message, VerifyStored):
+            try:
+                directory = self._directory(message.directory)
+            except InvalidInput as error:
+                self.verified(message.op, message.digest, Fault.of(error))
+                return
+            self._store.verify(message.op, message.digest, directory)
+        elif isinstance(message, CancelVerify):
+            self._store.cancel_verify(message.op)
         else:
             fault = None
             try:

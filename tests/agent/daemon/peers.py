@@ -35,6 +35,7 @@ from schema.link import (
     Attach,
     AttemptTruth,
     Cancel,
+    CancelVerify,
     ChildExited,
     Descriptors,
     DropResident,
@@ -71,6 +72,7 @@ from schema.link import (
     ToWorker,
     ToZygote,
     TruthEnd,
+    VerifyStored,
     Welcome,
     WorkerTruth,
     ZygoteTruth,
@@ -283,6 +285,9 @@ class Store:
         self.peer = Peer(ToStore)
         self.fills: list[FillArena] = []
         self.holds: dict[str, int] = {}
+        self.condemned: dict[str, str] = {}
+        self.verifies: list[VerifyStored] = []
+        self.cancelled: list[str] = []
         self.residents: dict[str, Resident] = {}
         self.answers = node.store_answers
         self.listens = True
@@ -313,6 +318,11 @@ class Store:
                 self.answer(message)
         elif isinstance(message, HoldCheckpoint):
             self.holds[message.digest] = message.users
+            self.condemned[message.digest] = message.condemned
+        elif isinstance(message, VerifyStored):
+            self.verifies.append(message)
+        elif isinstance(message, CancelVerify):
+            self.cancelled.append(message.op)
         elif isinstance(message, DropResident):
             self.residents.pop(message.digest, None)
             self.peer.send(OperationDone(op=message.op, digest=message.digest))

@@ -6,13 +6,14 @@ import sys
 
 import pytest
 
-from agent.store.catalog import quarantine
+from agent.store.catalog import quarantine, release
 from schema.checkpoint import decode_manifest
 from schema.errors import Fault
 from schema.ids import epoch_of
 from schema.link import (
     CancelOperation,
     DropCheckpoint,
+    Extent,
     FileChunk,
     Ingest,
     LoadCheckpoint,
@@ -21,7 +22,9 @@ from schema.link import (
     PlacementUpdate,
     Progress,
     ReadFile,
+    Resident,
     StopInstance,
+    VerifyCheckpoint,
 )
 from schema.spec import PathSource
 from schema.states import InstanceState, Tier, TierState
@@ -210,3 +213,79 @@ async def test_other_files_are_not_read(node: Node, file: str) -> None:
     assert chunk.fault is not None
     assert chunk.fault.code == "not_found"
     assert chunk.data == b""
+
+
+async def test_a_verification_is_the_stores_and_what_it_found_is_told_before_its_end(node: Node) -> None:
+    manager = await node.manager()
+    store = node.stores[0]
+    manager.send(VerifyCheckpoint(op="op_1", digest=DIGEST))
+    await store.until(lambda: bool(store.verifies))
+    asked = store.verifies[0]
+    directory = node.config.checkpoints_path / asked.directory
+    store.peer.send(Progress(op=asked.op, stage="verify disk", done_bytes=1, total_bytes=4096))
+    assert (await manager.take(Progress)).stage == "verify disk"
+    why = f"{directory}/partition_0.bin: the 4096 bytes at offset 0 are not what was ingested"
+    quarantine(directory, why)
+    store.peer.send(OperationDone(op=asked.op, digest=DIGEST, fault=Fault("invalid_checkpoint", why)))
+    (placement,) = (await manager.take(PlacementUpdate)).truth.placements
+    assert (placement.tier, placement.state, placement.reason) == (Tier.DISK, TierState.QUARANTINED, why)
+    assert (await done(manager, "op_1")).fault == Fault("invalid_checkpoint", why)
+    manager.send(VerifyCheckpoint(op="op_2", digest=DIGEST))
+    await store.until(lambda: len(store.verifies) == 2)
+    release(directory)
+    store.peer.send(OperationDone(op=store.verifies[1].op, digest=DIGEST))
+    (placement,) = (await manager.take(PlacementUpdate)).truth.placements
+    assert (placement.state, placement.reason) == (TierState.RESIDENT, "")
+    assert (await done(manager, "op_2")).fault is None
+
+
+async def test_a_verification_is_asked_again_of_the_next_store_and_given_up_when_cancelled(node: Node) -> None:
+    manager = await node.manager()
+    manager.send(VerifyCheckpoint(op="op_1", digest=DIGEST))
+    await node.stores[0].until(lambda: bool(node.stores[0].verifies))
+    node.stores[0].kill()
+    await node.until(lambda: len(node.stores) == 2 and bool(node.stores[1].verifies))
+    store = node.stores[1]
+    manager.send(CancelOperation(op="op_1"))
+    fault = (await done(manager, "op_1")).fault
+    assert fault is not None
+    assert fault.code == "cancelled"
+    await store.until(lambda: store.cancelled == [store.verifies[0].op])
+
+
+async def test_a_verification_of_what_is_not_here_is_refused(node: Node) -> None:
+    manager = await node.manager()
+    manager.send(VerifyCheckpoint(op="op_1", digest="cd" * 32))
+    fault = (await done(manager, "op_1")).fault
+    assert fault is not None
+    assert fault.code == "not_found"
+
+
+async def test_a_bad_image_is_in_quarantine_and_the_next_store_hears_of_it(node: Node) -> None:
+    manager = await node.manager()
+    await node.ready(manager)
+    store = node.stores[0]
+    bad = Resident(digest=DIGEST, extents=(Extent(0, 4096),), image_bytes=4096, users=1, condemned="it is wrong")
+    store.peer.send(bad)
+    told = await manager.take(PlacementUpdate, lambda m: m.truth.placements[-1].state is TierState.QUARANTINED)
+    assert told.truth.placements[-1].tier is Tier.DRAM
+    assert told.truth.placements[-1].reason == "it is wrong"
+    store.kill()
+    await node.until(lambda: len(node.stores) == 2 and node.stores[1].condemned.get(DIGEST) == "it is wrong")
+
+
+async def test_weights_in_memory_start_instances_though_the_copy_on_disk_went_bad(node: Node) -> None:
+    manager = await node.manager()
+    manager.send(LoadCheckpoint(op="op_1", digest=DIGEST))
+    assert (await done(manager, "op_1")).fault is None
+    directory = next((node.config.checkpoints_path / DIGEST).iterdir())
+    quarantine(directory, f"{directory}/partition_0.bin: bytes are wrong")
+    manager.send(VerifyCheckpoint(op="op_2", digest=DIGEST))
+    store = node.stores[0]
+    await store.until(lambda: bool(store.verifies))
+    store.peer.send(OperationDone(op=store.verifies[0].op, digest=DIGEST, fault=Fault("invalid_checkpoint", "wrong")))
+    await done(manager, "op_2")
+    await node.ready(manager)
+    manager = await node.manager()
+    states = {one.tier: one.state for one in manager.truth.checkpoints[0].placements}
+    assert states == {Tier.DISK: TierState.QUARANTINED, Tier.DRAM: TierState.RESIDENT}

@@ -62,6 +62,8 @@ class Told:
     resident: dict[str, Resident] = field(default_factory=dict)
     faults: dict[str, Fault] = field(default_factory=dict)
     gone: list[str] = field(default_factory=list)
+    verdicts: dict[str, Fault | None] = field(default_factory=dict)
+    bad: list[Resident] = field(default_factory=list)
 
     def progress(self, op: str, done_bytes: int, total_bytes: int) -> None:
         self.steps.append((op, done_bytes, total_bytes))
@@ -73,6 +75,16 @@ class Told:
     def failed(self, op: str, digest: str, fault: Fault) -> None:
         assert op not in self.resident.keys() | self.faults.keys(), f"{op} was answered twice"
         self.faults[op] = fault
+
+    def verifying(self, op: str, stage: str, done_bytes: int, total_bytes: int) -> None:
+        self.steps.append((f"{op} {stage}", done_bytes, total_bytes))
+
+    def verified(self, op: str, digest: str, fault: Fault | None) -> None:
+        assert op not in self.verdicts, f"{op} was answered twice"
+        self.verdicts[op] = fault
+
+    def condemned(self, resident: Resident) -> None:
+        self.bad.append(resident)
 
     def evicted(self, digest: str) -> None:
         self.gone.append(digest)
@@ -91,7 +103,8 @@ class Bench:
     def wait(self, *ops: str, timeout_s: float = 30.0) -> None:
         """Returns when every op is answered."""
         deadline = time.monotonic() + timeout_s
-        while not all(op in self.told.resident or op in self.told.faults for op in ops):
+        told = self.told
+        while not all(op in told.resident or op in told.faults or op in told.verdicts for op in ops):
             assert select.select([self._event], [], [], deadline - time.monotonic())[0], f"{ops} were not answered"
             os.eventfd_read(self._event)
             self.store.pump()

@@ -1,0 +1,244 @@
+"""Verification: a copy on disk and its image in the arena against the manifest, to the byte; quarantine and its end."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+from agent.native.arena import Arena
+from agent.store import catalog
+from schema.checkpoint import AssetEntry, decode_manifest, encode_manifest
+from schema.errors import Conflict, SllmError
+from tests.agent.store.images import CHUNK, Bench, commit, read_image
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    bench = Bench(Arena.create(8 * CHUNK, CHUNK))
+    yield bench
+    bench.close()
+
+
+def flip(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 0x40]))
+
+
+def flip_image(bench: Bench, chunks: tuple[int, ...], offset: int) -> None:
+    (view,) = bench.arena.views(chunks, offset, 1)
+    view[0] ^= 0x40
+
+
+@pytest.mark.parametrize("size_bytes", [1, 4096, CHUNK, 20 * CHUNK + 4096 * 3])
+@pytest.mark.parametrize("checksum_bytes", [4096, 12288, CHUNK, 4 * CHUNK, 16 * CHUNK])
+def test_a_good_copy_is_found_good_and_marked(bench: Bench, tmp_path: Path, size_bytes: int, checksum_bytes: int) -> None:
+    digest, directory, image = commit(tmp_path, 1, size_bytes, partitions=2, checksum_bytes=checksum_bytes)
+    assert not catalog.is_verified(directory)
+    bench.store.verify("v", digest, directory)
+    bench.wait("v")
+    assert bench.told.verdicts["v"] is None
+    assert catalog.is_verified(directory)
+    done = [step for step in bench.told.steps if step[0] == "v verify disk"]
+    assert all(total == len(image) for _, _, total in done)
+
+
+def test_any_flipped_byte_is_found_and_its_file_and_chunk_named(bench: Bench, tmp_path: Path) -> None:
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    draw = random.Random(seed)
+    sum_bytes = 3 * 4096
+    digest, directory, _ = commit(tmp_path, 1, 2 * CHUNK + 777, partitions=2, checksum_bytes=sum_bytes)
+    for number in range(12):
+        partition, offset = draw.randrange(2), draw.randrange(2 * CHUNK)
+        path = directory / f"partition_{partition}.bin"
+        flip(path, offset)
+        bench.store.verify(f"v{number}", digest, directory)
+        bench.wait(f"v{number}")
+        fault = bench.told.verdicts[f"v{number}"]
+        assert fault is not None
+        assert fault.code == "invalid_checkpoint"
+        assert str(path) in fault.message
+        assert f"at offset {offset // sum_bytes * sum_bytes} " in fault.message
+        assert catalog.quarantine_reason(directory) == fault.message
+        flip(path, offset)
+
+
+def test_a_quarantined_copy_that_is_right_again_is_released_and_loads(bench: Bench, tmp_path: Path) -> None:
+    digest, directory, image = commit(tmp_path, 1, CHUNK)
+    catalog.quarantine(directory, "a checksum failed")
+    bench.store.fill("a", digest, directory)
+    bench.wait("a")
+    assert bench.told.faults["a"].code == "invalid_checkpoint"
+    bench.store.verify("v", digest, directory)
+    bench.wait("v")
+    assert bench.told.verdicts["v"] is None
+    assert catalog.quarantine_reason(directory) is None
+    bench.store.fill("b", digest, directory)
+    bench.wait("b")
+    assert read_image(bench.arena.descriptor, bench.told.resident["b"]) == image
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone", "longer", "manifest"])
+def test_files_that_are_not_what_they_were_are_quarantined(bench: Bench, tmp_path: Path, harm: str) -> None:
+    digest, directory, _ = commit(tmp_path, 1, 2 * CHUNK)
+    path = directory / "partition_0.bin"
+    match harm:
+        case "cut":
+            path.write_bytes(path.read_bytes()[:-4096])
+        case "gone":
+            path.unlink()
+        case "longer":
+            path.write_bytes(path.read_bytes() + bytes(4096))
+        case _:
+            (directory / "manifest.json").write_text("{")
+    bench.store.verify("v", digest, directory)
+    bench.wait("v")
+    fault = bench.told.verdicts["v"]
+    assert fault is not None
+    assert fault.code == "invalid_checkpoint"
+    assert catalog.quarantine_reason(directory) == fault.message
+
+
+def test_an_asset_is_compared_by_its_sha256(bench: Bench, tmp_path: Path) -> None:
+    digest, directory, _ = commit(tmp_path, 1, 4096)
+    text = b"{}" * 1000
+    (directory / "tokenizer.json").write_bytes(text)
+    manifest = decode_manifest((directory / "manifest.json").read_bytes())
+    asset = AssetEntry("tokenizer.json", len(text), hashlib.sha256(text).hexdigest())
+    (directory / "manifest.json").write_bytes(encode_manifest(msgspec.structs.replace(manifest, assets=(asset,))))
+    bench.store.verify("good", digest, directory)
+    bench.wait("good")
+    assert bench.told.verdicts["good"] is None
+    flip(directory / "tokenizer.json", 77)
+    bench.store.verify("bad", digest, directory)
+    bench.wait("bad")
+    fault = bench.told.verdicts["bad"]
+    assert fault is not None
+    assert "tokenizer.json" in fault.message
+    assert "sha256" in fault.message
+
+
+def test_a_good_image_outlives_a_copy_that_went_bad(bench: Bench, tmp_path: Path) -> None:
+    digest, directory, image = commit(tmp_path, 1, 2 * CHUNK)
+    bench.store.fill("a", digest, directory, users=0)
+    bench.wait("a")
+    flip(directory / "partition_0.bin", 5)
+    bench.store.verify("v", digest, directory)
+    bench.wait("v")
+    assert bench.told.verdicts["v"] is not None
+    bench.store.fill("b", digest, directory)
+    assert read_image(bench.arena.descriptor, bench.told.resident["b"]) == image
+    assert bench.told.gone == []
+
+
+def test_a_bad_image_without_users_is_dropped_and_read_again(bench: Bench, tmp_path: Path) -> None:
+    digest, directory, image = commit(tmp_path, 1, 2 * CHUNK, partitions=2)
+    bench.store.fill("a", digest, directory, users=0)
+    bench.wait("a")
+    flip_image(bench, bench.store._residents[digest].chunks, 3 * CHUNK + 9)
+    bench.store.verify("v", digest, directory)
+    bench.wait("v")
+    fault = bench.told.verdicts["v"]
+    assert fault is not None
+    assert "partition_1.bin in memory" in fault.message
+    assert f"offset {CHUNK} " in fault.message
+    assert bench.told.gone == [digest]
+    assert catalog.quarantine_reason(directory) is None
+    bench.store.fill("b", digest, directory)
+    bench.wait("b")
+    assert read_image(bench.arena.descriptor, bench.told.resident["b"]) == image
+
+
+def test_a_bad_image_with_users_goes_with_the_last_of_them_and_gets_no_other(bench: Bench, tmp_path: Path) -> None:
+    digest, directory, _ = commit(tmp_path, 1, 2 * CHUNK)
+    bench.store.fill("a", digest, directory, users=1)
+    bench.wait("a")
+    flip_image(bench, bench.store._residents[digest].chunks, 9)
+    bench.store.verify("v", digest, directory)
+    bench.wait("v")
+    assert [resident.digest for resident in bench.told.bad] == [digest]
+    assert bench.told.bad[0].condemned
+    assert bench.store.residents()[0].condemned
+    bench.store.fill("b", digest, directory, users=2)
+    assert bench.told.faults["b"].code == "invalid_checkpoint"
+    assert bench.told.gone == []
+    bench.store.hold(digest, 0)
+    assert bench.told.gone == [digest]
+    bench.store.fill("c", digest, directory)
+    bench.wait("c")
+    assert bench.told.resident["c"].read_bytes
+
+
+def test_a_store_that_is_told_of_a_bad_image_acts_as_the_one_that_found_it(bench: Bench, tmp_path: Path) -> None:
+    digest, directory, _ = commit(tmp_path, 1, CHUNK)
+    bench.store.fill("a", digest, directory, users=1)
+    bench.wait("a")
+    bench.store.hold(digest, 1, "the image is wrong")
+    bench.store.fill("b", digest, directory)
+    assert "the image is wrong" in bench.told.faults["b"].message
+    bench.store.hold(digest, 0)
+    assert bench.told.gone == [digest]
+
+
+def test_an_image_that_is_looked_at_is_neither_evicted_nor_dropped(bench: Bench, tmp_path: Path) -> None:
+    digest, directory, _ = commit(tmp_path, 1, 6 * CHUNK)
+    other = commit(tmp_path, 2, 6 * CHUNK)
+    bench.store.fill("a", digest, directory, users=0)
+    bench.wait("a")
+    bench.store.verify("v", digest, directory)
+    with pytest.raises(Conflict, match="verified"):
+        bench.store.drop(digest)
+    bench.store.fill("b", other[0], other[1])
+    assert bench.told.faults["b"].code == "out_of_space"
+    bench.wait("v")
+    bench.store.fill("c", other[0], other[1])
+    bench.wait("c")
+    assert bench.told.gone == [digest]
+
+
+def test_a_cancelled_verification_is_not_answered_and_changes_nothing(bench: Bench, tmp_path: Path) -> None:
+    digest, directory, _ = commit(tmp_path, 1, 40 * CHUNK)
+    other = commit(tmp_path, 2, CHUNK)
+    bench.store.verify("v", digest, directory)
+    bench.store.verify("w", other[0], other[1])
+    bench.store.cancel_verify("v")
+    bench.wait("w")
+    assert bench.told.verdicts == {"w": None}
+    assert not catalog.is_verified(directory)
+    assert catalog.quarantine_reason(directory) is None
+
+
+def test_a_failed_read_takes_the_mark_away_so_that_the_next_load_looks_again(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest, directory, _ = commit(tmp_path, 1, 2 * CHUNK)
+    catalog.mark_verified(directory)
+
+    def submit(units: Any, changed: Any, **_: Any) -> Any:
+        broken = SllmError("cannot read partition_0.bin at byte 4096: Input/output error")
+        job = SimpleNamespace(done_bytes=4096, error=broken, corrupt=False, finished=True)
+        changed(job)
+        return job
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.store._pool, "submit", submit)
+        bench.store.fill("a", digest, directory)
+        bench.wait("a")
+    assert bench.told.faults["a"].code == "internal"
+    assert not catalog.is_verified(directory)
+    assert catalog.quarantine_reason(directory) is None
+    flip(directory / "partition_0.bin", 0)
+    bench.store.fill("b", digest, directory)
+    bench.wait("b")
+    assert bench.told.faults["b"].code == "invalid_checkpoint"
+    assert catalog.quarantine_reason(directory) is not None
