@@ -4,7 +4,7 @@ The run directory holds ``agent.sock``, ``agent.token`` (0600: what makes a dial
 ``roster.json`` (its processes, for the agent's next life), and a lock file per process (``agent.lock``, ``store.lock``,
 ``zygote.lock``), held with flock while the process lives. The data directory holds ``identity.json`` (name, cluster, newest
 generation seen), ``disk.json`` (how fast the checkpoints' disk reads), ``checkpoints/<digest>/<layout>/``, ``tmp/`` for what is
-being ingested or removed, and ``log/``.
+being ingested or removed, ``partial/`` for what is being fetched, and ``log/``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from schema.errors import InvalidInput
+from schema.remote import RemoteSettings
 
 __all__ = ["NodeConfig", "load_config", "parse_config"]
 
@@ -33,7 +34,8 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     ``agent_grace_s``: without an agent for so long, store, zygote and workers end themselves. ``adopt_s``: how long a new agent
     waits for kin that is alive (its lock is held) to dial before it makes another. ``spawn_s``: how long a child may take
     to dial. ``start_s``: how long an instance may take from its weights being there to ready. ``hang_s``: a store, zygote
-    or ready worker that does not answer for so long is killed; longer than any engine step takes.
+    or ready worker that does not answer for so long is killed; longer than any engine step takes. ``remote``: how this node
+    publishes and fetches.
     """
 
     run_dir: str
@@ -50,6 +52,7 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     start_s: _Seconds = 300.0
     hang_s: Annotated[float, Meta(gt=0)] = 300.0
     log_level: str = "info"
+    remote: RemoteSettings = RemoteSettings()
 
     @property
     def socket_path(self) -> Path:

@@ -20,6 +20,7 @@ import msgspec
 from msgspec import Meta
 
 from schema.errors import InvalidInput
+from schema.remote import RemoteSettings
 from sllmctl.control.settings import ControlSettings
 from sllmctl.gateway.router_settings import RouterSettings
 from sllmctl.gateway.settings import GatewaySettings
@@ -105,6 +106,7 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
     start_s: _Seconds = 300.0
     hang_s: Annotated[float, Meta(gt=0)] = 300.0
     log_level: LogLevel = "info"
+    remote: RemoteSettings = RemoteSettings()
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,127 @@
+"""What a remote is: files under a URL, read by ranges, written whole. Three kinds stand behind it, chosen by the URL's scheme.
+
+A layout lies on a remote as it does on disk, under ``<digest>/<layout>/``. Its manifest is written last: a layout without one
+is not there yet. Methods block, may be called from several threads, and never name a credential in what they raise.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Final, Protocol, TypeVar
+
+from schema.errors import Cancelled, NotFound, TimedOut, Unreachable
+from schema.remote import RemoteSettings
+
+__all__ = ["Body", "Interrupted", "Patience", "Remote", "Source", "read_into"]
+
+T = TypeVar("T")
+
+Source = Callable[[int, int], memoryview]
+"""The bytes of a file to be written: ``(offset, length)``; may be called from several threads."""
+
+
+class Interrupted(Unreachable):
+    """A remote failed in a way that may pass: a 5xx, a timeout, a connection that broke, a body that was short."""
+
+
+class Body(Protocol):
+    """A range that is being read, front to back."""
+
+    def fill(self, view: memoryview) -> None:
+        """The next bytes, exactly as many as ``view`` has. Raises Interrupted where they end early."""
+
+
+class Remote(Protocol):
+    """One remote, by its URL. Paths are relative to it, with slashes.
+
+    All raise Interrupted for what may pass, NotFound for what is not there, Unauthorised where access is refused, Cancelled
+    after `abort`.
+    """
+
+    @property
+    def url(self) -> str: ...
+
+    def where(self, path: str) -> str:
+        """The path as people know it, for messages."""
+
+    def open(
+        self, path: str, offset: int, length: int, *, total_bytes: int | None = None, deadline: float | None = None
+    ) -> AbstractContextManager[Body]:
+        """Read ``length`` bytes from ``offset`` on. Raises InvalidCheckpoint when the file has not ``total_bytes``.
+
+        ``deadline`` is of the monotonic clock; what is not read by then raises Interrupted.
+        """
+
+    def read(self, path: str, limit_bytes: int) -> bytes:
+        """A whole small file. Raises InvalidCheckpoint when it is longer than ``limit_bytes``."""
+
+    def size(self, path: str) -> int | None:
+        """A file's size, None where there is none."""
+
+    def children(self, path: str) -> list[str]:
+        """Names of the directories in a directory, none if it is not there. Raises InvalidInput where that cannot be asked."""
+
+    def write(self, path: str, size_bytes: int, source: Source, wrote: Callable[[int], None]) -> None:
+        """Write a file, visible only as a whole; ``wrote`` hears of the bytes as they go. Raises OutOfSpace, InvalidInput
+        where a remote of this kind is only read."""
+
+    def abort(self) -> None:
+        """End whatever is under way, from any thread, and all that comes after it, as Cancelled."""
+
+    def close(self) -> None: ...
+
+
+def read_into(remote: Remote, path: str, offset: int, view: memoryview) -> None:
+    """Read a range into memory."""
+    with remote.open(path, offset, len(view)) as body:
+        body.fill(view)
+
+
+class Patience:
+    """How often something is tried again that may pass, with growing, jittered delays; ``stopped`` ends a delay at once."""
+
+    _FIRST_S: Final = 0.1
+
+    def __init__(self, settings: RemoteSettings, stopped: threading.Event) -> None:
+        self._settings = settings
+        self._stopped = stopped
+        self._failures = 0
+
+    def progress(self) -> None:
+        """It went on meanwhile: count anew."""
+        self._failures = 0
+
+    def failed(self, error: Interrupted) -> None:
+        """Wait before the next try. Raises Unreachable after the last one, Cancelled when stopped."""
+        self._failures += 1
+        if self._failures >= self._settings.attempts:
+            raise Unreachable(f"{error} (tried {self._failures} times)") from error
+        delay_s = min(self._FIRST_S * 2.0**self._failures, self._settings.longest_delay_s)
+        if self._stopped.wait(delay_s * random.uniform(0.5, 1.0)):  # noqa: S311 - a jitter, no secret
+            raise Cancelled("the transfer was cancelled")
+
+    def ask(self, question: Callable[[], T]) -> T:
+        """The answer to a question that may be asked again."""
+        while True:
+            try:
+                return question()
+            except Interrupted as error:
+                self.failed(error)
+
+
+def left_s(deadline: float | None, limit_s: float, what: str) -> float:
+    """How long to wait at most, until ``deadline`` and no longer than ``limit_s``. Raises TimedOut when it has passed."""
+    if deadline is None:
+        return limit_s
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimedOut(f"{what} did not come in time")
+    return min(left, limit_s)
+
+
+def nothing_there(where: str) -> NotFound:
+    return NotFound(f"{where} does not exist; publish the checkpoint there first, or name another remote")

@@ -1,0 +1,196 @@
+"""A remote in an S3-compatible store, ``s3://bucket/prefix``, with boto3 (the extra ``s3``).
+
+boto3 signs; the bytes of a range come over our own `Wire`, into the memory they are meant for. Credentials are found by
+boto3's own chain (environment, profile, instance role) on the node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any, Final
+
+from agent.store.remote.api import Body, Interrupted, Source, nothing_there
+from agent.store.remote.web import read_whole
+from agent.store.remote.wire import Wire
+from schema.errors import Cancelled, InvalidInput, NotFound, OutOfSpace, SllmError, Unauthorised, Unreachable
+from schema.remote import RemoteSettings
+
+__all__ = ["S3Remote"]
+
+_PART_BYTES: Final = 16 << 20
+_PARTS: Final = 9_000
+"""Below the 10,000 that S3 allows; a larger file has larger parts."""
+_UPLOADS: Final = 4
+_SIGNED_S: Final = 3600
+_DENIED: Final = ("AccessDenied", "403", "401", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
+_MISSING: Final = ("NoSuchKey", "NoSuchBucket", "404", "NotFound")
+
+
+class S3Remote:
+    """A `Remote` over one bucket and a prefix."""
+
+    def __init__(self, url: str, bucket: str, prefix: str, settings: RemoteSettings) -> None:
+        self.url = url
+        self._bucket = bucket
+        self._prefix = prefix.strip("/")
+        self._wire = Wire(settings)
+        self._stopped = threading.Event()
+        self._client = _client(settings)
+
+    def where(self, path: str) -> str:
+        return f"s3://{self._bucket}/{self._key(path)}"
+
+    @contextlib.contextmanager
+    def open(
+        self, path: str, offset: int, length: int, *, total_bytes: int | None = None, deadline: float | None = None
+    ) -> Iterator[Body]:
+        with self._wire.range(self._signed(path), self.where(path), {}, offset, length, total_bytes, deadline) as body:
+            yield body
+
+    def read(self, path: str, limit_bytes: int) -> bytes:
+        return read_whole(self._wire, self._signed(path), self.where(path), {}, limit_bytes)
+
+    def size(self, path: str) -> int | None:
+        try:
+            with self._errors(path):
+                return int(self._client.head_object(Bucket=self._bucket, Key=self._key(path))["ContentLength"])
+        except NotFound:
+            return None
+
+    def children(self, path: str) -> list[str]:
+        prefix = self._key(path).rstrip("/") + "/"
+        names: list[str] = []
+        with self._errors(path):
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix, Delimiter="/")
+            for page in pages:
+                names += [each["Prefix"][len(prefix) :].rstrip("/") for each in page.get("CommonPrefixes", ())]
+        return sorted(names)
+
+    def write(self, path: str, size_bytes: int, source: Source, wrote: Callable[[int], None]) -> None:
+        key = {"Bucket": self._bucket, "Key": self._key(path)}
+        with self._errors(path):
+            if size_bytes <= _PART_BYTES:
+                self._client.put_object(**key, Body=bytes(source(0, size_bytes)))
+                wrote(size_bytes)
+                return
+            upload = {**key, "UploadId": self._client.create_multipart_upload(**key)["UploadId"]}
+            try:
+                parts = self._upload(upload, size_bytes, source, wrote)
+                self._client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
+            except BaseException:
+                with contextlib.suppress(Exception):  # what counts is why it failed; the store forgets the rest in time
+                    self._client.abort_multipart_upload(**upload)
+                raise
+
+    def abort(self) -> None:
+        self._stopped.set()
+        self._wire.stop()
+
+    def close(self) -> None:
+        self._wire.close()
+        self._client.close()
+
+    def _upload(
+        self, upload: dict[str, str], size_bytes: int, source: Source, wrote: Callable[[int], None]
+    ) -> list[dict[str, Any]]:
+        """The parts of a multipart upload, a few at once; so many are in memory."""
+        part_bytes = max(_PART_BYTES, -(-size_bytes // _PARTS // _PART_BYTES) * _PART_BYTES)
+
+        def send(number: int) -> dict[str, Any]:
+            if self._stopped.is_set():
+                raise Cancelled("the transfer was cancelled")
+            offset = number * part_bytes
+            data = bytes(source(offset, min(part_bytes, size_bytes - offset)))
+            answer = self._client.upload_part(**upload, PartNumber=number + 1, Body=data)
+            wrote(len(data))
+            return {"PartNumber": number + 1, "ETag": answer["ETag"]}
+
+        parts: list[dict[str, Any]] = []
+        with ThreadPoolExecutor(_UPLOADS, thread_name_prefix="upload") as pool:
+            pending: set[Future[dict[str, Any]]] = set()
+            try:
+                for number in range(-(-size_bytes // part_bytes)):
+                    if len(pending) >= _UPLOADS:
+                        done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                        parts += [each.result() for each in done]
+                    pending.add(pool.submit(send, number))
+                parts += [each.result() for each in pending]
+            finally:
+                for each in pending:
+                    each.cancel()
+        return sorted(parts, key=lambda part: int(part["PartNumber"]))
+
+    def _key(self, path: str) -> str:
+        return f"{self._prefix}/{path}" if self._prefix else path
+
+    def _signed(self, path: str) -> str:
+        """An address that may be read for a while. It is as good as a credential: never logged, never in a message."""
+        with self._errors(path):
+            params = {"Bucket": self._bucket, "Key": self._key(path)}
+            return str(self._client.generate_presigned_url("get_object", Params=params, ExpiresIn=_SIGNED_S))
+
+    @contextlib.contextmanager
+    def _errors(self, path: str) -> Iterator[None]:
+        """Turns boto's errors into ours; of a server's message only its code is told on."""
+        from botocore import exceptions
+
+        where = self.where(path)
+        if self._stopped.is_set():
+            raise Cancelled("the transfer was cancelled")
+        try:
+            yield
+        except exceptions.ClientError as error:
+            raise _explain(str(error.response.get("Error", {}).get("Code", "")), _status(error.response), where) from None
+        except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError) as error:
+            raise Unauthorised(
+                f"{where}: the node's agent has no credentials for S3; set AWS_PROFILE or AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY in its environment"
+            ) from error
+        except (exceptions.HTTPClientError, exceptions.ConnectionError) as error:
+            raise Interrupted(f"{where}: the store does not answer ({type(error).__name__})") from error
+        except exceptions.BotoCoreError as error:
+            raise SllmError(f"{where}: {type(error).__name__}: {error}") from error
+
+
+def _client(settings: RemoteSettings) -> Any:
+    try:
+        import boto3
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
+    except ImportError as error:
+        raise InvalidInput("s3:// needs boto3 on the node; install the extra s3 (pip install 'sllmctl[s3]')", "url") from error
+    config = Config(
+        signature_version="s3v4",
+        connect_timeout=settings.connect_s,
+        read_timeout=settings.read_s,
+        retries={"mode": "standard", "max_attempts": settings.attempts},
+        max_pool_connections=_UPLOADS + 2,
+        request_checksum_calculation="when_required",  # stores other than AWS's do not all know the newer ones
+        response_checksum_validation="when_required",
+        s3={"addressing_style": "path"} if settings.s3_endpoint else {},
+    )
+    try:
+        return boto3.session.Session().client(
+            "s3", config=config, endpoint_url=settings.s3_endpoint or None, region_name=settings.s3_region or None
+        )
+    except (BotoCoreError, ValueError) as error:
+        raise InvalidInput(f"the node's settings for S3 are not usable: {error}", "remote") from error
+
+
+def _status(response: dict[str, Any]) -> int:
+    return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _explain(code: str, status: int, where: str) -> SllmError:
+    if code in _MISSING or status == 404:
+        return nothing_there(where)
+    if code in _DENIED or status in (401, 403):
+        return Unauthorised(f"{where}: access is refused ({code or status}); give the node's agent credentials that may use it")
+    if code in ("QuotaExceeded", "XMinioStorageFull", "EntityTooLarge"):
+        return OutOfSpace(f"{where}: the store takes no more ({code})")
+    if status >= 500 or code in ("SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable"):
+        return Interrupted(f"{where}: the store answers {code or status}")
+    return Unreachable(f"{where}: the store answers {code or status}")

@@ -1,0 +1,303 @@
+"""The three kinds of remote, each against what it is made for: a directory, an HTTP server, an S3 server."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent.store.remote.api import Interrupted, Remote, read_into
+from agent.store.remote.open import open_remote
+from schema.errors import Cancelled, InvalidCheckpoint, InvalidInput, NotFound, SllmError, Unauthorised, Unreachable
+from schema.remote import RemoteSettings, check_remote_url
+from tests.remotes import S3_ENVIRONMENT, WebServer, cut, s3_server, web_server
+
+SETTINGS = RemoteSettings(connect_s=5, read_s=5, part_s=5, attempts=3, longest_delay_s=0.01)
+DATA = os.urandom(40 << 20)
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with s3_server(tmp_path_factory.mktemp("s3") / "log") as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[WebServer]:
+    (tmp_path / "web" / "a").mkdir(parents=True)
+    (tmp_path / "web" / "a" / "file").write_bytes(DATA)
+    with web_server(tmp_path / "web") as server:
+        yield server
+
+
+@pytest.fixture(params=["directory", "s3", "http"])
+def remote(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Remote]:
+    """A remote with ``a/file`` on it, written through it where it can be."""
+    if request.param == "http":
+        remote = open_remote(request.getfixturevalue("web").url, SETTINGS)
+    elif request.param == "s3":
+        remote = s3_remote(request.getfixturevalue("s3"), "all", monkeypatch)
+    else:
+        (tmp_path / "share").mkdir()
+        remote = open_remote(f"file://{tmp_path}/share", SETTINGS)
+    if request.param != "http":
+        wrote: list[int] = []
+        remote.write("a/file", len(DATA), lambda offset, length: memoryview(DATA)[offset : offset + length], wrote.append)
+        assert sum(wrote) == len(DATA)
+    yield remote
+    remote.close()
+
+
+def s3_remote(endpoint: str, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Remote:
+    import boto3
+
+    for name, value in S3_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3", endpoint_url=endpoint)
+    client.create_bucket(Bucket=bucket)
+    client.close()
+    settings = RemoteSettings(s3_endpoint=endpoint, connect_s=5, read_s=5, attempts=3, longest_delay_s=0.01)
+    return open_remote(f"s3://{bucket}/some/where", settings)
+
+
+def test_what_was_written_is_read_by_ranges(remote: Remote) -> None:
+    view = memoryview(bytearray(3 << 20))
+    for offset in (0, 1, (32 << 20) - 5, len(DATA) - len(view)):
+        read_into(remote, "a/file", offset, view)
+        assert view == DATA[offset : offset + len(view)]
+    assert remote.size("a/file") == len(DATA)
+    assert remote.size("a/other") is None
+    assert remote.read("a/file", len(DATA)) == DATA
+    with pytest.raises(InvalidCheckpoint, match=r"a/file has .*bytes"):
+        remote.read("a/file", 1 << 20)
+
+
+def test_what_is_missing_or_of_another_size_is_said_by_its_name(remote: Remote) -> None:
+    view = memoryview(bytearray(10))
+    with pytest.raises(NotFound, match="a/other does not exist"):
+        read_into(remote, "a/other", 0, view)
+    with pytest.raises(InvalidCheckpoint, match="its manifest says 12"), remote.open("a/file", 0, 10, total_bytes=12) as body:
+        body.fill(view)
+    with pytest.raises((Interrupted, InvalidCheckpoint), match="a/file"):
+        read_into(remote, "a/file", len(DATA) - 5, view)
+    with pytest.raises((Interrupted, InvalidCheckpoint), match="a/file"):
+        read_into(remote, "a/file", len(DATA) + 5, view)
+
+
+def test_an_aborted_remote_does_nothing_more(remote: Remote) -> None:
+    remote.abort()
+    with pytest.raises(Cancelled):
+        read_into(remote, "a/file", 0, memoryview(bytearray(10)))
+
+
+def test_a_directory_and_s3_say_what_they_have_and_http_cannot(remote: Remote) -> None:
+    if remote.url.startswith("http"):
+        with pytest.raises(InvalidInput, match="cannot be asked"):
+            remote.children("a")
+        with pytest.raises(InvalidInput, match="only read"):
+            remote.write("b", 1, lambda offset, length: memoryview(b"x"), lambda count: None)
+        return
+    remote.write("a/b/c", 1, lambda offset, length: memoryview(b"x"), lambda count: None)
+    assert remote.children("a") == ["b"]
+    assert remote.children("nowhere") == []
+
+
+def test_connections_are_used_again(web: WebServer) -> None:
+    remote = open_remote(web.url, SETTINGS)
+    for offset in range(20):
+        read_into(remote, "a/file", offset, memoryview(bytearray(1000)))
+    assert remote.read("a/file", len(DATA)) == DATA
+    remote.close()
+    assert web.connections == 1
+
+
+def test_a_server_without_ranges_is_refused_by_name(web: WebServer) -> None:
+    web.honour_ranges = False
+    remote = open_remote(web.url, SETTINGS)
+    with pytest.raises(InvalidInput, match="ignores Range requests"):
+        read_into(remote, "a/file", 4096, memoryview(bytearray(10)))
+    view = memoryview(bytearray(len(DATA)))
+    read_into(remote, "a/file", 0, view)  # all of it is what was asked for
+    assert view == DATA
+    remote.close()
+
+
+def test_statuses_bodies_and_ranges_that_are_wrong(web: WebServer) -> None:
+    remote = open_remote(web.url, SETTINGS)
+    view = memoryview(bytearray(1000))
+    for status, kind in ((401, Unauthorised), (403, Unauthorised), (503, Interrupted), (429, Interrupted), (418, Unreachable)):
+        web.fault = lambda handler, path, count, status=status: handler.answer(status, b"secret") is None
+        with pytest.raises(kind, match=str(status)) as caught:
+            read_into(remote, "a/file", 0, view)
+        assert "secret" not in str(caught.value)
+    web.fault = lambda handler, path, count: cut(handler, 206, 1000, DATA[:600], len(DATA)) is None
+    with pytest.raises(Interrupted, match="after 600 bytes"):
+        read_into(remote, "a/file", 0, view)
+    web.fault = lambda handler, path, count: cut(handler, 206, 600, DATA[:600], len(DATA)) is None
+    with pytest.raises(Interrupted, match="600 of the 1000 bytes"):
+        read_into(remote, "a/file", 0, view)
+    web.fault = None
+    read_into(remote, "a/file", 0, view)
+    assert view == DATA[:1000]
+    remote.close()
+
+
+def test_redirects_are_followed_so_far(web: WebServer) -> None:
+    def lead(handler: object, path: str, count: int) -> bool:
+        if path == "a/file":
+            return False
+        target = "/a/file" if path == "one" else f"/{path}"
+        handler.send_response(302)  # type: ignore[attr-defined]
+        handler.send_header("Location", target)  # type: ignore[attr-defined]
+        handler.send_header("Content-Length", "0")  # type: ignore[attr-defined]
+        handler.end_headers()  # type: ignore[attr-defined]
+        return True
+
+    web.fault = lead
+    remote = open_remote(web.url, SETTINGS)
+    view = memoryview(bytearray(1000))
+    read_into(remote, "one", 500, view)
+    assert view == DATA[500:1500]
+    with pytest.raises(Unreachable, match="more than 5 times"):
+        read_into(remote, "round", 0, view)
+    remote.close()
+
+
+def test_a_server_that_trickles_cannot_outlast_the_deadline(web: WebServer) -> None:
+    web.block_bytes, web.pause_s = 1000, 0.02
+    remote = open_remote(web.url, SETTINGS)
+    begun = time.monotonic()
+    with pytest.raises(Interrupted, match="in time"), remote.open("a/file", 0, 1 << 20, deadline=begun + 0.4) as body:
+        body.fill(memoryview(bytearray(1 << 20)))
+    assert time.monotonic() - begun < 3
+    remote.close()
+
+
+def test_an_abort_wakes_what_waits_for_a_silent_server() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        remote = open_remote(f"http://127.0.0.1:{listener.getsockname()[1]}", RemoteSettings(read_s=100))
+        failure: list[SllmError] = []
+
+        def read() -> None:
+            try:
+                read_into(remote, "a", 0, memoryview(bytearray(10)))
+            except SllmError as error:
+                failure.append(error)
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        connection, _ = listener.accept()
+        connection.recv(1000)
+        remote.abort()
+        thread.join(10)
+        connection.close()
+        assert not thread.is_alive()
+        assert isinstance(failure[0], Cancelled)
+        remote.close()
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path: Path) -> None:
+    import ssl
+    import subprocess
+
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", tmp_path / "key", "-out", tmp_path / "certificate"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    (tmp_path / "file").write_bytes(DATA[:5000])
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
+    with web_server(tmp_path) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        url = server.url.replace("http:", "https:")
+        remote = open_remote(url, SETTINGS)
+        with pytest.raises(Unreachable, match="certificate is not valid") as caught:
+            read_into(remote, "file", 0, memoryview(bytearray(10)))
+        assert not isinstance(caught.value, Interrupted)
+        remote.close()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SSL_CERT_FILE", str(tmp_path / "certificate"))
+            patch.setenv("HOME", str(tmp_path))
+            netrc = tmp_path / ".netrc"
+            netrc.write_text("machine 127.0.0.1 login me password mine\n")
+            netrc.chmod(0o600)
+            seen: list[str | None] = []
+            server.fault = lambda handler, path, count: seen.append(handler.headers.get("Authorization")) is not None
+            remote = open_remote(url, SETTINGS)
+            view = memoryview(bytearray(1000))
+            read_into(remote, "file", 100, view)
+            assert view == DATA[100:1100]
+            assert seen == ["Basic bWU6bWluZQ=="]
+            remote.close()
+
+
+def test_no_credential_is_in_what_s3_says(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote = s3_remote(s3, "secrets", monkeypatch)
+    for path in ("a", "b/c"):
+        with pytest.raises(NotFound) as caught:
+            read_into(remote, path, 0, memoryview(bytearray(10)))
+        assert f"s3://secrets/some/where/{path}" in str(caught.value)
+        assert "testing" not in str(caught.value)
+        assert "Signature" not in str(caught.value)
+    remote.close()
+
+
+def test_s3_without_credentials_or_server_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/nonexistent")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    settings = RemoteSettings(s3_endpoint=f"http://127.0.0.1:{port}", attempts=1)
+    remote = open_remote("s3://bucket", settings)
+    with pytest.raises(Unauthorised, match="no credentials for S3"):
+        remote.size("a")
+    remote.close()
+    for name, value in S3_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    remote = open_remote("s3://bucket", settings)
+    with pytest.raises(Interrupted, match="does not answer"):
+        remote.size("a")
+    with pytest.raises(Interrupted):
+        read_into(remote, "a", 0, memoryview(bytearray(10)))
+    remote.close()
+
+
+def test_a_share_that_is_not_mounted_is_no_empty_one(tmp_path: Path) -> None:
+    remote = open_remote(f"file://{tmp_path}/share", SETTINGS)
+    for ask in (
+        lambda: remote.size("a"),
+        lambda: remote.children("a"),
+        lambda: remote.write("a", 1, lambda offset, length: memoryview(b"x"), lambda count: None),
+    ):
+        with pytest.raises(NotFound, match="mount the share"):
+            ask()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://host/a", "/a/b", "file://host/a", "file:a", "http://", "https:///a", "s3://", "http://me:secret@host/a",
+        "s3://key:secret@bucket", "https://host/a?token=secret", "https://host/a#b", "http://host:port/", "file:///a/../b",
+        "http://host/a b", "http://[::1/", "s3://b/\n", "",
+    ],
+)  # fmt: skip
+def test_urls_that_are_no_remote(url: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        check_remote_url(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_url_has_one_form() -> None:
+    assert check_remote_url("s3://bucket/a/") == "s3://bucket/a"
+    assert check_remote_url("file:///srv/models") == "file:///srv/models"
+    assert check_remote_url("https://host") == "https://host"
