@@ -1,13 +1,17 @@
 """What the admin API shows and takes: one struct per noun, shared by its server, the typed client, the CLI and the TUI.
 
 Routes (all under ``/admin/v1``): GET nodes, nodes/{name}, models, models/{name}, models/{name}/explain, instances,
-instances/{id}, checkpoints, checkpoints/{digest}, requests, requests/{id}, requests/{id}/explain, estimates, events, status;
+instances/{id}, checkpoints, checkpoints/{reference}, operations, operations/{id}, requests, requests/{id},
+requests/{id}/explain, estimates, events, status;
 POST models (ModelSpec), models/{name}/deploy (DeployBody), models/{name}/stop, instances/{id}/stop, requests/{id}/cancel;
+POST checkpoints/{reference}/prefetch, .../verify, .../drop (CheckpointBody; answered by a list of OperationView).
 DELETE models/{name}. Lists are ``{"items": [...]}``.
 An error's body is ``{"error": {"message", "type", "param", "code"}}`` with the status of its class.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import msgspec
 
@@ -18,6 +22,7 @@ from schema.states import InstanceState, ModelState, NodeState, RequestState, Ti
 
 __all__ = [
     "CandidateView",
+    "CheckpointBody",
     "CheckpointView",
     "DecisionView",
     "DeployBody",
@@ -29,6 +34,8 @@ __all__ = [
     "ModelView",
     "NodeVerdictView",
     "NodeView",
+    "OperationKind",
+    "OperationView",
     "OutcomeView",
     "PlacementView",
     "ProgressView",
@@ -104,11 +111,36 @@ class InstanceView(_View, frozen=True, kw_only=True):
 
 
 class PlacementView(_View, frozen=True, kw_only=True):
+    """``reason`` says why it is in quarantine."""
+
     node: str
     tier: Tier
     state: TierState
     size_bytes: int
     device: int = 0
+    users: int = 0
+    reason: str = ""
+
+
+OperationKind = Literal["prefetch", "verify", "drop"]
+
+
+class OperationView(_View, frozen=True, kw_only=True):
+    """Something long that an operator asked of a node and a checkpoint; remembered for a while after it has ended.
+
+    ``ended_at`` is None while it goes on; ``fault`` then says how it failed, None that it did not.
+    """
+
+    id: str
+    kind: OperationKind
+    digest: str
+    node: str
+    tier: Tier
+    size_bytes: int
+    began_at: float
+    ended_at: float | None
+    fault: Fault | None
+    progress: ProgressView | None
 
 
 class CheckpointView(_View, frozen=True, kw_only=True):
@@ -264,6 +296,13 @@ class StatusView(_View, frozen=True, kw_only=True):
     ready: bool
     nodes_ready: int
     nodes: int
+
+
+class CheckpointBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Which copies of a checkpoint are meant: on ``node`` (its name), None for any or all; on ``tier``, None for the usual."""
+
+    node: str | None = None
+    tier: Tier | None = None
 
 
 class DeployBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -22,6 +22,7 @@ import httpx
 import msgspec
 
 from schema.admin import (
+    CheckpointBody,
     CheckpointView,
     DeployBody,
     EstimatesView,
@@ -30,12 +31,14 @@ from schema.admin import (
     InstanceView,
     ModelView,
     NodeView,
+    OperationView,
     RequestExplainView,
     RequestView,
     StatusView,
 )
 from schema.errors import Fault, InvalidInput, LinkError, Overloaded, SllmError, Unauthorised, Unreachable
 from schema.spec import ModelSpec, ScaleSpec
+from schema.states import Tier
 from sllmctl.config import ClientSettings
 
 __all__ = [
@@ -49,6 +52,7 @@ __all__ = [
     "checkpoint",
     "checkpoints",
     "deploy_model",
+    "drop_checkpoint",
     "estimates",
     "events",
     "explain_model",
@@ -59,13 +63,17 @@ __all__ = [
     "models",
     "node",
     "nodes",
+    "operations",
+    "prefetch_checkpoint",
     "remove_model",
     "request",
     "requests",
     "status",
     "stop_instance",
     "stop_model",
+    "verify_checkpoint",
     "wait_model",
+    "wait_operation",
 ]
 
 T = TypeVar("T")
@@ -185,8 +193,34 @@ def checkpoints() -> Call[tuple[CheckpointView, ...]]:
 
 
 def checkpoint(digest: str) -> Call[CheckpointView]:
-    """A checkpoint by its digest, or by a beginning of it that no other has."""
+    """A checkpoint by a model's name, by its digest, or by a beginning of it that no other has."""
     return _get(f"checkpoints/{_segment(digest)}", CheckpointView)
+
+
+def prefetch_checkpoint(reference: str, node: str | None = None, tier: Tier | None = None) -> Call[tuple[OperationView, ...]]:
+    """Bring a checkpoint, named by a beginning of its digest or by a model, into a node's memory."""
+    return _operate(reference, "prefetch", node, tier)
+
+
+def verify_checkpoint(reference: str, node: str | None = None) -> Call[tuple[OperationView, ...]]:
+    """Compare every copy on disk, or a node's, with its checksums."""
+    return _operate(reference, "verify", node, None)
+
+
+def drop_checkpoint(reference: str, node: str | None = None, tier: Tier | None = None) -> Call[tuple[OperationView, ...]]:
+    """Take a checkpoint from a tier of a node, or of all."""
+    return _operate(reference, "drop", node, tier)
+
+
+def operations() -> Call[tuple[OperationView, ...]]:
+    """What operators asked for lately, oldest first."""
+    return _list("operations", OperationView)
+
+
+def wait_operation(operation_id: str, hold_s: float) -> Call[OperationView]:
+    """The operation as soon as it has ended, or as it is after ``hold_s`` seconds."""
+    query = {"wait": "ended", "timeout": f"{hold_s:g}"}
+    return Call("GET", f"operations/{_segment(operation_id)}", _reader(OperationView), query, hold_s=hold_s)
 
 
 def requests() -> Call[tuple[RequestView, ...]]:
@@ -365,12 +399,21 @@ def _get(path: str, kind: type[T]) -> Call[T]:
     return Call("GET", path, _reader(kind))
 
 
-def _list(path: str, kind: type[T], query: Mapping[str, str] | None = None) -> Call[tuple[T, ...]]:
+def _operate(reference: str, verb: str, node: str | None, tier: Tier | None) -> Call[tuple[OperationView, ...]]:
+    body = msgspec.json.encode(CheckpointBody(node=node, tier=tier))
+    return Call("POST", f"checkpoints/{_segment(reference)}/{verb}", _items(OperationView), body=body)
+
+
+def _items(kind: type[T]) -> Callable[[int, bytes], tuple[T, ...]]:
     def read(_: int, body: bytes) -> tuple[T, ...]:
         items: tuple[T, ...] = _decode(body, _Items[kind]).items  # type: ignore[valid-type]
         return items
 
-    return Call("GET", path, read, query or {})
+    return read
+
+
+def _list(path: str, kind: type[T], query: Mapping[str, str] | None = None) -> Call[tuple[T, ...]]:
+    return Call("GET", path, _items(kind), query or {})
 
 
 def _nothing(_: int, __: bytes) -> None:

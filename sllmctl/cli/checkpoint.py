@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from sllmctl.cli.context import Invocation, output_option, pass_invocation
+from sllmctl.cli.context import Invocation, output_option, pass_invocation, yes_option
 from sllmctl.cli.format import age, short_digest, size
+from sllmctl.cli.operations import finish_operations
 from sllmctl.cli.output import Column, Format, now, show_item, show_items
 
 if TYPE_CHECKING:
     from schema.admin import CheckpointView, PlacementView
 
 __all__ = ["command"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @click.group("checkpoint")
@@ -34,16 +38,114 @@ def ls(invocation: Invocation, form: Format) -> None:
 
 
 @command.command("show")
-@click.argument("digest")
+@click.argument("digest", metavar="DIGEST|MODEL")
 @output_option
 @pass_invocation
 def show(invocation: Invocation, digest: str, form: Format) -> None:
-    """Show one checkpoint, by its digest or a beginning of it."""
+    """Show one checkpoint, by its digest, a beginning of it, or a model's name."""
     from sllmctl import client
 
     with invocation.admin() as admin:
         item = admin.ask(client.checkpoint(digest))
     show_item(form, item, _fields, lambda checkpoint: checkpoint.digest)
+
+
+def _wait_options(function: F) -> F:
+    function = click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Wait no longer.")(
+        function
+    )
+    return click.option("--no-wait", is_flag=True, help="Return when it has begun.")(function)
+
+
+def _node_option(function: F) -> F:
+    return click.option("--node", metavar="NODE", help="The copy on this node alone.")(function)
+
+
+def _tier_option(*tiers: str) -> Callable[[F], F]:
+    return click.option("--tier", type=click.Choice(tiers), help="The copy on this tier alone.")
+
+
+@command.command("prefetch")
+@click.argument("reference", metavar="DIGEST|MODEL")
+@click.option("--node", metavar="NODE", help="Bring it into the memory of this node.")
+@click.option("--tier", type=click.Choice(["dram"]), default="dram", show_default=True, help="Where to bring it.")
+@_wait_options
+@output_option
+@pass_invocation
+def prefetch(
+    invocation: Invocation, reference: str, node: str | None, tier: str, no_wait: bool, timeout: float | None, form: Format
+) -> None:
+    """Bring a checkpoint from disk into memory, ahead of the next start.
+
+    Without --node it goes to the node with the most free memory of those that have it on disk. It stays until the memory is
+    needed; `sllmctl checkpoint pin --tier dram` keeps it.
+    """
+    from schema.states import Tier
+    from sllmctl import client
+
+    wait_s = timeout if timeout is not None else invocation.settings().client.wait_s
+    with invocation.admin() as admin:
+        begun = admin.ask(client.prefetch_checkpoint(reference, node, Tier(tier)))
+        finish_operations(admin, form, begun, wait=not no_wait, timeout_s=wait_s)
+
+
+@command.command("verify")
+@click.argument("reference", metavar="DIGEST|MODEL")
+@_node_option
+@_wait_options
+@output_option
+@pass_invocation
+def verify(
+    invocation: Invocation, reference: str, node: str | None, no_wait: bool, timeout: float | None, form: Format
+) -> None:
+    """Compare the copies on disk, and what lies of them in memory, with their checksums.
+
+    A bad copy goes into quarantine: nothing starts from it. One that is sound again comes out of it.
+    """
+    from sllmctl import client
+
+    wait_s = timeout if timeout is not None else invocation.settings().client.wait_s
+    with invocation.admin() as admin:
+        begun = admin.ask(client.verify_checkpoint(reference, node))
+        finish_operations(admin, form, begun, wait=not no_wait, timeout_s=wait_s)
+
+
+@command.command("rm")
+@click.argument("reference", metavar="DIGEST|MODEL")
+@_node_option
+@_tier_option("dram", "disk")
+@_wait_options
+@yes_option
+@output_option
+@pass_invocation
+def remove(
+    invocation: Invocation,
+    reference: str,
+    node: str | None,
+    tier: str | None,
+    no_wait: bool,
+    timeout: float | None,
+    yes: bool,
+    form: Format,
+) -> None:
+    """Take a checkpoint from memory and disk, of a node or of all.
+
+    Refused for what is in use or pinned, and for the last sound copy of what a model needs.
+    """
+    from schema.states import Tier
+    from sllmctl import client
+    from sllmctl.cli.diagnostics import confirm
+
+    where = f"{tier or 'memory and disk'} of {f'node {node}' if node is not None else 'every node'}"
+    if not yes:
+        with invocation.admin() as admin:
+            found = admin.ask(client.checkpoint(reference))
+        what = f"{found.digest[:16]} ({', '.join(found.models) or 'no model uses it'}, {size(found.image_bytes)})"
+        confirm(f"Remove checkpoint {what} from {where}?", yes)
+    wait_s = timeout if timeout is not None else invocation.settings().client.wait_s
+    with invocation.admin() as admin:
+        begun = admin.ask(client.drop_checkpoint(reference, node, Tier(tier) if tier is not None else None))
+        finish_operations(admin, form, begun, wait=not no_wait, timeout_s=wait_s)
 
 
 def _columns() -> list[Column[CheckpointView]]:
@@ -84,4 +186,7 @@ def _tier(placement: PlacementView) -> str:
 
 def _placement(placement: PlacementView) -> str:
     device = f" {placement.device}" if placement.tier == "device" else ""
-    return f"{placement.node}  {placement.tier + device:<8}  {placement.state:<11}  {size(placement.size_bytes)}"
+    line = f"{placement.node}  {placement.tier + device:<8}  {placement.state:<11}  {size(placement.size_bytes)}"
+    if placement.users:
+        line += f"  {placement.users} users" if placement.users > 1 else "  1 user"
+    return line + (f"  {placement.reason}" if placement.reason else "")

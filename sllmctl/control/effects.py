@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from schema.admin import EventView, OutcomeView
+from schema.admin import EventView, OperationKind, OutcomeView
 from schema.errors import Fault
 from schema.ids import Epoch
 from schema.link import InstanceTruth, InstanceUpdate, ManagerMessage, NodeTruth, OperationDone, PlacementUpdate
@@ -38,6 +38,7 @@ __all__ = [
     "Migrate",
     "ModelChanged",
     "NodeLost",
+    "Operate",
     "PrefillTimed",
     "PutCheckpoint",
     "PutEstimate",
@@ -132,6 +133,18 @@ class StopInstanceNow:
 
 
 @dataclass(frozen=True, slots=True)
+class Operate:
+    """An operator wants something long done to copies of a checkpoint, which ``reference`` names by a beginning of its digest
+    or by a model. ``node`` is a name, None for any or all. The ticket finds the operations (`ClusterView.operations`)."""
+
+    ticket: int
+    kind: OperationKind
+    reference: str
+    node: str | None
+    tier: Tier | None
+
+
+@dataclass(frozen=True, slots=True)
 class DemandChanged:
     """The router has ``waiting`` requests for a model that found no instance with room, and ``running`` in all.
 
@@ -167,7 +180,7 @@ class Tick:
 
 
 Event = (
-    AddNode | FromNode | NodeLost | AddModel | DeployModel | StopModel | RemoveModel | StopInstanceNow | DemandChanged
+    AddNode | FromNode | NodeLost | AddModel | DeployModel | StopModel | RemoveModel | StopInstanceNow | Operate | DemandChanged
     | InstanceActivity | PrefillTimed | Tick
 )  # fmt: skip
 

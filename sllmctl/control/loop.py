@@ -8,7 +8,7 @@ from schema.errors import Fault, SllmError
 from schema.ids import EpochCounter, IdSource
 from schema.link import InstanceUpdate, NodeTruth, OperationDone, PlacementUpdate
 from schema.states import InstanceState, ModelState, NodeState
-from sllmctl.control import demand, drops, instances, learning, models, nodes, placing, prefetch, scaling
+from sllmctl.control import demand, drops, instances, learning, models, nodes, operations, placing, prefetch, scaling
 from sllmctl.control.decisions import Decisions
 from sllmctl.control.effects import (
     AddModel,
@@ -21,6 +21,7 @@ from sllmctl.control.effects import (
     InstanceActivity,
     Log,
     NodeLost,
+    Operate,
     PrefillTimed,
     RemoveModel,
     Reply,
@@ -137,7 +138,7 @@ class ControlLoop:
                 scaling.place_refused(turn)
         return turn.finish()
 
-    def _command(self, turn: Turn, event: AddModel | DeployModel | StopModel | RemoveModel | StopInstanceNow) -> None:
+    def _command(self, turn: Turn, event: AddModel | DeployModel | StopModel | RemoveModel | StopInstanceNow | Operate) -> None:
         """What an operator asks for is checked before anything is changed, and answered with what became of it."""
         fault: Fault | None = None
         try:
@@ -152,6 +153,8 @@ class ControlLoop:
                     models.remove(turn, event)
                 case StopInstanceNow():
                     instances.stop_now(turn, event)
+                case Operate():
+                    operations.begin(turn, event)
         except SllmError as error:
             fault = Fault.of(error)
         turn.do(Reply(event.ticket, fault))

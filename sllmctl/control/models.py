@@ -8,7 +8,7 @@ from schema.errors import Conflict, Fault, InvalidInput, NotFound
 from schema.link import CancelOperation, Ingest, OperationDone, OperationsAcked
 from schema.spec import PathSource
 from schema.states import InstanceState, ModelState, NodeState, Tier, can_become
-from sllmctl.control import drops, instances, prefetch
+from sllmctl.control import drops, instances, operations, prefetch
 from sllmctl.control.effects import AddModel, DeployModel, ModelChanged, RejectWaiting, RemoveModel, StopModel
 from sllmctl.control.turn import Turn
 from sllmctl.control.view import Model, Node
@@ -96,7 +96,8 @@ def _ingest_node(turn: Turn, name: str | None) -> Node:
 def operation_done(turn: Turn, node: str, done: OperationDone) -> None:
     """An operation has ended: take its result in, and let the node forget it once that is durable."""
     model = turn.view.model_of_op(done.op)
-    if drops.done(turn, done.op, done) or prefetch.done(turn, done.op):
+    asked = operations.done(turn, done)
+    if drops.done(turn, done.op, done) or prefetch.done(turn, done.op) or asked:
         pass
     elif model is not None and model.state is _M.INGESTING:
         if done.fault is None and done.digest not in turn.view.checkpoints:

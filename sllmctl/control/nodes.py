@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from schema.link import CancelOperation, CheckpointTruth, Ingest, NodeTruth
 from schema.states import InstanceState, ModelState, NodeState, Tier, TierState, can_become
-from sllmctl.control import drops, instances, models, prefetch
+from sllmctl.control import drops, instances, models, operations, prefetch
 from sllmctl.control.effects import AddNode, CheckpointKnown, Connect, Log, NodeLost
 from sllmctl.control.turn import Turn
 from sllmctl.control.view import LIVE, Checkpoint, Node, PlacementKey, PlacementRecord
@@ -120,6 +122,7 @@ def _take_operations(turn: Turn, node: Node, truth: NodeTruth) -> None:
             turn.view.set_operation(model, None, None)
             turn.put_model(model)
             turn.rescale[model.name] = None
+    wanted |= operations.restate(turn, node, truth)
     for op in truth.ops:
         if op not in wanted and op not in turn.core.drops and op not in turn.core.prefetches:
             turn.send(node.id, CancelOperation(op=op))
@@ -154,12 +157,12 @@ def take_checkpoint(turn: Turn, node: Node, truth: CheckpointTruth) -> None:
     gone: dict[PlacementKey, PlacementRecord] = dict(turn.view.placements_at(truth.digest, node.id))
     for one in held:
         device = one.device if one.tier is Tier.DEVICE else 0
-        record = PlacementRecord(truth.digest, node.id, one.tier, device, one.state, one.size_bytes, one.users)
+        record = PlacementRecord(truth.digest, node.id, one.tier, device, one.state, one.size_bytes, one.users, one.reason)
         before = gone.pop(record.key, None)
         dropping = (node.id, truth.digest, one.tier) in turn.core.dropping and not one.users
         if dropping and before is not None and before.state is TierState.EVICTING and one.state is TierState.RESIDENT:
             continue
-        if before is not None and (before.state, before.users, before.size_bytes) == (one.state, one.users, one.size_bytes):
+        if before is not None and replace(before, device=device) == record:
             continue
         turn.view.put_placement(record)
         if one.state is TierState.RESIDENT and (before is None or before.state is not one.state or one.users < before.users):
@@ -168,8 +171,9 @@ def take_checkpoint(turn: Turn, node: Node, truth: CheckpointTruth) -> None:
         if before is None or (before.state, before.size_bytes) != (one.state, one.size_bytes):
             turn.put_placement(record)
         if one.state is TierState.QUARANTINED and (before is None or before.state is not TierState.QUARANTINED):
-            message = f"a checksum failed on {one.tier.value} of node {node.name}; ingest it again"
-            turn.event("checkpoint", truth.digest, "Quarantined", message, level="error")
+            _quarantined(turn, node, record)
+        elif before is not None and (before.state, one.state) == (TierState.QUARANTINED, TierState.RESIDENT):
+            turn.event("checkpoint", truth.digest, "Released", f"it is sound again on {one.tier.value} of node {node.name}")
     for record in gone.values():
         turn.remove_placement(record)
         turn.free()
@@ -178,6 +182,18 @@ def take_checkpoint(turn: Turn, node: Node, truth: CheckpointTruth) -> None:
         turn.do(CheckpointKnown(truth.digest, node.id))
         models.finish_ingest(turn, node.id, truth.digest)
     _forget_unheld(turn, truth.digest)
+
+
+def _quarantined(turn: Turn, node: Node, record: PlacementRecord) -> None:
+    """A copy was found wrong: nothing starts from it any more. Wrong weights in memory also end their instances."""
+    why = record.reason or "a checksum failed"
+    message = f"on {record.tier.value} of node {node.name}: {why}; ingest it again, or verify it once its files are right"
+    turn.event("checkpoint", record.digest, "Quarantined", message, level="error")
+    if record.tier is Tier.DISK:
+        return
+    for instance in list(turn.view.instances_on(node.id).values()):
+        if instance.digest == record.digest and instance.state in LIVE:
+            instances.stop(turn, instance, "Quarantined", f"its weights on node {node.name} are wrong: {why}", grace_s=0.0)
 
 
 def _forget_unheld(turn: Turn, digest: str) -> None:

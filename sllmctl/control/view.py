@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
+from schema.admin import OperationKind
 from schema.errors import Fault
 from schema.ids import Epoch
 from schema.link import DeviceInfo, Inventory, StartPhases
@@ -31,6 +32,7 @@ __all__ = [
     "Instance",
     "Model",
     "Node",
+    "Operation",
     "PlacementKey",
     "PlacementRecord",
 ]
@@ -78,7 +80,7 @@ class Checkpoint:
 
 @dataclass(slots=True)
 class PlacementRecord:
-    """``users`` is live: loads and instances that hold it, as the node counts them."""
+    """``users`` is live: loads and instances that hold it, as the node counts them. So is ``reason``, of a quarantine."""
 
     digest: str
     node: str
@@ -87,10 +89,27 @@ class PlacementRecord:
     state: TierState
     size_bytes: int
     users: int = 0
+    reason: str = ""
 
     @property
     def key(self) -> PlacementKey:
         return (self.digest, self.node, self.tier, self.device)
+
+
+@dataclass(slots=True)
+class Operation:
+    """Something long that an operator asked for, all of it live. ``ended_at`` is None while it goes on."""
+
+    id: str
+    ticket: int
+    kind: OperationKind
+    digest: str
+    node: str
+    tier: Tier
+    size_bytes: int
+    began_at: float
+    ended_at: float | None = None
+    fault: Fault | None = None
 
 
 @dataclass(slots=True)
@@ -185,6 +204,7 @@ class ClusterView:
     have been. ``dram_bytes[node]`` lie in the arena, used or not. ``free_on[node]`` and ``loose_on[node]`` are the room on
     each of its devices: as it is, and as it would be without idle weights, resting and leaving instances; ``free`` and
     ``loose`` find nodes by it. ``means`` counts changes of which nodes take instances, and of what they have.
+    ``operations`` are what operators asked for, oldest first, ended ones for a while.
     ``refused`` are the models that found no place, in the order in which they did; ``line`` are those of them for which
     requests wait, by when the first of these came.
     """
@@ -194,6 +214,7 @@ class ClusterView:
     placements: dict[PlacementKey, PlacementRecord] = field(default_factory=dict)
     models: dict[str, Model] = field(default_factory=dict)
     instances: dict[str, Instance] = field(default_factory=dict)
+    operations: dict[str, Operation] = field(default_factory=dict)
     committed_bytes: dict[tuple[str, int], int] = field(default_factory=dict)
     arena_held_bytes: dict[str, int] = field(default_factory=dict)
     idle_weights: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)

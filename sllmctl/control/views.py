@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Protocol
 
-from schema.admin import CheckpointView, InstanceView, ModelView, NodeView, PlacementView, ProgressView
+from schema.admin import CheckpointView, InstanceView, ModelView, NodeView, OperationView, PlacementView, ProgressView
 from schema.link import InstanceLoad
-from sllmctl.control.view import Checkpoint, ClusterView, Instance, Model, Node
+from sllmctl.control.view import Checkpoint, ClusterView, Instance, Model, Node, Operation
 
 __all__ = [
     "LiveNumbers",
@@ -19,6 +19,7 @@ __all__ = [
     "model_views",
     "node_view",
     "node_views",
+    "operation_view",
 ]
 
 
@@ -116,6 +117,8 @@ def checkpoint_view(view: ClusterView, checkpoint: Checkpoint) -> CheckpointView
             state=record.state,
             size_bytes=record.size_bytes,
             device=record.device,
+            users=record.users,
+            reason=record.reason,
         )
         for record in view.placements_of(checkpoint.digest).values()
     ]
@@ -128,6 +131,21 @@ def checkpoint_view(view: ClusterView, checkpoint: Checkpoint) -> CheckpointView
         models=tuple(view.models_of(checkpoint.digest)),
         placements=tuple(sorted(placements, key=lambda one: (one.node, one.tier, one.device))),
         created_at=checkpoint.created_at,
+    )
+
+
+def operation_view(view: ClusterView, live: LiveNumbers, operation: Operation) -> OperationView:
+    return OperationView(
+        id=operation.id,
+        kind=operation.kind,
+        digest=operation.digest,
+        node=_name(view, operation.node),
+        tier=operation.tier,
+        size_bytes=operation.size_bytes,
+        began_at=operation.began_at,
+        ended_at=operation.ended_at,
+        fault=operation.fault,
+        progress=live.progress(operation.id),
     )
 
 

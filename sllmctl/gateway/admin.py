@@ -19,12 +19,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from schema.admin import DeployBody, EventView, RequestView, StatusView
+from schema.admin import CheckpointBody, DeployBody, EventView, OperationKind, RequestView, StatusView
 from schema.errors import Conflict, InvalidInput, SllmError, Unauthorised
 from schema.spec import parse_spec
 from schema.states import InstanceState, ModelState
 from sllmctl.config import AdminSettings
-from sllmctl.control.effects import AddModel, DeployModel, Event, RemoveModel, StopInstanceNow, StopModel
+from sllmctl.control.effects import AddModel, DeployModel, Event, Operate, RemoveModel, StopInstanceNow, StopModel
+from sllmctl.control.references import checkpoint_called
 from sllmctl.control.view import ClusterView
 from sllmctl.control.views import (
     LiveNumbers,
@@ -36,6 +37,7 @@ from sllmctl.control.views import (
     model_views,
     node_view,
     node_views,
+    operation_view,
 )
 from sllmctl.gateway.answers import (
     broken,
@@ -57,7 +59,6 @@ __all__ = ["DatabasePort", "RequestsPort", "RunnerPort", "admin_app"]
 _PREFIX = "/admin/v1/"
 _HOSTS = frozenset({"sllmctl", "localhost"})
 _EVENTS_LIMIT = 10_000
-_LEAST_DIGEST = 4
 _UNTIL = ("ingested", "ready", "stopped", "gone")
 
 
@@ -110,7 +111,12 @@ def admin_app(
         ("GET", "instances/{id}"): admin.get_instance,
         ("POST", "instances/{id}/stop"): admin.stop_instance,
         ("GET", "checkpoints"): admin.list_checkpoints,
-        ("GET", "checkpoints/{digest}"): admin.get_checkpoint,
+        ("GET", "checkpoints/{reference}"): admin.get_checkpoint,
+        ("POST", "checkpoints/{reference}/prefetch"): admin.prefetch_checkpoint,
+        ("POST", "checkpoints/{reference}/verify"): admin.verify_checkpoint,
+        ("POST", "checkpoints/{reference}/drop"): admin.drop_checkpoint,
+        ("GET", "operations"): admin.list_operations,
+        ("GET", "operations/{id}"): admin.get_operation,
         ("GET", "requests"): admin.list_requests,
         ("GET", "requests/{id}"): admin.get_request,
         ("POST", "requests/{id}/cancel"): admin.cancel_request,
@@ -187,7 +193,7 @@ class _Admin:
         if until not in _UNTIL:
             raise InvalidInput(f"wait: {until!r} is none of {', '.join(_UNTIL)}", "wait")
         timeout_s = min(read_number(query, "timeout", self._settings.wait_limit_s), self._settings.wait_limit_s)
-        done = await self._wait(request, name, until, timeout_s)
+        done = await self._wait(request, lambda: _reached(self._view, name, until), timeout_s)
         return self._model(name, 200 if done else 202)
 
     async def list_instances(self, request: Request) -> Response:
@@ -206,13 +212,25 @@ class _Admin:
 
     async def get_checkpoint(self, request: Request) -> Response:
         read_query(request)
-        start = request.path_params["digest"]
-        if len(start) < _LEAST_DIGEST:
-            raise InvalidInput(f"{start!r} is too short for a digest; give {_LEAST_DIGEST} digits or more", "digest")
-        found = [checkpoint for checkpoint in self._view.checkpoints.values() if checkpoint.digest.startswith(start)]
-        if len(found) > 1:
-            raise Conflict(f"{len(found)} checkpoints begin with {start}; give more digits")
-        return json_answer(checkpoint_view(self._view, known("checkpoint", start, found[0] if found else None)))
+        return json_answer(checkpoint_view(self._view, checkpoint_called(self._view, request.path_params["reference"])))
+
+    async def list_operations(self, request: Request) -> Response:
+        read_query(request)
+        return item_answer([operation_view(self._view, self._router, each) for each in self._view.operations.values()])
+
+    async def get_operation(self, request: Request) -> Response:
+        query = read_query(request, "wait", "timeout")
+        name, until = request.path_params["id"], query.get("wait")
+        if until not in (None, "ended"):
+            raise InvalidInput(f"wait: {until!r} is not ended", "wait")
+        timeout_s = min(read_number(query, "timeout", self._settings.wait_limit_s), self._settings.wait_limit_s)
+
+        def ended() -> bool:
+            return known("operation", name, self._view.operations.get(name)).ended_at is not None
+
+        done = await self._wait(request, ended, timeout_s) if until is not None else True
+        operation = known("operation", name, self._view.operations.get(name))
+        return json_answer(operation_view(self._view, self._router, operation), 200 if done else 202)
 
     async def list_requests(self, request: Request) -> Response:
         read_query(request)
@@ -258,6 +276,15 @@ class _Admin:
         await self._runner.ask(lambda ticket: RemoveModel(ticket, name))
         return Response(status_code=204)
 
+    async def prefetch_checkpoint(self, request: Request) -> Response:
+        return await self._operate(request, "prefetch")
+
+    async def verify_checkpoint(self, request: Request) -> Response:
+        return await self._operate(request, "verify")
+
+    async def drop_checkpoint(self, request: Request) -> Response:
+        return await self._operate(request, "drop")
+
     async def stop_instance(self, request: Request) -> Response:
         read_query(request)
         instance = request.path_params["id"]
@@ -275,11 +302,27 @@ class _Admin:
         model = known("model", name, self._view.models.get(name))
         return json_answer(model_view(self._view, self._router, model), status)
 
-    async def _wait(self, request: Request, name: str, until: str, timeout_s: float) -> bool:
-        """True once the model is as asked for, False when the time ran out or the asker has gone."""
+    async def _operate(self, request: Request, kind: OperationKind) -> Response:
+        read_query(request)
+        reference, body = request.path_params["reference"], await self._body(request)
+        which = decode(body, CheckpointBody) if body else CheckpointBody()
+        event: Operate | None = None
+
+        def make(ticket: int) -> Event:
+            nonlocal event
+            event = Operate(ticket, kind, reference, which.node, which.tier)
+            return event
+
+        await self._runner.ask(make)
+        assert event is not None
+        begun = [each for each in self._view.operations.values() if each.ticket == event.ticket]
+        return item_answer([operation_view(self._view, self._router, each) for each in begun])
+
+    async def _wait(self, request: Request, reached: Callable[[], bool], timeout_s: float) -> bool:
+        """True once it is as asked for, False when the time ran out or the asker has gone."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
-        while not _reached(self._view, name, until):
+        while not reached():
             left_s = deadline - loop.time()
             if left_s <= 0 or await request.is_disconnected():
                 return False

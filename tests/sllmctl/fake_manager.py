@@ -33,6 +33,7 @@ from schema.admin import (
     ModelView,
     NodeVerdictView,
     NodeView,
+    OperationView,
     OutcomeView,
     PlacementView,
     ProgressView,
@@ -330,16 +331,43 @@ ESTIMATES = EstimatesView(
     outcomes=(OutcomeView(at=NOW - 3, kind="start", model="qwen", node="local", source="disk", estimated_s=3.4, actual_s=3.5),),
     coefficients={"disk_bps:node_1": 2.5e9, "build_s:0123456789ab": 0.31},
 )
+OPERATIONS = (
+    OperationView(
+        id="op_1",
+        kind="verify",
+        digest=_DIGEST,
+        node="local",
+        tier=Tier.DISK,
+        size_bytes=1 << 30,
+        began_at=NOW - 4,
+        ended_at=NOW - 2,
+        fault=None,
+        progress=ProgressView(stage="verify disk", done_bytes=1 << 30, total_bytes=1 << 30, rate_bps=float(1 << 29)),
+    ),
+    OperationView(
+        id="op_2",
+        kind="verify",
+        digest=_DIGEST,
+        node="gpu1",
+        tier=Tier.DISK,
+        size_bytes=1 << 30,
+        began_at=NOW - 4,
+        ended_at=NOW - 3,
+        fault=Fault("invalid_checkpoint", "partition_0.bin: the 4194304 bytes at offset 0 are not what was ingested"),
+        progress=None,
+    ),
+)
 _EXPLAINS: dict[str, dict[str, Any]] = {"models": EXPLAINS, "requests": REQUEST_EXPLAINS}
 _LISTS: dict[str, tuple[Any, ...]] = {
     "nodes": NODES,
     "models": MODELS,
     "instances": INSTANCES,
     "checkpoints": CHECKPOINTS,
+    "operations": OPERATIONS,
     "requests": REQUESTS,
     "events": EVENTS,
 }
-_NAMES = {"nodes": "name", "models": "name", "instances": "id", "checkpoints": "digest", "requests": "id"}
+_NAMES = {"nodes": "name", "models": "name", "instances": "id", "checkpoints": "digest", "operations": "id", "requests": "id"}
 
 
 @dataclass

@@ -25,6 +25,7 @@ from schema.errors import (
     Unreachable,
 )
 from schema.spec import ModelSpec, PathSource, ScaleSpec
+from schema.states import Tier
 from sllmctl import client
 from sllmctl.client import AdminClient, AsyncAdminClient, Call
 from sllmctl.config import ClientSettings
@@ -36,6 +37,7 @@ from tests.sllmctl.fake_manager import (
     INSTANCES,
     MODELS,
     NODES,
+    OPERATIONS,
     REQUEST_EXPLAINS,
     REQUESTS,
     FakeManager,
@@ -89,6 +91,20 @@ def test_views_come_back_as_they_were_sent(ask: Ask) -> None:
     assert ask(client.explain_request("req_1")) == REQUEST_EXPLAINS["req_1"]
     assert ask(client.estimates()) == ESTIMATES
     assert ask(client.status()).generation == 7
+
+
+def test_operations_come_back_and_are_waited_for(manager: FakeManager, ask: Ask) -> None:
+    for verb, call in (
+        ("prefetch", client.prefetch_checkpoint("qwen", "local", Tier.DRAM)),
+        ("verify", client.verify_checkpoint("qwen", "local")),
+        ("drop", client.drop_checkpoint("qwen", "local", Tier.DISK)),
+    ):
+        manager.answer(f"POST checkpoints/qwen/{verb}", 200, {"items": OPERATIONS})
+        assert ask(call) == OPERATIONS
+    assert ask(client.operations()) == OPERATIONS
+    assert ask(client.wait_operation("op_1", 0.5)) == OPERATIONS[0]
+    assert manager.asked[-1][:2] == ("GET", "operations/op_1?wait=ended&timeout=0.5")
+    assert [body["tier"] for _, _, body in manager.asked[:3]] == ["dram", None, "disk"]
 
 
 def test_what_is_asked_for(manager: FakeManager, ask: Ask) -> None:

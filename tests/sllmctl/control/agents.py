@@ -28,6 +28,7 @@ from schema.link import (
     StartInstance,
     StartPhases,
     StopInstance,
+    VerifyCheckpoint,
 )
 from schema.states import InstanceState, Tier, TierState
 
@@ -144,7 +145,7 @@ class Agent:
                 return self._start(message)
             case StopInstance(instance=instance, epoch=epoch, grace_s=grace_s):
                 return self._stop(instance, epoch, grace_s)
-            case Ingest(op=op) | DropCheckpoint(op=op) | LoadCheckpoint(op=op):
+            case Ingest(op=op) | DropCheckpoint(op=op) | LoadCheckpoint(op=op) | VerifyCheckpoint(op=op):
                 if op in self.done:
                     return [self.done[op]]
                 self.ops[op] = message

@@ -9,7 +9,7 @@ from sllmctl.control.view import ClusterView
 
 __all__ = ["check_indexes"]
 
-_APART = {"means", "refused", "line", "_stale", "_free", "_loose"}
+_APART = {"means", "operations", "refused", "line", "_stale", "_free", "_loose"}
 """What counts changes, says what is to be done, or is looked at below."""
 
 

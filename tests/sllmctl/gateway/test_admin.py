@@ -25,8 +25,8 @@ from schema.states import InstanceState, ModelState, NodeState, RequestState, Ti
 from sllmctl import client
 from sllmctl.client import AsyncAdminClient
 from sllmctl.config import AdminSettings, ClientSettings
-from sllmctl.control.effects import AddModel, DeployModel, Event, RemoveModel, StopInstanceNow, StopModel
-from sllmctl.control.view import Checkpoint, ClusterView, Instance, Model, Node, PlacementRecord
+from sllmctl.control.effects import AddModel, DeployModel, Event, Operate, RemoveModel, StopInstanceNow, StopModel
+from sllmctl.control.view import Checkpoint, ClusterView, Instance, Model, Node, Operation, PlacementRecord
 from sllmctl.gateway.admin import admin_app
 from sllmctl.gateway.explanations import Explanations
 from sllmctl.planner.plans import Candidate, Decision, Refusal, Rejection, Wait
@@ -221,6 +221,37 @@ async def test_a_checkpoint_is_found_by_the_beginning_of_its_digest(http: httpx.
     assert (await http.get("checkpoints/abcd")).json()["digest"] == _B
     assert _refusal(await http.get("checkpoints/ab")) == (400, "invalid_input", "digest")
     assert _refusal(await http.get("checkpoints/ffff")) == (404, "not_found", None)
+
+
+async def test_a_checkpoint_is_found_by_its_model(http: httpx.AsyncClient) -> None:
+    assert (await http.get("checkpoints/tiny")).json()["digest"] == _A
+    assert _refusal(await http.get("checkpoints/coming")) == (409, "conflict", None)
+
+
+async def test_operations_are_asked_for_and_waited_for(manager: _Manager, http: httpx.AsyncClient) -> None:
+    operation = Operation("op_7", 7, "verify", _A, "node_1", Tier.DISK, 4096, 30.0)
+    manager.runner.then = lambda _: manager.view.operations.update(
+        {"op_7": operation, "op_6": Operation("op_6", 6, "drop", _A, "node_1", Tier.DISK, 1, 29.0)}
+    )
+    (begun,) = (await http.post("checkpoints/tiny/verify", json={"node": "local"})).json()["items"]
+    assert (begun["id"], begun["node"], begun["ended_at"]) == ("op_7", "local", None)
+    for verb, tier in (("prefetch", "dram"), ("drop", "disk")):
+        assert (await http.post(f"checkpoints/{_A}/{verb}", json={"tier": tier})).status_code == 200
+    assert manager.runner.events == [
+        Operate(7, "verify", "tiny", "local", None),
+        Operate(7, "prefetch", _A, None, Tier.DRAM),
+        Operate(7, "drop", _A, None, Tier.DISK),
+    ]
+    assert (await http.get("operations/op_7", params={"wait": "ended", "timeout": "0.01"})).status_code == 202
+    waiting = asyncio.create_task(http.get("operations/op_7", params={"wait": "ended"}))
+    await asyncio.sleep(0)
+    operation.ended_at, operation.fault = 31.0, Fault("invalid_checkpoint", "bad")
+    answer = await waiting
+    assert (answer.status_code, answer.json()["fault"]["message"]) == (200, "bad")
+    assert [one["id"] for one in (await http.get("operations")).json()["items"]] == ["op_7", "op_6"]
+    assert _refusal(await http.get("operations/op_9")) == (404, "not_found", None)
+    assert _refusal(await http.get("operations/op_7", params={"wait": "ready"})) == (400, "invalid_input", "wait")
+    assert _refusal(await http.post("checkpoints/tiny/verify", json={"tier": "attic"}))[:2] == (400, "invalid_input")
 
 
 async def test_two_checkpoints_of_one_beginning_are_a_conflict(manager: _Manager, http: httpx.AsyncClient) -> None:

@@ -1,0 +1,95 @@
+"""Operations on checkpoints: waited for with their progress on stderr, then shown; the first failure is the command's."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from sllmctl.cli.diagnostics import ProgressLine
+from sllmctl.cli.format import bandwidth, duration, short_digest, size
+from sllmctl.cli.output import Column, Format, show_items
+
+if TYPE_CHECKING:
+    from schema.admin import OperationView
+    from sllmctl.client import AdminClient
+
+__all__ = ["finish_operations"]
+
+_HOLD_TERMINAL_S, _HOLD_LOG_S = 0.3, 5.0
+_DOING = {"prefetch": "loading to", "verify": "verifying", "drop": "dropping from"}
+
+
+def finish_operations(
+    admin: AdminClient, form: Format, operations: Sequence[OperationView], *, wait: bool, timeout_s: float
+) -> None:
+    """Show the operations, once they have ended if they are waited for.
+
+    Raises the first one's fault, TimedOut when they go on after ``timeout_s``.
+    """
+    ended = _wait(admin, operations, timeout_s) if wait else list(operations)
+    show_items(form, ended, _COLUMNS, lambda operation: operation.id)
+    for operation in ended:
+        if operation.fault is not None:
+            raise operation.fault.to_error()
+
+
+def _wait(admin: AdminClient, operations: Sequence[OperationView], timeout_s: float) -> list[OperationView]:
+    from schema.errors import TimedOut
+    from sllmctl import client
+
+    hold_s = _HOLD_TERMINAL_S if sys.stderr.isatty() else _HOLD_LOG_S
+    deadline = time.monotonic() + timeout_s
+    ended = []
+    with ProgressLine() as line:
+        for operation in operations:
+            while operation.ended_at is None:
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    raise TimedOut(
+                        f"{operation.id} ({operation.kind}) has not ended after {timeout_s:g} s; it goes on, "
+                        f"`sllmctl event ls --object {operation.digest}` says how"
+                    )
+                line.show(_doing(operation), operation.progress)
+                operation = admin.ask(client.wait_operation(operation.id, min(hold_s, left_s)))
+            ended.append(operation)
+    return ended
+
+
+def _doing(operation: OperationView) -> str:
+    return f"{_DOING[operation.kind]} {operation.tier} of {operation.node}"
+
+
+def _state(operation: OperationView) -> str:
+    if operation.ended_at is None:
+        return "running"
+    return "done" if operation.fault is None else f"failed ({operation.fault.code})"
+
+
+def _took(operation: OperationView) -> float:
+    return operation.ended_at - operation.began_at if operation.ended_at is not None else 0.0
+
+
+def _rate(operation: OperationView) -> str:
+    if operation.kind == "drop" or operation.fault is not None:
+        return "-"
+    if operation.ended_at is None:
+        return bandwidth(operation.progress.rate_bps) if operation.progress is not None else "-"
+    # What was there already has told of no bytes.
+    read = operation.progress.done_bytes if operation.progress is not None else 0
+    return bandwidth(read / _took(operation)) if _took(operation) > 0 else "-"
+
+
+_COLUMNS: list[Column[OperationView]] = [
+    Column("OPERATION", lambda o: o.kind),
+    Column("CHECKPOINT", lambda o: short_digest(o.digest)),
+    Column("NODE", lambda o: o.node),
+    Column("TIER", lambda o: o.tier),
+    Column("STATE", _state),
+    Column("SIZE", lambda o: size(o.size_bytes), right=True),
+    Column("TOOK", lambda o: duration(_took(o)) if o.ended_at is not None else "-", right=True),
+    Column("RATE", _rate, right=True),
+    Column("ID", lambda o: o.id, wide=True),
+    Column("FULL DIGEST", lambda o: o.digest, wide=True),
+]

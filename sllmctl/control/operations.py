@@ -1,0 +1,209 @@
+"""What operators ask of checkpoints: brought into memory, verified, dropped; each an operation of one node, with one end.
+
+They are live only: a node goes on with them while its manager is away, and a manager that was restarted ends those that it does
+not know. Over a broken link they last: what a node's next truth does not know of is asked for again, under the same name.
+"""
+
+from __future__ import annotations
+
+from schema.admin import OperationKind
+from schema.errors import Conflict, Fault, NotFound, Unreachable
+from schema.link import DropCheckpoint, LoadCheckpoint, NodeTruth, OperationDone, VerifyCheckpoint
+from schema.states import NodeState, Tier, TierState
+from sllmctl.control.effects import Operate
+from sllmctl.control.references import checkpoint_called, node_called
+from sllmctl.control.turn import Turn
+from sllmctl.control.view import Checkpoint, Node, Operation, PlacementRecord
+
+__all__ = ["begin", "done", "restate"]
+
+_KEPT = 1000
+"""So many operations are remembered."""
+
+
+def begin(turn: Turn, event: Operate) -> None:
+    """Begin the operations that were asked for: all of them, or none. Raises NotFound, Conflict, InvalidInput."""
+    checkpoint = checkpoint_called(turn.view, event.reference)
+    node = node_called(turn.view, event.node) if event.node is not None else None
+    match event.kind:
+        case "prefetch":
+            places = [(_prefetch_node(turn, checkpoint, node, event.tier), Tier.DRAM)]
+        case "verify":
+            places = _verify_places(turn, checkpoint, node)
+        case _:
+            places = _drop_places(turn, checkpoint, node, event.tier)
+    for where, tier in places:
+        _begin(turn, event, checkpoint, where, tier)
+
+
+def done(turn: Turn, said: OperationDone) -> bool:
+    """An operation has ended; False if it was none of an operator's."""
+    operation = turn.view.operations.get(said.op)
+    if operation is None:
+        return False
+    if operation.ended_at is None:
+        # What somebody else dropped in the meantime is gone, as was asked for.
+        gone = operation.kind == "drop" and said.fault is not None and said.fault.code == NotFound.code
+        _end(turn, operation, None if gone else said.fault)
+    return True
+
+
+def restate(turn: Turn, node: Node, truth: NodeTruth) -> set[str]:
+    """A node has stated what it does: ask again for what it does not know of. Returns what is still to be done there."""
+    wanted = set()
+    for operation in turn.view.operations.values():
+        if operation.node == node.id and operation.ended_at is None:
+            wanted.add(operation.id)
+            _note_load(turn, operation)
+            if operation.id not in truth.ops:
+                _send(turn, operation)
+    return wanted
+
+
+def _begin(turn: Turn, event: Operate, checkpoint: Checkpoint, node: Node, tier: Tier) -> None:
+    op = turn.core.ids("op")
+    known = turn.view.operations
+    operation = Operation(
+        op, event.ticket, event.kind, checkpoint.digest, node.id, tier, checkpoint.image_bytes, turn.now
+    )  # fmt: skip
+    known[op] = operation
+    for old in [old for old in known.values() if old.ended_at is not None][: max(0, len(known) - _KEPT)]:
+        del known[old.id]
+    if node.state is not NodeState.READY:
+        _end(turn, operation, Fault.of(Unreachable(f"node {node.name} is {node.state.value}")))
+        return
+    turn.event("checkpoint", checkpoint.digest, _BEGUN[event.kind], f"{tier.value} of node {node.name}, as an operator asked")
+    _note_load(turn, operation)
+    _send(turn, operation)
+
+
+_BEGUN: dict[OperationKind, str] = {"prefetch": "Prefetching", "verify": "Verifying", "drop": "Dropping"}
+_ENDED: dict[OperationKind, str] = {"prefetch": "Prefetched", "verify": "Verified", "drop": "Dropped"}
+
+
+def _send(turn: Turn, operation: Operation) -> None:
+    op, digest = operation.id, operation.digest
+    match operation.kind:
+        case "prefetch":
+            turn.send(operation.node, LoadCheckpoint(op=op, digest=digest, tier=operation.tier))
+        case "verify":
+            turn.send(operation.node, VerifyCheckpoint(op=op, digest=digest))
+        case _:
+            turn.send(operation.node, DropCheckpoint(op=op, digest=digest, tier=operation.tier))
+
+
+def _note_load(turn: Turn, operation: Operation) -> None:
+    """A load takes its share of the node's disk, as those do that are read ahead unasked."""
+    core, op = turn.core, operation.id
+    if operation.kind == "prefetch" and op not in core.prefetches and operation.digest in turn.view.checkpoints:
+        node = turn.view.nodes[operation.node]
+        core.prefetches[op] = (node.id, operation.digest)
+        core.estimates.began(op, node, turn.view.checkpoints[operation.digest], (), Tier.DISK, "", turn.now)
+
+
+def _end(turn: Turn, operation: Operation, fault: Fault | None) -> None:
+    operation.ended_at, operation.fault = turn.now, fault
+    where = f"{operation.tier.value} of node {turn.view.nodes[operation.node].name}"
+    if fault is None:
+        turn.event("checkpoint", operation.digest, _ENDED[operation.kind], where)
+    else:
+        reason = f"{operation.kind.capitalize()}Failed"
+        turn.event("checkpoint", operation.digest, reason, f"{where}: {fault.message}", level="warning")
+
+
+# --- which copies are meant ---
+
+
+def _prefetch_node(turn: Turn, checkpoint: Checkpoint, node: Node | None, tier: Tier | None) -> Node:
+    """The node to bring a checkpoint into the memory of: the one named, or the one with most free memory of those with it."""
+    view, digest = turn.view, checkpoint.digest
+    if tier not in (None, Tier.DRAM):
+        raise Conflict(f"a checkpoint can be brought to {Tier.DRAM}, not to {tier}")
+    holders = view.nodes_with(digest, Tier.DISK)
+    if node is not None:
+        if node.id not in holders and node.id not in view.nodes_with(digest, Tier.DRAM):
+            raise Conflict(f"checkpoint {digest[:16]} is not on the disk of node {node.name}; {_lies(turn, digest)}")
+        _check_arena(checkpoint, node)
+        return _ready(node)
+    ready = [each for each in map(view.nodes.__getitem__, holders) if each.state is NodeState.READY]
+    if not ready:
+        raise Conflict(f"no node that is ready has checkpoint {digest[:16]} on its disk; {_lies(turn, digest)}")
+    there = view.nodes_with(digest, Tier.DRAM)
+
+    def preference(each: Node) -> tuple[bool, bool, int, str]:
+        arena = each.inventory.arena if each.inventory is not None else None
+        free = arena.budget_bytes - view.dram_bytes.get(each.id, 0) if arena is not None else 0
+        return (each.id in there, not each.cordoned, free, each.id)
+
+    best = max(ready, key=preference)
+    _check_arena(checkpoint, best)
+    return best
+
+
+def _check_arena(checkpoint: Checkpoint, node: Node) -> None:
+    budget = node.inventory.arena.budget_bytes if node.inventory is not None else checkpoint.image_bytes
+    if checkpoint.image_bytes > budget:
+        raise Conflict(
+            f"checkpoint {checkpoint.digest[:16]} has {checkpoint.image_bytes} bytes; "
+            f"the arena of node {node.name} holds {budget}"
+        )
+
+
+def _verify_places(turn: Turn, checkpoint: Checkpoint, node: Node | None) -> list[tuple[Node, Tier]]:
+    """Every copy on a disk, or that of the node named; also those in quarantine."""
+    records = [record for record in _records(turn, checkpoint, node) if record.tier is Tier.DISK]
+    if not records:
+        where = f"the disk of node {node.name}" if node is not None else "any disk"
+        raise NotFound(f"checkpoint {checkpoint.digest[:16]} is not on {where}; {_lies(turn, checkpoint.digest)}")
+    if node is not None:
+        _ready(node)
+    return [(turn.view.nodes[record.node], Tier.DISK) for record in records]
+
+
+def _drop_places(turn: Turn, checkpoint: Checkpoint, node: Node | None, tier: Tier | None) -> list[tuple[Node, Tier]]:
+    """The copies on DRAM and disk, or on the tier named. Raises Conflict for one that is in use, or that a model needs."""
+    view, digest = turn.view, checkpoint.digest
+    wanted = (Tier.DRAM, Tier.DISK) if tier is None else (tier,)
+    records = [record for record in _records(turn, checkpoint, node) if record.tier in wanted]
+    if not records:
+        where = "/".join(wanted) + (f" of node {node.name}" if node is not None else " of any node")
+        raise NotFound(f"checkpoint {digest[:16]} is not on {where}; {_lies(turn, digest)}")
+    if node is not None:
+        _ready(node)
+    for record in records:
+        users = [one.id for one in view.instances_on(record.node).values() if one.digest == digest]
+        if users:
+            name = view.nodes[record.node].name
+            raise Conflict(f"checkpoint {digest[:16]} is in use on node {name} by {', '.join(users)}; stop them first")
+    left = {record.node for record in _records(turn, checkpoint, None) if record.tier is Tier.DISK}
+    sound = left & set(view.nodes_with(digest, Tier.DISK))
+    going = {record.node for record in records if record.tier is Tier.DISK}
+    models = list(view.models_of(digest))
+    if models and going & sound and not sound - going:
+        raise Conflict(
+            f"this is the last sound copy of checkpoint {digest[:16]}, which {', '.join(models)} needs; "
+            "remove the model first (`sllmctl model rm`)"
+        )
+    records.sort(key=lambda record: (record.node, record.tier is Tier.DISK))
+    return [(view.nodes[record.node], record.tier) for record in records]
+
+
+def _records(turn: Turn, checkpoint: Checkpoint, node: Node | None) -> list[PlacementRecord]:
+    found = turn.view.placements_of(checkpoint.digest).values()
+    return [record for record in found if node is None or record.node == node.id]
+
+
+def _ready(node: Node) -> Node:
+    if node.state is not NodeState.READY:
+        raise Conflict(f"node {node.name} is {node.state.value}; `sllmctl event ls --object {node.name}` says why")
+    return node
+
+
+def _lies(turn: Turn, digest: str) -> str:
+    """Where a checkpoint lies, in words."""
+    places = sorted(
+        f"{turn.view.nodes[record.node].name}:{record.tier.value}"
+        + ("" if record.state is TierState.RESIDENT else f" ({record.state.value})")
+        for record in turn.view.placements_of(digest).values()
+    )
+    return f"it lies on {', '.join(places)}" if places else "it lies nowhere"

@@ -1,0 +1,53 @@
+"""What people call things: a checkpoint by a beginning of its digest or by a model, a node by its name. Pure."""
+
+from __future__ import annotations
+
+import re
+
+from schema.errors import Conflict, InvalidInput, NotFound
+from schema.states import NodeState
+from sllmctl.control.view import Checkpoint, ClusterView, Node
+
+__all__ = ["LEAST_DIGITS", "checkpoint_called", "node_called"]
+
+LEAST_DIGITS = 4
+"""So much of a digest at least."""
+
+_DIGITS = re.compile(r"[0-9a-f]{1,64}")
+
+
+def checkpoint_called(view: ClusterView, reference: str) -> Checkpoint:
+    """The checkpoint of a model of this name, or the one whose digest begins so.
+
+    Raises NotFound; Conflict, naming them, when several are meant, or for a model without a checkpoint; InvalidInput for a
+    beginning that is too short.
+    """
+    digit = _DIGITS.fullmatch(reference) is not None
+    found = {digest for digest in view.checkpoints if digest.startswith(reference)} if digit else set()
+    model = view.models.get(reference)
+    if len(reference) < LEAST_DIGITS and model is None:
+        raise InvalidInput(f"{reference!r} is too short for a digest; give {LEAST_DIGITS} digits or more", "digest")
+    if model is not None and model.digest is None and not found:
+        raise Conflict(f"model {reference!r} has no checkpoint yet ({model.state.value}); wait until it is ingested")
+    if len(reference) < LEAST_DIGITS:
+        found = set()
+    meant = found | ({model.digest} if model is not None and model.digest is not None else set())
+    if len(meant) > 1:
+        names = ", ".join(_described(view, digest) for digest in sorted(meant))
+        raise Conflict(f"{reference} is ambiguous: it may mean {names}; give more digits")
+    if not meant:
+        raise NotFound(f"there is no checkpoint {reference!r}")
+    return view.checkpoints[meant.pop()]
+
+
+def node_called(view: ClusterView, name: str) -> Node:
+    """The node of this name, or of this id. Raises NotFound."""
+    node = view.node_named(name) or view.nodes.get(name)
+    if node is None or node.state is NodeState.REMOVED:
+        raise NotFound(f"there is no node {name!r}")
+    return node
+
+
+def _described(view: ClusterView, digest: str) -> str:
+    models = ", ".join(view.models_of(digest))
+    return digest[:16] + (f" (of {models})" if models else "")

@@ -1,0 +1,97 @@
+"""`sllmctl checkpoint`: what is asked for copies of checkpoints, how it is waited for, and how it ends."""
+
+from __future__ import annotations
+
+import json
+
+import msgspec
+import pytest
+
+from tests.sllmctl.cli.conftest import Sllmctl
+from tests.sllmctl.fake_manager import CHECKPOINTS, OPERATIONS, FakeManager
+
+_RUNNING = msgspec.structs.replace(OPERATIONS[0], ended_at=None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "path", "body"),
+    [
+        (("prefetch", "qwen"), "prefetch", {"node": None, "tier": "dram"}),
+        (("prefetch", "qwen", "--node", "gpu1"), "prefetch", {"node": "gpu1", "tier": "dram"}),
+        (("verify", "qwen", "--node", "gpu1"), "verify", {"node": "gpu1", "tier": None}),
+        (("rm", "qwen", "-y"), "drop", {"node": None, "tier": None}),
+        (("rm", "qwen", "-y", "--tier", "disk", "--node", "local"), "drop", {"node": "local", "tier": "disk"}),
+    ],
+)
+def test_what_is_asked(
+    sllmctl: Sllmctl, manager: FakeManager, arguments: tuple[str, ...], path: str, body: dict[str, str]
+) -> None:
+    manager.answer(f"POST checkpoints/qwen/{path}", 200, {"items": [_RUNNING]})
+    manager.answer("GET operations/op_1", 202, _RUNNING)
+    manager.answer("GET operations/op_1", 200, OPERATIONS[0])
+    said = sllmctl("checkpoint", *arguments)
+    assert said.code == 0, said.err
+    assert manager.asked[0] == ("POST", f"checkpoints/qwen/{path}", body)
+    assert [path.partition("?")[0] for _, path, _ in manager.asked[1:]] == ["operations/op_1"] * 2
+    assert "done" in said.out
+
+
+def test_no_wait_returns_at_once(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    manager.answer("POST checkpoints/qwen/verify", 200, {"items": [_RUNNING]})
+    said = sllmctl("checkpoint", "verify", "qwen", "--no-wait", "-o", "name")
+    assert (said.code, said.out) == (0, "op_1\n")
+    assert len(manager.asked) == 1
+
+
+def test_the_first_failure_is_the_commands_and_all_are_shown(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    manager.answer("POST checkpoints/qwen/verify", 200, {"items": OPERATIONS})
+    said = sllmctl("checkpoint", "verify", "qwen")
+    assert said.code == 1
+    assert "bytes at offset 0" in said.err
+    lines = said.out.splitlines()
+    assert len(lines) == 3
+    assert "512.0 MiB/s" in lines[1]
+    assert "failed (invalid_checkpoint)" in lines[2]
+    said = sllmctl("checkpoint", "verify", "qwen", "-o", "json")
+    assert said.code == 1
+    assert [one["id"] for one in json.loads(said.out)] == ["op_1", "op_2"]
+
+
+def test_a_wait_that_runs_out_says_that_it_goes_on(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    manager.answer("POST checkpoints/qwen/verify", 200, {"items": [_RUNNING]})
+    manager.answer("GET operations/op_1", 202, _RUNNING)
+    said = sllmctl("checkpoint", "verify", "qwen", "--timeout", "0.05")
+    assert said.code == 7
+    assert "goes on" in said.err
+
+
+def test_removal_refuses_without_a_terminal_and_asks_for_nothing(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    manager.answer("GET checkpoints/qwen", 200, CHECKPOINTS[0])
+    said = sllmctl("checkpoint", "rm", "qwen")
+    assert said.code == 2
+    assert "-y" in said.err
+    assert not [one for one in manager.asked if one[0] == "POST"]
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "exit_code"), [(404, "not_found", 5), (409, "conflict", 6), (400, "invalid_input", 2)]
+)
+def test_refusals_have_their_exit_codes(sllmctl: Sllmctl, manager: FakeManager, status: int, code: str, exit_code: int) -> None:
+    manager.refuse("POST checkpoints/abcd/verify", status, code, "abcd is ambiguous: it may mean this or that")
+    said = sllmctl("checkpoint", "verify", "abcd")
+    assert (said.code, said.out) == (exit_code, "")
+    assert "ambiguous" in said.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("prefetch",),
+        ("prefetch", "qwen", "--tier", "disk"),
+        ("rm", "qwen", "--tier", "remote"),
+        ("verify", "qwen", "--tier", "x"),
+    ],
+)
+def test_usage_is_checked(sllmctl: Sllmctl, manager: FakeManager, arguments: tuple[str, ...]) -> None:
+    assert sllmctl("checkpoint", *arguments).code == 2
+    assert manager.asked == []

@@ -1,0 +1,234 @@
+"""What operators ask of checkpoints: which copies are meant, what is refused, and how an operation ends."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from schema.admin import OperationKind
+from schema.errors import Fault
+from schema.link import DropCheckpoint, LoadCheckpoint, Placement, PlacementUpdate, VerifyCheckpoint
+from schema.states import InstanceState, Tier, TierState
+from sllmctl.control.effects import FromNode, Operate
+from sllmctl.control.view import Operation
+from tests.sllmctl.control.conftest import MakeWorld
+from tests.sllmctl.control.world import Agent, World, digest_of, spec
+
+
+def ask(world: World, kind: OperationKind, reference: str, node: str | None = None, tier: Tier | None = None) -> Fault | None:
+    return world.ask(lambda ticket: Operate(ticket, kind, reference, node, tier))
+
+
+def asked(world: World) -> list[Operation]:
+    return [one for one in world.view.operations.values() if one.ticket == world.tickets]
+
+
+def two(make_world: MakeWorld, **means: object) -> World:
+    """Two nodes with the checkpoint of m on disk, the second with more memory."""
+    agents = Agent("local"), Agent("far", arena_mib=2000)
+    for agent in agents:
+        agent.hold("m")
+    world = make_world(*agents)
+    for agent in agents:
+        world.connect(agent.name)
+    return world
+
+
+def test_a_prefetch_goes_where_most_memory_is_free(make_world: MakeWorld) -> None:
+    world = two(make_world)
+    assert ask(world, "prefetch", digest_of("m")[:6]) is None
+    (operation,) = asked(world)
+    assert (operation.node, operation.tier, operation.ended_at, operation.fault) == ("far", Tier.DRAM, world.now, None)
+    assert set(world.view.nodes_with(digest_of("m"), Tier.DRAM)) == {"far"}
+    assert ask(world, "prefetch", digest_of("m"), "local") is None
+    assert set(world.view.nodes_with(digest_of("m"), Tier.DRAM)) == {"far", "local"}
+    assert world.reasons("checkpoint") == ["Prefetching", "Prefetched"] * 2
+    world.check_rows()
+
+
+def test_a_model_is_a_name_of_its_checkpoint(world: World) -> None:
+    world.serve(spec())
+    assert ask(world, "verify", "m") is None
+    (operation,) = asked(world)
+    assert operation.digest == digest_of("m")
+    assert isinstance(world.agents["local"].done, dict)
+    assert any(isinstance(one, VerifyCheckpoint) for one in world.agents["local"].heard)
+
+
+def test_what_is_ambiguous_is_refused_by_name(make_world: MakeWorld) -> None:
+    agent = Agent("local")
+    agent.hold("m")
+    first = digest_of("m")
+    second = first[:5] + ("0" if first[5] != "0" else "1") + first[6:]
+    agent.checkpoints[second] = msgspec.structs.replace(agent.checkpoints[first], digest=second)
+    world = make_world(agent)
+    world.connect("local")
+    fault = ask(world, "verify", first[:5])
+    assert fault is not None
+    assert fault.code == "conflict"
+    assert first[:16] in fault.message
+    assert second[:16] in fault.message
+    assert ask(world, "verify", first[:6]) is None
+
+
+def test_a_model_named_like_another_checkpoint_is_ambiguous(make_world: MakeWorld) -> None:
+    other = digest_of("m")[:5]
+    agent = Agent("local")
+    agent.hold("m")
+    world = make_world(agent)
+    world.connect("local")
+    world.serve(spec(other))
+    fault = ask(world, "verify", other)
+    assert fault is not None
+    assert fault.code == "conflict"
+    assert f"(of {other})" in fault.message
+
+
+@pytest.mark.parametrize(
+    ("kind", "reference", "node", "code"),
+    [
+        ("verify", "ffff", None, "not_found"),
+        ("verify", "ff", None, "invalid_input"),
+        ("verify", "m", "nowhere", "not_found"),
+        ("verify", "m", "far", "not_found"),
+        ("prefetch", "m", "far", "conflict"),
+        ("drop", "m", "far", "not_found"),
+    ],
+)
+def test_what_is_not_there_is_said(make_world: MakeWorld, kind: OperationKind, reference: str, node: str, code: str) -> None:
+    world = make_world(Agent("local"), Agent("far"))
+    world.connect("local")
+    world.connect("far")
+    world.serve(spec())
+    fault = ask(world, kind, reference, node)
+    assert fault is not None
+    assert fault.code == code
+    assert not world.view.operations
+
+
+def test_a_drop_takes_memory_and_disk_of_every_node_and_forgets_the_checkpoint(make_world: MakeWorld) -> None:
+    world = two(make_world)
+    ask(world, "prefetch", digest_of("m"), "far")
+    assert ask(world, "drop", digest_of("m")) is None
+    assert [(one.node, one.tier, one.fault) for one in asked(world)] == [
+        ("far", Tier.DRAM, None),
+        ("far", Tier.DISK, None),
+        ("local", Tier.DISK, None),
+    ]
+    assert digest_of("m") not in world.view.checkpoints
+    world.check_rows()
+
+
+def test_a_drop_spares_what_is_in_use_and_the_last_sound_copy_that_a_model_needs(make_world: MakeWorld) -> None:
+    world = make_world(Agent("local"), Agent("far"))
+    world.agents["far"].hold("m")
+    world.connect("local")
+    world.connect("far")
+    world.serve(spec(least=1))
+    instance = world.only()
+    fault = ask(world, "drop", "m", instance.node)
+    assert fault is not None
+    assert instance.id in fault.message
+    other = "far" if instance.node == "local" else "local"
+    assert ask(world, "drop", "m", other) is None
+    world.demand("m", 0)
+    for tier in (Tier.DISK, None):
+        fault = ask(world, "drop", "m", None, tier)
+        assert fault is not None
+        assert fault.code == "conflict"
+
+
+def test_the_last_copy_goes_only_with_its_model(world: World) -> None:
+    world.serve(spec())
+    fault = ask(world, "drop", "m")
+    assert fault is not None
+    assert "last sound copy" in fault.message
+    assert not any(isinstance(one, DropCheckpoint) for one in world.agents["local"].heard)
+
+
+def test_an_operation_outlasts_its_link_and_its_agent_under_one_name(world: World) -> None:
+    agent = world.agents["local"]
+    agent.hold("m")
+    world.connect("local")
+    agent.automatic = False
+    assert ask(world, "prefetch", digest_of("m")) is None
+    (operation,) = asked(world)
+    world.lose("local")
+    assert operation.ended_at is None
+    world.connect("local")
+    assert [type(one) for one in agent.heard].count(LoadCheckpoint) == 1
+    world.lose("local")
+    agent.forget()
+    world.connect("local")
+    assert [one.op for one in agent.heard if isinstance(one, LoadCheckpoint)] == [operation.id] * 2
+    world.tell("local", agent.finish(operation.id))
+    assert operation.ended_at == world.now
+    assert not agent.done
+    assert not world.loop._core.prefetches
+
+
+def test_an_end_that_a_truth_tells_is_taken(world: World) -> None:
+    agent = world.agents["local"]
+    agent.hold("m")
+    world.connect("local")
+    agent.automatic = False
+    ask(world, "verify", digest_of("m"))
+    (operation,) = asked(world)
+    world.lose("local")
+    agent.finish(operation.id, Fault("invalid_checkpoint", "partition_0.bin is wrong"))
+    world.connect("local")
+    assert operation.fault == Fault("invalid_checkpoint", "partition_0.bin is wrong")
+    assert world.reasons("checkpoint")[-1] == "VerifyFailed"
+
+
+def test_a_restarted_manager_ends_what_it_does_not_know(world: World) -> None:
+    agent = world.agents["local"]
+    agent.hold("m")
+    world.connect("local")
+    agent.automatic = False
+    ask(world, "verify", digest_of("m"))
+    world.start_manager()
+    world.connect("local")
+    assert agent.ops == {}
+
+
+def test_an_ended_operation_is_remembered_among_a_thousand(world: World) -> None:
+    world.agents["local"].hold("m")
+    world.connect("local")
+    for _ in range(1010):
+        ask(world, "verify", digest_of("m"))
+    assert len(world.view.operations) == 1000
+    assert len(asked(world)) == 1
+
+
+def quarantine(world: World, tier: Tier, state: TierState = TierState.QUARANTINED) -> None:
+    truth = world.agents["local"].checkpoints[digest_of("m")]
+    reason = "partition_0.bin: 9 bytes are wrong" if state is TierState.QUARANTINED else ""
+    bad = Placement(tier=tier, state=state, size_bytes=truth.image_bytes, reason=reason)
+    others = tuple(one for one in truth.placements if one.tier is not tier)
+    truth = msgspec.structs.replace(truth, placements=(*others, bad))
+    world.do(FromNode("local", PlacementUpdate(truth=truth)))
+
+
+def test_a_quarantined_copy_is_no_source_says_why_and_comes_back(world: World) -> None:
+    world.serve(spec())
+    quarantine(world, Tier.DISK)
+    record = world.view.placements[digest_of("m"), "local", Tier.DISK, 0]
+    assert record.reason == "partition_0.bin: 9 bytes are wrong"
+    assert not world.view.nodes_with(digest_of("m"), Tier.DISK)
+    assert any("9 bytes are wrong" in one.message for one in world.events if one.reason == "Quarantined")
+    world.demand("m", 1)
+    assert not world.view.instances_of("m")
+    quarantine(world, Tier.DISK, TierState.RESIDENT)
+    assert world.only().state is InstanceState.READY
+    assert "Released" in world.reasons("checkpoint")
+    world.check_rows()
+
+
+def test_wrong_weights_in_memory_end_their_instances_at_once(world: World) -> None:
+    world.serve(spec(least=1))
+    first = world.only()
+    quarantine(world, Tier.DRAM)
+    assert first.id not in world.view.instances
+    assert "Quarantined" in world.reasons("instance")
+    assert world.only().state is InstanceState.READY
