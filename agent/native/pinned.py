@@ -1,0 +1,132 @@
+"""Host memory that a device copies from at full speed: pinned step by step, and cut so that no copy crosses a step."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+from collections.abc import Iterator
+from typing import Final
+
+from agent.native.device import Driver
+from schema.errors import SllmError
+
+__all__ = ["STEP_BYTES", "HostMemory", "Ring", "address_of"]
+
+STEP_BYTES: Final = 256 << 20
+"""What one registration pins. A load that meets an unpinned step pays for this much at most: 10 ms where pages were touched."""
+_log = logging.getLogger(__name__)
+
+
+def address_of(view: memoryview) -> int:
+    """Where writable memory lies in this process."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
+
+
+class HostMemory:
+    """Ranges of this process's memory, pinned as they are first copied from, or ahead of that by `pin_next`.
+
+    One thread uses it. Where the system refuses to pin, copies are slower and as right: that is logged once.
+    """
+
+    def __init__(self, driver: Driver, step_bytes: int = STEP_BYTES) -> None:
+        self._driver = driver
+        self._step_bytes = step_bytes
+        self._ranges: list[tuple[int, int]] = []
+        self._pinned: set[int] = set()
+        self._waiting: list[tuple[int, int]] = []
+        self.refused = False
+        """The system would not pin; nothing more is tried."""
+
+    def add(self, address: int, size_bytes: int) -> None:
+        """Whole pages that copies will come from."""
+        self._ranges.append((address, size_bytes))
+        for at in range(address, address + size_bytes, self._step_bytes):
+            self._waiting.append((at, min(self._step_bytes, address + size_bytes - at)))
+
+    def cut(self, address: int, size_bytes: int, limit_bytes: int) -> Iterator[tuple[int, int]]:
+        """The range in pieces of at most ``limit_bytes``, none of which crosses from one step into the next."""
+        while size_bytes:
+            length = min(size_bytes, limit_bytes, self.step_end(address) - address)
+            yield address, length
+            address += length
+            size_bytes -= length
+
+    def step_end(self, address: int) -> int:
+        """Where the step that holds this address ends."""
+        start, size = self._range(address)
+        return min(start + size, address + self._step_bytes - (address - start) % self._step_bytes)
+
+    def pin(self, address: int) -> None:
+        """Pin the step that holds this address, if that was not done yet."""
+        start, size = self._range(address)
+        at = address - (address - start) % self._step_bytes
+        if at not in self._pinned and not self.refused:
+            self._register(at, min(self._step_bytes, start + size - at))
+
+    def pin_next(self) -> bool:
+        """Pin one more step ahead of need; False when all are."""
+        while self._waiting and not self.refused:
+            at, size = self._waiting.pop(0)
+            if at not in self._pinned:
+                self._register(at, size)
+                return True
+        return False
+
+    def close(self) -> None:
+        """Unpin everything."""
+        for address in sorted(self._pinned):
+            self._driver.unregister(address)
+        self._pinned.clear()
+
+    def _register(self, address: int, size_bytes: int) -> None:
+        try:
+            self._driver.register(address, size_bytes)
+            self._pinned.add(address)
+        except SllmError as error:
+            self.refused = True
+            _log.warning("host memory cannot be pinned, so copies to devices are slow: %s", error)
+
+    def _range(self, address: int) -> tuple[int, int]:
+        for start, size in self._ranges:
+            if start <= address < start + size:
+                return start, size
+        raise ValueError(f"address {address:#x} is not in memory that copies may come from")
+
+
+class Ring:
+    """Slots of one pinned area, for what passes through DRAM on its way to a device. The caller guards it."""
+
+    def __init__(self, slots: int, slot_bytes: int) -> None:
+        self.slots = slots
+        self.slot_bytes = slot_bytes
+        self.free = list(range(slots))
+        self._memory = mmap.mmap(-1, slots * slot_bytes)
+        self._view = memoryview(self._memory)
+        self.address = address_of(self._view)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.slots * self.slot_bytes
+
+    def slots_for(self, size_bytes: int) -> int:
+        """How many slots a run of bytes takes."""
+        return -(-size_bytes // self.slot_bytes)
+
+    def take(self, size_bytes: int) -> tuple[tuple[int, ...], tuple[memoryview, ...]] | None:
+        """Slots and their memory for so many bytes; None while too few are free."""
+        count = self.slots_for(size_bytes)
+        if count > len(self.free):
+            return None
+        taken = tuple(sorted(self.free)[:count])
+        self.free = [slot for slot in self.free if slot not in taken]
+        views = []
+        for slot in taken:
+            at = slot * self.slot_bytes
+            views.append(self._view[at : at + min(self.slot_bytes, size_bytes)])
+            size_bytes -= len(views[-1])
+        return taken, tuple(views)
+
+    def give(self, slots: tuple[int, ...]) -> None:
+        """Take slots back."""
+        self.free.extend(slots)
