@@ -1,0 +1,60 @@
+"""Figures of the benchmark of loading: medians, paired by round, with an interval that says how sure it is."""
+
+from __future__ import annotations
+
+import statistics
+
+import numpy as np
+import pytest
+
+from bench.load.results import figures, interval, markdown
+
+
+def test_the_interval_covers_the_median_as_often_as_it_says() -> None:
+    random = np.random.default_rng(7)
+    hits, covered = 0, 0.0
+    for _ in range(4000):
+        low, high, covered = interval(list(random.normal(size=7)))
+        hits += low <= 0 <= high
+    assert covered == pytest.approx(1 - 2 * 0.5**7)
+    assert hits / 4000 == pytest.approx(covered, abs=0.01)
+
+
+def test_a_long_series_gets_a_narrower_interval() -> None:
+    low, high, covered = interval(list(range(21)))
+    assert (low, high) == (6, 14)
+    assert 0.9 <= covered < 0.95
+
+
+def _result() -> dict[str, object]:
+    runs = []
+    for number, disk_s in enumerate((1.0, 2.0, 4.0)):  # a disk that changes between rounds, and a loader that keeps its share
+        for subject, share in (("raw", 1.0), ("arena", 0.96), ("run_ai", 0.5), ("tensors", 0.9)):
+            runs.append(
+                {"round": number, "subject": subject, "state": "cold", "seconds": disk_s / share, "cpu_s": 0.01, "bytes": 10**9,
+                 "pages": "hugetlb"}
+            )  # fmt: skip
+    return {
+        "runs": runs,
+        "rounds": 3,
+        "machine": "m",
+        "commit": "c",
+        "unsupported": {"instant_tensor": "no GPU"},
+        "bytes": 10**9,
+        "tensors": 201,
+    }
+
+
+def test_ratios_are_of_the_same_round() -> None:
+    lines = {line["figure"]: line for line in figures(_result())}
+    assert lines["cold, disk to arena"]["measured"].startswith("0.96 (0.96 to 0.96)")
+    assert lines["cold, disk to arena"]["reached"] is True
+    assert lines["cold, disk to tensors, against Run:ai model streamer"]["measured"].startswith("1.80 ")
+    assert lines["cold, disk to arena, processor time"]["measured"] == f"{statistics.median([0.01]):.3f} s/GB"
+
+
+def test_the_tables_show_what_ran_and_why_the_rest_did_not() -> None:
+    text = markdown(_result())
+    assert "Not run: InstantTensor (no GPU)." in text
+    assert text.index("io_uring in C") < text.index("to tensors in a worker") < text.index("Run:ai")
+    assert "From the page cache" not in text
