@@ -9,7 +9,8 @@ import stat
 from pathlib import Path
 
 from agent.native.jobs import Unit
-from schema.errors import InvalidCheckpoint, SllmError
+from agent.native.pagecache import cached_pages
+from schema.errors import InvalidCheckpoint, SllmError, TimedOut
 
 __all__ = ["DIRECT_ALIGN_BYTES", "OpenFile", "wrong_checksum"]
 
@@ -20,7 +21,8 @@ DIRECT_ALIGN_BYTES = 4096
 class OpenFile:
     """``cached`` reads through the page cache; ``direct`` past it, -1 where the file system does not know that.
 
-    ``use_direct`` and ``try_cache`` are lowered by the reader when the file system turns out to refuse either.
+    ``use_direct``, ``try_cache`` (reads that must not wait) and ``ask_cache`` (cachestat) are lowered by the reader when the
+    system turns out to refuse them.
     Raises InvalidCheckpoint for what is missing, no regular file, or not of ``size_bytes``.
     """
 
@@ -35,7 +37,7 @@ class OpenFile:
             raise InvalidCheckpoint(f"{path} has {status.st_size} bytes; its manifest says {size_bytes}")
         with contextlib.suppress(SllmError):  # a file system that knows no direct reads says so when it opens
             self.direct = self._open(os.O_DIRECT)
-        self.use_direct = self.try_cache = self.direct >= 0
+        self.use_direct = self.try_cache = self.ask_cache = self.direct >= 0
 
     def _open(self, flags: int) -> int:
         try:
@@ -45,6 +47,23 @@ class OpenFile:
                 raise InvalidCheckpoint(f"cannot open {self.path}: {error.strerror}") from error
             raise SllmError(f"cannot open {self.path}: {error.strerror}") from error
 
+    def in_cache(self, offset: int, length: int) -> bool | None:
+        """Whether all of a range lies in the page cache; None if only a read that must not wait can tell.
+
+        Asked with cachestat where there is one: since Linux 6.0 a read that must not wait starts reading ahead what it did
+        not find, which here halved the bandwidth of the direct reads that followed.
+        """
+        if not self.try_cache:
+            return False
+        if self.ask_cache:
+            try:
+                found, pages = cached_pages(self.cached, offset, length)
+            except OSError:
+                self.ask_cache = False
+            else:
+                return found >= pages
+        return None
+
     def failed(self, offset: int, why: str | None) -> SllmError:
         """The error of a read that the system refused."""
         return SllmError(f"cannot read {self.path} at byte {offset}: {why}")
@@ -52,6 +71,10 @@ class OpenFile:
     def short(self, offset: int) -> SllmError:
         """The error of a file that has become shorter than it was when it was opened."""
         return InvalidCheckpoint(f"{self.path} ends at byte {offset}; its manifest says {self.size_bytes}")
+
+    def stalled(self, offset: int, stall_s: float) -> SllmError:
+        """The error of a read that does not come back: a dead disk, or a server that does not answer."""
+        return TimedOut(f"reading {self.path} at byte {offset} has not come back for {stall_s:g} s; look at the disk")
 
     def close(self) -> None:
         os.close(self.cached)

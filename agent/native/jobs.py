@@ -64,6 +64,7 @@ class ReadJob:
 
     ``error``, once set, is how the job ends; ``corrupt`` says that it is a wrong checksum: the copy on disk is bad, whoever
     reads it. ``finished``: no reader touches the job's memory any more. It is set once, then ``changed`` is called.
+    ``stalled``: a read of it does not come back; the job has ended as good as, but its memory is the kernel's.
     ``done_bytes`` are in memory and right, ``prefix_bytes`` of them without a gap from the job's first unit on.
     """
 
@@ -75,6 +76,7 @@ class ReadJob:
     error: SllmError | None = None
     corrupt: bool = False
     finished: bool = False
+    stalled: SllmError | None = None
     _pending: deque[Unit] = field(default_factory=deque)
     _last: bool = False
     _running: int = 0
@@ -142,6 +144,13 @@ class JobQueue:
                 job.error = error
                 job._pending.clear()
             self.condition.notify_all()
+
+    def stall(self, job: ReadJob, error: SllmError) -> None:
+        """A read of the job does not come back, which it says to whoever waits. It is ``finished`` if the read ever is over."""
+        with self.condition:
+            job.stalled = job.stalled or error
+        self.end(job, error)
+        job._changed(job)
 
     def take(self) -> Work | None:
         """The next thing to do, or None. To be called with ``condition`` held, and answered with `settle`."""

@@ -6,13 +6,23 @@ what the rest of the store sees of it.
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from agent.native.jobs import JobQueue, Priority, ReadJob, Unit, cancelled
+from agent.native.ring_reader import RingReader
 from agent.native.threads import BLOCK_BYTES, ThreadReader
+from agent.native.uring import NoRing
 
 __all__ = ["BLOCK_BYTES", "Priority", "ReadJob", "ReadPool", "Reader", "Unit"]
+
+DEPTH: Final = 32
+"""Blocks under way at a time, unless told otherwise."""
+STALL_S: Final = 30.0
+_HELPERS: Final = max(2, min(4, (os.cpu_count() or 1) // 2))
+_log = logging.getLogger(__name__)
 
 
 class Reader(Protocol):
@@ -37,10 +47,22 @@ class ReadPool:
     ``changed`` of a job is called on a reader's thread after every unit, the last time when it is ``finished``. So is
     ``unit_done``, before it and in the order of completion, once the unit's bytes are in memory and their checksum is right;
     what it raises ends the job. Neither may block.
+
+    ``backend``: "io_uring" (NoRing is raised where there is none), "threads", or "auto". ``block_bytes`` is the longest single
+    read, ``depth`` how many of them io_uring has under way. A job with a read that has not come back for ``stall_s`` is
+    ``stalled``, and is ``finished`` when that read is over, if ever, since its memory is the kernel's until then.
     """
 
-    def __init__(self, threads: int) -> None:
-        self._reader: Reader = ThreadReader(threads)
+    def __init__(
+        self,
+        threads: int,
+        *,
+        backend: str = "auto",
+        block_bytes: int = BLOCK_BYTES,
+        depth: int = DEPTH,
+        stall_s: float = STALL_S,
+    ) -> None:
+        self._reader = _reader(threads, backend, block_bytes, depth, stall_s)
 
     @property
     def backend(self) -> str:
@@ -81,3 +103,14 @@ class ReadPool:
         for job in self._reader.queue.jobs:
             self.cancel(job)
         self._reader.close()
+
+
+def _reader(threads: int, backend: str, block_bytes: int, depth: int, stall_s: float) -> Reader:
+    if backend != "threads":
+        try:
+            return RingReader(block_bytes=block_bytes, depth=depth, helpers=_HELPERS, stall_s=stall_s)
+        except NoRing as error:
+            if backend == "io_uring":
+                raise
+            _log.info("%s; reading with %d threads", error, threads)
+    return ThreadReader(threads, block_bytes=block_bytes, stall_s=stall_s)

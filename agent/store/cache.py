@@ -45,19 +45,31 @@ class _Fill:
     image_bytes: int = 0
     verifying: bool = False
     given_up: bool = False
+    stalled: bool = False
     told_at: float = 0.0
     told_bytes: int = -1
 
 
 class ArenaStore:
-    """A `Store` over one arena. ``wake`` is called, from any thread, when `pump` has something to do."""
+    """A `Store` over one arena. ``wake`` is called, from any thread, when `pump` has something to do.
 
-    def __init__(self, arena: Arena, listener: StoreListener, *, reader_threads: int, wake: Callable[[], None]) -> None:
+    ``pool`` reads, one of ``reader_threads`` if there is none; it is closed with the store.
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        listener: StoreListener,
+        *,
+        reader_threads: int,
+        wake: Callable[[], None],
+        pool: ReadPool | None = None,
+    ) -> None:
         self._arena = arena
         self._listener = listener
         self._wake = wake
         self._woken_at = 0.0
-        self._pool = ReadPool(reader_threads)
+        self._pool = pool or ReadPool(reader_threads)
         self._residents = {occupant.digest: occupant for occupant in arena.occupants}
         self._fills: dict[str, _Fill] = {}
         self._waiting: dict[str, _Fill] = {}
@@ -73,6 +85,11 @@ class ArenaStore:
     def arena(self) -> ArenaInfo:
         return self._arena.info(self._arena.chunks - len(self._free))
 
+    @property
+    def backend(self) -> str:
+        """How the disk is read: "io_uring" or "threads"."""
+        return self._pool.backend
+
     def residents(self) -> tuple[Resident, ...]:
         return tuple(self._resident(occupant) for occupant in self._residents.values())
 
@@ -82,6 +99,9 @@ class ArenaStore:
 
     def fill(self, op: str, digest: str, directory: Path, users: int = 1, priority: Priority = Priority.REQUEST) -> None:
         known = self._fills.get(digest)
+        if known is not None and known.job is not None and known.job.stalled is not None:
+            self._listener.failed(op, digest, Fault.of(known.job.stalled))
+            return
         if known is not None and known.given_up:
             known = self._waiting.get(digest)
             if known is None:
@@ -144,6 +164,8 @@ class ArenaStore:
             assert fill.job is not None
             if fill.job.finished:
                 self._end(fill, fill.job)
+            elif fill.job.stalled is not None:
+                self._stall(fill, fill.job.stalled)
             elif now - fill.told_at >= _PROGRESS_S and fill.told_bytes != fill.job.done_bytes:
                 self._tell(fill, now, fill.job.done_bytes)
         self._pump_verifier(now)
@@ -252,7 +274,7 @@ class ArenaStore:
     def _changed(self, job: ReadJob) -> None:
         """On a reader's thread: wakes the owner at a job's end, and now and then before it."""
         now = time.monotonic()
-        if job.finished or now - self._woken_at >= _PROGRESS_S:
+        if job.finished or job.stalled is not None or now - self._woken_at >= _PROGRESS_S:
             self._woken_at = now
             self._wake()
 
@@ -280,6 +302,21 @@ class ArenaStore:
             elif not isinstance(job.error, Cancelled):
                 _mark(catalog.unmark_verified, fill.directory)
             self._fail(fill, job.error)
+        self._begin_waiting()
+
+    def _stall(self, fill: _Fill, error: SllmError) -> None:
+        """A read does not come back: all who wait are answered, and the chunks stay taken until it does."""
+        if fill.stalled:
+            return
+        fill.stalled = fill.given_up = True
+        self._fail(fill, error)
+        fill.ops = []
+        same = self._waiting.pop(fill.digest, None)
+        if same is not None:
+            self._fail(same, error)
+        self._begin_waiting()
+
+    def _begin_waiting(self) -> None:
         waiting, self._waiting = self._waiting, {}
         for other in waiting.values():
             if other.digest in self._fills:  # its own given-up read is not over yet
@@ -306,7 +343,7 @@ class ArenaStore:
         inspected = set(self._verifier.asked.values())
         free = (each for each in self._residents.values() if not each.users and each.digest not in inspected)
         idle = sorted(free, key=lambda each: each.stamp)
-        ending = [fill.occupant for fill in self._fills.values() if fill.given_up and fill.occupant is not None]
+        ending = [fill.occupant for fill in self._fills.values() if fill.given_up and not fill.stalled and fill.occupant]
         chunks, slots = len(self._free), len(self._free_slots)
         victims: list[Occupant] = []
         for occupant in idle:

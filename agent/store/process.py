@@ -47,6 +47,8 @@ from schema.version import VERSION
 __all__ = ["StoreProcess", "main"]
 
 _SOFTWARE: Final = f"sllmctl-store {VERSION}"
+_SWITCH_S: Final = 0.0005
+"""How soon a thread that reads gets the interpreter back from one that computes; each block costs one such wait."""
 _log = logging.getLogger(__name__)
 
 
@@ -57,6 +59,7 @@ def main(run_dir: str | Path) -> int:
     except SllmError as error:
         sys.stderr.write(f"store: {error}\n")
         return 2
+    sys.setswitchinterval(_SWITCH_S)
     logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format="%(asctime)s store %(levelname)s %(message)s")
     lock = os.open(config.lock_path("store"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -220,6 +223,7 @@ class StoreProcess:
         arena = self._arena = self._arena or Arena.create(self._config.arena_bytes, self._config.chunk_bytes)
         if self._store is None:
             self._store = ArenaStore(arena, self, reader_threads=self._config.reader_threads, wake=self._wake)
+            _log.info("reading by %s into an arena of %s pages", self._store.backend, arena.pages)
         if self._offer:
             self._channel.send(Descriptors(what="arena", count=1), [arena.descriptor])
         store = self._store

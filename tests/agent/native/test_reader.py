@@ -1,4 +1,4 @@
-"""The reader's threads: fair shares, rings, cancel, short and shrinking files, both ways of reading."""
+"""Reading, by io_uring and by threads: fair shares, rings, cancel, short and shrinking files, both ways of reading."""
 
 from __future__ import annotations
 
@@ -10,16 +10,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import xxhash
 
-from agent.native import threads
+from agent.native import files, threads
 from agent.native.reader import Priority, ReadJob, ReadPool, Unit
+from agent.native.uring import NoRing
 
 MIB = 1 << 20
 
 
+@pytest.fixture(params=["io_uring", "threads"])
+def pool(request: pytest.FixtureRequest) -> Iterator[ReadPool]:
+    try:
+        pool = ReadPool(2, backend=request.param)
+    except NoRing as error:
+        pytest.skip(str(error))
+    yield pool
+    pool.close()
+
+
 @pytest.fixture
-def pool() -> Iterator[ReadPool]:
-    pool = ReadPool(2)
+def threaded() -> Iterator[ReadPool]:
+    pool = ReadPool(2, backend="threads")
     yield pool
     pool.close()
 
@@ -82,7 +94,7 @@ def test_file_that_shrinks_under_the_read_is_named_with_its_offset(pool: ReadPoo
     assert f"{tmp_path / 'f'} ends at byte {4 * MIB}" in str(job.error)
 
 
-def test_disk_error_is_named_with_its_offset(pool: ReadPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_error_is_named_with_its_offset(threaded: ReadPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "f", 4 * MIB)
     real = os.preadv
 
@@ -93,7 +105,7 @@ def test_disk_error_is_named_with_its_offset(pool: ReadPool, tmp_path: Path, mon
 
     monkeypatch.setattr(threads.os, "preadv", failing)
     watch = Watch()
-    job = pool.submit(units(tmp_path / "f", 4 * MIB, memoryview(bytearray(4 * MIB)), 2 * MIB), watch)
+    job = threaded.submit(units(tmp_path / "f", 4 * MIB, memoryview(bytearray(4 * MIB)), 2 * MIB), watch)
     watch.wait(job)
     assert str(job.error) == f"cannot read {tmp_path / 'f'} at byte {2 * MIB}: Input/output error"
     assert job.error is not None
@@ -101,10 +113,13 @@ def test_disk_error_is_named_with_its_offset(pool: ReadPool, tmp_path: Path, mon
 
 
 def test_short_reads_and_refused_direct_reads_are_made_good(
-    pool: ReadPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    threaded: ReadPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = write(tmp_path / "f", MIB)
     real = os.preadv
+
+    def unknown(descriptor: int, offset: int, length: int) -> tuple[int, int]:
+        raise OSError(errno.ENOSYS, "Function not implemented")
 
     def stingy(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
         if flags == os.RWF_NOWAIT:
@@ -113,10 +128,11 @@ def test_short_reads_and_refused_direct_reads_are_made_good(
             raise OSError(errno.EINVAL, "bad alignment")
         return real(descriptor, [buffers[0][:70001]], offset, flags)
 
+    monkeypatch.setattr(files, "cached_pages", unknown)
     monkeypatch.setattr(threads.os, "preadv", stingy)
     memory = memoryview(bytearray(MIB))
     watch = Watch()
-    job = pool.submit(units(tmp_path / "f", MIB, memory), watch)
+    job = threaded.submit(units(tmp_path / "f", MIB, memory), watch)
     watch.wait(job)
     assert job.error is None
     assert memory == data
@@ -133,7 +149,7 @@ def test_cancel_ends_a_job_and_leaves_its_memory_alone(tmp_path: Path, monkeypat
         return real(descriptor, buffers, offset, flags)
 
     monkeypatch.setattr(threads.os, "preadv", held)
-    pool, watch = ReadPool(1), Watch()
+    pool, watch = ReadPool(1, backend="threads"), Watch()
     memory = memoryview(bytearray(8 * MIB))
     job = pool.submit(units(tmp_path / "f", 8 * MIB, memory), watch)
     assert entered.wait(30)
@@ -172,7 +188,7 @@ class Gate:
 def read_side_by_side(tmp_path: Path, gate: Gate, priorities: list[Priority], counts: list[int]) -> list[int]:
     """The order in which jobs of so many units each were served, by one thread that was busy while they came."""
     write(tmp_path / "f", 64 * 4096)
-    pool, watch = ReadPool(1), Watch()
+    pool, watch = ReadPool(1, backend="threads"), Watch()
     order: list[int] = []
     memory = memoryview(bytearray(64 * 4096))
 
@@ -207,7 +223,7 @@ def test_a_higher_priority_goes_first_and_never_starves_the_rest(tmp_path: Path,
 
 def test_a_job_that_is_raised_goes_on_as_urgently_as_those_it_joins(tmp_path: Path, gate: Gate) -> None:
     write(tmp_path / "f", 64 * 4096)
-    pool, watch = ReadPool(1), Watch()
+    pool, watch = ReadPool(1, backend="threads"), Watch()
     order: list[int] = []
     memory = memoryview(bytearray(64 * 4096))
     work = units(tmp_path / "f", 64 * 4096, memory, 4096)
@@ -278,7 +294,7 @@ def test_a_ring_of_two_slots_takes_a_file_of_any_size(pool: ReadPool, tmp_path: 
 
 
 def test_an_open_job_ends_by_its_last_units_by_a_cancel_and_by_closing(tmp_path: Path) -> None:
-    pool, watch = ReadPool(2), Watch()
+    pool, watch = ReadPool(2, backend="threads"), Watch()
     jobs = [pool.submit([], watch, last=False) for _ in range(3)]
     pool.feed(jobs[0], [], last=True)
     watch.wait(jobs[0])
@@ -291,9 +307,76 @@ def test_an_open_job_ends_by_its_last_units_by_a_cancel_and_by_closing(tmp_path:
     assert jobs[2].finished
 
 
-def test_closing_ends_what_runs(tmp_path: Path) -> None:
+def test_closing_ends_what_runs(pool: ReadPool, tmp_path: Path) -> None:
     write(tmp_path / "f", 32 * MIB)
-    pool, watch = ReadPool(1), Watch()
+    watch = Watch()
     job = pool.submit(units(tmp_path / "f", 32 * MIB, memoryview(bytearray(32 * MIB))), watch)
     pool.close()
     assert job.finished
+
+
+def test_a_wrong_checksum_is_the_copys_fault_and_names_the_place(pool: ReadPool, tmp_path: Path) -> None:
+    data = write(tmp_path / "f", 3 * MIB)
+    memory = memoryview(bytearray(3 * MIB))
+    right = [
+        Unit(unit.file, unit.file_bytes, unit.offset_bytes, unit.targets, xxhash.xxh3_64_intdigest(data[at : at + MIB]))
+        for at, unit in zip(range(0, 3 * MIB, MIB), units(tmp_path / "f", 3 * MIB, memory), strict=True)
+    ]
+    watch = Watch()
+    job = pool.submit(right, watch)
+    watch.wait(job)
+    assert job.error is None
+    assert memory == data
+    wrong = Unit(tmp_path / "f", 3 * MIB, MIB, (memory[MIB : 2 * MIB],), 1)
+    job = pool.submit([right[0], wrong, right[2]], watch)
+    watch.wait(job)
+    assert job.corrupt
+    assert f"the {MIB} bytes at offset {MIB}" in str(job.error)
+
+
+def test_what_cannot_be_opened_ends_the_job(pool: ReadPool, tmp_path: Path) -> None:
+    memory = memoryview(bytearray(8 * MIB))
+    watch = Watch()
+    job = pool.submit(units(tmp_path / "none", 8 * MIB, memory), watch)
+    watch.wait(job)
+    assert job.error is not None
+    assert job.error.code == "invalid_checkpoint"
+    assert "No such file" in str(job.error)
+
+
+def test_a_unit_in_pieces_and_off_every_boundary(pool: ReadPool, tmp_path: Path) -> None:
+    data = write(tmp_path / "f", 6 * MIB + 777)
+    memory = memoryview(bytearray(6 * MIB))
+    pieces = (memory[:100], memory[100 : 2 * MIB + 5], memory[2 * MIB + 5 :])
+    watch = Watch()
+    sums = xxhash.xxh3_64_intdigest(data[333 : 333 + 6 * MIB])
+    job = pool.submit([Unit(tmp_path / "f", 6 * MIB + 777, 333, pieces, sums)], watch)
+    watch.wait(job)
+    assert job.error is None
+    assert memory == data[333 : 333 + 6 * MIB]
+
+
+def test_a_read_that_does_not_come_back_ends_its_job_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write(tmp_path / "f", MIB)
+    write(tmp_path / "stuck", MIB)
+    leave = threading.Event()
+    real = os.preadv
+
+    def held(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name == "stuck":
+            assert leave.wait(30)
+        return real(descriptor, buffers, offset, flags)
+
+    monkeypatch.setattr(threads.os, "preadv", held)
+    pool, watch = ReadPool(1, backend="threads", stall_s=0.1), Watch()
+    stuck = pool.submit(units(tmp_path / "stuck", MIB, memoryview(bytearray(MIB))), watch)
+    memory = memoryview(bytearray(MIB))
+    job = pool.submit(units(tmp_path / "f", MIB, memory), watch)
+    watch.wait(job)
+    assert memory == data
+    assert stuck.error is not None
+    assert str(stuck.error).startswith(f"reading {tmp_path / 'stuck'} at byte 0 has not come back")
+    assert not stuck.finished
+    leave.set()
+    watch.wait(stuck)
+    pool.close()

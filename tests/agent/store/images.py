@@ -13,6 +13,7 @@ import xxhash
 
 from agent.native.arena import Arena
 from agent.native.mapping import ImageMapping
+from agent.native.reader import ReadPool
 from agent.store.cache import ArenaStore
 from schema.checkpoint import FORMAT_VERSION, PAD_BYTES, KvGeometry, Manifest, Partition, TextDefaults, encode_manifest
 from schema.errors import Fault
@@ -93,21 +94,25 @@ class Told:
 class Bench:
     """A store with its arena, driven as the store process drives it."""
 
-    def __init__(self, arena: Arena, threads: int = 2) -> None:
+    def __init__(self, arena: Arena, threads: int = 2, pool: ReadPool | None = None) -> None:
         self.told = Told()
         self.arena = arena
         self._event = os.eventfd(0, os.EFD_NONBLOCK)
         self._write = os.eventfd_write
-        self.store = ArenaStore(arena, self.told, reader_threads=threads, wake=lambda: self._write(self._event, 1))
+        self.store = ArenaStore(arena, self.told, reader_threads=threads, wake=lambda: self._write(self._event, 1), pool=pool)
 
     def wait(self, *ops: str, timeout_s: float = 30.0) -> None:
         """Returns when every op is answered."""
         deadline = time.monotonic() + timeout_s
         told = self.told
         while not all(op in told.resident or op in told.faults or op in told.verdicts for op in ops):
-            assert select.select([self._event], [], [], deadline - time.monotonic())[0], f"{ops} were not answered"
-            os.eventfd_read(self._event)
-            self.store.pump()
+            self.turn(deadline - time.monotonic(), f"{ops} were not answered")
+
+    def turn(self, timeout_s: float = 30.0, otherwise: str = "nothing changed") -> None:
+        """Pumps once there is something to."""
+        assert select.select([self._event], [], [], max(0.0, timeout_s))[0], otherwise
+        os.eventfd_read(self._event)
+        self.store.pump()
 
     def close(self) -> None:
         self.store.close()

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from agent.native import threads
 from agent.native.arena import Arena
 from agent.native.reader import Priority, ReadJob, ReadPool
 from agent.store import catalog
@@ -233,6 +235,46 @@ def test_nothing_leaks_and_all_is_answered_whatever_is_given_up(tmp_path: Path, 
         bench.store.hold(resident.digest, 0)
         bench.store.drop(resident.digest)
     assert bench.store.arena.used_bytes == 0
+    bench.close()
+
+
+def test_a_disk_that_stalls_is_answered_for_and_keeps_only_its_own_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck, next_one, big = (commit(tmp_path, number, size * CHUNK) for number, size in ((1, 3), (2, 5), (3, 6)))
+    entered, leave = threading.Event(), threading.Event()
+    real = os.preadv
+
+    def held(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        if stuck[0] in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            entered.set()
+            assert leave.wait(30)
+        return real(descriptor, buffers, offset, flags)
+
+    monkeypatch.setattr(threads.os, "preadv", held)
+    bench = Bench(Arena.create(8 * CHUNK, CHUNK), pool=ReadPool(2, backend="threads", stall_s=0.2))
+    bench.store.fill("a", stuck[0], stuck[1])
+    assert entered.wait(30)
+    bench.store.hold(stuck[0], 0)
+    bench.store.fill("b", stuck[0], stuck[1])
+    bench.store.fill("big", big[0], big[1])
+    bench.wait("a", "b", "big")
+    assert bench.told.faults["a"].code == bench.told.faults["b"].code == "timed_out"
+    assert f"{stuck[1] / 'partition_0.bin'} at byte" in bench.told.faults["a"].message
+    assert bench.told.faults["big"].code == "out_of_space"
+    bench.store.fill("c", stuck[0], stuck[1])
+    assert bench.told.faults["c"].code == "timed_out"
+    bench.store.fill("d", next_one[0], next_one[1])
+    bench.wait("d")
+    assert read_image(bench.arena.descriptor, bench.told.resident["d"]) == next_one[2]
+    assert bench.store.arena.used_bytes == 8 * CHUNK
+    bench.store.hold(next_one[0], 0)
+    leave.set()
+    while bench.store.arena.used_bytes > 5 * CHUNK:
+        bench.turn()
+    bench.store.fill("e", stuck[0], stuck[1])
+    bench.wait("e")
+    assert read_image(bench.arena.descriptor, bench.told.resident["e"]) == stuck[2]
     bench.close()
 
 
