@@ -6,13 +6,14 @@ A checkpoint is in one of three places here: `_residents`, `_fills` (a read is u
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from agent.native.arena import Arena
 from agent.native.chunk_table import Occupant
@@ -25,10 +26,22 @@ from schema.checkpoint import Manifest
 from schema.errors import Cancelled, Conflict, Fault, InvalidCheckpoint, NotFound, OutOfSpace, SllmError
 from schema.link import ArenaInfo, Resident
 
-__all__ = ["ArenaStore"]
+__all__ = ["ArenaStore", "FillSource"]
 
 _PROGRESS_S: Final = 0.1
 _log = logging.getLogger(__name__)
+
+
+class FillSource(Protocol):
+    """Where an image comes from that is not on the disk yet; its jobs are as those of a `ReadPool`."""
+
+    @property
+    def manifest(self) -> Manifest: ...
+
+    def submit(self, units: Sequence[Unit], changed: Callable[[ReadJob], None], *, priority: Priority) -> ReadJob: ...
+
+    def do_without(self) -> None:
+        """There is no memory for the image now, or it is there already."""
 
 
 @dataclass(slots=True)
@@ -40,6 +53,7 @@ class _Fill:
     ops: list[str]
     users: int
     priority: Priority
+    source: FillSource | None = None
     occupant: Occupant | None = None
     job: ReadJob | None = None
     image_bytes: int = 0
@@ -118,6 +132,17 @@ class ArenaStore:
         if op not in known.ops:
             known.ops.append(op)
 
+    def fill_from(self, digest: str, directory: Path, users: int, source: FillSource) -> None:
+        """Take in a checkpoint while it is fetched to ``directory``, if there is room now; its owner answers who asked."""
+        room = False
+        if digest not in self._residents.keys() | self._fills.keys() | self._waiting.keys():
+            with contextlib.suppress(OutOfSpace):
+                room = self._make_room(source.manifest.image_bytes)
+        if room:
+            self._start(_Fill(digest, directory, [], users, Priority.REQUEST, source), source.manifest)
+        else:
+            source.do_without()
+
     def hold(self, digest: str, users: int, condemned: str = "") -> None:
         if (occupant := self._residents.get(digest)) is not None:
             self._use(occupant, users)
@@ -127,7 +152,7 @@ class ArenaStore:
         for fill in (self._fills.get(digest), self._waiting.get(digest)):
             if fill is not None and not fill.given_up:
                 fill.users = users
-                if users == 0:
+                if users == 0 and fill.source is None:
                     self._give_up(fill)
 
     def drop(self, digest: str) -> None:
@@ -211,7 +236,7 @@ class ArenaStore:
         units = list(self._units(fill.directory, manifest, chunks, fill.verifying))
         self._fills[fill.digest] = fill
         self._tell(fill, time.monotonic(), 0)
-        fill.job = self._pool.submit(units, self._changed, priority=fill.priority)
+        fill.job = (fill.source or self._pool).submit(units, self._changed, priority=fill.priority)
 
     def _units(self, directory: Path, manifest: Manifest, chunks: list[int], verifying: bool) -> Iterator[Unit]:
         for partition in manifest.partitions:
@@ -299,7 +324,7 @@ class ArenaStore:
             self._release(fill.occupant)
             if job.corrupt:
                 _mark(catalog.quarantine, fill.directory, str(job.error))
-            elif not isinstance(job.error, Cancelled):
+            elif fill.source is None and not isinstance(job.error, Cancelled):
                 _mark(catalog.unmark_verified, fill.directory)
             self._fail(fill, job.error)
         self._begin_waiting()

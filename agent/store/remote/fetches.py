@@ -1,0 +1,222 @@
+"""The fetches of a store: one for each digest that is asked for, however often, each op answered once.
+
+Owned by the store's main thread; what blocks runs on a fetch's own threads, which wake the owner.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Protocol
+
+from agent.native.jobs import Priority, ReadJob, Unit
+from agent.store.cache import ArenaStore
+from agent.store.remote.fetch import Fetch
+from agent.store.remote.open import open_remote
+from agent.store.remote.partial import sweep_partials
+from schema.checkpoint import Manifest
+from schema.errors import Fault, SllmError
+from schema.remote import RemoteSettings
+
+__all__ = ["FetchListener", "Fetches"]
+
+_PROGRESS_S: Final = 0.1
+_log = logging.getLogger(__name__)
+
+
+class FetchListener(Protocol):
+    """Who hears of fetches. Each op gets progress and then exactly one `fetched`."""
+
+    def fetching(self, op: str, done_bytes: int, total_bytes: int) -> None: ...
+
+    def fetched(self, op: str, digest: str, fault: Fault | None) -> None: ...
+
+
+@dataclass(eq=False)
+class _Fetch:
+    """One digest on its way, for all ``ops`` that asked. A `FillSource`, once it is prepared."""
+
+    digest: str
+    url: str
+    ops: list[str]
+    in_memory: bool
+    users: int
+    wake: Callable[[], None]
+    fetch: Fetch | None = None
+    thread: threading.Thread | None = None
+    error: SllmError | None = None
+    prepared: bool = False
+    begun: bool = False
+    cancelled: bool = False
+    job: ReadJob | None = None
+    told_at: float = 0.0
+    told_bytes: int = -1
+    woken_at: float = 0.0
+    _outer: list[Callable[[ReadJob], None]] = field(default_factory=list)
+
+    @property
+    def manifest(self) -> Manifest:
+        assert self.fetch is not None
+        return self.fetch.manifest
+
+    def submit(self, units: Sequence[Unit], changed: Callable[[ReadJob], None], *, priority: Priority) -> ReadJob:
+        assert self.fetch is not None
+        self._outer.append(changed)
+        self.job = self.fetch.submit(units, self._changed, priority=priority)
+        return self.job
+
+    def cancel(self, job: ReadJob) -> None:
+        assert self.fetch is not None
+        self.fetch.cancel(job)
+
+    def do_without(self) -> None:
+        """The arena has no room, or has the image: to the disk alone."""
+        self.submit((), _ignore, priority=Priority.PREFETCH)
+
+    def _changed(self, job: ReadJob) -> None:
+        for changed in self._outer:
+            changed(job)
+        now = time.monotonic()
+        if job.finished or now - self.woken_at >= _PROGRESS_S:
+            self.woken_at = now
+            self.wake()
+
+
+class Fetches:
+    """``data`` is the node's data directory. ``wake`` is called, from any thread, when `pump` has something to do."""
+
+    def __init__(
+        self,
+        data: Path,
+        checkpoints: Path,
+        settings: RemoteSettings,
+        store: ArenaStore,
+        listener: FetchListener,
+        wake: Callable[[], None],
+    ) -> None:
+        self._data = data
+        self._checkpoints = checkpoints
+        self._settings = settings
+        self._store = store
+        self._listener = listener
+        self._wake = wake
+        self._fetches: dict[str, _Fetch] = {}
+        self._ending: list[_Fetch] = []
+
+    def ops(self) -> tuple[str, ...]:
+        """The ops that wait for an answer."""
+        return tuple(op for fetch in self._fetches.values() for op in fetch.ops)
+
+    def begin(self, op: str, digest: str, url: str, layout: str = "", *, in_memory: bool = False, users: int = 0) -> None:
+        """Fetch a checkpoint to the disk and, with ``in_memory``, into the arena as it comes, where that has room.
+
+        ``users`` hold it there from then on. A digest that is on its way already is not fetched twice, wherever from.
+        """
+        known = self._fetches.get(digest)
+        if known is not None:
+            if op not in known.ops:
+                known.ops.append(op)
+            return
+        fetch = self._fetches[digest] = _Fetch(digest, url, [op], in_memory, users, self._wake)
+        fetch.thread = threading.Thread(target=self._prepare, args=(fetch, layout), name="fetch-prepare")
+        fetch.thread.start()
+
+    def cancel(self, op: str) -> None:
+        """Nobody waits for this op any more; it is not answered. The fetch ends with its last op."""
+        for digest, fetch in list(self._fetches.items()):
+            if op in fetch.ops:
+                fetch.ops.remove(op)
+                if not fetch.ops:
+                    del self._fetches[digest]
+                    self._ending.append(fetch)
+                    self._end(fetch)
+
+    def pump(self) -> None:
+        """Tell the listener what the background has done since the last call. To be called after ``wake``."""
+        now = time.monotonic()
+        for digest, fetch in list(self._fetches.items()):
+            if self._advance(fetch):
+                del self._fetches[digest]
+                fault = None if fetch.error is None else Fault.of(fetch.error)
+                for op in fetch.ops:
+                    self._listener.fetched(op, digest, fault)
+            elif fetch.job is not None and now - fetch.told_at >= _PROGRESS_S and fetch.told_bytes != fetch.job.done_bytes:
+                fetch.told_at, fetch.told_bytes = now, fetch.job.done_bytes
+                for op in fetch.ops:
+                    self._listener.fetching(op, fetch.job.done_bytes, fetch.manifest.image_bytes)
+        self._ending = [fetch for fetch in self._ending if not self._advance(fetch)]
+
+    def close(self) -> None:
+        """Break everything off, keeping on the disk what has come; no thread of it runs when this returns."""
+        fetches = [*self._fetches.values(), *self._ending]
+        self._fetches.clear()
+        self._ending.clear()
+        for fetch in fetches:
+            fetch.cancelled = True
+            if fetch.fetch is not None:
+                fetch.fetch.stop(keep=True)
+        for fetch in fetches:
+            if fetch.thread is not None:
+                fetch.thread.join()
+            if fetch.fetch is not None:
+                fetch.fetch.join()
+                fetch.fetch.discard()
+
+    def _advance(self, fetch: _Fetch) -> bool:
+        """Take the next step of a fetch; True when it is over."""
+        if fetch.thread is not None and not fetch.prepared:
+            return False
+        if fetch.error is not None:
+            return True
+        if not fetch.begun:
+            fetch.begun = True
+            assert fetch.fetch is not None
+            if fetch.cancelled:
+                fetch.fetch.discard()
+                return True
+            if fetch.in_memory:
+                directory = self._checkpoints / fetch.digest / fetch.manifest.layout
+                self._store.fill_from(fetch.digest, directory, fetch.users, fetch)
+            else:
+                fetch.do_without()
+        if fetch.job is None or not fetch.job.finished:
+            return False
+        assert fetch.fetch is not None
+        fetch.fetch.join()
+        fetch.error = fetch.job.error
+        return True
+
+    def _end(self, fetch: _Fetch) -> None:
+        fetch.cancelled = True
+        if fetch.job is not None:
+            fetch.cancel(fetch.job)
+        elif fetch.fetch is not None:
+            fetch.fetch.stop()
+        self._wake()
+
+    def _prepare(self, fetch: _Fetch, layout: str) -> None:
+        """On the fetch's own thread."""
+        try:
+            for name in sweep_partials(self._data, self._settings.keep_partial_s):
+                _log.info("deleted %s, a fetch that was never resumed", name)
+            remote = open_remote(fetch.url, self._settings)
+            made = Fetch(remote, fetch.digest, layout, self._data, self._checkpoints, self._settings)
+            fetch.fetch = made
+            if fetch.cancelled:
+                made.stop()
+            made.prepare()
+        except SllmError as error:
+            fetch.error = error
+        except Exception as error:  # this thread has no caller
+            _log.exception("fetching checkpoint %s failed", fetch.digest)
+            fetch.error = SllmError(f"fetching checkpoint {fetch.digest} failed: {type(error).__name__}: {error}")
+        fetch.prepared = True
+        self._wake()
+
+
+def _ignore(job: ReadJob) -> None:
+    """Nobody but the fetches' owner looks at it."""

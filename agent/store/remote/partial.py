@@ -1,0 +1,175 @@
+"""A checkpoint that is on its way to the disk: ``<data>/partial/<digest>-<layout>/``, kept for the next try, then committed.
+
+What lies in it is believed only after its checksum. Its directory is held with flock by the one who fetches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import time
+from pathlib import Path
+
+from agent.store import catalog
+from agent.store.ingest.writer import disk_errors
+from schema.checkpoint import Manifest
+from schema.errors import Conflict, InvalidCheckpoint, NotFound
+
+__all__ = ["Partial", "sweep_partials"]
+
+
+class Partial:
+    """The directory of one fetch. ``resumed``: an earlier one has left files there, of the same manifest."""
+
+    def __init__(self, data: Path, checkpoints: Path, manifest: Manifest, encoded: bytes) -> None:
+        self.manifest = manifest
+        self.path = data / "partial" / f"{manifest.digest}-{manifest.layout}"
+        self.target = checkpoints / manifest.digest / manifest.layout
+        self._trash = data / "tmp" / f"trash-{manifest.digest[:16]}-{manifest.layout}-{os.getpid()}"
+        self._encoded = encoded
+        self.resumed = False
+        self._held = -1
+        self._files: dict[str, int] = {}
+
+    def begin(self) -> None:
+        """Take the directory, and room for all partitions. Raises Conflict when another has it, OutOfSpace."""
+        with disk_errors(f"fetching checkpoint {self.manifest.digest}"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._held = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.close()
+                raise Conflict(f"checkpoint {self.manifest.digest} is being fetched by another process") from None
+            manifest_path = self.path / catalog.MANIFEST_FILE
+            self.resumed = manifest_path.is_file() and manifest_path.read_bytes() == self._encoded
+            if not self.resumed:
+                for child in self.path.iterdir():
+                    child.unlink()
+                manifest_path.write_bytes(self._encoded)
+            for partition in self.manifest.partitions:
+                flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+                descriptor = self._files[partition.file] = os.open(self.path / partition.file, flags, 0o666)
+                os.ftruncate(descriptor, partition.size_bytes)
+                _reserve(descriptor, partition.size_bytes)
+
+    def write_asset(self, name: str, data: bytes) -> None:
+        with disk_errors(f"writing {self.path / name}"):
+            (self.path / name).write_bytes(data)
+
+    def write(self, file: str, offset: int, data: memoryview) -> None:
+        """Write into a partition. Raises OutOfSpace, SllmError."""
+        with disk_errors(f"writing {self.path / file} at byte {offset}"):
+            while data:
+                count = os.pwrite(self._files[file], data, offset)
+                data = data[count:]
+                offset += count
+
+    def has(self, file: str, offset: int, length: int) -> bool:
+        """True when something was written to this range, as far as the file system tells."""
+        try:
+            return os.lseek(self._files[file], offset, os.SEEK_DATA) < offset + length
+        except OSError as error:
+            return error.errno != errno.ENXIO
+
+    def read(self, file: str, offset: int, view: memoryview) -> None:
+        """Read back what lies in a partition."""
+        with disk_errors(f"reading {self.path / file} at byte {offset}"):
+            while view:
+                count = os.preadv(self._files[file], [view], offset)
+                if not count:
+                    raise OSError(errno.EIO, "the file ends early")
+                view = view[count:]
+                offset += count
+
+    def commit(self) -> None:
+        """Every byte was found right: make it durable, then visible. A copy in quarantine is replaced, a sound one is kept."""
+        with disk_errors(f"committing checkpoint {self.manifest.digest}"):
+            catalog.mark_verified(self.path)
+            for child in self.path.iterdir():
+                _sync(child)
+            _sync(self.path)
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                if not self._place():
+                    shutil.rmtree(self.path)
+            finally:
+                shutil.rmtree(self._trash, ignore_errors=True)
+            _sync(self.target.parent)
+            _sync(self.target.parent.parent)
+
+    def _place(self) -> bool:
+        """Rename into place; False when a sound copy has come there meanwhile."""
+        for _ in range(2):
+            if _is_sound(self.target):
+                return False
+            if self.target.exists():
+                self._trash.parent.mkdir(parents=True, exist_ok=True)
+                self.target.rename(self._trash)
+            try:
+                self.path.rename(self.target)
+            except OSError as error:  # an ingest of the same model may have committed it just now: look again
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            else:
+                return True
+        return False
+
+    def close(self, *, keep: bool = True) -> None:
+        """Let go of it; what was not committed stays for the next try, or goes."""
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+        if not keep:
+            shutil.rmtree(self.path, ignore_errors=True)
+        if self._held >= 0:
+            os.close(self._held)
+            self._held = -1
+
+
+def sweep_partials(data: Path, older_than_s: float) -> list[str]:
+    """Delete what nobody fetches and nobody has touched for so long; returns the names."""
+    swept = []
+    with contextlib.suppress(FileNotFoundError):
+        for path in sorted((data / "partial").iterdir()):
+            with contextlib.suppress(OSError):
+                newest = max((child.stat().st_mtime for child in path.iterdir()), default=path.stat().st_mtime)
+                if time.time() - newest < older_than_s:
+                    continue
+                held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path)
+                    swept.append(path.name)
+                finally:
+                    os.close(held)
+    return swept
+
+
+def _is_sound(target: Path) -> bool:
+    try:
+        return catalog.read_entry(target).quarantined is None
+    except (InvalidCheckpoint, NotFound):
+        return False
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Claim the room at once: a full disk shows before hours of reading."""
+    if not size:
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
