@@ -21,6 +21,13 @@ def main(arguments: list[str] | None = None) -> int:
     ingest.add_argument("--run-dir", type=Path, required=True)
     ingest.add_argument("--op", required=True)
     ingest.add_argument("--source", required=True, help="a Source as JSON")
+    load = verbs.add_parser("bench-load", help="measure how fast this machine loads; a LoadAnswer on standard output")
+    load.add_argument("--checkpoints", type=Path, required=True, help="where a digest is looked for")
+    load.add_argument("--directory", type=Path, help="a checkpoint's own directory, instead")
+    load.add_argument("--digest", default="", help="its beginning; without it the largest checkpoint")
+    load.add_argument("--rounds", type=int, default=3)
+    load.add_argument("--chunk-bytes", type=int, default=4 << 20)
+    load.add_argument("--reader-threads", type=int, default=4)
     given = parser.parse_args(arguments)
     try:
         return _run(given)
@@ -44,6 +51,13 @@ def _run(given: argparse.Namespace) -> int:
         from agent.workers.zygote import main as run_zygote
 
         return run_zygote(given.run_dir)
+    if given.verb == "bench-load":
+        from agent.store.loadbench import main as run_bench_load
+
+        return run_bench_load(
+            checkpoints=given.checkpoints, directory=given.directory, digest=given.digest, rounds=given.rounds,
+            chunk_bytes=given.chunk_bytes, reader_threads=given.reader_threads,
+        )  # fmt: skip
     from agent.store.ingest import main as run_ingest
 
     return run_ingest(given.run_dir, given.op, given.source)

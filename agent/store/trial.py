@@ -47,6 +47,8 @@ class TrialStore:
         self._awake = threading.Event()
         self._ends: list[Resident | Fault] = []
         self._store: ArenaStore | None = None
+        self.reader = ""
+        """Which of its readers `read` had, once it was called."""
 
     def fill(self, entry: CatalogEntry) -> tuple[Resident, Timing]:
         """Load as an instance start does, from its manifest on; what the arena held is dropped first."""
@@ -92,6 +94,7 @@ class TrialStore:
                 ended.set()
 
         pool = ReadPool(self._reader_threads)
+        self.reader = pool.backend
         try:
             began, began_cpu_s = time.perf_counter(), cpu_s()
             job = pool.submit(units, changed)

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from agent.native.page_cache import forget, remember
+from agent.native.cold import forget, remember
 from bench.load.prepare import HERE, PEERS, Checkpoint, Prepared, data_sum, prepare
 from bench.load.results import figures, markdown
 

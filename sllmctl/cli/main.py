@@ -53,7 +53,7 @@ _COMMANDS = {
     "request": _entry(_LOOK, "request", "Requests: those that run, and the latest that ended."),
     "event": _entry(_LOOK, "event", "Events: what happened, and why."),
     "explain": _entry(_LOOK, "explain", "Where a model's next instance would go, and why."),
-    "bench": _entry(_LOOK, "bench", "Measurements: how good the planner's estimates are."),
+    "bench": _entry(_LOOK, "bench", "Measurements: the planner's estimates, the speed of loads."),
     "simulate": _entry(_LOOK, "simulate", "Simulate clusters: policies side by side, on a virtual clock."),
     **{
         role: _entry(_HIDDEN, "passthrough", f"Run the node's {role} process.", role)

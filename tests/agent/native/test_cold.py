@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.native.page_cache import cached_fraction, forget, remember
+from agent.native.cold import cached_fraction, forget, remember
 
 
 def test_a_file_is_forgotten_and_remembered(tmp_path: Path) -> None:

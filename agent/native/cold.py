@@ -1,4 +1,4 @@
-"""What of a file the kernel's page cache holds, and asking it to forget it: for measurements of cold and warm reads."""
+"""Makes files cold or warm, for measurements: the page cache is asked to forget or hold them, and mincore says what it did."""
 
 from __future__ import annotations
 

@@ -1,0 +1,161 @@
+"""`sllmctl bench load`, the node's side: how fast this machine loads a checkpoint, and what bounds a start of it.
+
+Runs as a process of its own with an arena of its own, so that a node that serves is disturbed on its disk alone. Every row
+goes through the store's and the worker's own code. Rounds are interleaved, and each row is set against the raw rate of the
+disk in the same round: the store's reader with no manifest, no chunk table and no checksums.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from agent.engine.weights import image_tensors
+from agent.native.cold import forget, remember
+from agent.native.mapping import ImageMapping
+from agent.store import catalog
+from agent.store.catalog import CatalogEntry
+from agent.store.trial import Timing, TrialStore
+from schema.errors import Fault, InvalidInput, NotFound, SllmError
+from schema.link import Resident
+from schema.loadreport import LoadAnswer, LoadReport, LoadRow
+
+__all__ = ["find_entry", "main", "measure"]
+
+RAW: Final = "disk, raw reads"
+COLD: Final = "disk -> memory"
+CHECKED: Final = "disk -> memory, checksums"
+WARM: Final = "page cache -> memory"
+ATTACH: Final = "memory -> tensors"
+_STILL_CACHED: Final = 0.01
+_NEAR: Final = 0.85
+"""A load that reaches this share of the raw disk is bound by it."""
+
+
+def main(*, checkpoints: Path, directory: Path | None, digest: str, rounds: int, chunk_bytes: int, reader_threads: int) -> int:
+    """Measure, and write a `LoadAnswer` as JSON on standard output. Returns the exit code."""
+    out = os.dup(1)
+    os.dup2(2, 1)  # whatever a library prints is no part of the answer
+    try:
+        entry = catalog.read_entry(directory.resolve()) if directory is not None else find_entry(checkpoints, digest)
+        answer = LoadAnswer(report=measure(entry, rounds, chunk_bytes=chunk_bytes, reader_threads=reader_threads))
+    except (SllmError, OSError) as error:
+        answer = LoadAnswer(fault=Fault.of(error))
+    with os.fdopen(out, "wb") as file:
+        file.write(msgspec.json.encode(answer))
+    return 0 if answer.report is not None else 1
+
+
+def find_entry(checkpoints: Path, digest: str) -> CatalogEntry:
+    """The checkpoint whose digest begins so; for an empty text the largest there is. Raises NotFound, InvalidInput."""
+    found = [entry for key, entry in catalog.scan(checkpoints).items() if key.startswith(digest)]
+    if not found:
+        what = f"checkpoint {digest}" if digest else "a checkpoint"
+        raise NotFound(f"there is no {what} on this machine's disk, in {checkpoints}; `sllmctl model add` brings one there")
+    if digest and len(found) > 1:
+        raise InvalidInput(f"{len(found)} checkpoints begin with {digest}; give more of the digest")
+    return max(found, key=lambda entry: entry.manifest.image_bytes)
+
+
+@dataclass(slots=True)
+class _Row:
+    step: str
+    timings: list[Timing] = field(default_factory=list)
+    raw: list[Timing] = field(default_factory=list)
+
+    def result(self, image_bytes: int, *, limited: bool, moves: bool) -> LoadRow:
+        seconds = [timing.seconds for timing in self.timings]
+        middle = statistics.median(seconds)
+        shares = [raw.seconds / timing.seconds for raw, timing in zip(self.raw, self.timings, strict=True)]
+        return LoadRow(
+            step=self.step,
+            seconds=middle,
+            low=min(seconds),
+            high=max(seconds),
+            rate_bps=image_bytes / middle if moves else 0.0,
+            of_limit=statistics.median(shares) if limited else None,
+            cpu_s_per_gb=statistics.median(t.cpu_s for t in self.timings) / image_bytes * 1e9 if moves else None,
+        )
+
+
+def measure(entry: CatalogEntry, rounds: int, *, chunk_bytes: int, reader_threads: int) -> LoadReport:
+    """Load the checkpoint over and over, cold and warm. Raises InvalidCheckpoint, OutOfSpace for memory, SllmError."""
+    if entry.quarantined is not None:
+        raise InvalidInput(f"{entry.directory} is quarantined ({entry.quarantined}); its speed would say nothing")
+    files = [entry.directory / partition.file for partition in entry.manifest.partitions]
+    image_bytes = entry.manifest.image_bytes
+    store = TrialStore(image_bytes, chunk_bytes=chunk_bytes, reader_threads=reader_threads)
+    raw, cold, checked, warm, attach = rows = [_Row(step) for step in (RAW, COLD, CHECKED, WARM, ATTACH)]
+    kept = 0.0
+    try:
+        store.fill(entry)  # once for the machinery, and for the checksums that a first load looks at
+        for number in range(rounds):
+            for row, load in (
+                (raw, lambda: store.read(entry, check=False)),
+                (cold, lambda: store.fill(entry)[1]),
+                (checked, lambda: store.read(entry, check=True)),
+            ):
+                kept = max(kept, *(forget(file) for file in files))
+                _time(row, load, number, rounds)
+            for file in files:
+                remember(file)
+            resident, timing = store.fill(entry)
+            warm.timings.append(timing)
+            attach.timings.append(_attach(store, entry, resident))
+        pages, reader = store.arena.pages, store.reader
+    finally:
+        store.close()
+    for row in rows:
+        row.raw = raw.timings
+    is_cold = kept <= _STILL_CACHED
+    results = tuple(
+        row.result(image_bytes, limited=is_cold and row.step in (COLD, CHECKED), moves=row is not attach) for row in rows
+    )
+    bound, verdict = _verdict(dict(zip((RAW, COLD, CHECKED, WARM, ATTACH), results, strict=True)), is_cold)
+    return LoadReport(
+        digest=entry.digest, directory=str(entry.directory), image_bytes=image_bytes, tensors=len(entry.manifest.tensors),
+        rounds=rounds, reader=reader, pages=pages, cold=is_cold, rows=results, bound=bound, verdict=verdict,
+    )  # fmt: skip
+
+
+def _time(row: _Row, load: Callable[[], Timing], number: int, rounds: int) -> None:
+    row.timings.append(load())
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"round {number + 1} of {rounds}: {row.step} {row.timings[-1].seconds:.2f} s\n")
+        sys.stderr.flush()
+
+
+def _attach(store: TrialStore, entry: CatalogEntry, resident: Resident) -> Timing:
+    """What is left for a worker when its image is there: to map it and to lay tensors over it."""
+    began = time.perf_counter()
+    mapping = ImageMapping(store.arena.descriptor, resident.extents, resident.image_bytes)
+    tensors = image_tensors(entry.manifest, mapping.buffer)
+    seconds = time.perf_counter() - began
+    del tensors
+    mapping.close()
+    return Timing(seconds, seconds)
+
+
+def _verdict(rows: dict[str, LoadRow], is_cold: bool) -> tuple[str, str]:
+    """What a start waits for, cold and with its pages cached."""
+    cold, warm, attach = rows[COLD], rows[WARM], rows[ATTACH]
+    if not is_cold:
+        return "memory", "this file system keeps its pages in memory, so that no row is of a disk"
+    share = cold.of_limit or 0.0
+    if attach.seconds > cold.seconds:
+        return "attach", f"laying tensors over the weights ({attach.seconds:.2f} s) takes longer than reading them"
+    if share >= _NEAR and cold.seconds > 1.2 * warm.seconds:
+        text = f"the disk is the bottleneck: a cold start waits {cold.seconds:.2f} s for it, at {share:.0%} of what it gives"
+        return "disk", f"{text}; weights kept in memory are there in {attach.seconds * 1e3:.1f} ms"
+    if share >= _NEAR:
+        return "memory", f"the disk is as fast as this machine copies memory: a cold start waits {cold.seconds:.2f} s"
+    return "memory", f"loads reach {share:.0%} of what the disk gives: processor or memory bound them, not the disk"

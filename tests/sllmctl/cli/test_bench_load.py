@@ -1,0 +1,57 @@
+"""`sllmctl bench load` measures in a process of the node's side, and says what bounds a start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.agent.store.images import CHUNK, commit
+from tests.sllmctl.cli.conftest import Sllmctl
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path]:
+    """A small one among the node's own."""
+    monkeypatch.setenv("SLLM_NODE_DATA_DIR", str(tmp_path / "node"))
+    digest, directory, _ = commit(tmp_path / "node" / "checkpoints", 0xABCDEF, 3 * CHUNK, partitions=2)
+    return digest, directory
+
+
+def test_a_table_and_a_verdict(sllmctl: Sllmctl, checkpoint: tuple[str, Path]) -> None:
+    said = sllmctl("bench", "load", "--rounds", "2")
+    assert said.code == 0, said.err
+    lines = said.out.splitlines()
+    assert lines[0].split() == ["STEP", "TIME", "RATE", "OF", "DISK", "CPU", "S/GB"]
+    assert [line.split("  ")[0] for line in lines[1:]] == [
+        "disk, raw reads", "disk -> memory", "disk -> memory, checksums", "page cache -> memory", "memory -> tensors",
+    ]  # fmt: skip
+    assert f"checkpoint {checkpoint[0][:12]}" in said.err
+    assert "medians of 2" in said.err
+
+
+def test_the_report_as_json_by_digest_and_by_directory(sllmctl: Sllmctl, checkpoint: tuple[str, Path]) -> None:
+    digest, directory = checkpoint
+    for which in ((digest[:60],), ("--dir", str(directory))):
+        said = sllmctl("bench", "load", *which, "--rounds", "1", "-o", "json")
+        assert said.code == 0, said.err
+        report = json.loads(said.out)
+        assert (report["digest"], report["image_bytes"], report["rounds"]) == (digest, 6 * CHUNK, 1)
+        assert all(row["seconds"] > 0 and row["low"] <= row["seconds"] <= row["high"] for row in report["rows"])
+        assert report["bound"] in ("disk", "memory", "attach")
+        assert report["verdict"]
+
+
+def test_what_is_not_there_or_is_bad_ends_with_its_own_code(
+    sllmctl: Sllmctl, checkpoint: tuple[str, Path], tmp_path: Path
+) -> None:
+    _, directory = checkpoint
+    said = sllmctl("bench", "load", "123456", "--rounds", "1")
+    assert (said.code, "there is no checkpoint 123456" in said.err) == (5, True)
+    said = sllmctl("bench", "load", "--dir", str(tmp_path))
+    assert (said.code, "manifest.json" in said.err) == (1, True)
+    assert sllmctl("bench", "load", "123456", "--dir", str(tmp_path)).code == 2
+    (directory / "partition_1.bin").write_bytes(bytes(3 * CHUNK))
+    said = sllmctl("bench", "load", "--rounds", "1")
+    assert (said.code, "not what was ingested" in said.err) == (1, True)
