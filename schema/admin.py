@@ -4,7 +4,8 @@ Routes (all under ``/admin/v1``): GET nodes, nodes/{name}, models, models/{name}
 instances/{id}, checkpoints, checkpoints/{reference}, operations, operations/{id}, requests, requests/{id},
 requests/{id}/explain, estimates, events, status;
 POST models (ModelSpec), models/{name}/deploy (DeployBody), models/{name}/stop, instances/{id}/stop, requests/{id}/cancel;
-POST checkpoints/{reference}/prefetch, .../verify, .../drop (CheckpointBody; answered by a list of OperationView).
+POST checkpoints/{reference}/prefetch, .../verify, .../drop (CheckpointBody; answered by a list of OperationView),
+.../pin, .../unpin (CheckpointBody; answered by the CheckpointView).
 DELETE models/{name}. Lists are ``{"items": [...]}``.
 An error's body is ``{"error": {"message", "type", "param", "code"}}`` with the status of its class.
 """
@@ -37,6 +38,7 @@ __all__ = [
     "OperationKind",
     "OperationView",
     "OutcomeView",
+    "PinView",
     "PlacementView",
     "ProgressView",
     "RequestExplainView",
@@ -111,7 +113,7 @@ class InstanceView(_View, frozen=True, kw_only=True):
 
 
 class PlacementView(_View, frozen=True, kw_only=True):
-    """``reason`` says why it is in quarantine."""
+    """``reason`` says why it is in quarantine. ``used_at``: when it came, or a start or a load last began from it."""
 
     node: str
     tier: Tier
@@ -120,6 +122,14 @@ class PlacementView(_View, frozen=True, kw_only=True):
     device: int = 0
     users: int = 0
     reason: str = ""
+    used_at: float = 0.0
+
+
+class PinView(_View, frozen=True, kw_only=True):
+    """An operator keeps a checkpoint on a tier of a node, whether it lies there just now or not."""
+
+    node: str
+    tier: Tier
 
 
 OperationKind = Literal["prefetch", "verify", "drop"]
@@ -152,6 +162,7 @@ class CheckpointView(_View, frozen=True, kw_only=True):
     models: tuple[str, ...]
     placements: tuple[PlacementView, ...]
     created_at: float
+    pins: tuple[PinView, ...] = ()
 
 
 class RequestTimeline(_View, frozen=True, kw_only=True):

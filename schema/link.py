@@ -91,6 +91,8 @@ __all__ = [
     "NodeTruth",
     "OperationDone",
     "OperationsAcked",
+    "PinResidents",
+    "PinTo",
     "Ping",
     "Placement",
     "PlacementUpdate",
@@ -101,6 +103,7 @@ __all__ = [
     "Resident",
     "Role",
     "SamplingParams",
+    "SetPins",
     "Shutdown",
     "StartInstance",
     "StartPhases",
@@ -496,6 +499,22 @@ class VerifyCheckpoint(Message, frozen=True, kw_only=True, tag="verify"):
     digest: str
 
 
+class PinTo(_Part, frozen=True, kw_only=True):
+    """A checkpoint that is kept on a tier."""
+
+    digest: str
+    tier: Tier
+
+
+class SetPins(Message, frozen=True, kw_only=True, tag="setpins"):
+    """All that an operator keeps on tiers of this node: it is never put out there to make room, nor dropped.
+
+    Said after every truth, and when it changes. The agent remembers the latest over its lives.
+    """
+
+    pins: tuple[PinTo, ...] = ()
+
+
 class CancelOperation(Message, frozen=True, kw_only=True, tag="cancelop"):
     """End an operation early; answered by its `OperationDone` (cancelled, or how it ended just before)."""
 
@@ -640,6 +659,12 @@ class DropResident(Message, frozen=True, kw_only=True, tag="dropresident"):
     digest: str
 
 
+class PinResidents(Message, frozen=True, kw_only=True, tag="pinresidents"):
+    """Agent -> store: all checkpoints that are kept in the arena once they are there. Said after every truth."""
+
+    digests: tuple[str, ...] = ()
+
+
 class VerifyStored(Message, frozen=True, kw_only=True, tag="verifystored"):
     """Agent -> store: compare the checksums of the copy in ``directory``, and of the image in the arena if it lies there.
 
@@ -733,7 +758,8 @@ class WorkerTruth(Message, frozen=True, kw_only=True, tag="workertruth"):
 
 
 ManagerMessage = (
-    Ping | Pong | StartInstance | StopInstance | Ingest | LoadCheckpoint | DropCheckpoint | VerifyCheckpoint | CancelOperation
+    Ping | Pong | StartInstance | StopInstance | Ingest | LoadCheckpoint | DropCheckpoint | VerifyCheckpoint | SetPins
+    | CancelOperation
     | OperationsAcked | ReadFile | Submit | Cancel | Acked | Shutdown
 )  # fmt: skip
 """What a manager says to an agent after its Hello."""
@@ -747,7 +773,7 @@ AgentMessage = (
 StoreMessage = Ping | Pong | Descriptors | StoreTruth | Resident | Evicted | Progress | OperationDone
 ToStore = (
     Welcome | Refused | Ping | Pong | Descriptors | FillArena | HoldCheckpoint | DropResident | VerifyStored | CancelVerify
-    | Shutdown
+    | PinResidents | Shutdown
 )  # fmt: skip
 ZygoteMessage = Ping | Pong | ZygoteTruth | Forked | ChildExited
 ToZygote = Welcome | Refused | Ping | Pong | Descriptors | Fork | Shutdown

@@ -21,6 +21,7 @@ __all__ = [
     "ModelRow",
     "NodeRow",
     "OutcomeRow",
+    "PinRow",
     "PlacementRow",
 ]
 
@@ -78,7 +79,8 @@ class CheckpointRow(Base):
 
 
 class PlacementRow(Base):
-    """A checkpoint on one tier of one node; ``device`` is 0 but on the device tier."""
+    """A checkpoint on one tier of one node; ``device`` is 0 but on the device tier. ``used_at``: when it came, or when an
+    instance or a load last began from it."""
 
     __tablename__ = "placements"
 
@@ -88,6 +90,18 @@ class PlacementRow(Base):
     device: Mapped[int] = mapped_column(Integer, primary_key=True, default=0)
     state: Mapped[TierState] = mapped_column(_enum(TierState))
     size_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    used_at: Mapped[float] = mapped_column(Float, default=0.0, server_default="0")
+
+
+class PinRow(Base):
+    """An operator keeps a checkpoint on a tier of a node: there it is never put out to make room."""
+
+    __tablename__ = "pins"
+
+    digest: Mapped[str] = mapped_column(ForeignKey("checkpoints.digest", ondelete="CASCADE"), primary_key=True)
+    node: Mapped[str] = mapped_column(ForeignKey("nodes.id", ondelete="CASCADE"), primary_key=True)
+    tier: Mapped[Tier] = mapped_column(_enum(Tier), primary_key=True)
+    created_at: Mapped[float] = mapped_column(Float)
 
 
 class ModelRow(Base):

@@ -64,6 +64,7 @@ __all__ = [
     "node",
     "nodes",
     "operations",
+    "pin_checkpoint",
     "prefetch_checkpoint",
     "remove_model",
     "request",
@@ -210,6 +211,15 @@ def verify_checkpoint(reference: str, node: str | None = None) -> Call[tuple[Ope
 def drop_checkpoint(reference: str, node: str | None = None, tier: Tier | None = None) -> Call[tuple[OperationView, ...]]:
     """Take a checkpoint from a tier of a node, or of all."""
     return _operate(reference, "drop", node, tier)
+
+
+def pin_checkpoint(
+    reference: str, node: str | None = None, tier: Tier | None = None, *, pinned: bool = True
+) -> Call[CheckpointView]:
+    """Keep a checkpoint on a tier of a node, or where it lies; ``pinned`` False lets it go."""
+    body = msgspec.json.encode(CheckpointBody(node=node, tier=tier))
+    path = f"checkpoints/{_segment(reference)}/{'pin' if pinned else 'unpin'}"
+    return Call("POST", path, _reader(CheckpointView), body=body)
 
 
 def operations() -> Call[tuple[OperationView, ...]]:

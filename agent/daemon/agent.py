@@ -49,6 +49,7 @@ from schema.link import (
     Progress,
     ReadFile,
     Role,
+    SetPins,
     Shutdown,
     StartInstance,
     StopInstance,
@@ -56,6 +57,7 @@ from schema.link import (
     VerifyCheckpoint,
     Welcome,
 )
+from schema.states import Tier
 from schema.version import VERSION
 
 __all__ = ["SOFTWARE", "Agent"]
@@ -92,6 +94,7 @@ class Agent:
         self._disk = DiskSpeed(config, self._busy)
         self._devices = {device.index for device in devices(config)}
         self._admission = asyncio.Lock()
+        self._saving = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._shutdown = asyncio.Event()
         self._grace_s = 0.0
@@ -103,6 +106,8 @@ class Agent:
     async def run(self) -> None:
         """Serve until `shut_down` is called, then end everything. Raises SllmError when it cannot begin or a part fails."""
         await self._checkpoints.scan()
+        self._checkpoints.pins.load()
+        self._store.pin(self._checkpoints.pins.on(Tier.DRAM))
         await self._measure()
         await self._adopt()
         self._server.listen()
@@ -264,6 +269,8 @@ class Agent:
                 self._instances.stop(message)
             case Ingest() | LoadCheckpoint() | DropCheckpoint() | VerifyCheckpoint():
                 self._operations.begin(message)
+            case SetPins():
+                self._pin(message)
             case CancelOperation():
                 self._operations.cancel(message.op)
             case OperationsAcked():
@@ -275,6 +282,18 @@ class Agent:
                 self.shut_down(message.grace_s)
             case _:
                 raise LinkError(f"a manager has no {type(message).__name__} to say")
+
+    def _pin(self, message: SetPins) -> None:
+        self._checkpoints.pins.set(message.pins)
+        self._store.pin(self._checkpoints.pins.on(Tier.DRAM))
+        self._own(self._save_pins(), "write the pins")
+
+    async def _save_pins(self) -> None:
+        async with self._saving:  # so that an earlier word never replaces a later one
+            try:
+                await asyncio.to_thread(self._checkpoints.pins.save)
+            except OSError as error:
+                _log.error("cannot write down what is pinned: %s", error)
 
     def _manager_changed(self, present: bool) -> None:
         if self._grace_timer is not None:

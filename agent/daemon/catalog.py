@@ -6,6 +6,7 @@ import asyncio
 import os
 from pathlib import Path
 
+from agent.daemon.pins import Pins
 from agent.daemon.storelink import StoreLink
 from agent.store import catalog
 from agent.store.catalog import CatalogEntry
@@ -22,6 +23,7 @@ class Checkpoints:
     """The node's checkpoints. `scan` and `remove` go to a thread; the rest is at hand."""
 
     def __init__(self, root: Path, store: StoreLink) -> None:
+        self.pins = Pins(root.parent / "pins.json")
         self._root = root
         self._store = store
         self._entries: dict[str, CatalogEntry] = {}

@@ -189,6 +189,8 @@ class Operations:
             raise InvalidInput(f"a checkpoint can be dropped from {Tier.DRAM} or {Tier.DISK}, not from {message.tier}")
         if users := self._store.holds.users(digest):
             raise Conflict(f"checkpoint {digest} is in use by {', '.join(users)}; stop them first")
+        if message.tier in self._checkpoints.pins.tiers(digest):
+            raise Conflict(f"checkpoint {digest} is pinned on {message.tier.value}; unpin it first")
         if message.tier is Tier.DRAM:
             answer: asyncio.Future[Fault | None] = asyncio.get_running_loop().create_future()
             self._store.drop(message.op, digest, _answer(answer))

@@ -26,6 +26,7 @@ from schema.link import (
     Hello,
     HoldCheckpoint,
     OperationDone,
+    PinResidents,
     Progress,
     Resident,
     StoreMessage,
@@ -92,6 +93,7 @@ class StoreLink:
         self._fills: dict[str, _Fill] = {}
         self._drops: dict[str, _Drop] = {}
         self._verifies: dict[str, _Verify] = {}
+        self._pinned: tuple[str, ...] = ()
         self._count = 0
 
     @property
@@ -168,6 +170,12 @@ class StoreLink:
         """Nobody waits for a verification any more; it is not answered."""
         if self._verifies.pop(op, None) is not None and self._stated:
             self._kin.send(CancelVerify(op=op))
+
+    def pin(self, digests: tuple[str, ...]) -> None:
+        """All that is kept in the arena from now on, once it is there."""
+        self._pinned = digests
+        if self._stated:
+            self._kin.send(PinResidents(digests=digests))
 
     def reopen(self) -> int:
         """A new descriptor of the arena that can only be read. The caller owns it. Raises Unreachable, OSError."""
@@ -251,6 +259,7 @@ class StoreLink:
                 if (before := earlier.get(digest)) is not None and before.condemned:
                     self.residents[digest] = msgspec.structs.replace(resident, condemned=before.condemned)
         self._stated = True
+        self._kin.send(PinResidents(digests=self._pinned))
         for digest in {*self.holds.counts(), *self.residents}:
             why = self.residents[digest].condemned if digest in self.residents else ""
             self._kin.send(HoldCheckpoint(digest=digest, users=self.holds.count(digest), condemned=why))

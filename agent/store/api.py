@@ -7,6 +7,7 @@ Fills run in the background and report through a `StoreListener`, on that same t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -62,6 +63,9 @@ class Store(Protocol):
         ``condemned`` says why its image is wrong, as an earlier life of the store found.
         """
 
+    def pin(self, digests: Iterable[str]) -> None:
+        """All checkpoints that are kept in the arena, once they are there, whatever room is needed; unless found wrong."""
+
     def verify(self, op: str, digest: str, directory: Path) -> None:
         """Compare a copy on disk with its checksums, and its image if it lies in the arena.
 
@@ -72,7 +76,7 @@ class Store(Protocol):
         """Nobody waits for a verification any more."""
 
     def drop(self, digest: str) -> None:
-        """Free a checkpoint's chunks. Raises Conflict when it has users or is looked at, NotFound when it is not there."""
+        """Free a checkpoint's chunks. Raises Conflict when it has users, is pinned or looked at, NotFound when it is gone."""
 
     def close(self) -> None:
         """Stop the background work; the arena's content stays valid for the next life."""

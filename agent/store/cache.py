@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,6 +91,7 @@ class ArenaStore:
         self._unheard: set[str] = set()  # verifications that nobody waits for any more
         self._verify_told_at = 0.0
         self._condemned: dict[str, str] = {}
+        self._pinned: frozenset[str] = frozenset()
         self._free = FreeChunks(arena.chunks, (chunk for occupant in arena.occupants for chunk in occupant.chunks))
         self._free_slots = set(range(arena.slots)) - {occupant.slot for occupant in arena.occupants}
         self._stamp = max((occupant.stamp for occupant in arena.occupants), default=0)
@@ -163,10 +164,15 @@ class ArenaStore:
             raise NotFound(f"checkpoint {digest} is not in this node's memory")
         if occupant.users:
             raise Conflict(f"checkpoint {digest} has {occupant.users} users; stop its instances first")
+        if digest in self._pinned:
+            raise Conflict(f"checkpoint {digest} is pinned in memory; unpin it first")
         if self._inspected(digest):
             raise Conflict(f"checkpoint {digest} is just being verified; wait until that has ended")
         del self._residents[digest]
         self._release(occupant)
+
+    def pin(self, digests: Iterable[str]) -> None:
+        self._pinned = frozenset(digests)
 
     def verify(self, op: str, digest: str, directory: Path) -> None:
         if op in self._verifier.asked:
@@ -365,8 +371,8 @@ class ArenaStore:
         """True when chunks and a slot for an image are free now, evicting what must go; False when they will be, once the
         reads that were given up are over. Raises OutOfSpace, nothing evicted, when they will not."""
         needed = self._arena.chunks_for(image_bytes)
-        inspected = set(self._verifier.asked.values())
-        free = (each for each in self._residents.values() if not each.users and each.digest not in inspected)
+        kept = self._pinned.union(self._verifier.asked.values())
+        free = (each for each in self._residents.values() if not each.users and each.digest not in kept)
         idle = sorted(free, key=lambda each: each.stamp)
         ending = [fill.occupant for fill in self._fills.values() if fill.given_up and not fill.stalled and fill.occupant]
         chunks, slots = len(self._free), len(self._free_slots)

@@ -30,6 +30,7 @@ from schema.link import (
     HoldCheckpoint,
     OperationDone,
     Ping,
+    PinResidents,
     Pong,
     Progress,
     Refused,
@@ -159,7 +160,7 @@ class StoreProcess:
             _log.error("%s; dialling again", error)
             self._channel.close(0.0)
 
-    def _command(self, message: FillArena | HoldCheckpoint | DropResident | VerifyStored | CancelVerify) -> None:
+    def _command(self, message: FillArena | HoldCheckpoint | DropResident | VerifyStored | CancelVerify | PinResidents) -> None:
         if self._store is None or self._announced:
             raise LinkError(f"the agent sent {type(message).__name__} before the store had an arena")
         if isinstance(message, FillArena):
@@ -171,6 +172,8 @@ class StoreProcess:
             self._store.fill(message.op, message.digest, directory, message.users, Priority(message.priority))
         elif isinstance(message, HoldCheckpoint):
             self._store.hold(message.digest, message.users, message.condemned)
+        elif isinstance(message, PinResidents):
+            self._store.pin(message.digests)
         elif isinstance(message, VerifyStored):
             try:
                 directory = self._directory(message.directory)

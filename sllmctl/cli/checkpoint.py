@@ -110,6 +110,47 @@ def verify(
         finish_operations(admin, form, begun, wait=not no_wait, timeout_s=wait_s)
 
 
+@command.command("pin")
+@click.argument("reference", metavar="DIGEST|MODEL")
+@_node_option
+@_tier_option("dram", "disk")
+@output_option
+@pass_invocation
+def pin(invocation: Invocation, reference: str, node: str | None, tier: str | None, form: Format) -> None:
+    """Keep a checkpoint where it lies: it is never put out there to make room, nor removed.
+
+    With --node and --tier it is kept there once it has come.
+    """
+    _change_pin(invocation, reference, node, tier, form, pinned=True)
+
+
+@command.command("unpin")
+@click.argument("reference", metavar="DIGEST|MODEL")
+@_node_option
+@_tier_option("dram", "disk")
+@output_option
+@pass_invocation
+def unpin(invocation: Invocation, reference: str, node: str | None, tier: str | None, form: Format) -> None:
+    """Keep a checkpoint no longer; it stays until its room is needed."""
+    _change_pin(invocation, reference, node, tier, form, pinned=False)
+
+
+def _change_pin(
+    invocation: Invocation, reference: str, node: str | None, tier: str | None, form: Format, *, pinned: bool
+) -> None:
+    from schema.states import Tier
+    from sllmctl import client
+    from sllmctl.cli.diagnostics import note
+
+    with invocation.admin() as admin:
+        where = Tier(tier) if tier is not None else None
+        item = admin.ask(client.pin_checkpoint(reference, node, where, pinned=pinned))
+    kept = ", ".join(f"{pin.node}:{pin.tier}" for pin in item.pins)
+    note(f"checkpoint {short_digest(item.digest)} is pinned {f'on {kept}' if kept else 'nowhere'}")
+    if form != "table":
+        show_item(form, item, _fields, lambda checkpoint: checkpoint.digest)
+
+
 @command.command("rm")
 @click.argument("reference", metavar="DIGEST|MODEL")
 @_node_option
@@ -171,17 +212,20 @@ def _fields(checkpoint: CheckpointView) -> list[tuple[str, str]]:
         ("KV cache", f"{size(checkpoint.kv_token_bytes)} a token"),
         ("Context", f"{checkpoint.max_context_tokens} tokens"),
         ("Models", ", ".join(checkpoint.models) or "none"),
+        ("Pinned", ", ".join(f"{pin.node}:{pin.tier}" for pin in checkpoint.pins) or "nowhere"),
         ("Placements", "\n".join(_placement(p) for p in checkpoint.placements) or "none"),
         ("Age", age(now() - checkpoint.created_at)),
     ]
 
 
 def _tiers(checkpoint: CheckpointView) -> str:
-    return ",".join(dict.fromkeys(_tier(p) for p in checkpoint.placements)) or "-"
+    pinned = {(pin.node, pin.tier) for pin in checkpoint.pins}
+    return ",".join(dict.fromkeys(_tier(p, (p.node, p.tier) in pinned) for p in checkpoint.placements)) or "-"
 
 
-def _tier(placement: PlacementView) -> str:
-    return f"{placement.node}:{placement.tier}" + ("" if placement.state == "resident" else f"({placement.state})")
+def _tier(placement: PlacementView, pinned: bool) -> str:
+    marks = [*([] if placement.state == "resident" else [str(placement.state)]), *(["pinned"] if pinned else [])]
+    return f"{placement.node}:{placement.tier}" + (f"({','.join(marks)})" if marks else "")
 
 
 def _placement(placement: PlacementView) -> str:

@@ -83,7 +83,7 @@ def retry(turn: Turn, op: str) -> None:
         records = view.placements_at(drop.digest, drop.node).values()
         used = not any(record.tier is Tier.DEVICE and record.state is TierState.EVICTING for record in records)
     else:
-        used = any(view.models_of(drop.digest))
+        used = any(view.models_of(drop.digest)) or (drop.digest, drop.node, drop.tier) in view.pins
     if used or view.nodes[drop.node].state is not NodeState.READY:
         _forget(turn, op, drop)
         _stays(turn, drop)

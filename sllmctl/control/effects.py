@@ -39,18 +39,21 @@ __all__ = [
     "ModelChanged",
     "NodeLost",
     "Operate",
+    "Pin",
     "PrefillTimed",
     "PutCheckpoint",
     "PutEstimate",
     "PutInstance",
     "PutModel",
     "PutNode",
+    "PutPin",
     "PutPlacement",
     "RejectWaiting",
     "RemoveCheckpointRow",
     "RemoveInstance",
     "RemoveModel",
     "RemoveModelRow",
+    "RemovePin",
     "RemovePlacement",
     "Reply",
     "RouteChanged",
@@ -145,6 +148,17 @@ class Operate:
 
 
 @dataclass(frozen=True, slots=True)
+class Pin:
+    """An operator keeps copies of a checkpoint where they are, or (``pinned`` False) lets them go; meant as in `Operate`."""
+
+    ticket: int
+    reference: str
+    node: str | None
+    tier: Tier | None
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
 class DemandChanged:
     """The router has ``waiting`` requests for a model that found no instance with room, and ``running`` in all.
 
@@ -180,8 +194,8 @@ class Tick:
 
 
 Event = (
-    AddNode | FromNode | NodeLost | AddModel | DeployModel | StopModel | RemoveModel | StopInstanceNow | Operate | DemandChanged
-    | InstanceActivity | PrefillTimed | Tick
+    AddNode | FromNode | NodeLost | AddModel | DeployModel | StopModel | RemoveModel | StopInstanceNow | Operate | Pin
+    | DemandChanged | InstanceActivity | PrefillTimed | Tick
 )  # fmt: skip
 
 # --- Rows to commit -----------------------------------------------------------------------------------------------
@@ -216,6 +230,22 @@ class PutPlacement:
     device: int
     state: TierState
     size_bytes: int
+    used_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PutPin:
+    digest: str
+    node: str
+    tier: Tier
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class RemovePin:
+    digest: str
+    node: str
+    tier: Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +309,7 @@ class PutEstimate:
 
 RowChange = (
     PutNode | PutCheckpoint | PutPlacement | RemovePlacement | PutModel | RemoveModelRow | RemoveCheckpointRow | PutInstance
-    | RemoveInstance | PutEstimate | EventView | OutcomeView
+    | RemoveInstance | PutPin | RemovePin | PutEstimate | EventView | OutcomeView
 )  # fmt: skip
 """One row to write or delete; an EventView is an event to append, an OutcomeView an estimate beside what happened."""
 

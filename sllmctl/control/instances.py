@@ -120,6 +120,7 @@ def begin_life(turn: Turn, instance: Instance) -> None:
     instance.pid = instance.running = instance.kv_capacity_tokens = instance.max_context_tokens = 0
     instance.life_at = turn.now
     turn.wake("instance", instance.id, turn.now + turn.settings.start_timeout_s)
+    turn.touch(instance.digest, instance.node)
     route(turn, instance)
     turn.send(
         instance.node,

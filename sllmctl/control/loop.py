@@ -8,7 +8,7 @@ from schema.errors import Fault, SllmError
 from schema.ids import EpochCounter, IdSource
 from schema.link import InstanceUpdate, NodeTruth, OperationDone, PlacementUpdate
 from schema.states import InstanceState, ModelState, NodeState
-from sllmctl.control import demand, drops, instances, learning, models, nodes, operations, placing, prefetch, scaling
+from sllmctl.control import demand, drops, instances, learning, models, nodes, operations, pins, placing, prefetch, scaling
 from sllmctl.control.decisions import Decisions
 from sllmctl.control.effects import (
     AddModel,
@@ -22,6 +22,7 @@ from sllmctl.control.effects import (
     Log,
     NodeLost,
     Operate,
+    Pin,
     PrefillTimed,
     RemoveModel,
     Reply,
@@ -138,7 +139,9 @@ class ControlLoop:
                 scaling.place_refused(turn)
         return turn.finish()
 
-    def _command(self, turn: Turn, event: AddModel | DeployModel | StopModel | RemoveModel | StopInstanceNow | Operate) -> None:
+    def _command(
+        self, turn: Turn, event: AddModel | DeployModel | StopModel | RemoveModel | StopInstanceNow | Operate | Pin
+    ) -> None:
         """What an operator asks for is checked before anything is changed, and answered with what became of it."""
         fault: Fault | None = None
         try:
@@ -155,6 +158,8 @@ class ControlLoop:
                     instances.stop_now(turn, event)
                 case Operate():
                     operations.begin(turn, event)
+                case Pin():
+                    pins.change(turn, event)
         except SllmError as error:
             fault = Fault.of(error)
         turn.do(Reply(event.ticket, fault))

@@ -236,7 +236,10 @@ def forget_checkpoint(turn: Turn, digest: str) -> None:
     places = {(record.node, record.tier) for record in turn.view.placements_of(digest).values()}
     for tier in (Tier.DRAM, Tier.DISK):
         for node in sorted(node for node, where in places if where is tier):
-            if turn.view.nodes[node].state is NodeState.READY:
+            if (digest, node, tier) in turn.view.pins:
+                message = f"it stays pinned on {tier.value} of node {turn.view.nodes[node].name}"
+                turn.event("checkpoint", digest, "Kept", message)
+            elif turn.view.nodes[node].state is NodeState.READY:
                 drops.begin(turn, node, digest, tier)
     if not places:
         turn.remove_checkpoint(digest)

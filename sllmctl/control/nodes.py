@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from schema.link import CancelOperation, CheckpointTruth, Ingest, NodeTruth
 from schema.states import InstanceState, ModelState, NodeState, Tier, TierState, can_become
-from sllmctl.control import drops, instances, models, operations, prefetch
+from sllmctl.control import drops, instances, models, operations, pins, prefetch
 from sllmctl.control.effects import AddNode, CheckpointKnown, Connect, Log, NodeLost
 from sllmctl.control.turn import Turn
 from sllmctl.control.view import LIVE, Checkpoint, Node, PlacementKey, PlacementRecord
@@ -83,6 +83,7 @@ def take_truth(turn: Turn, node: Node, truth: NodeTruth) -> None:
     turn.settle[node.id] = None
     _take_checkpoints(turn, node, truth)
     _take_instances(turn, node, truth)
+    pins.state(turn, node.id)
     _take_operations(turn, node, truth)
 
 
@@ -159,6 +160,7 @@ def take_checkpoint(turn: Turn, node: Node, truth: CheckpointTruth) -> None:
         device = one.device if one.tier is Tier.DEVICE else 0
         record = PlacementRecord(truth.digest, node.id, one.tier, device, one.state, one.size_bytes, one.users, one.reason)
         before = gone.pop(record.key, None)
+        record.used_at = before.used_at if before is not None else turn.now
         dropping = (node.id, truth.digest, one.tier) in turn.core.dropping and not one.users
         if dropping and before is not None and before.state is TierState.EVICTING and one.state is TierState.RESIDENT:
             continue

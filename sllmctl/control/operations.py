@@ -98,6 +98,7 @@ def _note_load(turn: Turn, operation: Operation) -> None:
     if operation.kind == "prefetch" and op not in core.prefetches and operation.digest in turn.view.checkpoints:
         node = turn.view.nodes[operation.node]
         core.prefetches[op] = (node.id, operation.digest)
+        turn.touch(operation.digest, node.id)
         core.estimates.began(op, node, turn.view.checkpoints[operation.digest], (), Tier.DISK, "", turn.now)
 
 
@@ -175,6 +176,10 @@ def _drop_places(turn: Turn, checkpoint: Checkpoint, node: Node | None, tier: Ti
         if users:
             name = view.nodes[record.node].name
             raise Conflict(f"checkpoint {digest[:16]} is in use on node {name} by {', '.join(users)}; stop them first")
+    for record in records:
+        if (digest, record.node, record.tier) in view.pins:
+            name = view.nodes[record.node].name
+            raise Conflict(f"checkpoint {digest[:16]} is pinned on {record.tier.value} of node {name}; unpin it first")
     left = {record.node for record in _records(turn, checkpoint, None) if record.tier is Tier.DISK}
     sound = left & set(view.nodes_with(digest, Tier.DISK))
     going = {record.node for record in records if record.tier is Tier.DISK}

@@ -133,8 +133,13 @@ def _arena_stays(turn: Turn, node: Node, instance: Instance) -> bool:
         for one in turn.view.instances_on(node.id).values()
         if one.state in STANDING and one.state not in LEAVING and one.id not in turn.core.moves
     }
+    stay |= {digest for digest, tier in turn.view.pins_on(node.id) if tier is Tier.DRAM and _lies(turn, digest, node)}
     used = sum(turn.view.arena_bytes_of(node.id, digest) for digest in stay | {instance.digest})
     return used > node.inventory.arena.budget_bytes
+
+
+def _lies(turn: Turn, digest: str, node: Node) -> bool:
+    return (digest, node.id, Tier.DRAM, 0) in turn.view.placements
 
 
 def _make_lying_leave(turn: Turn, instance: Instance, lacks: list[_Lack]) -> None:

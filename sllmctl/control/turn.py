@@ -22,10 +22,12 @@ from sllmctl.control.effects import (
     PutInstance,
     PutModel,
     PutNode,
+    PutPin,
     PutPlacement,
     RemoveCheckpointRow,
     RemoveInstance,
     RemoveModelRow,
+    RemovePin,
     RemovePlacement,
     RowChange,
     Send,
@@ -33,7 +35,7 @@ from sllmctl.control.effects import (
     WakeAt,
 )
 from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import Checkpoint, ClusterView, Instance, Model, Node, PlacementKey, PlacementRecord
+from sllmctl.control.view import Checkpoint, ClusterView, Instance, Model, Node, PinKey, PlacementKey, PlacementRecord
 from sllmctl.planner.plans import Journals, Planner
 
 if TYPE_CHECKING:
@@ -167,6 +169,7 @@ class Turn:
         self._models: dict[str, Model] = {}
         self._placements: dict[PlacementKey, PlacementRecord] = {}
         self._instances: dict[str, Instance] = {}
+        self._pins: dict[PinKey, float] = {}
         self._gone: list[RowChange] = []
         self._events: list[EventView] = []
         self._appended: list[RowChange] = []
@@ -185,6 +188,13 @@ class Turn:
 
     def put_placement(self, record: PlacementRecord) -> None:
         self._placements[record.key] = record
+
+    def touch(self, digest: str, node: str) -> None:
+        """A start or a load begins from a checkpoint that lies on this node."""
+        for record in self.view.placements_at(digest, node).values():
+            if record.tier is not Tier.DEVICE:
+                record.used_at = self.now
+                self.put_placement(record)
 
     def put_instance(self, instance: Instance) -> None:
         instance.changed_at = self.now
@@ -205,7 +215,18 @@ class Turn:
         self._placements.pop(record.key, None)
         self._gone.append(RemovePlacement(*record.key))
 
+    def put_pin(self, key: PinKey) -> None:
+        self.view.add_pin(key, self.now)
+        self._pins[key] = self.now
+
+    def remove_pin(self, key: PinKey) -> None:
+        self.view.drop_pin(key)
+        self._pins.pop(key, None)
+        self._gone.append(RemovePin(*key))
+
     def remove_checkpoint(self, digest: str) -> None:
+        for key in [key for key in self.view.pins if key[0] == digest]:
+            self.remove_pin(key)
         self.view.drop_checkpoint(digest)
         self._checkpoints.pop(digest, None)
         self._gone.append(RemoveCheckpointRow(digest))
@@ -252,6 +273,7 @@ class Turn:
         changes += [_checkpoint_row(checkpoint) for checkpoint in self._checkpoints.values()]
         changes += [_model_row(model) for model in self._models.values()]
         changes += [_placement_row(record) for record in self._placements.values()]
+        changes += [PutPin(*key, at) for key, at in self._pins.items()]
         changes += [_instance_row(instance) for instance in self._instances.values()]
         changes += sorted(self._gone, key=_removal_order)
         changes += self._events
@@ -263,7 +285,7 @@ class Turn:
         return Step(changes, self.effects)
 
 
-_REMOVALS = (RemoveInstance, RemoveModelRow, RemovePlacement, RemoveCheckpointRow)
+_REMOVALS = (RemoveInstance, RemoveModelRow, RemovePin, RemovePlacement, RemoveCheckpointRow)
 
 
 def _removal_order(change: RowChange) -> int:
@@ -286,7 +308,7 @@ def _checkpoint_row(checkpoint: Checkpoint) -> PutCheckpoint:
 
 
 def _placement_row(record: PlacementRecord) -> PutPlacement:
-    return PutPlacement(record.digest, record.node, record.tier, record.device, record.state, record.size_bytes)
+    return PutPlacement(record.digest, record.node, record.tier, record.device, record.state, record.size_bytes, record.used_at)
 
 
 def _model_row(model: Model) -> PutModel:

@@ -33,12 +33,16 @@ __all__ = [
     "Model",
     "Node",
     "Operation",
+    "PinKey",
     "PlacementKey",
     "PlacementRecord",
 ]
 
 PlacementKey = tuple[str, str, Tier, int]
 """(digest, node, tier, device)."""
+
+PinKey = tuple[str, str, Tier]
+"""(digest, node, tier)."""
 
 LIVE = frozenset({InstanceState.STARTING, InstanceState.READY, InstanceState.DRAINING, InstanceState.STOPPING})
 """States in which a node has, or may have, a life of the instance."""
@@ -80,7 +84,10 @@ class Checkpoint:
 
 @dataclass(slots=True)
 class PlacementRecord:
-    """``users`` is live: loads and instances that hold it, as the node counts them. So is ``reason``, of a quarantine."""
+    """``users`` is live: loads and instances that hold it, as the node counts them. So is ``reason``, of a quarantine.
+
+    ``used_at``: when it came, or when an instance or a load last began from it.
+    """
 
     digest: str
     node: str
@@ -90,6 +97,7 @@ class PlacementRecord:
     size_bytes: int
     users: int = 0
     reason: str = ""
+    used_at: float = 0.0
 
     @property
     def key(self) -> PlacementKey:
@@ -196,7 +204,8 @@ class ClusterView:
 
     ``committed_bytes[(node, device)]`` is the device memory that holding instances have been promised (their KV cache, and
     their share of the weights where the device is not a CPU). ``arena_held_bytes[node]`` is the arena room of checkpoints
-    that something uses; the rest of the arena is free or evictable.
+    that something uses, or that are pinned there; the rest of the arena is free or evictable. ``pins`` are by (digest,
+    node, tier), with when each was made.
 
     ``idle_weights[(node, device)]`` are checkpoints that lie in device memory and nobody uses, with their bytes there: they
     are not free, but may be dropped. ``resting_bytes[(node, device)]`` is what ready instances without a sequence have been
@@ -215,6 +224,7 @@ class ClusterView:
     models: dict[str, Model] = field(default_factory=dict)
     instances: dict[str, Instance] = field(default_factory=dict)
     operations: dict[str, Operation] = field(default_factory=dict)
+    pins: dict[PinKey, float] = field(default_factory=dict)
     committed_bytes: dict[tuple[str, int], int] = field(default_factory=dict)
     arena_held_bytes: dict[str, int] = field(default_factory=dict)
     idle_weights: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)
@@ -238,6 +248,7 @@ class ClusterView:
     _placed_on: dict[str, dict[PlacementKey, PlacementRecord]] = field(default_factory=dict)
     _placed_of: dict[str, dict[PlacementKey, PlacementRecord]] = field(default_factory=dict)
     _holders: dict[tuple[str, str], int] = field(default_factory=dict)
+    _pinned: dict[tuple[str, str], int] = field(default_factory=dict)
     _planned: dict[str, dict[str, Instance]] = field(default_factory=dict)
     _standing: dict[tuple[str, int, str], int] = field(default_factory=dict)
     _lying: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)
@@ -295,6 +306,14 @@ class ClusterView:
         """True while an instance or a load keeps this checkpoint in the node's arena."""
         return (node, digest) in self._holders
 
+    def keeps_arena(self, node: str, digest: str) -> bool:
+        """True while this checkpoint stays in the node's arena: something uses it, or it lies there and is pinned."""
+        return (node, digest) in self._holders or (node, digest) in self._pinned
+
+    def pins_on(self, node: str) -> list[tuple[str, Tier]]:
+        """What is kept on tiers of a node, in order."""
+        return sorted((digest, tier) for digest, where, tier in self.pins if where == node)
+
     def arena_bytes_of(self, node: str, digest: str) -> int:
         """The arena room of a checkpoint on a node: its image in whole chunks."""
         checkpoint, record = self.checkpoints.get(digest), self.nodes.get(node)
@@ -335,9 +354,10 @@ class ClusterView:
         for instance in self.planned_on(node).values():
             planned[instance.digest] = planned.get(instance.digest, 0) + 1
         for other, count in planned.items():
-            if other != digest and self._holders.get((node, other), 0) == count:
+            alone = self._holders.get((node, other), 0) == count and (node, other) not in self._pinned
+            if other != digest and alone:
                 held -= self.arena_bytes_of(node, other)
-        return held if (node, digest) in self._holders else held + self.arena_bytes_of(node, digest)
+        return held if self.keeps_arena(node, digest) else held + self.arena_bytes_of(node, digest)
 
     def model_of_op(self, op: str) -> Model | None:
         return self._by_op.get(op)
@@ -392,6 +412,7 @@ class ClusterView:
             self._hold(record.node, record.digest, 1)
         if record.tier is Tier.DRAM:
             self.dram_bytes[record.node] = self.dram_bytes.get(record.node, 0) + record.size_bytes
+            self._pin_there(record.digest, record.node, True)
         if record.tier is Tier.DEVICE:
             self._lying.setdefault((record.node, record.device), {})[record.digest] = record.size_bytes
             self._weigh_idle(record.node, record.device, record.digest)
@@ -425,9 +446,23 @@ class ClusterView:
             self._hold(record.node, record.digest, -1)
         if record.tier is Tier.DRAM:
             self.dram_bytes[record.node] -= record.size_bytes
+            self._pin_there(record.digest, record.node, False)
         if record.tier is Tier.DEVICE:
             _discard(self._lying, (record.node, record.device), record.digest)
             self._weigh_idle(record.node, record.device, record.digest)
+
+    def add_pin(self, key: PinKey, at: float) -> None:
+        """Keep a checkpoint on a tier of a node."""
+        self.pins[key] = at
+        digest, node, tier = key
+        if tier is Tier.DRAM and (digest, node, tier, 0) in self.placements:
+            self._pin_there(digest, node, True)
+
+    def drop_pin(self, key: PinKey) -> None:
+        digest, node, tier = key
+        if tier is Tier.DRAM:
+            self._pin_there(digest, node, False)
+        del self.pins[key]
 
     def add_model(self, model: Model) -> None:
         self.models[model.name] = model
@@ -606,14 +641,29 @@ class ClusterView:
 
     def _hold(self, node: str, digest: str, sign: int) -> None:
         key = (node, digest)
-        before = self._holders.get(key, 0)
-        after = before + sign
+        kept = self.keeps_arena(node, digest)
+        after = self._holders.get(key, 0) + sign
         if after:
             self._holders[key] = after
         else:
             del self._holders[key]
-        if (before == 0) != (after == 0):
-            self.arena_held_bytes[node] = self.arena_held_bytes.get(node, 0) + sign * self.arena_bytes_of(node, digest)
+        self._weigh_arena(node, digest, kept)
+
+    def _pin_there(self, digest: str, node: str, there: bool) -> None:
+        """A checkpoint came to, or left, an arena in which it may be pinned."""
+        kept = self.keeps_arena(node, digest)
+        if there and (digest, node, Tier.DRAM) in self.pins:
+            self._pinned[node, digest] = 1
+        else:
+            self._pinned.pop((node, digest), None)
+        self._weigh_arena(node, digest, kept)
+
+    def _weigh_arena(self, node: str, digest: str, kept: bool) -> None:
+        """Count a checkpoint's arena room as held, or no more, if that has changed."""
+        keeps = self.keeps_arena(node, digest)
+        if keeps != kept:
+            size = self.arena_bytes_of(node, digest)
+            self.arena_held_bytes[node] = self.arena_held_bytes.get(node, 0) + (size if keeps else -size)
 
     def _recount(self, node: str) -> None:
         for promised in (self.committed_bytes, self.resting_bytes, self.leaving_bytes, self.planned_bytes):
@@ -630,7 +680,7 @@ class ClusterView:
             if instance.state is InstanceState.PLANNED:
                 self._promise(self.planned_bytes, instance, 1)
         self._measure(node)
-        held = [digest for holder, digest in self._holders if holder == node]
+        held = {digest for holder, digest in (*self._holders, *self._pinned) if holder == node}
         self.arena_held_bytes[node] = sum(self.arena_bytes_of(node, digest) for digest in held)
 
 

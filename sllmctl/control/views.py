@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Protocol
 
-from schema.admin import CheckpointView, InstanceView, ModelView, NodeView, OperationView, PlacementView, ProgressView
+from schema.admin import CheckpointView, InstanceView, ModelView, NodeView, OperationView, PinView, PlacementView, ProgressView
 from schema.link import InstanceLoad
 from sllmctl.control.view import Checkpoint, ClusterView, Instance, Model, Node, Operation
 
@@ -119,6 +119,7 @@ def checkpoint_view(view: ClusterView, checkpoint: Checkpoint) -> CheckpointView
             device=record.device,
             users=record.users,
             reason=record.reason,
+            used_at=record.used_at,
         )
         for record in view.placements_of(checkpoint.digest).values()
     ]
@@ -131,6 +132,11 @@ def checkpoint_view(view: ClusterView, checkpoint: Checkpoint) -> CheckpointView
         models=tuple(view.models_of(checkpoint.digest)),
         placements=tuple(sorted(placements, key=lambda one: (one.node, one.tier, one.device))),
         created_at=checkpoint.created_at,
+        pins=tuple(
+            PinView(node=_name(view, node), tier=tier)
+            for digest, node, tier in sorted(view.pins)
+            if digest == checkpoint.digest
+        ),
     )
 
 

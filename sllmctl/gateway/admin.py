@@ -24,7 +24,7 @@ from schema.errors import Conflict, InvalidInput, SllmError, Unauthorised
 from schema.spec import parse_spec
 from schema.states import InstanceState, ModelState
 from sllmctl.config import AdminSettings
-from sllmctl.control.effects import AddModel, DeployModel, Event, Operate, RemoveModel, StopInstanceNow, StopModel
+from sllmctl.control.effects import AddModel, DeployModel, Event, Operate, Pin, RemoveModel, StopInstanceNow, StopModel
 from sllmctl.control.references import checkpoint_called
 from sllmctl.control.view import ClusterView
 from sllmctl.control.views import (
@@ -115,6 +115,8 @@ def admin_app(
         ("POST", "checkpoints/{reference}/prefetch"): admin.prefetch_checkpoint,
         ("POST", "checkpoints/{reference}/verify"): admin.verify_checkpoint,
         ("POST", "checkpoints/{reference}/drop"): admin.drop_checkpoint,
+        ("POST", "checkpoints/{reference}/pin"): admin.pin_checkpoint,
+        ("POST", "checkpoints/{reference}/unpin"): admin.unpin_checkpoint,
         ("GET", "operations"): admin.list_operations,
         ("GET", "operations/{id}"): admin.get_operation,
         ("GET", "requests"): admin.list_requests,
@@ -285,6 +287,12 @@ class _Admin:
     async def drop_checkpoint(self, request: Request) -> Response:
         return await self._operate(request, "drop")
 
+    async def pin_checkpoint(self, request: Request) -> Response:
+        return await self._pin(request, True)
+
+    async def unpin_checkpoint(self, request: Request) -> Response:
+        return await self._pin(request, False)
+
     async def stop_instance(self, request: Request) -> Response:
         read_query(request)
         instance = request.path_params["id"]
@@ -301,6 +309,13 @@ class _Admin:
     def _model(self, name: str, status: int = 200) -> Response:
         model = known("model", name, self._view.models.get(name))
         return json_answer(model_view(self._view, self._router, model), status)
+
+    async def _pin(self, request: Request, pinned: bool) -> Response:
+        read_query(request)
+        reference, body = request.path_params["reference"], await self._body(request)
+        which = decode(body, CheckpointBody) if body else CheckpointBody()
+        await self._runner.ask(lambda ticket: Pin(ticket, reference, which.node, which.tier, pinned))
+        return json_answer(checkpoint_view(self._view, checkpoint_called(self._view, reference)))
 
     async def _operate(self, request: Request, kind: OperationKind) -> Response:
         read_query(request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from schema.states import Tier
 from sllmctl.control.view import HOLDING, Instance
 from sllmctl.planner.cover import cover
 from sllmctl.planner.inquiry import Inquiry
@@ -12,7 +13,7 @@ __all__ = ["clear_arena"]
 
 def clear_arena(inquiry: Inquiry, node: str, exits: list[Exit], taken: list[Exit], deficit: int) -> list[Exit] | None:
     """Who leaves so that the arena has room for ``deficit`` bytes more: a checkpoint's bytes are free when all who use it
-    have left."""
+    have left, unless it is pinned."""
     view = inquiry.view
     by_id = {name: one for one in exits for name in one.ids}
     users: dict[str, list[Instance]] = {}
@@ -23,6 +24,8 @@ def clear_arena(inquiry: Inquiry, node: str, exits: list[Exit], taken: list[Exit
     groups: dict[int, list[Exit]] = {}
     freed: list[Exit] = []
     for digest, group in users.items():
+        if (digest, node, Tier.DRAM, 0) in view.placements and (digest, node, Tier.DRAM) in view.pins:
+            continue
         if digest == inquiry.asked.digest or any(one.id not in by_id for one in group):
             continue
         leaving = list(dict.fromkeys(by_id[one.id] for one in group))

@@ -169,7 +169,7 @@ class Packer:
         if loads and beside:
             loaded.add(self._newcomer.digest)
         assert node.inventory is not None
-        more = sum(view.arena_bytes_of(node.id, digest) for digest in loaded if not view.holds_arena(node.id, digest))
+        more = sum(view.arena_bytes_of(node.id, digest) for digest in loaded if not view.keeps_arena(node.id, digest))
         return not more or lot.arena_bytes + more <= node.inventory.arena.budget_bytes
 
     # --- places ---

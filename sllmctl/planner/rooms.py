@@ -154,7 +154,7 @@ def arena_deficit_bytes(view: ClusterView, node: Node, digest: str) -> int:
     """The arena room that a load of a checkpoint lacks on a node; weights that nobody uses count as room, since the store
     evicts them itself."""
     assert node.inventory is not None
-    if view.holds_arena(node.id, digest):
+    if view.keeps_arena(node.id, digest):
         return 0
     held = view.arena_held_bytes.get(node.id, 0)
     return max(0, held + view.arena_bytes_of(node.id, digest) - node.inventory.arena.budget_bytes)

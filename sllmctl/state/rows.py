@@ -24,6 +24,7 @@ from schema.tables import (
     ModelRow,
     NodeRow,
     OutcomeRow,
+    PinRow,
     PlacementRow,
 )
 from sllmctl.control.effects import (
@@ -32,10 +33,12 @@ from sllmctl.control.effects import (
     PutInstance,
     PutModel,
     PutNode,
+    PutPin,
     PutPlacement,
     RemoveCheckpointRow,
     RemoveInstance,
     RemoveModelRow,
+    RemovePin,
     RemovePlacement,
     RowChange,
 )
@@ -59,12 +62,16 @@ _STATEMENTS: dict[type, Executable] = {
     PutPlacement: _upsert(PlacementRow),
     PutModel: _upsert(ModelRow),
     PutInstance: _upsert(InstanceRow),
+    PutPin: _upsert(PinRow),
     PutEstimate: _upsert(EstimateRow),
     EventView: insert(EventRow),
     OutcomeView: insert(OutcomeRow),
     RemoveInstance: delete(InstanceRow).where(InstanceRow.id == bindparam("id_")),
     RemoveModelRow: delete(ModelRow).where(ModelRow.name == bindparam("name_")),
     RemoveCheckpointRow: delete(CheckpointRow).where(CheckpointRow.digest == bindparam("digest_")),
+    RemovePin: delete(PinRow).where(
+        PinRow.digest == bindparam("digest_"), PinRow.node == bindparam("node_"), PinRow.tier == bindparam("tier_")
+    ),
     RemovePlacement: delete(PlacementRow).where(
         PlacementRow.digest == bindparam("digest_"),
         PlacementRow.node == bindparam("node_"),
@@ -123,6 +130,8 @@ def _values(change: RowChange) -> dict[str, Any]:
             return {"name_": change.name}
         case RemoveCheckpointRow():
             return {"digest_": change.digest}
+        case RemovePin():
+            return {"digest_": change.digest, "node_": change.node, "tier_": change.tier}
         case RemovePlacement():
             return {"digest_": change.digest, "node_": change.node, "tier_": change.tier, "device_": change.device}
         case PutEstimate():
@@ -147,6 +156,8 @@ def read_view(connection: Connection) -> ClusterView:
         view.add_node(Node(**row))
     for row in connection.execute(select(*CheckpointRow.__table__.columns)).mappings():
         view.add_checkpoint(Checkpoint(**row))
+    for row in connection.execute(select(*PinRow.__table__.columns)).mappings():
+        view.add_pin((row["digest"], row["node"], row["tier"]), row["created_at"])
     for row in connection.execute(select(*PlacementRow.__table__.columns)).mappings():
         view.put_placement(PlacementRecord(**row))
     for row in connection.execute(select(*ModelRow.__table__.columns).order_by(ModelRow.name)).mappings():

@@ -55,6 +55,7 @@ from schema.link import (
     NodeTruth,
     OperationDone,
     Ping,
+    PinResidents,
     Pong,
     Resident,
     Role,
@@ -288,6 +289,7 @@ class Store:
         self.condemned: dict[str, str] = {}
         self.verifies: list[VerifyStored] = []
         self.cancelled: list[str] = []
+        self.pinned: tuple[str, ...] | None = None
         self.residents: dict[str, Resident] = {}
         self.answers = node.store_answers
         self.listens = True
@@ -319,6 +321,8 @@ class Store:
         elif isinstance(message, HoldCheckpoint):
             self.holds[message.digest] = message.users
             self.condemned[message.digest] = message.condemned
+        elif isinstance(message, PinResidents):
+            self.pinned = message.digests
         elif isinstance(message, VerifyStored):
             self.verifies.append(message)
         elif isinstance(message, CancelVerify):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 
+from agent.daemon.pins import Pins
 from agent.store.catalog import quarantine, release
 from schema.checkpoint import decode_manifest
 from schema.errors import Fault
@@ -19,10 +21,12 @@ from schema.link import (
     LoadCheckpoint,
     OperationDone,
     OperationsAcked,
+    PinTo,
     PlacementUpdate,
     Progress,
     ReadFile,
     Resident,
+    SetPins,
     StopInstance,
     VerifyCheckpoint,
 )
@@ -289,3 +293,35 @@ async def test_weights_in_memory_start_instances_though_the_copy_on_disk_went_ba
     manager = await node.manager()
     states = {one.tier: one.state for one in manager.truth.checkpoints[0].placements}
     assert states == {Tier.DISK: TierState.QUARANTINED, Tier.DRAM: TierState.RESIDENT}
+
+
+async def test_pins_reach_every_store_and_outlast_agent_and_manager(node: Node) -> None:
+    manager = await node.manager()
+    await node.stores[0].until(lambda: node.stores[0].pinned == ())
+    pins = (PinTo(digest=DIGEST, tier=Tier.DRAM), PinTo(digest=DIGEST, tier=Tier.DISK))
+    for _ in range(2):
+        manager.send(SetPins(pins=pins))
+    await node.stores[0].until(lambda: node.stores[0].pinned == (DIGEST,))
+    node.stores[0].kill()
+    await node.until(lambda: len(node.stores) == 2 and node.stores[1].pinned == (DIGEST,))
+    manager.send(DropCheckpoint(op="op_1", digest=DIGEST, tier=Tier.DISK))
+    fault = (await done(manager, "op_1")).fault
+    assert fault is not None
+    assert fault.code == "conflict"
+    path = node.config.checkpoints_path.parent / "pins.json"
+    await node.until(path.exists)
+    kept = Pins(path)
+    kept.load()
+    assert kept.tiers(DIGEST) == {Tier.DRAM, Tier.DISK}
+    manager.send(SetPins())
+    manager.send(DropCheckpoint(op="op_2", digest=DIGEST, tier=Tier.DISK))
+    assert (await done(manager, "op_2")).fault is None
+
+
+def test_a_file_of_pins_that_cannot_be_read_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "pins.json"
+    for content in (b"", b"{", b'[{"digest": 3}]', b"\xff"):
+        path.write_bytes(content)
+        pins = Pins(path)
+        pins.load()
+        assert pins.on(Tier.DRAM) == ()

@@ -95,6 +95,23 @@ def test_least_recently_used_goes_first_and_users_stay(bench: Bench, tmp_path: P
     assert read_image(bench.arena.descriptor, bench.told.resident["op0"]) == made[0][2]
 
 
+def test_what_is_pinned_is_neither_evicted_nor_dropped(bench: Bench, tmp_path: Path) -> None:
+    made = [commit(tmp_path, number, 3 * CHUNK) for number in range(3)]
+    bench.store.pin([made[0][0]])
+    for number in (0, 1, 2):
+        bench.store.fill(f"op{number}", made[number][0], made[number][1], users=0)
+        bench.wait(f"op{number}")
+    assert bench.told.gone == [made[1][0]]
+    with pytest.raises(Conflict, match="pinned"):
+        bench.store.drop(made[0][0])
+    bench.store.pin([made[0][0], made[2][0]])
+    bench.store.fill("op3", made[1][0], made[1][1])
+    assert bench.told.faults["op3"].code == "out_of_space"
+    bench.store.pin([])
+    bench.store.drop(made[0][0])
+    assert {resident.digest for resident in bench.store.residents()} == {made[2][0]}
+
+
 def test_image_larger_than_the_arena_is_refused_and_evicts_nothing(bench: Bench, tmp_path: Path) -> None:
     small, big = commit(tmp_path, 1, CHUNK), commit(tmp_path, 2, 9 * CHUNK)
     bench.store.fill("a", small[0], small[1], users=0)

@@ -7,6 +7,8 @@ import json
 import msgspec
 import pytest
 
+from schema.admin import PinView
+from schema.states import Tier
 from tests.sllmctl.cli.conftest import Sllmctl
 from tests.sllmctl.fake_manager import CHECKPOINTS, OPERATIONS, FakeManager
 
@@ -95,3 +97,15 @@ def test_refusals_have_their_exit_codes(sllmctl: Sllmctl, manager: FakeManager, 
 def test_usage_is_checked(sllmctl: Sllmctl, manager: FakeManager, arguments: tuple[str, ...]) -> None:
     assert sllmctl("checkpoint", *arguments).code == 2
     assert manager.asked == []
+
+
+@pytest.mark.parametrize("verb", ["pin", "unpin"])
+def test_pins_are_asked_for_and_told(sllmctl: Sllmctl, manager: FakeManager, verb: str) -> None:
+    pins = (PinView(node="local", tier=Tier.DRAM),) if verb == "pin" else ()
+    manager.answer(f"POST checkpoints/qwen/{verb}", 200, msgspec.structs.replace(CHECKPOINTS[0], pins=pins))
+    said = sllmctl("checkpoint", verb, "qwen", "--tier", "dram", "--node", "local")
+    assert said.code == 0
+    assert manager.asked == [("POST", f"checkpoints/qwen/{verb}", {"node": "local", "tier": "dram"})]
+    assert ("local:dram" if pins else "nowhere") in said.err
+    said = sllmctl("checkpoint", verb, "qwen", "-o", "json")
+    assert len(json.loads(said.out)["pins"]) == len(pins)

@@ -25,6 +25,7 @@ from schema.link import (
     OperationsAcked,
     Placement,
     PlacementUpdate,
+    SetPins,
     StartInstance,
     StartPhases,
     StopInstance,
@@ -66,6 +67,8 @@ class Agent:
     dram: dict[str, None] = field(default_factory=dict)
     phases: StartPhases | None = None
     """What every start states to have measured."""
+
+    pins: set[tuple[str, Tier]] = field(default_factory=set)
 
     def truth(self) -> NodeTruth:
         devices = range(self.devices)
@@ -150,6 +153,9 @@ class Agent:
                     return [self.done[op]]
                 self.ops[op] = message
                 return self.finish(op) if self.automatic else []
+            case SetPins(pins=pins):
+                self.pins = {(pin.digest, pin.tier) for pin in pins}
+                return []
             case CancelOperation(op=op):
                 return self.finish(op, Fault("cancelled", "it was cancelled")) if op in self.ops else []
             case OperationsAcked(ops=ops):

@@ -12,8 +12,18 @@ from alembic.migration import MigrationContext
 from sqlalchemy import create_engine
 
 from schema.errors import SllmError
+from schema.states import Tier, TierState
 from schema.tables import Base
-from sllmctl.control.effects import PutEstimate
+from sllmctl.control.effects import (
+    PutEstimate,
+    PutPin,
+    PutPlacement,
+    RemoveCheckpointRow,
+    RemoveInstance,
+    RemoveModelRow,
+    RemovePin,
+    RemovePlacement,
+)
 from sllmctl.state import Database
 from tests.sllmctl.state import rows
 
@@ -37,8 +47,9 @@ async def test_the_migrations_make_the_tables_that_the_code_means(database: Data
 def _make_first(path: Path) -> None:
     """Make of a file of today one of the first release, 0001: what came since is taken away."""
     connection = sqlite3.connect(path)
-    for table in ("estimates", "outcomes"):
+    for table in ("estimates", "outcomes", "pins"):
         connection.execute(f"DROP TABLE {table}")
+    connection.execute("ALTER TABLE placements DROP COLUMN used_at")
     connection.execute("UPDATE alembic_version SET version_num = '0001'")
     connection.commit()
     connection.close()
@@ -62,6 +73,28 @@ async def test_a_file_of_the_first_release_is_backed_up_and_migrated_with_all_th
     assert copy.execute("SELECT version_num FROM alembic_version").fetchone() == ("0001",)
     assert copy.execute("SELECT id FROM instances").fetchone() == ("inst_1",)
     copy.close()
+
+
+async def test_pins_and_uses_come_back_and_a_file_from_before_them_has_none(
+    database: Database, url: str, tmp_path: Path
+) -> None:
+    key = (rows.DIGEST, "n1", Tier.DISK)
+    used = PutPlacement(rows.DIGEST, "n1", Tier.DISK, 0, TierState.RESIDENT, 1 << 40, 77.5)
+    await database.commit([*rows.whole(), PutPin(*key, 3.5), used])
+    view = await database.load()
+    assert view.pins == {key: 3.5}
+    assert view.placements[*key, 0].used_at == 77.5
+    await database.commit([RemovePin(*key)])
+    assert (await database.load()).pins == {}
+    await database.close()
+    _make_first(tmp_path / "state.db")
+    opened = await Database.open(url, backup_dir=tmp_path / "backups")
+    view = await opened.load()
+    assert (view.pins, view.placements[*key, 0].used_at) == ({}, 0.0)
+    await opened.commit([PutPin(*key, 3.5)])
+    await opened.commit([RemovePlacement(*key, 0), RemoveInstance("inst_1"), RemoveModelRow("m"), RemoveCheckpointRow(key[0])])
+    assert (await opened.load()).pins == {}
+    await opened.close()
 
 
 async def test_a_failing_migration_changes_nothing(
