@@ -57,6 +57,7 @@ __all__ = [
     "Acked",
     "AgentMessage",
     "ArenaInfo",
+    "ArenaState",
     "Attach",
     "AttemptTruth",
     "Cancel",
@@ -238,7 +239,8 @@ class DeviceInfo(_Part, frozen=True, kw_only=True):
 class ArenaInfo(_Part, frozen=True, kw_only=True):
     """The DRAM tier: budget, chunk size, what is taken, and the pages it got ("hugetlb", "thp" or "small").
 
-    ``id`` is drawn when the memory is made, so that extents are never applied to another arena.
+    ``id`` is drawn when the memory is made, so that extents are never applied to another arena. ``faulted_bytes`` are known to
+    be present; what is read into the rest pays for its first touch.
     """
 
     id: str
@@ -246,6 +248,7 @@ class ArenaInfo(_Part, frozen=True, kw_only=True):
     chunk_bytes: int
     used_bytes: int = 0
     pages: str = "small"
+    faulted_bytes: int = 0
 
 
 class Inventory(_Part, frozen=True, kw_only=True):
@@ -572,12 +575,18 @@ class PlacementUpdate(Message, frozen=True, kw_only=True, tag="placement"):
 
 
 class Progress(Message, frozen=True, kw_only=True, tag="progress"):
-    """How far an operation or an instance's start (``op`` is then the instance id) has come in its present ``stage``."""
+    """How far an operation or an instance's start (``op`` is then the instance id) has come in its present ``stage``.
+
+    ``source`` is the tier that the bytes come from, ``bps`` how many a second came since the step before; None and 0 where
+    that is not known.
+    """
 
     op: str
     stage: str
     done_bytes: int
     total_bytes: int
+    source: Tier | None = None
+    bps: float = 0.0
 
 
 class OperationDone(Message, frozen=True, kw_only=True, tag="done"):
@@ -689,6 +698,12 @@ class Evicted(Message, frozen=True, kw_only=True, tag="evicted"):
     digest: str
 
 
+class ArenaState(Message, frozen=True, kw_only=True, tag="arenastate"):
+    """Store -> agent: the arena as it is now; said as its pages become present."""
+
+    arena: ArenaInfo
+
+
 class StoreTruth(Message, frozen=True, kw_only=True, tag="storetruth"):
     """All that the arena holds. After a restart of the store it is what the chunk table in the arena itself says.
 
@@ -770,7 +785,7 @@ AgentMessage = (
 )  # fmt: skip
 """What an agent says to a manager."""
 
-StoreMessage = Ping | Pong | Descriptors | StoreTruth | Resident | Evicted | Progress | OperationDone
+StoreMessage = Ping | Pong | Descriptors | ArenaState | StoreTruth | Resident | Evicted | Progress | OperationDone
 ToStore = (
     Welcome | Refused | Ping | Pong | Descriptors | FillArena | HoldCheckpoint | DropResident | VerifyStored | CancelVerify
     | PinResidents | Shutdown

@@ -18,6 +18,7 @@ from agent.native.mapping import read_only
 from schema.errors import Fault, LinkError, SllmError, Unreachable
 from schema.link import (
     ArenaInfo,
+    ArenaState,
     CancelVerify,
     Descriptors,
     DropResident,
@@ -197,6 +198,8 @@ class StoreLink:
                 self._take_arena(connection, message)
             case StoreTruth():
                 self._truth(message)
+            case ArenaState():
+                self.arena = message.arena
             case _ if not self._stated:
                 raise LinkError(f"the store said {type(message).__name__} before its truth")
             case Resident():

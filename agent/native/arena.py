@@ -12,11 +12,14 @@ import fcntl
 import mmap
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
 from agent.native.chunk_table import ChunkTable, Geometry, Occupant, table_bytes
+from agent.native.numa import interleave
+from agent.native.prefault import Prefault
+from agent.native.uring import address_of
 from schema.errors import InvalidInput, OutOfSpace
 from schema.link import ArenaInfo, Extent
 
@@ -27,6 +30,7 @@ HUGE_BYTES: Final = 2 << 20
 
 _MAX_SLOTS: Final = 4096
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_MEMINFO = Path("/proc/meminfo")
 _SHMEM_HUGE = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 
@@ -46,6 +50,7 @@ class Arena:
         self._memory = memory
         self._view = memoryview(memory)
         self._data_offset = table.geometry.data_offset
+        self._prefault: Prefault | None = None
 
     @classmethod
     def create(cls, budget_bytes: int, chunk_bytes: int) -> Arena:
@@ -55,6 +60,7 @@ class Arena:
         """
         geometry = _geometry(budget_bytes, chunk_bytes)
         descriptor, memory, pages = _allocate(geometry)
+        interleave(memory)
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
         table = ChunkTable.create(memoryview(memory), secrets.token_hex(16), geometry)
         return cls(descriptor, memory, table, pages, [])
@@ -95,7 +101,42 @@ class Arena:
             chunk_bytes=self.chunk_bytes,
             used_bytes=used_chunks * self.chunk_bytes,
             pages=self.pages,
+            faulted_bytes=self._prefault.done * self.chunk_bytes if self._prefault is not None else 0,
         )
+
+    @property
+    def address(self) -> int:
+        """Where chunk 0 begins in this process."""
+        return address_of(self._view) + self._data_offset
+
+    def steps(self, limit_bytes: int) -> list[tuple[int, int]]:
+        """The data as (address, size) of at most ``limit_bytes`` each, for a driver that pins memory in steps: no chunk lies in
+        two of them. A chunk longer than the limit is a step of its own."""
+        step = max(1, limit_bytes // self.chunk_bytes) * self.chunk_bytes
+        size = self.chunks * self.chunk_bytes
+        return [(self.address + at, min(step, size - at)) for at in range(0, size, step)]
+
+    def prefault(self, threads: int, changed: Callable[[int], None]) -> None:
+        """Make all pages present in the background; a second call does nothing. ``changed`` hears, on a thread, how many are.
+
+        Of pages that are not reserved already, no more than half of the memory that is available now: a budget that was set
+        too large must not drive others out before it is used.
+        """
+        if self._prefault is None and self.chunks:
+            chunks = self.chunks if self.pages == "hugetlb" else min(self.chunks, _half_available() // self.chunk_bytes)
+            self._prefault = Prefault(
+                self.descriptor, self.address, self._data_offset, chunks, self.chunk_bytes, threads=threads, changed=changed
+            )
+
+    def hurry(self, chunks: Sequence[int]) -> None:
+        """These chunks are about to be written: make them present before others."""
+        if self._prefault is not None:
+            self._prefault.hurry(chunks)
+
+    def hold_prefault(self, held: bool) -> None:
+        """While something is loaded, only what it hurries for is made present."""
+        if self._prefault is not None:
+            self._prefault.hold(held)
 
     def chunks_for(self, image_bytes: int) -> int:
         """How many chunks an image takes."""
@@ -126,6 +167,8 @@ class Arena:
 
     def close(self) -> None:
         """Unmap and close. The memory lives on while another holds a descriptor or mapping of it."""
+        if self._prefault is not None:
+            self._prefault.close()
         self._view.release()
         with contextlib.suppress(BufferError):  # the table's view dies with this object; the process ends anyway
             self._memory.close()
@@ -141,6 +184,13 @@ def merge_extents(extents: Sequence[Extent]) -> list[Extent]:
         else:
             merged.append(extent)
     return merged
+
+
+def _half_available() -> int:
+    """Half of the memory that the system could give without swapping; all of it where it does not say."""
+    with contextlib.suppress(OSError, StopIteration, ValueError, IndexError), _MEMINFO.open() as lines:
+        return int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024 // 2
+    return 1 << 62
 
 
 def _geometry(budget_bytes: int, chunk_bytes: int) -> Geometry:

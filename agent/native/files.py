@@ -8,8 +8,8 @@ import os
 import stat
 from pathlib import Path
 
+from agent.native.cachestat import cached_pages
 from agent.native.jobs import Unit
-from agent.native.pagecache import cached_pages
 from schema.errors import InvalidCheckpoint, SllmError, TimedOut
 
 __all__ = ["DIRECT_ALIGN_BYTES", "OpenFile", "wrong_checksum"]

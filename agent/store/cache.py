@@ -242,6 +242,8 @@ class ArenaStore:
         units = list(self._units(fill.directory, manifest, chunks, fill.verifying))
         self._fills[fill.digest] = fill
         self._tell(fill, time.monotonic(), 0)
+        self._arena.hold_prefault(True)
+        self._arena.hurry(chunks)
         fill.job = (fill.source or self._pool).submit(units, self._changed, priority=fill.priority)
 
     def _units(self, directory: Path, manifest: Manifest, chunks: list[int], verifying: bool) -> Iterator[Unit]:
@@ -317,6 +319,7 @@ class ArenaStore:
     def _end(self, fill: _Fill, job: ReadJob) -> None:
         assert fill.occupant is not None
         del self._fills[fill.digest]
+        self._arena.hold_prefault(any(not other.stalled for other in self._fills.values()))
         if job.error is None:
             self._arena.table.commit(fill.occupant)
             self._residents[fill.digest] = fill.occupant
@@ -340,6 +343,7 @@ class ArenaStore:
         if fill.stalled:
             return
         fill.stalled = fill.given_up = True
+        self._arena.hold_prefault(any(not other.stalled for other in self._fills.values()))
         self._fail(fill, error)
         fill.ops = []
         same = self._waiting.pop(fill.digest, None)

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -19,8 +20,10 @@ from agent.config import NodeConfig, load_config
 from agent.native.arena import Arena
 from agent.native.reader import Priority
 from agent.store.cache import ArenaStore
+from agent.store.rates import Rates
 from schema.errors import Fault, InvalidInput, LinkError, SllmError
 from schema.link import (
+    ArenaState,
     CancelVerify,
     Descriptors,
     DropResident,
@@ -43,11 +46,15 @@ from schema.link import (
     VerifyStored,
     Welcome,
 )
+from schema.states import Tier
 from schema.version import VERSION
 
 __all__ = ["StoreProcess", "main"]
 
 _SOFTWARE: Final = f"sllmctl-store {VERSION}"
+_FAULT_THREADS: Final = max(1, min(4, (os.cpu_count() or 1) // 2))
+_FAULTED_EVERY: Final = 256
+"""Chunks."""
 _SWITCH_S: Final = 0.0005
 """How soon a thread that reads gets the interpreter back from one that computes; each block costs one such wait."""
 _log = logging.getLogger(__name__)
@@ -90,6 +97,8 @@ class StoreProcess:
         self._announced = 0
         self._offer = True
         self._stopping = False
+        self._faulted = False
+        self._rates = Rates()
 
     def run(self) -> int:
         """Serve until told to stop, or until the agent was away too long. Returns the exit code."""
@@ -106,6 +115,8 @@ class StoreProcess:
                 self._drain()
                 if self._store is not None:
                     self._store.pump()
+                if self._faulted:
+                    self._tell_arena()
                 if not self._channel.connected and self._channel.lost_for_s >= grace_s:
                     _log.warning("no agent for %.1f s; ending. %s", grace_s, self._channel.last_refusal or "")
                     break
@@ -116,12 +127,28 @@ class StoreProcess:
     # What the store says of its background work: the StoreListener.
 
     def progress(self, op: str, done_bytes: int, total_bytes: int) -> None:
-        self._say(Progress(op=op, stage="load", done_bytes=done_bytes, total_bytes=total_bytes))
+        bps = self._rates.step(op, done_bytes, time.monotonic())
+        step = Progress(op=op, stage="load", done_bytes=done_bytes, total_bytes=total_bytes, source=Tier.DISK, bps=bps)
+        self._say(step)
+
+    def _arena_faulted(self, chunks: int) -> None:
+        """On a thread: now and then, and at the end, the agent hears how much of the arena is there."""
+        assert self._arena is not None
+        if chunks == self._arena.chunks or not chunks % _FAULTED_EVERY:
+            self._faulted = True
+            self._wake()
+
+    def _tell_arena(self) -> None:
+        self._faulted = False
+        if self._store is not None:
+            self._say(ArenaState(arena=self._store.arena))
 
     def filled(self, op: str, resident: Resident) -> None:
+        self._rates.end(op)
         self._say(resident)
 
     def failed(self, op: str, digest: str, fault: Fault) -> None:
+        self._rates.end(op)
         _log.warning("loading %s failed: %s", digest, fault.message)
         self._say(OperationDone(op=op, digest=digest, fault=fault))
 
@@ -231,6 +258,7 @@ class StoreProcess:
             self._channel.send(Descriptors(what="arena", count=1), [arena.descriptor])
         store = self._store
         self._channel.send(StoreTruth(arena=store.arena, residents=store.residents(), filling=store.filling()))
+        arena.prefault(_FAULT_THREADS, self._arena_faulted)
 
     def _wake(self) -> None:
         try:

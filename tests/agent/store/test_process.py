@@ -18,6 +18,7 @@ import pytest
 
 from agent.config import NodeConfig
 from schema.link import (
+    ArenaState,
     Descriptors,
     DropResident,
     Evicted,
@@ -98,7 +99,7 @@ class Agent:
         socket.send_fds(self.link, [encode_frame(message)], descriptors or [])
 
     def next(self, *kinds: Any) -> Any:
-        """The next message of these kinds; Progress in between is passed over, anything else is a failure."""
+        """The next message of these kinds; Progress and ArenaState in between are passed over, anything else is a failure."""
         assert self.link is not None
         while True:
             while not self.inbox:
@@ -109,7 +110,7 @@ class Agent:
             message = self.inbox.pop(0)
             if isinstance(message, kinds):
                 return message
-            assert isinstance(message, Progress), message
+            assert isinstance(message, Progress | ArenaState), message
 
     def close(self) -> None:
         self.hang_up()
