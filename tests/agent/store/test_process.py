@@ -228,7 +228,8 @@ def test_command_before_the_announced_arena_closes_the_link(agent: Agent) -> Non
     agent.send(Welcome(protocol=1, software="test", node="", pid=1, descriptors=1))
     agent.send(HoldCheckpoint(digest="0" * 64, users=0))
     assert agent.link is not None
-    assert agent.link.recv(1) == b""
+    while agent.link.recv(1 << 16):  # what it says of its arena's pages may come before
+        pass
     _, truth = agent.accept(agent.arenas[0])
     assert truth.residents == ()
 
