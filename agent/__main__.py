@@ -1,4 +1,4 @@
-"""The processes of a node, one verb each: agent, store, zygote, ingest. Imports nothing of a process that is not asked for."""
+"""The processes of a node, one verb each: agent, store, zygote, ingest, publish. Imports nothing that is not asked for."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ def main(arguments: list[str] | None = None) -> int:
     load.add_argument("--rounds", type=int, default=3)
     load.add_argument("--chunk-bytes", type=int, default=4 << 20)
     load.add_argument("--reader-threads", type=int, default=4)
+    publish = verbs.add_parser("publish", help="put a checkpoint on a remote; frames on standard output")
+    publish.add_argument("--run-dir", type=Path, required=True)
+    publish.add_argument("--op", required=True)
+    publish.add_argument("--directory", required=True, help="relative to the node's checkpoints")
+    publish.add_argument("--url", required=True)
     given = parser.parse_args(arguments)
     try:
         return _run(given)
@@ -58,6 +63,10 @@ def _run(given: argparse.Namespace) -> int:
             checkpoints=given.checkpoints, directory=given.directory, digest=given.digest, rounds=given.rounds,
             chunk_bytes=given.chunk_bytes, reader_threads=given.reader_threads,
         )  # fmt: skip
+    if given.verb == "publish":
+        from agent.store.remote.command import main as run_publish
+
+        return run_publish(given.run_dir, given.op, given.directory, given.url)
     from agent.store.ingest import main as run_ingest
 
     return run_ingest(given.run_dir, given.op, given.source)

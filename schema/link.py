@@ -61,6 +61,7 @@ __all__ = [
     "Attach",
     "AttemptTruth",
     "Cancel",
+    "CancelFetch",
     "CancelOperation",
     "CancelVerify",
     "CheckpointTruth",
@@ -74,6 +75,8 @@ __all__ = [
     "EngineTiming",
     "Evicted",
     "Extent",
+    "Fetch",
+    "FetchStored",
     "FileChunk",
     "FillArena",
     "Fork",
@@ -99,6 +102,7 @@ __all__ = [
     "PlacementUpdate",
     "Pong",
     "Progress",
+    "Publish",
     "ReadFile",
     "Refused",
     "Resident",
@@ -482,6 +486,28 @@ class LoadCheckpoint(Message, frozen=True, kw_only=True, tag="prefetch"):
     tier: Tier = Tier.DRAM
 
 
+class Publish(Message, frozen=True, kw_only=True, tag="publish"):
+    """Put the copy on this node's disk on the remote at ``url``. Ends with `OperationDone`, which names the layout."""
+
+    op: str
+    digest: str
+    url: str
+
+
+class Fetch(Message, frozen=True, kw_only=True, tag="fetch"):
+    """Bring a checkpoint from the remote at ``url`` to this node's disk and, with tier DRAM, into its memory as it comes. Ends
+    with `OperationDone`; where a sound copy lies on the disk, at once.
+
+    ``layout`` "" leaves it to the agent to find one there.
+    """
+
+    op: str
+    digest: str
+    url: str
+    layout: str = ""
+    tier: Tier = Tier.DISK
+
+
 class DropCheckpoint(Message, frozen=True, kw_only=True, tag="drop"):
     """Take a checkpoint from one tier: DEVICE (those devices of the node where nobody uses it), DRAM, or DISK for good. Where
     all is in use: a Conflict, and nothing is dropped. What is said after it on this link finds the room free."""
@@ -590,11 +616,13 @@ class Progress(Message, frozen=True, kw_only=True, tag="progress"):
 
 
 class OperationDone(Message, frozen=True, kw_only=True, tag="done"):
-    """The one end of an operation: a ``fault``, or success. ``digest`` is the checkpoint it made or used."""
+    """The one end of an operation: a ``fault``, or success. ``digest`` is the checkpoint it made or used, ``layout`` the one
+    that it published or fetched."""
 
     op: str
     digest: str = ""
     fault: Fault | None = None
+    layout: str = ""
 
 
 class FileChunk(Message, frozen=True, kw_only=True, tag="filechunk"):
@@ -692,6 +720,27 @@ class CancelVerify(Message, frozen=True, kw_only=True, tag="cancelverify"):
     op: str
 
 
+class FetchStored(Message, frozen=True, kw_only=True, tag="fetchstored"):
+    """Agent -> store: bring a checkpoint from the remote at ``url`` to the disk and, with ``in_memory``, into the arena as it
+    comes, held by ``users`` from then on; where the arena has no room, to the disk alone.
+
+    `Progress` tells how far it is; answered by one `OperationDone`. A digest under way is not fetched twice.
+    """
+
+    op: str
+    digest: str
+    url: str
+    layout: str = ""
+    in_memory: bool = False
+    users: _Count = 0
+
+
+class CancelFetch(Message, frozen=True, kw_only=True, tag="cancelfetch"):
+    """Agent -> store: nobody waits for this op any more. It is not answered; a fetch without ops is given up."""
+
+    op: str
+
+
 class Evicted(Message, frozen=True, kw_only=True, tag="evicted"):
     """Store -> agent: these chunks are free or being filled with something else; no new mapping may be made of them."""
 
@@ -774,8 +823,7 @@ class WorkerTruth(Message, frozen=True, kw_only=True, tag="workertruth"):
 
 ManagerMessage = (
     Ping | Pong | StartInstance | StopInstance | Ingest | LoadCheckpoint | DropCheckpoint | VerifyCheckpoint | SetPins
-    | CancelOperation
-    | OperationsAcked | ReadFile | Submit | Cancel | Acked | Shutdown
+    | Publish | Fetch | CancelOperation | OperationsAcked | ReadFile | Submit | Cancel | Acked | Shutdown
 )  # fmt: skip
 """What a manager says to an agent after its Hello."""
 
@@ -788,7 +836,7 @@ AgentMessage = (
 StoreMessage = Ping | Pong | Descriptors | ArenaState | StoreTruth | Resident | Evicted | Progress | OperationDone
 ToStore = (
     Welcome | Refused | Ping | Pong | Descriptors | FillArena | HoldCheckpoint | DropResident | VerifyStored | CancelVerify
-    | PinResidents | Shutdown
+    | PinResidents | FetchStored | CancelFetch | Shutdown
 )  # fmt: skip
 ZygoteMessage = Ping | Pong | ZygoteTruth | Forked | ChildExited
 ToZygote = Welcome | Refused | Ping | Pong | Descriptors | Fork | Shutdown

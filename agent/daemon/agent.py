@@ -36,6 +36,7 @@ from schema.link import (
     Cancel,
     CancelOperation,
     DropCheckpoint,
+    Fetch,
     Hello,
     Ingest,
     InstanceLoad,
@@ -47,6 +48,7 @@ from schema.link import (
     OperationsAcked,
     PlacementUpdate,
     Progress,
+    Publish,
     ReadFile,
     Role,
     SetPins,
@@ -254,7 +256,7 @@ class Agent:
         return self._store.loading or self._instances.starting or bool(self._operations.running)
 
     def _command(self, message: Any) -> None:
-        if isinstance(message, StartInstance | Ingest | LoadCheckpoint | VerifyCheckpoint):
+        if isinstance(message, StartInstance | Ingest | LoadCheckpoint | VerifyCheckpoint | Publish | Fetch):
             self._disk.give_way()
         match message:
             case Submit():
@@ -267,7 +269,7 @@ class Agent:
                 self._instances.start(message)
             case StopInstance():
                 self._instances.stop(message)
-            case Ingest() | LoadCheckpoint() | DropCheckpoint() | VerifyCheckpoint():
+            case Ingest() | LoadCheckpoint() | DropCheckpoint() | VerifyCheckpoint() | Publish() | Fetch():
                 self._operations.begin(message)
             case SetPins():
                 self._pin(message)

@@ -64,6 +64,11 @@ class Checkpoints:
             )
         return self.relative(entry)
 
+    def layout(self, digest: str) -> str | None:
+        """The layout of a sound copy on the disk, or None."""
+        entry = self._entries.get(digest)
+        return entry.manifest.layout if entry is not None and entry.quarantined is None else None
+
     def relative(self, entry: CatalogEntry) -> str:
         """An entry's directory as the store names it."""
         return str(entry.directory.relative_to(self._root))

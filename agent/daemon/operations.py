@@ -11,19 +11,22 @@ import msgspec
 
 from agent.config import NodeConfig
 from agent.daemon.catalog import Checkpoints
-from agent.daemon.ingest import IngestCommand, run_ingest
+from agent.daemon.ingest import IngestCommand, publish_command, run_child, run_ingest
 from agent.daemon.roster import Roster
 from agent.daemon.storelink import StoreLink
 from agent.native.jobs import Priority
 from schema.errors import Cancelled, Conflict, Fault, InvalidInput, SllmError
 from schema.link import (
     DropCheckpoint,
+    Fetch,
+    FetchStored,
     FileChunk,
     Ingest,
     LoadCheckpoint,
     Message,
     OperationDone,
     Progress,
+    Publish,
     ReadFile,
     Resident,
     VerifyCheckpoint,
@@ -33,10 +36,10 @@ from schema.states import Tier
 __all__ = ["OperationOwner", "Operations"]
 
 T = TypeVar("T")
-Operation = Ingest | LoadCheckpoint | DropCheckpoint | VerifyCheckpoint
+Operation = Ingest | LoadCheckpoint | DropCheckpoint | VerifyCheckpoint | Publish | Fetch
 
 _INGESTS: Final = 2
-"""Ingests at once; more would only share the disk."""
+"""Ingests at once, and as many publishes; more would only share the disk."""
 _log = logging.getLogger(__name__)
 
 
@@ -73,6 +76,7 @@ class Operations:
         self._reads: set[asyncio.Task[None]] = set()
         self._dropping: set[str] = set()
         self._ingest_slots = asyncio.Semaphore(_INGESTS)
+        self._publish_slots = asyncio.Semaphore(_INGESTS)
 
     @property
     def running(self) -> tuple[str, ...]:
@@ -123,6 +127,10 @@ class Operations:
                 done = await self._run_ingest(message)
             elif isinstance(message, LoadCheckpoint):
                 done = await self._load(message)
+            elif isinstance(message, Publish):
+                done = await self._publish(message)
+            elif isinstance(message, Fetch):
+                done = await self._fetch(message)
             elif isinstance(message, VerifyCheckpoint):
                 done = await self._verify(message)
             else:
@@ -146,6 +154,49 @@ class Operations:
         if done.digest:
             self._owner.placement_changed(done.digest)
         return done
+
+    async def _publish(self, message: Publish) -> OperationDone:
+        digest = message.digest
+        command = publish_command(self._config, message, self._checkpoints.directory(digest))
+        self._store.holds.add(digest, message.op)  # so that it is not taken from the disk meanwhile
+        try:
+            async with self._publish_slots:
+                return await run_child(self._config, "publish", message.op, command, self._roster, self._owner.tell)
+        finally:
+            self._store.holds.release(digest, message.op)
+
+    async def _fetch(self, message: Fetch) -> OperationDone:
+        digest, in_memory = message.digest, message.tier is Tier.DRAM
+        if message.tier not in (Tier.DRAM, Tier.DISK):
+            raise InvalidInput(f"a checkpoint can be fetched to {Tier.DRAM} or {Tier.DISK}, not to {message.tier}")
+        if digest in self._dropping:
+            raise Conflict(f"checkpoint {digest} is just being dropped")
+        layout = self._checkpoints.layout(digest)
+        if layout is None:
+            done = await self._fetch_stored(message, in_memory)
+            if done.fault is not None:
+                return done
+            layout = done.layout
+        if in_memory:
+            loaded = await self._load(LoadCheckpoint(op=message.op, digest=digest))
+            return msgspec.structs.replace(loaded, layout=layout)
+        return OperationDone(op=message.op, digest=digest, layout=layout)
+
+    async def _fetch_stored(self, message: Fetch, in_memory: bool) -> OperationDone:
+        digest = message.digest
+        asked = FetchStored(
+            op=message.op, digest=digest, url=message.url, layout=message.layout, in_memory=in_memory, users=int(in_memory)
+        )
+        answer: asyncio.Future[Fault | None] = asyncio.get_running_loop().create_future()
+        self._store.fetch(asked, _answer(answer), self._owner.tell)
+        try:
+            fault = await answer
+        finally:
+            self._store.cancel_fetch(message.op)
+        await self._checkpoints.scan()
+        self._owner.disk_changed()
+        self._owner.placement_changed(digest)
+        return OperationDone(op=message.op, digest=digest, fault=fault, layout=self._checkpoints.layout(digest) or "")
 
     async def _load(self, message: LoadCheckpoint) -> OperationDone:
         if message.tier is not Tier.DRAM:

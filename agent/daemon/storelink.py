@@ -19,10 +19,12 @@ from schema.errors import Fault, LinkError, SllmError, Unreachable
 from schema.link import (
     ArenaInfo,
     ArenaState,
+    CancelFetch,
     CancelVerify,
     Descriptors,
     DropResident,
     Evicted,
+    FetchStored,
     FillArena,
     Hello,
     HoldCheckpoint,
@@ -73,8 +75,10 @@ class _Drop:
 
 
 @dataclass(slots=True)
-class _Verify:
-    message: VerifyStored
+class _Task:
+    """What the store does beside fills: answered by one `OperationDone`, asked again of the next store."""
+
+    message: VerifyStored | FetchStored
     answered: Callable[[Fault | None], None]
     progress: Callable[[Progress], None]
     losses: int = 0
@@ -93,7 +97,7 @@ class StoreLink:
         self._stated = False
         self._fills: dict[str, _Fill] = {}
         self._drops: dict[str, _Drop] = {}
-        self._verifies: dict[str, _Verify] = {}
+        self._tasks: dict[str, _Task] = {}
         self._pinned: tuple[str, ...] = ()
         self._count = 0
 
@@ -163,13 +167,13 @@ class StoreLink:
         progress: Callable[[Progress], None],
     ) -> None:
         """Compare a copy on disk and what lies of it in the arena with its checksums; answered once, unless it is cancelled."""
-        self._verifies[op] = _Verify(VerifyStored(op=op, digest=digest, directory=directory), answered, progress)
+        self._tasks[op] = _Task(VerifyStored(op=op, digest=digest, directory=directory), answered, progress)
         if self._stated:
-            self._kin.send(self._verifies[op].message)
+            self._kin.send(self._tasks[op].message)
 
     def cancel_verify(self, op: str) -> None:
         """Nobody waits for a verification any more; it is not answered."""
-        if self._verifies.pop(op, None) is not None and self._stated:
+        if self._tasks.pop(op, None) is not None and self._stated:
             self._kin.send(CancelVerify(op=op))
 
     def pin(self, digests: tuple[str, ...]) -> None:
@@ -177,6 +181,19 @@ class StoreLink:
         self._pinned = digests
         if self._stated:
             self._kin.send(PinResidents(digests=digests))
+
+    def fetch(
+        self, message: FetchStored, answered: Callable[[Fault | None], None], progress: Callable[[Progress], None]
+    ) -> None:
+        """Bring a checkpoint from a remote to the disk; answered once, unless it is cancelled."""
+        self._tasks[message.op] = _Task(message, answered, progress)
+        if self._stated:
+            self._kin.send(message)
+
+    def cancel_fetch(self, op: str) -> None:
+        """Nobody waits for a fetch any more; it is not answered."""
+        if self._tasks.pop(op, None) is not None and self._stated:
+            self._kin.send(CancelFetch(op=op))
 
     def reopen(self) -> int:
         """A new descriptor of the arena that can only be read. The caller owns it. Raises Unreachable, OSError."""
@@ -210,7 +227,7 @@ class StoreLink:
                 if self.residents.pop(message.digest, None) is not None:
                     self._owner.placement_changed(message.digest)
             case Progress():
-                asked = self._fills.get(message.op) or self._verifies.get(message.op)
+                asked = self._fills.get(message.op) or self._tasks.get(message.op)
                 if asked is not None:
                     asked.progress(message)
             case _:
@@ -229,12 +246,12 @@ class StoreLink:
             if fill.losses >= _MAX_LOSSES:
                 del self._fills[op]
                 fill.answered(Fault.of(Unreachable(f"the store died {fill.losses} times while it was loading this checkpoint")))
-        for op, verify in list(self._verifies.items()):
-            verify.losses += 1
-            if verify.losses >= _MAX_LOSSES:
-                del self._verifies[op]
-                died = f"the store died {verify.losses} times while it was verifying this checkpoint"
-                verify.answered(Fault.of(Unreachable(died)))
+        for op, task in list(self._tasks.items()):
+            task.losses += 1
+            if task.losses >= _MAX_LOSSES:
+                del self._tasks[op]
+                doing = "verifying" if isinstance(task.message, VerifyStored) else "fetching"
+                task.answered(Fault.of(Unreachable(f"the store died {task.losses} times while it was {doing} this checkpoint")))
         self._owner.store_lost()
 
     # --- what the store says
@@ -271,8 +288,8 @@ class StoreLink:
                 self._kin.send(self._counted(fill.message))
         for drop in self._drops.values():
             self._kin.send(drop.message)
-        for verify in self._verifies.values():
-            self._kin.send(verify.message)
+        for task in self._tasks.values():
+            self._kin.send(task.message)
         for digest in earlier.keys() | self.residents.keys():
             self._owner.placement_changed(digest)
         if self._descriptor is not None:
@@ -300,9 +317,9 @@ class StoreLink:
             if message.fault is None and self.residents.pop(drop.message.digest, None) is not None:
                 self._owner.placement_changed(drop.message.digest)
             drop.answered(message.fault)
-        verify = self._verifies.pop(message.op, None)
-        if verify is not None:
-            verify.answered(message.fault)
+        task = self._tasks.pop(message.op, None)
+        if task is not None:
+            task.answered(message.fault)
 
     def _users_changed(self, digest: str, users: int) -> None:
         if self._stated:

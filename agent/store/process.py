@@ -21,13 +21,16 @@ from agent.native.arena import Arena
 from agent.native.reader import Priority
 from agent.store.cache import ArenaStore
 from agent.store.rates import Rates
+from agent.store.remote.fetches import Fetches
 from schema.errors import Fault, InvalidInput, LinkError, SllmError
 from schema.link import (
     ArenaState,
+    CancelFetch,
     CancelVerify,
     Descriptors,
     DropResident,
     Evicted,
+    FetchStored,
     FillArena,
     Hello,
     HoldCheckpoint,
@@ -94,6 +97,7 @@ class StoreProcess:
         self._channel: Channel[ToStore] = Channel(config.socket_path, hello, ToStore)
         self._arena: Arena | None = None
         self._store: ArenaStore | None = None
+        self._fetches: Fetches | None = None
         self._announced = 0
         self._offer = True
         self._stopping = False
@@ -115,6 +119,8 @@ class StoreProcess:
                 self._drain()
                 if self._store is not None:
                     self._store.pump()
+                if self._fetches is not None:
+                    self._fetches.pump()
                 if self._faulted:
                     self._tell_arena()
                 if not self._channel.connected and self._channel.lost_for_s >= grace_s:
@@ -158,6 +164,14 @@ class StoreProcess:
     def verified(self, op: str, digest: str, fault: Fault | None) -> None:
         self._say(OperationDone(op=op, digest=digest, fault=fault))
 
+    def fetching(self, op: str, done_bytes: int, total_bytes: int) -> None:
+        self._say(Progress(op=op, stage="fetch", done_bytes=done_bytes, total_bytes=total_bytes))
+
+    def fetched(self, op: str, digest: str, layout: str, fault: Fault | None) -> None:
+        if fault is not None:
+            _log.warning("fetching %s failed: %s", digest, fault.message)
+        self._say(OperationDone(op=op, digest=digest, layout=layout, fault=fault))
+
     def condemned(self, resident: Resident) -> None:
         _log.error("checkpoint %s is wrong in memory: %s", resident.digest, resident.condemned)
         self._say(resident)
@@ -187,8 +201,18 @@ class StoreProcess:
             _log.error("%s; dialling again", error)
             self._channel.close(0.0)
 
-    def _command(self, message: FillArena | HoldCheckpoint | DropResident | VerifyStored | CancelVerify | PinResidents) -> None:
-        if self._store is None or self._announced:
+    def _command(
+        self,
+        message: FillArena
+        | HoldCheckpoint
+        | DropResident
+        | VerifyStored
+        | CancelVerify
+        | PinResidents
+        | FetchStored
+        | CancelFetch,
+    ) -> None:
+        if self._store is None or self._fetches is None or self._announced:
             raise LinkError(f"the agent sent {type(message).__name__} before the store had an arena")
         if isinstance(message, FillArena):
             try:
@@ -210,6 +234,11 @@ class StoreProcess:
             self._store.verify(message.op, message.digest, directory)
         elif isinstance(message, CancelVerify):
             self._store.cancel_verify(message.op)
+        elif isinstance(message, FetchStored):
+            memory, users = message.in_memory, message.users
+            self._fetches.begin(message.op, message.digest, message.url, message.layout, in_memory=memory, users=users)
+        elif isinstance(message, CancelFetch):
+            self._fetches.cancel(message.op)
         else:
             fault = None
             try:
@@ -254,6 +283,8 @@ class StoreProcess:
         if self._store is None:
             self._store = ArenaStore(arena, self, reader_threads=self._config.reader_threads, wake=self._wake)
             _log.info("reading by %s into an arena of %s pages", self._store.backend, arena.pages)
+            data, remote = Path(self._config.data_dir), self._config.remote
+            self._fetches = Fetches(data, self._config.checkpoints_path, remote, self._store, self, self._wake)
         if self._offer:
             self._channel.send(Descriptors(what="arena", count=1), [arena.descriptor])
         store = self._store
@@ -277,6 +308,8 @@ class StoreProcess:
         self._stopping = True
 
     def _close(self) -> None:
+        if self._fetches is not None:
+            self._fetches.close()
         if self._store is not None:
             self._store.close()
         self._channel.close()

@@ -1,4 +1,4 @@
-"""What an ingest says while it works: frames on a pipe, so few that they never slow it."""
+"""What an ingest or a publish says while it works: frames on a pipe, so few that they never slow it."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Reporter:
             self._said_at = now
             self._write(Progress(op=self._op, stage=stage, done_bytes=done_bytes, total_bytes=total_bytes))
 
-    def done(self, digest: str, fault: Fault | None) -> None:
+    def done(self, digest: str, fault: Fault | None, layout: str = "") -> None:
         """Say how it ended."""
         with self._lock:
-            self._write(OperationDone(op=self._op, digest=digest, fault=fault))
+            self._write(OperationDone(op=self._op, digest=digest, layout=layout, fault=fault))
 
     def _write(self, message: Message) -> None:
         view = memoryview(encode_frame(message))

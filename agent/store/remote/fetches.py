@@ -33,7 +33,7 @@ class FetchListener(Protocol):
 
     def fetching(self, op: str, done_bytes: int, total_bytes: int) -> None: ...
 
-    def fetched(self, op: str, digest: str, fault: Fault | None) -> None: ...
+    def fetched(self, op: str, digest: str, layout: str, fault: Fault | None) -> None: ...
 
 
 @dataclass(eq=False)
@@ -142,8 +142,9 @@ class Fetches:
             if self._advance(fetch):
                 del self._fetches[digest]
                 fault = None if fetch.error is None else Fault.of(fetch.error)
+                layout = fetch.manifest.layout if fetch.job is not None else ""
                 for op in fetch.ops:
-                    self._listener.fetched(op, digest, fault)
+                    self._listener.fetched(op, digest, layout, fault)
             elif fetch.job is not None and now - fetch.told_at >= _PROGRESS_S and fetch.told_bytes != fetch.job.done_bytes:
                 fetch.told_at, fetch.told_bytes = now, fetch.job.done_bytes
                 for op in fetch.ops:

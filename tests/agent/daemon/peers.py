@@ -35,6 +35,7 @@ from schema.link import (
     Attach,
     AttemptTruth,
     Cancel,
+    CancelFetch,
     CancelVerify,
     ChildExited,
     Descriptors,
@@ -42,6 +43,7 @@ from schema.link import (
     Ended,
     EngineOptions,
     Extent,
+    FetchStored,
     FillArena,
     Fork,
     Forked,
@@ -289,6 +291,7 @@ class Store:
         self.condemned: dict[str, str] = {}
         self.verifies: list[VerifyStored] = []
         self.cancelled: list[str] = []
+        self.fetches: list[FetchStored] = []
         self.pinned: tuple[str, ...] | None = None
         self.residents: dict[str, Resident] = {}
         self.answers = node.store_answers
@@ -325,7 +328,9 @@ class Store:
             self.pinned = message.digests
         elif isinstance(message, VerifyStored):
             self.verifies.append(message)
-        elif isinstance(message, CancelVerify):
+        elif isinstance(message, FetchStored):
+            self.fetches.append(message)
+        elif isinstance(message, CancelVerify | CancelFetch):
             self.cancelled.append(message.op)
         elif isinstance(message, DropResident):
             self.residents.pop(message.digest, None)

@@ -50,8 +50,9 @@ class FetchBench(Bench):
     def fetching(self, op: str, done_bytes: int, total_bytes: int) -> None:
         self.progress.append((op, done_bytes, total_bytes))
 
-    def fetched(self, op: str, digest: str, fault: Fault | None) -> None:
+    def fetched(self, op: str, digest: str, layout: str, fault: Fault | None) -> None:
         assert op not in self.answers, f"{op} was answered twice"
+        assert fault is not None or layout == "exec1"
         self.answers[op] = fault
 
     def until(self, what: object, timeout_s: float = 30.0) -> None:

@@ -19,9 +19,11 @@ import pytest
 from agent.config import NodeConfig
 from schema.link import (
     ArenaState,
+    CancelFetch,
     Descriptors,
     DropResident,
     Evicted,
+    FetchStored,
     FillArena,
     FrameDecoder,
     Hello,
@@ -40,6 +42,7 @@ from schema.link import (
     encode_frame,
 )
 from tests.agent.store.images import CHUNK, commit, read_image
+from tests.remotes import web_server
 
 M = TypeVar("M")
 MAIN = "import sys; from agent.store.process import main; sys.exit(main(sys.argv[1]))"
@@ -270,3 +273,38 @@ def test_store_without_settings_says_so() -> None:
 def test_store_imports_no_torch() -> None:
     code = "import sys, agent.store.process; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_fetch_goes_to_disk_and_memory_and_on_after_a_kill(agent: Agent, tmp_path: Path) -> None:
+    digest, directory, image = commit(tmp_path / "remote", 5, 3 * CHUNK)
+    agent.spawn()
+    agent.accept()
+    with web_server(tmp_path / "remote") as web:
+        web.block_bytes, web.pause_s = 100_000, 0.02
+        fetch = FetchStored(op="f1", digest=digest, url=web.url, in_memory=True, users=1)
+        agent.send(fetch)
+        while not (step := agent.next(Progress)).done_bytes:
+            assert step.stage == "fetch"
+        agent.stores[0].kill()
+        agent.stores[0].wait()
+        web.pause_s = 0.0
+        agent.spawn()
+        _, truth = agent.accept(agent.arenas[0])
+        assert truth.residents == ()
+        sent = web.sent_bytes
+        agent.send(fetch)
+        done = agent.next(OperationDone)
+        assert (done.op, done.fault, done.layout) == ("f1", None, "exec1")
+        assert web.sent_bytes - sent < len(image)
+        assert (agent.config.checkpoints_path / digest / "exec1" / "partition_0.bin").read_bytes() == image
+        agent.send(FillArena(op="f2", digest=digest, directory=f"{digest}/exec1"))
+        resident = agent.next(Resident)
+        assert resident.read_bytes == 0
+        assert read_image(agent.arenas[0], resident) == image
+        (directory / "manifest.json").unlink()
+        agent.send(FetchStored(op="f3", digest="e" * 64, url=web.url))
+        assert agent.next(OperationDone).fault.code == "not_found"
+        agent.send(FetchStored(op="f4", digest="e" * 64, url=web.url))
+        agent.send(CancelFetch(op="f4"))
+        agent.send(Ping(nonce=1))
+        assert agent.next(Pong, OperationDone) == Pong(nonce=1)

@@ -1,0 +1,119 @@
+"""Publish and fetch as the agent carries them out: a child that publishes, a store that fetches, one end each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import xxhash
+
+from agent.store.catalog import quarantine
+from schema.checkpoint import decode_manifest, encode_manifest
+from schema.errors import Fault
+from schema.link import (
+    CancelOperation,
+    DropCheckpoint,
+    Fetch,
+    FetchStored,
+    OperationDone,
+    PlacementUpdate,
+    Progress,
+    Publish,
+)
+from schema.states import Tier, TierState
+from tests.agent.daemon.peers import DIGEST, Manager, Node, make_checkpoint
+
+OTHER = "ef" * 32
+
+
+async def done(manager: Manager, op: str) -> OperationDone:
+    return await manager.take(OperationDone, lambda m: m.op == op, 30)
+
+
+def right(directory: Path) -> bytes:
+    """Give the copy the checksum of what is in it; its manifest."""
+    path = directory / "manifest.json"
+    sum_ = xxhash.xxh3_64_intdigest((directory / "part-0").read_bytes())
+    path.write_bytes(path.read_bytes().replace(b"[\n    0\n   ]", b"[%d]" % sum_))
+    data = encode_manifest(decode_manifest(path.read_bytes()))
+    assert str(sum_).encode() in data
+    return path.read_bytes()
+
+
+async def test_a_publish_is_a_child_of_the_agent(node: Node, tmp_path: Path) -> None:
+    manifest = right(node.config.checkpoints_path / DIGEST / "l1")
+    (Path(node.config.run_dir) / "node.json").write_bytes(msgspec.json.encode(node.config))  # as the agent's process does
+    manager = await node.manager()
+    manager.send(Publish(op="op_1", digest=DIGEST, url=f"file://{tmp_path}/share"))
+    fault = (await done(manager, "op_1")).fault
+    assert fault is not None
+    assert fault.code == "not_found"
+    assert "mount the share" in fault.message
+    (tmp_path / "share").mkdir()
+    manager.send(Publish(op="op_2", digest=DIGEST, url=f"file://{tmp_path}/share"))
+    end = await done(manager, "op_2")
+    assert (end.fault, end.digest, end.layout) == (None, DIGEST, "l1")
+    assert (tmp_path / "share" / DIGEST / "l1" / "manifest.json").read_bytes() == manifest
+    for url, digest, code in (
+        (f"file://{tmp_path}/share", OTHER, "not_found"),
+        ("http://127.0.0.1:9", DIGEST, "unreachable"),
+        ("nonsense", DIGEST, "invalid_input"),
+    ):
+        manager.send(Publish(op=f"op {url}", digest=digest, url=url))
+        fault = (await done(manager, f"op {url}")).fault
+        assert fault is not None
+        assert fault.code in (code, "invalid_input"), fault
+
+
+async def test_a_fetch_is_the_stores_and_its_copy_is_told_before_its_end(node: Node) -> None:
+    manager = await node.manager()
+    store = node.stores[0]
+    manager.send(Fetch(op="op_1", digest=OTHER, url="s3://b/c", layout="l1"))
+    await store.until(lambda: bool(store.fetches))
+    assert store.fetches == [FetchStored(op="op_1", digest=OTHER, url="s3://b/c", layout="l1")]
+    store.peer.send(Progress(op="op_1", stage="fetch", done_bytes=1, total_bytes=4096))
+    assert (await manager.take(Progress)).stage == "fetch"
+    make_checkpoint(node.config.checkpoints_path, OTHER)
+    store.peer.send(OperationDone(op="op_1", digest=OTHER, layout="l1"))
+    truth = (await manager.take(PlacementUpdate, lambda m: m.truth.digest == OTHER)).truth
+    assert [(p.tier, p.state) for p in truth.placements] == [(Tier.DISK, TierState.RESIDENT)]
+    end = await done(manager, "op_1")
+    assert (end.fault, end.layout) == (None, "l1")
+    manager.send(Fetch(op="op_2", digest=OTHER, url="s3://b/c"))  # it is there
+    assert (await done(manager, "op_2")).layout == "l1"
+    quarantine(node.config.checkpoints_path / OTHER / "l1", "a test")
+    manager.send(DropCheckpoint(op="op_3", digest=OTHER, tier=Tier.DISK))
+    await done(manager, "op_3")
+    manager.send(Fetch(op="op_4", digest=OTHER, url="s3://b/c"))
+    await store.until(lambda: len(store.fetches) == 2)
+    store.peer.send(OperationDone(op="op_4", digest=OTHER, fault=Fault("unreachable", "down")))
+    assert (await done(manager, "op_4")).fault == Fault("unreachable", "down")
+
+
+async def test_a_fetch_to_memory_loads_what_came(node: Node) -> None:
+    manager = await node.manager()
+    store = node.stores[0]
+    manager.send(Fetch(op="op_1", digest=OTHER, url="s3://b/c", tier=Tier.DRAM))
+    await store.until(lambda: bool(store.fetches))
+    assert (store.fetches[0].in_memory, store.fetches[0].users) == (True, 1)
+    make_checkpoint(node.config.checkpoints_path, OTHER)
+    store.peer.send(OperationDone(op="op_1", digest=OTHER, layout="l1"))
+    assert (await done(manager, "op_1")).fault is None
+    assert [fill.digest for fill in store.fills] == [OTHER]
+
+
+async def test_a_fetch_is_asked_again_of_the_next_store_and_given_up_when_cancelled(node: Node) -> None:
+    manager = await node.manager()
+    store = node.stores[0]
+    manager.send(Fetch(op="op_1", digest=OTHER, url="s3://b/c"))
+    await store.until(lambda: bool(store.fetches))
+    store.kill()
+    await node.until(lambda: len(node.stores) == 2)
+    store = node.stores[1]
+    await store.until(lambda: bool(store.fetches))
+    assert store.fetches[0].op == "op_1"
+    manager.send(CancelOperation(op="op_1"))
+    await store.until(lambda: "op_1" in store.cancelled)
+    fault = (await done(manager, "op_1")).fault
+    assert fault is not None
+    assert fault.code == "cancelled"
