@@ -248,11 +248,12 @@ class ArenaStore:
 
     def _units(self, directory: Path, manifest: Manifest, chunks: list[int], verifying: bool) -> Iterator[Unit]:
         for partition in manifest.partitions:
+            file = directory / partition.file
             for number, xxh3 in enumerate(partition.chunk_xxh3):
                 offset = number * manifest.chunk_bytes
                 length = min(manifest.chunk_bytes, partition.size_bytes - offset)
                 yield Unit(
-                    directory / partition.file,
+                    file,
                     partition.size_bytes,
                     offset,
                     tuple(self._arena.views(chunks, partition.start_bytes + offset, length)),
