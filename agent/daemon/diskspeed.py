@@ -10,32 +10,23 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Final
 
 import msgspec
-from msgspec import Meta
 
 from agent.config import NodeConfig
 from agent.daemon.files import write_atomic
+from agent.native.calibration import calibrate
+from agent.native.disk_record import DiskRecord, record_path, remembered
 from agent.native.disk_speed import SCRATCH_BYTES, measure_read_bps
 
 __all__ = ["DiskSpeed"]
 
-_VALID_S: Final = 86400.0
 _AGAIN_S: Final = 5.0
 """When to look again whether the node is quiet. It never is at once, so that whom an agent is started for comes first."""
 _LIMIT_S: Final = 1.0
+_CALIBRATE_S: Final = 2.5
 _log = logging.getLogger(__name__)
-
-
-class _Remembered(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``path`` is the checkpoints', ``device`` their file system's (st_dev); ``measured_at`` is Unix seconds, since it outlives
-    the machine's clock."""
-
-    path: str
-    device: int
-    measured_at: float
-    read_bps: Annotated[float, Meta(gt=0)]
 
 
 class DiskSpeed:
@@ -48,11 +39,13 @@ class DiskSpeed:
     def __init__(self, config: NodeConfig, busy: Callable[[], bool]) -> None:
         self._directory = config.checkpoints_path.absolute()
         self._threads = config.reader_threads
-        self._place = Path(config.data_dir) / "disk.json"
+        self._place = record_path(config.data_dir)
         self._busy = busy
         self._stop = threading.Event()
         self._closed = False
-        self.read_bps = self._remembered()
+        record = remembered(self._place, self._directory)
+        self.read_bps = record.read_bps if record is not None else 0.0
+        self._tuning = record.tuning if record is not None else None
 
     async def run(self) -> None:
         """Measure once the node is quiet, unless it is known; again later if something began meanwhile."""
@@ -68,6 +61,29 @@ class DiskSpeed:
                 return
             if not self.read_bps and not self._stop.is_set():
                 _log.warning("cannot measure how fast %s reads: nothing was read within %g s", self._directory, _LIMIT_S)
+                return
+        await self._calibrate()
+
+    async def _calibrate(self) -> None:
+        """Find out how this disk is read best, once it has something to read; the store looks it up."""
+        while self._tuning is None and not self._closed:
+            if self._busy() or self._stop.is_set():
+                self._stop.clear()
+                await asyncio.sleep(_AGAIN_S)
+                continue
+            file = self._file()
+            if file is None:
+                return
+            try:
+                self._tuning = await asyncio.to_thread(calibrate, file, limit_s=_CALIBRATE_S, stop=self._stop)
+            except OSError as error:
+                _log.warning("cannot find out how to read %s best: %s", self._directory, error)
+                return
+            if self._tuning is not None:
+                block_bytes, depth = self._tuning.block_bytes, self._tuning.depth
+                _log.info("%s is read best by %d blocks of %d bytes at a time", self._directory, depth, block_bytes)
+                self._remember(self.read_bps)
+            elif not self._stop.is_set():
                 return
 
     def give_way(self) -> None:
@@ -100,16 +116,8 @@ class DiskSpeed:
 
     def _remember(self, read_bps: float) -> None:
         try:
-            memory = _Remembered(str(self._directory), self._directory.stat().st_dev, time.time(), read_bps)
-            write_atomic(self._place, msgspec.json.encode(memory), durable=False)
+            device = self._directory.stat().st_dev
+            record = DiskRecord(str(self._directory), device, time.time(), read_bps, self._tuning)
+            write_atomic(self._place, msgspec.json.encode(record), durable=False)
         except OSError as error:
             _log.warning("cannot remember how fast %s reads: %s", self._directory, error)
-
-    def _remembered(self) -> float:
-        """What an earlier life measured within a day on the same disk; 0 if there is nothing of the kind."""
-        try:
-            memory = msgspec.json.decode(self._place.read_bytes(), type=_Remembered)
-            same = (memory.path, memory.device) == (str(self._directory), self._directory.stat().st_dev)
-        except (OSError, ValueError):  # ValueError: not JSON, not UTF-8, or not what is written here
-            return 0.0
-        return memory.read_bps if same and 0 <= time.time() - memory.measured_at < _VALID_S else 0.0

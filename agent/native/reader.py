@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
+from agent.native.calibration import Tuning
 from agent.native.jobs import JobQueue, Priority, ReadJob, Unit, cancelled
 from agent.native.ring_reader import RingReader
 from agent.native.threads import BLOCK_BYTES, ThreadReader
@@ -36,6 +37,9 @@ class Reader(Protocol):
 
     def wake(self) -> None:
         """The queue may have something new."""
+
+    def tune(self, block_bytes: int, depth: int) -> None:
+        """Read so from now on."""
 
     def close(self) -> None:
         """End what reads; every job was ended before. Each is ``finished`` when this returns."""
@@ -68,6 +72,10 @@ class ReadPool:
     def backend(self) -> str:
         """How reads are done: "io_uring" or "threads"."""
         return self._reader.name
+
+    def tune(self, tuning: Tuning) -> None:
+        """Read so from now on; what is under way goes on as it began."""
+        self._reader.tune(tuning.block_bytes, tuning.depth)
 
     def submit(
         self,

@@ -31,11 +31,13 @@ __all__ = ["RingReader"]
 
 _TICK_S: Final = 1.0
 """How often reads are looked at that do not come back."""
+_TOGETHER: Final = 4
 _REST_S: Final = 3600.0
 _CANCELLATION: Final = 1 << 63
 """The user data of cancellations; reads count from 1, and 0 is the wait to be woken."""
 _AGAINS: Final = 1000
 """A read that the kernel puts off so often has failed."""
+_MAX_DEPTH: Final = 64
 _SPARE_ENTRIES: Final = 64
 _log = logging.getLogger(__name__)
 
@@ -83,7 +85,7 @@ class RingReader:
     def __init__(self, *, block_bytes: int, depth: int, helpers: int, stall_s: float) -> None:
         self.queue = JobQueue(self._ended)
         self.block_bytes = block_bytes
-        self.depth = depth
+        self.depth = min(depth, _MAX_DEPTH)
         self._stall_s = stall_s
         self._files: dict[ReadJob, _Files] = {}
         self._opened: SimpleQueue[tuple[_Files, Path, OpenFile | SllmError]] = SimpleQueue()
@@ -111,6 +113,9 @@ class RingReader:
         if not self._closed:
             os.eventfd_write(self._woken, 1)
 
+    def tune(self, block_bytes: int, depth: int) -> None:
+        self.block_bytes, self.depth = block_bytes, min(depth, _MAX_DEPTH)
+
     def close(self) -> None:
         if self._closed:
             return
@@ -130,7 +135,7 @@ class RingReader:
 
     def _serve(self, refused: SimpleQueue[SllmError | None]) -> None:
         try:
-            ring = Ring(self.depth + _SPARE_ENTRIES)
+            ring = Ring(_MAX_DEPTH + _SPARE_ENTRIES)
         except NoRing as error:
             refused.put(error)
             return
@@ -138,7 +143,9 @@ class RingReader:
         ring.poll(self._woken, 0)
         try:
             while self._fill(ring):
-                ring.enter(_TICK_S if self._flying else _REST_S)
+                # Of many under way a few are awaited at a time: the disk has enough to do, and each awakening costs.
+                awaited = max(1, min(_TOGETHER, (len(self._flying) - self._overdue) // 8))
+                ring.enter(_TICK_S if self._flying else _REST_S, awaited)
                 for user_data, result in ring.completions():
                     self._completed(ring, user_data, result)
                 self._look_for_overdue(ring)

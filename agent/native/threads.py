@@ -74,6 +74,9 @@ class ThreadReader:
     def wake(self) -> None:
         """Nothing: the queue's condition wakes the threads."""
 
+    def tune(self, block_bytes: int, depth: int) -> None:
+        self._block_bytes = block_bytes
+
     def close(self) -> None:
         """End the threads once the queue is empty."""
         with self.queue.condition:

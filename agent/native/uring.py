@@ -101,11 +101,11 @@ class Ring:
         """Queue the cancellation of the request whose user data is ``target``. Both complete."""
         self._queue(_OP_ASYNC_CANCEL, 0, -1, 0, target, 0, 0, user_data)
 
-    def enter(self, timeout_s: float) -> None:
-        """Submit what is queued, then wait until something has completed or the time is over. Raises OSError."""
+    def enter(self, timeout_s: float, completions: int = 1) -> None:
+        """Submit what is queued, then wait until so many have completed or the time is over. Raises OSError."""
         _TIMESPEC.pack_into(self._timespec, 0, int(timeout_s), int(timeout_s % 1 * 1e9))
         count = _enter(
-            _ENTER, self._descriptor, self._queued, 1, _GETEVENTS | _EXT_ARG, ctypes.addressof(self._argument),
+            _ENTER, self._descriptor, self._queued, completions, _GETEVENTS | _EXT_ARG, ctypes.addressof(self._argument),
             _WAIT_ARGUMENT.size,
         )  # fmt: skip
         if count >= 0:

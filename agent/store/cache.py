@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from agent.native.arena import Arena
+from agent.native.calibration import Tuning
 from agent.native.chunk_table import Occupant
 from agent.native.reader import Priority, ReadJob, ReadPool, Unit
 from agent.store import catalog
@@ -29,6 +30,8 @@ from schema.link import ArenaInfo, Resident
 __all__ = ["ArenaStore", "FillSource"]
 
 _PROGRESS_S: Final = 0.1
+_UNIT_BYTES: Final = 16 << 20
+"""What is read as one where no checksum is looked at, so that blocks may be as long as a disk wants them."""
 _log = logging.getLogger(__name__)
 
 
@@ -104,6 +107,10 @@ class ArenaStore:
     def backend(self) -> str:
         """How the disk is read: "io_uring" or "threads"."""
         return self._pool.backend
+
+    def tune(self, tuning: Tuning) -> None:
+        """Read the disk so from now on."""
+        self._pool.tune(tuning)
 
     def residents(self) -> tuple[Resident, ...]:
         return tuple(self._resident(occupant) for occupant in self._residents.values())
@@ -239,25 +246,31 @@ class ArenaStore:
         fill.verifying = not catalog.is_verified(fill.directory)
         chunks = self._free.take(self._arena.chunks_for(fill.image_bytes))
         fill.occupant = self._arena.table.begin(self._free_slots.pop(), fill.digest, fill.image_bytes, chunks)
-        units = list(self._units(fill.directory, manifest, chunks, fill.verifying))
+        trusted = not fill.verifying and fill.source is None
+        units = list(self._units(fill.directory, manifest, chunks, fill.verifying, _UNIT_BYTES if trusted else 0))
         self._fills[fill.digest] = fill
         self._tell(fill, time.monotonic(), 0)
         self._arena.hold_prefault(True)
         self._arena.hurry(chunks)
         fill.job = (fill.source or self._pool).submit(units, self._changed, priority=fill.priority)
 
-    def _units(self, directory: Path, manifest: Manifest, chunks: list[int], verifying: bool) -> Iterator[Unit]:
+    def _units(
+        self, directory: Path, manifest: Manifest, chunks: list[int], verifying: bool, least_bytes: int
+    ) -> Iterator[Unit]:
+        """The checksums' chunks, or as many of them together as make ``least_bytes``, where none is looked at."""
+        together = max(1, least_bytes // manifest.chunk_bytes)
+        step = together * manifest.chunk_bytes
         for partition in manifest.partitions:
             file = directory / partition.file
-            for number, xxh3 in enumerate(partition.chunk_xxh3):
+            for number in range(0, len(partition.chunk_xxh3), together):
                 offset = number * manifest.chunk_bytes
-                length = min(manifest.chunk_bytes, partition.size_bytes - offset)
+                length = min(step, partition.size_bytes - offset)
                 yield Unit(
                     file,
                     partition.size_bytes,
                     offset,
                     tuple(self._arena.views(chunks, partition.start_bytes + offset, length)),
-                    xxh3 if verifying else None,
+                    partition.chunk_xxh3[number] if verifying else None,
                 )
 
     def _pump_verifier(self, now: float) -> None:

@@ -18,6 +18,7 @@ from typing import Final
 from agent.channel import Channel
 from agent.config import NodeConfig, load_config
 from agent.native.arena import Arena
+from agent.native.disk_record import record_path, remembered
 from agent.native.reader import Priority
 from agent.store.cache import ArenaStore
 from agent.store.rates import Rates
@@ -103,6 +104,7 @@ class StoreProcess:
         self._stopping = False
         self._faulted = False
         self._rates = Rates()
+        self._tuned_at = 0
 
     def run(self) -> int:
         """Serve until told to stop, or until the agent was away too long. Returns the exit code."""
@@ -220,6 +222,7 @@ class StoreProcess:
             except InvalidInput as error:
                 self.failed(message.op, message.digest, Fault.of(error))
                 return
+            self._look_up_tuning()
             self._store.fill(message.op, message.digest, directory, message.users, Priority(message.priority))
         elif isinstance(message, HoldCheckpoint):
             self._store.hold(message.digest, message.users, message.condemned)
@@ -246,6 +249,21 @@ class StoreProcess:
             except SllmError as error:
                 fault = Fault.of(error)
             self._say(OperationDone(op=message.op, digest=message.digest, fault=fault))
+
+    def _look_up_tuning(self) -> None:
+        """Read the disk as the agent has found out that it is read best, once it has."""
+        assert self._store is not None
+        place = record_path(self._config.data_dir)
+        try:
+            at = place.stat().st_mtime_ns
+        except OSError:
+            return
+        if at != self._tuned_at:
+            self._tuned_at = at
+            record = remembered(place, self._config.checkpoints_path.absolute())
+            if record is not None and record.tuning is not None:
+                self._store.tune(record.tuning)
+                _log.info("reading %d blocks of %d bytes at a time", record.tuning.depth, record.tuning.block_bytes)
 
     def _directory(self, relative: str) -> Path:
         path = PurePosixPath(relative)
@@ -284,8 +302,7 @@ class StoreProcess:
             self._store = ArenaStore(arena, self, reader_threads=self._config.reader_threads, wake=self._wake)
             _log.info("reading by %s into an arena of %s pages", self._store.backend, arena.pages)
             data, remote = Path(self._config.data_dir), self._config.remote
-            root, limit = self._config.checkpoints_path, self._config.disk_bytes
-            self._fetches = Fetches(data, root, remote, self._store, self, self._wake, disk_bytes=limit)
+            self._fetches = Fetches(data, self._config.checkpoints_path, remote, self._store, self, self._wake)
         if self._offer:
             self._channel.send(Descriptors(what="arena", count=1), [arena.descriptor])
         store = self._store

@@ -15,6 +15,8 @@ from agent.config import NodeConfig
 from agent.daemon import diskspeed
 from agent.daemon.diskspeed import DiskSpeed
 from agent.native import disk_speed
+from agent.native.calibration import Tuning
+from agent.native.disk_record import remembered
 from schema.link import LoadCheckpoint, OperationDone, Ping, Pong
 from schema.states import InstanceState, Tier
 from tests.agent.daemon.peers import DIGEST, Manager, Node, make_checkpoint, start_instance
@@ -242,3 +244,45 @@ async def turns(manager: Manager, count: int = 20) -> None:
     for nonce in range(1, count):
         manager.send(Ping(nonce=nonce))
         await manager.take(Pong)
+
+
+def weights_in(config: NodeConfig) -> None:
+    directory = config.checkpoints_path / DIGEST / "exec1"
+    directory.mkdir(parents=True)
+    (directory / "partition_0.bin").write_bytes(bytes(_BLOCKS))
+
+
+async def test_how_it_is_read_best_is_found_out_once_and_remembered(
+    tmp_path: Path, look: Look, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_in(tmp_path)
+    remember(config)
+    weights_in(config)
+    busy = [False, True, False]
+    asked: list[bool] = []
+
+    def calibrate(file: Path, *, limit_s: float, stop: threading.Event) -> Tuning | None:
+        asked.append(stop.is_set())
+        if len(asked) == 1:
+            speed.give_way()
+            return None
+        return Tuning(8 << 20, 16)
+
+    monkeypatch.setattr(diskspeed, "calibrate", calibrate)
+    speed = DiskSpeed(config, lambda: busy.pop(0) if busy else False)
+    await speed.run()
+    assert asked == [False, False]
+    record = remembered(Path(config.data_dir) / "disk.json", config.checkpoints_path)
+    assert record is not None
+    assert (record.read_bps, record.tuning) == (3e9, Tuning(8 << 20, 16))
+    await DiskSpeed(config, quiet).run()
+    assert len(asked) == 2
+
+
+async def test_without_anything_to_read_nothing_is_calibrated(
+    tmp_path: Path, look: Look, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_in(tmp_path)
+    remember(config)
+    monkeypatch.setattr(diskspeed, "calibrate", None)
+    await DiskSpeed(config, quiet).run()

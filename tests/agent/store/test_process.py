@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,8 @@ import msgspec
 import pytest
 
 from agent.config import NodeConfig
+from agent.native.calibration import Tuning
+from agent.native.disk_record import DiskRecord, record_path
 from schema.link import (
     ArenaState,
     CancelFetch,
@@ -308,3 +311,18 @@ def test_a_fetch_goes_to_disk_and_memory_and_on_after_a_kill(agent: Agent, tmp_p
         agent.send(CancelFetch(op="f4"))
         agent.send(Ping(nonce=1))
         assert agent.next(Pong, OperationDone) == Pong(nonce=1)
+
+
+def test_the_disk_is_read_as_the_agent_found_it_best(agent: Agent, capfd: pytest.CaptureFixture[str]) -> None:
+    store = agent.spawn()
+    agent.accept()
+    checkpoints = agent.config.checkpoints_path
+    record = DiskRecord(str(checkpoints), checkpoints.stat().st_dev, time.time(), 3e9, Tuning(8 << 20, 16))
+    record_path(agent.config.data_dir).write_bytes(msgspec.json.encode(record))
+    digest, _, image = fill(agent, 1, 2 * CHUNK)
+    resident = agent.next(Resident)
+    assert resident.digest == digest
+    assert read_image(agent.arenas[0], resident) == image
+    agent.send(Shutdown())
+    assert store.wait(30) == 0
+    assert "reading 16 blocks of 8388608 bytes at a time" in capfd.readouterr().err
