@@ -27,8 +27,9 @@ _Bytes = Annotated[int, Meta(ge=0)]
 class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Directories, budgets and every timeout of a node's processes.
 
-    ``arena_bytes``: the DRAM tier. ``device_bytes``: what instances may use of a CPU node's memory for KV caches; 0 is half
-    of the machine's. ``threads``: of a worker on CPU; 0 is all cores.
+    ``arena_bytes``: the DRAM tier. ``disk_bytes``: what checkpoints may take of the disk; 0 is all that is free.
+    ``device_bytes``: what instances may use of a CPU node's memory for KV caches; 0 is half of the machine's. ``threads``: of a
+    worker on CPU; 0 is all cores.
 
     ``manager_grace_s``: without a manager for so long, the agent stops what is idle and frees its devices.
     ``agent_grace_s``: without an agent for so long, store, zygote and workers end themselves. ``adopt_s``: how long a new agent
@@ -43,6 +44,7 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     arena_bytes: _Bytes = 1 << 30
     chunk_bytes: Annotated[int, Meta(ge=2 << 20, multiple_of=2 << 20)] = 4 << 20
     device_bytes: _Bytes = 0
+    disk_bytes: _Bytes = 0
     threads: Annotated[int, Meta(ge=0)] = 0
     reader_threads: Annotated[int, Meta(ge=1, le=64)] = 4
     manager_grace_s: _Seconds = 600.0

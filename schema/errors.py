@@ -134,9 +134,13 @@ class Cancelled(SllmError):
 
 
 class OutOfSpace(SllmError):
-    """A disk, the arena or a device has no room; nothing was lost."""
+    """A disk, the arena or a device has no room; nothing was lost. ``short_bytes`` are missing, where making room would do."""
 
     code = "out_of_space"
+
+    def __init__(self, message: str, short_bytes: int = 0) -> None:
+        super().__init__(message)
+        self.short_bytes = short_bytes
 
 
 class LinkError(SllmError):
@@ -146,18 +150,22 @@ class LinkError(SllmError):
 
 
 class Fault(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An error as it crosses a link or lies in a table: the class's code and the message."""
+    """An error as it crosses a link or lies in a table: the class's code and the message; ``short_bytes`` of an OutOfSpace."""
 
     code: str
     message: str
+    short_bytes: int = 0
 
     @classmethod
     def of(cls, error: BaseException) -> Fault:
         """The fault for any exception; one that is not ours becomes ``internal`` and keeps its type's name."""
         if isinstance(error, SllmError):
-            return cls(error.code, error.message)
+            return cls(error.code, error.message, getattr(error, "short_bytes", 0))
         return cls("internal", f"{type(error).__name__}: {error}")
 
     def to_error(self) -> SllmError:
         """The exception for this fault; an unknown code becomes plain SllmError."""
-        return SllmError.by_code.get(self.code, SllmError)(self.message)
+        error = SllmError.by_code.get(self.code, SllmError)(self.message)
+        if isinstance(error, OutOfSpace):
+            error.short_bytes = self.short_bytes
+        return error

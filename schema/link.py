@@ -256,7 +256,10 @@ class ArenaInfo(_Part, frozen=True, kw_only=True):
 
 
 class Inventory(_Part, frozen=True, kw_only=True):
-    """A machine's means. Bandwidths are measured, in bytes per second; 0 means not measured yet."""
+    """A machine's means. Bandwidths are measured, in bytes per second; 0 means not measured yet.
+
+    ``disk_budget_bytes``: what checkpoints may take of the disk, ``disk_used_bytes`` of which they take.
+    """
 
     hostname: str
     cpus: int
@@ -264,6 +267,7 @@ class Inventory(_Part, frozen=True, kw_only=True):
     devices: tuple[DeviceInfo, ...]
     arena: ArenaInfo
     disk_budget_bytes: int = 0
+    disk_used_bytes: int = 0
     disk_read_bps: float = 0.0
     device_copy_bps: float = 0.0
 

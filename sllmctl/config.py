@@ -97,6 +97,7 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
     arena_bytes: _Bytes = 1 << 30
     chunk_bytes: Annotated[int, Meta(ge=2 << 20, multiple_of=2 << 20)] = 4 << 20
     device_bytes: _Bytes = 0
+    disk_bytes: _Bytes = 0
     threads: Annotated[int, Meta(ge=0)] = 0
     reader_threads: Annotated[int, Meta(ge=1, le=64)] = 4
     manager_grace_s: _Seconds = 600.0

@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 
 from agent.config import NodeConfig
+from agent.store.budget import used_bytes
 from schema.link import ArenaInfo, DeviceInfo, Inventory
 
 __all__ = ["devices", "inventory"]
@@ -22,13 +23,17 @@ def devices(config: NodeConfig) -> tuple[DeviceInfo, ...]:
 
 def inventory(config: NodeConfig, arena: ArenaInfo | None) -> Inventory:
     """The machine's means. Before the store has spoken, ``arena`` is None and its budget is what the settings say."""
+    data = config.checkpoints_path.parent
+    used = used_bytes(data)
+    room = used + _free_bytes(data)
     return Inventory(
         hostname=socket.gethostname(),
         cpus=len(os.sched_getaffinity(0)),
         memory_bytes=_memory_bytes(),
         devices=devices(config),
         arena=arena or ArenaInfo(id="", budget_bytes=config.arena_bytes, chunk_bytes=config.chunk_bytes),
-        disk_budget_bytes=_disk_bytes(config.checkpoints_path),
+        disk_budget_bytes=min(config.disk_bytes or room, room),
+        disk_used_bytes=used,
     )
 
 
@@ -36,11 +41,9 @@ def _memory_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _disk_bytes(path: Path) -> int:
-    """What checkpoints may take: what they have and what is free."""
-    used = sum(child.stat().st_blocks * 512 for child in path.glob("*/*/*") if child.is_file()) if path.is_dir() else 0
+def _free_bytes(path: Path) -> int:
     existing = next(candidate for candidate in (path, *path.parents) if candidate.is_dir())
-    return used + shutil.disk_usage(existing).free
+    return shutil.disk_usage(existing).free
 
 
 def _processor_name() -> str:

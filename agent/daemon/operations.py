@@ -75,6 +75,7 @@ class Operations:
         self._done: dict[str, OperationDone] = {}
         self._reads: set[asyncio.Task[None]] = set()
         self._dropping: set[str] = set()
+        self._drop_ops: set[str] = set()
         self._ingest_slots = asyncio.Semaphore(_INGESTS)
         self._publish_slots = asyncio.Semaphore(_INGESTS)
 
@@ -92,6 +93,8 @@ class Operations:
             self._owner.tell(done)
         elif message.op not in self._running:
             task = asyncio.get_running_loop().create_task(self._run(message), name=f"operation {message.op}")
+            if isinstance(message, DropCheckpoint):
+                self._drop_ops.add(message.op)
             self._running[message.op] = task
 
     def cancel(self, op: str) -> None:
@@ -143,10 +146,12 @@ class Operations:
             _log.exception("operation %s failed", op)
             done = OperationDone(op=op, fault=Fault.of(error))
         del self._running[op]
+        self._drop_ops.discard(op)
         self._done[op] = done
         self._owner.tell(done)
 
     async def _run_ingest(self, message: Ingest) -> OperationDone:
+        await self._drops_over()
         async with self._ingest_slots:
             done = await run_ingest(self._config, message, self._ingest, self._roster, self._owner.tell)
         await self._checkpoints.scan()
@@ -233,6 +238,11 @@ class Operations:
         await self._checkpoints.scan()
         self._owner.placement_changed(digest)
         return OperationDone(op=message.op, digest=digest, fault=fault)
+
+    async def _drops_over(self) -> None:
+        """What is said after a drop finds its room free."""
+        drops = [task for op, task in self._running.items() if op in self._drop_ops]
+        await asyncio.gather(*drops, return_exceptions=True)
 
     async def _drop(self, message: DropCheckpoint) -> OperationDone:
         digest = message.digest

@@ -302,7 +302,8 @@ class StoreProcess:
             self._store = ArenaStore(arena, self, reader_threads=self._config.reader_threads, wake=self._wake)
             _log.info("reading by %s into an arena of %s pages", self._store.backend, arena.pages)
             data, remote = Path(self._config.data_dir), self._config.remote
-            self._fetches = Fetches(data, self._config.checkpoints_path, remote, self._store, self, self._wake)
+            root, limit = self._config.checkpoints_path, self._config.disk_bytes
+            self._fetches = Fetches(data, root, remote, self._store, self, self._wake, disk_bytes=limit)
         if self._offer:
             self._channel.send(Descriptors(what="arena", count=1), [arena.descriptor])
         store = self._store

@@ -27,7 +27,7 @@ from typing import Any
 
 from agent.native.cold import forget, remember
 from bench.load.prepare import HERE, PEERS, Checkpoint, Prepared, data_sum, prepare
-from bench.load.results import figures, markdown
+from bench.load.results import figures, markdown, replace_tables
 
 ROOT = HERE.parents[1]
 BLOCK = str(4 << 20)
@@ -233,9 +233,14 @@ def main() -> int:
     parser.add_argument("--prepare", action="store_true", help="make what a run needs, and end")
     parser.add_argument("--out", type=Path, help="where the JSON goes; bench/results/DATE-load.json for the record")
     parser.add_argument("--table", type=Path, metavar="RESULT.json", help="print the tables of a result, and end")
+    parser.add_argument("--into", type=Path, metavar="FILE.md", help="with --table: put them there, between their marks")
     given = parser.parse_args()
     if given.table is not None:
-        print(markdown(json.loads(given.table.read_text())))
+        tables = markdown(json.loads(given.table.read_text()))
+        if given.into is None:
+            print(tables)
+        else:
+            given.into.write_text(replace_tables(given.into.read_text(), tables))
         return 0
     peers = [peer for peer in given.peers.split(",") if peer]
     if unknown := set(peers) - set(PEERS):

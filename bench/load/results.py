@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["TITLES", "figures", "interval", "markdown"]
+__all__ = ["TITLES", "figures", "interval", "markdown", "replace_tables"]
 
 TITLES = {
     "raw": "io_uring in C, direct (the raw limit)",
@@ -30,6 +30,8 @@ TITLES = {
 _OURS = ("arena", "tensors", "in_place")
 # A mapping of the page cache copies nothing and holds nothing: it is shown, and is no copying peer.
 _NO_COPY = ("safetensors_mmap",)
+
+_BEGIN, _END = "<!-- bench.load: tables -->\n", "<!-- bench.load: end -->\n"
 
 Run = dict[str, Any]
 
@@ -113,6 +115,8 @@ def figures(result: dict[str, Any]) -> list[dict[str, Any]]:
             f"{median:.1f} ms (its manifest, read while bytes come: {each['manifest_s'] * 1e3:.0f} ms)",
             median <= aim,
         )
+    if touches := [run["first_touch_s"] for run in runs if (run["subject"], run["state"]) == ("tensors", "cold")]:
+        line("a worker's first pass over its tensors (page faults)", "-", f"{statistics.median(touches) * 1e3:.0f} ms", None)
     few, many = _rates(runs, "few", "cold"), _rates(runs, "many", "cold")
     if values := _ratios(few, many):
         reached = statistics.median(values) <= 1.1
@@ -153,3 +157,12 @@ def markdown(result: dict[str, Any]) -> str:
         reached = {True: "yes", False: "**no**", None: "-"}[each["reached"]]
         parts.append(f"| {each['figure']} | {each['aim']} | {each['measured']} | {reached} |")
     return "\n".join(parts)
+
+
+def replace_tables(document: str, tables: str) -> str:
+    """The document with the text between its two marks exchanged. Raises ValueError when it has not both, in order."""
+    before, begin, rest = document.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
+        raise ValueError(f"there are no marks {_BEGIN.strip()} and {_END.strip()} in the document")
+    return f"{before}{begin}{tables}\n{end}{after}"

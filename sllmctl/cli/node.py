@@ -79,7 +79,7 @@ def _fields(node: NodeView) -> list[tuple[str, str]]:
         ("Devices", devices or "none"),
         ("Arena", f"{_arena(node)} used, chunks of {size(means.arena.chunk_bytes)}, {means.arena.pages} pages"),
         ("Disk", bandwidth(means.disk_read_bps)),
-        ("Disk budget", size(means.disk_budget_bytes) if means.disk_budget_bytes else "-"),
+        ("Disk budget", f"{size(means.disk_used_bytes)} used of {size(means.disk_budget_bytes)}"),
         ("Device copy", bandwidth(means.device_copy_bps)),
     ]
 

@@ -8,7 +8,7 @@ from schema.errors import Conflict, Fault, InvalidInput, NotFound
 from schema.link import CancelOperation, Ingest, OperationDone, OperationsAcked
 from schema.spec import PathSource
 from schema.states import InstanceState, ModelState, NodeState, Tier, can_become
-from sllmctl.control import drops, instances, operations, prefetch
+from sllmctl.control import disk, drops, instances, operations, prefetch
 from sllmctl.control.effects import AddModel, DeployModel, ModelChanged, RejectWaiting, RemoveModel, StopModel
 from sllmctl.control.turn import Turn
 from sllmctl.control.view import Model, Node
@@ -28,6 +28,8 @@ __all__ = [
 ]
 
 _M = ModelState
+_MAKE_ROOM = 3
+"""So often room is made on a disk for one ingest, in case others take it."""
 
 
 def say(turn: Turn, model: Model) -> None:
@@ -68,7 +70,7 @@ def add(turn: Turn, event: AddModel) -> None:
         turn.view.add_model(model)
         turn.put_model(model)
     else:
-        model.spec, model.fault, model.ingested = spec, None, None
+        model.spec, model.fault, model.ingested, model.made_room = spec, None, None, 0
         turn.view.set_operation(model, op, node.id)
         _move(turn, model, _M.INGESTING)
     turn.wake("model", model.name, turn.now + turn.settings.ingest_timeout_s)
@@ -103,6 +105,9 @@ def operation_done(turn: Turn, node: str, done: OperationDone) -> None:
         if done.fault is None and done.digest not in turn.view.checkpoints:
             model.ingested = done.digest
             return
+        if done.fault is not None and done.fault.short_bytes and _ingest_again(turn, model, node, done.fault):
+            turn.send(node, OperationsAcked(ops=(done.op,)))
+            return
         _ingested(turn, model, done.digest, done.fault)
     elif model is not None:
         turn.view.set_operation(model, None, None)
@@ -118,6 +123,20 @@ def finish_ingest(turn: Turn, node: str, digest: str) -> None:
     for model in turn.view.operating_on(node):
         if model.ingested == digest and model.op is not None:
             operation_done(turn, node, OperationDone(op=model.op, digest=digest))
+
+
+def _ingest_again(turn: Turn, model: Model, node: str, fault: Fault) -> bool:
+    """An ingest would have passed the disk's budget: try again without what can be had again, if that will do."""
+    if model.made_room >= _MAKE_ROOM or turn.view.nodes[node].state is not NodeState.READY:
+        return False
+    if not disk.make_room(turn, node, fault.short_bytes, f"model {model.name}"):
+        return False
+    model.made_room += 1
+    op = turn.core.ids("op")
+    turn.view.set_operation(model, op, node)
+    turn.put_model(model)
+    turn.send(node, Ingest(op=op, source=model.spec.source))
+    return True
 
 
 def _ingested(turn: Turn, model: Model, digest: str, fault: Fault | None) -> None:

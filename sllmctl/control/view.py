@@ -126,7 +126,8 @@ class Model:
 
     ``refusal`` is why the planner found no place, "" if it found one or was not asked; while it is not "", the model is looked
     at again whenever room appears (`ClusterView.set_refusal`). ``heat`` counts recent calls that found the model idle or
-    without an instance, decaying since ``heat_at``: what a reload would be paid for. ``ingested`` holds the digest of an ingest
+    without an instance, decaying since ``heat_at``: what a reload would be paid for. ``made_room``: so often
+    copies were put out of a disk for its ingest. ``ingested`` holds the digest of an ingest
     that is done while its checkpoint has not been stated yet.
     """
 
@@ -143,6 +144,7 @@ class Model:
     waiting_since: float | None = None
     refusal: str = ""
     ingested: str | None = None
+    made_room: int = 0
     heat: float = 0.0
     heat_at: float = 0.0
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Protocol
 
+import msgspec
+
 from schema.admin import CheckpointView, InstanceView, ModelView, NodeView, OperationView, PinView, PlacementView, ProgressView
-from schema.link import InstanceLoad
+from schema.link import InstanceLoad, Inventory
+from schema.states import Tier
 from sllmctl.control.view import Checkpoint, ClusterView, Instance, Model, Node, Operation
 
 __all__ = [
@@ -49,8 +52,18 @@ def node_view(view: ClusterView, node: Node) -> NodeView:
         cordoned=node.cordoned,
         seen_at=node.seen_at,
         instances=len(view.instances_on(node.id)),
-        inventory=node.inventory,
+        inventory=_means(view, node.id, node.inventory),
     )
+
+
+def _means(view: ClusterView, node: str, stated: Inventory | None) -> Inventory | None:
+    """A node's means as it stated them when it connected, with what is taken of them now."""
+    if stated is None:
+        return None
+    records = list(view.placements_on(node).values())
+    arena = sum(view.arena_bytes_of(node, record.digest) for record in records if record.tier is Tier.DRAM)
+    disk = sum(record.size_bytes for record in records if record.tier is Tier.DISK)
+    return msgspec.structs.replace(stated, arena=msgspec.structs.replace(stated.arena, used_bytes=arena), disk_used_bytes=disk)
 
 
 def model_views(view: ClusterView, live: LiveNumbers) -> list[ModelView]:

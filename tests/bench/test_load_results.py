@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bench.load.results import figures, interval, markdown
+from bench.load.results import figures, interval, markdown, replace_tables
 
 
 def test_the_interval_covers_the_median_as_often_as_it_says() -> None:
@@ -32,7 +33,7 @@ def _result() -> dict[str, object]:
         for subject, share in (("raw", 1.0), ("arena", 0.96), ("run_ai", 0.5), ("tensors", 0.9)):
             runs.append(
                 {"round": number, "subject": subject, "state": "cold", "seconds": disk_s / share, "cpu_s": 0.01, "bytes": 10**9,
-                 "pages": "hugetlb"}
+                 "pages": "hugetlb", "first_touch_s": 0.004}
             )  # fmt: skip
     return {
         "runs": runs,
@@ -58,3 +59,12 @@ def test_the_tables_show_what_ran_and_why_the_rest_did_not() -> None:
     assert "Not run: InstantTensor (no GPU)." in text
     assert text.index("io_uring in C") < text.index("to tensors in a worker") < text.index("Run:ai")
     assert "From the page cache" not in text
+
+
+def test_tables_go_between_the_marks_of_the_document() -> None:
+    document = (Path(__file__).resolve().parents[2] / "docs" / "store.md").read_text()
+    once = replace_tables(document, "| a |")
+    assert "\n| a |\n<!--" in once
+    assert replace_tables(once, "| b |") == once.replace("| a |", "| b |")
+    with pytest.raises(ValueError, match="no marks"):
+        replace_tables("text", "| a |")

@@ -15,6 +15,7 @@ from types import FrameType
 import msgspec
 
 from agent.config import NodeConfig, load_config
+from agent.store.budget import check_room
 from agent.store.ingest.convert import convert
 from agent.store.ingest.hub import fetch
 from agent.store.ingest.report import Reporter
@@ -63,14 +64,17 @@ def _ingest(config: NodeConfig, source: str | bytes, reporter: Reporter) -> str:
     for name in sweep(temporary):
         _log.info("deleted %s, which a killed process had left", name)
 
+    def room(need_bytes: int) -> None:
+        check_room(config.disk_bytes, Path(config.data_dir), need_bytes, "the checkpoint")
+
     def written(done_bytes: int, total_bytes: int) -> None:
         reporter.progress("ingest", done_bytes, total_bytes)
 
     if not isinstance(wanted, HubSource):
-        return convert(Path(wanted.path), config.checkpoints_path, temporary, written)
+        return convert(Path(wanted.path), config.checkpoints_path, temporary, written, room=room)
     with temporary_directory(temporary, "fetch") as directory:
         _interruptible(lambda: fetch(wanted, directory, lambda done, total: reporter.progress("fetch", done, total)))
-        return convert(directory, config.checkpoints_path, temporary, written)
+        return convert(directory, config.checkpoints_path, temporary, written, room=room)
 
 
 def _interruptible(work: Callable[[], None]) -> None:

@@ -28,10 +28,18 @@ LAYOUT: Final = "exec1"
 _MAX_CONFIG_BYTES: Final = 16 << 20
 
 
-def convert(source: Path, checkpoints: Path, temporary: Path, progress: Callable[[int, int], None]) -> str:
+def convert(
+    source: Path,
+    checkpoints: Path,
+    temporary: Path,
+    progress: Callable[[int, int], None],
+    *,
+    room: Callable[[int], None] = lambda _: None,
+) -> str:
     """Make a checkpoint of a model directory and return its digest; one that is already there, and sound, is left alone.
 
-    ``temporary`` must lie on the file system of ``checkpoints``. ``progress`` hears (done, total) bytes. Raises
+    ``temporary`` must lie on the file system of ``checkpoints``. ``progress`` hears (done, total) bytes.
+    ``room`` is asked before that many bytes are written, and may raise. Raises
     InvalidCheckpoint for a model that is damaged, hostile or cannot be run, OutOfSpace for a full disk; then nothing is left.
     """
     directory = SourceDirectory(source)
@@ -50,6 +58,7 @@ def convert(source: Path, checkpoints: Path, temporary: Path, progress: Callable
         shutil.rmtree(scratch, ignore_errors=True)
         stored = [sources.tensors[name] for name in sorted(sources.tensors, key=execution_key) if name not in ties]
         total = sum(tensor.size_bytes for tensor in stored)
+        room(total)
         new = staging / LAYOUT
         new.mkdir()
         written = write_partition(new / "partition_0.bin", sources, stored, lambda done: progress(done, total))

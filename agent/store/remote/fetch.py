@@ -72,11 +72,20 @@ class FetchJob(ReadJob):
 class Fetch:
     """One layout of one checkpoint from one remote. `prepare` first, from any thread; then `submit`, once.
 
+    ``disk_bytes``: what checkpoints may take of the disk, 0 for all of it.
     ``wanted_layout`` "" takes the default one, or else the first that the remote has.
     """
 
     def __init__(
-        self, remote: Remote, digest: str, wanted_layout: str, data: Path, checkpoints: Path, settings: RemoteSettings
+        self,
+        remote: Remote,
+        digest: str,
+        wanted_layout: str,
+        data: Path,
+        checkpoints: Path,
+        settings: RemoteSettings,
+        *,
+        disk_bytes: int = 0,
     ) -> None:
         self._remote = remote
         self._digest = digest
@@ -84,6 +93,7 @@ class Fetch:
         self._data = data
         self._checkpoints = checkpoints
         self._settings = settings
+        self._disk_bytes = disk_bytes
         self._stopped = threading.Event()
         self._keep = False
         self._lock = threading.Lock()
@@ -113,7 +123,7 @@ class Fetch:
             assets = {asset.file: self._asset(layout, asset.file, asset.size_bytes, asset.sha256) for asset in manifest.assets}
             partial = Partial(self._data, self._checkpoints, manifest, data)
             try:
-                partial.begin()
+                partial.begin(self._disk_bytes)
                 for name, content in assets.items():
                     partial.write_asset(name, content)
             except BaseException as error:

@@ -97,8 +97,11 @@ class Fetches:
         store: ArenaStore,
         listener: FetchListener,
         wake: Callable[[], None],
+        *,
+        disk_bytes: int = 0,
     ) -> None:
         self._data = data
+        self._disk_bytes = disk_bytes
         self._checkpoints = checkpoints
         self._settings = settings
         self._store = store
@@ -205,7 +208,9 @@ class Fetches:
             for name in sweep_partials(self._data, self._settings.keep_partial_s):
                 _log.info("deleted %s, a fetch that was never resumed", name)
             remote = open_remote(fetch.url, self._settings)
-            made = Fetch(remote, fetch.digest, layout, self._data, self._checkpoints, self._settings)
+            made = Fetch(
+                remote, fetch.digest, layout, self._data, self._checkpoints, self._settings, disk_bytes=self._disk_bytes
+            )
             fetch.fetch = made
             if fetch.cancelled:
                 made.stop()

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from agent.store import catalog
+from agent.store.budget import check_room
 from agent.store.ingest.writer import disk_errors
 from schema.checkpoint import Manifest
 from schema.errors import Conflict, InvalidCheckpoint, NotFound
@@ -25,6 +26,7 @@ class Partial:
     """The directory of one fetch. ``resumed``: an earlier one has left files there, of the same manifest."""
 
     def __init__(self, data: Path, checkpoints: Path, manifest: Manifest, encoded: bytes) -> None:
+        self._data = data
         self.manifest = manifest
         self.path = data / "partial" / f"{manifest.digest}-{manifest.layout}"
         self.target = checkpoints / manifest.digest / manifest.layout
@@ -34,8 +36,11 @@ class Partial:
         self._held = -1
         self._files: dict[str, int] = {}
 
-    def begin(self) -> None:
-        """Take the directory, and room for all partitions. Raises Conflict when another has it, OutOfSpace."""
+    def begin(self, limit_bytes: int = 0) -> None:
+        """Take the directory, and room for all partitions. Raises Conflict when another has it, OutOfSpace.
+
+        ``limit_bytes``: what checkpoints may take of the disk, 0 for all of it.
+        """
         with disk_errors(f"fetching checkpoint {self.manifest.digest}"):
             self.path.mkdir(parents=True, exist_ok=True)
             self._held = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -50,6 +55,8 @@ class Partial:
                 for child in self.path.iterdir():
                     child.unlink()
                 manifest_path.write_bytes(self._encoded)
+            need = sum(partition.size_bytes for partition in self.manifest.partitions)
+            check_room(limit_bytes, self._data, need, f"checkpoint {self.manifest.digest[:16]}", but=self.path)
             for partition in self.manifest.partitions:
                 flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
                 descriptor = self._files[partition.file] = os.open(self.path / partition.file, flags, 0o666)

@@ -7,6 +7,7 @@ import hashlib
 import os
 import resource
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,12 +41,15 @@ PART = "partition_0.bin"
 class FetchBench(Bench):
     """A store with fetches into a data directory, driven as the store process drives them."""
 
-    def __init__(self, data: Path, settings: RemoteSettings = SETTINGS, chunks: int = 16) -> None:
+    def __init__(self, data: Path, settings: RemoteSettings = SETTINGS, chunks: int = 16, disk_bytes: int = 0) -> None:
         super().__init__(Arena.create(chunks * CHUNK, CHUNK))
         self.data = data
         self.answers: dict[str, Fault | None] = {}
         self.progress: list[tuple[str, int, int]] = []
-        self.fetches = Fetches(data, data / "checkpoints", settings, self.store, self, lambda: self._write(self._event, 1))
+        checkpoints = data / "checkpoints"
+        self.fetches = Fetches(
+            data, checkpoints, settings, self.store, self, lambda: self._write(self._event, 1), disk_bytes=disk_bytes
+        )
 
     def fetching(self, op: str, done_bytes: int, total_bytes: int) -> None:
         self.progress.append((op, done_bytes, total_bytes))
@@ -576,3 +580,19 @@ def test_a_publish_writes_its_manifest_last_and_only_what_is_right(tmp_path: Pat
     with pytest.raises(Conflict, match="another manifest"):
         publish(catalog.read_entry(directory), remote, SETTINGS, lambda done, total: None)
     remote.close()
+
+
+def test_a_fetch_that_would_pass_the_disks_budget_is_refused_before_it_writes(
+    tmp_path: Path, source: tuple[str, Path, bytes]
+) -> None:
+    digest, _, image = source
+    bench = FetchBench(tmp_path / "small", disk_bytes=len(image) + CHUNK)
+    commit(tmp_path / "small" / "checkpoints", 3, 2 * CHUNK)
+    fault = bench.get(digest, f"file://{tmp_path}/remote")
+    assert fault is not None
+    assert fault.code == "out_of_space"
+    assert CHUNK <= fault.short_bytes < 2 * CHUNK
+    assert bench.leftovers == []
+    shutil.rmtree(tmp_path / "small" / "checkpoints" / f"{3:064x}")
+    assert bench.get(digest, f"file://{tmp_path}/remote") is None
+    bench.close()

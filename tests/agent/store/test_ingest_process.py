@@ -37,11 +37,13 @@ class Node:
 
     def __init__(self) -> None:
         self.root = Path(tempfile.mkdtemp(dir="/tmp", prefix="sl"))
-        (self.root / "node.json").write_bytes(
-            msgspec.json.encode(NodeConfig(run_dir=str(self.root), data_dir=str(self.root / "data")))
-        )
+        self.configure()
         self.data = self.root / "data"
         self.children: list[subprocess.Popen[bytes]] = []
+
+    def configure(self, **settings: Any) -> None:
+        config = NodeConfig(run_dir=str(self.root), data_dir=str(self.root / "data"), **settings)
+        (self.root / "node.json").write_bytes(msgspec.json.encode(config))
 
     def start(self, source: Source, **options: Any) -> subprocess.Popen[bytes]:
         arguments = [sys.executable, "-c", MAIN, str(self.root), "op1", msgspec.json.encode(source).decode()]
@@ -95,6 +97,22 @@ def test_frames_of_a_failure(node: Node, tmp_path: Path) -> None:
     assert steps == []
     assert done.fault is not None
     assert done.fault.code == "not_found"
+
+
+def test_what_would_pass_the_disks_budget_is_refused_with_what_is_missing(node: Node, tmp_path: Path) -> None:
+    source = PathSource(str(large(tmp_path / "m")))
+    need = sum(path.stat().st_size for path in (tmp_path / "m").glob("*.safetensors"))
+    node.configure(disk_bytes=need + need // 2)
+    assert node.finish(node.start(source))[2].fault is None
+    other = PathSource(str(make_llama_dir(tmp_path / "n", hidden=512, heads=8, layers=6, vocab=4000, seed=9)))
+    _, steps, done = node.finish(node.start(other))
+    assert done.fault is not None
+    assert done.fault.code == "out_of_space"
+    assert need // 3 < done.fault.short_bytes < need
+    assert steps == []
+    assert len(catalog.scan(node.data / "checkpoints")) == 1
+    node.configure(disk_bytes=need + need // 2 + done.fault.short_bytes + (1 << 20))
+    assert node.finish(node.start(other))[2].fault is None
 
 
 def test_source_that_is_none(node: Node) -> None:

@@ -1,0 +1,43 @@
+"""The disk's budget: what counts, what is refused before it is written, and how much is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from agent.store.budget import check_room, used_bytes
+from schema.errors import Fault, OutOfSpace
+
+BLOCK = 4096
+
+
+def put(path: Path, blocks: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x" * blocks * BLOCK)
+
+
+def test_what_is_committed_or_claimed_counts_and_nothing_else(tmp_path: Path) -> None:
+    assert used_bytes(tmp_path) == 0
+    put(tmp_path / "checkpoints" / "ab" / "exec1" / "partition_0.bin", 3)
+    put(tmp_path / "partial" / "cd-exec1" / "partition_0.bin", 2)
+    put(tmp_path / "tmp" / "ingest-1" / "exec1" / "partition_0.bin", 4)
+    put(tmp_path / "tmp" / "trash-ef" / "partition_0.bin", 50)
+    put(tmp_path / "tmp" / "fetch-1" / "model.safetensors", 60)
+    (tmp_path / "checkpoints" / "link").symlink_to(tmp_path / "tmp")
+    assert used_bytes(tmp_path) == 9 * BLOCK
+    assert used_bytes(tmp_path, but=tmp_path / "partial" / "cd-exec1") == 7 * BLOCK
+
+
+@pytest.mark.parametrize(("limit", "need", "short"), [(0, 1 << 50, None), (10, 7, None), (10, 8, 1), (10, 10, 3), (10, 11, 0)])
+def test_what_would_pass_it_is_refused_with_what_is_missing(tmp_path: Path, limit: int, need: int, short: int | None) -> None:
+    put(tmp_path / "checkpoints" / "ab" / "exec1" / "partition_0.bin", 3)
+    if short is None:
+        check_room(limit * BLOCK, tmp_path, need * BLOCK, "it")
+        return
+    with pytest.raises(OutOfSpace, match=r"node\.disk_bytes") as error:
+        check_room(limit * BLOCK, tmp_path, need * BLOCK, "it")
+    assert error.value.short_bytes == short * BLOCK
+    again = Fault.of(error.value).to_error()
+    assert isinstance(again, OutOfSpace)
+    assert again.short_bytes == short * BLOCK
