@@ -20,7 +20,9 @@ from typing import Final
 import msgspec
 
 from agent.engine.weights import image_tensors
+from agent.native.calibration import Tuning
 from agent.native.cold import forget, remember
+from agent.native.disk_record import record_path, remembered
 from agent.native.mapping import ImageMapping
 from agent.store import catalog
 from agent.store.catalog import CatalogEntry
@@ -47,7 +49,9 @@ def main(*, checkpoints: Path, directory: Path | None, digest: str, rounds: int,
     os.dup2(2, 1)  # whatever a library prints is no part of the answer
     try:
         entry = catalog.read_entry(directory.resolve()) if directory is not None else find_entry(checkpoints, digest)
-        answer = LoadAnswer(report=measure(entry, rounds, chunk_bytes=chunk_bytes, reader_threads=reader_threads))
+        answer = LoadAnswer(
+            report=measure(entry, rounds, chunk_bytes=chunk_bytes, reader_threads=reader_threads, tuning=_tuning(checkpoints))
+        )
     except (SllmError, OSError) as error:
         answer = LoadAnswer(fault=Fault.of(error))
     with os.fdopen(out, "wb") as file:
@@ -64,6 +68,12 @@ def find_entry(checkpoints: Path, digest: str) -> CatalogEntry:
     if digest and len(found) > 1:
         raise InvalidInput(f"{len(found)} checkpoints begin with {digest}; give more of the digest")
     return max(found, key=lambda entry: entry.manifest.image_bytes)
+
+
+def _tuning(checkpoints: Path) -> Tuning | None:
+    """How the node of these checkpoints reads its disk, if it has found that out."""
+    record = remembered(record_path(checkpoints.parent), checkpoints)
+    return None if record is None else record.tuning
 
 
 @dataclass(slots=True)
@@ -87,13 +97,15 @@ class _Row:
         )
 
 
-def measure(entry: CatalogEntry, rounds: int, *, chunk_bytes: int, reader_threads: int) -> LoadReport:
+def measure(
+    entry: CatalogEntry, rounds: int, *, chunk_bytes: int, reader_threads: int, tuning: Tuning | None = None
+) -> LoadReport:
     """Load the checkpoint over and over, cold and warm. Raises InvalidCheckpoint, OutOfSpace for memory, SllmError."""
     if entry.quarantined is not None:
         raise InvalidInput(f"{entry.directory} is quarantined ({entry.quarantined}); its speed would say nothing")
     files = [entry.directory / partition.file for partition in entry.manifest.partitions]
     image_bytes = entry.manifest.image_bytes
-    store = TrialStore(image_bytes, chunk_bytes=chunk_bytes, reader_threads=reader_threads)
+    store = TrialStore(image_bytes, chunk_bytes=chunk_bytes, reader_threads=reader_threads, tuning=tuning)
     raw, cold, checked, warm, attach = rows = [_Row(step) for step in (RAW, COLD, CHECKED, WARM, ATTACH)]
     kept = 0.0
     try:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from agent.native.arena import Arena
+from agent.native.calibration import Tuning
 from agent.native.reader import ReadJob, ReadPool, Unit
 from agent.store.cache import ArenaStore
 from agent.store.catalog import CatalogEntry
@@ -35,15 +36,19 @@ def cpu_s() -> float:
 
 
 class TrialStore:
-    """An `ArenaStore` over a fresh arena for one image, every page of it touched. To be closed; for one thread."""
+    """An `ArenaStore` over a fresh arena for one image, every page of it touched. To be closed; for one thread.
 
-    def __init__(self, image_bytes: int, *, chunk_bytes: int, reader_threads: int) -> None:
+    ``tuning`` is how the node's store reads from this disk, where that was found out.
+    """
+
+    def __init__(self, image_bytes: int, *, chunk_bytes: int, reader_threads: int, tuning: Tuning | None = None) -> None:
         chunks = max(1, -(-image_bytes // chunk_bytes))
         self.arena = Arena.create(chunks * chunk_bytes, chunk_bytes)
         zeros = bytes(chunk_bytes)
         for chunk in range(chunks):
             self.arena.views([chunk], 0, chunk_bytes)[0][:] = zeros
         self._reader_threads = reader_threads
+        self._tuning = tuning
         self._awake = threading.Event()
         self._ends: list[Resident | Fault] = []
         self._store: ArenaStore | None = None
@@ -54,6 +59,8 @@ class TrialStore:
         """Load as an instance start does, from its manifest on; what the arena held is dropped first."""
         if self._store is None:
             self._store = ArenaStore(self.arena, self, reader_threads=self._reader_threads, wake=self._awake.set)
+            if self._tuning is not None:
+                self._store.tune(self._tuning)
         for resident in self._store.residents():
             self._store.hold(resident.digest, 0)
             self._store.drop(resident.digest)
@@ -95,6 +102,8 @@ class TrialStore:
 
         pool = ReadPool(self._reader_threads)
         self.reader = pool.backend
+        if self._tuning is not None:
+            pool.tune(self._tuning)
         try:
             began, began_cpu_s = time.perf_counter(), cpu_s()
             job = pool.submit(units, changed)

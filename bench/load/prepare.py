@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from agent.store import catalog
+from agent.store.ingest.convert import LAYOUT, convert
 from bench import make_checkpoint
 
 __all__ = ["HERE", "PEERS", "Checkpoint", "Prepared", "data_sum", "prepare"]
@@ -57,7 +59,7 @@ class Checkpoint:
 
     @property
     def partitions(self) -> list[Path]:
-        return sorted(self.layout.glob("*.bin"))
+        return [self.layout / partition.file for partition in catalog.read_entry(self.layout).manifest.partitions]
 
 
 @dataclass(slots=True)
@@ -115,18 +117,23 @@ def _checkpoint(work: Path, architecture: str, shard_bytes: int) -> Checkpoint:
         shutil.rmtree(source, ignore_errors=True)
         _say(f"writing {source}")
         make_checkpoint.make_checkpoint(architecture, source, shard_bytes=shard_bytes)
-    checkpoints = data / "checkpoints"
-    layouts = sorted(checkpoints.glob("*/exec*"))
-    if not layouts:
-        from agent.store.ingest.convert import convert
-
+    entry = _ingested(data)
+    if entry is None:
         _say(f"ingesting {source}")
-        for path in (checkpoints, data / "tmp"):
-            path.mkdir(parents=True, exist_ok=True)
-        convert(source, checkpoints, data / "tmp", lambda done, total: None)
-        layouts = sorted(checkpoints.glob("*/exec*"))
-    (layouts[0] / "verified").touch()
-    return Checkpoint(source, layouts[0])
+        shutil.rmtree(data, ignore_errors=True)  # of an older format, perhaps
+        for path in (data / "checkpoints", data / "tmp"):
+            path.mkdir(parents=True)
+        convert(source, data / "checkpoints", data / "tmp", lambda done, total: None)
+        entry = _ingested(data)
+        assert entry is not None
+    catalog.mark_verified(entry.directory)
+    return Checkpoint(source, entry.directory)
+
+
+def _ingested(data: Path) -> catalog.CatalogEntry | None:
+    """The one checkpoint there, if this build reads it and would write its layout."""
+    entries = list(catalog.scan(data / "checkpoints").values())
+    return entries[0] if entries and entries[0].directory.name == LAYOUT else None
 
 
 def _environment(work: Path) -> Path:
