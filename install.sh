@@ -11,7 +11,9 @@ usage() {
 usage: ./install.sh [command]
 
   (none)               install for this user: an environment of its own, and a link to sllmctl on the PATH
-  uninstall [--purge]  undo that; --purge also removes the manager's state without asking
+  uninstall [--purge]  undo that, and hugepages; --purge also removes the manager's state without asking
+  hugepages [SIZE] [-y]  set aside memory in huge pages for a node's arena, now and at each boot (root; asks, -y answers).
+                       SIZE is the arena's, node.arena_bytes: 1G if nothing is said; 0 undoes it
   demo [--keep]        the whole path in a scratch directory: ingest, deploy, a cold and a warm request
   test [ARGS...]       ruff, mypy, import-linter and pytest; ARGS go to pytest
   help                 this text
@@ -206,6 +208,80 @@ install_user() {
     say "Next: sllmctl demo, or sllmctl serve"
 }
 
+# --- Huge pages --------------------------------------------------------------------------------------------------------
+
+readonly HUGE_CONF=/etc/sysctl.d/90-sllmctl-hugepages.conf
+readonly HUGE_POOL=/proc/sys/vm/nr_hugepages
+readonly HUGE_BYTES=$((2 * 1024 * 1024))
+
+size_bytes() { # size_bytes SIZE: 512M, 16G, 16GiB, or bytes
+    local number unit
+    [[ $1 =~ ^([0-9]{1,15})([KMGT]?)(i?B)?$ ]] || return 1
+    number=${BASH_REMATCH[1]} unit=${BASH_REMATCH[2]}
+    case $unit in
+        K) number=$((number * 1024)) ;;
+        M) number=$((number * 1024 ** 2)) ;;
+        G) number=$((number * 1024 ** 3)) ;;
+        T) number=$((number * 1024 ** 4)) ;;
+    esac
+    printf '%s' "$number"
+}
+
+huge_before() { # the pool's pages without ours: what it had before we first changed it
+    if [[ -f $HUGE_CONF ]]; then sed -n 's/^# before: \([0-9][0-9]*\)$/\1/p' "$HUGE_CONF"; else cat "$HUGE_POOL"; fi
+}
+
+set_huge_pages() {
+    local size=1G yes=no argument bytes pages before total answer=n got
+    for argument in "$@"; do
+        case $argument in
+            -y | --yes) yes=yes ;;
+            -*) usage >&2; exit 2 ;;
+            *) size=$argument ;;
+        esac
+    done
+    bytes=$(size_bytes "$size") || { say "install.sh: $size is no size; say 16G, 512M or a number of bytes"; exit 2; }
+    [[ -r $HUGE_POOL ]] || die "this kernel has no huge pages ($HUGE_POOL)"
+    ((bytes > 0)) || { undo_huge_pages; return; }
+    before=$(huge_before)
+    [[ -n $before ]] || die "$HUGE_CONF does not say what was there before; remove it and vm.nr_hugepages by hand"
+    pages=$(((bytes + HUGE_BYTES - 1) / HUGE_BYTES + 1)) # one more for the arena's own table
+    total=$((before + pages))
+    say "This sets vm.nr_hugepages to $total ($pages pages of 2 MiB for an arena of $size, $before as before),"
+    say "now and in $HUGE_CONF. That memory is then used by nothing but what asks for huge pages."
+    if [[ $yes == no ]]; then
+        if [[ ! -t 0 ]]; then
+            say "install.sh: there is no terminal to ask on: say so with -y"
+            exit 2
+        fi
+        read -r -p "Go on? [y/N] " answer || answer=n
+        [[ $answer == [yY]* ]] || { say "Nothing was changed"; exit 1; }
+    fi
+    ((EUID == 0)) || die "only root may set huge pages: run this with sudo"
+    printf '# Memory for the arena of sllmctl; `install.sh uninstall` or `install.sh hugepages 0` takes it back.\n# before: %s\nvm.nr_hugepages = %s\n' \
+        "$before" "$total" >"$HUGE_CONF"
+    printf '%s\n' "$total" >"$HUGE_POOL" || die "the kernel refuses $total huge pages; $HUGE_CONF is in force from the next boot"
+    got=$(<"$HUGE_POOL")
+    if ((got < total)); then
+        say "The kernel found only $got of $total: memory is in use or fragmented. Try again after a reboot, which has them first."
+        exit 1
+    fi
+    say "Done. Restart the node (or sllmctl serve), and see \`sllmctl doctor\`."
+}
+
+undo_huge_pages() {
+    local before
+    [[ -f $HUGE_CONF ]] || return 0
+    if ((EUID != 0)); then
+        say "Kept $HUGE_CONF and its huge pages; take them back with: sudo $0 hugepages 0"
+        return 0
+    fi
+    before=$(huge_before)
+    rm -f -- "$HUGE_CONF"
+    printf '%s\n' "${before:-0}" >"$HUGE_POOL" || say "The kernel keeps its huge pages until the next boot"
+    say "Removed $HUGE_CONF; vm.nr_hugepages is ${before:-0} again"
+}
+
 uninstall_user() {
     user_paths
     local answer=n purge=no
@@ -223,6 +299,7 @@ uninstall_user() {
         rmdir -- "$USER_DIR" 2>/dev/null || true
         say "Removed $USER_DIR/venv"
     fi
+    undo_huge_pages
     [[ -d $STATE ]] || return 0
     if [[ $purge == no && -t 0 ]]; then
         read -r -p "Remove the manager's state in $STATE too (models, checkpoints, database)? [y/N] " answer || answer=n
@@ -268,6 +345,7 @@ main() {
     case $command in
         install) install_user ;;
         uninstall) uninstall_user "$@" ;;
+        hugepages) set_huge_pages "$@" ;;
         demo) run_demo "$@" ;;
         test) run_tests "$@" ;;
         help | -h | --help) usage ;;

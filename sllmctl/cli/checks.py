@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-import msgspec
-
 from schema.errors import SllmError
+from sllmctl.cli.findings import Finding, meminfo, read_text
 from sllmctl.cli.format import age, size
+from sllmctl.cli.store_checks import check_store
 from sllmctl.config import Settings
 
 __all__ = ["Finding", "check_machine", "check_python", "socket_state"]
@@ -29,15 +29,6 @@ _SHM = Path("/dev") / "shm"
 _SHM_WARN_BYTES = 64 << 20
 _CLOCK_SLACK_S = 60.0
 _PROBE_S = 1.0
-
-
-class Finding(msgspec.Struct, frozen=True):
-    """``advice`` says what to do, where there is something to do."""
-
-    check: str
-    level: Literal["ok", "warn", "fault"]
-    message: str
-    advice: str = ""
 
 
 def check_python() -> Iterator[Finding]:
@@ -69,10 +60,10 @@ def check_machine(settings: Settings) -> Iterator[Finding]:
     if manager != "answers":
         yield _port(settings.api.host, settings.api.port)
     yield _memory(settings.node.arena_bytes)
-    yield _huge_pages()
     yield _shared_memory()
     yield _disk(Path(settings.node.data_dir))
     yield _clock(settings.state_dir)
+    yield from check_store(settings, running=manager == "answers")
 
 
 def socket_state(path: Path) -> Literal["absent", "stale", "answers", "denied", "odd"]:
@@ -164,23 +155,12 @@ def _port(host: str, port: int) -> Finding:
 
 
 def _memory(arena_bytes: int) -> Finding:
-    available = _meminfo().get("MemAvailable", 0)
+    available = meminfo().get("MemAvailable", 0)
     room = min(available, _cgroup_room())
     if room < arena_bytes:
         text = f"{size(room)} of memory available, less than the arena's {size(arena_bytes)}"
         return Finding("memory", "warn", text, "set node.arena_bytes lower, or free memory (an arena in use counts as taken)")
     return Finding("memory", "ok", f"{size(room)} available for an arena of {size(arena_bytes)}")
-
-
-def _huge_pages() -> Finding:
-    free = _meminfo().get("HugePages_Free", 0)
-    if free:
-        return Finding("huge_pages", "ok", f"{free} huge pages are free")
-    modes = _read(Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled"))
-    if any(f"[{mode}]" in modes for mode in ("always", "within_size", "advise", "force")):
-        return Finding("huge_pages", "ok", "transparent huge pages for shared memory are on")
-    advice = "`echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled` makes loads faster"
-    return Finding("huge_pages", "warn", "the arena gets small pages", advice)
 
 
 def _shared_memory() -> Finding:
@@ -217,25 +197,7 @@ def _clock(state_dir: Path) -> Finding:
     return Finding("clock", "ok", time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()))
 
 
-def _meminfo() -> dict[str, int]:
-    """/proc/meminfo in bytes; counts of pages as they are."""
-    found = {}
-    for line in _read(Path("/proc/meminfo")).splitlines():
-        name, _, rest = line.partition(":")
-        amount, _, unit = rest.strip().partition(" ")
-        if amount.isdigit():
-            found[name] = int(amount) * (1024 if unit == "kB" else 1)
-    return found
-
-
 def _cgroup_room() -> int:
     """What a container's memory limit leaves, in bytes; without a limit, more than any machine has."""
-    limit, used = (_read(Path("/sys/fs/cgroup") / name).strip() for name in ("memory.max", "memory.current"))
+    limit, used = (read_text(Path("/sys/fs/cgroup") / name).strip() for name in ("memory.max", "memory.current"))
     return max(0, int(limit) - int(used or 0)) if limit.isdigit() else sys.maxsize
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
 import shutil
 import socket
 import sys
@@ -15,12 +17,13 @@ from typing import Any
 
 import pytest
 
-from sllmctl.cli import checks
+from sllmctl.cli import checks, store_checks
 from sllmctl.cli.checks import Finding, check_machine, check_python, socket_state
 from sllmctl.cli.main import run
+from sllmctl.cli.store_checks import disk_start
 from sllmctl.config import Settings
 from tests.sllmctl.cli.conftest import Sllmctl
-from tests.sllmctl.fake_manager import STATUS, FakeManager
+from tests.sllmctl.fake_manager import CHECKPOINTS, MODELS, NODES, STATUS, FakeManager
 
 
 @pytest.fixture
@@ -122,6 +125,68 @@ def test_memory_and_disk_that_are_too_small(state: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
     found = _found(_settings(state))
     assert (found["disk"].level, found["shm"].level) == ("fault", "warn")
+
+
+def test_pages_pools_and_limits(state: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pool, shmem = tmp_path / "pool", tmp_path / "shmem_enabled"
+    pool.mkdir()
+    monkeypatch.setattr(store_checks, "_POOL", pool)
+    monkeypatch.setattr(store_checks, "_SHMEM_HUGE", shmem)
+    settings = _settings(state, **{"node.arena_bytes": "64MiB"})
+
+    def pages(total: int, free: int, mode: str) -> tuple[Finding, Finding]:
+        (pool / "nr_hugepages").write_text(f"{total}\n")
+        (pool / "free_hugepages").write_text(f"{free}\n")
+        shmem.write_text(f"always [{mode}] other\n")
+        found = _found(settings)
+        return found["arena_pages"], found["huge_pages"]
+
+    arena, huge = pages(0, 0, "never")
+    assert (arena.level, huge.level) == ("warn", "ok")
+    assert "install.sh hugepages" in arena.advice
+    arena, _ = pages(0, 0, "advise")
+    assert (arena.level, "transparent" in arena.message) == ("ok", True)
+    arena, huge = pages(40, 33, "never")
+    assert (arena.level, huge.level) == ("ok", "ok")
+    arena, huge = pages(40, 32, "never")
+    assert (arena.level, huge.level) == ("warn", "warn")
+    assert "takes 33" in huge.message
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1 << 20, 1 << 20))
+    assert "1.0 MiB" in _found(settings)["memlock"].message
+
+
+def test_direct_reads_and_the_disks_budget(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = _found(_settings(state, **{"node.disk_bytes": "1GiB"}))
+    assert found["disk_budget"].level == "ok"
+    assert found["io_uring"].level in ("ok", "warn")
+    assert _found(_settings(state, **{"node.disk_bytes": "4096TiB"}))["disk_budget"].level == "warn"
+    real = os.open
+
+    def refuse(path: Any, flags: int, *more: Any, **named: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(path, flags, *more, **named)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert _found(_settings(state))["direct_reads"].level == "warn"
+
+
+def test_what_bounds_a_cold_start_is_told_by_the_planners_figures(state: Path, manager: FakeManager) -> None:
+    settings = _settings(state, admin_socket=str(manager.socket))
+    finding = _found(settings)["disk_start"]
+    assert finding.level == "warn"
+    assert "qwen" in finding.message
+    assert "the disk is the bottleneck" in finding.message
+    assert "pin --tier dram" in finding.advice
+    node, models, checkpoints = NODES[0], MODELS, CHECKPOINTS
+    learned = {f"build/{checkpoints[0].digest}/cpu": 9.0, f"finish/{checkpoints[0].digest}/cpu": 1.0}
+    slow_worker = disk_start(node, models, checkpoints, learned, 0.5)
+    assert (slow_worker.level, "its worker 10 s" in slow_worker.message) == ("ok", True)
+    slow_disk = disk_start(node, models, checkpoints, {**learned, f"bps/{node.id}/disk": 1e6}, 0.5)
+    assert slow_disk.level == "warn"
+    assert disk_start(node, (), checkpoints, learned, 0.5).level == "ok"
+    assert "not measured" in disk_start(NODES[1], models, checkpoints, {}, 0.5).message
 
 
 def test_a_clock_behind_what_was_written(state: Path) -> None:

@@ -1,0 +1,200 @@
+"""What `sllmctl doctor` looks at for the checkpoint store: pages, locks, the kernel's reads, the disk. It changes nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import resource
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from schema.errors import SllmError
+from sllmctl.cli.findings import Finding, read_text
+from sllmctl.cli.format import bandwidth, duration, size
+
+if TYPE_CHECKING:
+    from schema.admin import CheckpointView, ModelView, NodeView
+    from sllmctl.config import Settings
+
+__all__ = ["check_store", "disk_start", "huge_pages_needed"]
+
+_HUGE_BYTES = 2 << 20
+_POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+_SHMEM_HUGE = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+_URING_DISABLED = Path("/proc/sys/kernel/io_uring_disabled")
+_SYS_IO_URING_SETUP = 425
+_URING_PARAMS_BYTES = 120
+_FULL = 0.9
+_HUGEPAGES = "`./install.sh hugepages` sets the pool to the arena's size, after asking"
+
+
+def check_store(settings: Settings, *, running: bool) -> Iterator[Finding]:
+    """Findings of this machine, and, where a manager answers (``running``), of its node and what is deployed."""
+    local, models, checkpoints, learned = _ask(settings) if running else (None, (), (), {})
+    yield _arena_pages(settings.node.arena_bytes, local)
+    yield _pool(settings.node.arena_bytes, local)
+    yield _memlock(settings.node.arena_bytes)
+    yield _io_uring()
+    yield _direct_reads(Path(settings.node.data_dir))
+    yield _disk_budget(settings.node.disk_bytes, Path(settings.node.data_dir), local)
+    if local is not None:
+        yield disk_start(local, models, checkpoints, learned, settings.control.start_base_s)
+
+
+def huge_pages_needed(arena_bytes: int) -> int:
+    """The huge pages that an arena takes, its chunk table included."""
+    return -(-arena_bytes // _HUGE_BYTES) + 1
+
+
+def _ask(
+    settings: Settings,
+) -> tuple[NodeView | None, Sequence[ModelView], Sequence[CheckpointView], Mapping[str, float]]:
+    from sllmctl import client
+    from sllmctl.client import AdminClient
+
+    try:
+        with AdminClient(settings.admin_socket, settings.client) as admin:
+            nodes = {node.name: node for node in admin.ask(client.nodes())}
+            found = admin.ask(client.models()), admin.ask(client.checkpoints()), admin.ask(client.estimates()).coefficients
+    except SllmError:
+        return None, (), (), {}  # the manager's own finding says so
+    return nodes.get(settings.control.local_node), *found
+
+
+def _arena_pages(arena_bytes: int, local: NodeView | None) -> Finding:
+    """What the arena has, or what it would get: reads into small pages reach little more than half of what the disk gives."""
+    pages = local.inventory.arena.pages if local is not None and local.inventory is not None else ""
+    has = "has" if pages else "would get"
+    if not pages:
+        free = _pages("free_hugepages")
+        modes = read_text(_SHMEM_HUGE)
+        huge = any(f"[{mode}]" in modes for mode in ("always", "within_size", "advise", "force"))
+        pages = "hugetlb" if free >= huge_pages_needed(arena_bytes) else "thp" if huge else "small"
+    match pages:
+        case "hugetlb":
+            return Finding("arena_pages", "ok", f"the arena {has} huge pages of the pool")
+        case "thp":
+            return Finding("arena_pages", "ok", f"the arena {has} transparent huge pages, where the kernel finds some")
+    advice = f"{_HUGEPAGES}; or `echo advise > {_SHMEM_HUGE}`; then restart the node"
+    return Finding(
+        "arena_pages", "warn", f"the arena {has} small pages: loads are slower, attaching to CUDA much slower", advice
+    )
+
+
+def _pool(arena_bytes: int, local: NodeView | None) -> Finding:
+    """The pool of huge pages against the arena, which takes all it needs from there or none."""
+    total, free = _pages("nr_hugepages"), _pages("free_hugepages")
+    needed = huge_pages_needed(arena_bytes)
+    if local is not None and local.inventory is not None and local.inventory.arena.pages == "hugetlb":
+        return Finding("huge_pages", "ok", f"the pool has {total} huge pages; the arena holds its {needed}")
+    if not total:
+        return Finding("huge_pages", "ok", f"the pool of huge pages is empty, as it is by default; {_HUGEPAGES}")
+    if free < needed:
+        text = f"{free} of {total} huge pages are free; an arena of {size(arena_bytes)} takes {needed}, or none"
+        return Finding("huge_pages", "warn", text, f"{_HUGEPAGES}; or set node.arena_bytes lower")
+    return Finding("huge_pages", "ok", f"{free} of {total} huge pages are free; the arena takes {needed}")
+
+
+def _pages(file: str) -> int:
+    text = read_text(_POOL / file).strip()
+    return int(text) if text.isdigit() else 0
+
+
+def _memlock(arena_bytes: int) -> Finding:
+    """CUDA pins the arena, and io_uring may register it: both count against this limit, unless one is root."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    text = "unlimited" if limit == resource.RLIM_INFINITY else size(limit)
+    if limit == resource.RLIM_INFINITY or limit >= arena_bytes or os.geteuid() == 0:
+        return Finding("memlock", "ok", f"locked memory: {text}" + (", and no limit for root" if os.geteuid() == 0 else ""))
+    if not Path("/dev/nvidia0").exists():
+        return Finding("memlock", "ok", f"locked memory: {text}; nothing on this machine pins the arena")
+    advice = "raise it: LimitMEMLOCK=infinity in the service, or memlock in /etc/security/limits.conf"
+    return Finding("memlock", "warn", f"locked memory: {text}, less than the arena's {size(arena_bytes)}", advice)
+
+
+def _io_uring() -> Finding:
+    """Whether this process may make a ring: the one sure way to know."""
+    setting = read_text(_URING_DISABLED).strip() or "absent"
+    params = ctypes.create_string_buffer(_URING_PARAMS_BYTES)
+    libc = ctypes.CDLL(None, use_errno=True)
+    ring = libc.syscall(_SYS_IO_URING_SETUP, 1, params)
+    if ring >= 0:
+        os.close(ring)
+        return Finding("io_uring", "ok", f"allowed (io_uring_disabled {setting})")
+    why = os.strerror(ctypes.get_errno())
+    if setting in ("1", "2"):
+        advice = "`sysctl kernel.io_uring_disabled=0` allows it; until then threads read, with more processor time"
+    else:
+        advice = "a container's seccomp profile may forbid it; until it is allowed threads read, with more processor time"
+    return Finding("io_uring", "warn", f"not allowed: {why} (io_uring_disabled {setting})", advice)
+
+
+def _direct_reads(data: Path) -> Finding:
+    """Whether the file system of the checkpoints reads past the page cache; a nameless file leaves nothing behind."""
+    path = _existing(data)
+    try:
+        os.close(os.open(path, os.O_TMPFILE | os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP, errno.EISDIR):
+            advice = "set node.data_dir to a local file system such as ext4 or xfs; until then reads go through the page cache"
+            return Finding("direct_reads", "warn", f"the file system at {path} knows no direct reads", advice)
+        advice = "the disk's own finding says more, if there is something to mend"
+        return Finding("direct_reads", "warn", f"cannot tell at {path}: {error.strerror}", advice)
+    return Finding("direct_reads", "ok", f"the file system at {path} reads past the page cache")
+
+
+def _disk_budget(limit_bytes: int, data: Path, local: NodeView | None) -> Finding:
+    """What checkpoints have of the disk, and may have."""
+    means = local.inventory if local is not None else None
+    used = means.disk_used_bytes if means is not None else 0
+    free = shutil.disk_usage(_existing(data)).free
+    if not limit_bytes:
+        return Finding("disk_budget", "ok", f"no budget is set (node.disk_bytes); checkpoints have {size(used)}")
+    text = f"checkpoints have {size(used)} of {size(limit_bytes)}"
+    if limit_bytes - used > free:
+        advice = "set node.disk_bytes lower, or free some of the disk"
+        return Finding("disk_budget", "warn", f"{text}, but only {size(free)} of the disk are free", advice)
+    if used > _FULL * limit_bytes:
+        advice = "raise node.disk_bytes, or remove what is not needed (`sllmctl checkpoint ls`, `checkpoint rm`)"
+        return Finding("disk_budget", "warn", text, advice)
+    return Finding("disk_budget", "ok", text)
+
+
+def disk_start(
+    local: NodeView,
+    models: Sequence[ModelView],
+    checkpoints: Sequence[CheckpointView],
+    learned: Mapping[str, float],
+    start_base_s: float,
+) -> Finding:
+    """What bounds a start of the largest deployed model from disk, by the figures that the planner reckons with."""
+    names = {model.digest: model.name for model in models if model.state == "deployed" and model.digest is not None}
+    deployed = [checkpoint for checkpoint in checkpoints if checkpoint.digest in names]
+    if not deployed:
+        return Finding("disk_start", "ok", "no model is deployed that could be held against the disk's speed")
+    largest = max(deployed, key=lambda checkpoint: (checkpoint.image_bytes, checkpoint.digest))
+    measured = local.inventory.disk_read_bps if local.inventory is not None else 0.0
+    rate = learned.get(f"bps/{local.id}/disk", measured)
+    what = f"{names[largest.digest]} ({size(largest.image_bytes)})"
+    if not rate:
+        return Finding("disk_start", "ok", f"the disk was not measured yet; the largest deployed model is {what}")
+    kind = local.inventory.devices[0].kind if local.inventory is not None and local.inventory.devices else "cpu"
+    worker_s = sum(
+        learned.get(f"{part}/{largest.digest}/{kind}", learned.get(f"{part}//{kind}", base))
+        for part, base in (("build", start_base_s), ("finish", 0.0))
+    )
+    load_s = largest.image_bytes / rate
+    text = f"{what} takes {duration(load_s)} from disk at {bandwidth(rate)}, its worker {duration(worker_s)}"
+    if load_s <= worker_s:
+        return Finding("disk_start", "ok", f"{text}: the worker bounds a cold start, not the disk")
+    advice = "keep it in memory (`sllmctl checkpoint pin --tier dram`, node.arena_bytes), or use a faster disk"
+    return Finding("disk_start", "warn", f"{text}: the disk is the bottleneck of a cold start", advice)
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path

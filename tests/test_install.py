@@ -1,0 +1,69 @@
+"""install.sh: huge pages are set with consent alone, beside what others have, and undone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "install.sh"
+_NAMESPACE = ["unshare", "--mount", "--propagation", "private"]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(SCRIPT), *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("arguments", [("hugepages",), ("hugepages", "2G")])
+def test_without_a_terminal_and_without_yes_nothing_is_set(arguments: tuple[str, ...]) -> None:
+    pool = Path("/proc/sys/vm/nr_hugepages")
+    before = pool.read_text()
+    said = run(*arguments)
+    assert said.returncode == 2
+    assert "-y" in said.stderr
+    assert pool.read_text() == before
+    assert not Path("/etc/sysctl.d/90-sllmctl-hugepages.conf").exists()
+
+
+@pytest.mark.parametrize("size", ["lots", "1X", "-1G", "1.5G", "1G; reboot", ""])
+def test_a_size_that_is_none_is_refused(size: str) -> None:
+    assert run("hugepages", size, "-y").returncode == 2
+
+
+def _can_unshare() -> bool:
+    if os.geteuid() != 0:
+        return False
+    try:
+        return subprocess.run([*_NAMESPACE, "true"], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not _can_unshare(), reason="takes root and a mount namespace")
+def test_pages_are_added_to_those_of_others_kept_for_the_next_boot_and_taken_back(tmp_path: Path) -> None:
+    """In a mount namespace where files of ours stand for the kernel's and for /etc/sysctl.d."""
+    pool, sysctl = tmp_path / "nr_hugepages", tmp_path / "sysctl.d"
+    sysctl.mkdir()
+    pool.write_text("100\n")
+    conf = sysctl / "90-sllmctl-hugepages.conf"
+
+    def inside(*arguments: str) -> subprocess.CompletedProcess[str]:
+        mounts = f"mount --bind {sysctl} /etc/sysctl.d && mount --bind {pool} /proc/sys/vm/nr_hugepages"
+        command = [*_NAMESPACE, "sh", "-c", f'{mounts} && exec "$@"', "sh", str(SCRIPT), *arguments]
+        environment = {**os.environ, "HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path)}
+        return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, env=environment)
+
+    said = inside("hugepages", "1G", "-y")
+    assert said.returncode == 0, said.stderr
+    assert pool.read_text() == "613\n"
+    assert "vm.nr_hugepages = 613\n" in conf.read_text()
+    assert inside("hugepages", "-y", "2GiB").returncode == 0
+    assert pool.read_text() == "1125\n", "what was there before is counted once"
+    assert inside("hugepages", "0").returncode == 0
+    assert (pool.read_text(), conf.exists()) == ("100\n", False)
+    assert inside("hugepages", "10M", "-y").returncode == 0
+    assert pool.read_text() == "106\n"
+    assert inside("uninstall", "--purge").returncode == 0
+    assert (pool.read_text(), conf.exists()) == ("100\n", False)
