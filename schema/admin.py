@@ -5,7 +5,8 @@ instances/{id}, checkpoints, checkpoints/{reference}, operations, operations/{id
 requests/{id}/explain, estimates, events, status;
 POST models (ModelSpec), models/{name}/deploy (DeployBody), models/{name}/stop, instances/{id}/stop, requests/{id}/cancel;
 POST checkpoints/{reference}/prefetch, .../verify, .../drop (CheckpointBody; answered by a list of OperationView),
-.../pin, .../unpin (CheckpointBody; answered by the CheckpointView).
+.../publish, .../fetch (RemoteBody; answered likewise), .../pin, .../unpin (CheckpointBody), .../forget (RemoteBody; answered by
+the CheckpointView).
 DELETE models/{name}. Lists are ``{"items": [...]}``.
 An error's body is ``{"error": {"message", "type", "param", "code"}}`` with the status of its class.
 """
@@ -41,6 +42,8 @@ __all__ = [
     "PinView",
     "PlacementView",
     "ProgressView",
+    "PublicationView",
+    "RemoteBody",
     "RequestExplainView",
     "RequestTimeline",
     "RequestView",
@@ -132,13 +135,13 @@ class PinView(_View, frozen=True, kw_only=True):
     tier: Tier
 
 
-OperationKind = Literal["prefetch", "verify", "drop"]
+OperationKind = Literal["prefetch", "verify", "drop", "publish", "fetch"]
 
 
 class OperationView(_View, frozen=True, kw_only=True):
     """Something long that an operator asked of a node and a checkpoint; remembered for a while after it has ended.
 
-    ``ended_at`` is None while it goes on; ``fault`` then says how it failed, None that it did not.
+    ``ended_at`` is None while it goes on; ``fault`` then says how it failed, None that it did not. ``url`` is the remote's.
     """
 
     id: str
@@ -151,6 +154,15 @@ class OperationView(_View, frozen=True, kw_only=True):
     ended_at: float | None
     fault: Fault | None
     progress: ProgressView | None
+    url: str = ""
+
+
+class PublicationView(_View, frozen=True, kw_only=True):
+    """A checkpoint lies on a remote, in this layout."""
+
+    url: str
+    layout: str
+    published_at: float
 
 
 class CheckpointView(_View, frozen=True, kw_only=True):
@@ -163,6 +175,7 @@ class CheckpointView(_View, frozen=True, kw_only=True):
     placements: tuple[PlacementView, ...]
     created_at: float
     pins: tuple[PinView, ...] = ()
+    publications: tuple[PublicationView, ...] = ()
 
 
 class RequestTimeline(_View, frozen=True, kw_only=True):
@@ -312,6 +325,14 @@ class StatusView(_View, frozen=True, kw_only=True):
 class CheckpointBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Which copies of a checkpoint are meant: on ``node`` (its name), None for any or all; on ``tier``, None for the usual."""
 
+    node: str | None = None
+    tier: Tier | None = None
+
+
+class RemoteBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Which remote is meant, None for the usual, and which node publishes or fetches; ``tier`` is where a fetch brings it."""
+
+    url: str | None = None
     node: str | None = None
     tier: Tier | None = None
 

@@ -23,6 +23,7 @@ __all__ = [
     "OutcomeRow",
     "PinRow",
     "PlacementRow",
+    "PublicationRow",
 ]
 
 
@@ -65,7 +66,7 @@ class NodeRow(Base):
 class CheckpointRow(Base):
     """A checkpoint the cluster knows, by digest; manifest and text assets lie as files in the manager's state directory.
 
-    The row goes only when no node holds the checkpoint any more and no model uses it.
+    The row goes only when no node holds the checkpoint any more, it lies on no remote, and no model uses it.
     """
 
     __tablename__ = "checkpoints"
@@ -102,6 +103,17 @@ class PinRow(Base):
     node: Mapped[str] = mapped_column(ForeignKey("nodes.id", ondelete="CASCADE"), primary_key=True)
     tier: Mapped[Tier] = mapped_column(_enum(Tier), primary_key=True)
     created_at: Mapped[float] = mapped_column(Float)
+
+
+class PublicationRow(Base):
+    """A checkpoint lies on the remote at ``url``, in this layout. Credentials are the nodes' own, never here."""
+
+    __tablename__ = "publications"
+
+    digest: Mapped[str] = mapped_column(ForeignKey("checkpoints.digest", ondelete="CASCADE"), primary_key=True)
+    url: Mapped[str] = mapped_column(Text, primary_key=True)
+    layout: Mapped[str] = mapped_column(String(128))
+    published_at: Mapped[float] = mapped_column(Float)
 
 
 class ModelRow(Base):

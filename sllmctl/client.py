@@ -32,6 +32,7 @@ from schema.admin import (
     ModelView,
     NodeView,
     OperationView,
+    RemoteBody,
     RequestExplainView,
     RequestView,
     StatusView,
@@ -57,6 +58,8 @@ __all__ = [
     "events",
     "explain_model",
     "explain_request",
+    "fetch_checkpoint",
+    "forget_checkpoint",
     "instance",
     "instances",
     "model",
@@ -66,6 +69,7 @@ __all__ = [
     "operations",
     "pin_checkpoint",
     "prefetch_checkpoint",
+    "publish_checkpoint",
     "remove_model",
     "request",
     "requests",
@@ -211,6 +215,27 @@ def verify_checkpoint(reference: str, node: str | None = None) -> Call[tuple[Ope
 def drop_checkpoint(reference: str, node: str | None = None, tier: Tier | None = None) -> Call[tuple[OperationView, ...]]:
     """Take a checkpoint from a tier of a node, or of all."""
     return _operate(reference, "drop", node, tier)
+
+
+def publish_checkpoint(reference: str, url: str | None = None, node: str | None = None) -> Call[tuple[OperationView, ...]]:
+    """Put a checkpoint on a remote, from a node that has it."""
+    return _to_remote(reference, "publish", RemoteBody(url=url, node=node), _items(OperationView))
+
+
+def fetch_checkpoint(
+    reference: str, url: str | None = None, node: str | None = None, tier: Tier | None = None
+) -> Call[tuple[OperationView, ...]]:
+    """Bring a checkpoint from a remote to a node's disk, or memory."""
+    return _to_remote(reference, "fetch", RemoteBody(url=url, node=node, tier=tier), _items(OperationView))
+
+
+def forget_checkpoint(reference: str, url: str | None = None) -> Call[CheckpointView]:
+    """A checkpoint lies on a remote, or on any, no more; what is there is left."""
+    return _to_remote(reference, "forget", RemoteBody(url=url), _reader(CheckpointView))
+
+
+def _to_remote(reference: str, verb: str, body: RemoteBody, reader: Callable[[int, bytes], T]) -> Call[T]:
+    return Call("POST", f"checkpoints/{_segment(reference)}/{verb}", reader, body=msgspec.json.encode(body))
 
 
 def pin_checkpoint(

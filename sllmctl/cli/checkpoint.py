@@ -13,7 +13,7 @@ from sllmctl.cli.operations import finish_operations
 from sllmctl.cli.output import Column, Format, now, show_item, show_items
 
 if TYPE_CHECKING:
-    from schema.admin import CheckpointView, PlacementView
+    from schema.admin import CheckpointView, PlacementView, PublicationView
 
 __all__ = ["command"]
 
@@ -151,6 +151,83 @@ def _change_pin(
         show_item(form, item, _fields, lambda checkpoint: checkpoint.digest)
 
 
+@command.command("publish")
+@click.argument("reference", metavar="DIGEST|MODEL")
+@click.argument("url", required=False)
+@click.option("--node", metavar="NODE", help="Publish the copy of this node.")
+@_wait_options
+@output_option
+@pass_invocation
+def publish(
+    invocation: Invocation,
+    reference: str,
+    url: str | None,
+    node: str | None,
+    no_wait: bool,
+    timeout: float | None,
+    form: Format,
+) -> None:
+    """Put a checkpoint on a remote: file:///DIRECTORY (a share mounted on the node) or s3://BUCKET/PREFIX.
+
+    Without a URL it goes to the one of the settings (control.remote). Credentials are the node's own.
+    """
+    from sllmctl import client
+
+    wait_s = timeout if timeout is not None else invocation.settings().client.wait_s
+    with invocation.admin() as admin:
+        begun = admin.ask(client.publish_checkpoint(reference, url, node))
+        finish_operations(admin, form, begun, wait=not no_wait, timeout_s=wait_s)
+
+
+@command.command("fetch")
+@click.argument("reference", metavar="DIGEST|MODEL")
+@click.option("--from", "url", metavar="URL", help="Fetch it from this remote.")
+@click.option("--node", metavar="NODE", help="Fetch it to this node.")
+@click.option("--tier", type=click.Choice(["disk", "dram"]), default="disk", show_default=True, help="dram: memory as well.")
+@_wait_options
+@output_option
+@pass_invocation
+def fetch(
+    invocation: Invocation,
+    reference: str,
+    url: str | None,
+    node: str | None,
+    tier: str,
+    no_wait: bool,
+    timeout: float | None,
+    form: Format,
+) -> None:
+    """Bring a checkpoint from a remote to a node: file://, http(s):// or s3://.
+
+    Without --from it comes from where it was last published. One that is not known here is named by its whole digest.
+    """
+    from schema.states import Tier
+    from sllmctl import client
+
+    wait_s = timeout if timeout is not None else invocation.settings().client.wait_s
+    with invocation.admin() as admin:
+        begun = admin.ask(client.fetch_checkpoint(reference, url, node, Tier(tier)))
+        finish_operations(admin, form, begun, wait=not no_wait, timeout_s=wait_s)
+
+
+@command.command("forget")
+@click.argument("reference", metavar="DIGEST|MODEL")
+@click.argument("url", required=False)
+@output_option
+@pass_invocation
+def forget(invocation: Invocation, reference: str, url: str | None, form: Format) -> None:
+    """Forget that a checkpoint lies on a remote, or on any. What is there is left as it is."""
+    from sllmctl import client
+    from sllmctl.cli.diagnostics import note
+
+    with invocation.admin() as admin:
+        item = admin.ask(client.forget_checkpoint(reference, url))
+    left = ", ".join(each.url for each in item.publications)
+    note(f"checkpoint {short_digest(item.digest)} is published {f'on {left}' if left else 'nowhere'}")
+    if form != "table":
+        show_item(form, item, _fields, lambda checkpoint: checkpoint.digest)
+
+
 @command.command("rm")
 @click.argument("reference", metavar="DIGEST|MODEL")
 @_node_option
@@ -212,6 +289,7 @@ def _fields(checkpoint: CheckpointView) -> list[tuple[str, str]]:
         ("KV cache", f"{size(checkpoint.kv_token_bytes)} a token"),
         ("Context", f"{checkpoint.max_context_tokens} tokens"),
         ("Models", ", ".join(checkpoint.models) or "none"),
+        ("Remotes", "\n".join(_publication(each) for each in checkpoint.publications) or "none"),
         ("Pinned", ", ".join(f"{pin.node}:{pin.tier}" for pin in checkpoint.pins) or "nowhere"),
         ("Placements", "\n".join(_placement(p) for p in checkpoint.placements) or "none"),
         ("Age", age(now() - checkpoint.created_at)),
@@ -220,12 +298,17 @@ def _fields(checkpoint: CheckpointView) -> list[tuple[str, str]]:
 
 def _tiers(checkpoint: CheckpointView) -> str:
     pinned = {(pin.node, pin.tier) for pin in checkpoint.pins}
-    return ",".join(dict.fromkeys(_tier(p, (p.node, p.tier) in pinned) for p in checkpoint.placements)) or "-"
+    tiers = [_tier(p, (p.node, p.tier) in pinned) for p in checkpoint.placements]
+    return ",".join(dict.fromkeys([*tiers, *(["remote"] if checkpoint.publications else [])])) or "-"
 
 
 def _tier(placement: PlacementView, pinned: bool) -> str:
     marks = [*([] if placement.state == "resident" else [str(placement.state)]), *(["pinned"] if pinned else [])]
     return f"{placement.node}:{placement.tier}" + (f"({','.join(marks)})" if marks else "")
+
+
+def _publication(publication: PublicationView) -> str:
+    return f"{publication.url}  {publication.layout}  {age(now() - publication.published_at)} ago"
 
 
 def _placement(placement: PlacementView) -> str:

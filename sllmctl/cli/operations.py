@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["finish_operations"]
 
 _HOLD_TERMINAL_S, _HOLD_LOG_S = 0.3, 5.0
-_DOING = {"prefetch": "loading to", "verify": "verifying", "drop": "dropping from"}
+_DOING = {"prefetch": "loading to", "verify": "verifying", "drop": "dropping from", "fetch": "fetching to"}
 
 
 def finish_operations(
@@ -58,6 +58,8 @@ def _wait(admin: AdminClient, operations: Sequence[OperationView], timeout_s: fl
 
 
 def _doing(operation: OperationView) -> str:
+    if operation.kind == "publish":
+        return f"publishing to {operation.url} from {operation.node}"
     return f"{_DOING[operation.kind]} {operation.tier} of {operation.node}"
 
 
@@ -90,6 +92,7 @@ _COLUMNS: list[Column[OperationView]] = [
     Column("SIZE", lambda o: size(o.size_bytes), right=True),
     Column("TOOK", lambda o: duration(_took(o)) if o.ended_at is not None else "-", right=True),
     Column("RATE", _rate, right=True),
+    Column("URL", lambda o: o.url or "-", wide=True),
     Column("ID", lambda o: o.id, wide=True),
     Column("FULL DIGEST", lambda o: o.digest, wide=True),
 ]

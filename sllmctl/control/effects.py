@@ -32,6 +32,7 @@ __all__ = [
     "Effect",
     "Effects",
     "Event",
+    "Forget",
     "FromNode",
     "InstanceActivity",
     "Log",
@@ -48,6 +49,7 @@ __all__ = [
     "PutNode",
     "PutPin",
     "PutPlacement",
+    "PutPublication",
     "RejectWaiting",
     "RemoveCheckpointRow",
     "RemoveInstance",
@@ -55,6 +57,7 @@ __all__ = [
     "RemoveModelRow",
     "RemovePin",
     "RemovePlacement",
+    "RemovePublication",
     "Reply",
     "RouteChanged",
     "RowChange",
@@ -145,6 +148,17 @@ class Operate:
     reference: str
     node: str | None
     tier: Tier | None
+    url: str | None = None
+    """The remote to publish to or fetch from, None for the usual one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """An operator says that a checkpoint lies on the remote at ``url``, or on any, no more."""
+
+    ticket: int
+    reference: str
+    url: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +208,7 @@ class Tick:
 
 
 Event = (
-    AddNode | FromNode | NodeLost | AddModel | DeployModel | StopModel | RemoveModel | StopInstanceNow | Operate | Pin
+    AddNode | FromNode | NodeLost | AddModel | DeployModel | StopModel | RemoveModel | StopInstanceNow | Operate | Pin | Forget
     | DemandChanged | InstanceActivity | PrefillTimed | Tick
 )  # fmt: skip
 
@@ -246,6 +260,20 @@ class RemovePin:
     digest: str
     node: str
     tier: Tier
+
+
+@dataclass(frozen=True, slots=True)
+class PutPublication:
+    digest: str
+    url: str
+    layout: str
+    published_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class RemovePublication:
+    digest: str
+    url: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,7 +337,7 @@ class PutEstimate:
 
 RowChange = (
     PutNode | PutCheckpoint | PutPlacement | RemovePlacement | PutModel | RemoveModelRow | RemoveCheckpointRow | PutInstance
-    | RemoveInstance | PutPin | RemovePin | PutEstimate | EventView | OutcomeView
+    | RemoveInstance | PutPin | RemovePin | PutPublication | RemovePublication | PutEstimate | EventView | OutcomeView
 )  # fmt: skip
 """One row to write or delete; an EventView is an event to append, an OutcomeView an estimate beside what happened."""
 

@@ -8,7 +8,20 @@ from schema.errors import Fault, SllmError
 from schema.ids import EpochCounter, IdSource
 from schema.link import InstanceUpdate, NodeTruth, OperationDone, PlacementUpdate
 from schema.states import InstanceState, ModelState, NodeState
-from sllmctl.control import demand, drops, instances, learning, models, nodes, operations, pins, placing, prefetch, scaling
+from sllmctl.control import (
+    demand,
+    drops,
+    instances,
+    learning,
+    models,
+    nodes,
+    operations,
+    pins,
+    placing,
+    prefetch,
+    remotes,
+    scaling,
+)
 from sllmctl.control.decisions import Decisions
 from sllmctl.control.effects import (
     AddModel,
@@ -17,6 +30,7 @@ from sllmctl.control.effects import (
     DemandChanged,
     DeployModel,
     Event,
+    Forget,
     FromNode,
     InstanceActivity,
     Log,
@@ -140,7 +154,7 @@ class ControlLoop:
         return turn.finish()
 
     def _command(
-        self, turn: Turn, event: AddModel | DeployModel | StopModel | RemoveModel | StopInstanceNow | Operate | Pin
+        self, turn: Turn, event: AddModel | DeployModel | StopModel | RemoveModel | StopInstanceNow | Operate | Pin | Forget
     ) -> None:
         """What an operator asks for is checked before anything is changed, and answered with what became of it."""
         fault: Fault | None = None
@@ -160,6 +174,8 @@ class ControlLoop:
                     operations.begin(turn, event)
                 case Pin():
                     pins.change(turn, event)
+                case Forget():
+                    remotes.forget(turn, event)
         except SllmError as error:
             fault = Fault.of(error)
         turn.do(Reply(event.ticket, fault))

@@ -260,5 +260,5 @@ def forget_checkpoint(turn: Turn, digest: str) -> None:
                 turn.event("checkpoint", digest, "Kept", message)
             elif turn.view.nodes[node].state is NodeState.READY:
                 drops.begin(turn, node, digest, tier)
-    if not places:
+    if not places and not turn.view.publications_of(digest):
         turn.remove_checkpoint(digest)

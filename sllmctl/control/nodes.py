@@ -134,7 +134,7 @@ def _take_checkpoints(turn: Turn, node: Node, truth: NodeTruth) -> None:
     for record in list(turn.view.placements_on(node.id).values()):
         if record.digest not in stated:
             turn.remove_placement(record)
-            _forget_unheld(turn, record.digest)
+            turn.forget_unheld(record.digest)
     for checkpoint in truth.checkpoints:
         take_checkpoint(turn, node, checkpoint)
 
@@ -183,7 +183,7 @@ def take_checkpoint(turn: Turn, node: Node, truth: CheckpointTruth) -> None:
     if any(one.state is TierState.RESIDENT for one in held):
         turn.do(CheckpointKnown(truth.digest, node.id))
         models.finish_ingest(turn, node.id, truth.digest)
-    _forget_unheld(turn, truth.digest)
+    turn.forget_unheld(truth.digest)
 
 
 def _quarantined(turn: Turn, node: Node, record: PlacementRecord) -> None:
@@ -196,9 +196,3 @@ def _quarantined(turn: Turn, node: Node, record: PlacementRecord) -> None:
     for instance in list(turn.view.instances_on(node.id).values()):
         if instance.digest == record.digest and instance.state in LIVE:
             instances.stop(turn, instance, "Quarantined", f"its weights on node {node.name} are wrong: {why}", grace_s=0.0)
-
-
-def _forget_unheld(turn: Turn, digest: str) -> None:
-    """The row of a checkpoint goes when no node holds it and no model means it any more."""
-    if digest in turn.view.checkpoints and not turn.view.placements_of(digest) and not any(turn.view.models_of(digest)):
-        turn.remove_checkpoint(digest)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from schema.admin import OperationKind
 from schema.errors import Conflict, Fault, NotFound, Unreachable
-from schema.link import DropCheckpoint, LoadCheckpoint, NodeTruth, OperationDone, VerifyCheckpoint
+from schema.link import DropCheckpoint, Fetch, LoadCheckpoint, NodeTruth, OperationDone, Publish, VerifyCheckpoint
 from schema.states import NodeState, Tier, TierState
+from sllmctl.control import remotes
 from sllmctl.control.effects import Operate
 from sllmctl.control.references import checkpoint_called, node_called
 from sllmctl.control.turn import Turn
@@ -23,17 +24,23 @@ _KEPT = 1000
 
 def begin(turn: Turn, event: Operate) -> None:
     """Begin the operations that were asked for: all of them, or none. Raises NotFound, Conflict, InvalidInput."""
-    checkpoint = checkpoint_called(turn.view, event.reference)
+    fetching = event.kind == "fetch"
+    checkpoint = remotes.called(turn, event) if fetching else checkpoint_called(turn.view, event.reference)
     node = node_called(turn.view, event.node) if event.node is not None else None
     match event.kind:
         case "prefetch":
             places = [(_prefetch_node(turn, checkpoint, node, event.tier), Tier.DRAM)]
         case "verify":
             places = _verify_places(turn, checkpoint, node)
+        case "publish":
+            places = [(remotes.publisher(turn, checkpoint, node), Tier.REMOTE)]
+        case "fetch":
+            places = [(remotes.fetcher(turn, checkpoint, node, event.tier), event.tier or Tier.DISK)]
         case _:
             places = _drop_places(turn, checkpoint, node, event.tier)
+    url, layout = remotes.address(turn, checkpoint.digest, event) if event.kind in ("publish", "fetch") else ("", "")
     for where, tier in places:
-        _begin(turn, event, checkpoint, where, tier)
+        _begin(turn, event, checkpoint, where, tier, url, layout)
 
 
 def done(turn: Turn, said: OperationDone) -> bool:
@@ -45,6 +52,8 @@ def done(turn: Turn, said: OperationDone) -> bool:
         # What somebody else dropped in the meantime is gone, as was asked for.
         gone = operation.kind == "drop" and said.fault is not None and said.fault.code == NotFound.code
         _end(turn, operation, None if gone else said.fault)
+        if operation.url and said.fault is None:
+            remotes.note(turn, operation, said.layout)
     return True
 
 
@@ -60,11 +69,12 @@ def restate(turn: Turn, node: Node, truth: NodeTruth) -> set[str]:
     return wanted
 
 
-def _begin(turn: Turn, event: Operate, checkpoint: Checkpoint, node: Node, tier: Tier) -> None:
+def _begin(turn: Turn, event: Operate, checkpoint: Checkpoint, node: Node, tier: Tier, url: str, layout: str) -> None:
     op = turn.core.ids("op")
     known = turn.view.operations
     operation = Operation(
-        op, event.ticket, event.kind, checkpoint.digest, node.id, tier, checkpoint.image_bytes, turn.now
+        op, event.ticket, event.kind, checkpoint.digest, node.id, tier, checkpoint.image_bytes, turn.now,
+        url=url, layout=layout,
     )  # fmt: skip
     known[op] = operation
     for old in [old for old in known.values() if old.ended_at is not None][: max(0, len(known) - _KEPT)]:
@@ -72,13 +82,17 @@ def _begin(turn: Turn, event: Operate, checkpoint: Checkpoint, node: Node, tier:
     if node.state is not NodeState.READY:
         _end(turn, operation, Fault.of(Unreachable(f"node {node.name} is {node.state.value}")))
         return
-    turn.event("checkpoint", checkpoint.digest, _BEGUN[event.kind], f"{tier.value} of node {node.name}, as an operator asked")
+    turn.event("checkpoint", checkpoint.digest, _BEGUN[event.kind], f"{_where(turn, operation)}, as an operator asked")
     _note_load(turn, operation)
     _send(turn, operation)
 
 
-_BEGUN: dict[OperationKind, str] = {"prefetch": "Prefetching", "verify": "Verifying", "drop": "Dropping"}
-_ENDED: dict[OperationKind, str] = {"prefetch": "Prefetched", "verify": "Verified", "drop": "Dropped"}
+_BEGUN: dict[OperationKind, str] = {
+    "prefetch": "Prefetching", "verify": "Verifying", "drop": "Dropping", "publish": "Publishing", "fetch": "Fetching",
+}  # fmt: skip
+_ENDED: dict[OperationKind, str] = {
+    "prefetch": "Prefetched", "verify": "Verified", "drop": "Dropped", "publish": "Published", "fetch": "Fetched",
+}  # fmt: skip
 
 
 def _send(turn: Turn, operation: Operation) -> None:
@@ -88,6 +102,11 @@ def _send(turn: Turn, operation: Operation) -> None:
             turn.send(operation.node, LoadCheckpoint(op=op, digest=digest, tier=operation.tier))
         case "verify":
             turn.send(operation.node, VerifyCheckpoint(op=op, digest=digest))
+        case "publish":
+            turn.send(operation.node, Publish(op=op, digest=digest, url=operation.url))
+        case "fetch":
+            url, layout = operation.url, operation.layout
+            turn.send(operation.node, Fetch(op=op, digest=digest, url=url, layout=layout, tier=operation.tier))
         case _:
             turn.send(operation.node, DropCheckpoint(op=op, digest=digest, tier=operation.tier))
 
@@ -104,12 +123,19 @@ def _note_load(turn: Turn, operation: Operation) -> None:
 
 def _end(turn: Turn, operation: Operation, fault: Fault | None) -> None:
     operation.ended_at, operation.fault = turn.now, fault
-    where = f"{operation.tier.value} of node {turn.view.nodes[operation.node].name}"
+    where = _where(turn, operation)
     if fault is None:
         turn.event("checkpoint", operation.digest, _ENDED[operation.kind], where)
     else:
         reason = f"{operation.kind.capitalize()}Failed"
         turn.event("checkpoint", operation.digest, reason, f"{where}: {fault.message}", level="warning")
+
+
+def _where(turn: Turn, operation: Operation) -> str:
+    name = turn.view.nodes[operation.node].name
+    if operation.kind == "publish":
+        return f"to {operation.url} from node {name}"
+    return f"{operation.tier.value} of node {name}" + (f" from {operation.url}" if operation.url else "")
 
 
 # --- which copies are meant ---
@@ -184,10 +210,10 @@ def _drop_places(turn: Turn, checkpoint: Checkpoint, node: Node | None, tier: Ti
     sound = left & set(view.nodes_with(digest, Tier.DISK))
     going = {record.node for record in records if record.tier is Tier.DISK}
     models = list(view.models_of(digest))
-    if models and going & sound and not sound - going:
+    if models and going & sound and not sound - going and not view.publications_of(digest):
         raise Conflict(
             f"this is the last sound copy of checkpoint {digest[:16]}, which {', '.join(models)} needs; "
-            "remove the model first (`sllmctl model rm`)"
+            "publish it to a remote, or remove the model first (`sllmctl model rm`)"
         )
     records.sort(key=lambda record: (record.node, record.tier is Tier.DISK))
     return [(view.nodes[record.node], record.tier) for record in records]
@@ -211,4 +237,5 @@ def _lies(turn: Turn, digest: str) -> str:
         + ("" if record.state is TierState.RESIDENT else f" ({record.state.value})")
         for record in turn.view.placements_of(digest).values()
     )
+    places += [each.url for each in turn.view.publications_of(digest)]
     return f"it lies on {', '.join(places)}" if places else "it lies nowhere"

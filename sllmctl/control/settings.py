@@ -38,6 +38,7 @@ class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     would take, but ``keep_alive_least_s`` at least and ``keep_alive_most_s`` at most. ``heat_s``: calls of a model count for
     its demand for about so long. ``unserved_s``: an instance that no request has reached yet is not evicted so long.
     ``age_s``: a model whose requests have waited so long for room is given the first that appears, before any other.
+    ``remote``: the URL that checkpoints are published to, and fetched from, where no other is named.
     ``prefetch_every_s``: how often deployed checkpoints are brought from idle disks into free DRAM ahead of need; 0 is never.
 
     The KV cache of an instance whose spec says nothing: see sllmctl.planner.memory. ``kv_sequence_tokens`` times
@@ -76,6 +77,7 @@ class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     unserved_s: _Seconds = 10.0
     age_s: _Seconds = 15.0
     prefetch_every_s: _Seconds = 2.0
+    remote: str = ""
     kv_short_s: _Seconds = 2.0
     kv_sequence_tokens: _Count = 4096
     kv_sequences: _Count = 8

@@ -24,18 +24,30 @@ from sllmctl.control.effects import (
     PutNode,
     PutPin,
     PutPlacement,
+    PutPublication,
     RemoveCheckpointRow,
     RemoveInstance,
     RemoveModelRow,
     RemovePin,
     RemovePlacement,
+    RemovePublication,
     RowChange,
     Send,
     Step,
     WakeAt,
 )
 from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import Checkpoint, ClusterView, Instance, Model, Node, PinKey, PlacementKey, PlacementRecord
+from sllmctl.control.view import (
+    Checkpoint,
+    ClusterView,
+    Instance,
+    Model,
+    Node,
+    PinKey,
+    PlacementKey,
+    PlacementRecord,
+    Publication,
+)
 from sllmctl.planner.plans import Journals, Planner
 
 if TYPE_CHECKING:
@@ -170,6 +182,7 @@ class Turn:
         self._placements: dict[PlacementKey, PlacementRecord] = {}
         self._instances: dict[str, Instance] = {}
         self._pins: dict[PinKey, float] = {}
+        self._publications: dict[tuple[str, str], Publication] = {}
         self._gone: list[RowChange] = []
         self._events: list[EventView] = []
         self._appended: list[RowChange] = []
@@ -224,12 +237,31 @@ class Turn:
         self._pins.pop(key, None)
         self._gone.append(RemovePin(*key))
 
+    def put_publication(self, publication: Publication) -> None:
+        key = (publication.digest, publication.url)
+        self.view.publications[key] = self._publications[key] = publication
+
+    def remove_publication(self, publication: Publication) -> None:
+        key = (publication.digest, publication.url)
+        del self.view.publications[key]
+        self._publications.pop(key, None)
+        self._gone.append(RemovePublication(*key))
+
     def remove_checkpoint(self, digest: str) -> None:
+        for publication in self.view.publications_of(digest):
+            self.remove_publication(publication)
         for key in [key for key in self.view.pins if key[0] == digest]:
             self.remove_pin(key)
         self.view.drop_checkpoint(digest)
         self._checkpoints.pop(digest, None)
         self._gone.append(RemoveCheckpointRow(digest))
+
+    def forget_unheld(self, digest: str) -> None:
+        """The row of a checkpoint goes when no node holds it, it lies on no remote, and no model means it any more."""
+        view = self.view
+        held = view.placements_of(digest) or view.publications_of(digest)
+        if digest in view.checkpoints and not held and not any(view.models_of(digest)):
+            self.remove_checkpoint(digest)
 
     def append(self, row: RowChange) -> None:
         """A row that depends on no other."""
@@ -274,6 +306,7 @@ class Turn:
         changes += [_model_row(model) for model in self._models.values()]
         changes += [_placement_row(record) for record in self._placements.values()]
         changes += [PutPin(*key, at) for key, at in self._pins.items()]
+        changes += [PutPublication(p.digest, p.url, p.layout, p.published_at) for p in self._publications.values()]
         changes += [_instance_row(instance) for instance in self._instances.values()]
         changes += sorted(self._gone, key=_removal_order)
         changes += self._events
@@ -285,7 +318,7 @@ class Turn:
         return Step(changes, self.effects)
 
 
-_REMOVALS = (RemoveInstance, RemoveModelRow, RemovePin, RemovePlacement, RemoveCheckpointRow)
+_REMOVALS = (RemoveInstance, RemoveModelRow, RemovePin, RemovePublication, RemovePlacement, RemoveCheckpointRow)
 
 
 def _removal_order(change: RowChange) -> int:

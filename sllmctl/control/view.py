@@ -118,6 +118,18 @@ class Operation:
     began_at: float
     ended_at: float | None = None
     fault: Fault | None = None
+    url: str = ""
+    layout: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """A checkpoint lies on the remote at ``url``."""
+
+    digest: str
+    url: str
+    layout: str
+    published_at: float
 
 
 @dataclass(slots=True)
@@ -227,6 +239,7 @@ class ClusterView:
     instances: dict[str, Instance] = field(default_factory=dict)
     operations: dict[str, Operation] = field(default_factory=dict)
     pins: dict[PinKey, float] = field(default_factory=dict)
+    publications: dict[tuple[str, str], Publication] = field(default_factory=dict)
     committed_bytes: dict[tuple[str, int], int] = field(default_factory=dict)
     arena_held_bytes: dict[str, int] = field(default_factory=dict)
     idle_weights: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)
@@ -315,6 +328,11 @@ class ClusterView:
     def pins_on(self, node: str) -> list[tuple[str, Tier]]:
         """What is kept on tiers of a node, in order."""
         return sorted((digest, tier) for digest, where, tier in self.pins if where == node)
+
+    def publications_of(self, digest: str) -> list[Publication]:
+        """Where a checkpoint was published, the latest first."""
+        found = [each for each in self.publications.values() if each.digest == digest]
+        return sorted(found, key=lambda each: (-each.published_at, each.url))
 
     def arena_bytes_of(self, node: str, digest: str) -> int:
         """The arena room of a checkpoint on a node: its image in whole chunks."""

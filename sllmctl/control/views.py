@@ -7,7 +7,17 @@ from typing import Protocol
 
 import msgspec
 
-from schema.admin import CheckpointView, InstanceView, ModelView, NodeView, OperationView, PinView, PlacementView, ProgressView
+from schema.admin import (
+    CheckpointView,
+    InstanceView,
+    ModelView,
+    NodeView,
+    OperationView,
+    PinView,
+    PlacementView,
+    ProgressView,
+    PublicationView,
+)
 from schema.link import InstanceLoad, Inventory
 from schema.states import Tier
 from sllmctl.control.view import Checkpoint, ClusterView, Instance, Model, Node, Operation
@@ -150,6 +160,10 @@ def checkpoint_view(view: ClusterView, checkpoint: Checkpoint) -> CheckpointView
             for digest, node, tier in sorted(view.pins)
             if digest == checkpoint.digest
         ),
+        publications=tuple(
+            PublicationView(url=each.url, layout=each.layout, published_at=each.published_at)
+            for each in view.publications_of(checkpoint.digest)
+        ),
     )
 
 
@@ -165,6 +179,7 @@ def operation_view(view: ClusterView, live: LiveNumbers, operation: Operation) -
         ended_at=operation.ended_at,
         fault=operation.fault,
         progress=live.progress(operation.id),
+        url=operation.url,
     )
 
 

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
+from msgspec.structs import replace
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -19,12 +20,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from schema.admin import CheckpointBody, DeployBody, EventView, OperationKind, RequestView, StatusView
+from schema.admin import CheckpointBody, DeployBody, EventView, OperationKind, RemoteBody, RequestView, StatusView
 from schema.errors import Conflict, InvalidInput, SllmError, Unauthorised
 from schema.spec import parse_spec
 from schema.states import InstanceState, ModelState
 from sllmctl.config import AdminSettings
-from sllmctl.control.effects import AddModel, DeployModel, Event, Operate, Pin, RemoveModel, StopInstanceNow, StopModel
+from sllmctl.control.effects import AddModel, DeployModel, Event, Forget, Operate, Pin, RemoveModel, StopInstanceNow, StopModel
 from sllmctl.control.references import checkpoint_called
 from sllmctl.control.view import ClusterView
 from sllmctl.control.views import (
@@ -115,6 +116,9 @@ def admin_app(
         ("POST", "checkpoints/{reference}/prefetch"): admin.prefetch_checkpoint,
         ("POST", "checkpoints/{reference}/verify"): admin.verify_checkpoint,
         ("POST", "checkpoints/{reference}/drop"): admin.drop_checkpoint,
+        ("POST", "checkpoints/{reference}/publish"): admin.publish_checkpoint,
+        ("POST", "checkpoints/{reference}/fetch"): admin.fetch_checkpoint,
+        ("POST", "checkpoints/{reference}/forget"): admin.forget_checkpoint,
         ("POST", "checkpoints/{reference}/pin"): admin.pin_checkpoint,
         ("POST", "checkpoints/{reference}/unpin"): admin.unpin_checkpoint,
         ("GET", "operations"): admin.list_operations,
@@ -287,6 +291,22 @@ class _Admin:
     async def drop_checkpoint(self, request: Request) -> Response:
         return await self._operate(request, "drop")
 
+    async def publish_checkpoint(self, request: Request) -> Response:
+        return await self._operate(request, "publish", RemoteBody)
+
+    async def fetch_checkpoint(self, request: Request) -> Response:
+        return await self._operate(request, "fetch", RemoteBody)
+
+    async def forget_checkpoint(self, request: Request) -> Response:
+        read_query(request)
+        reference, body = request.path_params["reference"], await self._body(request)
+        which = decode(body, RemoteBody) if body else RemoteBody()
+        before = checkpoint_view(self._view, checkpoint_called(self._view, reference))
+        await self._runner.ask(lambda ticket: Forget(ticket, reference, which.url))
+        known = self._view.checkpoints.get(before.digest)  # its last trace may have been that
+        now = checkpoint_view(self._view, known) if known is not None else replace(before, publications=())
+        return json_answer(now)
+
     async def pin_checkpoint(self, request: Request) -> Response:
         return await self._pin(request, True)
 
@@ -317,15 +337,18 @@ class _Admin:
         await self._runner.ask(lambda ticket: Pin(ticket, reference, which.node, which.tier, pinned))
         return json_answer(checkpoint_view(self._view, checkpoint_called(self._view, reference)))
 
-    async def _operate(self, request: Request, kind: OperationKind) -> Response:
+    async def _operate(
+        self, request: Request, kind: OperationKind, form: type[CheckpointBody | RemoteBody] = CheckpointBody
+    ) -> Response:
         read_query(request)
         reference, body = request.path_params["reference"], await self._body(request)
-        which = decode(body, CheckpointBody) if body else CheckpointBody()
+        which = decode(body, form) if body else form()
+        url = which.url if isinstance(which, RemoteBody) else None
         event: Operate | None = None
 
         def make(ticket: int) -> Event:
             nonlocal event
-            event = Operate(ticket, kind, reference, which.node, which.tier)
+            event = Operate(ticket, kind, reference, which.node, which.tier, url)
             return event
 
         await self._runner.ask(make)

@@ -26,6 +26,7 @@ from schema.tables import (
     OutcomeRow,
     PinRow,
     PlacementRow,
+    PublicationRow,
 )
 from sllmctl.control.effects import (
     PutCheckpoint,
@@ -35,14 +36,16 @@ from sllmctl.control.effects import (
     PutNode,
     PutPin,
     PutPlacement,
+    PutPublication,
     RemoveCheckpointRow,
     RemoveInstance,
     RemoveModelRow,
     RemovePin,
     RemovePlacement,
+    RemovePublication,
     RowChange,
 )
-from sllmctl.control.view import Checkpoint, ClusterView, Instance, Model, Node, PlacementRecord
+from sllmctl.control.view import Checkpoint, ClusterView, Instance, Model, Node, PlacementRecord, Publication
 
 __all__ = ["apply", "read_estimates", "read_view"]
 
@@ -63,6 +66,7 @@ _STATEMENTS: dict[type, Executable] = {
     PutModel: _upsert(ModelRow),
     PutInstance: _upsert(InstanceRow),
     PutPin: _upsert(PinRow),
+    PutPublication: _upsert(PublicationRow),
     PutEstimate: _upsert(EstimateRow),
     EventView: insert(EventRow),
     OutcomeView: insert(OutcomeRow),
@@ -71,6 +75,9 @@ _STATEMENTS: dict[type, Executable] = {
     RemoveCheckpointRow: delete(CheckpointRow).where(CheckpointRow.digest == bindparam("digest_")),
     RemovePin: delete(PinRow).where(
         PinRow.digest == bindparam("digest_"), PinRow.node == bindparam("node_"), PinRow.tier == bindparam("tier_")
+    ),
+    RemovePublication: delete(PublicationRow).where(
+        PublicationRow.digest == bindparam("digest_"), PublicationRow.url == bindparam("url_")
     ),
     RemovePlacement: delete(PlacementRow).where(
         PlacementRow.digest == bindparam("digest_"),
@@ -130,6 +137,8 @@ def _values(change: RowChange) -> dict[str, Any]:
             return {"name_": change.name}
         case RemoveCheckpointRow():
             return {"digest_": change.digest}
+        case RemovePublication():
+            return {"digest_": change.digest, "url_": change.url}
         case RemovePin():
             return {"digest_": change.digest, "node_": change.node, "tier_": change.tier}
         case RemovePlacement():
@@ -158,6 +167,8 @@ def read_view(connection: Connection) -> ClusterView:
         view.add_checkpoint(Checkpoint(**row))
     for row in connection.execute(select(*PinRow.__table__.columns)).mappings():
         view.add_pin((row["digest"], row["node"], row["tier"]), row["created_at"])
+    for row in connection.execute(select(*PublicationRow.__table__.columns)).mappings():
+        view.publications[row["digest"], row["url"]] = Publication(**row)
     for row in connection.execute(select(*PlacementRow.__table__.columns)).mappings():
         view.put_placement(PlacementRecord(**row))
     for row in connection.execute(select(*ModelRow.__table__.columns).order_by(ModelRow.name)).mappings():

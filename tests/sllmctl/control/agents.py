@@ -14,6 +14,7 @@ from schema.link import (
     CheckpointTruth,
     DeviceInfo,
     DropCheckpoint,
+    Fetch,
     Ingest,
     InstanceTruth,
     InstanceUpdate,
@@ -25,6 +26,7 @@ from schema.link import (
     OperationsAcked,
     Placement,
     PlacementUpdate,
+    Publish,
     SetPins,
     StartInstance,
     StartPhases,
@@ -56,7 +58,7 @@ class Agent:
     checkpoints: dict[str, CheckpointTruth] = field(default_factory=dict)
     lives: dict[str, InstanceTruth] = field(default_factory=dict)
     starts: dict[str, StartInstance] = field(default_factory=dict)
-    ops: dict[str, Ingest | DropCheckpoint | LoadCheckpoint] = field(default_factory=dict)
+    ops: dict[str, Ingest | DropCheckpoint | LoadCheckpoint | VerifyCheckpoint | Publish | Fetch] = field(default_factory=dict)
     done: dict[str, OperationDone] = field(default_factory=dict)
     heard: list[ManagerMessage] = field(default_factory=list)
     automatic: bool = True
@@ -148,7 +150,14 @@ class Agent:
                 return self._start(message)
             case StopInstance(instance=instance, epoch=epoch, grace_s=grace_s):
                 return self._stop(instance, epoch, grace_s)
-            case Ingest(op=op) | DropCheckpoint(op=op) | LoadCheckpoint(op=op) | VerifyCheckpoint(op=op):
+            case (
+                Ingest(op=op)
+                | DropCheckpoint(op=op)
+                | LoadCheckpoint(op=op)
+                | VerifyCheckpoint(op=op)
+                | Publish(op=op)
+                | Fetch(op=op)
+            ):
                 if op in self.done:
                     return [self.done[op]]
                 self.ops[op] = message
@@ -179,6 +188,10 @@ class Agent:
                     if digest not in self.checkpoints:
                         self.hold(name)
                     update.append(PlacementUpdate(truth=self.checkpoints[digest]))
+                case Fetch():
+                    if digest not in self.checkpoints:
+                        self.hold(bytes.fromhex(digest).decode()[0])  # what `digest_of` made of a name
+                    update.append(PlacementUpdate(truth=self.checkpoints[digest]))
                 case LoadCheckpoint():
                     self.dram[digest] = None
                     assert self.dram_bytes() <= self.arena_mib * MIB, "a load ahead of need puts nothing out"
@@ -187,7 +200,8 @@ class Agent:
                     fault = self._drop(digest, tier)
                     if fault is None:
                         update.append(self._restate(digest))
-        self.done[op] = OperationDone(op=op, digest=digest if fault is None else "", fault=fault)
+        layout = "exec1" if fault is None and isinstance(asked, Publish | Fetch) else ""
+        self.done[op] = OperationDone(op=op, digest=digest if fault is None else "", fault=fault, layout=layout)
         return [*update, self.done[op]]
 
     def _drop(self, digest: str, tier: Tier) -> Fault | None:

@@ -21,6 +21,7 @@ def check_indexes(view: ClusterView) -> None:
             fresh.set_inventory(node.id, node.inventory)
     for checkpoint in view.checkpoints.values():
         fresh.add_checkpoint(checkpoint)
+    fresh.publications.update(view.publications)
     for key, at in view.pins.items():
         fresh.add_pin(key, at)
     for record in view.placements.values():

@@ -18,11 +18,13 @@ from sllmctl.control.effects import (
     PutEstimate,
     PutPin,
     PutPlacement,
+    PutPublication,
     RemoveCheckpointRow,
     RemoveInstance,
     RemoveModelRow,
     RemovePin,
     RemovePlacement,
+    RemovePublication,
 )
 from sllmctl.state import Database
 from tests.sllmctl.state import rows
@@ -47,7 +49,7 @@ async def test_the_migrations_make_the_tables_that_the_code_means(database: Data
 def _make_first(path: Path) -> None:
     """Make of a file of today one of the first release, 0001: what came since is taken away."""
     connection = sqlite3.connect(path)
-    for table in ("estimates", "outcomes", "pins"):
+    for table in ("estimates", "outcomes", "pins", "publications"):
         connection.execute(f"DROP TABLE {table}")
     connection.execute("ALTER TABLE placements DROP COLUMN used_at")
     connection.execute("UPDATE alembic_version SET version_num = '0001'")
@@ -94,6 +96,27 @@ async def test_pins_and_uses_come_back_and_a_file_from_before_them_has_none(
     await opened.commit([PutPin(*key, 3.5)])
     await opened.commit([RemovePlacement(*key, 0), RemoveInstance("inst_1"), RemoveModelRow("m"), RemoveCheckpointRow(key[0])])
     assert (await opened.load()).pins == {}
+    await opened.close()
+
+
+async def test_publications_come_back_and_go_with_their_checkpoint(database: Database, url: str, tmp_path: Path) -> None:
+    one, other = PutPublication(rows.DIGEST, "s3://b/p", "exec1", 3.5), PutPublication(rows.DIGEST, "file:///a", "exec1", 4.5)
+    await database.commit([*rows.whole(), one, other, PutPublication(rows.DIGEST, "s3://b/p", "other", 5.5)])
+    view = await database.load()
+    assert [(each.url, each.layout) for each in view.publications_of(rows.DIGEST)] == [
+        ("s3://b/p", "other"),
+        ("file:///a", "exec1"),
+    ]
+    await database.commit([RemovePublication(rows.DIGEST, "s3://b/p")])
+    assert [each.url for each in (await database.load()).publications_of(rows.DIGEST)] == ["file:///a"]
+    await database.close()
+    _make_first(tmp_path / "state.db")
+    opened = await Database.open(url, backup_dir=tmp_path / "backups")
+    assert (await opened.load()).publications == {}
+    await opened.commit([one])
+    placements = [RemovePlacement(*key) for key in (await opened.load()).placements]
+    await opened.commit([*placements, RemoveInstance("inst_1"), RemoveModelRow("m"), RemoveCheckpointRow(rows.DIGEST)])
+    assert (await opened.load()).publications == {}
     await opened.close()
 
 

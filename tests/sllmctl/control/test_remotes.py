@@ -1,0 +1,158 @@
+"""Publish, fetch and forget: who does it, from where, what is remembered, and what may then go from the disks."""
+
+from __future__ import annotations
+
+import pytest
+
+from schema.admin import OperationKind
+from schema.errors import Fault
+from schema.link import Fetch, Publish
+from schema.states import Tier
+from sllmctl.control.effects import Forget, Operate
+from sllmctl.control.settings import ControlSettings
+from tests.sllmctl.control.conftest import MakeWorld
+from tests.sllmctl.control.world import Agent, World, digest_of, spec
+
+M = digest_of("m")
+URL = "s3://bucket/models"
+
+
+def ask(
+    world: World,
+    kind: OperationKind,
+    url: str | None = None,
+    node: str | None = None,
+    tier: Tier | None = None,
+    reference: str = M,
+) -> Fault | None:
+    return world.ask(lambda ticket: Operate(ticket, kind, reference, node, tier, url))
+
+
+def ended(world: World) -> Fault | None:
+    """How the operation that was asked for last has ended."""
+    (operation,) = [one for one in world.view.operations.values() if one.ticket == world.tickets]
+    assert operation.ended_at is not None
+    return operation.fault
+
+
+def two(make_world: MakeWorld) -> World:
+    """Two nodes, one of them with the checkpoint of m."""
+    agents = Agent("local"), Agent("far")
+    agents[0].hold("m")
+    world = make_world(*agents)
+    for agent in agents:
+        world.connect(agent.name)
+    return world
+
+
+def where(world: World) -> list[str]:
+    return [each.url for each in world.view.publications_of(M)]
+
+
+def test_a_publish_is_remembered_and_a_fetch_finds_it(make_world: MakeWorld) -> None:
+    world = two(make_world)
+    assert ask(world, "publish", URL + "/") is None
+    assert ended(world) is None
+    assert next(one for one in world.agents["local"].heard if isinstance(one, Publish)).url == URL
+    assert where(world) == [URL]
+    world.check_rows()
+    assert ask(world, "fetch") is None
+    assert ended(world) is None
+    fetch = next(one for one in world.agents["far"].heard if isinstance(one, Fetch))
+    assert (fetch.url, fetch.layout, fetch.tier) == (URL, "exec1", Tier.DISK)
+    assert set(world.view.nodes_with(M, Tier.DISK)) == {"local", "far"}
+    assert world.reasons("checkpoint") == ["Publishing", "Published", "Fetching", "Fetched"]
+    fault = ask(world, "fetch")
+    assert fault is not None
+    assert "on the disk of every node" in fault.message
+
+
+def test_what_failed_is_not_remembered(make_world: MakeWorld) -> None:
+    world = two(make_world)
+    world.agents["local"].automatic = False
+    assert ask(world, "publish", URL) is None
+    (op,) = world.agents["local"].ops
+    world.tell("local", world.agents["local"].finish(op, Fault("unauthorised", "no access")))
+    assert ended(world) == Fault("unauthorised", "no access")
+    assert where(world) == []
+    world.check_rows()
+
+
+def test_the_last_copy_of_what_a_model_needs_may_leave_the_disks_once_it_is_published(make_world: MakeWorld) -> None:
+    world = two(make_world)
+    world.serve(spec())
+    fault = ask(world, "drop", tier=Tier.DISK)
+    assert fault is not None
+    assert "publish it to a remote" in fault.message
+    assert ask(world, "publish", URL, reference="m") is None
+    assert ask(world, "drop", tier=Tier.DISK) is None
+    assert ended(world) is None
+    assert not world.view.nodes_with(M, Tier.DISK)
+    fault = world.ask(lambda ticket: Forget(ticket, M, "s3://bucket/other"))
+    assert fault is not None
+    assert fault.code == "not_found"
+    assert world.ask(lambda ticket: Forget(ticket, "m", None)) is None
+    assert where(world) == []
+    assert M in world.view.checkpoints  # the model means it
+    world.check_rows()
+
+
+def test_the_last_trace_of_a_checkpoint_is_where_it_was_published(make_world: MakeWorld) -> None:
+    world = two(make_world)
+    ask(world, "publish", URL)
+    assert ask(world, "drop") is None
+    assert ended(world) is None
+    assert M in world.view.checkpoints
+    assert not world.view.placements_of(M)
+    world.check_rows()
+    assert ask(world, "fetch", node="far") is None
+    assert set(world.view.nodes_with(M, Tier.DISK)) == {"far"}
+    assert ask(world, "drop") is None
+    assert world.ask(lambda ticket: Forget(ticket, M, URL)) is None
+    assert M not in world.view.checkpoints
+    world.check_rows()
+
+
+def test_a_checkpoint_of_another_cluster_is_fetched_by_its_whole_digest(make_world: MakeWorld) -> None:
+    world = make_world(Agent("local"))
+    world.connect("local")
+    for reference, url, code in (
+        (M, None, "not_found"),
+        (M[:10], URL, "not_found"),
+        (M, "https://me:secret@h", "invalid_input"),
+    ):
+        fault = ask(world, "fetch", url, reference=reference)
+        assert fault is not None
+        assert fault.code == code
+        assert "secret" not in fault.message
+    assert ask(world, "fetch", URL) is None
+    assert ended(world) is None
+    assert set(world.view.nodes_with(M, Tier.DISK)) == {"local"}
+    assert where(world) == [URL]
+    world.check_rows()
+
+
+def test_the_settings_name_a_remote(make_world: MakeWorld) -> None:
+    world = two(make_world)
+    fault = ask(world, "publish")
+    assert fault is not None
+    assert "control.remote" in fault.message
+    agent = Agent("local")
+    agent.hold("m")
+    world = make_world(agent, settings=ControlSettings(remote="file:///srv/models"))
+    world.connect("local")
+    assert ask(world, "publish") is None
+    assert where(world) == ["file:///srv/models"]
+
+
+@pytest.mark.parametrize(("kind", "node", "code"), [("publish", "far", "conflict"), ("fetch", "nowhere", "not_found")])
+def test_a_node_that_cannot_is_refused(make_world: MakeWorld, kind: OperationKind, node: str, code: str) -> None:
+    fault = ask(two(make_world), kind, URL, node)
+    assert fault is not None
+    assert fault.code == code
+
+
+def test_a_fetch_to_where_nobody_can_is_refused(make_world: MakeWorld) -> None:
+    fault = ask(two(make_world), "fetch", URL, tier=Tier.DEVICE)
+    assert fault is not None
+    assert fault.code == "invalid_input"
