@@ -57,21 +57,18 @@ class TrialStore:
 
     def fill(self, entry: CatalogEntry) -> tuple[Resident, Timing]:
         """Load as an instance start does, from its manifest on; what the arena held is dropped first."""
-        if self._store is None:
-            self._store = ArenaStore(self.arena, self, reader_threads=self._reader_threads, wake=self._awake.set)
-            if self._tuning is not None:
-                self._store.tune(self._tuning)
-        for resident in self._store.residents():
-            self._store.hold(resident.digest, 0)
-            self._store.drop(resident.digest)
+        store = self.open_store()
+        for resident in store.residents():
+            store.hold(resident.digest, 0)
+            store.drop(resident.digest)
         self._ends.clear()
         began, began_cpu_s = time.perf_counter(), cpu_s()
-        self._store.fill("trial", entry.digest, entry.directory)
+        store.fill("trial", entry.digest, entry.directory)
         while not self._ends:
             if not self._awake.wait(_LIMIT_S):
                 raise TimedOut(f"loading {entry.directory} made no progress for {_LIMIT_S:.0f} s")
             self._awake.clear()
-            self._store.pump()
+            store.pump()
         timing = Timing(time.perf_counter() - began, cpu_s() - began_cpu_s)
         end = self._ends.pop()
         if isinstance(end, Fault):
@@ -115,6 +112,14 @@ class TrialStore:
         if job.error is not None:
             raise job.error
         return timing
+
+    def open_store(self) -> ArenaStore:
+        """The store over the arena, its reader running, as a node's is before anybody asks it for something."""
+        if self._store is None:
+            self._store = ArenaStore(self.arena, self, reader_threads=self._reader_threads, wake=self._awake.set)
+            if self._tuning is not None:
+                self._store.tune(self._tuning)
+        return self._store
 
     def close_store(self) -> None:
         """End the store over the arena, which stays."""

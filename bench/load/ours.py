@@ -127,7 +127,9 @@ def ingest(source: Path) -> dict[str, Any]:
 
 def _trial_store(directory: Path) -> tuple[TrialStore, CatalogEntry]:
     entry = read_entry(directory)
-    return TrialStore(entry.manifest.image_bytes, chunk_bytes=CHUNK_BYTES, reader_threads=READER_THREADS), entry
+    store = TrialStore(entry.manifest.image_bytes, chunk_bytes=CHUNK_BYTES, reader_threads=READER_THREADS)
+    store.open_store()
+    return store, entry
 
 
 def _proof(manifest: Manifest, image: memoryview) -> dict[str, Any]:
