@@ -8,6 +8,7 @@ disk in the same round: the store's reader with no manifest, no chunk table and 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import statistics
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
+import numpy as np
 
 from agent.engine.weights import image_tensors
 from agent.native.calibration import Tuning
@@ -38,6 +40,8 @@ COLD: Final = "disk -> memory"
 CHECKED: Final = "disk -> memory, checksums"
 WARM: Final = "page cache -> memory"
 ATTACH: Final = "memory -> tensors"
+FIRST: Final = "tensors, first pass"
+_STEPS: Final = (RAW, COLD, CHECKED, WARM, ATTACH, FIRST)
 _STILL_CACHED: Final = 0.01
 _NEAR: Final = 0.85
 """A load that reaches this share of the raw disk is bound by it."""
@@ -106,7 +110,7 @@ def measure(
     files = [entry.directory / partition.file for partition in entry.manifest.partitions]
     image_bytes = entry.manifest.image_bytes
     store = TrialStore(image_bytes, chunk_bytes=chunk_bytes, reader_threads=reader_threads, tuning=tuning)
-    raw, cold, checked, warm, attach = rows = [_Row(step) for step in (RAW, COLD, CHECKED, WARM, ATTACH)]
+    raw, cold, checked, warm, attach, first = rows = [_Row(step) for step in _STEPS]
     kept = 0.0
     try:
         store.fill(entry)  # once for the machinery, and for the checksums that a first load looks at
@@ -122,7 +126,9 @@ def measure(
                 remember(file)
             resident, timing = store.fill(entry)
             warm.timings.append(timing)
-            attach.timings.append(_attach(store, entry, resident))
+            attached, touched = _attach(store, entry, resident)
+            attach.timings.append(attached)
+            first.timings.append(touched)
         pages, reader = store.arena.pages, store.reader
     finally:
         store.close()
@@ -130,9 +136,10 @@ def measure(
         row.raw = raw.timings
     is_cold = kept <= _STILL_CACHED
     results = tuple(
-        row.result(image_bytes, limited=is_cold and row.step in (COLD, CHECKED), moves=row is not attach) for row in rows
+        row.result(image_bytes, limited=is_cold and row.step in (COLD, CHECKED), moves=row.step not in (ATTACH, FIRST))
+        for row in rows
     )
-    bound, verdict = _verdict(dict(zip((RAW, COLD, CHECKED, WARM, ATTACH), results, strict=True)), is_cold)
+    bound, verdict = _verdict(dict(zip(_STEPS, results, strict=True)), is_cold)
     return LoadReport(
         digest=entry.digest, directory=str(entry.directory), image_bytes=image_bytes, tensors=len(entry.manifest.tensors),
         rounds=rounds, reader=reader, pages=pages, cold=is_cold, rows=results, bound=bound, verdict=verdict,
@@ -146,15 +153,18 @@ def _time(row: _Row, load: Callable[[], Timing], number: int, rounds: int) -> No
         sys.stderr.flush()
 
 
-def _attach(store: TrialStore, entry: CatalogEntry, resident: Resident) -> Timing:
-    """What is left for a worker when its image is there: to map it and to lay tensors over it."""
+def _attach(store: TrialStore, entry: CatalogEntry, resident: Resident) -> tuple[Timing, Timing]:
+    """What is left for a worker when its image is there: to map it and lay tensors over it; and a first pass's faults."""
     began = time.perf_counter()
     mapping = ImageMapping(store.arena.descriptor, resident.extents, resident.image_bytes)
     tensors = image_tensors(entry.manifest, mapping.buffer)
     seconds = time.perf_counter() - began
     del tensors
+    began = time.perf_counter()
+    np.frombuffer(mapping.buffer, np.uint8)[:: mmap.PAGESIZE].max()
+    touched = time.perf_counter() - began
     mapping.close()
-    return Timing(seconds, seconds)
+    return Timing(seconds, seconds), Timing(touched, touched)
 
 
 def _verdict(rows: dict[str, LoadRow], is_cold: bool) -> tuple[str, str]:

@@ -26,6 +26,7 @@ def test_a_table_and_a_verdict(sllmctl: Sllmctl, checkpoint: tuple[str, Path]) -
     assert lines[0].split() == ["STEP", "TIME", "RATE", "OF", "DISK", "CPU", "S/GB"]
     assert [line.split("  ")[0] for line in lines[1:]] == [
         "disk, raw reads", "disk -> memory", "disk -> memory, checksums", "page cache -> memory", "memory -> tensors",
+        "tensors, first pass",
     ]  # fmt: skip
     assert f"checkpoint {checkpoint[0][:12]}" in said.err
     assert "medians of 2" in said.err
