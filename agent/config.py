@@ -10,7 +10,7 @@ being ingested or removed, ``partial/`` for what is being fetched, and ``log/``.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -28,7 +28,9 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """Directories, budgets and every timeout of a node's processes.
 
     ``arena_bytes``: the DRAM tier. ``disk_bytes``: what checkpoints may take of the disk; 0 is all that is free.
-    ``device_bytes``: what instances may use of a CPU node's memory for KV caches; 0 is half of the machine's. ``threads``: of a
+    ``devices``: "auto" takes the CUDA devices that the driver knows, and the processors where
+    there are none; "cpu" or "cuda" take only those. ``device_bytes``: what instances may use of each device, KV caches
+    included; 0 is nine tenths of a CUDA device's memory, and half of the machine's for the processors. ``threads``: of a
     worker on CPU; 0 is all cores.
 
     ``manager_grace_s``: without a manager for so long, the agent stops what is idle and frees its devices.
@@ -43,6 +45,7 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     data_dir: str
     arena_bytes: _Bytes = 1 << 30
     chunk_bytes: Annotated[int, Meta(ge=2 << 20, multiple_of=2 << 20)] = 4 << 20
+    devices: Literal["auto", "cpu", "cuda"] = "auto"
     device_bytes: _Bytes = 0
     disk_bytes: _Bytes = 0
     threads: Annotated[int, Meta(ge=0)] = 0

@@ -68,22 +68,27 @@ __all__ = [
     "ChildExited",
     "Descriptors",
     "DeviceInfo",
+    "DeviceWeights",
     "DropCheckpoint",
+    "DropDevice",
     "DropResident",
     "Ended",
     "EngineOptions",
     "EngineTiming",
     "Evicted",
+    "EvictedDevice",
     "Extent",
     "Fetch",
     "FetchStored",
     "FileChunk",
     "FillArena",
+    "FillDevice",
     "Fork",
     "Forked",
     "FrameDecoder",
     "Hello",
     "HoldCheckpoint",
+    "HoldDevice",
     "Ingest",
     "InstanceLoad",
     "InstanceTruth",
@@ -93,6 +98,7 @@ __all__ = [
     "ManagerMessage",
     "Message",
     "NodeTruth",
+    "OnDevice",
     "OperationDone",
     "OperationsAcked",
     "PinResidents",
@@ -105,6 +111,8 @@ __all__ = [
     "Publish",
     "ReadFile",
     "Refused",
+    "ReleasedDevice",
+    "ReserveDevice",
     "Resident",
     "Role",
     "SamplingParams",
@@ -218,14 +226,27 @@ class Pong(Message, frozen=True, kw_only=True, tag="pong"):
     nonce: int
 
 
+class DeviceWeights(_Part, frozen=True, kw_only=True):
+    """One checkpoint's image in a device's memory: ``id`` is drawn when that is made, ``size_bytes`` is what is mapped."""
+
+    id: str
+    digest: str
+    device: int
+    size_bytes: _Count
+    image_bytes: _Count
+    users: int = 0
+
+
 class Descriptors(Message, frozen=True, kw_only=True, tag="fds"):
     """Unix sockets of one host only: ``count`` descriptors travel with this frame as SCM_RIGHTS.
 
-    ``what`` is "arena" (read and write, store <-> agent) or "arena-ro" (to a worker, just before `Attach`).
+    ``what`` is "arena" (read and write, store <-> agent), "arena-ro" (to a worker, just before `Attach`) or "device": memory of
+    a device with the ``weights`` in it (store <-> agent; to a worker just before `Attach`), one descriptor.
     """
 
     what: str
     count: int = 1
+    weights: DeviceWeights | None = None
 
 
 # --- What a node is and holds ----------------------------------------------------------------------------------------
@@ -300,9 +321,9 @@ class CheckpointTruth(_Part, frozen=True, kw_only=True):
 class StartPhases(_Part, frozen=True, kw_only=True, omit_defaults=False):
     """Where the time of one instance's start went, in seconds; phases overlap, so they need not add up to ``total_s``.
 
-    ``load_s``: until the weights were in DRAM, ``loaded_bytes`` of them read from ``loaded_from``. ``fork_s``: until the
-    worker's process ran. ``build_s``: the model's skeleton. ``attach_s``: tensors over the store's memory. ``warm_s``:
-    the engine's first step.
+    ``load_s``: until the weights were in DRAM, or on their device where there is one; ``loaded_from`` is the tier that they
+    came from, ``loaded_bytes`` is what was read from disk. ``fork_s``: until the worker's process ran. ``build_s``: the model's
+    skeleton. ``attach_s``: tensors over the store's memory. ``warm_s``: the engine's first step.
     """
 
     load_s: float = 0.0
@@ -757,15 +778,76 @@ class ArenaState(Message, frozen=True, kw_only=True, tag="arenastate"):
     arena: ArenaInfo
 
 
+class FillDevice(Message, frozen=True, kw_only=True, tag="filldevice"):
+    """Agent -> store: bring the checkpoint in ``directory`` onto ``devices``, by way of DRAM where there is room for it, each
+    byte read once; `ReserveDevice` came before. Answered like `FillArena`, by `OnDevice` or `OperationDone` with a fault.
+    """
+
+    op: str
+    digest: str
+    directory: str
+    devices: tuple[int, ...]
+    users: int = 1
+    priority: Annotated[int, Meta(ge=0, le=2)] = 0
+
+
+class OnDevice(Message, frozen=True, kw_only=True, tag="ondevice"):
+    """Store -> agent: the image lies on each device that was asked for; their `Descriptors` came before. ``source`` is the tier
+    that it came from for this answer, DEVICE if it was there; ``read_bytes`` of it came from disk."""
+
+    op: str
+    digest: str
+    weights: tuple[DeviceWeights, ...]
+    source: Tier
+    read_bytes: int = 0
+
+
+class HoldDevice(Message, frozen=True, kw_only=True, tag="holddevice"):
+    """Agent -> store: how many instances use weights on a device now; as `HoldCheckpoint`."""
+
+    digest: str
+    device: int
+    users: _Count
+
+
+class ReserveDevice(Message, frozen=True, kw_only=True, tag="reservedevice"):
+    """Agent -> store: what the KV caches of this node's instances take of a device; idle weights make room for it."""
+
+    device: int
+    size_bytes: _Count
+
+
+class DropDevice(Message, frozen=True, kw_only=True, tag="dropdevice"):
+    """Agent -> store: free a checkpoint on the devices where nobody uses it; `OperationDone` follows on `EvictedDevice`."""
+
+    op: str
+    digest: str
+
+
+class EvictedDevice(Message, frozen=True, kw_only=True, tag="evicteddevice"):
+    """Store -> agent: close your descriptor of these weights, map them nowhere any more, and answer with `ReleasedDevice`."""
+
+    id: str
+
+
+class ReleasedDevice(Message, frozen=True, kw_only=True, tag="releaseddevice"):
+    """Agent -> store: no descriptor of these is held here any more; their memory is free."""
+
+    id: str
+
+
 class StoreTruth(Message, frozen=True, kw_only=True, tag="storetruth"):
     """All that the arena holds. After a restart of the store it is what the chunk table in the arena itself says.
 
-    ``filling`` are the ops of fills under way.
+    ``filling`` are the ops of fills under way. ``weights`` lie on devices, and all their descriptors came before; those in
+    ``evicting`` are to be released. What else of devices the agent holds is nobody's.
     """
 
     arena: ArenaInfo
     residents: tuple[Resident, ...] = ()
     filling: tuple[str, ...] = ()
+    weights: tuple[DeviceWeights, ...] = ()
+    evicting: tuple[str, ...] = ()
 
 
 # --- Agent <-> zygote, worker ----------------------------------------------------------------------------------------
@@ -809,11 +891,13 @@ class StartWorker(Message, frozen=True, kw_only=True, tag="startworker"):
 
 
 class Attach(Message, frozen=True, kw_only=True, tag="attach"):
-    """Agent -> worker: the whole image now lies in the arena at ``extents``; map it read-only and serve."""
+    """Agent -> worker: the whole image now lies in the arena at ``extents``; map it read-only and serve. With ``weights`` it
+    lies on a device instead, and ``arena`` is ""."""
 
-    arena: str
-    extents: tuple[Extent, ...]
+    arena: str = ""
+    extents: tuple[Extent, ...] = ()
     image_bytes: int
+    weights: DeviceWeights | None = None
 
 
 class WorkerTruth(Message, frozen=True, kw_only=True, tag="workertruth"):
@@ -823,6 +907,7 @@ class WorkerTruth(Message, frozen=True, kw_only=True, tag="workertruth"):
     start: StartInstance | None = None
     arena: str = ""
     extents: tuple[Extent, ...] = ()
+    weights: DeviceWeights | None = None
 
 
 ManagerMessage = (
@@ -837,10 +922,23 @@ AgentMessage = (
 )  # fmt: skip
 """What an agent says to a manager."""
 
-StoreMessage = Ping | Pong | Descriptors | ArenaState | StoreTruth | Resident | Evicted | Progress | OperationDone
+StoreMessage = (
+    Ping
+    | Pong
+    | Descriptors
+    | ArenaState
+    | StoreTruth
+    | Resident
+    | Evicted
+    | Progress
+    | OperationDone
+    | OnDevice
+    | EvictedDevice
+)
 ToStore = (
     Welcome | Refused | Ping | Pong | Descriptors | FillArena | HoldCheckpoint | DropResident | VerifyStored | CancelVerify
-    | PinResidents | FetchStored | CancelFetch | Shutdown
+    | PinResidents | FetchStored | CancelFetch | FillDevice | HoldDevice | ReserveDevice | DropDevice | ReleasedDevice
+    | Shutdown
 )  # fmt: skip
 ZygoteMessage = Ping | Pong | ZygoteTruth | Forked | ChildExited
 ToZygote = Welcome | Refused | Ping | Pong | Descriptors | Fork | Shutdown

@@ -93,6 +93,11 @@ class Arena:
             raise
         return cls(descriptor, memory, table, "hugetlb" if huge else _advise(memory), table.recover())
 
+    @property
+    def memory(self) -> memoryview:
+        """All of it, chunk table included, as copies to devices want it pinned."""
+        return self._view
+
     def info(self, used_chunks: int) -> ArenaInfo:
         """The arena as it is stated on a link."""
         return ArenaInfo(

@@ -7,6 +7,7 @@ one. A driver is made in the process that uses it, never before a fork.
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -21,7 +22,9 @@ __all__ = [
     "DeviceProperties",
     "Driver",
     "NoDriver",
+    "budget_bytes",
     "checked",
+    "find_devices",
     "install_driver",
     "loading_bindings",
     "open_driver",
@@ -37,6 +40,7 @@ _NO_DRIVER: Final = frozenset(
         "cudaErrorNoDevice", "cudaErrorStubLibrary", "cudaErrorInsufficientDriver", "cudaErrorSystemDriverMismatch",
     }
 )  # fmt: skip
+_log = logging.getLogger(__name__)
 
 
 class NoDriver(NotFound):
@@ -157,6 +161,36 @@ _maker: Callable[[], Driver] = _cuda
 def open_driver() -> Driver:
     """The driver of this machine's devices. Raises NoDriver where there are none, DeviceError when it does not work."""
     return _maker()
+
+
+def find_devices(setting: str) -> tuple[Driver | None, tuple[DeviceProperties, ...]]:
+    """The driver and devices that a node's ``devices`` setting asks for: none on "cpu", what there is on "auto".
+
+    Raises NoDriver or DeviceError on "cuda" when there is no working one; "auto" goes on without, and says why in the log.
+    """
+    if setting == "cpu":
+        return None, ()
+    try:
+        driver = open_driver()
+        found = driver.devices()
+        if not found:
+            raise NoDriver("the driver knows no device; set devices to cpu")
+    except NoDriver:
+        if setting == "auto":
+            return None, ()
+        raise
+    except DeviceError as error:
+        if setting != "auto":
+            raise
+        _log.warning("the devices of this node are not used: %s", error)
+        return None, ()
+    return driver, found
+
+
+def budget_bytes(device_bytes: int, device: DeviceProperties) -> int:
+    """What weights and KV caches may take of a device: as set, else nine tenths; the rest is for contexts and work."""
+    whole = device.memory_bytes
+    return min(device_bytes, whole) if device_bytes else whole // 10 * 9
 
 
 def install_driver(maker: Callable[[], Driver]) -> None:

@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-from agent.native.jobs import Priority
-from schema.errors import Fault
+from agent.native.jobs import Priority, Unit
+from schema.errors import Fault, SllmError
 from schema.link import ArenaInfo, Resident
 
-__all__ = ["Store", "StoreListener"]
+__all__ = ["FillSink", "Store", "StoreListener"]
 
 
 class StoreListener(Protocol):
@@ -37,6 +37,18 @@ class StoreListener(Protocol):
 
     def evicted(self, digest: str) -> None:
         """The chunks of a checkpoint without users were given to another; said before they are overwritten."""
+
+
+class FillSink(Protocol):
+    """Who takes bytes on while a checkpoint comes into the arena. After `filled` the image is his until he gives it back."""
+
+    def arrived(self, unit: Unit) -> None:
+        """These bytes are in memory and right. Said on a reader's thread; must not block."""
+
+    def filled(self, read_bytes: int) -> None:
+        """All of it lies in the arena, ``read_bytes`` from disk; a sink that came late heard not of every unit."""
+
+    def failed(self, error: SllmError) -> None: ...
 
 
 class Store(Protocol):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from agent.native.calibration import Tuning
 from agent.native.chunk_table import Occupant
 from agent.native.reader import Priority, ReadJob, ReadPool, Unit
 from agent.store import catalog
-from agent.store.api import StoreListener
+from agent.store.api import FillSink, StoreListener
 from agent.store.room import FreeChunks
 from agent.store.verify import Verdict, Verifier
 from schema.checkpoint import Manifest
@@ -63,6 +64,7 @@ class _Fill:
     verifying: bool = False
     given_up: bool = False
     stalled: bool = False
+    sinks: tuple[FillSink, ...] = ()
     told_at: float = 0.0
     told_bytes: int = -1
 
@@ -95,6 +97,7 @@ class ArenaStore:
         self._verify_told_at = 0.0
         self._condemned: dict[str, str] = {}
         self._pinned: frozenset[str] = frozenset()
+        self._borrowed: Counter[str] = Counter()
         self._free = FreeChunks(arena.chunks, (chunk for occupant in arena.occupants for chunk in occupant.chunks))
         self._free_slots = set(range(arena.slots)) - {occupant.slot for occupant in arena.occupants}
         self._stamp = max((occupant.stamp for occupant in arena.occupants), default=0)
@@ -151,6 +154,48 @@ class ArenaStore:
         else:
             source.do_without()
 
+    @property
+    def pool(self) -> ReadPool:
+        """The one reader of this store."""
+        return self._pool
+
+    def bring(self, sink: FillSink, digest: str, directory: Path, priority: Priority) -> None:
+        """Bring a checkpoint into the arena for a sink, which borrows it from `FillSink.filled` until `give_back`."""
+        known = self._fills.get(digest)
+        if known is not None and known.given_up:
+            known = None
+            if digest not in self._waiting:
+                self._waiting[digest] = _Fill(digest, directory, [], 0, priority, sinks=(sink,))
+                return
+        known = known or self._waiting.get(digest)
+        if known is None:
+            self._begin(_Fill(digest, directory, [], 0, priority, sinks=(sink,)))
+            return
+        known.sinks += (sink,)
+        known.priority = min(known.priority, priority)
+        if known.job is not None:
+            self._pool.raise_priority(known.job, priority)
+
+    def abandon(self, sink: FillSink, digest: str) -> None:
+        """A sink wants a fill no more; it hears nothing of it from now on. What nobody else waits for is given up."""
+        for fill in (self._fills.get(digest), self._waiting.get(digest)):
+            if fill is not None and sink in fill.sinks:
+                fill.sinks = tuple(each for each in fill.sinks if each is not sink)
+                if not fill.sinks and not fill.users and not fill.given_up and fill.source is None:
+                    self._give_up(fill)
+
+    def give_back(self, digest: str) -> None:
+        """A sink needs the image no more."""
+        self._borrowed[digest] -= 1
+        if not self._borrowed[digest]:
+            del self._borrowed[digest]
+            if (occupant := self._residents.get(digest)) is not None:
+                self._drop_condemned(occupant)
+
+    def views(self, digest: str, start_bytes: int, size_bytes: int) -> list[memoryview]:
+        """A range of the image of a resident checkpoint."""
+        return self._arena.views(self._residents[digest].chunks, start_bytes, size_bytes)
+
     def hold(self, digest: str, users: int, condemned: str = "") -> None:
         if (occupant := self._residents.get(digest)) is not None:
             self._use(occupant, users)
@@ -160,7 +205,7 @@ class ArenaStore:
         for fill in (self._fills.get(digest), self._waiting.get(digest)):
             if fill is not None and not fill.given_up:
                 fill.users = users
-                if users == 0 and fill.source is None:
+                if users == 0 and fill.source is None and not fill.sinks:
                     self._give_up(fill)
 
     def drop(self, digest: str) -> None:
@@ -173,6 +218,8 @@ class ArenaStore:
             raise Conflict(f"checkpoint {digest} has {occupant.users} users; stop its instances first")
         if digest in self._pinned:
             raise Conflict(f"checkpoint {digest} is pinned in memory; unpin it first")
+        if self._borrowed[digest]:
+            raise Conflict(f"checkpoint {digest} is just being copied to a device; wait until that has ended")
         if self._inspected(digest):
             raise Conflict(f"checkpoint {digest} is just being verified; wait until that has ended")
         del self._residents[digest]
@@ -223,9 +270,10 @@ class ArenaStore:
             self._fail(fill, InvalidCheckpoint(f"{why}; {occupant.users} users still have it, stop them first"))
             return
         if occupant is not None:
-            self._use(occupant, fill.users)
+            self._use(occupant, max(fill.users, occupant.users if fill.sinks else 0))
             for op in fill.ops:
                 self._listener.filled(op, self._resident(occupant, op))
+            self._lend(fill, 0)
             return
         try:
             entry = catalog.read_entry(fill.directory)
@@ -252,7 +300,10 @@ class ArenaStore:
         self._tell(fill, time.monotonic(), 0)
         self._arena.hold_prefault(True)
         self._arena.hurry(chunks)
-        fill.job = (fill.source or self._pool).submit(units, self._changed, priority=fill.priority)
+        if fill.source is not None:  # sinks get it when it is whole
+            fill.job = fill.source.submit(units, self._changed, priority=fill.priority)
+        else:
+            fill.job = self._pool.submit(units, self._changed, priority=fill.priority, unit_done=partial(_arrived, fill))
 
     def _units(
         self, directory: Path, manifest: Manifest, chunks: list[int], verifying: bool, least_bytes: int
@@ -307,6 +358,8 @@ class ArenaStore:
         """Free an image that was found wrong, if nobody uses it any more."""
         if occupant.digest not in self._condemned or occupant.users or self._inspected(occupant.digest):
             return False
+        if self._borrowed[occupant.digest]:
+            return False
         self._evict(occupant)
         return True
 
@@ -343,6 +396,9 @@ class ArenaStore:
             self._tell(fill, time.monotonic(), fill.image_bytes)
             for op in fill.ops:
                 self._listener.filled(op, self._resident(fill.occupant, op, fill.image_bytes))
+            if not fill.ops and fill.source is None:
+                self._listener.filled("", self._resident(fill.occupant))
+            self._lend(fill, fill.image_bytes)
         else:
             self._release(fill.occupant)
             if job.corrupt:
@@ -359,7 +415,7 @@ class ArenaStore:
         fill.stalled = fill.given_up = True
         self._arena.hold_prefault(any(not other.stalled for other in self._fills.values()))
         self._fail(fill, error)
-        fill.ops = []
+        fill.ops, fill.sinks = [], ()
         same = self._waiting.pop(fill.digest, None)
         if same is not None:
             self._fail(same, error)
@@ -384,12 +440,19 @@ class ArenaStore:
     def _fail(self, fill: _Fill, error: SllmError) -> None:
         for op in fill.ops:
             self._listener.failed(op, fill.digest, Fault.of(error))
+        for sink in fill.sinks:
+            sink.failed(error)
+
+    def _lend(self, fill: _Fill, read_bytes: int) -> None:
+        for sink in fill.sinks:
+            self._borrowed[fill.digest] += 1
+            sink.filled(read_bytes)
 
     def _make_room(self, image_bytes: int) -> bool:
         """True when chunks and a slot for an image are free now, evicting what must go; False when they will be, once the
         reads that were given up are over. Raises OutOfSpace, nothing evicted, when they will not."""
         needed = self._arena.chunks_for(image_bytes)
-        kept = self._pinned.union(self._verifier.asked.values())
+        kept = self._pinned.union(self._verifier.asked.values(), self._borrowed)
         free = (each for each in self._residents.values() if not each.users and each.digest not in kept)
         idle = sorted(free, key=lambda each: each.stamp)
         ending = [fill.occupant for fill in self._fills.values() if fill.given_up and not fill.stalled and fill.occupant]
@@ -438,6 +501,12 @@ class ArenaStore:
             read_bytes=read_bytes,
             condemned=self._condemned.get(occupant.digest, ""),
         )
+
+
+def _arrived(fill: _Fill, job: ReadJob, unit: Unit) -> None:
+    """On a reader's thread: bytes that lie in the arena now go on to whoever wants them."""
+    for sink in fill.sinks:
+        sink.arrived(unit)
 
 
 def _mark(write: Callable[..., None], directory: Path, *reason: str) -> None:

@@ -15,12 +15,17 @@ import time
 from pathlib import Path, PurePosixPath
 from typing import Final
 
+import msgspec
+
 from agent.channel import Channel
 from agent.config import NodeConfig, load_config
 from agent.native.arena import Arena
+from agent.native.device import budget_bytes, find_devices
 from agent.native.disk_record import record_path, remembered
+from agent.native.pinned import address_of
 from agent.native.reader import Priority
 from agent.store.cache import ArenaStore
+from agent.store.devices import DeviceStore
 from agent.store.rates import Rates
 from agent.store.remote.fetches import Fetches
 from schema.errors import Fault, InvalidInput, LinkError, SllmError
@@ -29,18 +34,26 @@ from schema.link import (
     CancelFetch,
     CancelVerify,
     Descriptors,
+    DeviceWeights,
+    DropDevice,
     DropResident,
     Evicted,
+    EvictedDevice,
     FetchStored,
     FillArena,
+    FillDevice,
     Hello,
     HoldCheckpoint,
+    HoldDevice,
+    OnDevice,
     OperationDone,
     Ping,
     PinResidents,
     Pong,
     Progress,
     Refused,
+    ReleasedDevice,
+    ReserveDevice,
     Resident,
     Role,
     Shutdown,
@@ -61,6 +74,7 @@ _FAULTED_EVERY: Final = 256
 """Chunks."""
 _SWITCH_S: Final = 0.0005
 """How soon a thread that reads gets the interpreter back from one that computes; each block costs one such wait."""
+_ToDevices = FillDevice | HoldDevice | ReserveDevice | DropDevice | ReleasedDevice
 _log = logging.getLogger(__name__)
 
 
@@ -99,6 +113,8 @@ class StoreProcess:
         self._arena: Arena | None = None
         self._store: ArenaStore | None = None
         self._fetches: Fetches | None = None
+        self._devices: DeviceStore | None = None
+        self._given: list[tuple[DeviceWeights, int]] = []
         self._announced = 0
         self._offer = True
         self._stopping = False
@@ -123,6 +139,8 @@ class StoreProcess:
                     self._store.pump()
                 if self._fetches is not None:
                     self._fetches.pump()
+                if self._devices is not None:
+                    self._devices.pump()
                 if self._faulted:
                     self._tell_arena()
                 if not self._channel.connected and self._channel.lost_for_s >= grace_s:
@@ -181,6 +199,21 @@ class StoreProcess:
     def evicted(self, digest: str) -> None:
         self._say(Evicted(digest=digest))
 
+    # What it says of devices: the DeviceListener.
+
+    def loaded(self, weights: DeviceWeights, descriptor: int) -> None:
+        if not self._announced:
+            self._channel.send(Descriptors(what="device", weights=weights), [descriptor])
+
+    def on_device(self, op: str, digest: str, weights: tuple[DeviceWeights, ...], source: Tier, read_bytes: int) -> None:
+        self._say(OnDevice(op=op, digest=digest, weights=weights, source=source, read_bytes=read_bytes))
+
+    def evicting(self, weights: DeviceWeights) -> None:
+        self._say(EvictedDevice(id=weights.id))
+
+    def layers_usable(self, digest: str, count: int) -> None:
+        _log.debug("%d layers of %s are usable", count, digest)
+
     def _say(self, message: StoreMessage) -> None:
         if not self._announced:  # until then the truth, which comes first, says it all
             self._channel.send(message)
@@ -192,7 +225,7 @@ class StoreProcess:
                 if not self._announced:
                     self._state_truth()
             elif isinstance(message, Descriptors):
-                self._take_arena(message)
+                self._take_descriptors(message)
             elif isinstance(message, Ping):
                 self._channel.send(Pong(nonce=message.nonce))
             elif isinstance(message, Shutdown):
@@ -212,7 +245,8 @@ class StoreProcess:
         | CancelVerify
         | PinResidents
         | FetchStored
-        | CancelFetch,
+        | CancelFetch
+        | _ToDevices,
     ) -> None:
         if self._store is None or self._fetches is None or self._announced:
             raise LinkError(f"the agent sent {type(message).__name__} before the store had an arena")
@@ -235,6 +269,8 @@ class StoreProcess:
                 self.verified(message.op, message.digest, Fault.of(error))
                 return
             self._store.verify(message.op, message.digest, directory)
+        elif isinstance(message, _ToDevices):
+            self._command_devices(message)
         elif isinstance(message, CancelVerify):
             self._store.cancel_verify(message.op)
         elif isinstance(message, FetchStored):
@@ -265,14 +301,53 @@ class StoreProcess:
                 self._store.tune(record.tuning)
                 _log.info("reading %d blocks of %d bytes at a time", record.tuning.depth, record.tuning.block_bytes)
 
+    def _command_devices(self, message: _ToDevices) -> None:
+        devices = self._devices
+        if devices is None:
+            if isinstance(message, FillDevice | DropDevice):
+                self.failed(message.op, message.digest, Fault.of(InvalidInput("this store has no devices")))
+            return
+        match message:
+            case FillDevice():
+                try:
+                    directory = self._directory(message.directory)
+                except InvalidInput as error:
+                    self.failed(message.op, message.digest, Fault.of(error))
+                    return
+                self._look_up_tuning()
+                priority = Priority(message.priority)
+                devices.fill(message.op, message.digest, directory, message.devices, message.users, priority)
+            case HoldDevice():
+                devices.hold(message.digest, message.device, message.users)
+            case ReserveDevice():
+                devices.reserve(message.device, message.size_bytes)
+            case ReleasedDevice():
+                devices.released(message.id)
+            case DropDevice():
+                fault = None
+                try:
+                    devices.drop(message.digest)
+                except SllmError as error:
+                    fault = Fault.of(error)
+                self._say(OperationDone(op=message.op, digest=message.digest, fault=fault))
+
     def _directory(self, relative: str) -> Path:
         path = PurePosixPath(relative)
         if path.is_absolute() or ".." in path.parts:
             raise InvalidInput(f"the directory {relative!r} is not one within the node's checkpoints")
         return self._config.checkpoints_path / path
 
-    def _take_arena(self, message: Descriptors) -> None:
+    def _take_descriptors(self, message: Descriptors) -> None:
         descriptors = self._channel.take_descriptors(message.count)
+        if self._announced and message.what == "device" and message.weights is not None and len(descriptors) == 1:
+            self._given.append((message.weights, descriptors[0]))
+        else:
+            self._take_arena(message, descriptors)
+        self._announced -= 1
+        if not self._announced:
+            self._state_truth()
+
+    def _take_arena(self, message: Descriptors, descriptors: list[int]) -> None:
         if not self._announced or message.what != "arena":
             _close_all(descriptors)
             raise LinkError(f"the agent sent descriptors ({message.what!r}) that it had not announced")
@@ -283,9 +358,6 @@ class StoreProcess:
             if self._arena is not None and os.path.sameopenfile(descriptor, self._arena.descriptor):
                 self._offer = False
             os.close(descriptor)
-        self._announced -= 1
-        if not self._announced:
-            self._state_truth()
 
     def _adopt(self, descriptor: int) -> bool:
         try:
@@ -307,8 +379,35 @@ class StoreProcess:
         if self._offer:
             self._channel.send(Descriptors(what="arena", count=1), [arena.descriptor])
         store = self._store
-        self._channel.send(StoreTruth(arena=store.arena, residents=store.residents(), filling=store.filling()))
+        truth = StoreTruth(arena=store.arena, residents=store.residents(), filling=store.filling())
+        self._channel.send(self._with_devices(truth, arena))
         arena.prefault(_FAULT_THREADS, self._arena_faulted)
+
+    def _with_devices(self, truth: StoreTruth, arena: Arena) -> StoreTruth:
+        """What lies on devices: taken back from the agent, offered to it where it lacks it, and stated."""
+        if self._devices is None:
+            self._devices = self._open_devices(arena)
+        given, self._given = self._given, []
+        if self._devices is None:
+            _close_all([descriptor for _, descriptor in given])
+            return truth
+        kept = {weights.id for weights, descriptor in given if self._devices.adopt(weights, descriptor)}
+        evicting = {*self._devices.evicting, *(weights.id for weights, _ in given if weights.id not in kept)}
+        for weights in self._devices.weights:
+            descriptor = self._devices.descriptor(weights.id)
+            if weights.id not in kept and descriptor is not None:
+                self._channel.send(Descriptors(what="device", weights=weights), [descriptor])
+        filling = truth.filling + self._devices.filling
+        return msgspec.structs.replace(truth, filling=filling, weights=self._devices.weights, evicting=tuple(sorted(evicting)))
+
+    def _open_devices(self, arena: Arena) -> DeviceStore | None:
+        assert self._store is not None
+        driver, found = find_devices(self._config.devices)
+        if driver is None:
+            return None
+        budgets = {device.index: budget_bytes(self._config.device_bytes, device) for device in found}
+        host = ((address_of(arena.memory), arena.memory.nbytes),)
+        return DeviceStore(driver, budgets, self._store, host, self, self._wake)
 
     def _wake(self) -> None:
         try:
@@ -327,6 +426,9 @@ class StoreProcess:
         self._stopping = True
 
     def _close(self) -> None:
+        if self._devices is not None:
+            self._devices.close()
+        _close_all([descriptor for _, descriptor in self._given])
         if self._fetches is not None:
             self._fetches.close()
         if self._store is not None:

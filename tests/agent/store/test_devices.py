@@ -1,0 +1,343 @@
+"""The device tier over a fake driver: loads by every way, room and eviction, adoption, and nothing left over whatever fails."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from agent.native.arena import Arena
+from agent.native.device import DeviceError
+from agent.native.pinned import address_of
+from agent.native.reader import Priority
+from agent.store import catalog
+from agent.store.devices import DeviceStore
+from schema.errors import Conflict, Fault, NotFound
+from schema.link import DeviceWeights
+from schema.states import Tier
+from tests.agent.native.fake_driver import FakeDriver
+from tests.agent.store.images import CHUNK, Bench, commit
+
+MIB = 1 << 20
+
+
+@dataclass
+class Answer:
+    weights: tuple[DeviceWeights, ...]
+    source: Tier
+    read_bytes: int
+
+
+@dataclass
+class Devices:
+    """A store with an arena and fake devices; plays the agent: keeps descriptors, lets go of them when told."""
+
+    arena_bytes: int = 16 * MIB
+    sizes: tuple[int, ...] = (16 * MIB, 16 * MIB)
+    releasing: bool = True
+    answers: dict[str, Answer] = field(default_factory=dict)
+    faults: dict[str, Fault] = field(default_factory=dict)
+    steps: list[tuple[str, int, int]] = field(default_factory=list)
+    layers: list[int] = field(default_factory=list)
+    kept: dict[str, tuple[DeviceWeights, int]] = field(default_factory=dict)
+    gone: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.driver = FakeDriver(self.sizes)
+        self.bench = Bench(Arena.create(self.arena_bytes, CHUNK))
+        self.store = self.open()
+
+    def open(self) -> DeviceStore:
+        budgets = dict(enumerate(self.sizes))
+        host = ((address_of(self.bench.arena.memory), self.bench.arena.memory.nbytes),)
+        return DeviceStore(self.driver, budgets, self.bench.store, host, self, lambda: os.eventfd_write(self.bench._event, 1))
+
+    def progress(self, op: str, done_bytes: int, total_bytes: int) -> None:
+        self.steps.append((op, done_bytes, total_bytes))
+
+    def failed(self, op: str, digest: str, fault: Fault) -> None:
+        assert op not in self.answers.keys() | self.faults.keys(), f"{op} was answered twice"
+        self.faults[op] = fault
+
+    def loaded(self, weights: DeviceWeights, descriptor: int) -> None:
+        self.kept[weights.id] = weights, os.dup(descriptor)
+
+    def on_device(self, op: str, digest: str, weights: tuple[DeviceWeights, ...], source: Tier, read_bytes: int) -> None:
+        assert op not in self.answers.keys() | self.faults.keys(), f"{op} was answered twice"
+        assert all(each.id in self.kept for each in weights)
+        self.answers[op] = Answer(weights, source, read_bytes)
+
+    def evicting(self, weights: DeviceWeights) -> None:
+        self.gone.append(weights.id)
+
+    def layers_usable(self, digest: str, count: int) -> None:
+        self.layers.append(count)
+
+    def release(self) -> None:
+        gone, self.gone = self.gone, []
+        for name in gone:
+            os.close(self.kept.pop(name)[1])
+            self.store.released(name)
+
+    def fill(self, op: str, made: tuple[str, Path, bytes], *devices: int, users: int = 1) -> None:
+        self.store.fill(op, made[0], made[1], devices or (0,), users, Priority.REQUEST)
+
+    def pump(self, timeout_s: float = 0.0) -> None:
+        select.select([self.bench._event], [], [], timeout_s)
+        self.bench.store.pump()
+        self.store.pump()
+        if self.releasing:
+            self.release()
+
+    def wait(self, *ops: str) -> None:
+        deadline = time.monotonic() + 30
+        while not all(op in self.answers or op in self.faults for op in ops):
+            assert time.monotonic() < deadline, f"{ops} were not answered"
+            self.pump(0.02)
+
+    def quiet(self) -> None:
+        """Pump until nothing is under way."""
+        deadline = time.monotonic() + 30
+        while self.store._loads or self.store.filling or self.gone or self.bench.store._fills:
+            assert time.monotonic() < deadline
+            self.pump(0.02)
+
+    def content(self, weights: DeviceWeights) -> bytes:
+        memory = self.driver.attach(weights.device, self.kept[weights.id][1], weights.size_bytes)
+        data = ctypes.string_at(memory.address, weights.image_bytes)
+        self.driver.free(memory)
+        return data
+
+    def check_unwound(self) -> None:
+        """Nothing is held but what is resident."""
+        assert not self.store._loads
+        assert not self.driver.allocations
+        assert not self.driver.events
+        assert self.store._streams.free_slots == self.store._streams._shape[0]
+        assert not self.bench.store._borrowed
+        assert {weights.id for weights in self.store.weights} == set(self.kept)
+        for device in range(len(self.sizes)):
+            assert self.driver.used(device) == sum(each.size_bytes for each in self.store.weights if each.device == device)
+
+    def close(self) -> None:
+        self.store.close()
+        self.bench.close()
+        for _, descriptor in self.kept.values():
+            os.close(descriptor)
+        assert not self.driver.leaked
+        assert not self.driver.registered
+        assert not any(self.driver.used(device) for device in range(len(self.sizes)))
+
+
+@pytest.fixture
+def node() -> Iterator[Devices]:
+    made = Devices()
+    yield made
+    made.close()
+
+
+def test_by_way_of_dram_then_straight_from_it_then_it_is_there(node: Devices, tmp_path: Path) -> None:
+    made = commit(tmp_path, 1, 5 * MIB + 123, partitions=2)
+    node.fill("a", made)
+    node.wait("a")
+    first = node.answers["a"]
+    assert (first.source, first.read_bytes) == (Tier.DISK, len(made[2]))
+    assert node.content(first.weights[0]) == made[2]
+    assert [resident.digest for resident in node.bench.store.residents()] == [made[0]]
+    assert node.bench.store.residents()[0].users == 0  # it may go as soon as room is needed
+    node.fill("b", made, 1)
+    node.wait("b")
+    assert (node.answers["b"].source, node.answers["b"].read_bytes) == (Tier.DRAM, 0)
+    assert node.content(node.answers["b"].weights[0]) == made[2]
+    node.fill("c", made, 0, 1, users=2)
+    node.wait("c")
+    assert node.answers["c"].source is Tier.DEVICE
+    assert [each.users for each in node.answers["c"].weights] == [2, 2]
+    assert node.steps[0] == ("a", 0, len(made[2]))
+    assert ("a", len(made[2]), len(made[2])) in node.steps
+    node.check_unwound()
+
+
+@pytest.mark.parametrize("verified", [True, False])
+def test_an_image_larger_than_dram_streams_through_the_ring(tmp_path: Path, verified: bool) -> None:
+    node = Devices(arena_bytes=2 * CHUNK, sizes=(64 * MIB,))
+    node.store._streams._shape = 3, MIB  # a ring of less than two of its chunks
+    made = commit(tmp_path, 1, 17 * MIB + 5000, partitions=2, checksum_bytes=2 * MIB)
+    if verified:
+        catalog.mark_verified(made[1])
+    node.fill("a", made)
+    node.wait("a")
+    assert "a" not in node.faults
+    assert node.answers["a"].read_bytes == len(made[2])
+    assert node.content(node.answers["a"].weights[0]) == made[2]
+    assert not node.bench.store.residents()
+    assert catalog.is_verified(made[1])
+    node.check_unwound()
+    node.close()
+
+
+def test_each_byte_is_read_once_for_two_devices(node: Devices, tmp_path: Path) -> None:
+    made = commit(tmp_path, 1, 6 * MIB)
+    node.fill("a", made, 0, 1)
+    node.fill("late", made, 1)
+    node.wait("a", "late")
+    assert node.answers["a"].read_bytes == len(made[2])
+    for weights in node.answers["a"].weights:
+        assert node.content(weights) == made[2]
+    assert node.answers["late"].weights[0].id == node.answers["a"].weights[1].id
+
+
+def test_idle_weights_go_oldest_first_and_only_when_released(node: Devices, tmp_path: Path) -> None:
+    made = [commit(tmp_path, number, 6 * MIB) for number in range(4)]
+    for number in (0, 1):
+        node.fill(f"f{number}", made[number])
+        node.wait(f"f{number}")
+        node.store.hold(made[number][0], 0, 0)
+    node.store.hold(made[0][0], 0, 0)  # used last
+    node.releasing = False
+    node.fill("f2", made[2])
+    for _ in range(5):
+        node.pump(0.01)
+    assert node.gone == [node.answers["f1"].weights[0].id]
+    assert "f2" not in node.answers  # the agent still holds it
+    assert node.store.evicting == (node.answers["f1"].weights[0].id,)
+    node.releasing = True
+    node.wait("f2")
+    assert node.content(node.answers["f2"].weights[0]) == made[2][2]
+    node.store.hold(made[0][0], 0, 1)
+    node.fill("f3", made[3])
+    node.wait("f3")
+    assert node.faults["f3"].code == "out_of_space"
+    assert "device 0" in node.faults["f3"].message
+    assert {weights.digest for weights in node.store.weights} == {made[0][0], made[2][0]}
+    node.check_unwound()
+
+
+def test_kv_caches_make_idle_weights_go_and_keep_others_out(node: Devices, tmp_path: Path) -> None:
+    made = [commit(tmp_path, number, 6 * MIB) for number in range(2)]
+    node.fill("a", made[0])
+    node.wait("a")
+    node.store.hold(made[0][0], 0, 0)
+    node.store.reserve(0, 11 * MIB)
+    assert node.gone == [node.answers["a"].weights[0].id]
+    node.fill("b", made[1])
+    node.wait("b")
+    assert node.faults["b"].code == "out_of_space"
+    assert str(11 * MIB) in node.faults["b"].message
+    node.store.reserve(0, 10 * MIB)
+    node.fill("c", made[1])
+    node.wait("c")
+    assert "c" in node.answers
+    node.store.reserve(0, 12 * MIB)  # more than is left beside weights in use
+    node.fill("d", made[1])
+    node.wait("d")
+    assert node.faults["d"].code == "out_of_space"
+
+
+def test_drop_frees_idle_copies_and_says_why_not(node: Devices, tmp_path: Path) -> None:
+    made = commit(tmp_path, 1, MIB)
+    with pytest.raises(NotFound):
+        node.store.drop(made[0])
+    node.driver.gate.clear()
+    node.fill("a", made, 0, 1)
+    with pytest.raises(Conflict, match="being loaded"):
+        node.store.drop(made[0])
+    node.driver.gate.set()
+    node.wait("a")
+    with pytest.raises(Conflict, match="users"):
+        node.store.drop(made[0])
+    node.store.hold(made[0], 1, 0)
+    node.store.drop(made[0])
+    assert [weights.device for weights in node.store.weights] == [0]
+    node.quiet()
+    node.check_unwound()
+
+
+def test_what_a_dead_store_loaded_is_taken_back_by_its_descriptors(node: Devices, tmp_path: Path) -> None:
+    made = commit(tmp_path, 1, 5 * MIB)
+    node.fill("a", made)
+    node.wait("a")
+    node.store.close()
+    assert node.driver.used(0) == node.answers["a"].weights[0].size_bytes
+    node.store = node.open()
+    weights, descriptor = node.kept[node.answers["a"].weights[0].id]
+    assert node.store.adopt(weights, os.dup(descriptor))
+    assert node.store.adopt(weights, os.dup(descriptor))  # said again over a new connection
+    other = DeviceWeights(id="f" * 32, digest=made[0], device=0, size_bytes=2 * MIB, image_bytes=1)
+    assert not node.store.adopt(other, os.dup(descriptor))
+    node.fill("b", made)
+    node.wait("b")
+    assert node.answers["b"].source is Tier.DEVICE
+    assert node.content(node.answers["b"].weights[0]) == made[2]
+    node.check_unwound()
+
+
+def test_a_wrong_byte_puts_the_copy_in_quarantine(tmp_path: Path) -> None:
+    node = Devices(arena_bytes=2 * CHUNK)
+    made = commit(tmp_path, 1, 9 * MIB)
+    data = bytearray((made[1] / "partition_0.bin").read_bytes())
+    data[7 * MIB] ^= 1
+    (made[1] / "partition_0.bin").write_bytes(data)
+    node.fill("a", made)
+    node.wait("a")
+    assert node.faults["a"].code == "invalid_checkpoint"
+    assert "offset 6291456" in node.faults["a"].message
+    assert catalog.quarantine_reason(made[1])
+    node.check_unwound()
+    node.close()
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_happens_everything_unwinds(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    root = tmp_path_factory.mktemp("images")
+    arena_bytes = data.draw(st.sampled_from([2 * CHUNK, 16 * MIB]))
+    node = Devices(arena_bytes=arena_bytes)
+    made = [commit(root, number, data.draw(st.sampled_from([4096, 3 * MIB, 7 * MIB]))) for number in range(3)]
+    if data.draw(st.booleans()):
+        bad = data.draw(st.integers(1, 6))
+
+        def on_copy(number: int) -> None:
+            if number == bad:
+                raise DeviceError("bad")
+
+        node.driver.on_copy = on_copy
+    ops = 0
+    for _ in range(data.draw(st.integers(2, 12))):
+        what = data.draw(st.sampled_from(["fill", "fill", "hold", "pump", "fail", "drop", "reserve"]))
+        image = data.draw(st.sampled_from(made))
+        device = data.draw(st.integers(0, 1))
+        if what == "fill":
+            ops += 1
+            node.fill(f"op{ops}", image, *data.draw(st.sampled_from([(0,), (1,), (0, 1)])))
+        elif what == "hold":
+            node.store.hold(image[0], device, data.draw(st.integers(0, 1)))
+        elif what == "pump":
+            node.pump(data.draw(st.sampled_from([0.0, 0.005])))
+        elif what == "fail":
+            call = data.draw(st.sampled_from(["allocate", "export", "copy", "record", "stream", "register"]))
+            node.driver.failing[call] = 1
+        elif what == "reserve":
+            node.store.reserve(device, data.draw(st.integers(0, 8)) * MIB)
+        else:
+            try:
+                node.store.drop(image[0])
+            except (Conflict, NotFound):
+                continue
+    node.quiet()
+    assert node.answers.keys() | node.faults.keys() == {f"op{number + 1}" for number in range(ops)}
+    node.check_unwound()
+    images = {digest: image for digest, _, image in made}
+    for weights in node.store.weights:
+        assert node.content(weights) == images[weights.digest]
+    if data.draw(st.booleans()):  # it ends in the middle of a load
+        node.fill("last", made[0])
+    node.close()
