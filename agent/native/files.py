@@ -12,7 +12,7 @@ from agent.native.cachestat import cached_pages
 from agent.native.jobs import Unit
 from schema.errors import InvalidCheckpoint, SllmError, TimedOut
 
-__all__ = ["DIRECT_ALIGN_BYTES", "OpenFile", "wrong_checksum"]
+__all__ = ["DIRECT_ALIGN_BYTES", "OpenFile", "stalled", "wrong_checksum"]
 
 DIRECT_ALIGN_BYTES = 4096
 """Direct reads begin and end at multiples of this, in the file and in memory."""
@@ -72,14 +72,16 @@ class OpenFile:
         """The error of a file that has become shorter than it was when it was opened."""
         return InvalidCheckpoint(f"{self.path} ends at byte {offset}; its manifest says {self.size_bytes}")
 
-    def stalled(self, offset: int, stall_s: float) -> SllmError:
-        """The error of a read that does not come back: a dead disk, or a server that does not answer."""
-        return TimedOut(f"reading {self.path} at byte {offset} has not come back for {stall_s:g} s; look at the disk")
-
     def close(self) -> None:
         os.close(self.cached)
         if self.direct >= 0:
             os.close(self.direct)
+
+
+def stalled(path: Path, offset: int | None, stall_s: float) -> SllmError:
+    """The error of a read, or of an opening, that does not come back: a dead disk, or a server that does not answer."""
+    what = f"opening {path}" if offset is None else f"reading {path} at byte {offset}"
+    return TimedOut(f"{what} has not come back for {stall_s:g} s; look at the disk")
 
 
 def wrong_checksum(unit: Unit, found: int) -> SllmError:

@@ -22,7 +22,7 @@ from typing import Final
 
 import xxhash
 
-from agent.native.files import DIRECT_ALIGN_BYTES, OpenFile, wrong_checksum
+from agent.native.files import DIRECT_ALIGN_BYTES, OpenFile, stalled, wrong_checksum
 from agent.native.jobs import JobQueue, ReadJob, Work
 from agent.native.uring import ASYNC, NoRing, Ring, address_of
 from schema.errors import SllmError
@@ -66,12 +66,22 @@ class _Block:
     overdue: bool = False
 
 
+@dataclass(slots=True, eq=False)
+class _Opening:
+    """A file on a helper's hands, and the units that wait for it."""
+
+    path: Path
+    began: float
+    works: list[Work] = field(default_factory=list)
+    overdue: bool = False
+
+
 @dataclass(slots=True)
 class _Files:
-    """What is open for one job, and what waits until it is."""
+    """What is open for one job, and what is about to be."""
 
     open: dict[Path, OpenFile] = field(default_factory=dict)
-    waiting: dict[Path, list[Work]] = field(default_factory=dict)
+    opening: dict[Path, _Opening] = field(default_factory=dict)
 
 
 class RingReader:
@@ -88,7 +98,8 @@ class RingReader:
         self.depth = min(depth, _MAX_DEPTH)
         self._stall_s = stall_s
         self._files: dict[ReadJob, _Files] = {}
-        self._opened: SimpleQueue[tuple[_Files, Path, OpenFile | SllmError]] = SimpleQueue()
+        self._openings: set[_Opening] = set()
+        self._opened: SimpleQueue[tuple[_Files, _Opening, OpenFile | SllmError]] = SimpleQueue()
         self._errands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._backlog: deque[_Block] = deque()
         self._flying: dict[int, _Block] = {}
@@ -105,9 +116,9 @@ class RingReader:
             self._thread.join()
             os.close(self._woken)
             raise error
-        self._helpers = [threading.Thread(target=self._help, name=f"ring-{each}", daemon=True) for each in range(helpers)]
-        for helper in self._helpers:
-            helper.start()
+        self._helpers: list[threading.Thread] = []
+        for _ in range(helpers):
+            self._start_helper()
 
     def wake(self) -> None:
         if not self._closed:
@@ -145,7 +156,7 @@ class RingReader:
             while self._fill(ring):
                 # Of many under way a few are awaited at a time: the disk has enough to do, and each awakening costs.
                 awaited = max(1, min(_TOGETHER, (len(self._flying) - self._overdue) // 8))
-                ring.enter(_TICK_S if self._flying else _REST_S, awaited)
+                ring.enter(_TICK_S if self._flying or self._openings else _REST_S, awaited)
                 for user_data, result in ring.completions():
                     self._completed(ring, user_data, result)
                 self._look_for_overdue(ring)
@@ -179,11 +190,14 @@ class RingReader:
         if file is not None:
             self._cut(_Task(work, file))
             return
-        self._waiting += 1
-        others = files.waiting.setdefault(work.unit.file, [])
-        others.append(work)
-        if len(others) == 1:
-            self._errands.put(lambda: self._open(files, work))
+        opening = files.opening.get(work.unit.file)
+        if opening is None:
+            opening = files.opening[work.unit.file] = _Opening(work.unit.file, time.monotonic())
+            self._openings.add(opening)
+            size_bytes = work.unit.file_bytes
+            self._errands.put(lambda: self._open(files, opening, size_bytes))
+        opening.works.append(work)
+        self._waiting += not opening.overdue
 
     def _cut(self, task: _Task) -> None:
         """Blocks of a unit: within one piece of memory, whole pages of the file, the odd rest by itself."""
@@ -263,12 +277,14 @@ class RingReader:
         else:
             self._block_over(block, file.failed(block.offset, os.strerror(-result)))
 
-    def _file_opened(self, files: _Files, path: Path, file: OpenFile | SllmError) -> None:
-        works = files.waiting.pop(path)
-        self._waiting -= len(works)
+    def _file_opened(self, files: _Files, opening: _Opening, file: OpenFile | SllmError) -> None:
+        del files.opening[opening.path]
+        self._openings.discard(opening)
+        if not opening.overdue:
+            self._waiting -= len(opening.works)
         if isinstance(file, OpenFile):
-            files.open[path] = file
-        for work in works:
+            files.open[opening.path] = file
+        for work in opening.works:
             if isinstance(file, OpenFile):
                 self._cut(_Task(work, file))
             else:
@@ -291,37 +307,49 @@ class RingReader:
 
     def _look_for_overdue(self, ring: Ring) -> None:
         now = time.monotonic()
+        for opening in self._openings:
+            if now - opening.began >= self._stall_s and not opening.overdue:
+                opening.overdue = True
+                self._waiting -= len(opening.works)
+                self._start_helper()  # in the place of the one that is stuck
+                self._stall(opening.works[0].job, stalled(opening.path, None, self._stall_s))
         for serial, block in self._flying.items():
             if now - block.began < self._stall_s:
                 return  # they are in the order of their beginnings
             if not block.overdue:
                 block.overdue = True
                 self._overdue += 1
-                error = block.task.file.stalled(block.offset, self._stall_s)
-                _log.error("%s", error)
-                self.queue.stall(block.task.work.job, error)
+                self._stall(block.task.work.job, stalled(block.task.file.path, block.offset, self._stall_s))
                 ring.cancel(serial, _CANCELLATION)
 
+    def _stall(self, job: ReadJob, error: SllmError) -> None:
+        _log.error("%s", error)
+        self.queue.stall(job, error)
+
     def _stuck(self) -> list[str]:
-        return [f"{block.task.file.path} at byte {block.offset}" for block in list(self._flying.values())]
+        reads = [f"{block.task.file.path} at byte {block.offset}" for block in list(self._flying.values())]
+        return [*reads, *(str(opening.path) for opening in list(self._openings))]
 
     # --- helpers
+
+    def _start_helper(self) -> None:
+        helper = threading.Thread(target=self._help, name=f"ring-{len(self._helpers)}", daemon=True)
+        self._helpers.append(helper)
+        helper.start()
 
     def _help(self) -> None:
         while (errand := self._errands.get()) is not None:
             errand()
 
-    def _open(self, files: _Files, work: Work) -> None:
-        unit = work.unit
-        assert unit is not None
+    def _open(self, files: _Files, opening: _Opening, size_bytes: int) -> None:
         file: OpenFile | SllmError
         try:
-            file = OpenFile(unit.file, unit.file_bytes)
+            file = OpenFile(opening.path, size_bytes)
         except SllmError as error:
             file = error
         except Exception as error:  # a helper has no caller: whatever it is, it is the job's end
-            file = SllmError(f"opening {unit.file} failed: {type(error).__name__}: {error}")
-        self._opened.put((files, unit.file, file))
+            file = SllmError(f"opening {opening.path} failed: {type(error).__name__}: {error}")
+        self._opened.put((files, opening, file))
         os.eventfd_write(self._woken, 1)  # also while it is being closed: these units have yet to be settled
 
     def _check(self, work: Work) -> None:

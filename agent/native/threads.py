@@ -18,7 +18,7 @@ from typing import Final
 
 import xxhash
 
-from agent.native.files import DIRECT_ALIGN_BYTES, OpenFile, wrong_checksum
+from agent.native.files import DIRECT_ALIGN_BYTES, OpenFile, stalled, wrong_checksum
 from agent.native.jobs import JobQueue, ReadJob, Unit, Work, cancelled
 from schema.errors import SllmError
 
@@ -33,11 +33,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Reading:
-    """What a thread is at: the last read it began. ``overdue``: it is counted out, and another thread is in its place."""
+    """What a thread is at: the last read it began, or without an offset an opening. ``overdue``: it is counted out, and another
+    thread is in its place."""
 
     job: ReadJob
-    file: OpenFile
-    offset: int
+    path: Path
+    offset: int | None
     began: float
     overdue: bool = False
 
@@ -86,7 +87,7 @@ class ThreadReader:
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
         for reading in list(self._reading.values()):
-            _log.error("a read of %s at byte %d does not come back; it is left behind", reading.file.path, reading.offset)
+            _log.error("a read of %s does not come back; it is left behind", reading.path)
 
     def _start(self, target: Callable[[], None], name: str) -> None:
         thread = threading.Thread(target=target, name=name, daemon=True)  # one that is stuck must not keep the process
@@ -102,7 +103,7 @@ class ThreadReader:
             due = time.monotonic() - self._stall_s
             for reading in [each for each in list(self._reading.values()) if each.began <= due and not each.overdue]:
                 reading.overdue = True
-                error = reading.file.stalled(reading.offset, self._stall_s)
+                error = stalled(reading.path, reading.offset, self._stall_s)
                 _log.error("%s", error)
                 self.queue.stall(reading.job, error)
                 self._start(self._serve, f"read-{len(self._threads)}")
@@ -125,6 +126,7 @@ class ThreadReader:
             return True
         error: SllmError | None = None
         corrupt = False
+        self._reading[threading.current_thread()] = _Reading(work.job, unit.file, None, time.monotonic())
         try:
             with files.opening:
                 file = files.open.get(unit.file)
@@ -150,7 +152,7 @@ class ThreadReader:
                 if job.error is not None:
                     raise cancelled()
                 block = target[start : start + self._block_bytes]
-                self._reading[threading.current_thread()] = _Reading(job, file, offset, time.monotonic())
+                self._reading[threading.current_thread()] = _Reading(job, file.path, offset, time.monotonic())
                 _fill(file, block, offset)
                 if unit.xxh3 is not None:
                     digest.update(block)

@@ -6,13 +6,13 @@ import errno
 import os
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import xxhash
 
-from agent.native import files, threads
+from agent.native import files, ring_reader, threads
 from agent.native.reader import Priority, ReadJob, ReadPool, Unit
 from agent.native.uring import NoRing
 
@@ -50,8 +50,11 @@ class Watch:
             self._done.notify_all()
 
     def wait(self, job: ReadJob) -> None:
+        self.until(lambda: job in self.finished)
+
+    def until(self, true: Callable[[], bool]) -> None:
         with self._done:
-            assert self._done.wait_for(lambda: job in self.finished, timeout=30)
+            assert self._done.wait_for(true, timeout=30)
 
 
 def units(path: Path, size: int, memory: memoryview, step: int = MIB) -> list[Unit]:
@@ -342,6 +345,41 @@ def test_what_cannot_be_opened_ends_the_job(pool: ReadPool, tmp_path: Path) -> N
     assert job.error is not None
     assert job.error.code == "invalid_checkpoint"
     assert "No such file" in str(job.error)
+
+
+@pytest.mark.parametrize("backend", ["io_uring", "threads"])
+def test_an_opening_that_does_not_come_back_ends_its_job_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    data = write(tmp_path / "f", MIB)
+    write(tmp_path / "stuck", MIB)
+    leave = threading.Event()
+    real = os.open
+
+    def held(path: Path, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        if Path(path).name == "stuck":
+            assert leave.wait(30)
+        return real(path, flags, mode, dir_fd=dir_fd)
+
+    monkeypatch.setattr(files.os, "open", held)
+    monkeypatch.setattr(ring_reader, "_TICK_S", 0.05)
+    monkeypatch.setattr(threads, "_TICK_S", 0.05)
+    try:
+        pool = ReadPool(1, backend=backend, depth=2, stall_s=0.2)
+    except NoRing as error:
+        pytest.skip(str(error))
+    watch = Watch()
+    stuck = pool.submit(units(tmp_path / "stuck", MIB, memoryview(bytearray(MIB)), 4096), watch)
+    memory = memoryview(bytearray(MIB))
+    job = pool.submit(units(tmp_path / "f", MIB, memory), watch)
+    watch.wait(job)
+    assert memory == data
+    watch.until(lambda: stuck.stalled is not None)
+    assert str(stuck.stalled).startswith(f"opening {tmp_path / 'stuck'} has not come back")
+    leave.set()
+    watch.wait(stuck)
+    assert stuck.error is stuck.stalled
+    pool.close()
 
 
 def test_a_unit_in_pieces_and_off_every_boundary(pool: ReadPool, tmp_path: Path) -> None:
