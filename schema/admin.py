@@ -33,6 +33,7 @@ __all__ = [
     "EventView",
     "ExplainView",
     "InstanceView",
+    "LoadView",
     "ModelView",
     "NodeVerdictView",
     "NodeView",
@@ -56,12 +57,24 @@ class _View(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ProgressView(_View, frozen=True, kw_only=True):
-    """How far a long operation has come; ``rate_bps`` is of the present stage."""
+    """How far a long operation has come; ``rate_bps`` is of the present stage, ``now_bps`` of its latest step.
+
+    ``source``: the tier that the bytes come from, where that is known.
+    """
 
     stage: str
     done_bytes: int
     total_bytes: int
     rate_bps: float = 0.0
+    source: Tier | None = None
+    now_bps: float = 0.0
+
+
+class LoadView(_View, frozen=True, kw_only=True):
+    """Something that moves bytes on a node now: ``id`` is an instance that starts, or an operation."""
+
+    id: str
+    progress: ProgressView
 
 
 class NodeView(_View, frozen=True, kw_only=True):
@@ -73,6 +86,7 @@ class NodeView(_View, frozen=True, kw_only=True):
     seen_at: float
     instances: int
     inventory: Inventory | None = None
+    loads: tuple[LoadView, ...] = ()
 
 
 class ModelView(_View, frozen=True, kw_only=True):
@@ -142,6 +156,8 @@ class OperationView(_View, frozen=True, kw_only=True):
     """Something long that an operator asked of a node and a checkpoint; remembered for a while after it has ended.
 
     ``ended_at`` is None while it goes on; ``fault`` then says how it failed, None that it did not. ``url`` is the remote's.
+    ``ended_at`` is None while it goes on; ``fault`` then says how it failed, None that it did not. ``read_bytes`` were read
+    for it, 0 for what was there already.
     """
 
     id: str
@@ -154,6 +170,7 @@ class OperationView(_View, frozen=True, kw_only=True):
     ended_at: float | None
     fault: Fault | None
     progress: ProgressView | None
+    read_bytes: int = 0
     url: str = ""
 
 

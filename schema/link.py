@@ -642,11 +642,12 @@ class Progress(Message, frozen=True, kw_only=True, tag="progress"):
 
 class OperationDone(Message, frozen=True, kw_only=True, tag="done"):
     """The one end of an operation: a ``fault``, or success. ``digest`` is the checkpoint it made or used, ``layout`` the one
-    that it published or fetched."""
+    that it published or fetched. ``read_bytes`` were read for it, 0 for what was there."""
 
     op: str
     digest: str = ""
     fault: Fault | None = None
+    read_bytes: int = 0
     layout: str = ""
 
 

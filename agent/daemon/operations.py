@@ -221,8 +221,9 @@ class Operations:
                 self._store.withdraw(fill)
         finally:
             self._store.holds.release(message.digest, message.op)
-        fault = result if isinstance(result, Fault) else None
-        return OperationDone(op=message.op, digest=message.digest, fault=fault)
+        if isinstance(result, Fault):
+            return OperationDone(op=message.op, digest=message.digest, fault=result)
+        return OperationDone(op=message.op, digest=message.digest, read_bytes=result.read_bytes)
 
     async def _verify(self, message: VerifyCheckpoint) -> OperationDone:
         """Both quarantine and its end are written by the store; what it found is read again before the end is told."""
@@ -237,7 +238,8 @@ class Operations:
             self._store.cancel_verify(message.op)
         await self._checkpoints.scan()
         self._owner.placement_changed(digest)
-        return OperationDone(op=message.op, digest=digest, fault=fault)
+        read = sum(partition.size_bytes for partition in entry.manifest.partitions) if fault is None else 0
+        return OperationDone(op=message.op, digest=digest, fault=fault, read_bytes=read)
 
     async def _drops_over(self) -> None:
         """What is said after a drop finds its room free."""

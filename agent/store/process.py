@@ -179,7 +179,8 @@ class StoreProcess:
         self._say(OperationDone(op=op, digest=digest, fault=fault))
 
     def verifying(self, op: str, stage: str, done_bytes: int, total_bytes: int) -> None:
-        self._say(Progress(op=op, stage=stage, done_bytes=done_bytes, total_bytes=total_bytes))
+        source = Tier.DRAM if stage.endswith(Tier.DRAM) else Tier.DISK
+        self._say(Progress(op=op, stage="verify", done_bytes=done_bytes, total_bytes=total_bytes, source=source))
 
     def verified(self, op: str, digest: str, fault: Fault | None) -> None:
         self._say(OperationDone(op=op, digest=digest, fault=fault))

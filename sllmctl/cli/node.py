@@ -9,6 +9,7 @@ import click
 from sllmctl.cli.context import Invocation, output_option, pass_invocation
 from sllmctl.cli.format import age, bandwidth, size
 from sllmctl.cli.output import Column, Format, now, show_item, show_items
+from sllmctl.cli.phases import progress_text
 
 if TYPE_CHECKING:
     from schema.admin import NodeView
@@ -82,6 +83,7 @@ def _fields(node: NodeView) -> list[tuple[str, str]]:
         ("Disk", bandwidth(means.disk_read_bps)),
         ("Disk budget", _disk_budget(means)),
         ("Device copy", bandwidth(means.device_copy_bps)),
+        ("Loads", "\n".join(f"{load.id}: {progress_text(load.progress)}" for load in node.loads) or "none"),
     ]
 
 

@@ -78,9 +78,7 @@ def _rate(operation: OperationView) -> str:
         return "-"
     if operation.ended_at is None:
         return bandwidth(operation.progress.rate_bps) if operation.progress is not None else "-"
-    # What was there already has told of no bytes.
-    read = operation.progress.done_bytes if operation.progress is not None else 0
-    return bandwidth(read / _took(operation)) if _took(operation) > 0 else "-"
+    return bandwidth(operation.read_bytes / _took(operation)) if _took(operation) > 0 else "-"
 
 
 _COLUMNS: list[Column[OperationView]] = [

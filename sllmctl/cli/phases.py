@@ -43,8 +43,10 @@ def engine_text(engine: EngineTiming) -> str:
 
 
 def progress_text(progress: ProgressView) -> str:
-    """``reading 310.0 MiB of 1.1 GiB, 800.0 MiB/s``."""
-    text = progress.stage
+    """``load from disk 310.0 MiB of 1.1 GiB, 800.0 MiB/s, now 1.1 GiB/s``."""
+    text = progress.stage + (f" from {progress.source}" if progress.source is not None else "")
     if progress.total_bytes:
         text += f" {size(progress.done_bytes)} of {size(progress.total_bytes)}"
-    return text + (f", {size(progress.rate_bps)}/s" if progress.rate_bps > 0 else "")
+    if progress.rate_bps > 0:
+        text += f", {size(progress.rate_bps)}/s"
+    return text + (f", now {size(progress.now_bps)}/s" if progress.now_bps > 0 else "")

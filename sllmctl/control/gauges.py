@@ -16,7 +16,8 @@ __all__ = ["cluster_gauges"]
 
 
 def cluster_gauges(view: ClusterView, live: LiveNumbers) -> Iterable[Metric]:
-    """Nodes by state, instances and requests by model; bytes resident in each node's tiers, and its arena's budget."""
+    """Nodes by state, instances and requests by model; bytes resident in each node's tiers, and their budgets; what loads
+    move now, by where it comes from."""
     nodes = GaugeMetricFamily("sllm_nodes", "Nodes by state.", labels=("state",))
     for state, count in Counter(node.state.value for node in view.nodes.values()).items():
         nodes.add_metric((state,), count)
@@ -43,4 +44,26 @@ def cluster_gauges(view: ClusterView, live: LiveNumbers) -> Iterable[Metric]:
     for known in view.nodes.values():
         if known.inventory is not None and known.state is not NodeState.REMOVED:
             arenas.add_metric((known.id,), known.inventory.arena.budget_bytes)
-    return (nodes, instances, requests, tiers, arenas)
+    loads = GaugeMetricFamily("sllm_loads", "Loads and other copies under way by node and stage.", labels=("node", "stage"))
+    rates = GaugeMetricFamily(
+        "sllm_load_bytes_per_second", "What those move now, by node and tier that it comes from.", labels=("node", "source")
+    )
+    left = GaugeMetricFamily("sllm_load_left_bytes", "What those have yet to move.", labels=("node", "source"))
+    disks = GaugeMetricFamily("sllm_disk_budget_bytes", "The disk tier's budget by node.", labels=("node",))
+    for known in view.nodes.values():
+        if known.inventory is not None and known.state is not NodeState.REMOVED:
+            disks.add_metric((known.id,), known.inventory.disk_budget_bytes)
+        counts: Counter[str] = Counter()
+        moved: Counter[str] = Counter()
+        missing: Counter[str] = Counter()
+        for _, progress in live.loads(known.id):
+            source = progress.source.value if progress.source is not None else "unknown"
+            counts[progress.stage] += 1
+            moved[source] += round(progress.now_bps)
+            missing[source] += progress.total_bytes - progress.done_bytes
+        for stage, count in counts.items():
+            loads.add_metric((known.id, stage), count)
+        for source in moved:
+            rates.add_metric((known.id, source), moved[source])
+            left.add_metric((known.id, source), missing[source])
+    return (nodes, instances, requests, tiers, arenas, disks, loads, rates, left)

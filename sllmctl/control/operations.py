@@ -50,6 +50,7 @@ def done(turn: Turn, said: OperationDone) -> bool:
         return False
     if operation.ended_at is None:
         # What somebody else dropped in the meantime is gone, as was asked for.
+        operation.read_bytes = said.read_bytes
         gone = operation.kind == "drop" and said.fault is not None and said.fault.code == NotFound.code
         _end(turn, operation, None if gone else said.fault)
         if operation.url and said.fault is None:

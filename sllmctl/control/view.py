@@ -118,6 +118,7 @@ class Operation:
     began_at: float
     ended_at: float | None = None
     fault: Fault | None = None
+    read_bytes: int = 0
     url: str = ""
     layout: str = ""
 

@@ -10,6 +10,7 @@ import msgspec
 from schema.admin import (
     CheckpointView,
     InstanceView,
+    LoadView,
     ModelView,
     NodeView,
     OperationView,
@@ -48,12 +49,15 @@ class LiveNumbers(Protocol):
     def progress(self, op_or_instance: str) -> ProgressView | None:
         """How far an operation, or an instance's start, has come."""
 
+    def loads(self, node: str) -> list[tuple[str, ProgressView]]:
+        """What moves bytes on a node now, by operation or instance."""
 
-def node_views(view: ClusterView) -> list[NodeView]:
-    return [node_view(view, node) for node in sorted(view.nodes.values(), key=lambda node: node.name)]
+
+def node_views(view: ClusterView, live: LiveNumbers) -> list[NodeView]:
+    return [node_view(view, live, node) for node in sorted(view.nodes.values(), key=lambda node: node.name)]
 
 
-def node_view(view: ClusterView, node: Node) -> NodeView:
+def node_view(view: ClusterView, live: LiveNumbers, node: Node) -> NodeView:
     return NodeView(
         id=node.id,
         name=node.name,
@@ -63,6 +67,7 @@ def node_view(view: ClusterView, node: Node) -> NodeView:
         seen_at=node.seen_at,
         instances=len(view.instances_on(node.id)),
         inventory=_means(view, node.id, node.inventory),
+        loads=tuple(LoadView(id=id_, progress=progress) for id_, progress in live.loads(node.id)),
     )
 
 
@@ -180,6 +185,7 @@ def operation_view(view: ClusterView, live: LiveNumbers, operation: Operation) -
         fault=operation.fault,
         progress=live.progress(operation.id),
         url=operation.url,
+        read_bytes=operation.read_bytes,
     )
 
 

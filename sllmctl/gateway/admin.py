@@ -179,13 +179,13 @@ class _Admin:
 
     async def list_nodes(self, request: Request) -> Response:
         read_query(request)
-        return item_answer(node_views(self._view))
+        return item_answer(node_views(self._view, self._router))
 
     async def get_node(self, request: Request) -> Response:
         read_query(request)
         name = request.path_params["name"]
         node = self._view.node_named(name) or self._view.nodes.get(name)
-        return json_answer(node_view(self._view, known("node", name, node)))
+        return json_answer(node_view(self._view, self._router, known("node", name, node)))
 
     async def list_models(self, request: Request) -> Response:
         read_query(request)

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 
 from schema.admin import ProgressView
 from schema.link import Progress
+from schema.states import Tier
 
 __all__ = ["ProgressBoard"]
+
+_SILENT_S = 30.0
+"""What has said nothing for so long is not taken for a load any more."""
 
 
 @dataclass(slots=True)
@@ -19,6 +23,9 @@ class _Stage:
     done_bytes: int
     total_bytes: int
     at: float
+    node: str
+    source: Tier | None
+    now_bps: float
 
 
 class ProgressBoard:
@@ -28,11 +35,17 @@ class ProgressBoard:
         self._limit = limit
         self._stages: OrderedDict[str, _Stage] = OrderedDict()
 
-    def take(self, progress: Progress, now: float) -> None:
+    def take(self, progress: Progress, now: float, node: str = "") -> None:
         stage = self._stages.get(progress.op)
-        if stage is None or stage.stage != progress.stage or progress.done_bytes < stage.done_bytes:
-            stage = _Stage(progress.stage, now, progress.done_bytes, progress.done_bytes, progress.total_bytes, now)
+        done_bytes, total_bytes = progress.done_bytes, progress.total_bytes
+        if stage is None or stage.stage != progress.stage or done_bytes < stage.done_bytes:
+            stage = _Stage(progress.stage, now, done_bytes, done_bytes, total_bytes, now, node, progress.source, 0.0)
             self._stages[progress.op] = stage
+        if progress.bps:
+            stage.now_bps = progress.bps
+        elif now > stage.at and done_bytes > stage.done_bytes:
+            stage.now_bps = (done_bytes - stage.done_bytes) / (now - stage.at)
+        stage.node, stage.source = node, progress.source
         stage.done_bytes, stage.total_bytes, stage.at = progress.done_bytes, progress.total_bytes, now
         self._stages.move_to_end(progress.op)
         if len(self._stages) > self._limit:
@@ -45,6 +58,25 @@ class ProgressBoard:
         stage = self._stages.get(op)
         if stage is None:
             return None
-        elapsed = stage.at - stage.began_at
-        rate = (stage.done_bytes - stage.began_bytes) / elapsed if elapsed > 0 else 0.0
-        return ProgressView(stage=stage.stage, done_bytes=stage.done_bytes, total_bytes=stage.total_bytes, rate_bps=rate)
+        return _view(stage)
+
+    def on(self, node: str, now: float) -> list[tuple[str, ProgressView]]:
+        """What has moved bytes on a node lately and has not all of them yet; that which spoke last comes last."""
+        return [
+            (op, _view(stage))
+            for op, stage in self._stages.items()
+            if stage.node == node and now - stage.at <= _SILENT_S and stage.done_bytes < stage.total_bytes
+        ]
+
+
+def _view(stage: _Stage) -> ProgressView:
+    elapsed = stage.at - stage.began_at
+    rate = (stage.done_bytes - stage.began_bytes) / elapsed if elapsed > 0 else 0.0
+    return ProgressView(
+        stage=stage.stage,
+        done_bytes=stage.done_bytes,
+        total_bytes=stage.total_bytes,
+        rate_bps=rate,
+        source=stage.source,
+        now_bps=stage.now_bps,
+    )

@@ -180,7 +180,7 @@ class Router:
 
     def progressed(self, node: str, progress: Progress) -> None:
         """How far an operation or a start has come."""
-        self._progress.take(progress, self._core.clock())
+        self._progress.take(progress, self._core.clock(), node)
 
     def instance_started(self, instance: str, epoch: Epoch, phases: StartPhases) -> None:
         """An instance became ready; said before the control loop hears of it, so that those who wait get its phases."""
@@ -277,6 +277,10 @@ class Router:
     def progress(self, op: str) -> ProgressView | None:
         """Of an operation, or of an instance's start by the instance's id."""
         return self._progress.view(op)
+
+    def loads(self, node: str) -> list[tuple[str, ProgressView]]:
+        """What moves bytes on a node now, by operation or instance."""
+        return self._progress.on(node, self._core.clock())
 
     # --- taking requests in
 

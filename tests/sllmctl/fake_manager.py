@@ -342,7 +342,8 @@ OPERATIONS = (
         began_at=NOW - 4,
         ended_at=NOW - 2,
         fault=None,
-        progress=ProgressView(stage="verify disk", done_bytes=1 << 30, total_bytes=1 << 30, rate_bps=float(1 << 29)),
+        progress=None,
+        read_bytes=1 << 30,
     ),
     OperationView(
         id="op_2",

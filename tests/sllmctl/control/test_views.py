@@ -5,9 +5,10 @@ from __future__ import annotations
 from schema.admin import ProgressView
 from schema.ids import Epoch
 from schema.link import InstanceLoad
-from schema.states import InstanceState, NodeState
+from schema.states import InstanceState, NodeState, Tier
+from sllmctl.control.gauges import cluster_gauges
 from sllmctl.control.views import checkpoint_views, instance_views, model_views, node_views
-from tests.sllmctl.control.world import World, digest_of, spec
+from tests.sllmctl.control.world import MIB, World, digest_of, spec
 
 
 class Numbers:
@@ -25,13 +26,18 @@ class Numbers:
     def progress(self, op_or_instance: str) -> ProgressView | None:
         return ProgressView(stage="read", done_bytes=1, total_bytes=2)
 
+    def loads(self, node: str) -> list[tuple[str, ProgressView]]:
+        progress = ProgressView(stage="load", done_bytes=100, total_bytes=1000, source=Tier.DISK, now_bps=50.0)
+        return [("inst_1", progress), ("op_1", progress)] if node == "local" else []
+
 
 def test_every_noun_is_shown(world: World) -> None:
     world.serve(spec(least=1))
     instance = world.only()
     load = InstanceLoad(instance=instance.id, epoch=instance.epoch, running=4, waiting=0, kv_used_tokens=99)
-    (node,) = node_views(world.view)
+    (node,) = node_views(world.view, Numbers(None))
     assert (node.name, node.state, node.instances) == ("local", NodeState.READY, 1)
+    assert [load.id for load in node.loads] == ["inst_1", "op_1"]
     (model,) = model_views(world.view, Numbers(None))
     assert (model.name, model.instances, model.waiting, model.running, model.progress) == ("m", {"ready": 1}, 2, 3, None)
     (shown,) = instance_views(world.view, Numbers(load))
@@ -39,6 +45,28 @@ def test_every_noun_is_shown(world: World) -> None:
     assert (shown.running, shown.kv_used_tokens, shown.kv_capacity_tokens) == (4, 99, 4096)
     (checkpoint,) = checkpoint_views(world.view)
     assert (checkpoint.digest, checkpoint.models, len(checkpoint.placements)) == (digest_of("m"), ("m",), 1)
+
+
+def test_what_is_taken_of_a_node_is_what_lies_there_now(world: World) -> None:
+    agent = world.agents["local"]
+    agent.hold("a", image_mib=3, dram=True)
+    agent.hold("b", image_mib=5)
+    world.connect("local")
+    (node,) = node_views(world.view, Numbers(None))
+    assert node.inventory is not None
+    assert node.inventory.disk_used_bytes == 8 * MIB
+    assert node.inventory.arena.used_bytes == 4 * MIB, "in whole chunks"
+
+
+def test_loads_are_summed_by_where_their_bytes_come_from(world: World) -> None:
+    found = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in cluster_gauges(world.view, Numbers(None))
+        for sample in family.samples
+    }
+    assert found["sllm_loads", "local", "load"] == 2
+    assert found["sllm_load_bytes_per_second", "local", "disk"] == 100
+    assert found["sllm_load_left_bytes", "local", "disk"] == 1800
 
 
 def test_the_load_of_an_older_life_is_not_shown(world: World) -> None:

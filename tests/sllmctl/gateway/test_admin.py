@@ -123,6 +123,9 @@ class _Router:
     def instance_load(self, instance: str) -> InstanceLoad | None:
         return InstanceLoad(instance=instance, epoch=Epoch(5), running=1, waiting=0, kv_used_tokens=9)
 
+    def loads(self, node: str) -> list[tuple[str, ProgressView]]:
+        return []
+
     def progress(self, op_or_instance: str) -> ProgressView | None:
         return ProgressView(stage="reading", done_bytes=1, total_bytes=4) if op_or_instance == "op_1" else None
 

@@ -1,0 +1,40 @@
+"""How far things have come, by operation and by node."""
+
+from __future__ import annotations
+
+from schema.link import Progress
+from schema.states import Tier
+from sllmctl.gateway.progress import ProgressBoard
+
+
+def step(op: str, done: int, *, stage: str = "load", source: Tier | None = Tier.DISK, bps: float = 0.0) -> Progress:
+    return Progress(op=op, stage=stage, done_bytes=done, total_bytes=1000, source=source, bps=bps)
+
+
+def test_a_rate_is_of_the_stage_and_of_its_latest_step() -> None:
+    board = ProgressBoard(8)
+    board.take(step("a", 0), 10.0, "n")
+    board.take(step("a", 100), 11.0, "n")
+    board.take(step("a", 400), 12.0, "n")
+    shown = board.view("a")
+    assert shown is not None
+    assert (shown.rate_bps, shown.now_bps, shown.source) == (200.0, 300.0, Tier.DISK)
+    board.take(step("a", 500, bps=77.0), 13.0, "n")
+    shown = board.view("a")
+    assert shown is not None
+    assert shown.now_bps == 77.0
+    board.take(step("a", 10, stage="verify", source=Tier.DRAM), 14.0, "n")
+    shown = board.view("a")
+    assert shown is not None
+    assert (shown.rate_bps, shown.now_bps, shown.source, shown.stage) == (0.0, 0.0, Tier.DRAM, "verify")
+
+
+def test_a_node_shows_what_moves_there_and_neither_what_is_done_nor_what_is_silent() -> None:
+    board = ProgressBoard(8)
+    for op, node, done in (("a", "n", 10), ("b", "m", 10), ("c", "n", 1000), ("d", "n", 20)):
+        board.take(step(op, done), 10.0, node)
+    assert [op for op, _ in board.on("n", 20.0)] == ["a", "d"]
+    board.take(step("a", 11), 35.0, "n")
+    assert [op for op, _ in board.on("n", 45.0)] == ["a"]
+    board.drop("a")
+    assert board.on("n", 45.0) == []
