@@ -174,6 +174,7 @@ class Operations:
         digest, in_memory = message.digest, message.tier is Tier.DRAM
         if message.tier not in (Tier.DRAM, Tier.DISK):
             raise InvalidInput(f"a checkpoint can be fetched to {Tier.DRAM} or {Tier.DISK}, not to {message.tier}")
+        await self._drops_over()
         if digest in self._dropping:
             raise Conflict(f"checkpoint {digest} is just being dropped")
         layout = self._checkpoints.layout(digest)

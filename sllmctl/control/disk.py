@@ -1,7 +1,8 @@
 """Room on a node's disk: which copies go when an ingest or a fetch would pass the budget. Only what can be had again goes.
 
 The least recently used go first. A copy stays that is pinned, in use, on its way, of a model with a minimum of instances,
-or the last sound one: it goes only while another ready node keeps a sound copy on its disk that is not itself on its way out.
+or the last sound one: it goes only while another ready node keeps a sound copy on its disk that is not itself on its way out,
+or, of a checkpoint that no deployed model means, while it lies on a remote.
 """
 
 from __future__ import annotations
@@ -50,10 +51,11 @@ def _may_go(core: Core, record: PlacementRecord) -> bool:
         return False
     if (node, digest) in core.prefetches.values() or _operated(core, node, digest):
         return False
-    models = (view.models[name] for name in view.models_of(digest))
-    if any(model.state is ModelState.DEPLOYED and model.spec.scale.min for model in models):
+    deployed = [model for name in view.models_of(digest) if (model := view.models[name]).state is ModelState.DEPLOYED]
+    if any(model.spec.scale.min for model in deployed):
         return False
-    return any(
+    # Starts cannot wait for a remote, so what is deployed keeps a copy on some disk.
+    return (not deployed and bool(view.publications_of(digest))) or any(
         other != node and view.nodes[other].state is NodeState.READY and not _goes(core, other, digest)
         for other in view.nodes_with(digest, Tier.DISK)
     )

@@ -8,9 +8,18 @@ from __future__ import annotations
 
 from schema.admin import OperationKind
 from schema.errors import Conflict, Fault, NotFound, Unreachable
-from schema.link import DropCheckpoint, Fetch, LoadCheckpoint, NodeTruth, OperationDone, Publish, VerifyCheckpoint
+from schema.link import (
+    DropCheckpoint,
+    Fetch,
+    LoadCheckpoint,
+    NodeTruth,
+    OperationDone,
+    OperationsAcked,
+    Publish,
+    VerifyCheckpoint,
+)
 from schema.states import NodeState, Tier, TierState
-from sllmctl.control import remotes
+from sllmctl.control import disk, remotes
 from sllmctl.control.effects import Operate
 from sllmctl.control.references import checkpoint_called, node_called
 from sllmctl.control.turn import Turn
@@ -48,13 +57,26 @@ def done(turn: Turn, said: OperationDone) -> bool:
     operation = turn.view.operations.get(said.op)
     if operation is None:
         return False
-    if operation.ended_at is None:
+    if operation.ended_at is None and not _fetch_again(turn, operation, said):
         # What somebody else dropped in the meantime is gone, as was asked for.
         operation.read_bytes = said.read_bytes
         gone = operation.kind == "drop" and said.fault is not None and said.fault.code == NotFound.code
         _end(turn, operation, None if gone else said.fault)
         if operation.url and said.fault is None:
             remotes.note(turn, operation, said.layout)
+    return True
+
+
+def _fetch_again(turn: Turn, operation: Operation, said: OperationDone) -> bool:
+    """A fetch would have passed the disk's budget: ask again, once, without what can be had again, if that will do."""
+    fault = said.fault
+    if operation.kind != "fetch" or fault is None or not fault.short_bytes or operation.made_room:
+        return False
+    if not disk.make_room(turn, operation.node, fault.short_bytes, f"checkpoint {operation.digest[:16]}"):
+        return False
+    operation.made_room = True
+    turn.send(operation.node, OperationsAcked(ops=(operation.id,)))  # or the node would tell the old end again
+    _send(turn, operation)
     return True
 
 

@@ -119,6 +119,7 @@ class Operation:
     ended_at: float | None = None
     fault: Fault | None = None
     read_bytes: int = 0
+    made_room: bool = False
     url: str = ""
     layout: str = ""
 

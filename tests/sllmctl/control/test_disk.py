@@ -10,9 +10,9 @@ from schema.errors import Fault
 from schema.link import DropCheckpoint, Ingest
 from schema.states import ModelState, NodeState, Tier, TierState
 from sllmctl.control.disk import victims
-from sllmctl.control.effects import AddModel, Pin
+from sllmctl.control.effects import AddModel, Operate, Pin
 from sllmctl.control.turn import Drop
-from sllmctl.control.view import Operation, PlacementRecord
+from sllmctl.control.view import Operation, PlacementRecord, Publication
 from tests.sllmctl.control.conftest import MakeWorld
 from tests.sllmctl.control.world import MIB, Agent, World, digest_of, spec
 
@@ -93,6 +93,22 @@ def test_what_is_pinned_stays(make_world: MakeWorld) -> None:
     assert drop.digest == digest_of("b")
 
 
+def test_a_fetch_that_lacks_room_gets_it_once(make_world: MakeWorld) -> None:
+    world = two(make_world)
+    agent = world.agents["local"]
+    fetched = "ef" * 32
+    assert world.ask(lambda ticket: Operate(ticket, "fetch", fetched, "local", None, "file:///remote")) is None
+    (operation,) = [one for one in world.view.operations.values() if one.ticket == world.tickets]
+    lacking = Fault("out_of_space", "the budget would be passed", 5 * MIB)
+    world.tell("local", agent.finish(operation.id, lacking))
+    (drop,) = [op for op, asked in agent.ops.items() if isinstance(asked, DropCheckpoint)]
+    assert list(agent.ops) == [next(iter(agent.ops)), drop, operation.id], "the fetch is asked for again, after the drop"
+    world.tell("local", agent.finish(drop))
+    world.tell("local", agent.finish(operation.id, lacking))
+    assert operation.fault == lacking
+    assert not agent.done
+
+
 def may_go(world: World, digest: str, node: str) -> bool:
     """Of the rule's words, one by one."""
     view, core = world.view, world.loop._core
@@ -110,6 +126,9 @@ def may_go(world: World, digest: str, node: str) -> bool:
     for model in view.models.values():
         if model.digest == digest and model.state is ModelState.DEPLOYED and model.spec.scale.min > 0:
             return False
+    needed = any(model.digest == digest and model.state is ModelState.DEPLOYED for model in view.models.values())
+    if not needed and any(each.digest == digest for each in view.publications.values()):
+        return True
     left = [
         one
         for one in view.placements.values()
@@ -144,6 +163,9 @@ def disturb(world: World, draw: random.Random) -> None:
             kind = draw.choice(("verify", "drop", "prefetch"))
             ended = draw.choice((None, 2.0))
             view.operations[op] = Operation(op, 1, kind, digest, node, Tier.DISK, size, 1.0, ended)  # type: ignore[arg-type]
+    for digest in view.checkpoints:
+        if draw.random() < 0.2:
+            view.publications[digest, "file:///r"] = Publication(digest, "file:///r", "exec1", 1.0)
     if draw.random() < 0.3:
         world.lose(draw.choice(NODES))
 
@@ -185,7 +207,7 @@ def test_the_choice_is_that_of_brute_force(make_world: MakeWorld, round_: int) -
             enough = [one for one in prefixes if sum(record.size_bytes for record in one) >= short_bytes]
             assert len(chosen) == min(map(len, enough))
             for digest in {one.digest for one in chosen}:
-                assert any(
+                assert world.view.publications_of(digest) or any(
                     other != node and (other, digest) not in {(d.node, d.digest) for d in world.loop._core.drops.values()}
                     for other in world.view.nodes_with(digest, Tier.DISK)
                 )
