@@ -42,8 +42,9 @@ INGESTS = 3
 class Bench:
     """Runs subjects and keeps what they say. A subject that cannot run here is asked once."""
 
-    def __init__(self, prepared: Prepared) -> None:
+    def __init__(self, prepared: Prepared, *, huge: bool) -> None:
         self.prepared = prepared
+        self.huge = huge
         self.runs: list[dict[str, Any]] = []
         self.unsupported: dict[str, str] = {}
         self.sums = {
@@ -122,6 +123,8 @@ class Bench:
 
     def _ask(self, command: list[str], environment: Mapping[str, str], files: list[Path], state: str) -> dict[str, Any]:
         """Start a subject, set the page cache up once it is ready, let it go, and return its answer."""
+        if self.huge:
+            _await_huge_pages()
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false", **environment},
@@ -211,6 +214,17 @@ def _huge_pages(wanted: bool) -> Iterator[None]:
         HUGE.write_text(before)
 
 
+def _await_huge_pages() -> None:
+    """The one before may still be giving its pages back. Says so when others on the machine have them."""
+    for _ in range(100):
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(fields["HugePages_Free"]) - int(fields["HugePages_Rsvd"])
+        if free >= HUGE_PAGES:
+            return
+        time.sleep(0.1)
+    print(f"# only {free} huge pages are free: others on this machine have taken some", flush=True)
+
+
 def _machine() -> str:
     name = next(
         line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
@@ -249,7 +263,7 @@ def main() -> int:
     if given.prepare:
         return 0
     began = time.monotonic()
-    bench = Bench(prepared)
+    bench = Bench(prepared, huge=given.hugepages)
     with _huge_pages(given.hugepages):
         for number in range(given.rounds):
             print(f"# round {number + 1} of {given.rounds}, {time.monotonic() - began:.0f} s", flush=True)
