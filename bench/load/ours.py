@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import socket
 import subprocess
@@ -113,12 +112,12 @@ def ingest(source: Path) -> dict[str, Any]:
     data = Path(tempfile.mkdtemp(prefix="ingest-", dir=source.parent))
     try:
         _await_go()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        before = _memory_bytes("VmHWM")
         began, began_cpu_s = time.perf_counter(), cpu_s()
         convert(source, data / "checkpoints", data / "tmp", lambda done, total: None)
         seconds = time.perf_counter() - began
         written = sum(path.stat().st_size for path in (data / "checkpoints").rglob("*") if path.is_file())
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = _memory_bytes("VmHWM")
         used_s = cpu_s() - began_cpu_s
         return {"seconds": seconds, "cpu_s": used_s, "bytes": written, "before_rss_bytes": before, "peak_rss_bytes": peak}
     finally:
@@ -144,8 +143,13 @@ def _proof(manifest: Manifest, image: memoryview) -> dict[str, Any]:
 
 def _beyond_arena_bytes() -> int:
     """What this process holds in memory, without shared memory: its arena is that, or huge pages, which are not counted."""
+    return _memory_bytes("RssAnon", "RssFile")
+
+
+def _memory_bytes(*names: str) -> int:
+    """The sum of these fields of this process's status. (ru_maxrss would begin with what the parent had.)"""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile"))
+    return sum(int(fields[name].split()[0]) * 1024 for name in names)
 
 
 def _import_worker() -> None:
