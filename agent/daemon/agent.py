@@ -85,7 +85,9 @@ class Agent:
         self._zygote_kin = Kin("zygote", config, self._roster, spawn)
         self._store = StoreLink(self._store_kin, self)
         self._zygote = ZygoteLink(self._zygote_kin)
-        self._instances = Instances(config, self._roster, self._store, self._journal, self, self._zygote.ask)
+        found = devices(config)
+        cuda = frozenset(device.index for device in found if device.kind == "cuda")
+        self._instances = Instances(config, self._roster, self._store, self._journal, self, self._zygote.ask, cuda)
         self._zygote.instances = self._instances
         self._relay = Relay(self._journal, self._instances, self, config.hang_s)
         self._checkpoints = Checkpoints(config.checkpoints_path, self._store)
@@ -94,7 +96,7 @@ class Agent:
         self._server = Server(config.socket_path, self._admit)
         self._inventory = inventory(config, None)
         self._disk = DiskSpeed(config, self._busy)
-        self._devices = {device.index for device in devices(config)}
+        self._devices = {device.index for device in found}
         self._admission = asyncio.Lock()
         self._saving = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -341,6 +343,8 @@ class Agent:
         unknown = [str(device) for device in start.devices if device not in self._devices]
         if unknown or not start.devices:
             raise InvalidInput(f"this node has no device {', '.join(unknown) or '(none was given)'}")
+        if len(start.devices) > 1:
+            raise InvalidInput("the engine runs an instance on one device; start one instance per device")
         return self._checkpoints.directory(start.digest)
 
     def worker_dialled(self, life: Life) -> None:

@@ -111,6 +111,7 @@ class Checkpoints:
             placements.append(Placement(tier=Tier.DRAM, state=state, size_bytes=image_bytes, users=users, reason=bad))
         elif self._store.filling(digest):
             placements.append(Placement(tier=Tier.DRAM, state=TierState.FILLING, size_bytes=size, users=users))
+        placements += self._store.devices.placements(digest, size)
         facts = self._facts.get(digest)
         return CheckpointTruth(
             digest=digest,
@@ -122,7 +123,7 @@ class Checkpoints:
         )
 
     def truths(self) -> tuple[CheckpointTruth, ...]:
-        digests = sorted({*self._entries, *self._store.residents})
+        digests = sorted({*self._entries, *self._store.residents, *self._store.devices.digests})
         return tuple(self.truth(digest) for digest in digests)
 
     async def read(self, message: ReadFile) -> FileChunk:

@@ -145,7 +145,7 @@ class Instances(Lives):
             return None
         self._lives.add(life)
         self._set_directory(life)
-        self._store.holds.add(life.start.digest, life.user)
+        self._hold(life)
         self._own(life, process)
         self._expect(life, self._config.spawn_s, "its worker did not dial the agent again")
         return process
@@ -194,7 +194,7 @@ class Instances(Lives):
         """The worker's truth is complete: go on from where it stands."""
         life.worker = door
         life.asked = truth.start is not None
-        life.attached = bool(truth.arena)
+        life.attached = bool(truth.arena) or truth.weights is not None
         if truth.truth is not None:
             self.worker_changed(life, truth.truth)
         if life.stop_grace_s is not None or life.ending is not None:
@@ -214,7 +214,7 @@ class Instances(Lives):
             door.send(StartWorker(start=life.start, directory=str(self._config.checkpoints_path / life.directory)))
         if life.attached:
             self._expect(life, self._config.start_s, "its worker did not become ready")
-        elif life.resident is None and not life.fill:
+        elif life.resident is None and life.weights is None and not life.fill:
             self._fill(life)
         self._expect_attach(life)
 
@@ -259,6 +259,6 @@ class Instances(Lives):
     def store_lost(self) -> None:
         """Extents that no worker was told yet are void; they are asked for again."""
         for life in list(self._lives):
-            if not life.attached and life.resident is not None and life.ending is None:
-                life.resident = None
+            if not life.attached and (life.resident or life.weights) and life.ending is None:
+                life.resident = life.weights = None
                 self._fill(life)

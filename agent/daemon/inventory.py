@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 
 from agent.config import NodeConfig
+from agent.native.device import budget_bytes, find_devices
 from agent.store.budget import used_bytes
 from schema.link import ArenaInfo, DeviceInfo, Inventory
 
@@ -16,7 +17,15 @@ __all__ = ["devices", "inventory"]
 
 
 def devices(config: NodeConfig) -> tuple[DeviceInfo, ...]:
-    """The devices of this node: its processors as device 0, with the memory that the settings give to instances."""
+    """The devices of this node, with the memory that the settings give to instances: what the driver knows, else its processors
+    as device 0. Raises NoDriver or DeviceError when the settings ask for devices that are not there."""
+    _, found = find_devices(config.devices)
+    if found:
+        budget = config.device_bytes
+        return tuple(
+            DeviceInfo(index=device.index, kind="cuda", name=device.name, memory_bytes=budget_bytes(budget, device))
+            for device in found
+        )
     memory = config.device_bytes or _memory_bytes() // 2
     return (DeviceInfo(index=0, kind="cpu", name=_processor_name(), memory_bytes=memory),)
 

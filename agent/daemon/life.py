@@ -11,7 +11,7 @@ from agent.daemon.process import Process
 from agent.daemon.roster import RosterEntry
 from schema.errors import Fault
 from schema.ids import Epoch
-from schema.link import InstanceTruth, Message, Resident, StartInstance, StartPhases
+from schema.link import DeviceWeights, InstanceTruth, Message, Resident, StartInstance, StartPhases
 from schema.states import InstanceState
 
 __all__ = ["Life", "WorkerDoor"]
@@ -37,7 +37,8 @@ class Life:
 
     ``after`` is the older life that must be dead before this one begins, ``before`` the newer one that waits for this one.
     ``quiet``: what ends it is not told as stopping, because nobody asked for it. ``asked`` and ``attached`` are what the
-    worker has been given: `StartWorker` and `Attach`.
+    worker has been given: `StartWorker` and `Attach`. On a node with devices it is ``weights`` that it attaches, else the
+    ``resident`` image.
     """
 
     start: StartInstance
@@ -52,6 +53,7 @@ class Life:
     attached: bool = False
     fill: str = ""
     resident: Resident | None = None
+    weights: DeviceWeights | None = None
     kv_capacity_tokens: int = 0
     max_context_tokens: int = 0
     phases: StartPhases = field(default_factory=StartPhases)

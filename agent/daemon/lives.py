@@ -26,9 +26,11 @@ from schema.errors import Fault, SllmError, TimedOut, Unreachable
 from schema.link import (
     Attach,
     Descriptors,
+    DeviceWeights,
     Fork,
     InstanceTruth,
     Message,
+    OnDevice,
     Progress,
     Resident,
     StartInstance,
@@ -63,7 +65,8 @@ class InstanceOwner(Protocol):
 class Lives:
     """The lives that have a worker, or will, and what is done to one of them; `Instances` decides when.
 
-    ``fork`` hands a `Fork` to the zygote if it is there, and says whether it was.
+    ``fork`` hands a `Fork` to the zygote if it is there, and says whether it was. ``cuda`` are the devices whose memory the
+    store owns.
     """
 
     def __init__(
@@ -74,7 +77,9 @@ class Lives:
         journal: Journal,
         owner: InstanceOwner,
         fork: Callable[[Message], bool],
+        cuda: frozenset[int] = frozenset(),
     ) -> None:
+        self._cuda = cuda
         self._config = config
         self._roster = roster
         self._store = store
@@ -95,7 +100,7 @@ class Lives:
             return
         self._lives.add(life)
         life.begun = time.monotonic()
-        self._store.holds.add(life.start.digest, life.user)
+        self._hold(life)
         self._fill(life)
         if life in self._lives and life.ending is None:
             self._fork(life)
@@ -108,26 +113,54 @@ class Lives:
         except SllmError as error:
             _log.warning("instance %s: %s", life.start.instance, error)
 
+    def _on_device(self, life: Life) -> bool:
+        """True when its weights are to lie on devices, which the store owns; else they stay in DRAM."""
+        return bool(self._cuda.intersection(life.start.devices))
+
+    def _hold(self, life: Life) -> None:
+        start = life.start
+        if self._on_device(life):
+            self._store.devices.hold(start.digest, start.devices, life.user, start.options.kv_bytes)
+        else:
+            self._store.holds.add(start.digest, life.user)
+
+    def _release(self, life: Life) -> None:
+        if self._on_device(life):
+            self._store.devices.release(life.start.digest, life.start.devices, life.user)
+        else:
+            self._store.holds.release(life.start.digest, life.user)
+
+    def _withdraw(self, life: Life) -> None:
+        if life.fill:
+            self._store.devices.withdraw(life.fill)
+            self._store.withdraw(life.fill)
+            life.fill = ""
+
     def _fill(self, life: Life) -> None:
-        def answered(answer: Resident | Fault) -> None:
+        def answered(answer: Resident | OnDevice | Fault) -> None:
             life.fill = ""
             if isinstance(answer, Fault):
                 self._fail(life, answer)
                 return
-            life.resident = answer
+            if isinstance(answer, OnDevice):
+                life.weights, source = answer.weights[0], answer.source
+            else:
+                life.resident, source = answer, Tier.DISK if answer.read_bytes else Tier.DRAM
             if not life.phases.load_s:
+                load_s = time.monotonic() - life.begun
                 life.phases = msgspec.structs.replace(
-                    life.phases,
-                    load_s=time.monotonic() - life.begun,
-                    loaded_from=Tier.DISK if answer.read_bytes else Tier.DRAM,
-                    loaded_bytes=answer.read_bytes,
+                    life.phases, load_s=load_s, loaded_from=source, loaded_bytes=answer.read_bytes
                 )
             self._expect_attach(life)
 
         def progressed(progress: Progress) -> None:
             self._owner.instance_progress(msgspec.structs.replace(progress, op=life.start.instance))
 
-        life.fill = self._store.fill(life.start.digest, life.directory, answered, progressed)
+        start = life.start
+        if self._on_device(life):
+            life.fill = self._store.devices.fill(start.digest, life.directory, start.devices, answered, progressed)
+        else:
+            life.fill = self._store.fill(start.digest, life.directory, answered, progressed)
 
     def _fork(self, life: Life) -> None:
         life.nonce = secrets.randbits(52) + 1
@@ -158,6 +191,9 @@ class Lives:
         if life.worker is None or not life.asked or life.attached or life.ending is not None:
             return
         life.cancel_timer()
+        if life.weights is not None:
+            self._attach_device(life, life.weights)
+            return
         if life.resident is None or not self._store.ready or self._store.arena is None:
             return
         try:
@@ -172,6 +208,18 @@ class Lives:
         resident = life.resident
         life.attached = True
         life.worker.send(Attach(arena=self._store.arena.id, extents=resident.extents, image_bytes=resident.image_bytes))
+        self._expect(life, self._config.start_s, "its worker did not become ready")
+
+    def _attach_device(self, life: Life, weights: DeviceWeights) -> None:
+        assert life.worker is not None
+        try:
+            descriptor = self._store.devices.descriptor(weights)
+        except SllmError as error:
+            self._fail(life, Fault.of(error))
+            return
+        life.attached = True
+        life.worker.send(Descriptors(what="device", weights=weights), (descriptor,))
+        life.worker.send(Attach(image_bytes=weights.image_bytes, weights=weights))
         self._expect(life, self._config.start_s, "its worker did not become ready")
 
     def _drain(self, life: Life) -> None:
@@ -197,9 +245,7 @@ class Lives:
         if not quiet:
             life.state = _State.STOPPING
             self._tell(life)
-        if life.fill:
-            self._store.withdraw(life.fill)
-            life.fill = ""
+        self._withdraw(life)
         if life.process is None:
             self._finish(life)
         elif life.process.alive:
@@ -244,9 +290,7 @@ class Lives:
         life.nonce = 0
         if life.worker is not None:
             life.worker.close("its process is dead")
-        if life.fill:
-            self._store.withdraw(life.fill)
-            life.fill = ""
+        self._withdraw(life)
         if life.fault is not None:
             _log.warning("instance %s, epoch %d: %s", life.start.instance, life.start.epoch, life.fault.message)
         if self._current.get(life.start.instance) is life:
@@ -258,7 +302,7 @@ class Lives:
         self._owner.attempts_changed()
         self._roster.remove(life.entry())
         if began:
-            self._store.holds.release(life.start.digest, life.user)
+            self._release(life)
             self._finished.set()
         if (following := life.before) is not None:
             life.before = following.after = None

@@ -249,9 +249,15 @@ class Operations:
 
     async def _drop(self, message: DropCheckpoint) -> OperationDone:
         digest = message.digest
-        if message.tier not in (Tier.DRAM, Tier.DISK):
-            raise InvalidInput(f"a checkpoint can be dropped from {Tier.DRAM} or {Tier.DISK}, not from {message.tier}")
-        if users := self._store.holds.users(digest):
+        if message.tier not in (Tier.DEVICE, Tier.DRAM, Tier.DISK):
+            tiers = f"{Tier.DEVICE}, {Tier.DRAM} or {Tier.DISK}"
+            raise InvalidInput(f"a checkpoint can be dropped from {tiers}, not from {message.tier}")
+        if message.tier is Tier.DEVICE:
+            freed: asyncio.Future[Fault | None] = asyncio.get_running_loop().create_future()
+            self._store.devices.drop(message.op, digest, _answer(freed))
+            return OperationDone(op=message.op, digest=digest, fault=await freed)
+        on_devices = self._store.devices.users(digest) if message.tier is Tier.DISK else ()
+        if users := (*self._store.holds.users(digest), *on_devices):
             raise Conflict(f"checkpoint {digest} is in use by {', '.join(users)}; stop them first")
         if message.tier in self._checkpoints.pins.tiers(digest):
             raise Conflict(f"checkpoint {digest} is pinned on {message.tier.value}; unpin it first")

@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol
 import msgspec
 
 from agent.daemon.connection import Connection
+from agent.daemon.devicetier import DeviceTier
 from agent.daemon.holds import Holds
 from agent.daemon.supervisor import Kin
 from agent.native.jobs import Priority
@@ -24,10 +25,13 @@ from schema.link import (
     Descriptors,
     DropResident,
     Evicted,
+    EvictedDevice,
     FetchStored,
     FillArena,
     Hello,
     HoldCheckpoint,
+    Message,
+    OnDevice,
     OperationDone,
     PinResidents,
     Progress,
@@ -91,6 +95,7 @@ class StoreLink:
         self.arena: ArenaInfo | None = None
         self.residents: dict[str, Resident] = {}
         self.holds = Holds(self._users_changed)
+        self.devices = DeviceTier(self._say, owner.placement_changed)
         self._kin = kin
         self._owner = owner
         self._descriptor: int | None = None
@@ -109,7 +114,7 @@ class StoreLink:
     @property
     def loading(self) -> bool:
         """True while a fill is not answered yet."""
-        return bool(self._fills)
+        return bool(self._fills) or self.devices.loading
 
     def filling(self, digest: str) -> bool:
         return any(fill.message.digest == digest for fill in self._fills.values())
@@ -119,11 +124,12 @@ class StoreLink:
         self._kin.claim(connection, hello.pid)
         self._stated = False
         connection.begin(StoreMessage, self, f"store (pid {hello.pid})")
-        if self._descriptor is None:
-            connection.send(welcome(0))
-        else:
-            connection.send(welcome(1))
+        weights = self.devices.given_back()
+        connection.send(welcome((self._descriptor is not None) + len(weights)))
+        if self._descriptor is not None:
             connection.send(Descriptors(what="arena"), [self._descriptor])
+        for message, descriptor in weights:
+            connection.send(message, [descriptor])
 
     def fill(
         self,
@@ -202,7 +208,11 @@ class StoreLink:
         return read_only(self._descriptor)
 
     def close(self) -> None:
-        """Let go of the arena; its memory is free when the store has gone too."""
+        """Let go of arena and device memory, which are free when the store has gone too."""
+        self.devices.close()
+        self._close_arena()
+
+    def _close_arena(self) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -212,7 +222,7 @@ class StoreLink:
     def received(self, connection: Connection, message: Any) -> None:
         match message:
             case Descriptors():
-                self._take_arena(connection, message)
+                self._take_descriptors(connection, message)
             case StoreTruth():
                 self._truth(message)
             case ArenaState():
@@ -223,12 +233,16 @@ class StoreLink:
                 self._resident(message)
             case OperationDone():
                 self._done(message)
+            case OnDevice():
+                self.devices.on_device(message)
+            case EvictedDevice():
+                self.devices.evicted(message.id)
             case Evicted():
                 if self.residents.pop(message.digest, None) is not None:
                     self._owner.placement_changed(message.digest)
             case Progress():
                 asked = self._fills.get(message.op) or self._tasks.get(message.op)
-                if asked is not None:
+                if not self.devices.progress(message) and asked is not None:
                     asked.progress(message)
             case _:
                 raise LinkError(f"the store has no {type(message).__name__} to say")
@@ -252,17 +266,25 @@ class StoreLink:
                 del self._tasks[op]
                 doing = "verifying" if isinstance(task.message, VerifyStored) else "fetching"
                 task.answered(Fault.of(Unreachable(f"the store died {task.losses} times while it was {doing} this checkpoint")))
+        self.devices.lost()
         self._owner.store_lost()
 
     # --- what the store says
 
-    def _take_arena(self, connection: Connection, message: Descriptors) -> None:
+    def _say(self, message: Message) -> None:
+        if self._stated:
+            self._kin.send(message)
+
+    def _take_descriptors(self, connection: Connection, message: Descriptors) -> None:
         descriptors = connection.take_descriptors(message.count)
+        if message.what == "device" and message.weights is not None and len(descriptors) == 1:
+            self.devices.keep(message.weights, descriptors[0])
+            return
         if message.what != "arena" or len(descriptors) != 1:
             for descriptor in descriptors:
                 os.close(descriptor)
             raise LinkError(f"the store sent {len(descriptors)} descriptors as {message.what!r}")
-        self.close()
+        self._close_arena()
         self._descriptor = descriptors[0]
         if self._stated:
             self._owner.store_ready()
@@ -286,6 +308,7 @@ class StoreLink:
         for fill in self._fills.values():
             if fill.message.op not in message.filling:
                 self._kin.send(self._counted(fill.message))
+        self.devices.truth(message)
         for drop in self._drops.values():
             self._kin.send(drop.message)
         for task in self._tasks.values():
@@ -306,6 +329,8 @@ class StoreLink:
             fill.answered(message)
 
     def _done(self, message: OperationDone) -> None:
+        if failed := self.devices.done(message):
+            self._owner.load_failed(failed, message.fault or Fault.of(SllmError("the load failed")))
         fill = self._fills.pop(message.op, None)
         if fill is not None:
             fault = message.fault or Fault.of(SllmError("the store ended a load without saying where the weights lie"))

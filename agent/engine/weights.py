@@ -20,13 +20,18 @@ _Place = tuple[nn.Module, str]
 
 
 def image_tensors(manifest: Manifest, image: Any) -> dict[str, Tensor]:
-    """The stored tensors of a checkpoint over ``image``, a readable buffer of its ``image_bytes``, which must outlive them.
+    """The stored tensors of a checkpoint over ``image``: a readable buffer of its ``image_bytes``, which must outlive them, or
+    a tensor of bytes on a device, which they keep alive.
 
     Nothing is copied; the memory may be read-only, so nobody may write to these tensors.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
-        base = torch.frombuffer(image, dtype=torch.uint8).untyped_storage()
+    if isinstance(image, Tensor):
+        bytes_of = image
+    else:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+            bytes_of = torch.frombuffer(image, dtype=torch.uint8)
+    base = bytes_of.untyped_storage()
     tensors: dict[str, Tensor] = {}
     for entry in manifest.tensors:
         dtype = torch_dtype(entry.dtype)
@@ -34,7 +39,9 @@ def image_tensors(manifest: Manifest, image: Any) -> dict[str, Tensor]:
         strides = [1] * len(entry.shape)
         for axis in range(len(entry.shape) - 2, -1, -1):
             strides[axis] = strides[axis + 1] * max(1, entry.shape[axis + 1])
-        tensors[entry.name] = torch.empty(0, dtype=dtype).set_(base, start // dtype.itemsize, entry.shape, strides)
+        tensors[entry.name] = torch.empty(0, dtype=dtype, device=base.device).set_(
+            base, start // dtype.itemsize, entry.shape, strides
+        )
     return tensors
 
 

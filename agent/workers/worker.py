@@ -10,11 +10,13 @@ import gc
 import logging
 import os
 import time
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
 import msgspec
 import torch
 from torch import nn
+from torch.utils.dlpack import from_dlpack
 
 from agent.channel import Channel
 from agent.config import NodeConfig
@@ -23,6 +25,8 @@ from agent.engine.build import assemble
 from agent.engine.engine import BatchEngine
 from agent.engine.skeleton import build_skeleton
 from agent.engine.weights import attach, image_tensors
+from agent.native.device import open_driver
+from agent.native.dlpack import bytes_capsule
 from agent.native.mapping import ImageMapping
 from agent.workers.journal import Journal
 from agent.workers.kin import kin_token
@@ -62,7 +66,6 @@ _IDLE_S: Final = 1.0
 """How often an idle worker looks whether it still has an agent; messages wake it at once."""
 _BLOCKED_S: Final = 0.005
 """How soon it looks again whether a full socket has taken what was queued."""
-_device: Final = "cpu"
 _log = logging.getLogger(__name__)
 
 
@@ -215,6 +218,7 @@ class Worker:
                 start=None if self._start is None else self._start.start,
                 arena="" if attached is None else attached.arena,
                 extents=() if attached is None else attached.extents,
+                weights=None if attached is None else attached.weights,
             )
         )
         count = 0
@@ -298,16 +302,16 @@ class Worker:
         began_s = time.monotonic()
         try:
             if self._descriptor < 0:
-                raise LinkError("Attach came without the arena's descriptor")
+                raise LinkError("Attach came without the memory's descriptor")
             if message.image_bytes != self._manifest.image_bytes:
                 raise InvalidCheckpoint(
                     f"the image has {message.image_bytes} bytes, the manifest says {self._manifest.image_bytes}"
                 )
-            self._mapping = ImageMapping(self._descriptor, message.extents, message.image_bytes)
+            image, device = self._map(message)
             self._attached = message
-            attach(self._model, self._manifest, image_tensors(self._manifest, self._mapping.buffer), _device)
+            attach(self._model, self._manifest, image_tensors(self._manifest, image), device)
             attached_s = time.monotonic()
-            engine = assemble(self._model, self._manifest, options, _device)
+            engine = assemble(self._model, self._manifest, options, device)
             engine.warm()
         except Exception as error:
             self._fail(error)
@@ -323,6 +327,18 @@ class Worker:
         )
         self._engine = engine
         self._become_ready(engine.capacity)
+
+    def _map(self, message: Attach) -> tuple[Any, str]:
+        """The image where the store has it, and the device of torch that it lies on."""
+        weights = message.weights
+        if weights is None:
+            self._mapping = ImageMapping(self._descriptor, message.extents, message.image_bytes)
+            return self._mapping.buffer, "cpu"
+        driver = open_driver()
+        memory = driver.attach(weights.device, self._descriptor, weights.size_bytes)
+        freed = partial(driver.free, memory)
+        capsule = bytes_capsule(memory.address, weights.image_bytes, driver.dlpack_type, weights.device, freed)
+        return from_dlpack(capsule), driver.torch_device(weights.device)
 
     def _become_ready(self, capacity: EngineCapacity) -> None:
         assert self._truth is not None

@@ -1,0 +1,57 @@
+"""Memory as a DLPack tensor of bytes, which frees it when the last tensor over it has gone (DLPack 0.8, dlpack.h)."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, Final
+
+__all__ = ["bytes_capsule"]
+
+_UINT: Final = 1
+_NAME: Final = b"dltensor"
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+_Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+class _Managed(ctypes.Structure):
+    _fields_ = (("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", _Deleter))
+
+
+_new_capsule = ctypes.pythonapi.PyCapsule_New
+_new_capsule.restype = ctypes.py_object
+_new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+_alive: Final[dict[int, tuple[Any, ...]]] = {}
+"""What a consumer may still call or read, by the address that it was given."""
+
+
+def bytes_capsule(address: int, size_bytes: int, device_type: int, device: int, freed: Callable[[], None]) -> Any:
+    """A capsule for ``from_dlpack``, which must consume it. ``freed`` is called once, when nothing uses the memory any more."""
+    shape = (ctypes.c_int64 * 1)(size_bytes)
+
+    def delete(managed: int) -> None:
+        if _alive.pop(managed, None) is not None:
+            freed()
+
+    made = _Managed()
+    made.tensor = _Tensor(address, device_type, device, 1, _UINT, 8, 1, shape, None, 0)
+    made.deleter = _Deleter(delete)
+    at = ctypes.addressof(made)
+    _alive[at] = made, shape, made.deleter
+    return _new_capsule(at, _NAME, None)

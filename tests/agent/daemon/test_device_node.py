@@ -1,0 +1,129 @@
+"""A node with fake devices in real processes: weights there outlive store, worker and agent, and workers serve from them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from schema.ids import Epoch, epoch_of
+from schema.link import DropCheckpoint, NodeTruth, OperationDone, Placement, PlacementUpdate, StartInstance, StopInstance
+from schema.states import EndReason, InstanceState, Tier, TierState
+from tests.agent.daemon.peers import Manager
+from tests.agent.daemon.test_processes import ROOT, WAIT_S, Machine, Stream, ended, job
+
+pytestmark = pytest.mark.slow
+
+DEVICE_BYTES = 64 << 20
+
+
+class FakeMachine(Machine):
+    def spawn(self) -> subprocess.Popen[bytes]:
+        config = msgspec.json.encode(self.config).decode()
+        args = [sys.executable, "-m", "tests.agent.fake_cuda", "agent", "--config-json", config]
+        environment = {**os.environ, "FAKE_CUDA_BYTES": str(DEVICE_BYTES), "PYTHONPATH": str(ROOT)}
+        with (self.directory / "agent.log").open("ab") as log:
+            return subprocess.Popen(
+                args, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT, start_new_session=True, env=environment
+            )
+
+
+@pytest.fixture
+async def machine() -> AsyncIterator[FakeMachine]:
+    made = FakeMachine(Path(tempfile.mkdtemp(dir="/tmp", prefix="sl")))
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def maps(pid: int) -> str:
+    return Path(f"/proc/{pid}/maps").read_text()
+
+
+def on_device(placements: tuple[Placement, ...]) -> list[tuple[TierState, int]]:
+    return [(each.state, each.users) for each in placements if each.tier is Tier.DEVICE]
+
+
+def stated(truth: NodeTruth) -> list[tuple[TierState, int]]:
+    return on_device(truth.checkpoints[0].placements)
+
+
+async def placed(manager: Manager, state: TierState, users: int) -> None:
+    await manager.take(PlacementUpdate, lambda m: on_device(m.truth.placements) == [(state, users)], WAIT_S)
+
+
+async def reply(manager: Manager, start: StartInstance, attempt: Epoch) -> list[int]:
+    stream = Stream(attempt)
+    manager.send(job(start, attempt, 12))
+    await stream.read(manager, ended)
+    assert stream.reason is EndReason.LENGTH
+    return stream.ids
+
+
+async def test_weights_on_a_device_outlive_everybody(machine: FakeMachine) -> None:
+    machine.start()
+    manager = await machine.manager()
+    (device,) = manager.truth.inventory.devices
+    assert (device.kind, device.name, device.memory_bytes) == ("cuda", "Fake 0", DEVICE_BYTES // 10 * 9)
+    machine.digest = await machine.ingest(manager)
+
+    # The worker maps what the store has loaded, and answers from it.
+    start = await machine.ready(manager, epoch_of(1, 1))
+    worker = machine.roster()["worker"]
+    assert "memfd:fake-device-0" in maps(worker)
+    assert "memfd:sllmctl-arena" not in maps(worker)
+    tokens = await reply(manager, start, epoch_of(1, 1))
+
+    # The store is killed: the next one has its device memory back, and the worker has not noticed.
+    store = machine.kill("store")
+    await machine.until(lambda: machine.roster().get("store", store) != store)
+    await placed(manager, TierState.RESIDENT, 1)
+    assert await reply(manager, start, epoch_of(1, 2)) == tokens
+    manager.close()
+    manager = await machine.manager()
+    assert stated(manager.truth) == [(TierState.RESIDENT, 1)]
+    (instance,) = manager.truth.instances
+    assert instance.phases is not None
+    assert instance.phases.loaded_from is Tier.DISK
+    assert instance.phases.loaded_bytes > 0
+
+    # The worker is killed: the next life attaches to the same weights, and nothing is read.
+    machine.kill("worker")
+    while (truth := await manager.instance_update(WAIT_S)).state is not InstanceState.STOPPED:
+        pass
+    assert truth.fault is not None
+    start = await machine.ready(manager, epoch_of(2, 1))
+    assert await reply(manager, start, epoch_of(2, 1)) == tokens
+
+    # The agent is killed: the store offers its descriptors to the next one.
+    machine.kill("agent")
+    machine.start()
+    manager = await machine.manager()
+    assert stated(manager.truth) == [(TierState.RESIDENT, 1)]
+    (instance,) = manager.truth.instances
+    assert instance.phases is not None
+    assert (instance.phases.loaded_from, instance.phases.loaded_bytes) == (Tier.DEVICE, 0)
+    assert await reply(manager, start, epoch_of(3, 1)) == tokens
+
+    # They stay when the instance stops, until they are dropped.
+    manager.send(DropCheckpoint(op="op_2", digest=machine.digest, tier=Tier.DEVICE))
+    done = await manager.take(OperationDone, timeout_s=WAIT_S)
+    assert done.fault is not None
+    assert done.fault.code == "conflict"
+    manager.send(StopInstance(instance=start.instance, epoch=start.epoch))
+    await placed(manager, TierState.RESIDENT, 0)
+    manager.send(DropCheckpoint(op="op_3", digest=machine.digest, tier=Tier.DEVICE))
+    done = await manager.take(OperationDone, lambda m: m.op == "op_3", WAIT_S)
+    assert done.fault is None
+    manager.close()
+    manager = await machine.manager()
+    assert stated(manager.truth) == []
+    assert await machine.stop() == 0
+    await machine.until(lambda: not machine.left())
