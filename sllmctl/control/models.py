@@ -253,7 +253,7 @@ def forget_checkpoint(turn: Turn, digest: str) -> None:
     if digest not in turn.view.checkpoints or any(turn.view.models_of(digest)):
         return
     places = {(record.node, record.tier) for record in turn.view.placements_of(digest).values()}
-    for tier in (Tier.DRAM, Tier.DISK):
+    for tier in (Tier.DEVICE, Tier.DRAM, Tier.DISK):
         for node in sorted(node for node, where in places if where is tier):
             if (digest, node, tier) in turn.view.pins:
                 message = f"it stays pinned on {tier.value} of node {turn.view.nodes[node].name}"

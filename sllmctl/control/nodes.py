@@ -196,3 +196,5 @@ def _quarantined(turn: Turn, node: Node, record: PlacementRecord) -> None:
     for instance in list(turn.view.instances_on(node.id).values()):
         if instance.digest == record.digest and instance.state in LIVE:
             instances.stop(turn, instance, "Quarantined", f"its weights on node {node.name} are wrong: {why}", grace_s=0.0)
+    if any(one.tier is Tier.DEVICE for one in turn.view.placements_at(record.digest, node.id).values()):
+        drops.begin(turn, node.id, record.digest, Tier.DEVICE)  # they were copied from there

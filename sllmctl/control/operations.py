@@ -27,6 +27,8 @@ from sllmctl.control.view import Checkpoint, Node, Operation, PlacementRecord
 
 __all__ = ["begin", "done", "restate"]
 
+_DROPPED = (Tier.DEVICE, Tier.DRAM, Tier.DISK)
+"""The tiers that a checkpoint can be dropped from, in the order in which that is done."""
 _KEPT = 1000
 """So many operations are remembered."""
 
@@ -211,9 +213,9 @@ def _verify_places(turn: Turn, checkpoint: Checkpoint, node: Node | None) -> lis
 
 
 def _drop_places(turn: Turn, checkpoint: Checkpoint, node: Node | None, tier: Tier | None) -> list[tuple[Node, Tier]]:
-    """The copies on DRAM and disk, or on the tier named. Raises Conflict for one that is in use, or that a model needs."""
+    """The copies on devices, DRAM and disk, or on the tier named. Raises Conflict for one in use, or that a model needs."""
     view, digest = turn.view, checkpoint.digest
-    wanted = (Tier.DRAM, Tier.DISK) if tier is None else (tier,)
+    wanted = _DROPPED if tier is None else (tier,)
     records = [record for record in _records(turn, checkpoint, node) if record.tier in wanted]
     if not records:
         where = "/".join(wanted) + (f" of node {node.name}" if node is not None else " of any node")
@@ -238,8 +240,8 @@ def _drop_places(turn: Turn, checkpoint: Checkpoint, node: Node | None, tier: Ti
             f"this is the last sound copy of checkpoint {digest[:16]}, which {', '.join(models)} needs; "
             "publish it to a remote, or remove the model first (`sllmctl model rm`)"
         )
-    records.sort(key=lambda record: (record.node, record.tier is Tier.DISK))
-    return [(view.nodes[record.node], record.tier) for record in records]
+    places = dict.fromkeys((record.node, record.tier) for record in records)
+    return [(view.nodes[where], tier) for where, tier in sorted(places, key=lambda one: (one[0], _DROPPED.index(one[1])))]
 
 
 def _records(turn: Turn, checkpoint: Checkpoint, node: Node | None) -> list[PlacementRecord]:

@@ -232,3 +232,63 @@ def test_wrong_weights_in_memory_end_their_instances_at_once(world: World) -> No
     assert first.id not in world.view.instances
     assert "Quarantined" in world.reasons("instance")
     assert world.only().state is InstanceState.READY
+
+
+def test_every_state_outlasts_the_manager_and_yields_to_the_next_truth(world: World) -> None:
+    agent = world.agents["local"]
+    states = (TierState.FILLING, TierState.RESIDENT, TierState.QUARANTINED, TierState.EVICTING)
+    for name, state in zip("abcd", states, strict=True):
+        agent.hold(name)
+        truth = agent.checkpoints[digest_of(name)]
+        there = Placement(tier=Tier.DRAM, state=state, size_bytes=truth.image_bytes, users=2, reason="r" if name == "c" else "")
+        agent.checkpoints[digest_of(name)] = msgspec.structs.replace(truth, placements=(*truth.placements, there))
+    world.connect("local")
+    before = {key: (one.state, one.size_bytes, one.used_at) for key, one in world.view.placements.items()}
+    assert {state for (_, _, tier, _), (state, _, _) in before.items() if tier is Tier.DRAM} == set(states)
+    world.start_manager()
+    assert {key: (one.state, one.size_bytes, one.used_at) for key, one in world.view.placements.items()} == before
+    world.connect("local")
+    after = {key: (one.state, one.users, one.reason) for key, one in world.view.placements.items()}
+    assert after[digest_of("c"), "local", Tier.DRAM, 0] == (TierState.QUARANTINED, 2, "r")
+    assert {users for (_, _, tier, _), (_, users, _) in after.items() if tier is Tier.DRAM} == {2}
+    world.check_rows()
+    for name in "abcd":
+        truth = agent.checkpoints[digest_of(name)]
+        agent.checkpoints[digest_of(name)] = msgspec.structs.replace(truth, placements=truth.placements[:1])
+    world.start_manager()
+    world.connect("local")
+    assert all(tier is Tier.DISK for _, _, tier, _ in world.view.placements)
+    assert not any(world.view.arena_held_bytes.values())
+    world.check_rows()
+
+
+def test_wrong_weights_in_memory_leave_the_devices_that_they_were_copied_to(make_world: MakeWorld) -> None:
+    agent = Agent("local", kind="cuda", device_mib=100)
+    world = make_world(agent)
+    world.connect("local")
+    world.serve(spec(least=1))
+    first = world.only()
+    assert agent.weights
+    truth = agent._restate(digest_of("m")).truth
+    bad = [
+        msgspec.structs.replace(one, state=TierState.QUARANTINED, reason="wrong") if one.tier is Tier.DRAM else one
+        for one in truth.placements
+    ]
+    world.do(FromNode("local", PlacementUpdate(truth=msgspec.structs.replace(truth, placements=tuple(bad)))))
+    assert any(isinstance(one, DropCheckpoint) and one.tier is Tier.DEVICE for one in agent.heard)
+    assert first.id not in world.view.instances
+    world.check_rows()
+
+
+def test_all_of_a_checkpoint_includes_what_lies_on_devices(make_world: MakeWorld) -> None:
+    agent = Agent("local", kind="cuda", devices=2)
+    agent.hold("m", dram=True)
+    agent.weights = {(digest_of("m"), 0): 4, (digest_of("m"), 1): 4}
+    agent._restate(digest_of("m"))
+    world = make_world(agent)
+    world.connect("local")
+    assert ask(world, "drop", digest_of("m")) is None
+    assert [one.tier for one in asked(world)] == [Tier.DEVICE, Tier.DRAM, Tier.DISK]
+    assert digest_of("m") not in world.view.checkpoints
+    assert not agent.weights
+    world.check_rows()
