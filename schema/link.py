@@ -265,7 +265,7 @@ class ArenaInfo(_Part, frozen=True, kw_only=True):
     """The DRAM tier: budget, chunk size, what is taken, and the pages it got ("hugetlb", "thp" or "small").
 
     ``id`` is drawn when the memory is made, so that extents are never applied to another arena. ``faulted_bytes`` are known to
-    be present; what is read into the rest pays for its first touch.
+    be present; what is read into the rest pays for its first touch. ``reader`` is how disks are read: "io_uring" or "threads".
     """
 
     id: str
@@ -274,6 +274,7 @@ class ArenaInfo(_Part, frozen=True, kw_only=True):
     used_bytes: int = 0
     pages: str = "small"
     faulted_bytes: int = 0
+    reader: str = ""
 
 
 class Inventory(_Part, frozen=True, kw_only=True):

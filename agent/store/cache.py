@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
+import msgspec
+
 from agent.native.arena import Arena
 from agent.native.calibration import Tuning
 from agent.native.chunk_table import Occupant
@@ -104,7 +106,8 @@ class ArenaStore:
 
     @property
     def arena(self) -> ArenaInfo:
-        return self._arena.info(self._arena.chunks - len(self._free))
+        info = self._arena.info(self._arena.chunks - len(self._free))
+        return msgspec.structs.replace(info, reader=self._pool.backend)
 
     @property
     def backend(self) -> str:

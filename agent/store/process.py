@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import resource
 import signal
 import sys
 import time
@@ -86,6 +87,8 @@ def main(run_dir: str | Path) -> int:
         sys.stderr.write(f"store: {error}\n")
         return 2
     sys.setswitchinterval(_SWITCH_S)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a checkpoint of 200 shards takes 400 while it is read
     logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format="%(asctime)s store %(levelname)s %(message)s")
     lock = os.open(config.lock_path("store"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

@@ -74,12 +74,13 @@ def _fields(node: NodeView) -> list[tuple[str, str]]:
     ]
     if (means := node.inventory) is None:
         return [*fields, ("Inventory", "not stated yet")]
+    reader = f", filled by {means.arena.reader}" if means.arena.reader else ""
     devices = "\n".join(f"{d.index}  {d.kind}  {d.name}  {size(d.memory_bytes)}" for d in means.devices)
     return [
         *fields,
         ("Host", f"{means.hostname}, {means.cpus} CPUs, {size(means.memory_bytes)} of memory"),
         ("Devices", devices or "none"),
-        ("Arena", f"{_arena(node)} used, chunks of {size(means.arena.chunk_bytes)}, {means.arena.pages} pages"),
+        ("Arena", f"{_arena(node)} used, chunks of {size(means.arena.chunk_bytes)}, {means.arena.pages} pages{reader}"),
         ("Disk", bandwidth(means.disk_read_bps)),
         ("Disk budget", _disk_budget(means)),
         ("Device copy", bandwidth(means.device_copy_bps)),

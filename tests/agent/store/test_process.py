@@ -149,6 +149,7 @@ def test_life_of_a_store(agent: Agent) -> None:
     assert (hello.role, hello.token, hello.pid) == (Role.STORE, "kin", store.pid)
     assert truth.residents == ()
     assert truth.arena.budget_bytes == 4 * CHUNK
+    assert truth.arena.reader in ("io_uring", "threads")
     digest, _, image = fill(agent, 1, 2 * CHUNK - 5)
     resident = agent.next(Resident)
     assert (resident.op, resident.digest, resident.users) == ("op", digest, 1)
