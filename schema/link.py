@@ -112,6 +112,7 @@ __all__ = [
     "ReadFile",
     "Refused",
     "ReleasedDevice",
+    "RemoteCopy",
     "ReserveDevice",
     "Resident",
     "Role",
@@ -478,8 +479,18 @@ class EngineOptions(_Part, frozen=True, kw_only=True):
     threads: int = 0
 
 
+class RemoteCopy(_Part, frozen=True, kw_only=True):
+    """A layout of a checkpoint on the remote at ``url``."""
+
+    url: str
+    layout: str = ""
+
+
 class StartInstance(Message, frozen=True, kw_only=True, tag="start"):
-    """Make the instance ready: load its weights (wherever they are) and make its worker, side by side."""
+    """Make the instance ready: load its weights (wherever they are) and make its worker, side by side.
+
+    What is not on the node's disk is fetched from ``remote``, if that is set.
+    """
 
     instance: str
     epoch: Epoch
@@ -487,6 +498,7 @@ class StartInstance(Message, frozen=True, kw_only=True, tag="start"):
     digest: str
     devices: tuple[int, ...]
     options: EngineOptions
+    remote: RemoteCopy | None = None
 
 
 class StopInstance(Message, frozen=True, kw_only=True, tag="stop"):

@@ -151,7 +151,7 @@ class Manager:
         control = settings.control
         estimates = Estimates(control)
         estimates.restore(learned)
-        planner = LocalityPlanner(view, estimates, self._router.journals, control, Abilities())
+        planner = LocalityPlanner(view, estimates, self._router.journals, control, Abilities(published=True))
         loop = ControlLoop(
             view,
             ids=system_ids,

@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -360,6 +361,14 @@ class Agent:
     async def _look_again(self, digest: str) -> None:
         await self._checkpoints.scan()
         self.placement_changed(digest)
+
+    def checkpoint_fetched(self, digest: str, then: Callable[[], None]) -> None:
+        self._own(self._look_then(digest, then), f"look for {digest}")
+
+    async def _look_then(self, digest: str, then: Callable[[], None]) -> None:
+        await self._look_again(digest)
+        self.disk_changed()
+        then()
 
     def store_ready(self) -> None:
         self._adoption.arrived("store")

@@ -20,7 +20,6 @@ from schema.link import (
     InstanceTruth,
     StartInstance,
     StartPhases,
-    StartWorker,
     StopInstance,
     WorkerTruth,
 )
@@ -206,17 +205,13 @@ class Instances(Lives):
         if life.state is not _State.STARTING:
             life.cancel_timer()
             return
+        if life.fetch:
+            life.cancel_timer()  # it is there, and waits
+            return
         if not life.directory:
             self._fail(life, Fault.of(NotFound(f"checkpoint {life.start.digest} is no longer on this node's disk")))
             return
-        if not life.asked:
-            life.asked = True
-            door.send(StartWorker(start=life.start, directory=str(self._config.checkpoints_path / life.directory)))
-        if life.attached:
-            self._expect(life, self._config.start_s, "its worker did not become ready")
-        elif life.resident is None and life.weights is None and not life.fill:
-            self._fill(life)
-        self._expect_attach(life)
+        self._ask_worker(life)
 
     def worker_lost(self, life: Life, door: WorkerDoor) -> None:
         """The worker's link broke; it dials again, or its process is found dead, or it is ended."""

@@ -38,7 +38,7 @@ class Life:
     ``after`` is the older life that must be dead before this one begins, ``before`` the newer one that waits for this one.
     ``quiet``: what ends it is not told as stopping, because nobody asked for it. ``asked`` and ``attached`` are what the
     worker has been given: `StartWorker` and `Attach`. On a node with devices it is ``weights`` that it attaches, else the
-    ``resident`` image.
+    ``resident`` image. ``fill`` and ``fetch`` are ops that it waits for.
     """
 
     start: StartInstance
@@ -52,6 +52,7 @@ class Life:
     asked: bool = False
     attached: bool = False
     fill: str = ""
+    fetch: str = ""
     resident: Resident | None = None
     weights: DeviceWeights | None = None
     kv_capacity_tokens: int = 0

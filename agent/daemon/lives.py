@@ -22,11 +22,12 @@ from agent.daemon.process import Process, describe_status
 from agent.daemon.roster import Roster
 from agent.daemon.storelink import StoreLink
 from agent.daemon.supervisor import KILL_S, TERM_S
-from schema.errors import Fault, SllmError, TimedOut, Unreachable
+from schema.errors import Fault, InvalidCheckpoint, NotFound, SllmError, TimedOut, Unreachable
 from schema.link import (
     Attach,
     Descriptors,
     DeviceWeights,
+    FetchStored,
     Fork,
     InstanceTruth,
     Message,
@@ -34,6 +35,7 @@ from schema.link import (
     Progress,
     Resident,
     StartInstance,
+    StartWorker,
     StopInstance,
 )
 from schema.states import InstanceState, Tier
@@ -57,6 +59,9 @@ class InstanceOwner(Protocol):
 
     def attempts_changed(self) -> None:
         """The journal has something new for the manager."""
+
+    def checkpoint_fetched(self, digest: str, then: Callable[[], None]) -> None:
+        """A checkpoint has come to the disk: ``then`` is called once its directory is known."""
 
     def directory_of(self, start: StartInstance) -> str:
         """The checkpoint's directory, relative to the node's. Raises SllmError for what this node cannot start."""
@@ -95,13 +100,17 @@ class Lives:
         try:
             life.directory = self._owner.directory_of(life.start)
         except SllmError as error:
-            life.fault = Fault.of(error)
-            self._finish(life)
-            return
+            if life.start.remote is None or not isinstance(error, NotFound | InvalidCheckpoint):
+                life.fault = Fault.of(error)
+                self._finish(life)
+                return
         self._lives.add(life)
         life.begun = time.monotonic()
         self._hold(life)
-        self._fill(life)
+        if life.directory:
+            self._fill(life)
+        else:
+            self._fetch(life)
         if life in self._lives and life.ending is None:
             self._fork(life)
             self._expect(life, self._config.spawn_s, "its worker did not come up")
@@ -131,10 +140,13 @@ class Lives:
             self._store.holds.release(life.start.digest, life.user)
 
     def _withdraw(self, life: Life) -> None:
+        """Nobody waits for its weights any more."""
         if life.fill:
             self._store.devices.withdraw(life.fill)
             self._store.withdraw(life.fill)
-            life.fill = ""
+        if life.fetch:
+            self._store.cancel_fetch(life.fetch)
+        life.fill = life.fetch = ""
 
     def _fill(self, life: Life) -> None:
         def answered(answer: Resident | OnDevice | Fault) -> None:
@@ -143,14 +155,16 @@ class Lives:
                 self._fail(life, answer)
                 return
             if isinstance(answer, OnDevice):
-                life.weights, source = answer.weights[0], answer.source
+                life.weights, source, size = answer.weights[0], answer.source, answer.weights[0].image_bytes
             else:
-                life.resident, source = answer, Tier.DISK if answer.read_bytes else Tier.DRAM
+                life.resident, source, size = answer, Tier.DISK if answer.read_bytes else Tier.DRAM, answer.image_bytes
             if not life.phases.load_s:
                 load_s = time.monotonic() - life.begun
                 life.phases = msgspec.structs.replace(
                     life.phases, load_s=load_s, loaded_from=source, loaded_bytes=answer.read_bytes
                 )
+            elif life.phases.loaded_from is Tier.REMOTE:
+                life.phases = msgspec.structs.replace(life.phases, loaded_bytes=size)
             self._expect_attach(life)
 
         def progressed(progress: Progress) -> None:
@@ -161,6 +175,53 @@ class Lives:
             life.fill = self._store.devices.fill(start.digest, life.directory, start.devices, answered, progressed)
         else:
             life.fill = self._store.fill(start.digest, life.directory, answered, progressed)
+
+    def _fetch(self, life: Life) -> None:
+        """Its weights come from a remote, to the disk and into the arena at once; the worker waits for them."""
+        remote, digest = life.start.remote, life.start.digest
+        assert remote is not None
+
+        def answered(fault: Fault | None) -> None:
+            if fault is not None:
+                life.fetch = ""
+                self._fail(life, fault)
+            else:
+                self._owner.checkpoint_fetched(digest, fetched)
+
+        def fetched() -> None:
+            life.fetch = ""
+            if life not in self._lives or life.ending is not None:
+                return
+            self._set_directory(life)
+            if not life.directory:
+                self._fail(life, Fault.of(NotFound(f"checkpoint {digest} was fetched and is gone again")))
+                return
+            load_s = time.monotonic() - life.begun
+            life.phases = msgspec.structs.replace(life.phases, load_s=load_s, loaded_from=Tier.REMOTE)
+            self._fill(life)
+            self._ask_worker(life)
+
+        def progressed(progress: Progress) -> None:
+            self._owner.instance_progress(msgspec.structs.replace(progress, op=life.start.instance))
+
+        life.fetch = f"fetch {life.user}"
+        users = self._store.holds.count(digest)
+        asked = FetchStored(op=life.fetch, digest=digest, url=remote.url, layout=remote.layout, in_memory=True, users=users)
+        self._store.fetch(asked, answered, progressed)
+
+    def _ask_worker(self, life: Life) -> None:
+        """Let the worker, if it is there, build its model; and give it its weights, if those are."""
+        if life.worker is None:
+            return
+        if not life.asked:
+            life.asked = True
+            directory = str(self._config.checkpoints_path / life.directory)
+            life.worker.send(StartWorker(start=life.start, directory=directory))
+        if life.attached:
+            self._expect(life, self._config.start_s, "its worker did not become ready")
+        elif life.resident is None and life.weights is None and not life.fill:
+            self._fill(life)
+        self._expect_attach(life)
 
     def _fork(self, life: Life) -> None:
         life.nonce = secrets.randbits(52) + 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from schema.errors import Fault, NotFound
 from schema.ids import Epoch
-from schema.link import EngineOptions, InstanceTruth, StartInstance, StopInstance
-from schema.states import InstanceState, ModelState, NodeState, can_become
+from schema.link import EngineOptions, InstanceTruth, RemoteCopy, StartInstance, StopInstance
+from schema.states import InstanceState, ModelState, NodeState, Tier, can_become
 from sllmctl.control import learning
 from sllmctl.control.effects import RouteChanged, StopInstanceNow
 from sllmctl.control.turn import Turn
@@ -119,7 +119,7 @@ def begin_life(turn: Turn, instance: Instance) -> None:
     instance.phases = None
     instance.pid = instance.running = instance.kv_capacity_tokens = instance.max_context_tokens = 0
     instance.life_at = turn.now
-    turn.wake("instance", instance.id, turn.now + turn.settings.start_timeout_s)
+    turn.wake("instance", instance.id, turn.now + _start_limit_s(turn, instance))
     turn.touch(instance.digest, instance.node)
     route(turn, instance)
     turn.send(
@@ -136,6 +136,7 @@ def begin_life(turn: Turn, instance: Instance) -> None:
                 max_concurrency=model.spec.scale.max_concurrency,
                 threads=model.spec.engine.threads or 0,
             ),
+            remote=_remote_copy(turn, instance),
         ),
     )
 
@@ -354,12 +355,13 @@ def check(turn: Turn, instance: Instance) -> None:
                 _acknowledge(turn, instance)
                 retire(turn, instance, "Gone", "nobody waits for it any more")
         case _I.STARTING:
-            at = instance.life_at + settings.start_timeout_s
+            limit_s = _start_limit_s(turn, instance)
+            at = instance.life_at + limit_s
             if at > turn.now:
                 turn.wake("instance", instance.id, at)
                 return
             _acknowledge(turn, instance)
-            died(turn, instance, Fault("timed_out", f"it was not ready after start_timeout_s, {settings.start_timeout_s:g} s"))
+            died(turn, instance, Fault("timed_out", f"it was not ready after {limit_s:g} s (start_timeout_s)"))
         case _I.DRAINING | _I.STOPPING:
             grace_s = _grace_s(turn, instance) if instance.state is _I.DRAINING else 0.0
             at = instance.life_at + grace_s + settings.stop_timeout_s
@@ -371,3 +373,20 @@ def check(turn: Turn, instance: Instance) -> None:
             turn.wake("instance", instance.id, turn.now + settings.stop_timeout_s)
         case _:
             return
+
+
+def _remote_copy(turn: Turn, instance: Instance) -> RemoteCopy | None:
+    """Where its node fetches the weights, if they are not on its disk and were published: each restart tries another remote."""
+    view = turn.view
+    if instance.node in view.nodes_with(instance.digest, Tier.DISK):
+        return None
+    found = view.publications_of(instance.digest)
+    if not found:
+        return None
+    one = found[instance.restarts % len(found)]
+    return RemoteCopy(url=one.url, layout=one.layout)
+
+
+def _start_limit_s(turn: Turn, instance: Instance) -> float:
+    settings = turn.settings
+    return settings.start_timeout_s + (settings.fetch_timeout_s if instance.source is Tier.REMOTE else 0.0)

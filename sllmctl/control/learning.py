@@ -33,7 +33,10 @@ def _nearest(view: ClusterView, instance: Instance) -> Tier:
     resident = [(record.tier, record.device) for record in records if record.state is TierState.RESIDENT]
     if all((Tier.DEVICE, device) in resident for device in instance.devices):
         return Tier.DEVICE
-    return Tier.DRAM if any(tier is Tier.DRAM for tier, _ in resident) else Tier.DISK
+    if any(tier is Tier.DRAM for tier, _ in resident):
+        return Tier.DRAM
+    on_disk = any(tier is Tier.DISK for tier, _ in resident)
+    return Tier.REMOTE if not on_disk and view.is_published(instance.digest) else Tier.DISK
 
 
 def started(turn: Turn, instance: Instance) -> None:

@@ -20,6 +20,7 @@ class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     ``local_node``: the name of the node that runs beside the manager, where a source without a node lies.
     ``unreachable_grace_s``: instances of a node that is away for longer count as lost.
     ``start_timeout_s``: a life that is not ready after so long is given up and counted as a death.
+    ``fetch_timeout_s``: what one gets beside that whose weights come from a remote.
     ``drain_s``: what a stopped instance gets to finish its sequences; ``drain_longest_s``: what it gets when it leaves only to
     make room. ``room_timeout_s``: a planned instance whose room has not come by then is planned anew.
     ``stop_timeout_s``: a node that has not stopped an
@@ -45,6 +46,7 @@ class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     ``kv_sequences`` tokens are wanted, ``kv_least_tokens`` (or the model's context, if shorter) are the least. A place whose
     cache is short costs a plan the missing part times ``kv_short_s``.
 
+    A start that fetches from a remote costs a plan ``fetch_cost_s`` beside its time, since it takes room on a disk.
     The bandwidths, ``start_base_s`` (a worker without its weights), ``prefill_token_s`` and ``prefill_base_s`` (recomputing a
     sequence: per token, and once) and ``scale_up_after_s`` are assumed until a node has measured, or experience told, better.
     ``events_keep``, ``outcomes_keep``, ``decisions_keep``: older events, estimates with their outcomes, and decisions are cut.
@@ -55,6 +57,7 @@ class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     local_node: str = "local"
     unreachable_grace_s: _Seconds = 60.0
     start_timeout_s: _Seconds = 600.0
+    fetch_timeout_s: _Seconds = 3600.0
     drain_s: _Seconds = 30.0
     drain_longest_s: _Seconds = 300.0
     room_timeout_s: Annotated[float, Meta(gt=0, le=86400)] = 400.0
@@ -84,7 +87,8 @@ class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     kv_least_tokens: _Count = 2048
     disk_read_bps: _Positive = 1e9
     device_copy_bps: _Positive = 10e9
-    network_bps: _Positive = 1e9
+    network_bps: _Positive = 0.25e9
+    fetch_cost_s: _Seconds = 1.0
     start_base_s: _Seconds = 0.5
     prefill_token_s: _Positive = 1e-3
     prefill_base_s: _Seconds = 0.05

@@ -238,12 +238,12 @@ class Turn:
         self._gone.append(RemovePin(*key))
 
     def put_publication(self, publication: Publication) -> None:
-        key = (publication.digest, publication.url)
-        self.view.publications[key] = self._publications[key] = publication
+        self.view.put_publication(publication)
+        self._publications[publication.digest, publication.url] = publication
 
     def remove_publication(self, publication: Publication) -> None:
         key = (publication.digest, publication.url)
-        del self.view.publications[key]
+        self.view.drop_publication(publication)
         self._publications.pop(key, None)
         self._gone.append(RemovePublication(*key))
 

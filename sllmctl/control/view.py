@@ -242,6 +242,7 @@ class ClusterView:
     operations: dict[str, Operation] = field(default_factory=dict)
     pins: dict[PinKey, float] = field(default_factory=dict)
     publications: dict[tuple[str, str], Publication] = field(default_factory=dict)
+    _published: dict[str, dict[str, Publication]] = field(default_factory=dict)
     committed_bytes: dict[tuple[str, int], int] = field(default_factory=dict)
     arena_held_bytes: dict[str, int] = field(default_factory=dict)
     idle_weights: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)
@@ -333,8 +334,18 @@ class ClusterView:
 
     def publications_of(self, digest: str) -> list[Publication]:
         """Where a checkpoint was published, the latest first."""
-        found = [each for each in self.publications.values() if each.digest == digest]
-        return sorted(found, key=lambda each: (-each.published_at, each.url))
+        return sorted(self._published.get(digest, {}).values(), key=lambda each: (-each.published_at, each.url))
+
+    def is_published(self, digest: str) -> bool:
+        return digest in self._published
+
+    def put_publication(self, publication: Publication) -> None:
+        self.publications[publication.digest, publication.url] = publication
+        self._published.setdefault(publication.digest, {})[publication.url] = publication
+
+    def drop_publication(self, publication: Publication) -> None:
+        del self.publications[publication.digest, publication.url]
+        _discard(self._published, publication.digest, publication.url)
 
     def arena_bytes_of(self, node: str, digest: str) -> int:
         """The arena room of a checkpoint on a node: its image in whole chunks."""

@@ -29,10 +29,11 @@ class PlannerOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Inquiry:
-    """``device``, ``dram``, ``disk``: the nodes where the weights lie; ``peers``: those to fetch them from, the best two."""
+    """``device``, ``dram``, ``disk``: the nodes where the weights lie; ``fetch``: the others may fetch them, at
+    ``fetch_s`` beside what it takes; ``peers``: from whom, the best two."""
 
-    __slots__ = ("abilities", "asked", "device", "disk", "dram", "estimates", "fleet", "journals", "options", "peers", "prices",
-                 "settings", "view")  # fmt: skip
+    __slots__ = ("abilities", "asked", "device", "disk", "dram", "estimates", "fetch", "fetch_s", "fleet", "journals",
+                 "options", "peers", "prices", "settings", "view")  # fmt: skip
 
     def __init__(
         self,
@@ -57,6 +58,8 @@ class Inquiry:
         self.device: Mapping[str, int] = view.nodes_with(asked.digest, Tier.DEVICE)
         self.dram: Mapping[str, int] = view.nodes_with(asked.digest, Tier.DRAM)
         self.disk: Mapping[str, int] = view.nodes_with(asked.digest, Tier.DISK)
+        self.fetch = abilities.fetch or (abilities.published and view.is_published(asked.digest))
+        self.fetch_s = 0.0 if abilities.fetch else settings.fetch_cost_s
         self.peers = self._find_peers() if abilities.fetch else [""]
 
     def holds(self, node: str) -> bool:
@@ -68,7 +71,7 @@ class Inquiry:
             return Tier.DRAM, ""
         if node in self.disk:
             return Tier.DISK, ""
-        if self.abilities.fetch:
+        if self.fetch:
             return Tier.REMOTE, next((peer for peer in self.peers if peer != node), "")
         return None, ""
 

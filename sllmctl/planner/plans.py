@@ -144,10 +144,12 @@ Decision = Plan | Wait | Refusal
 
 class Abilities(msgspec.Struct, frozen=True, kw_only=True):
     """What nodes and router can carry out. ``migrate``: running sequences move between instances by their tokens. ``fetch``: a
-    node gets a checkpoint that it lacks from a peer or a remote store when an instance is started."""
+    node gets any checkpoint that it lacks, from a peer or a remote, when an instance is started. ``published``: it gets those
+    that were published, from their remote."""
 
     migrate: bool = False
     fetch: bool = False
+    published: bool = False
 
 
 class Journals(Protocol):

@@ -60,7 +60,7 @@ class Search:
             if not isinstance(verdict, Option):
                 counts[verdict] = counts.get(verdict, 0) + 1
         total = len(self._fleet.open) + len(self._fleet.closed)
-        fetch = self._inquiry.abilities.fetch
+        fetch = self._inquiry.fetch
         closed = 0
         for node, reason in self._fleet.closed.items():
             if fetch or self._inquiry.holds(node):
@@ -82,7 +82,7 @@ class Search:
 
     def verdicts(self) -> Iterator[tuple[str, Option | Rejection]]:
         """What was found on every node that is not removed."""
-        closed, fetch = self._fleet.closed, self._inquiry.abilities.fetch
+        closed, fetch = self._fleet.closed, self._inquiry.fetch
         for name in self._view.nodes:
             if name in self._fleet.removed:
                 continue
@@ -111,7 +111,7 @@ class Search:
         if fits and asked.checkpoint.image_bytes <= fleet.least_arena_bytes - fleet.chunk_bytes:
             counts[Rejection.BUSY_DEVICE] = counts.get(Rejection.BUSY_DEVICE, 0) + left
             return
-        for node in fleet.open if self._inquiry.abilities.fetch else self._holders():
+        for node in fleet.open if self._inquiry.fetch else self._holders():
             if node in fleet.open and node not in self._looked:
                 reason = self._spots.too_small(fleet.open[node]) or Rejection.BUSY_DEVICE
                 counts[reason] = counts.get(reason, 0) + 1
@@ -127,7 +127,7 @@ class Search:
     def run(self) -> None:
         """Look at nodes, class by class."""
         inquiry, open_nodes = self._inquiry, self._fleet.open
-        fetch = inquiry.abilities.fetch
+        fetch = inquiry.fetch
         if not self._bounded:
             for name, node in open_nodes.items():
                 if fetch or inquiry.holds(name):

@@ -205,6 +205,8 @@ class Spots:
             source, peer = Tier.DEVICE, ""
         if startup is None:
             startup = self._startup(here, devices, source, peer, self._asked.now + room_s)
+        if source is Tier.REMOTE:
+            delay_s += self._inquiry.fetch_s
         if exits:
             delay_s -= self._keep_weights(rooms, exits)
         free = min(rooms.values())

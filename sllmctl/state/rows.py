@@ -168,7 +168,7 @@ def read_view(connection: Connection) -> ClusterView:
     for row in connection.execute(select(*PinRow.__table__.columns)).mappings():
         view.add_pin((row["digest"], row["node"], row["tier"]), row["created_at"])
     for row in connection.execute(select(*PublicationRow.__table__.columns)).mappings():
-        view.publications[row["digest"], row["url"]] = Publication(**row)
+        view.put_publication(Publication(**row))
     for row in connection.execute(select(*PlacementRow.__table__.columns)).mappings():
         view.put_placement(PlacementRecord(**row))
     for row in connection.execute(select(*ModelRow.__table__.columns).order_by(ModelRow.name)).mappings():

@@ -57,8 +57,17 @@ def test_published_removed_fetched_served(cluster: Cluster, tmp_path: Path) -> N
         out = done(cluster, "checkpoint", "fetch", "docs", "--from", web.url)
         assert "done" in out
         assert web.sent_bytes > 1_000_000
+    done(cluster, "checkpoint", "forget", "docs", web.url)
     assert tiers(cluster) == {"disk"}
     assert ask(cluster, "What is a tier?").text == before
+    quiet(cluster)
+    done(cluster, "checkpoint", "rm", "docs", "-y")
+    planned = ask(cluster, "What is a tier?")  # a start fetches what lies on a remote alone
+    assert planned.text == before
+    start = cluster.get(f"/requests/{planned.request_id}")["timeline"]["start"]
+    assert start["loaded_from"] == "remote"
+    assert start["loaded_bytes"] > 1_000_000
+    assert tiers(cluster) == {"disk", "dram"}
     quiet(cluster)
     done(cluster, "checkpoint", "rm", "docs", "-y")
     done(cluster, "checkpoint", "fetch", "docs", "--from", url, "--tier", "dram")

@@ -21,7 +21,8 @@ def check_indexes(view: ClusterView) -> None:
             fresh.set_inventory(node.id, node.inventory)
     for checkpoint in view.checkpoints.values():
         fresh.add_checkpoint(checkpoint)
-    fresh.publications.update(view.publications)
+    for publication in view.publications.values():
+        fresh.put_publication(publication)
     for key, at in view.pins.items():
         fresh.add_pin(key, at)
     for record in view.placements.values():

@@ -6,10 +6,11 @@ import pytest
 
 from schema.admin import OperationKind
 from schema.errors import Fault
-from schema.link import Fetch, Publish
+from schema.link import Fetch, Publish, RemoteCopy, StartInstance
 from schema.states import Tier
 from sllmctl.control.effects import Forget, Operate
 from sllmctl.control.settings import ControlSettings
+from sllmctl.planner.plans import Abilities
 from tests.sllmctl.control.conftest import MakeWorld
 from tests.sllmctl.control.world import Agent, World, digest_of, spec
 
@@ -156,3 +157,63 @@ def test_a_fetch_to_where_nobody_can_is_refused(make_world: MakeWorld) -> None:
     fault = ask(two(make_world), "fetch", URL, tier=Tier.DEVICE)
     assert fault is not None
     assert fault.code == "invalid_input"
+
+
+def test_a_start_fetches_what_lies_on_a_remote_alone(make_world: MakeWorld) -> None:
+    agents = Agent("local"), Agent("far")
+    agents[0].hold("m")
+    world = make_world(*agents, abilities=Abilities(published=True))
+    for agent in agents:
+        world.connect(agent.name)
+    world.serve(spec())
+    ask(world, "publish", URL)
+    assert ask(world, "drop", tier=Tier.DISK) is None
+    assert ended(world) is None
+    world.lose("local")
+    world.demand("m", 1)
+    world.settle()
+    start = next(one for one in world.agents["far"].heard if isinstance(one, StartInstance))
+    assert start.remote == RemoteCopy(url=URL, layout="exec1")
+    instance = world.only()
+    assert (instance.node, instance.source) == ("far", Tier.REMOTE)
+    world.check_rows()
+
+
+def test_a_start_whose_remote_is_down_tries_another(make_world: MakeWorld) -> None:
+    agents = Agent("local"), Agent("far")
+    agents[0].hold("m")
+    world = make_world(*agents, abilities=Abilities(published=True))
+    for agent in agents:
+        world.connect(agent.name)
+    world.serve(spec())
+    ask(world, "publish", URL)
+    ask(world, "publish", "file:///srv")
+    assert ask(world, "drop", tier=Tier.DISK) is None
+    world.lose("local")
+    world.agents["far"].automatic = False
+    world.demand("m", 1)
+    world.crash(world.only(), Fault("unreachable", "it is down"))
+    world.pass_time(1.0)
+    starts = [one for one in world.agents["far"].heard if isinstance(one, StartInstance)]
+    assert {one.remote.url for one in starts[:2] if one.remote is not None} == {URL, "file:///srv"}
+
+
+def test_a_start_where_the_weights_lie_fetches_nothing_and_one_of_what_lies_nowhere_is_refused(make_world: MakeWorld) -> None:
+    agents = Agent("local"), Agent("far")
+    agents[0].hold("m")
+    world = make_world(*agents, abilities=Abilities(published=True))
+    for agent in agents:
+        world.connect(agent.name)
+    world.serve(spec())
+    ask(world, "publish", URL)
+    world.demand("m", 1)
+    world.settle()
+    start = next(one for one in world.agents["local"].heard if isinstance(one, StartInstance))
+    assert start.remote is None
+    assert not any(isinstance(one, StartInstance) for one in world.agents["far"].heard)
+    world.ask(lambda ticket: Forget(ticket, "m", None))
+    world.lose("local")
+    world.pass_time(1000)
+    world.demand("m", 1)
+    world.settle()
+    assert not any(isinstance(one, StartInstance) for one in world.agents["far"].heard)
