@@ -76,6 +76,16 @@ class Sources:
             data += more
         return data
 
+    def read_into(self, tensor: SourceTensor, start: int, target: memoryview) -> None:
+        """Fill ``target`` with a tensor's bytes from ``start``, on any thread. Raises as `read` does."""
+        at = tensor.offset_bytes + start
+        while target:
+            count = os.preadv(self._descriptors[tensor.file], [target], at)
+            if not count:
+                raise InvalidCheckpoint(f"{self._directory.path / tensor.file} ended at byte {at} while it was read")
+            target = target[count:]
+            at += count
+
     def _load(self) -> None:
         if self._directory.has(_INDEX):
             placed = _weight_map(self._directory)

@@ -1,0 +1,193 @@
+"""Fills a partition file on several threads: each reads and hashes tensors of its own; chunks are written as they fill.
+
+No thread waits for another, so nothing need be queued: while one waits for the disk, others hash. A chunk that several tensors
+share is written by whoever brings its last bytes. Large tensors, which a single thread must hash, are begun first.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import xxhash
+
+from agent.store.ingest.headers import Sources, SourceTensor
+from schema.errors import SllmError
+
+__all__ = ["CHUNK_BYTES", "Tile", "fill"]
+
+CHUNK_BYTES: Final = 4 << 20
+_MAX_THREADS: Final = 12
+_TICK_S: Final = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Bytes ``start_bytes`` to ``end_bytes`` of the file: a tensor's, then zeros. The tiles of a file leave nothing out."""
+
+    source: SourceTensor | None
+    start_bytes: int
+    end_bytes: int
+
+
+def fill(
+    path: Path, file_bytes: int, sources: Sources, tiles: Sequence[Tile], progress: Callable[[int], None]
+) -> tuple[tuple[int, ...], dict[str, bytes]]:
+    """Write the tiles to the file that lies at ``path`` with that size; returns the xxh3 of each chunk of it, and the sha256
+    of each tensor by name.
+
+    ``progress`` hears on the calling thread how many bytes of tensors were read. Memory: some two chunks for each of at most 12
+    threads, and for each large tensor, of which there are at most 24. Raises what reading and writing raise, the first of it.
+    """
+    threads = min(_MAX_THREADS, 2 * (os.cpu_count() or 1) + 2)
+    filling = _Filling(path, file_bytes, sources, _runs(tiles, threads))
+    try:
+        with ThreadPoolExecutor(threads, thread_name_prefix="ingest") as pool:
+            try:
+                pending = {pool.submit(filling.work) for _ in range(threads)}
+                while pending:
+                    ended, pending = wait(pending, _TICK_S, FIRST_EXCEPTION)
+                    progress(filling.done_bytes)
+                    for each in ended:
+                        each.result()
+            finally:
+                filling.stopped = True
+    finally:
+        filling.close()
+    return tuple(filling.xxh3[number] for number in range(len(filling.xxh3))), filling.sha256
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """``missing_bytes`` have not been brought yet. Its memory begins at a page, as direct writes want it."""
+
+    view: memoryview
+    missing_bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Filling:
+    """What the threads share."""
+
+    path: Path
+    file_bytes: int
+    sources: Sources
+    runs: Iterator[list[Tile]]
+    done_bytes: int = 0
+    stopped: bool = False
+    xxh3: dict[int, int] = field(default_factory=dict)
+    sha256: dict[str, bytes] = field(default_factory=dict)
+    _cached: int = -1
+    _direct: int = -1
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _open: dict[int, _Chunk] = field(default_factory=dict)
+    _free: list[_Chunk] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._cached = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            self._direct = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a file system without direct writes says so when it opens
+                os.close(self._cached)
+                raise
+
+    def close(self) -> None:
+        for descriptor in (self._cached, self._direct):
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    def work(self) -> None:
+        """One thread's share: runs of tiles until there are none left."""
+        while True:
+            with self._lock:
+                run = next(self.runs, None)
+            if run is None:
+                return
+            for tile in run:
+                self._bring(tile)
+
+    def _bring(self, tile: Tile) -> None:
+        source, at = tile.source, tile.start_bytes
+        data_end = at + (source.size_bytes if source is not None else 0)
+        digest = hashlib.sha256()
+        while at < tile.end_bytes:
+            if self.stopped:
+                raise SllmError(f"writing {self.path} was given up")
+            number, within = divmod(at, CHUNK_BYTES)
+            end = min(tile.end_bytes, (number + 1) * CHUNK_BYTES)
+            chunk = self._chunk(number)
+            size = max(0, min(data_end, end) - at)
+            if source is not None and size:
+                view = chunk.view[within : within + size]
+                self.sources.read_into(source, at - tile.start_bytes, view)
+                digest.update(view)
+            if zeros := end - at - size:
+                chunk.view[within + size : within + size + zeros] = bytes(zeros)
+            self._brought(number, chunk, end - at, size)
+            at = end
+        if source is not None:
+            self.sha256[source.name] = digest.digest()
+
+    def _chunk(self, number: int) -> _Chunk:
+        with self._lock:
+            chunk = self._open.get(number)
+            if chunk is None:
+                chunk = self._free.pop() if self._free else _Chunk(memoryview(mmap.mmap(-1, CHUNK_BYTES)))
+                chunk.missing_bytes = min(CHUNK_BYTES, self.file_bytes - number * CHUNK_BYTES)
+                self._open[number] = chunk
+            return chunk
+
+    def _brought(self, number: int, chunk: _Chunk, count: int, data_bytes: int) -> None:
+        with self._lock:
+            self.done_bytes += data_bytes
+            chunk.missing_bytes -= count
+            if chunk.missing_bytes:
+                return
+        start = number * CHUNK_BYTES
+        data = chunk.view[: min(CHUNK_BYTES, self.file_bytes - start)]
+        self.xxh3[number] = xxhash.xxh3_64_intdigest(data)
+        self._write(data, start)
+        with self._lock:
+            self._free.append(self._open.pop(number))
+
+    def _write(self, data: memoryview, start: int) -> None:
+        while data:
+            try:
+                count = os.pwrite(self._direct if self._direct >= 0 else self._cached, data, start)
+            except OSError as error:
+                if error.errno != errno.EINVAL or self._direct < 0:
+                    raise
+                # A direct write may want another alignment, or go on from the middle of one that was cut short.
+                count = os.pwrite(self._cached, data, start)
+            data = data[count:]
+            start += count
+
+
+def _runs(tiles: Sequence[Tile], threads: int) -> Iterator[list[Tile]]:
+    """Large tiles, the largest first; then the others in order, small ones together."""
+    large = max(CHUNK_BYTES, sum(tile.end_bytes - tile.start_bytes for tile in tiles) // (2 * threads))
+    rest: list[Tile] = []
+    first: list[Tile] = []
+    for tile in tiles:
+        (first if tile.end_bytes - tile.start_bytes >= large else rest).append(tile)
+    for tile in sorted(first, key=lambda each: each.start_bytes - each.end_bytes):
+        yield [tile]
+    run: list[Tile] = []
+    size = 0
+    for tile in rest:
+        run.append(tile)
+        size += tile.end_bytes - tile.start_bytes
+        if size >= CHUNK_BYTES:
+            yield run
+            run, size = [], 0
+    if run:
+        yield run

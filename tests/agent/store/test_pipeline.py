@@ -1,0 +1,128 @@
+"""Partition files written on several threads: every byte and every checksum, and an end for every error."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+
+from agent.store.ingest.files import SourceDirectory
+from agent.store.ingest.headers import Sources, SourceTensor
+from agent.store.ingest.pipeline import CHUNK_BYTES
+from agent.store.ingest.writer import Written, write_partition
+from schema.checkpoint import PAD_BYTES
+from schema.errors import InvalidCheckpoint, OutOfSpace, SllmError
+from tests.checkpoints import write_safetensors
+
+SEED = 20260713
+
+
+def sizes() -> list[int]:
+    """Around chunk borders, far beyond, nothing at all, and many small ones."""
+    random = np.random.default_rng(SEED)
+    around = [CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 0, 3 * CHUNK_BYTES + 777, 1, 5 * CHUNK_BYTES]
+    return around + random.integers(0, 5000, 600).tolist() + [2 * CHUNK_BYTES + 255, 0]
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Iterator[Sources]:
+    random = np.random.default_rng(SEED)
+    (tmp_path / "m").mkdir()
+    tensors = {f"t{number:04}": ("U8", (size,), random.bytes(size)) for number, size in enumerate(sizes())}
+    write_safetensors(tmp_path / "m" / "model.safetensors", tensors)
+    with Sources(SourceDirectory(tmp_path / "m")) as found:
+        yield found
+
+
+def write(path: Path, sources: Sources, progress: Callable[[int], None] = lambda done: None) -> Written:
+    return write_partition(path, sources, sources.tensors.values(), progress)
+
+
+def test_every_byte_and_every_checksum(tmp_path: Path, sources: Sources) -> None:
+    heard: list[int] = []
+    written = write(tmp_path / "p.bin", sources, heard.append)
+    data = (tmp_path / "p.bin").read_bytes()
+    expected = bytearray(len(data))
+    for entry in written.tensors:
+        tensor = sources.read(sources.tensors[entry.name], 0, entry.size_bytes)
+        expected[entry.offset_bytes : entry.offset_bytes + entry.size_bytes] = tensor
+        assert written.sha256[entry.name] == hashlib.sha256(tensor).digest()
+    assert data == expected
+    assert len(data) == written.partition.size_bytes
+    assert len(data) % PAD_BYTES == 0
+    starts = range(0, len(data), CHUNK_BYTES)
+    assert written.partition.chunk_xxh3 == tuple(xxhash.xxh3_64_intdigest(data[at : at + CHUNK_BYTES]) for at in starts)
+    assert heard == sorted(heard)
+    assert heard[-1] == sum(sizes())
+
+
+def test_a_partition_of_nothing(tmp_path: Path, sources: Sources) -> None:
+    written = write_partition(tmp_path / "p.bin", sources, [], lambda done: None)
+    assert (tmp_path / "p.bin").read_bytes() == bytes(PAD_BYTES)
+    assert written.partition.chunk_xxh3 == (xxhash.xxh3_64_intdigest(bytes(PAD_BYTES)),)
+
+
+@pytest.mark.parametrize("at", [0, 3, 9])
+def test_a_source_that_fails_ends_every_thread(
+    tmp_path: Path, sources: Sources, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    real = sources.read_into
+    calls = iter(range(1 << 30))
+
+    def failing(tensor: SourceTensor, start: int, target: memoryview) -> None:
+        if next(calls) == at:
+            raise InvalidCheckpoint("ended while it was read")
+        real(tensor, start, target)
+
+    monkeypatch.setattr(sources, "read_into", failing)
+    with pytest.raises(InvalidCheckpoint, match="ended while"):
+        write(tmp_path / "p.bin", sources)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ingest")]
+
+
+@pytest.mark.parametrize(("code", "kind"), [(errno.ENOSPC, OutOfSpace), (errno.EIO, SllmError)])
+def test_a_disk_that_fails(
+    tmp_path: Path, sources: Sources, monkeypatch: pytest.MonkeyPatch, code: int, kind: type[SllmError]
+) -> None:
+    real = os.pwrite
+
+    def failing(descriptor: int, data: memoryview, offset: int) -> int:
+        if offset >= 4 * CHUNK_BYTES:
+            raise OSError(code, os.strerror(code))
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", failing)
+    with pytest.raises(kind, match=r"p\.bin"):
+        write(tmp_path / "p.bin", sources)
+
+
+@pytest.mark.parametrize("count", [4096 * 3, 1000])
+def test_writes_that_are_cut_short(tmp_path: Path, sources: Sources, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    whole = write(tmp_path / "whole.bin", sources)
+    real = os.pwrite
+
+    def short(descriptor: int, data: memoryview, offset: int) -> int:
+        return real(descriptor, data[:count] if offset == CHUNK_BYTES else data, offset)
+
+    monkeypatch.setattr(os, "pwrite", short)
+    assert write(tmp_path / "short.bin", sources).partition.chunk_xxh3 == whole.partition.chunk_xxh3
+    assert (tmp_path / "short.bin").read_bytes() == (tmp_path / "whole.bin").read_bytes()
+
+
+def test_a_caller_that_gives_up_ends_every_thread(tmp_path: Path, sources: Sources) -> None:
+    class GivenUp(BaseException):
+        pass
+
+    def stop(done: int) -> None:
+        raise GivenUp
+
+    with pytest.raises(GivenUp):
+        write(tmp_path / "p.bin", sources, stop)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ingest")]
