@@ -96,6 +96,7 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
     data_dir: str
     arena_bytes: _Bytes = 1 << 30
     chunk_bytes: Annotated[int, Meta(ge=2 << 20, multiple_of=2 << 20)] = 4 << 20
+    devices: Literal["auto", "cpu", "cuda"] = "auto"
     device_bytes: _Bytes = 0
     disk_bytes: _Bytes = 0
     threads: Annotated[int, Meta(ge=0)] = 0

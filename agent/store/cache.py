@@ -165,6 +165,9 @@ class ArenaStore:
     def bring(self, sink: FillSink, digest: str, directory: Path, priority: Priority) -> None:
         """Bring a checkpoint into the arena for a sink, which borrows it from `FillSink.filled` until `give_back`."""
         known = self._fills.get(digest)
+        if known is not None and known.job is not None and known.job.stalled is not None:
+            sink.failed(known.job.stalled)
+            return
         if known is not None and known.given_up:
             known = None
             if digest not in self._waiting:

@@ -13,7 +13,7 @@ from agent.store.cache import ArenaStore
 from agent.store.catalog import CatalogEntry
 from agent.store.layers import Layers
 from agent.store.streaming import Stream, Streams
-from schema.errors import OutOfSpace, SllmError
+from schema.errors import Cancelled, OutOfSpace, SllmError
 from schema.states import Tier
 
 __all__ = ["DeviceLoad"]
@@ -85,7 +85,7 @@ class DeviceLoad:
             assert read is not None
             if self._job.error is not None:
                 self._arena.pool.cancel(read)
-            if not read.finished:
+            if not read.finished and read.stalled is None:
                 return False
             self._end_stream(self._stream, read)
         if not self._job.finished:
@@ -139,14 +139,16 @@ class DeviceLoad:
         self._streams.end(stream)
         self._stream = None
         self.read_bytes = read.done_bytes
-        if read.error is None:
+        if read.error is None and read.stalled is None:
             self._copier.finish(self._job)
             if self._verifying:
                 self._mark(lambda: catalog.mark_verified(self._entry.directory))
             return
-        self._copier.fail(self._job, read.error)
+        self._copier.fail(self._job, read.stalled or read.error or SllmError("the read ended without saying how"))
         if read.corrupt:
             self._mark(lambda: catalog.quarantine(self._entry.directory, str(read.error)))
+        elif not isinstance(read.error, Cancelled):
+            self._mark(lambda: catalog.unmark_verified(self._entry.directory))
 
     def _mark(self, write: Callable[[], None]) -> None:
         try:
@@ -157,7 +159,7 @@ class DeviceLoad:
     # --- on other threads
 
     def _changed(self, job: ReadJob) -> None:
-        if job.finished:
+        if job.finished or job.stalled is not None:
             self._wake(True)
 
     def _copied(self, job: CopyJob) -> None:

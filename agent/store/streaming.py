@@ -94,22 +94,38 @@ class Streams:
                 self._ring = Ring(slots, slot_bytes)
                 self._host.add(self._ring.address, self._ring.size_bytes)
             stream.read = self._pool.submit(
-                (), changed, priority=priority, unit_done=lambda job, unit: self._arrived(stream, unit), last=not runs
+                (),
+                lambda job: self._changed(stream, job, changed),
+                priority=priority,
+                unit_done=lambda job, unit: self._arrived(stream, unit),
+                last=not runs,
             )
             self._waiting.append(stream)
             self._feed()
         return stream
 
     def end(self, stream: Stream) -> None:
-        """Its read job is finished: slots of what was never read come back."""
+        """Its read job is over: slots of what was never read come back, if its reads stall when those are over, if ever."""
         with self._lock:
             stream.closed = True
             if stream in self._waiting:
                 self._waiting.remove(stream)
-            for _, _, slots in stream.out.values():
-                self._give(slots)
-            stream.out.clear()
-            self._feed()
+            if stream.read is not None and stream.read.finished:
+                self._take_back(stream)
+
+    def _changed(self, stream: Stream, job: ReadJob, changed: Callable[[ReadJob], None]) -> None:
+        """On a reader's thread."""
+        if job.finished:
+            with self._lock:
+                if stream.closed:
+                    self._take_back(stream)
+        changed(job)
+
+    def _take_back(self, stream: Stream) -> None:
+        for _, _, slots in stream.out.values():
+            self._give(slots)
+        stream.out.clear()
+        self._feed()
 
     def _arrived(self, stream: Stream, unit: Unit) -> None:
         """On a reader's thread."""

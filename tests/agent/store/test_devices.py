@@ -20,7 +20,7 @@ from agent.native.pinned import address_of
 from agent.native.reader import Priority
 from agent.store import catalog
 from agent.store.devices import DeviceStore
-from schema.errors import Conflict, Fault, NotFound
+from schema.errors import Conflict, Fault, NotFound, TimedOut
 from schema.link import DeviceWeights
 from schema.states import Tier
 from tests.agent.native.fake_driver import FakeDriver
@@ -278,6 +278,31 @@ def test_what_a_dead_store_loaded_is_taken_back_by_its_descriptors(node: Devices
     assert node.answers["b"].source is Tier.DEVICE
     assert node.content(node.answers["b"].weights[0]) == made[2]
     node.check_unwound()
+
+
+def test_a_read_that_does_not_come_back_ends_the_load_and_keeps_its_slots(tmp_path: Path) -> None:
+    node = Devices(arena_bytes=2 * CHUNK)
+    node.store._streams._shape = 1, CHUNK
+    node.driver.gate.clear()
+    made = commit(tmp_path, 1, 9 * MIB)
+    node.fill("a", made)
+    (load,) = node.store._loads
+    assert load.load is not None
+    assert load.load._stream is not None
+    read = load.load._stream.read
+    assert read is not None
+    node.bench.store.pool._reader.queue.stall(read, TimedOut("the disk does not answer"))
+    node.driver.gate.set()
+    node.wait("a")
+    assert node.faults["a"].message == "the disk does not answer"
+    assert not node.driver.allocations
+    node.bench.store.pool.cancel(read)  # it comes back after all
+    deadline = time.monotonic() + 10
+    while node.store._streams.free_slots == 0:
+        assert time.monotonic() < deadline
+        node.pump(0.01)
+    node.check_unwound()
+    node.close()
 
 
 def test_a_wrong_byte_puts_the_copy_in_quarantine(tmp_path: Path) -> None:
