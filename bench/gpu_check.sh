@@ -3,6 +3,7 @@
 #
 #   bench/gpu_check.sh [OUTPUT]     OUTPUT: a file that gets the whole log too
 #
+# TIER_ROOT names a directory on the disk that loads are timed from (4 GiB are written there and removed); here by default.
 # PYTHON names the interpreter (torch with CUDA, transformers, cuda-bindings, and the node's dependencies); python3 by default.
 set -uo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit 1
@@ -32,6 +33,7 @@ main() {
     "$PYTHON" -c 'import platform, torch, transformers; print("Python", platform.python_version(), "torch", torch.__version__, "transformers", transformers.__version__)'
     part tests "$PYTHON" -m pytest -q -p no:cacheprovider -c /dev/null --rootdir . tests/gpu
     part memory "$PYTHON" bench/gpu/device_memory.py
+    part tier "$PYTHON" -m bench.gpu.device_tier --root "${TIER_ROOT:-$PWD}"
     part decode "$PYTHON" -m bench.gpu.decode
     sync
     echo
