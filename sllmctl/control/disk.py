@@ -2,7 +2,7 @@
 
 The least recently used go first. A copy stays that is pinned, in use, on its way, of a model with a minimum of instances,
 or the last sound one: it goes only while another ready node keeps a sound copy on its disk that is not itself on its way out,
-or, of a checkpoint that no deployed model means, while it lies on a remote.
+or while it lies on a remote, from where a start can fetch it.
 """
 
 from __future__ import annotations
@@ -54,8 +54,7 @@ def _may_go(core: Core, record: PlacementRecord) -> bool:
     deployed = [model for name in view.models_of(digest) if (model := view.models[name]).state is ModelState.DEPLOYED]
     if any(model.spec.scale.min for model in deployed):
         return False
-    # Starts cannot wait for a remote, so what is deployed keeps a copy on some disk.
-    return (not deployed and bool(view.publications_of(digest))) or any(
+    return bool(view.publications_of(digest)) or any(
         other != node and view.nodes[other].state is NodeState.READY and not _goes(core, other, digest)
         for other in view.nodes_with(digest, Tier.DISK)
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from schema.errors import Fault, NotFound
+from schema.errors import Fault, InvalidCheckpoint, NotFound
 from schema.ids import Epoch
 from schema.link import EngineOptions, InstanceTruth, RemoteCopy, StartInstance, StopInstance
 from schema.states import InstanceState, ModelState, NodeState, Tier, can_become
-from sllmctl.control import learning
+from sllmctl.control import disk, learning
 from sllmctl.control.effects import RouteChanged, StopInstanceNow
 from sllmctl.control.turn import Turn
 from sllmctl.control.view import HOLDING, LIVE, Instance, Model
@@ -214,8 +214,13 @@ def died(turn: Turn, instance: Instance, fault: Fault | None) -> None:
         instance.restarts = 0
     instance.restarts += 1
     instance.fault = fault or Fault("unreachable", why)
+    if instance.fault.short_bytes:  # a start from a remote would have passed the disk's budget
+        disk.make_room(turn, instance.node, instance.fault.short_bytes, f"model {instance.model}")
     turn.event("instance", instance.id, "Crashed", why, level="warning")
-    if instance.restarts > turn.settings.restarts_max or instance.fault.code in _PERMANENT:
+    if instance.fault.code == InvalidCheckpoint.code and turn.view.has_bad_copy(instance):
+        _acknowledge(turn, instance)
+        retire(turn, instance, "Gone", "its weights were found wrong; it is planned anew", level="warning")
+    elif instance.restarts > turn.settings.restarts_max or instance.fault.code in _PERMANENT:
         _fail(turn, instance)
     else:
         _back_off(turn, instance)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from schema.errors import InvalidCheckpoint
 from schema.link import CancelOperation, CheckpointTruth, Ingest, NodeTruth
 from schema.states import InstanceState, ModelState, NodeState, Tier, TierState, can_become
 from sllmctl.control import drops, instances, models, operations, pins, prefetch
@@ -192,6 +193,11 @@ def _quarantined(turn: Turn, node: Node, record: PlacementRecord) -> None:
     message = f"on {record.tier.value} of node {node.name}: {why}; ingest it again, or verify it once its files are right"
     turn.event("checkpoint", record.digest, "Quarantined", message, level="error")
     if record.tier is Tier.DISK:
+        for instance in list(turn.view.instances_on(node.id).values()):
+            failed = instance.fault is not None and instance.fault.code == InvalidCheckpoint.code
+            if instance.digest == record.digest and failed and turn.view.has_bad_copy(instance):
+                instances.stop(turn, instance, "Quarantined", "it is planned anew, with weights from elsewhere")
+                turn.rescale[instance.model] = None
         return
     for instance in list(turn.view.instances_on(node.id).values()):
         if instance.digest == record.digest and instance.state in LIVE:

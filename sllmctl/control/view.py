@@ -324,6 +324,13 @@ class ClusterView:
         """True while an instance or a load keeps this checkpoint in the node's arena."""
         return (node, digest) in self._holders
 
+    def has_bad_copy(self, instance: Instance) -> bool:
+        """True if the copy on the disk of an instance's node is in quarantine, and a sound one can be had elsewhere."""
+        record = self.placements.get((instance.digest, instance.node, Tier.DISK, 0))
+        if record is None or record.state is not TierState.QUARANTINED:
+            return False
+        return bool(self.nodes_with(instance.digest, Tier.DISK) or self.publications_of(instance.digest))
+
     def keeps_arena(self, node: str, digest: str) -> bool:
         """True while this checkpoint stays in the node's arena: something uses it, or it lies there and is pinned."""
         return (node, digest) in self._holders or (node, digest) in self._pinned

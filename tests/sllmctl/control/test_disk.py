@@ -8,7 +8,7 @@ import pytest
 
 from schema.errors import Fault
 from schema.link import DropCheckpoint, Ingest
-from schema.states import ModelState, NodeState, Tier, TierState
+from schema.states import InstanceState, ModelState, NodeState, Tier, TierState
 from sllmctl.control.disk import victims
 from sllmctl.control.effects import AddModel, Operate, Pin
 from sllmctl.control.turn import Drop
@@ -109,6 +109,23 @@ def test_a_fetch_that_lacks_room_gets_it_once(make_world: MakeWorld) -> None:
     assert not agent.done
 
 
+def test_a_start_that_lacks_disk_has_it_when_it_is_tried_again(make_world: MakeWorld) -> None:
+    agents = Agent("local"), Agent("far")
+    for agent in agents:
+        agent.hold("a")
+    agents[0].hold("m")
+    world = make_world(*agents)
+    for agent in agents:
+        world.connect(agent.name)
+    world.serve(spec("m", least=1))
+    instance = world.only("m")
+    world.crash(instance, Fault("out_of_space", "the budget would be passed", 3 * MIB))
+    assert set(world.view.nodes_with(digest_of("a"), Tier.DISK)) == {"far"}
+    assert "Evicted" in world.reasons("checkpoint")
+    world.pass_time(5)
+    assert world.only("m").state is InstanceState.READY
+
+
 def may_go(world: World, digest: str, node: str) -> bool:
     """Of the rule's words, one by one."""
     view, core = world.view, world.loop._core
@@ -126,8 +143,7 @@ def may_go(world: World, digest: str, node: str) -> bool:
     for model in view.models.values():
         if model.digest == digest and model.state is ModelState.DEPLOYED and model.spec.scale.min > 0:
             return False
-    needed = any(model.digest == digest and model.state is ModelState.DEPLOYED for model in view.models.values())
-    if not needed and any(each.digest == digest for each in view.publications.values()):
+    if any(each.digest == digest for each in view.publications.values()):
         return True
     left = [
         one
@@ -165,7 +181,7 @@ def disturb(world: World, draw: random.Random) -> None:
             view.operations[op] = Operation(op, 1, kind, digest, node, Tier.DISK, size, 1.0, ended)  # type: ignore[arg-type]
     for digest in view.checkpoints:
         if draw.random() < 0.2:
-            view.publications[digest, "file:///r"] = Publication(digest, "file:///r", "exec1", 1.0)
+            view.put_publication(Publication(digest, "file:///r", "exec1", 1.0))
     if draw.random() < 0.3:
         world.lose(draw.choice(NODES))
 

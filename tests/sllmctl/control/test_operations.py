@@ -292,3 +292,34 @@ def test_all_of_a_checkpoint_includes_what_lies_on_devices(make_world: MakeWorld
     assert digest_of("m") not in world.view.checkpoints
     assert not agent.weights
     world.check_rows()
+
+
+@pytest.mark.parametrize("quarantine_first", [False, True])
+def test_a_start_from_a_bad_copy_is_planned_anew_with_another(make_world: MakeWorld, quarantine_first: bool) -> None:
+    world = two(make_world)
+    world.serve(spec(least=1))
+    first = world.only()
+    other = "far" if first.node == "local" else "local"
+    truth = world.agents[first.node].checkpoints[digest_of("m")]
+    bad = Placement(
+        tier=Tier.DISK, state=TierState.QUARANTINED, size_bytes=truth.image_bytes, reason="partition_0.bin is wrong"
+    )
+    update = FromNode(first.node, PlacementUpdate(truth=msgspec.structs.replace(truth, placements=(bad,))))
+    steps = [
+        lambda: world.crash(first, Fault("invalid_checkpoint", "partition_0.bin is wrong")),
+        lambda: world.do(update),
+    ]
+    for step in reversed(steps) if quarantine_first else steps:
+        step()
+    world.pass_time(5)
+    again = world.only()
+    assert (again.node, again.state) == (other, InstanceState.READY)
+    world.check_rows()
+
+
+def test_a_start_from_the_only_copy_fails_with_what_is_wrong_with_it(world: World) -> None:
+    world.serve(spec(least=1))
+    world.crash(world.only(), Fault("invalid_checkpoint", "partition_0.bin is wrong"))
+    quarantine(world, Tier.DISK)
+    assert world.only().state is InstanceState.FAILED
+    assert world.only().fault == Fault("invalid_checkpoint", "partition_0.bin is wrong")
