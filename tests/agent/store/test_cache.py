@@ -296,7 +296,7 @@ def test_a_disk_that_stalls_is_answered_for_and_keeps_only_its_own_chunks(
 
 
 class Budget(RuleBasedStateMachine):
-    """Any order of fills, holds and drops against a set of digests and their users."""
+    """Any order of fills, holds, drops, pins and verifications against a set of digests and their users."""
 
     CHUNKS = 5
 
@@ -307,6 +307,7 @@ class Budget(RuleBasedStateMachine):
         self.bench = Bench(Arena.create(self.CHUNKS * CHUNK, CHUNK))
         self.users: dict[str, int] = {}
         self.order: list[str] = []
+        self.kept: set[str] = set()
         self.count = 0
 
     @rule(number=st.integers(0, 4), users=st.integers(0, 2))
@@ -319,7 +320,7 @@ class Budget(RuleBasedStateMachine):
         self.bench.wait(op)
         size = -(-len(image) // CHUNK)
         others = {each: users for each, users in before.items() if each != digest}
-        pinned = sum(self._size(each) for each, users in others.items() if users)
+        pinned = sum(self._size(each) for each, users in others.items() if users or each in self.kept)
         gone = self.bench.told.gone
         if digest not in before and size + pinned > self.CHUNKS:
             assert self.bench.told.faults[op].code == "out_of_space"
@@ -327,7 +328,7 @@ class Budget(RuleBasedStateMachine):
             return
         expected = []
         if digest not in before:
-            idle = [each for each in self.order if not before.get(each)]
+            idle = [each for each in self.order if not before.get(each) and each not in self.kept]
             while sum(self._size(each) for each in before if each not in expected) + size > self.CHUNKS:
                 expected.append(idle.pop(0))
         assert gone == expected
@@ -349,11 +350,37 @@ class Budget(RuleBasedStateMachine):
         if digest not in self.users:
             with pytest.raises(NotFound):
                 self.bench.store.drop(digest)
-        elif self.users[digest]:
+        elif self.users[digest] or digest in self.kept:
             with pytest.raises(Conflict):
                 self.bench.store.drop(digest)
         else:
             self.bench.store.drop(digest)
+            del self.users[digest]
+            self.order.remove(digest)
+
+    @rule(numbers=st.sets(st.integers(0, 4)))
+    def pin(self, numbers: set[int]) -> None:
+        self.kept = {self.made[number][0] for number in numbers}
+        self.bench.store.pin(self.kept)
+
+    @rule(number=st.integers(0, 4), wrong=st.booleans())
+    def verify(self, number: int, wrong: bool) -> None:
+        """A wrong image goes unless somebody uses it, pinned or not; the twin then forgets it."""
+        digest, directory, _ = self.made[number]
+        self.count += 1
+        op = f"op{self.count}"
+        occupant = self.bench.store._residents.get(digest)
+        wrong = wrong and occupant is not None and not self.users[digest]
+        if wrong:
+            assert occupant is not None
+            (view,) = self.bench.arena.views(occupant.chunks, 7, 1)
+            view[0] ^= 1
+        self.bench.told.gone = []
+        self.bench.store.verify(op, digest, directory)
+        self.bench.wait(op)
+        assert (self.bench.told.verdicts[op] is not None) == wrong
+        assert self.bench.told.gone == ([digest] if wrong else [])
+        if wrong:
             del self.users[digest]
             self.order.remove(digest)
 
@@ -371,6 +398,7 @@ class Budget(RuleBasedStateMachine):
         descriptor = os.dup(self.bench.arena.descriptor)
         self.bench.close()
         self.bench = Bench(Arena.adopt(descriptor, self.CHUNKS * CHUNK, CHUNK))
+        self.bench.store.pin(self.kept)  # as the agent says after every truth
 
     @invariant()
     def agrees(self) -> None:
