@@ -37,21 +37,26 @@ class _Managed(ctypes.Structure):
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype = ctypes.py_object
 _new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-_alive: Final[dict[int, tuple[Any, ...]]] = {}
-"""What a consumer may still call or read, by the address that it was given."""
+_alive: Final[dict[int, tuple[_Managed, Any, Callable[[], None]]]] = {}
+"""What a consumer may still read, and what is called at the end, by the address that it was given."""
+
+
+def _delete(managed: int) -> None:
+    found = _alive.pop(managed, None)
+    if found is not None:
+        found[2]()
+
+
+_deleter: Final = _Deleter(_delete)
+"""One for all: a callback must not go away while it is being called."""
 
 
 def bytes_capsule(address: int, size_bytes: int, device_type: int, device: int, freed: Callable[[], None]) -> Any:
     """A capsule for ``from_dlpack``, which must consume it. ``freed`` is called once, when nothing uses the memory any more."""
     shape = (ctypes.c_int64 * 1)(size_bytes)
-
-    def delete(managed: int) -> None:
-        if _alive.pop(managed, None) is not None:
-            freed()
-
     made = _Managed()
     made.tensor = _Tensor(address, device_type, device, 1, _UINT, 8, 1, shape, None, 0)
-    made.deleter = _Deleter(delete)
+    made.deleter = _deleter
     at = ctypes.addressof(made)
-    _alive[at] = made, shape, made.deleter
+    _alive[at] = made, shape, freed
     return _new_capsule(at, _NAME, None)

@@ -57,6 +57,8 @@ class DeviceLoad:
         self._verifying = not catalog.is_verified(entry.directory)
         self._borrowed = self._bringing = False
         self._stream: Stream | None = None
+        if all(each.digest != self.digest for each in arena.residents()):
+            self.source = Tier.DISK
         self._job = copier.submit(targets, self._copied, priority=priority)
         self._bringing = True
         arena.bring(self, self.digest, entry.directory, priority)

@@ -37,9 +37,10 @@ _log = logging.getLogger(__name__)
 
 
 class DeviceListener(Protocol):
-    """Who hears of the device tier. Every op gets progress and then exactly one `on_device` or `failed`."""
+    """Who hears of the device tier. Every op hears how far it is and then exactly one `on_device` or `failed`."""
 
-    def progress(self, op: str, done_bytes: int, total_bytes: int) -> None: ...
+    def copying(self, op: str, done_bytes: int, total_bytes: int, source: Tier) -> None:
+        """So much has reached its devices; ``source`` is the tier that it comes from."""
 
     def failed(self, op: str, digest: str, fault: Fault) -> None: ...
 
@@ -395,7 +396,8 @@ class DeviceStore:
         load.told_at, load.told_bytes = now, done_bytes
         for op, asked in self._asked.items():
             if asked.digest == load.digest and set(asked.devices) & set(load.devices):
-                self._listener.progress(op, done_bytes, load.entry.manifest.image_bytes)
+                source = load.load.source if load.load is not None else Tier.DISK
+                self._listener.copying(op, done_bytes, load.entry.manifest.image_bytes, source)
 
     # --- room
 

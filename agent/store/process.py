@@ -205,11 +205,16 @@ class StoreProcess:
 
     # What it says of devices: the DeviceListener.
 
+    def copying(self, op: str, done_bytes: int, total_bytes: int, source: Tier) -> None:
+        bps = self._rates.step(op, done_bytes, time.monotonic())
+        self._say(Progress(op=op, stage="load", done_bytes=done_bytes, total_bytes=total_bytes, source=source, bps=bps))
+
     def loaded(self, weights: DeviceWeights, descriptor: int) -> None:
         if not self._announced:
             self._channel.send(Descriptors(what="device", weights=weights), [descriptor])
 
     def on_device(self, op: str, digest: str, weights: tuple[DeviceWeights, ...], source: Tier, read_bytes: int) -> None:
+        self._rates.end(op)
         self._say(OnDevice(op=op, digest=digest, weights=weights, source=source, read_bytes=read_bytes))
 
     def evicting(self, weights: DeviceWeights) -> None:

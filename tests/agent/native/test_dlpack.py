@@ -9,10 +9,8 @@ import os
 
 import torch
 
-from agent.engine.weights import image_tensors
 from agent.native.device import DLPACK_CPU
 from agent.native.dlpack import bytes_capsule
-from tests.agent.engine.models import make_model, manifest_of, tensors_of
 
 
 def test_tensors_share_the_memory_and_free_it_once_with_the_last_of_them() -> None:
@@ -33,19 +31,3 @@ def test_tensors_share_the_memory_and_free_it_once_with_the_last_of_them() -> No
     del eight
     gc.collect()
     assert freed == [1]
-
-
-def test_an_image_on_a_device_gives_the_same_tensors_as_a_buffer() -> None:
-    model = make_model("llama")
-    manifest, expected = manifest_of(model), tensors_of(model)
-    image = bytearray(max(manifest.image_bytes, 1))
-    for entry in manifest.tensors:
-        data = expected[entry.name].contiguous().view(torch.uint8).flatten().numpy().tobytes()
-        at = manifest.partitions[entry.partition].start_bytes + entry.offset_bytes
-        image[at : at + len(data)] = data
-    address = ctypes.addressof(ctypes.c_char.from_buffer(image))
-    base = torch.from_dlpack(bytes_capsule(address, len(image), DLPACK_CPU, 0, lambda: None))
-    over_buffer, over_device = image_tensors(manifest, image), image_tensors(manifest, base)
-    assert over_device.keys() == over_buffer.keys()
-    for name, tensor in over_device.items():
-        assert torch.equal(tensor, over_buffer[name]), name

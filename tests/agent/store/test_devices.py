@@ -46,6 +46,7 @@ class Devices:
     answers: dict[str, Answer] = field(default_factory=dict)
     faults: dict[str, Fault] = field(default_factory=dict)
     steps: list[tuple[str, int, int]] = field(default_factory=list)
+    sources: dict[str, set[Tier]] = field(default_factory=dict)
     layers: list[int] = field(default_factory=list)
     kept: dict[str, tuple[DeviceWeights, int]] = field(default_factory=dict)
     gone: list[str] = field(default_factory=list)
@@ -60,8 +61,9 @@ class Devices:
         host = ((address_of(self.bench.arena.memory), self.bench.arena.memory.nbytes),)
         return DeviceStore(self.driver, budgets, self.bench.store, host, self, lambda: os.eventfd_write(self.bench._event, 1))
 
-    def progress(self, op: str, done_bytes: int, total_bytes: int) -> None:
+    def copying(self, op: str, done_bytes: int, total_bytes: int, source: Tier) -> None:
         self.steps.append((op, done_bytes, total_bytes))
+        self.sources.setdefault(op, set()).add(source)
 
     def failed(self, op: str, digest: str, fault: Fault) -> None:
         assert op not in self.answers.keys() | self.faults.keys(), f"{op} was answered twice"
@@ -161,6 +163,7 @@ def test_by_way_of_dram_then_straight_from_it_then_it_is_there(node: Devices, tm
     node.wait("c")
     assert node.answers["c"].source is Tier.DEVICE
     assert [each.users for each in node.answers["c"].weights] == [2, 2]
+    assert node.sources == {"a": {Tier.DISK}, "b": {Tier.DRAM}}
     assert node.steps[0] == ("a", 0, len(made[2]))
     assert ("a", len(made[2]), len(made[2])) in node.steps
     node.check_unwound()
