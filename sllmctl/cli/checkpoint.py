@@ -231,7 +231,7 @@ def forget(invocation: Invocation, reference: str, url: str | None, form: Format
 @command.command("rm")
 @click.argument("reference", metavar="DIGEST|MODEL")
 @_node_option
-@_tier_option("dram", "disk")
+@_tier_option("device", "dram", "disk")
 @_wait_options
 @yes_option
 @output_option
@@ -246,7 +246,7 @@ def remove(
     yes: bool,
     form: Format,
 ) -> None:
-    """Take a checkpoint from memory and disk, of a node or of all.
+    """Take a checkpoint from devices, memory and disk, of a node or of all.
 
     Refused for what is in use or pinned, and for the last sound copy of what a model needs.
     """
@@ -254,7 +254,7 @@ def remove(
     from sllmctl import client
     from sllmctl.cli.diagnostics import confirm
 
-    where = f"{tier or 'memory and disk'} of {f'node {node}' if node is not None else 'every node'}"
+    where = f"{tier or 'devices, memory and disk'} of {f'node {node}' if node is not None else 'every node'}"
     if not yes:
         with invocation.admin() as admin:
             found = admin.ask(client.checkpoint(reference))

@@ -30,6 +30,7 @@ _RUNNING = msgspec.structs.replace(OPERATIONS[0], ended_at=None)
             {"url": "https://h", "node": "gpu1", "tier": "dram"},
         ),
         (("rm", "qwen", "-y"), "drop", {"node": None, "tier": None}),
+        (("rm", "qwen", "-y", "--tier", "device"), "drop", {"node": None, "tier": "device"}),
         (("rm", "qwen", "-y", "--tier", "disk", "--node", "local"), "drop", {"node": "local", "tier": "disk"}),
     ],
 )
