@@ -352,8 +352,9 @@ class ArenaStore:
         occupant = self._residents.get(digest)
         if verdict.image_error is not None and occupant is not None:
             self._condemned[digest] = str(verdict.image_error)
-            if not self._drop_condemned(occupant):
-                self._listener.condemned(self._resident(occupant))
+        # An earlier verdict may have left it, since it was still being looked at.
+        if occupant is not None and not self._drop_condemned(occupant) and verdict.image_error is not None:
+            self._listener.condemned(self._resident(occupant))
         if verdict.op in self._unheard:
             self._unheard.discard(verdict.op)
             return

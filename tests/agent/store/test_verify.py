@@ -179,6 +179,23 @@ def test_a_bad_image_with_users_goes_with_the_last_of_them_and_gets_no_other(ben
     assert bench.told.resident["c"].read_bytes
 
 
+def test_a_bad_image_that_is_looked_at_twice_goes_though_the_second_look_is_cancelled(bench: Bench, tmp_path: Path) -> None:
+    digest, directory, _ = commit(tmp_path, 1, 2 * CHUNK)
+    other = commit(tmp_path, 2, CHUNK)
+    bench.store.fill("a", digest, directory, users=0)
+    bench.wait("a")
+    flip_image(bench, bench.store._residents[digest].chunks, 9)
+    bench.store.verify("v", digest, directory)
+    bench.store.verify("w", digest, directory)
+    bench.store.cancel_verify("w")
+    bench.store.verify("x", other[0], other[1])
+    bench.wait("v", "x")
+    assert bench.told.gone == [digest]
+    bench.store.fill("b", digest, directory)
+    bench.wait("b")
+    assert bench.told.resident["b"].read_bytes
+
+
 def test_a_store_that_is_told_of_a_bad_image_acts_as_the_one_that_found_it(bench: Bench, tmp_path: Path) -> None:
     digest, directory, _ = commit(tmp_path, 1, CHUNK)
     bench.store.fill("a", digest, directory, users=1)
