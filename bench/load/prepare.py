@@ -20,6 +20,7 @@ import numpy as np
 from agent.store import catalog
 from agent.store.ingest.convert import LAYOUT, convert
 from bench import make_checkpoint
+from schema.checkpoint import FORMAT_VERSION
 
 __all__ = ["HERE", "PEERS", "Checkpoint", "Prepared", "data_sum", "prepare"]
 
@@ -131,9 +132,9 @@ def _checkpoint(work: Path, architecture: str, shard_bytes: int) -> Checkpoint:
 
 
 def _ingested(data: Path) -> catalog.CatalogEntry | None:
-    """The one checkpoint there, if this build reads it and would write its layout."""
-    entries = list(catalog.scan(data / "checkpoints").values())
-    return entries[0] if entries and entries[0].directory.name == LAYOUT else None
+    """The one checkpoint there, if it lies as this build would write it."""
+    entries = [entry for entry in catalog.scan(data / "checkpoints").values() if entry.directory.name == LAYOUT]
+    return entries[0] if entries and entries[0].manifest.format_version == FORMAT_VERSION else None
 
 
 def _environment(work: Path) -> Path:
