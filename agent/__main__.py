@@ -67,7 +67,7 @@ def _run(given: argparse.Namespace) -> int:
         from agent.store.remote.command import main as run_publish
 
         return run_publish(given.run_dir, given.op, given.directory, given.url)
-    from agent.store.ingest import main as run_ingest
+    from agent.store.ingest.command import main as run_ingest
 
     return run_ingest(given.run_dir, given.op, given.source)
 

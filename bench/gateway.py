@@ -99,12 +99,15 @@ def engine_alone(checkpoints: str, concurrency: int, each: int) -> list[tuple[fl
     from agent.engine.build import build_engine
     from agent.engine.weights import image_tensors
     from agent.store.catalog import scan
+    from agent.store.index import read_index
 
     torch.set_num_threads(1)
     (entry,) = scan(Path(checkpoints)).values()
     image = bytearray(b"".join((entry.directory / part.file).read_bytes() for part in entry.manifest.partitions))
     options = EngineOptions(kv_bytes=KV_BYTES, max_concurrency=128)
-    engine = build_engine(entry.manifest, image_tensors(entry.manifest, memoryview(image)), options)
+    engine = build_engine(
+        entry.manifest, image_tensors(read_index(entry.directory, entry.manifest), memoryview(image)), options
+    )
     prompt = tuple(Tokenizer.from_file(str(entry.directory / "tokenizer.json")).encode(PROMPT).ids)
     waiting = {client: pauses(client) for client in range(concurrency)}
     due = [(time.monotonic() + next(gaps), client, 0) for client, gaps in waiting.items()]

@@ -1,7 +1,8 @@
 """The manifest of a loading-optimised checkpoint: what it holds, where its bytes lie, how they are checked.
 
 On disk a checkpoint is ``<root>/<digest>/<layout>/``: partition files of raw tensor bytes, ``manifest.json`` (this),
-and beside them the text assets (``tokenizer.json``, ``chat_template.jinja``) that ingest has normalised.
+and beside them the text assets (``tokenizer.json``, ``chat_template.jinja``) that ingest has normalised, and the list of
+tensors (``tensors.idx``), which only a worker needs. Format version 1 had that list in the manifest, and is still read.
 
 A tensor's address is ``base + partition.start_bytes + tensor.offset_bytes``, where base is wherever the whole image was
 put: one range of an arena, or of a device. (After the paper's loading-optimised format, OSDI 2024, section 4.1.)
@@ -25,6 +26,7 @@ __all__ = [
     "ALIGN_BYTES",
     "DTYPE_BYTES",
     "FORMAT_VERSION",
+    "INDEX_FILE",
     "PAD_BYTES",
     "AssetEntry",
     "KvGeometry",
@@ -37,9 +39,12 @@ __all__ = [
     "encode_manifest",
 ]
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+_READABLE: Final = (1, 2)
+INDEX_FILE: Final = "tensors.idx"
+"""The asset that lists the tensors of a checkpoint of format version 2, in binary (`agent.store.index`)."""
 ALIGN_BYTES: Final = 256
-"""Tensors start at multiples of this within a partition, as device kernels want them."""
+"""Tensors start at multiples of this within a partition, as device kernels want them; in a fused group only the first."""
 PAD_BYTES: Final = 4096
 """Partition files and their starts in the image are multiples of this, for direct I/O."""
 
@@ -81,7 +86,7 @@ class Partition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class AssetEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A small file beside the partitions (``tokenizer.json``, ``chat_template.jinja``), with its sha256."""
+    """A small file beside the partitions (``tokenizer.json``, ``chat_template.jinja``, INDEX_FILE), with its sha256."""
 
     file: _FileName
     size_bytes: _Count
@@ -118,10 +123,12 @@ class TextDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A whole checkpoint. ``tensors`` are in execution order; tied names point at the stored one in ``ties``.
+    """A whole checkpoint. ``tensors`` are in execution order, and empty where the asset INDEX_FILE lists them; tied names
+    point at the stored one in ``ties``.
 
     ``digest`` names the content, whatever the layout; ``layout`` names this way of lying on disk. ``config`` is the
-    model's config.json. ``vocab_size`` bounds token ids, ``max_context_tokens`` bounds prompt and reply together.
+    model's config.json. ``vocab_size`` bounds token ids, ``max_context_tokens`` bounds prompt and
+    reply together. ``layer_ends``: up to which byte of the image each layer reaches.
     """
 
     format_version: int
@@ -139,11 +146,22 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     config: dict[str, Any]
     text: TextDefaults
     assets: tuple[AssetEntry, ...]
+    layer_ends: tuple[_Count, ...] = ()
 
     @property
     def image_bytes(self) -> int:
         """Bytes of the whole image in memory: the partitions one after another."""
         return sum(partition.size_bytes for partition in self.partitions)
+
+    @property
+    def index(self) -> AssetEntry | None:
+        """The file that lists the tensors; None where ``tensors`` does."""
+        return next((asset for asset in self.assets if asset.file == INDEX_FILE), None)
+
+    @property
+    def text_assets(self) -> tuple[AssetEntry, ...]:
+        """The assets that the gateway needs."""
+        return tuple(asset for asset in self.assets if asset.file != INDEX_FILE)
 
 
 def content_digest(tensors: Iterable[tuple[str, str, tuple[int, ...], bytes]], config: dict[str, Any]) -> str:
@@ -172,15 +190,18 @@ def decode_manifest(data: bytes) -> Manifest:
     """
     try:
         version = msgspec.json.decode(data, type=_Version).format_version
-        if version != FORMAT_VERSION:
-            raise InvalidCheckpoint(f"manifest has format version {version}; this build reads {FORMAT_VERSION}")
+        if version not in _READABLE:
+            raise InvalidCheckpoint(f"manifest has format version {version}; this build reads 1 to {FORMAT_VERSION}")
         manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidCheckpoint(f"manifest is not readable: {error}") from error
     if manifest.kv.dtype not in DTYPE_BYTES:
         raise InvalidCheckpoint(f"the KV cache has unknown dtype {manifest.kv.dtype!r}")
     _check_partitions(manifest)
-    _check_tensors(manifest)
+    if manifest.index is None:
+        _check_tensors(manifest)
+    elif manifest.tensors:
+        raise InvalidCheckpoint(f"the tensors are listed twice: in the manifest and in {INDEX_FILE}")
     return manifest
 
 

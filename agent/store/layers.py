@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Final
 
-from schema.checkpoint import Manifest
+from schema.checkpoint import Manifest, Partition, TensorEntry
 
-__all__ = ["Layers"]
+__all__ = ["Layers", "layer_ends"]
 
 _LAYER: Final = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+
+
+def layer_ends(tensors: Sequence[TensorEntry], partitions: Sequence[Partition]) -> tuple[int, ...]:
+    """Up to which byte of the image each layer reaches, in execution order; empty for a model that names no layers."""
+    ends: dict[int, int] = {}
+    for entry in tensors:
+        found = _LAYER.search(entry.name)
+        if found is not None:
+            end = partitions[entry.partition].start_bytes + entry.offset_bytes + entry.size_bytes
+            ends[int(found[1])] = max(ends.get(int(found[1]), 0), end)
+    return tuple(accumulate((ends[layer] for layer in sorted(ends)), max))
 
 
 class Layers:
@@ -18,15 +31,7 @@ class Layers:
     belongs to it, what comes after the last (the head) to none: it has come when the image has."""
 
     def __init__(self, manifest: Manifest) -> None:
-        ends: dict[int, int] = {}
-        for entry in manifest.tensors:
-            found = _LAYER.search(entry.name)
-            if found is not None:
-                end = manifest.partitions[entry.partition].start_bytes + entry.offset_bytes + entry.size_bytes
-                ends[int(found[1])] = max(ends.get(int(found[1]), 0), end)
-        self._ends: list[int] = []
-        for layer in sorted(ends):
-            self._ends.append(max(ends[layer], self._ends[-1] if self._ends else 0))
+        self._ends = manifest.layer_ends or layer_ends(manifest.tensors, manifest.partitions)
 
     def __len__(self) -> int:
         return len(self._ends)

@@ -28,6 +28,7 @@ from agent.native.disk_record import record_path, remembered
 from agent.native.mapping import ImageMapping
 from agent.store import catalog
 from agent.store.catalog import CatalogEntry
+from agent.store.index import TensorIndex, read_index
 from agent.store.trial import Timing, TrialStore
 from schema.errors import Fault, InvalidInput, NotFound, SllmError
 from schema.link import Resident
@@ -108,6 +109,7 @@ def measure(
     if entry.quarantined is not None:
         raise InvalidInput(f"{entry.directory} is quarantined ({entry.quarantined}); its speed would say nothing")
     files = [entry.directory / partition.file for partition in entry.manifest.partitions]
+    index = read_index(entry.directory, entry.manifest)
     image_bytes = entry.manifest.image_bytes
     store = TrialStore(image_bytes, chunk_bytes=chunk_bytes, reader_threads=reader_threads, tuning=tuning)
     raw, cold, checked, warm, attach, first = rows = [_Row(step) for step in _STEPS]
@@ -126,7 +128,7 @@ def measure(
                 remember(file)
             resident, timing = store.fill(entry)
             warm.timings.append(timing)
-            attached, touched = _attach(store, entry, resident)
+            attached, touched = _attach(store, index, resident)
             attach.timings.append(attached)
             first.timings.append(touched)
         pages, reader = store.arena.pages, store.reader
@@ -141,7 +143,7 @@ def measure(
     )
     bound, verdict = _verdict(dict(zip(_STEPS, results, strict=True)), is_cold)
     return LoadReport(
-        digest=entry.digest, directory=str(entry.directory), image_bytes=image_bytes, tensors=len(entry.manifest.tensors),
+        digest=entry.digest, directory=str(entry.directory), image_bytes=image_bytes, tensors=len(index),
         rounds=rounds, reader=reader, pages=pages, cold=is_cold, rows=results, bound=bound, verdict=verdict,
     )  # fmt: skip
 
@@ -153,11 +155,11 @@ def _time(row: _Row, load: Callable[[], Timing], number: int, rounds: int) -> No
         sys.stderr.flush()
 
 
-def _attach(store: TrialStore, entry: CatalogEntry, resident: Resident) -> tuple[Timing, Timing]:
+def _attach(store: TrialStore, index: TensorIndex, resident: Resident) -> tuple[Timing, Timing]:
     """What is left for a worker when its image is there: to map it and lay tensors over it; and a first pass's faults."""
     began = time.perf_counter()
     mapping = ImageMapping(store.arena.descriptor, resident.extents, resident.image_bytes)
-    tensors = image_tensors(entry.manifest, mapping.buffer)
+    tensors = image_tensors(index, mapping.buffer)
     seconds = time.perf_counter() - began
     del tensors
     began = time.perf_counter()

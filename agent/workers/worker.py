@@ -28,6 +28,7 @@ from agent.engine.weights import attach, image_tensors
 from agent.native.device import open_driver
 from agent.native.dlpack import bytes_capsule
 from agent.native.mapping import ImageMapping
+from agent.store.index import TensorIndex, read_index
 from agent.workers.journal import Journal
 from agent.workers.kin import kin_token
 from schema.checkpoint import Manifest, decode_manifest
@@ -89,6 +90,7 @@ class Worker:
         self._journal = Journal()
         self._start: StartWorker | None = None
         self._manifest: Manifest | None = None
+        self._index: TensorIndex | None = None
         self._model: nn.Module | None = None
         self._descriptor = -1
         self._attached: Attach | None = None
@@ -279,6 +281,7 @@ class Worker:
         try:
             self._manifest = self._read_manifest(message)
             self._model = build_skeleton(self._manifest)
+            self._index = read_index(self._config.checkpoints_path / message.directory, self._manifest)
         except Exception as error:
             self._fail(error)
             return
@@ -296,7 +299,9 @@ class Worker:
 
     def _attach(self, message: Attach) -> None:
         """Weights over the store's memory, KV memory, and a first step."""
-        if self._failed or self._attached is not None or self._model is None or self._manifest is None or self._start is None:
+        if self._failed or self._attached is not None or self._model is None or self._start is None:
+            return
+        if self._manifest is None or self._index is None:
             return
         options = self._start.start.options
         began_s = time.monotonic()
@@ -309,7 +314,7 @@ class Worker:
                 )
             image, device = self._map(message)
             self._attached = message
-            attach(self._model, self._manifest, image_tensors(self._manifest, image), device)
+            attach(self._model, self._manifest, image_tensors(self._index, image), device)
             attached_s = time.monotonic()
             engine = assemble(self._model, self._manifest, options, device)
             engine.warm()

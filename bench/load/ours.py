@@ -31,8 +31,8 @@ import numpy as np
 
 from agent.native.mapping import ImageMapping, read_only
 from agent.store.catalog import CatalogEntry, read_entry
+from agent.store.index import TensorIndex, read_index
 from agent.store.trial import TrialStore, cpu_s
-from schema.checkpoint import Manifest
 from schema.link import Extent
 
 CHUNK_BYTES = 4 << 20
@@ -48,7 +48,7 @@ def arena(directory: Path) -> dict[str, Any]:
     mapping = ImageMapping(store.arena.descriptor, resident.extents, resident.image_bytes)
     return {
         "seconds": timing.seconds, "cpu_s": timing.cpu_s, "bytes": resident.image_bytes, "pages": store.arena.pages,
-        "beyond_arena_bytes": beyond, **_proof(entry.manifest, mapping.buffer),
+        "beyond_arena_bytes": beyond, **_proof(read_index(directory, entry.manifest), mapping.buffer),
     }  # fmt: skip
 
 
@@ -62,11 +62,11 @@ def tensors(directory: Path) -> dict[str, Any]:
         _await_go()
         began, began_cpu_s = time.perf_counter(), cpu_s()
         store.ask_fill()
-        manifest = read_entry(directory).manifest
+        index = read_index(directory, read_entry(directory).manifest)
         descriptor, answer = store.filled()
         given = time.perf_counter()
         mapping = ImageMapping(descriptor, answer["extents"], answer["image_bytes"])
-        made = image_tensors(manifest, mapping.buffer)
+        made = image_tensors(index, mapping.buffer)
         ended = time.perf_counter()
         used_s = cpu_s() - began_cpu_s + answer["cpu_s"]
         touched = time.perf_counter()
@@ -75,7 +75,7 @@ def tensors(directory: Path) -> dict[str, Any]:
         return {
             "seconds": ended - began, "cpu_s": used_s, "attach_s": ended - given, "fill_s": answer["fill_s"],
             "first_touch_s": touch_s, "bytes": answer["image_bytes"], "tensors": len(made), "pages": answer["pages"],
-            **_proof(manifest, mapping.buffer),
+            **_proof(index, mapping.buffer),
         }  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def attach(directory: Path) -> dict[str, Any]:
         _warm_attach()
         _await_go()
         began = time.perf_counter()
-        manifest = read_entry(directory).manifest
+        index = read_index(directory, read_entry(directory).manifest)
         manifest_s = time.perf_counter() - began
         store.ask_fill()
         descriptor, answer = store.filled()
@@ -96,7 +96,7 @@ def attach(directory: Path) -> dict[str, Any]:
         for _ in range(ATTACHES):
             began = time.perf_counter()
             mapping = ImageMapping(descriptor, answer["extents"], answer["image_bytes"])
-            made = image_tensors(manifest, mapping.buffer)
+            made = image_tensors(index, mapping.buffer)
             times.append(time.perf_counter() - began)
             count = len(made)
             del made
@@ -131,13 +131,12 @@ def _trial_store(directory: Path) -> tuple[TrialStore, CatalogEntry]:
     return store, entry
 
 
-def _proof(manifest: Manifest, image: memoryview) -> dict[str, Any]:
+def _proof(index: TensorIndex, image: memoryview) -> dict[str, Any]:
     """The sum of all 8-byte words of all tensors, which does not depend on how they lie."""
     check = total = 0
-    for tensor in manifest.tensors:
-        start = manifest.partitions[tensor.partition].start_bytes + tensor.offset_bytes
-        check += int(np.frombuffer(image, np.uint8, tensor.size_bytes, start).view("<u8").sum())
-        total += tensor.size_bytes
+    for start, size in zip(index.starts, index.sizes, strict=True):
+        check += int(np.frombuffer(image, np.uint8, size, start).view("<u8").sum())
+        total += size
     return {"check": check % 2**64, "tensor_bytes": total}
 
 

@@ -149,7 +149,7 @@ class Assets:
             if manifest.digest != digest:
                 raise InvalidCheckpoint(f"node {node} gave the manifest of {manifest.digest[:12]} for {digest[:12]}")
             files = {_MANIFEST: data}
-            for asset in manifest.assets:
+            for asset in manifest.text_assets:
                 if asset.file in files:
                     raise InvalidCheckpoint(f"the manifest of {digest[:12]} lists {asset.file} twice")
                 content = await self._links.read_file(node, digest, asset.file)
@@ -175,7 +175,8 @@ class Assets:
         try:
             manifest = decode_manifest((directory / _MANIFEST).read_bytes())
             whole = manifest.digest == digest and all(
-                hashlib.sha256((directory / asset.file).read_bytes()).hexdigest() == asset.sha256 for asset in manifest.assets
+                hashlib.sha256((directory / asset.file).read_bytes()).hexdigest() == asset.sha256
+                for asset in manifest.text_assets
             )
         except (OSError, InvalidCheckpoint):
             whole = False

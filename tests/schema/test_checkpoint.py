@@ -7,6 +7,7 @@ import pytest
 
 from schema.checkpoint import (
     FORMAT_VERSION,
+    INDEX_FILE,
     KvGeometry,
     Manifest,
     Partition,
@@ -61,7 +62,7 @@ def test_a_manifest_is_read_as_it_was_written() -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (lambda m: m.update(format_version=2), "format version 2"),
+        (lambda m: m.update(format_version=3), "format version 3"),
         (lambda m: m.update(surprise=1), "surprise"),
         (lambda m: m["partitions"][0].update(file="../p0.bin"), "not readable"),
         (lambda m: m["partitions"][0].update(file="p0.bin\n"), "not"),
@@ -80,6 +81,7 @@ def test_a_manifest_is_read_as_it_was_written() -> None:
         (lambda m: m["tensors"][1].update(shape=[-32]), "not readable"),
         (lambda m: m.update(ties={"x": "nowhere"}), "tie"),
         (lambda m: m.update(ties={"b": "a"}), "tie"),
+        (lambda m: m.update(assets=[{"file": INDEX_FILE, "size_bytes": 1, "sha256": "0" * 64}]), "listed twice"),
         (lambda m: m["kv"].update(layers=0), "not readable"),
         (lambda m: m["kv"].update(dtype="F12"), "dtype"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -10,20 +11,22 @@ from pathlib import Path
 from typing import Final
 
 from agent.store import catalog
+from agent.store.index import encode_index, read_index
 from agent.store.ingest.files import SourceDirectory
 from agent.store.ingest.headers import Sources, SourceTensor, parse_json
 from agent.store.ingest.model import ModelFacts, check_runnable, read_facts
 from agent.store.ingest.order import execution_key, find_ties
 from agent.store.ingest.text import read_text_side, write_assets
 from agent.store.ingest.writer import CHUNK_BYTES, Written, disk_errors, same_bytes, write_partition
+from agent.store.layers import layer_ends
 from agent.store.temporary import temporary_directory
-from schema.checkpoint import FORMAT_VERSION, Manifest, content_digest, decode_manifest, encode_manifest
+from schema.checkpoint import FORMAT_VERSION, INDEX_FILE, AssetEntry, Manifest, content_digest, decode_manifest, encode_manifest
 from schema.errors import InvalidCheckpoint, NotFound
 
 __all__ = ["LAYOUT", "convert"]
 
-LAYOUT: Final = "exec1"
-"""The layout that this module writes: one partition, in execution order."""
+LAYOUT: Final = "exec2"
+"""The layout that this module writes: one partition, in execution order, fused groups without gaps."""
 
 _MAX_CONFIG_BYTES: Final = 16 << 20
 
@@ -72,15 +75,16 @@ def convert(
             max_context_tokens=facts.max_context_tokens,
             chunk_bytes=CHUNK_BYTES,
             partitions=(written.partition,),
-            tensors=written.tensors,
+            tensors=(),
+            layer_ends=layer_ends(written.tensors, (written.partition,)),
             ties=ties,
             kv=facts.kv,
             config=config,
             text=text.defaults,
-            assets=write_assets(text, new),
+            assets=(*write_assets(text, new), _write_index(written, new)),
         )
         data = encode_manifest(manifest)
-        decode_manifest(data)  # what cannot be read back must never be committed
+        read_index(new, decode_manifest(data))  # what cannot be read back must never be committed
         (new / catalog.MANIFEST_FILE).write_bytes(data)
         _commit(new, checkpoints / manifest.digest, staging / "replaced")
         return manifest.digest
@@ -90,6 +94,12 @@ def _digest(written: Written, ties: Mapping[str, str], tensors: Mapping[str, Sou
     entries = {entry.name: (entry.dtype, entry.shape, written.sha256[entry.name]) for entry in written.tensors}
     named = [(name, *entry) for name, entry in entries.items()] + [(alias, *entries[name]) for alias, name in ties.items()]
     return content_digest(named, facts.config)
+
+
+def _write_index(written: Written, directory: Path) -> AssetEntry:
+    data = encode_index(written.tensors)
+    (directory / INDEX_FILE).write_bytes(data)
+    return AssetEntry(INDEX_FILE, len(data), hashlib.sha256(data).hexdigest())
 
 
 def _elements(tensor: SourceTensor) -> int:

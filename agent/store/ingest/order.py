@@ -9,7 +9,7 @@ from typing import Final
 from agent.store.ingest.headers import SourceTensor
 from schema.errors import InvalidCheckpoint
 
-__all__ = ["execution_key", "find_ties"]
+__all__ = ["execution_key", "find_ties", "fused_group"]
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d{1,6})\.(.+)$")
 _RANKS: Final = tuple(
@@ -26,6 +26,7 @@ _RANKS: Final = tuple(
     )
 )
 _WITHIN: Final = {"q_proj": 0, "k_proj": 1, "v_proj": 2, "gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1}
+_FUSED = re.compile(r"^(.*)\.(q_proj|k_proj|v_proj|gate_proj|up_proj|w1|w3)\.(weight|bias)$")
 
 Key = tuple[int, int, int, tuple[int, ...], int, int, str]
 
@@ -42,6 +43,16 @@ def execution_key(name: str) -> Key:
     numbers = tuple(int(number) for number in re.findall(r"\.(\d{1,6})\.", rest))
     within = next((place for part, place in _WITHIN.items() if part in rest), 0)
     return 1, int(match.group(1)), rank, numbers, int(not rest.endswith("weight")), within, name
+
+
+def fused_group(name: str) -> tuple[str, str, str] | None:
+    """What a tensor is multiplied together with: those with the same answer lie behind one another without a gap, so that an
+    engine has the fused matrix as a view. None for a tensor that stands alone."""
+    match = _FUSED.search(name)
+    if match is None:
+        return None
+    kind = "qkv" if match.group(2) in ("q_proj", "k_proj", "v_proj") else "gate_up"
+    return match.group(1), kind, match.group(3)
 
 
 def find_ties(

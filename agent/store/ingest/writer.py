@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from agent.store.ingest.headers import Sources, SourceTensor
+from agent.store.ingest.order import fused_group
 from agent.store.ingest.pipeline import CHUNK_BYTES, Tile, fill
 from schema.checkpoint import ALIGN_BYTES, PAD_BYTES, Partition, TensorEntry
 from schema.errors import OutOfSpace, SllmError
@@ -72,11 +73,24 @@ def same_bytes(sources: Sources, one: SourceTensor, other: SourceTensor) -> bool
 def _lay_out(order: Iterable[SourceTensor]) -> tuple[list[tuple[TensorEntry, SourceTensor]], int]:
     laid: list[tuple[TensorEntry, SourceTensor]] = []
     end = 0
+    before: SourceTensor | None = None
     for source in order:
-        offset = -(-end // ALIGN_BYTES) * ALIGN_BYTES
+        fused = before is not None and _fuses(before, source)
+        offset = end if fused else -(-end // ALIGN_BYTES) * ALIGN_BYTES
+        before = source
         laid.append((TensorEntry(source.name, source.dtype, source.shape, 0, offset, source.size_bytes), source))
         end = offset + source.size_bytes
     return laid, end
+
+
+def _fuses(one: SourceTensor, other: SourceTensor) -> bool:
+    """True when ``other`` goes right behind ``one``: its bytes are then aligned to its elements, since those of one are."""
+    group = fused_group(one.name)
+    return (
+        group is not None
+        and group == fused_group(other.name)
+        and (one.dtype == other.dtype and one.shape[1:] == other.shape[1:])
+    )
 
 
 def _reserve(descriptor: int, size: int) -> None:

@@ -14,9 +14,12 @@ import xxhash
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+from agent.engine.weights import fused_view, image_tensors
 from agent.store import catalog
+from agent.store.index import read_index
 from agent.store.ingest.convert import LAYOUT, convert
 from agent.store.ingest.order import execution_key
+from agent.store.layers import Layers
 from schema.checkpoint import ALIGN_BYTES, PAD_BYTES, Manifest
 from tests.checkpoints import CHAT_TEMPLATE, make_llama_dir, make_tokenizer, write_safetensors
 
@@ -38,8 +41,8 @@ def edit(path: Path, **values: Any) -> None:
 def stored(manifest: Manifest, directory: Path) -> dict[str, bytes]:
     image = b"".join((directory / partition.file).read_bytes() for partition in manifest.partitions)
     assert len(image) == manifest.image_bytes
-    starts = [partition.start_bytes for partition in manifest.partitions]
-    return {each.name: image[starts[each.partition] + each.offset_bytes :][: each.size_bytes] for each in manifest.tensors}
+    index = read_index(directory, manifest)
+    return {name: image[start : start + size] for name, start, size in zip(index.names, index.starts, index.sizes, strict=True)}
 
 
 def expected(source: Path) -> dict[str, bytes]:
@@ -73,14 +76,17 @@ def test_odd_sizes_are_aligned_padded_and_summed(tmp_path: Path, hidden: int, vo
     source = make_llama_dir(tmp_path / "m", hidden=hidden, vocab=vocab, heads=2, kv_heads=1, dtype="bfloat16", layers=1)
     manifest, directory = ingest(source, tmp_path)
     assert stored(manifest, directory) == expected(source)
-    assert all(each.offset_bytes % ALIGN_BYTES == 0 for each in manifest.tensors)
+    index = read_index(directory, manifest)
+    followers = ("k_proj.weight", "v_proj.weight", "up_proj.weight")
+    for name, start in zip(index.names, index.starts, strict=True):
+        assert start % (2 if name.endswith(followers) else ALIGN_BYTES) == 0
     (partition,) = manifest.partitions
     data = (directory / partition.file).read_bytes()
     assert len(data) == partition.size_bytes
     assert len(data) % PAD_BYTES == 0
-    last = manifest.tensors[-1]
-    assert len(data) - (last.offset_bytes + last.size_bytes) < PAD_BYTES
-    assert not any(data[last.offset_bytes + last.size_bytes :])
+    end = index.starts[-1] + index.sizes[-1]
+    assert len(data) - end < PAD_BYTES
+    assert not any(data[end:])
 
 
 def test_checksums_over_several_chunks(tmp_path: Path) -> None:
@@ -181,7 +187,7 @@ def test_text_defaults_from_every_place(tmp_path: Path) -> None:
     edit(source / "tokenizer_config.json", eos_token={"content": "<|end|>", "lstrip": False}, chat_template=None)
     named, _ = ingest(source, tmp_path / "1")
     assert (named.text.stop_token_ids, named.text.has_template) == ((1,), False)
-    assert [asset.file for asset in named.assets] == ["tokenizer.json"]
+    assert [asset.file for asset in named.text_assets] == ["tokenizer.json"]
     templates = [{"name": "tools", "template": "no"}, {"name": "default", "template": "{{ yes }}"}]
     edit(source / "tokenizer_config.json", chat_template=templates)
     edit(source / "generation_config.json", eos_token_id=[2, 1, 5000, -1], temperature=None)
@@ -224,3 +230,19 @@ def test_unreadable_entries_are_passed_over_and_named(tmp_path: Path, caplog: py
     (other / "manifest.json").write_bytes((directory / "manifest.json").read_bytes())
     assert list(catalog.scan(tmp_path / "checkpoints")) == [manifest.digest]
     assert [str(other) in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_what_is_multiplied_together_is_one_view(tmp_path: Path) -> None:
+    source = make_llama_dir(tmp_path / "m", hidden=24, heads=2, kv_heads=1, dtype="bfloat16", layers=2)
+    manifest, directory = ingest(source, tmp_path)
+    image = b"".join((directory / partition.file).read_bytes() for partition in manifest.partitions)
+    tensors = image_tensors(read_index(directory, manifest), image)
+    assert list(manifest.layer_ends) == sorted(manifest.layer_ends)
+    assert len(Layers(manifest)) == 2
+    assert [Layers(manifest).usable(end) for end in (0, manifest.layer_ends[0], manifest.image_bytes)] == [0, 1, 2]
+    for layer in range(2):
+        for parts in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+            group = [tensors[f"model.layers.{layer}.{part}.weight"] for part in parts]
+            fused = fused_view(group)
+            assert fused is not None
+            assert torch.equal(fused, torch.cat(group))

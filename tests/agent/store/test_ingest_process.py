@@ -29,7 +29,7 @@ from tests.checkpoints import make_llama_dir
 
 pytestmark = pytest.mark.slow
 
-MAIN = "import sys; from agent.store.ingest import main; sys.exit(main(*sys.argv[1:]))"
+MAIN = "import sys; from agent.store.ingest.command import main; sys.exit(main(*sys.argv[1:]))"
 
 
 class Node:
