@@ -16,6 +16,7 @@ from agent.native.copier import Copier, CopyJob, Slice, Target
 from agent.native.device import Driver
 from agent.native.dlpack import bytes_capsule
 from agent.native.pinned import HostMemory, address_of
+from agent.store.index import index_of
 from schema.checkpoint import ALIGN_BYTES, PAD_BYTES, Manifest, Partition, TensorEntry
 from tests.agent.engine.models import manifest_of, tensors_of
 
@@ -59,4 +60,4 @@ def tensors_on(driver: Driver, manifest: Manifest, image: bytes) -> dict[str, to
     attached = driver.attach(0, descriptor, memory.size_bytes)
     os.close(descriptor)
     capsule = bytes_capsule(attached.address, manifest.image_bytes, driver.dlpack_type, 0, lambda: driver.free(attached))
-    return image_tensors(manifest, from_dlpack(capsule))
+    return image_tensors(index_of(manifest.tensors, manifest), from_dlpack(capsule))
