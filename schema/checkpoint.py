@@ -24,6 +24,7 @@ from schema.errors import InvalidCheckpoint
 
 __all__ = [
     "ALIGN_BYTES",
+    "DTYPE_BITS",
     "DTYPE_BYTES",
     "FORMAT_VERSION",
     "INDEX_FILE",
@@ -37,6 +38,7 @@ __all__ = [
     "content_digest",
     "decode_manifest",
     "encode_manifest",
+    "tensor_bytes",
 ]
 
 FORMAT_VERSION: Final = 2
@@ -48,13 +50,16 @@ ALIGN_BYTES: Final = 256
 PAD_BYTES: Final = 4096
 """Partition files and their starts in the image are multiples of this, for direct I/O."""
 
-DTYPE_BYTES: Final[dict[str, int]] = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4,
-    "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+DTYPE_BITS: Final[dict[str, int]] = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E4M3FNUZ": 8, "F8_E5M2": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
-"""Bytes per element by dtype, in the names of the safetensors format."""
+"""Bits per element by dtype, in the names of the safetensors format: all that safetensors 0.8 knows."""
+DTYPE_BYTES: Final[dict[str, int]] = {name: bits // 8 for name, bits in DTYPE_BITS.items() if bits % 8 == 0}
+"""Bytes per element of the dtypes that have whole ones; of the others, several elements are packed together."""
 
 _Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 _FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$")]
@@ -164,6 +169,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return tuple(asset for asset in self.assets if asset.file != INDEX_FILE)
 
 
+def tensor_bytes(dtype: str, shape: Iterable[int]) -> int | None:
+    """What a tensor of this many elements takes; None where elements smaller than a byte do not fill their last one."""
+    bytes_, over = divmod(prod(shape) * DTYPE_BITS[dtype], 8)
+    return None if over else bytes_
+
+
 def content_digest(tensors: Iterable[tuple[str, str, tuple[int, ...], bytes]], config: dict[str, Any]) -> str:
     """The checkpoint's name: sha256 over each tensor's (name, dtype, shape, sha256 of its bytes) by name, and the config.
 
@@ -231,9 +242,9 @@ def _check_tensors(manifest: Manifest) -> None:
         if tensor.name in names:
             raise InvalidCheckpoint(f"tensor {tensor.name!r} is listed twice")
         names.add(tensor.name)
-        if tensor.dtype not in DTYPE_BYTES:
+        if tensor.dtype not in DTYPE_BITS:
             raise InvalidCheckpoint(f"tensor {tensor.name!r} has unknown dtype {tensor.dtype!r}")
-        if prod(tensor.shape) * DTYPE_BYTES[tensor.dtype] != tensor.size_bytes:
+        if tensor_bytes(tensor.dtype, tensor.shape) != tensor.size_bytes:
             raise InvalidCheckpoint(f"tensor {tensor.name!r}: shape and dtype do not make {tensor.size_bytes} bytes")
         if tensor.partition >= len(manifest.partitions):
             raise InvalidCheckpoint(f"tensor {tensor.name!r} is in partition {tensor.partition}, which does not exist")

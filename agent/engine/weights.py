@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agent.engine.dtypes import torch_dtype
+from agent.engine.dtypes import PACKED, packed_shape, torch_dtype
 from agent.store.index import TensorIndex
 from schema.checkpoint import Manifest
 from schema.errors import InvalidCheckpoint
@@ -34,6 +34,8 @@ def image_tensors(index: TensorIndex, image: Any) -> dict[str, Tensor]:
             known = bases.get(dtype)
             if known is None:
                 known = bases[dtype] = _flat(image, torch_dtype(dtype))
+            if dtype in PACKED:
+                shape = packed_shape(dtype, shape)
             stride = strides.get(shape)
             if stride is None:
                 stride = strides[shape] = _contiguous(shape)

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from schema.checkpoint import DTYPE_BYTES, INDEX_FILE, AssetEntry, Manifest, TensorEntry
+from schema.checkpoint import DTYPE_BITS, INDEX_FILE, AssetEntry, Manifest, TensorEntry
 from schema.errors import InvalidCheckpoint
 
 __all__ = ["TensorIndex", "encode_index", "index_of", "read_index"]
@@ -25,10 +25,11 @@ _MAGIC: Final = b"sllmctl tensors\x01"
 _HEADER = struct.Struct("<16sQQQ")  # magic, tensors, dimensions of all of them, bytes of the names
 _DTYPES: Final = (
     "BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "U16", "I16", "F16", "BF16", "U32", "I32", "F32", "U64", "I64", "F64",
-    "C64",
+    "C64", "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ",
 )  # fmt: skip
 """The order is part of the format; new ones go to the end."""
-_ITEM_BYTES: Final = np.array([DTYPE_BYTES[name] for name in _DTYPES], "<u8")
+_ITEM_BITS: Final = np.array([DTYPE_BITS[name] for name in _DTYPES], "<u8")
+_ITEM_ALIGN: Final = np.maximum(_ITEM_BITS // np.uint64(8), np.uint64(1))
 _MAX_RANK: Final = 16
 _MAX_COUNT: Final = 1 << 50
 _FIELDS: Final = (("dtypes", "u1"), ("ranks", "u1"), ("partitions", "<u4"), ("offsets", "<u8"), ("sizes", "<u8"))
@@ -156,7 +157,7 @@ def _shapes(columns: dict[str, Any], sides: Any, names: list[str]) -> list[tuple
     np.multiply.at(about, owner, sides.astype(np.float64))
     elements = np.ones(len(ranks), np.uint64)
     np.multiply.at(elements, owner, sides)
-    wrong = (about > _MAX_COUNT) | (elements * _ITEM_BYTES[dtypes] != sizes)
+    wrong = (about > _MAX_COUNT) | (elements * _ITEM_BITS[dtypes] != sizes * np.uint64(8))
     _refuse(wrong, names, lambda at: f"has a shape and a dtype that do not make {sizes[at]} bytes")
     flat, begin = sides.tolist(), 0
     shapes: list[tuple[int, ...]] = []
@@ -178,7 +179,7 @@ def _starts(columns: dict[str, Any], manifest: Manifest, names: list[str]) -> li
         return []
     _refuse(offsets + sizes > limits[partitions], names, lambda at: "reaches beyond its partition")
     _refuse(
-        offsets % _ITEM_BYTES[columns["dtypes"]] != 0, names, lambda at: f"begins at {offsets[at]}, not aligned to its elements"
+        offsets % _ITEM_ALIGN[columns["dtypes"]] != 0, names, lambda at: f"begins at {offsets[at]}, not aligned to its elements"
     )
     starts = begins[partitions] + offsets
     (filled,) = np.nonzero(sizes)

@@ -9,11 +9,10 @@ import json
 import os
 import struct
 from dataclasses import dataclass
-from math import prod
 from typing import Any, Final
 
 from agent.store.ingest.files import SourceDirectory
-from schema.checkpoint import DTYPE_BYTES
+from schema.checkpoint import DTYPE_BITS, tensor_bytes
 from schema.errors import InvalidCheckpoint
 
 __all__ = ["SourceTensor", "Sources", "parse_json"]
@@ -173,14 +172,14 @@ def _tensor(name: str, entry: Any, file: str, base: int) -> SourceTensor:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise InvalidCheckpoint(f"{where} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise InvalidCheckpoint(f"{where} has the dtype {dtype!r}, which is not known here")
     if not _counts(shape) or len(shape) > _MAX_DIMENSIONS:
         raise InvalidCheckpoint(f"{where} has no valid shape")
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise InvalidCheckpoint(f"{where} has no valid data_offsets")
     size = offsets[1] - offsets[0]
-    if prod(shape) * DTYPE_BYTES[dtype] != size:
+    if tensor_bytes(dtype, shape) != size:
         raise InvalidCheckpoint(f"{where}: shape {shape} of {dtype} does not make {size} bytes")
     return SourceTensor(name, dtype, tuple(shape), file, base + offsets[0], size)
 

@@ -1,6 +1,8 @@
 """The binary list of tensors: told and read back, and refused whatever it could lie about."""
 
+import ctypes
 import hashlib
+import random
 from pathlib import Path
 
 import msgspec
@@ -9,10 +11,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from agent.engine.dtypes import PACKED, torch_dtype
 from agent.engine.weights import fused_view, image_tensors
 from agent.store.index import encode_index, index_of, read_index
 from schema.checkpoint import (
-    DTYPE_BYTES,
+    DTYPE_BITS,
     FORMAT_VERSION,
     INDEX_FILE,
     AssetEntry,
@@ -21,6 +24,7 @@ from schema.checkpoint import (
     Partition,
     TensorEntry,
     TextDefaults,
+    tensor_bytes,
 )
 from schema.errors import InvalidCheckpoint
 
@@ -57,10 +61,52 @@ def test_a_checkpoint_without_tensors(tmp_path: Path) -> None:
     assert len(read_index(tmp_path, write(tmp_path, encode_index(()), ties={}))) == 0
 
 
-@pytest.mark.parametrize("dtype", DTYPE_BYTES)
-def test_every_dtype_has_its_place(tmp_path: Path, dtype: str) -> None:
-    entry = TensorEntry("a", dtype, (2, 3), 0, 8, 6 * DTYPE_BYTES[dtype])
-    assert read_index(tmp_path, write(tmp_path, encode_index([entry]), ties={})).dtypes == [dtype]
+@pytest.mark.parametrize("shape", [(2, 12), (4, 2, 3), (8,), (0, 4), (4, 0), ()])
+@pytest.mark.parametrize("dtype", DTYPE_BITS)
+def test_every_dtype_and_shape_to_the_byte(tmp_path: Path, dtype: str, shape: tuple[int, ...]) -> None:
+    size = tensor_bytes(dtype, shape)
+    if size is None:
+        assert (dtype[:2], shape) in {("F4", ()), ("F6", ())}
+        return
+    entry = TensorEntry("a", dtype, shape, 0, 8, size)
+    image = random.Random(7).randbytes(12288)
+    index = read_index(tmp_path, write(tmp_path, encode_index([entry]), ties={}))
+    assert index.dtypes == [dtype]
+    tensor = image_tensors(index, image)["a"]
+    assert tensor.nbytes == size
+    assert tensor.dtype == torch_dtype(dtype)
+    if dtype not in PACKED:
+        assert tensor.shape == shape
+    if size:
+        assert bytes((ctypes.c_ubyte * size).from_address(tensor.data_ptr())) == image[8 : 8 + size]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "seen"),
+    [
+        ("F4", (3, 8), (3, 4)),
+        ("F4", (2, 3), (3,)),
+        ("F6_E2M3", (2, 4), (6,)),
+        ("F6_E3M2", (4, 0), (0,)),
+    ],
+)
+def test_packed_elements_are_seen_by_the_byte(
+    tmp_path: Path, dtype: str, shape: tuple[int, ...], seen: tuple[int, ...]
+) -> None:
+    size = tensor_bytes(dtype, shape)
+    assert size is not None
+    entry = TensorEntry("a", dtype, shape, 0, 3, size)
+    index = read_index(tmp_path, write(tmp_path, encode_index([entry]), ties={}))
+    assert image_tensors(index, bytes(12288))["a"].shape == seen
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "size"), [("F4", (3,), 1), ("F4", (3,), 2), ("F6_E2M3", (2,), 1), ("F6_E3M2", (), 1)]
+)
+def test_packed_elements_must_fill_their_bytes(tmp_path: Path, dtype: str, shape: tuple[int, ...], size: int) -> None:
+    manifest = write(tmp_path, encode_index([TensorEntry("a", dtype, shape, 0, 0, size)]), ties={})
+    with pytest.raises(InvalidCheckpoint, match="do not make"):
+        read_index(tmp_path, manifest)
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
+from safetensors import deserialize
 
 from agent.store.ingest.files import SourceDirectory
 from agent.store.ingest.headers import Sources, SourceTensor
 from agent.store.ingest.pipeline import CHUNK_BYTES
 from agent.store.ingest.writer import Written, write_partition
-from schema.checkpoint import PAD_BYTES
+from schema.checkpoint import DTYPE_BITS, PAD_BYTES, tensor_bytes
 from schema.errors import InvalidCheckpoint, OutOfSpace, SllmError
 from tests.checkpoints import write_safetensors
 
@@ -61,6 +62,25 @@ def test_every_byte_and_every_checksum(tmp_path: Path, sources: Sources) -> None
     assert written.partition.chunk_xxh3 == tuple(xxhash.xxh3_64_intdigest(data[at : at + CHUNK_BYTES]) for at in starts)
     assert heard == sorted(heard)
     assert heard[-1] == sum(sizes())
+
+
+@pytest.mark.parametrize("dtype", DTYPE_BITS)
+def test_every_dtype_as_safetensors_itself_reads_it(tmp_path: Path, dtype: str) -> None:
+    shapes = [(4, 6), (0, 3), (8,)] + ([] if dtype.startswith(("F4", "F6")) else [(), (7,)])
+    tensors = {}
+    for number, shape in enumerate(shapes):
+        size = tensor_bytes(dtype, shape)
+        assert size is not None
+        tensors[f"t{number}"] = (dtype, shape, bytes(range(size)))
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    with Sources(SourceDirectory(tmp_path)) as sources:
+        entries = write(tmp_path / "p.bin", sources).tensors
+    theirs = dict(deserialize((tmp_path / "model.safetensors").read_bytes()))
+    image = (tmp_path / "p.bin").read_bytes()
+    assert {entry.name for entry in entries} == theirs.keys()
+    for entry in entries:
+        assert [*entry.shape] == theirs[entry.name]["shape"]
+        assert image[entry.offset_bytes : entry.offset_bytes + entry.size_bytes] == bytes(theirs[entry.name]["data"])
 
 
 def test_a_partition_of_nothing(tmp_path: Path, sources: Sources) -> None:
