@@ -103,7 +103,7 @@ def test_memory_that_could_shrink_under_us_is_refused(arena: Arena) -> None:
         Arena.adopt(loose, BUDGET, CHUNK)
     os.close(loose)
     with pytest.raises(PermissionError):
-        os.ftruncate(arena.descriptor, size // 2)
+        os.ftruncate(arena.descriptor, CHUNK)  # whole huge pages, so that only the seal is in the way
 
 
 def test_pipes_and_read_only_descriptors_are_no_arena(arena: Arena) -> None:
