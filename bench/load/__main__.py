@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import threading
@@ -207,6 +208,7 @@ def _huge_pages(wanted: bool) -> Iterator[None]:
         yield
         return
     before = HUGE.read_text()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the value is restored then, too
     try:
         HUGE.write_text(str(int(before) + HUGE_PAGES))
         print(f"# {int(HUGE.read_text()) - int(before)} of {HUGE_PAGES} huge pages reserved", flush=True)
