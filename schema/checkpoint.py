@@ -28,11 +28,13 @@ __all__ = [
     "DTYPE_BYTES",
     "FORMAT_VERSION",
     "INDEX_FILE",
+    "IN_PLACE",
     "PAD_BYTES",
     "AssetEntry",
     "KvGeometry",
     "Manifest",
     "Partition",
+    "SourceFile",
     "TensorEntry",
     "TextDefaults",
     "content_digest",
@@ -49,6 +51,8 @@ ALIGN_BYTES: Final = 256
 """Tensors start at multiples of this within a partition, as device kernels want them; in a fused group only the first."""
 PAD_BYTES: Final = 4096
 """Partition files and their starts in the image are multiples of this, for direct I/O."""
+IN_PLACE: Final = "inplace1"
+"""The layout whose partitions are the user's own safetensors files, headers included; only their starts are padded."""
 
 DTYPE_BITS: Final[dict[str, int]] = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
@@ -77,17 +81,32 @@ class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     size_bytes: _Count
 
 
-class Partition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class SourceFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A user's file that is loaded where it lies, and what it was like when its checksums were made."""
+
+    path: Annotated[str, Meta(pattern=r"^/[^\0]*$", max_length=4096)]
+    mtime_ns: int
+    inode: int
+
+
+class Partition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One file of raw tensor bytes, read as a whole.
 
     ``size_bytes`` is the file's size, a multiple of PAD_BYTES. ``start_bytes`` is where it begins in the image.
     ``chunk_xxh3`` holds the xxh3-64 of each ``Manifest.chunk_bytes`` of the file in order, the last one short.
+    In the layout IN_PLACE the file is ``source``, whatever its size; the image is padded behind it.
     """
 
     file: _FileName
     start_bytes: _Count
     size_bytes: _Count
     chunk_xxh3: tuple[int, ...]
+    source: SourceFile | None = None
+
+    @property
+    def padded_bytes(self) -> int:
+        """What it takes in the image."""
+        return -(-self.size_bytes // PAD_BYTES) * PAD_BYTES
 
 
 class AssetEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -156,7 +175,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     @property
     def image_bytes(self) -> int:
         """Bytes of the whole image in memory: the partitions one after another."""
-        return sum(partition.size_bytes for partition in self.partitions)
+        return sum(partition.padded_bytes for partition in self.partitions)
 
     @property
     def index(self) -> AssetEntry | None:
@@ -226,13 +245,17 @@ def _check_partitions(manifest: Manifest) -> None:
     for partition in manifest.partitions:
         if partition.file in files or re.fullmatch(_SAFE_FILE, partition.file) is None:
             raise InvalidCheckpoint(f"partition file name {partition.file!r} is repeated or not allowed")
-        if partition.size_bytes % PAD_BYTES or partition.start_bytes != start:
+        if (partition.source is not None) != (manifest.layout == IN_PLACE):
+            raise InvalidCheckpoint(
+                f"partition {partition.file}: files in their place belong to the layout {IN_PLACE}, and only there"
+            )
+        if (partition.size_bytes % PAD_BYTES and partition.source is None) or partition.start_bytes != start:
             raise InvalidCheckpoint(f"partition {partition.file} is not padded to {PAD_BYTES} bytes or not contiguous")
         chunks = -(-partition.size_bytes // manifest.chunk_bytes)
         if len(partition.chunk_xxh3) != chunks:
             raise InvalidCheckpoint(f"partition {partition.file} has {len(partition.chunk_xxh3)} checksums for {chunks} chunks")
         files.add(partition.file)
-        start += partition.size_bytes
+        start += partition.padded_bytes
 
 
 def _check_tensors(manifest: Manifest) -> None:
@@ -250,7 +273,7 @@ def _check_tensors(manifest: Manifest) -> None:
             raise InvalidCheckpoint(f"tensor {tensor.name!r} is in partition {tensor.partition}, which does not exist")
         if tensor.offset_bytes + tensor.size_bytes > manifest.partitions[tensor.partition].size_bytes:
             raise InvalidCheckpoint(f"tensor {tensor.name!r} reaches beyond its partition")
-        if tensor.offset_bytes % ALIGN_BYTES:
+        if tensor.offset_bytes % ALIGN_BYTES and manifest.layout != IN_PLACE:
             raise InvalidCheckpoint(f"tensor {tensor.name!r} is not aligned to {ALIGN_BYTES} bytes")
         if tensor.size_bytes:
             extents.append((tensor.partition, tensor.offset_bytes, tensor.size_bytes, tensor.name))

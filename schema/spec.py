@@ -17,10 +17,14 @@ Seconds = Annotated[float, Meta(ge=0, le=86400 * 365)]
 
 
 class PathSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="path"):
-    """A Hugging Face directory at an absolute ``path`` on ``node``; an empty node is the manager's own machine."""
+    """A Hugging Face directory at an absolute ``path`` on ``node``; an empty node is the manager's own machine.
+
+    With ``in_place`` its safetensors files are loaded as they lie there, and no second copy is made.
+    """
 
     path: Annotated[str, Meta(pattern=r"^/[^\0]*$", max_length=4096)]
     node: str = ""
+    in_place: bool = False
 
 
 class HubSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="hub"):

@@ -62,6 +62,7 @@ class _Fill:
     source: FillSource | None = None
     occupant: Occupant | None = None
     job: ReadJob | None = None
+    manifest: Manifest | None = None
     image_bytes: int = 0
     verifying: bool = False
     given_up: bool = False
@@ -296,7 +297,7 @@ class ArenaStore:
         self._start(fill, entry.manifest)
 
     def _start(self, fill: _Fill, manifest: Manifest) -> None:
-        fill.image_bytes = manifest.image_bytes
+        fill.image_bytes, fill.manifest = manifest.image_bytes, manifest
         fill.verifying = not catalog.is_verified(fill.directory)
         chunks = self._free.take(self._arena.chunks_for(fill.image_bytes))
         fill.occupant = self._arena.table.begin(self._free_slots.pop(), fill.digest, fill.image_bytes, chunks)
@@ -318,7 +319,7 @@ class ArenaStore:
         together = max(1, least_bytes // manifest.chunk_bytes)
         step = together * manifest.chunk_bytes
         for partition in manifest.partitions:
-            file = directory / partition.file
+            file = catalog.partition_path(directory, partition)
             for number in range(0, len(partition.chunk_xxh3), together):
                 offset = number * manifest.chunk_bytes
                 length = min(step, partition.size_bytes - offset)
@@ -394,7 +395,8 @@ class ArenaStore:
         assert fill.occupant is not None
         del self._fills[fill.digest]
         self._arena.hold_prefault(any(not other.stalled for other in self._fills.values()))
-        if job.error is None:
+        error = job.error or _changed_meanwhile(fill)
+        if error is None:
             self._arena.table.commit(fill.occupant)
             self._residents[fill.digest] = fill.occupant
             self._use(fill.occupant, 0 if fill.given_up else fill.users)
@@ -410,9 +412,9 @@ class ArenaStore:
             self._release(fill.occupant)
             if job.corrupt:
                 _mark(catalog.quarantine, fill.directory, str(job.error))
-            elif fill.source is None and not isinstance(job.error, Cancelled):
+            elif fill.source is None and not isinstance(error, Cancelled):
                 _mark(catalog.unmark_verified, fill.directory)
-            self._fail(fill, job.error)
+            self._fail(fill, error)
         self._begin_waiting()
 
     def _stall(self, fill: _Fill, error: SllmError) -> None:
@@ -522,3 +524,10 @@ def _mark(write: Callable[..., None], directory: Path, *reason: str) -> None:
         write(directory, *reason)
     except OSError as error:
         _log.warning("cannot write a marker in %s: %s", directory, error)
+
+
+def _changed_meanwhile(fill: _Fill) -> SllmError | None:
+    """A user's file that was written to while it was loaded: what has come may be of neither state."""
+    if fill.source is not None or fill.manifest is None or (changed := catalog.changed_source(fill.manifest)) is None:
+        return None
+    return InvalidCheckpoint(changed)

@@ -17,14 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from schema.checkpoint import Manifest, decode_manifest
+from schema.checkpoint import IN_PLACE, Manifest, Partition, SourceFile, decode_manifest
 from schema.errors import InvalidCheckpoint, NotFound, SllmError
 
 __all__ = [
     "MANIFEST_FILE",
     "CatalogEntry",
+    "changed_source",
     "is_verified",
     "mark_verified",
+    "partition_path",
     "quarantine",
     "quarantine_reason",
     "read_entry",
@@ -53,7 +55,10 @@ class CatalogEntry:
 
 
 def scan(checkpoints_path: Path) -> dict[str, CatalogEntry]:
-    """All readable checkpoints by digest; of several layouts the first sound one by name. Others are passed over and logged."""
+    """All readable checkpoints by digest; of several layouts the first sound one by name, files in their place last.
+
+    Others are passed over and logged.
+    """
     entries: dict[str, CatalogEntry] = {}
     for directory in _directories(checkpoints_path):
         try:
@@ -62,16 +67,20 @@ def scan(checkpoints_path: Path) -> dict[str, CatalogEntry]:
             _log.warning("the checkpoint in %s is passed over: %s", directory, error)
             continue
         known = entries.get(entry.digest)
-        if known is None or (known.quarantined is not None and entry.quarantined is None):
+        if known is None or _rank(entry) < _rank(known):
             entries[entry.digest] = entry
     return entries
+
+
+def _rank(entry: CatalogEntry) -> tuple[bool, bool]:
+    return entry.quarantined is not None, entry.manifest.layout == IN_PLACE
 
 
 def read_entry(directory: Path) -> CatalogEntry:
     """The checkpoint in a layout's directory, ``<digest>/<layout>``.
 
     Raises InvalidCheckpoint when its manifest is missing, unreadable or another checkpoint's, or a partition's size is not
-    what the manifest says.
+    what the manifest says. A user's file that is no longer what it was puts its checkpoint into quarantine.
     """
     path = directory / MANIFEST_FILE
     try:
@@ -88,12 +97,43 @@ def read_entry(directory: Path) -> CatalogEntry:
     if (manifest.digest, manifest.layout) != (directory.parent.name, directory.name):
         raise InvalidCheckpoint(f"{path} is of checkpoint {manifest.digest}, layout {manifest.layout}: it was moved")
     for partition in manifest.partitions:
-        _check_size(directory / partition.file, partition.size_bytes)
-    return CatalogEntry(manifest.digest, directory, manifest, quarantine_reason(directory))
+        if partition.source is None:
+            _check_size(directory / partition.file, partition.size_bytes)
+    return CatalogEntry(manifest.digest, directory, manifest, changed_source(manifest) or quarantine_reason(directory))
+
+
+def partition_path(directory: Path, partition: Partition) -> Path:
+    """Where a partition's file lies: in its layout's directory, or wherever the user has it."""
+    return directory / partition.file if partition.source is None else Path(partition.source.path)
+
+
+def changed_source(manifest: Manifest) -> str | None:
+    """What has become of the user's files since they were added in place; None while all are as they were."""
+    for partition in manifest.partitions:
+        if partition.source is not None and (what := _change(partition.source, partition.size_bytes)) is not None:
+            return f"{partition.source.path} {what} since it was added in place; add the model again, or ingest a copy"
+    return None
+
+
+def _change(source: SourceFile, size_bytes: int) -> str | None:
+    try:
+        status = os.lstat(source.path)
+    except OSError as error:
+        return f"cannot be read any more ({error.strerror})"
+    if not stat.S_ISREG(status.st_mode):
+        return "is no regular file any more"
+    if status.st_size != size_bytes:
+        return f"has changed from {size_bytes} to {status.st_size} bytes"
+    if status.st_ino != source.inode:
+        return "was replaced by another file"
+    return "was written to" if status.st_mtime_ns != source.mtime_ns else None
 
 
 def remove(entry: CatalogEntry) -> None:
-    """Take a checkpoint from the disk for good. It is gone at once: moved to the data directory's ``tmp``, then deleted."""
+    """Take a checkpoint from the disk for good. It is gone at once: moved to the data directory's ``tmp``, then deleted.
+
+    Of one in place only the manifest and what lies beside it goes; the user's files are not touched.
+    """
     root = entry.directory.parent.parent
     trash = root.parent / "tmp" / f"trash-{entry.digest[:16]}-{entry.directory.name}-{os.getpid()}"
     trash.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,8 @@ from agent.store.cache import ArenaStore
 from agent.store.catalog import CatalogEntry
 from agent.store.layers import Layers
 from agent.store.streaming import Stream, Streams
-from schema.errors import Cancelled, OutOfSpace, SllmError
+from schema.checkpoint import Partition
+from schema.errors import Cancelled, InvalidCheckpoint, OutOfSpace, SllmError
 from schema.states import Tier
 
 __all__ = ["DeviceLoad"]
@@ -53,7 +54,7 @@ class DeviceLoad:
         self._layer = layer
         self._layers = Layers(manifest)
         self._told_layers = 0
-        self._starts = {_path(entry, part.file): part.start_bytes for part in manifest.partitions}
+        self._starts = {_path(entry, part): part.start_bytes for part in manifest.partitions}
         self._verifying = not catalog.is_verified(entry.directory)
         self._borrowed = self._bringing = False
         self._stream: Stream | None = None
@@ -130,7 +131,7 @@ class DeviceLoad:
         self.source = Tier.DISK
         self._stream = self._streams.begin(
             self._job,
-            lambda file: _path(self._entry, file),
+            lambda partition: _path(self._entry, partition),
             self._entry.manifest,
             self._changed,
             verifying=self._verifying,
@@ -141,12 +142,15 @@ class DeviceLoad:
         self._streams.end(stream)
         self._stream = None
         self.read_bytes = read.done_bytes
-        if read.error is None and read.stalled is None:
+        error = read.stalled or read.error
+        if error is None and (changed := catalog.changed_source(self._entry.manifest)) is not None:
+            error = InvalidCheckpoint(changed)
+        if error is None:
             self._copier.finish(self._job)
             if self._verifying:
                 self._mark(lambda: catalog.mark_verified(self._entry.directory))
             return
-        self._copier.fail(self._job, read.stalled or read.error or SllmError("the read ended without saying how"))
+        self._copier.fail(self._job, error)
         if read.corrupt:
             self._mark(lambda: catalog.quarantine(self._entry.directory, str(read.error)))
         elif not isinstance(read.error, Cancelled):
@@ -172,5 +176,5 @@ class DeviceLoad:
         self._wake(job.finished)
 
 
-def _path(entry: CatalogEntry, file: str) -> Path:
-    return entry.directory / file
+def _path(entry: CatalogEntry, partition: Partition) -> Path:
+    return catalog.partition_path(entry.directory, partition)

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from schema.checkpoint import DTYPE_BITS, INDEX_FILE, AssetEntry, Manifest, TensorEntry
+from schema.checkpoint import DTYPE_BITS, IN_PLACE, INDEX_FILE, AssetEntry, Manifest, TensorEntry
 from schema.errors import InvalidCheckpoint
 
 __all__ = ["TensorIndex", "encode_index", "index_of", "read_index"]
@@ -178,9 +178,8 @@ def _starts(columns: dict[str, Any], manifest: Manifest, names: list[str]) -> li
     if not len(names):
         return []
     _refuse(offsets + sizes > limits[partitions], names, lambda at: "reaches beyond its partition")
-    _refuse(
-        offsets % _ITEM_ALIGN[columns["dtypes"]] != 0, names, lambda at: f"begins at {offsets[at]}, not aligned to its elements"
-    )
+    loose = np.uint64(1) if manifest.layout == IN_PLACE else _ITEM_ALIGN[columns["dtypes"]]
+    _refuse(offsets % loose != 0, names, lambda at: f"begins at {offsets[at]}, not aligned to its elements")
     starts = begins[partitions] + offsets
     (filled,) = np.nonzero(sizes)
     order = filled[np.argsort(starts[filled], kind="stable")]

@@ -27,7 +27,7 @@ from agent.native.cold import forget, remember
 from agent.native.disk_record import record_path, remembered
 from agent.native.mapping import ImageMapping
 from agent.store import catalog
-from agent.store.catalog import CatalogEntry
+from agent.store.catalog import CatalogEntry, partition_path
 from agent.store.index import TensorIndex, read_index
 from agent.store.trial import Timing, TrialStore
 from schema.errors import Fault, InvalidInput, NotFound, SllmError
@@ -108,7 +108,7 @@ def measure(
     """Load the checkpoint over and over, cold and warm. Raises InvalidCheckpoint, OutOfSpace for memory, SllmError."""
     if entry.quarantined is not None:
         raise InvalidInput(f"{entry.directory} is quarantined ({entry.quarantined}); its speed would say nothing")
-    files = [entry.directory / partition.file for partition in entry.manifest.partitions]
+    files = [partition_path(entry.directory, partition) for partition in entry.manifest.partitions]
     index = read_index(entry.directory, entry.manifest)
     image_bytes = entry.manifest.image_bytes
     store = TrialStore(image_bytes, chunk_bytes=chunk_bytes, reader_threads=reader_threads, tuning=tuning)

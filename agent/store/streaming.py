@@ -15,7 +15,7 @@ from typing import Final
 from agent.native.copier import Copier, CopyJob
 from agent.native.pinned import HostMemory, Ring
 from agent.native.reader import Priority, ReadJob, ReadPool, Unit
-from schema.checkpoint import Manifest
+from schema.checkpoint import Manifest, Partition
 from schema.errors import OutOfSpace
 
 __all__ = ["RING_SLOTS", "SLOT_BYTES", "Stream", "Streams"]
@@ -70,7 +70,7 @@ class Streams:
     def begin(
         self,
         copy: CopyJob,
-        directory: Callable[[str], Path],
+        directory: Callable[[Partition], Path],
         manifest: Manifest,
         changed: Callable[[ReadJob], None],
         *,
@@ -161,11 +161,11 @@ class Streams:
             self._waiting.rotate(-1)
 
 
-def _runs(path: Callable[[str], Path], manifest: Manifest, slot_bytes: int, verifying: bool) -> Iterator[_Run]:
+def _runs(path: Callable[[Partition], Path], manifest: Manifest, slot_bytes: int, verifying: bool) -> Iterator[_Run]:
     """What is read at once: a checksum's chunk while they are checked, else what fills a slot."""
     step = manifest.chunk_bytes if verifying else min(slot_bytes, manifest.chunk_bytes)
     for partition in manifest.partitions:
-        file = path(partition.file)
+        file = path(partition)
         for offset in range(0, partition.size_bytes, step):
             size = min(step, partition.size_bytes - offset)
             xxh3 = partition.chunk_xxh3[offset // manifest.chunk_bytes] if verifying else None

@@ -12,7 +12,7 @@ from agent.native.arena import Arena
 from agent.native.calibration import Tuning
 from agent.native.reader import ReadJob, ReadPool, Unit
 from agent.store.cache import ArenaStore
-from agent.store.catalog import CatalogEntry
+from agent.store.catalog import CatalogEntry, partition_path
 from schema.errors import Fault, TimedOut
 from schema.link import Resident
 
@@ -81,7 +81,7 @@ class TrialStore:
         chunks = range(self.arena.chunks)
         units = [
             Unit(
-                entry.directory / partition.file,
+                partition_path(entry.directory, partition),
                 partition.size_bytes,
                 number * entry.manifest.chunk_bytes,
                 tuple(self.arena.views(chunks, partition.start_bytes + number * entry.manifest.chunk_bytes, length)),

@@ -146,6 +146,8 @@ class Verifier:
             _check_cancel(asked)
             entry = catalog.read_entry(asked.directory)
             manifest = entry.manifest
+            if (changed := catalog.changed_source(manifest)) is not None:
+                raise InvalidCheckpoint(changed)
             for asset in manifest.assets:
                 _check_asset(asked.directory / asset.file, asset.size_bytes, asset.sha256)
             self._verify_disk(asked, manifest)
@@ -182,7 +184,7 @@ class Verifier:
                     lane.ended.wait()
 
     def _verify_file(self, asked: _Asked, manifest: Manifest, partition: Partition, lanes: list[_Lane]) -> None:
-        path = asked.directory / partition.file
+        path = catalog.partition_path(asked.directory, partition)
         check = _ChunkCheck(str(path), manifest.chunk_bytes, partition)
         waiting: deque[_Lane] = deque(lanes)
         reading: deque[_Lane] = deque()

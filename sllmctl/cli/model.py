@@ -64,6 +64,7 @@ def _wait_options(function: F) -> F:
 @command.command("add")
 @click.argument("name")
 @click.argument("source")
+@click.option("--in-place", is_flag=True, help="Load a directory's safetensors files where they lie; make no copy.")
 @click.option("--deploy", is_flag=True, help="Serve it as soon as it has been ingested (waits for that).")
 @_scale_options
 @click.option("--devices", type=click.IntRange(1), help="Devices that one instance spans.")
@@ -78,6 +79,7 @@ def add(
     /,
     name: str,
     source: str,
+    in_place: bool,
     deploy: bool,
     devices: int | None,
     kv_size: str | None,
@@ -97,6 +99,7 @@ def add(
     Examples:
       sllmctl model add tiny ./my-model --deploy --wait
       sllmctl model add qwen gpu1:/models/Qwen3-0.6B --min 1
+      sllmctl model add qwen gpu1:/models/Qwen3-0.6B --in-place
     """
     import msgspec
 
@@ -108,7 +111,7 @@ def add(
     engine = {"kv_bytes": _bytes(kv_size), "max_context_tokens": max_context, "threads": threads}
     given = {
         "name": name,
-        "source": msgspec.to_builtins(_source(source)),
+        "source": msgspec.to_builtins(_source(source, in_place)),
         "devices": devices,
         "scale": _given_scale(scale),
         "engine": {key: value for key, value in engine.items() if value is not None},
@@ -267,7 +270,7 @@ def _bytes(text: str | None) -> int | None:
         raise click.BadParameter(str(error), param_hint="--kv-size") from error
 
 
-def _source(text: str) -> Source:
+def _source(text: str, in_place: bool) -> Source:
     """What SOURCE means. An existing directory comes first: a relative path can look like a model of the hub."""
     from schema.spec import PathSource, source_of
 
@@ -276,7 +279,7 @@ def _source(text: str) -> Source:
     try:
         path = Path(text).expanduser()
         if path.is_dir():
-            return PathSource(str(path.resolve()))
+            return PathSource(str(path.resolve()), in_place=in_place)
     except (OSError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise click.BadParameter(f"{text[:200]} cannot be looked at: {reason}", param_hint="SOURCE") from error
@@ -284,4 +287,8 @@ def _source(text: str) -> Source:
     if source is None or (isinstance(source, PathSource) and not source.node):
         hint = "" if source else "; a model of the hub is written ORG/NAME, a directory of a node NODE:/PATH"
         raise click.BadParameter(f"there is no directory {path}{hint}", param_hint="SOURCE")
+    if in_place:
+        if not isinstance(source, PathSource):
+            raise click.UsageError("--in-place is for a directory: what is fetched from elsewhere is a copy anyway")
+        source = PathSource(source.path, source.node, in_place=True)
     return source

@@ -77,7 +77,8 @@ def _source(source: Source) -> str:
     from schema.spec import PathSource
 
     if isinstance(source, PathSource):
-        return f"{source.node}:{source.path}" if source.node else source.path
+        where = f"{source.node}:{source.path}" if source.node else source.path
+        return f"{where} (in place)" if source.in_place else where
     return f"{source.repo}@{source.revision}"
 
 

@@ -71,7 +71,7 @@ def _ingest(config: NodeConfig, source: str | bytes, reporter: Reporter) -> str:
         reporter.progress("ingest", done_bytes, total_bytes)
 
     if not isinstance(wanted, HubSource):
-        return convert(Path(wanted.path), config.checkpoints_path, temporary, written, room=room)
+        return convert(Path(wanted.path), config.checkpoints_path, temporary, written, room=room, in_place=wanted.in_place)
     with temporary_directory(temporary, "fetch") as directory:
         _interruptible(lambda: fetch(wanted, directory, lambda done, total: reporter.progress("fetch", done, total)))
         return convert(directory, config.checkpoints_path, temporary, written, room=room)

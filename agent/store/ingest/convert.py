@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -14,13 +14,24 @@ from agent.store import catalog
 from agent.store.index import encode_index, read_index
 from agent.store.ingest.files import SourceDirectory
 from agent.store.ingest.headers import Sources, SourceTensor, parse_json
+from agent.store.ingest.inplace import sum_files
 from agent.store.ingest.model import ModelFacts, check_runnable, read_facts
 from agent.store.ingest.order import execution_key, find_ties
 from agent.store.ingest.text import read_text_side, write_assets
-from agent.store.ingest.writer import CHUNK_BYTES, Written, disk_errors, same_bytes, write_partition
+from agent.store.ingest.writer import CHUNK_BYTES, disk_errors, same_bytes, write_partition
 from agent.store.layers import layer_ends
 from agent.store.temporary import temporary_directory
-from schema.checkpoint import FORMAT_VERSION, INDEX_FILE, AssetEntry, Manifest, content_digest, decode_manifest, encode_manifest
+from schema.checkpoint import (
+    FORMAT_VERSION,
+    IN_PLACE,
+    INDEX_FILE,
+    AssetEntry,
+    Manifest,
+    TensorEntry,
+    content_digest,
+    decode_manifest,
+    encode_manifest,
+)
 from schema.errors import InvalidCheckpoint, NotFound
 
 __all__ = ["LAYOUT", "convert"]
@@ -38,11 +49,13 @@ def convert(
     progress: Callable[[int, int], None],
     *,
     room: Callable[[int], None] = lambda _: None,
+    in_place: bool = False,
 ) -> str:
     """Make a checkpoint of a model directory and return its digest; one that is already there, and sound, is left alone.
 
     ``temporary`` must lie on the file system of ``checkpoints``. ``progress`` hears (done, total) bytes.
-    ``room`` is asked before that many bytes are written, and may raise. Raises
+    ``room`` is asked before that many bytes are written, and may raise. With ``in_place`` the model's own files are
+    the weights of the checkpoint, which only refers to them. Raises
     InvalidCheckpoint for a model that is damaged, hostile or cannot be run, OutOfSpace for a full disk; then nothing is left.
     """
     directory = SourceDirectory(source)
@@ -61,27 +74,32 @@ def convert(
         shutil.rmtree(scratch, ignore_errors=True)
         stored = [sources.tensors[name] for name in sorted(sources.tensors, key=execution_key) if name not in ties]
         total = sum(tensor.size_bytes for tensor in stored)
-        room(total)
-        new = staging / LAYOUT
+        layout = IN_PLACE if in_place else LAYOUT
+        new = staging / layout
         new.mkdir()
-        written = write_partition(new / "partition_0.bin", sources, stored, lambda done: progress(done, total))
+        if in_place:
+            partitions, entries, sha256 = sum_files(sources, stored, lambda done: progress(min(done, total), total))
+        else:
+            room(total)
+            written = write_partition(new / "partition_0.bin", sources, stored, lambda done: progress(done, total))
+            partitions, entries, sha256 = (written.partition,), written.tensors, written.sha256
         manifest = Manifest(
             format_version=FORMAT_VERSION,
-            digest=_digest(written, ties, sources.tensors, facts),
-            layout=LAYOUT,
+            digest=_digest(entries, sha256, ties, facts),
+            layout=layout,
             architecture=facts.architecture,
             parameters=sum(_elements(tensor) for tensor in stored),
             vocab_size=facts.vocab_size,
             max_context_tokens=facts.max_context_tokens,
             chunk_bytes=CHUNK_BYTES,
-            partitions=(written.partition,),
+            partitions=partitions,
             tensors=(),
-            layer_ends=layer_ends(written.tensors, (written.partition,)),
+            layer_ends=layer_ends(entries, partitions),
             ties=ties,
             kv=facts.kv,
             config=config,
             text=text.defaults,
-            assets=(*write_assets(text, new), _write_index(written, new)),
+            assets=(*write_assets(text, new), _write_index(entries, new)),
         )
         data = encode_manifest(manifest)
         read_index(new, decode_manifest(data))  # what cannot be read back must never be committed
@@ -90,14 +108,14 @@ def convert(
         return manifest.digest
 
 
-def _digest(written: Written, ties: Mapping[str, str], tensors: Mapping[str, SourceTensor], facts: ModelFacts) -> str:
-    entries = {entry.name: (entry.dtype, entry.shape, written.sha256[entry.name]) for entry in written.tensors}
+def _digest(tensors: Iterable[TensorEntry], sha256: Mapping[str, bytes], ties: Mapping[str, str], facts: ModelFacts) -> str:
+    entries = {entry.name: (entry.dtype, entry.shape, sha256[entry.name]) for entry in tensors}
     named = [(name, *entry) for name, entry in entries.items()] + [(alias, *entries[name]) for alias, name in ties.items()]
     return content_digest(named, facts.config)
 
 
-def _write_index(written: Written, directory: Path) -> AssetEntry:
-    data = encode_index(written.tensors)
+def _write_index(tensors: Sequence[TensorEntry], directory: Path) -> AssetEntry:
+    data = encode_index(tensors)
     (directory / INDEX_FILE).write_bytes(data)
     return AssetEntry(INDEX_FILE, len(data), hashlib.sha256(data).hexdigest())
 
@@ -115,7 +133,7 @@ def _commit(new: Path, checkpoint: Path, replaced: Path) -> None:
         _sync(file)
     _sync(new)
     checkpoint.mkdir(parents=True, exist_ok=True)
-    target = checkpoint / LAYOUT
+    target = checkpoint / new.name
     for _ in range(2):
         if _is_sound(target):
             return

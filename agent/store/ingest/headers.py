@@ -62,6 +62,10 @@ class Sources:
             os.close(descriptor)
         self._descriptors.clear()
 
+    def opened(self, file: str) -> tuple[str, int]:
+        """The path of a weight file, free of links, and its descriptor."""
+        return os.path.realpath(self._directory.path / file), self._descriptors[file]
+
     def read(self, tensor: SourceTensor, start: int, size: int) -> bytes:
         """``size`` bytes of a tensor from ``start``. Raises InvalidCheckpoint when the file has become shorter."""
         at = tensor.offset_bytes + start

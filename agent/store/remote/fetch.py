@@ -209,6 +209,8 @@ class Fetch:
             raise InvalidCheckpoint(f"{where}: {error}") from error
         if (manifest.digest, manifest.layout) != (self._digest, layout):
             raise InvalidCheckpoint(f"{where} is of checkpoint {manifest.digest}, layout {manifest.layout}: it was moved")
+        if any(partition.source is not None for partition in manifest.partitions):
+            raise InvalidCheckpoint(f"{where} names files of another machine in their place; such a layout cannot be fetched")
         names = [partition.file for partition in manifest.partitions] + [asset.file for asset in manifest.assets]
         if len({*names}) != len(names) or not _RESERVED.isdisjoint(names):
             raise InvalidCheckpoint(f"{where} uses a file name twice, or one that is not for it")

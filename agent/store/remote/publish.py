@@ -14,8 +14,8 @@ import xxhash
 
 from agent.store.catalog import MANIFEST_FILE, CatalogEntry
 from agent.store.remote.api import Patience, Remote, Source
-from schema.checkpoint import Manifest, Partition
-from schema.errors import Conflict, InvalidCheckpoint, NotFound, SllmError
+from schema.checkpoint import IN_PLACE, Manifest, Partition
+from schema.errors import Conflict, InvalidCheckpoint, InvalidInput, NotFound, SllmError
 from schema.remote import RemoteSettings
 
 __all__ = ["publish"]
@@ -38,6 +38,10 @@ def publish(
     """
     if entry.quarantined is not None:
         raise InvalidCheckpoint(f"checkpoint {entry.digest} is in quarantine ({entry.quarantined}); ingest it again")
+    if entry.manifest.layout == IN_PLACE:
+        raise InvalidInput(
+            f"checkpoint {entry.digest} lies in the user's own files, which are not published; add the model without --in-place"
+        )
     manifest, base = entry.manifest, f"{entry.digest}/{entry.manifest.layout}"
     data = (entry.directory / MANIFEST_FILE).read_bytes()
     patience = Patience(settings, stopped or threading.Event())
