@@ -179,7 +179,7 @@ def test_adding_waits_deploys_and_waits(sllmctl: Sllmctl, manager: FakeManager, 
         ("GET", "models/new?wait=ready"),
     ]
     spec: dict[str, Any] = manager.asked[0][2]
-    assert spec["source"] == {"kind": "path", "path": str(tmp_path.resolve()), "node": ""}
+    assert spec["source"] == {"kind": "path", "path": str(tmp_path.resolve()), "node": "", "in_place": False}
     assert (spec["scale"]["min"], spec["engine"]) == (1, {"kv_bytes": 64 << 20, "max_context_tokens": None, "threads": 2})
 
 
@@ -189,8 +189,8 @@ def test_adding_waits_deploys_and_waits(sllmctl: Sllmctl, manager: FakeManager, 
         ("org/name", {"kind": "hub", "repo": "org/name", "revision": "main"}),
         ("org/name@v1", {"kind": "hub", "repo": "org/name", "revision": "v1"}),
         ("gpu1:/models/m", {"kind": "path", "path": "/models/m", "node": "gpu1"}),
-        ("here/model", {"kind": "path", "path": "{cwd}/here/model", "node": ""}),
-        ("./here/model", {"kind": "path", "path": "{cwd}/here/model", "node": ""}),
+        ("here/model", {"kind": "path", "path": "{cwd}/here/model", "node": "", "in_place": False}),
+        ("./here/model", {"kind": "path", "path": "{cwd}/here/model", "node": "", "in_place": False}),
     ],
 )
 def test_what_a_source_means(
