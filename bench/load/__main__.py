@@ -58,6 +58,7 @@ class Bench:
         self._raw(number, "raw", "cold", "uring", "32", BLOCK, main.shards)
         self._ours(number, "arena", "cold", "arena", main)
         self._ours(number, "tensors", "cold", "tensors", main)
+        self._ours(number, "in_place", "cold", "tensors", self.prepared.in_place)
         self._raw(number, "sllm_store", "cold", "threads", "4", str(32 << 20), main.shards)
         for peer in peers:
             self._peer(number, peer, "cold")

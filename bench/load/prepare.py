@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from agent.store import catalog
-from agent.store.ingest.convert import LAYOUT, convert
+from agent.store.ingest.convert import IN_PLACE, LAYOUT, convert
 from bench import make_checkpoint
 from schema.checkpoint import FORMAT_VERSION
 
@@ -60,7 +60,8 @@ class Checkpoint:
 
     @property
     def partitions(self) -> list[Path]:
-        return [self.layout / partition.file for partition in catalog.read_entry(self.layout).manifest.partitions]
+        partitions = catalog.read_entry(self.layout).manifest.partitions
+        return [catalog.partition_path(self.layout, partition) for partition in partitions]
 
 
 @dataclass(slots=True)
@@ -71,6 +72,7 @@ class Prepared:
     python: Path | None
     raw: Path
     main: Checkpoint
+    in_place: Checkpoint
     few: Checkpoint
     many: Checkpoint
     files: dict[str, list[Path]] = field(default_factory=dict)
@@ -89,6 +91,7 @@ def prepare(work: Path, *, with_peers: bool) -> Prepared:
         _environment(work) if with_peers else None,
         raw,
         _checkpoint(work, "llama-1.1b", 500_000_000),
+        _checkpoint(work, "llama-1.1b", 500_000_000, in_place=True),
         _checkpoint(work, "tensors-200", 1 << 62),
         _checkpoint(work, "tensors-19000", 1 << 62),
     )
@@ -112,8 +115,8 @@ def data_sum(shards: list[Path]) -> int:
     return total % 2**64
 
 
-def _checkpoint(work: Path, architecture: str, shard_bytes: int) -> Checkpoint:
-    source, data = work / architecture, work / f"{architecture}-data"
+def _checkpoint(work: Path, architecture: str, shard_bytes: int, *, in_place: bool = False) -> Checkpoint:
+    source, data = work / architecture, work / f"{architecture}-{'in-place' if in_place else 'data'}"
     if not (source / "README.md").exists():  # what is written last
         shutil.rmtree(source, ignore_errors=True)
         _say(f"writing {source}")
@@ -124,7 +127,7 @@ def _checkpoint(work: Path, architecture: str, shard_bytes: int) -> Checkpoint:
         shutil.rmtree(data, ignore_errors=True)  # of an older format, perhaps
         for path in (data / "checkpoints", data / "tmp"):
             path.mkdir(parents=True)
-        convert(source, data / "checkpoints", data / "tmp", lambda done, total: None)
+        convert(source, data / "checkpoints", data / "tmp", lambda done, total: None, in_place=in_place)
         entry = _ingested(data)
         assert entry is not None
     catalog.mark_verified(entry.directory)
@@ -133,7 +136,7 @@ def _checkpoint(work: Path, architecture: str, shard_bytes: int) -> Checkpoint:
 
 def _ingested(data: Path) -> catalog.CatalogEntry | None:
     """The one checkpoint there, if it lies as this build would write it."""
-    entries = [entry for entry in catalog.scan(data / "checkpoints").values() if entry.directory.name == LAYOUT]
+    entries = [entry for entry in catalog.scan(data / "checkpoints").values() if entry.directory.name in (LAYOUT, IN_PLACE)]
     return entries[0] if entries and entries[0].manifest.format_version == FORMAT_VERSION else None
 
 

@@ -14,6 +14,7 @@ TITLES = {
     "raw_buffered": "4 threads in C, buffered",
     "arena": "**sllmctl**, disk to arena",
     "tensors": "**sllmctl**, to tensors in a worker",
+    "in_place": "**sllmctl**, to tensors, safetensors in place",
     "sllm_store": "sllm-store's reader (its loop in C, 4 x 32 MiB), to host memory",
     "run_ai": "Run:ai model streamer",
     "safetensors_mmap": "safetensors `load_file`, every page touched",
@@ -26,7 +27,7 @@ TITLES = {
     "mmap_clone": "mmap and clone",
     "torch_dcp": "torch DCP",
 }
-_OURS = ("arena", "tensors")
+_OURS = ("arena", "tensors", "in_place")
 # A mapping of the page cache copies nothing and holds nothing: it is shown, and is no copying peer.
 _NO_COPY = ("safetensors_mmap",)
 
@@ -99,6 +100,7 @@ def figures(result: dict[str, Any]) -> list[dict[str, Any]]:
         ("run_ai", 1.15), ("sllm_store", 1.4), ("safetensors_pread", 1.7), ("fast_safetensors", 3.0), ("mmap_clone", 4.0),
     ):  # fmt: skip
         ratio(f"cold, disk to tensors, against {TITLES[peer]}", aim, cold["tensors"], cold[peer], "x faster")
+    ratio("cold, safetensors in place against ingested", 1.0, cold["in_place"], cold["tensors"], "x")
     warm = {name: _rates(runs, name, "warm") for name in TITLES}
     peers = {name: rates for name, rates in warm.items() if rates and name not in (*_OURS, *_NO_COPY)}
     if peers and warm["tensors"]:
