@@ -245,7 +245,8 @@ class Operations:
     async def _drops_over(self) -> None:
         """What is said after a drop finds its room free."""
         drops = [task for op, task in self._running.items() if op in self._drop_ops]
-        await asyncio.gather(*drops, return_exceptions=True)
+        if drops:
+            await asyncio.wait(drops)  # unlike a gather, it leaves them alone when whoever waits here is cancelled
 
     async def _drop(self, message: DropCheckpoint) -> OperationDone:
         digest = message.digest

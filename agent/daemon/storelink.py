@@ -324,6 +324,9 @@ class StoreLink:
     def _resident(self, message: Resident) -> None:
         self.residents[message.digest] = message
         fill = self._fills.pop(message.op, None)
+        if message.users != (users := self.holds.count(message.digest)):
+            # Who it was loaded for has gone meanwhile, or was never counted here.
+            self._kin.send(HoldCheckpoint(digest=message.digest, users=users))
         self._owner.placement_changed(message.digest)
         if fill is not None:
             fill.answered(message)

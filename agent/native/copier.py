@@ -162,6 +162,7 @@ class Copier:
         with self._condition:
             if job.finished:
                 pieces.clear()
+                unit.pieces = 0
             elif not job._queued:
                 job._clock = max(job._clock, self._clock)
             job._put.append((start_bytes, at))

@@ -361,6 +361,8 @@ class RingReader:
         found = digest.intdigest()
         wrong = found != unit.xxh3
         self.queue.settle(work, wrong_checksum(unit, found) if wrong else None, corrupt=wrong)
+        if self._closed:  # the ring may wait for nothing but this
+            os.eventfd_write(self._woken, 1)
 
     def _ended(self, job: ReadJob) -> None:
         files = self._files.pop(job, None)

@@ -6,6 +6,7 @@ waits for, into a little memory beside the arena, so that looking at a copy neve
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import mmap
 import threading
@@ -224,7 +225,7 @@ class Verifier:
         lane.ended.clear()
 
         def changed(job: ReadJob) -> None:
-            if job.finished:
+            if job.finished or job.stalled is not None:  # a read that does not come back keeps its memory to itself
                 lane.ended.set()
 
         lane.job = self._pool.submit(units, changed, priority=Priority.BACKGROUND)
@@ -284,7 +285,8 @@ def _check_asset(path: Path, size_bytes: int, sha256: str) -> None:
             found = hashlib.file_digest(file, "sha256").hexdigest()
             size = file.tell()
     except OSError as error:
-        raise InvalidCheckpoint(f"{path}: cannot be read: {error.strerror}") from error
+        kind = InvalidCheckpoint if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EISDIR) else SllmError
+        raise kind(f"{path}: cannot be read: {error.strerror}") from error
     if (size, found) != (size_bytes, sha256):
         raise InvalidCheckpoint(f"{path}: its {size} bytes are not what was ingested (sha256 {found}, expected {sha256})")
 

@@ -150,7 +150,11 @@ class Wire:
                         raise OSError("stopped")
                 connection.sock.settimeout(left_s(deadline, self._settings.read_s, where))
                 connection.request(method, path, headers={**self._headers, **headers})
-                return connection, connection.getresponse()
+                sock = connection.sock
+                response = connection.getresponse()
+                # Let go of when the server is going to close it; `_shut` and deadlines need it until the body is over.
+                connection.sock = connection.sock or sock
+                return connection, response
             except ssl.SSLCertVerificationError as error:
                 self._give_back(connection, origin, keep=False)
                 raise Unreachable(f"{where}: the server's certificate is not valid: {error.verify_message}") from error
@@ -202,7 +206,7 @@ class _WireBody:
         read_s: float,
     ) -> None:
         self._wire = wire
-        self._socket = connection.sock  # the response's own, also when the connection has let go of it
+        self._socket = connection.sock
         self._response = response
         self._where = where
         self._deadline = deadline
@@ -227,8 +231,10 @@ class _WireBody:
     def some(self, view: memoryview) -> int:
         """What comes next, at least a byte; 0 at the end."""
         response = self._response
+        if self._wire.stopped:
+            raise Cancelled("the transfer was cancelled")
         try:
-            if self._deadline is not None and self._socket is not None:
+            if self._deadline is not None:
                 self._socket.settimeout(left_s(self._deadline, self._read_s, f"{self._where}: all of it"))
             if response.length is None or response.chunked or response.fp is None:
                 count = response.readinto(view)

@@ -188,7 +188,7 @@ def test_adding_waits_deploys_and_waits(sllmctl: Sllmctl, manager: FakeManager, 
     [
         ("org/name", {"kind": "hub", "repo": "org/name", "revision": "main"}),
         ("org/name@v1", {"kind": "hub", "repo": "org/name", "revision": "v1"}),
-        ("gpu1:/models/m", {"kind": "path", "path": "/models/m", "node": "gpu1"}),
+        ("gpu1:/models/m", {"kind": "path", "path": "/models/m", "node": "gpu1", "in_place": False}),
         ("here/model", {"kind": "path", "path": "{cwd}/here/model", "node": "", "in_place": False}),
         ("./here/model", {"kind": "path", "path": "{cwd}/here/model", "node": "", "in_place": False}),
     ],
@@ -199,13 +199,13 @@ def test_what_a_source_means(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     word: str,
-    source: dict[str, str],
+    source: dict[str, Any],
 ) -> None:
     (tmp_path / "here" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     manager.answer("POST models", 201, MODELS[2])
     assert sllmctl("model", "add", "new", word).code == 0
-    expected = {key: value.format(cwd=tmp_path.resolve()) for key, value in source.items()}
+    expected = {key: value.format(cwd=tmp_path.resolve()) if isinstance(value, str) else value for key, value in source.items()}
     assert manager.asked[0][2]["source"] == expected
 
 
