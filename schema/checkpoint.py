@@ -29,6 +29,7 @@ __all__ = [
     "FORMAT_VERSION",
     "INDEX_FILE",
     "IN_PLACE",
+    "LAYOUT",
     "PAD_BYTES",
     "AssetEntry",
     "KvGeometry",
@@ -47,6 +48,8 @@ FORMAT_VERSION: Final = 2
 _READABLE: Final = (1, 2)
 INDEX_FILE: Final = "tensors.idx"
 """The asset that lists the tensors of a checkpoint of format version 2, in binary (`agent.store.index`)."""
+LAYOUT: Final = "exec2"
+"""The layout that ingest writes: one partition, in execution order, fused groups without gaps."""
 ALIGN_BYTES: Final = 256
 """Tensors start at multiples of this within a partition, as device kernels want them; in a fused group only the first."""
 PAD_BYTES: Final = 4096

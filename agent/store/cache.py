@@ -405,7 +405,7 @@ class ArenaStore:
             self._tell(fill, time.monotonic(), fill.image_bytes)
             for op in fill.ops:
                 self._listener.filled(op, self._resident(fill.occupant, op, fill.image_bytes))
-            if not fill.ops:
+            if not fill.ops and fill.source is None:
                 self._listener.filled("", self._resident(fill.occupant))
             self._lend(fill, fill.image_bytes)
         else:

@@ -68,7 +68,7 @@ def find_entry(checkpoints: Path, digest: str) -> CatalogEntry:
     """The checkpoint whose digest begins so; for an empty text the largest there is. Raises NotFound, InvalidInput."""
     found = [entry for key, entry in catalog.scan(checkpoints).items() if key.startswith(digest)]
     if not found:
-        what = f"checkpoint {digest}" if digest else "a checkpoint"
+        what = f"checkpoint {digest}" if digest else "checkpoint"
         raise NotFound(f"there is no {what} on this machine's disk, in {checkpoints}; `sllmctl model add` brings one there")
     if digest and len(found) > 1:
         raise InvalidInput(f"{len(found)} checkpoints begin with {digest}; give more of the digest")

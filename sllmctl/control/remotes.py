@@ -39,7 +39,10 @@ def address(turn: Turn, digest: str, event: Operate) -> tuple[str, str]:
     elif turn.settings.remote:
         url = check_remote_url(turn.settings.remote)
     else:
-        raise InvalidInput("no remote is named, and the settings have none (control.remote)", "url")
+        how = "; say with --from where it was published" if event.kind == "fetch" else ""
+        raise InvalidInput(f"no remote is named, and the settings have none (control.remote){how}", "url")
+    if event.kind == "publish" and url.startswith(("http://", "https://")):
+        raise InvalidInput(f"{url} is an HTTP server, which is only read; publish to a directory or to S3", "url")
     return url, known.get(url, "")
 
 

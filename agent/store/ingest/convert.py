@@ -25,6 +25,7 @@ from schema.checkpoint import (
     FORMAT_VERSION,
     IN_PLACE,
     INDEX_FILE,
+    LAYOUT,
     AssetEntry,
     Manifest,
     TensorEntry,
@@ -35,9 +36,6 @@ from schema.checkpoint import (
 from schema.errors import InvalidCheckpoint, NotFound
 
 __all__ = ["LAYOUT", "convert"]
-
-LAYOUT: Final = "exec2"
-"""The layout that this module writes: one partition, in execution order, fused groups without gaps."""
 
 _MAX_CONFIG_BYTES: Final = 16 << 20
 

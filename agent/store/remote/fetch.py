@@ -24,14 +24,14 @@ from agent.native.jobs import Priority, ReadJob, Unit, cancelled
 from agent.store.catalog import MANIFEST_FILE
 from agent.store.remote.api import Body, Interrupted, Patience, Remote
 from agent.store.remote.partial import Partial
-from schema.checkpoint import Manifest, Partition, decode_manifest
+from schema.checkpoint import LAYOUT, Manifest, Partition, decode_manifest
 from schema.errors import Cancelled, InvalidCheckpoint, InvalidInput, NotFound, OutOfSpace, SllmError
 from schema.remote import RemoteSettings
 
-__all__ = ["DEFAULT_LAYOUT", "Fetch", "FetchJob"]
+__all__ = ["Fetch", "FetchJob"]
 
-DEFAULT_LAYOUT: Final = "exec1"
-"""What is asked of a remote that cannot say which layouts it has."""
+_LAYOUTS: Final = (LAYOUT, "exec1")
+"""The layouts that ingest writes and has written, the newest first: what a remote that cannot be listed is asked for."""
 _BLOCK_BYTES: Final = 4 << 20
 _MAX_MANIFEST_BYTES: Final = 256 << 20
 _MAX_ASSET_BYTES: Final = 128 << 20
@@ -189,10 +189,8 @@ class Fetch:
         try:
             names = patience.ask(lambda: self._remote.children(self._digest))
         except InvalidInput:
-            return DEFAULT_LAYOUT
-        if DEFAULT_LAYOUT in names:
-            names.insert(0, DEFAULT_LAYOUT)
-        for name in names:
+            names = list(_LAYOUTS)
+        for name in sorted(names, key=lambda name: _LAYOUTS.index(name) if name in _LAYOUTS else len(_LAYOUTS)):
             path = f"{self._digest}/{name}/{MANIFEST_FILE}"
             if patience.ask(lambda path=path: self._remote.size(path)) is not None:  # type: ignore[misc]
                 return name

@@ -210,3 +210,16 @@ def test_ring_slots_come_and_go() -> None:
     assert ring.take(3 * PAGE) is None
     ring.give(first[0])
     assert sorted(ring.free) == [0, 1, 2, 3]
+
+
+def test_what_is_put_too_late_is_given_back_once_however_many_pieces_it_has() -> None:
+    bench = Bench(40)
+    target = bench.whole()
+    job = bench.copier.submit([target], bench.changed)
+    bench.copier.fail(job, Cancelled("nobody wants it any more"))
+    assert bench.ended.wait(10)
+    back: list[int] = []
+    # Over three steps of pinned memory, so in three pieces at least.
+    bench.copier.put(job, 0, [bench.view], lambda: back.append(1))
+    assert back == [1]
+    bench.close(target)

@@ -152,7 +152,8 @@ def test_to_the_disk_alone(bench: FetchBench, source: tuple[str, Path, bytes], w
     assert bench.store.residents() == ()
     fetched = [(path, sent) for path, sent in web.ranges if path.endswith(".bin")]
     assert len(fetched) == 12  # of 2 x 11 chunks, two at a time
-    assert web.connections <= SETTINGS.streams
+    # One more asked for the newest layout, which is not there, and was closed.
+    assert web.connections <= SETTINGS.streams + 1
 
 
 def test_into_memory_on_the_way(bench: FetchBench, source: tuple[str, Path, bytes], web: WebServer) -> None:

@@ -217,3 +217,11 @@ def test_a_start_where_the_weights_lie_fetches_nothing_and_one_of_what_lies_nowh
     world.demand("m", 1)
     world.settle()
     assert not any(isinstance(one, StartInstance) for one in world.agents["far"].heard)
+
+
+def test_nothing_is_published_to_what_is_only_read(make_world: MakeWorld) -> None:
+    world = two(make_world)
+    fault = ask(world, "publish", "http://models.example/all")
+    assert fault is not None
+    assert (fault.code, "only read" in fault.message) == ("invalid_input", True)
+    assert not any(isinstance(one, Publish) for one in world.agents["local"].heard)
