@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+from agent.native.address import address_of
 from agent.native.chunk_table import ChunkTable, Geometry, Occupant, table_bytes
 from agent.native.numa import interleave
 from agent.native.prefault import Prefault
-from agent.native.uring import address_of
 from schema.errors import InvalidInput, OutOfSpace
 from schema.link import ArenaInfo, Extent
 

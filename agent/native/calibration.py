@@ -13,7 +13,8 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-from agent.native.uring import NoRing, Ring, address_of
+from agent.native.address import address_of
+from agent.native.uring import NoRing, Ring
 
 __all__ = ["LEAST_FILE_BYTES", "Tuning", "calibrate"]
 

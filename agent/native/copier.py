@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from agent.native.address import address_of
 from agent.native.device import DeviceError, DeviceMemory, Driver
-from agent.native.pinned import HostMemory, address_of
+from agent.native.pinned import HostMemory
 from schema.errors import Cancelled, SllmError
 
 __all__ = ["COPY_BYTES", "Copier", "CopyJob", "Slice", "Target"]

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Final
 
-from agent.native.uring import address_of
+from agent.native.address import address_of
 
 __all__ = ["interleave", "online_nodes"]
 

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import mmap
 from collections.abc import Iterator
 from typing import Final
 
+from agent.native.address import address_of
 from agent.native.device import Driver
 from schema.errors import SllmError
 
-__all__ = ["STEP_BYTES", "HostMemory", "Ring", "address_of"]
+__all__ = ["STEP_BYTES", "HostMemory", "Ring"]
 
 STEP_BYTES: Final = 256 << 20
 """What one registration pins. A load that meets an unpinned step pays for this much at most: 10 ms where pages were touched."""
 _log = logging.getLogger(__name__)
-
-
-def address_of(view: memoryview) -> int:
-    """Where writable memory lies in this process."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
 
 class HostMemory:

@@ -22,9 +22,10 @@ from typing import Final
 
 import xxhash
 
+from agent.native.address import address_of
 from agent.native.files import DIRECT_ALIGN_BYTES, OpenFile, stalled, wrong_checksum
 from agent.native.jobs import JobQueue, ReadJob, Work
-from agent.native.uring import ASYNC, NoRing, Ring, address_of
+from agent.native.uring import ASYNC, NoRing, Ring
 from schema.errors import SllmError
 
 __all__ = ["RingReader"]

@@ -18,7 +18,7 @@ from typing import Final
 
 from schema.errors import SllmError
 
-__all__ = ["ASYNC", "NoRing", "Ring", "address_of"]
+__all__ = ["ASYNC", "NoRing", "Ring"]
 
 ASYNC: Final = 1 << 4
 """Of an entry: hand it to a kernel thread at once, since it would be long in the submitter's (IOSQE_ASYNC)."""
@@ -52,11 +52,6 @@ _enter = ctypes.CFUNCTYPE(
 
 class NoRing(SllmError):
     """The kernel, or what contains this process, gives no io_uring; the message says why."""
-
-
-def address_of(memory: memoryview) -> int:
-    """Where writable memory begins. The caller keeps it alive."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 class Ring:

@@ -24,6 +24,7 @@ __all__ = [
     "MANIFEST_FILE",
     "CatalogEntry",
     "changed_source",
+    "is_sound",
     "is_verified",
     "mark_verified",
     "partition_path",
@@ -100,6 +101,14 @@ def read_entry(directory: Path) -> CatalogEntry:
         if partition.source is None:
             _check_size(directory / partition.file, partition.size_bytes)
     return CatalogEntry(manifest.digest, directory, manifest, changed_source(manifest) or quarantine_reason(directory))
+
+
+def is_sound(directory: Path) -> bool:
+    """True when a checkpoint lies there that may be used."""
+    try:
+        return read_entry(directory).quarantined is None
+    except (InvalidCheckpoint, NotFound):
+        return False
 
 
 def partition_path(directory: Path, partition: Partition) -> Path:

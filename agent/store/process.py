@@ -20,10 +20,10 @@ import msgspec
 
 from agent.channel import Channel
 from agent.config import NodeConfig, load_config
+from agent.native.address import address_of
 from agent.native.arena import Arena
 from agent.native.device import budget_bytes, find_devices
 from agent.native.disk_record import record_path, remembered
-from agent.native.pinned import address_of
 from agent.native.reader import Priority
 from agent.store.cache import ArenaStore
 from agent.store.devices import DeviceStore

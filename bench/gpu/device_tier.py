@@ -30,10 +30,11 @@ from typing import Any
 
 import xxhash
 
+from agent.native.address import address_of
 from agent.native.arena import Arena
 from agent.native.device import DeviceMemory, NoDriver, open_driver
 from agent.native.dlpack import bytes_capsule
-from agent.native.pinned import HostMemory, address_of
+from agent.native.pinned import HostMemory
 from agent.native.reader import Priority, ReadPool, Unit
 from agent.store import catalog
 from agent.store.cache import ArenaStore

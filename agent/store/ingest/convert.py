@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from agent.store import catalog
+from agent.store.durable import sync
 from agent.store.index import encode_index, read_index
 from agent.store.ingest.files import SourceDirectory
 from agent.store.ingest.headers import Sources, SourceTensor, parse_json
@@ -33,7 +33,6 @@ from schema.checkpoint import (
     decode_manifest,
     encode_manifest,
 )
-from schema.errors import InvalidCheckpoint, NotFound
 
 __all__ = ["LAYOUT", "convert"]
 
@@ -128,12 +127,12 @@ def _elements(tensor: SourceTensor) -> int:
 def _commit(new: Path, checkpoint: Path, replaced: Path) -> None:
     """Durable first, then visible: files, their directory, the rename, and the directory that it happened in."""
     for file in new.iterdir():
-        _sync(file)
-    _sync(new)
+        sync(file)
+    sync(new)
     checkpoint.mkdir(parents=True, exist_ok=True)
     target = checkpoint / new.name
     for _ in range(2):
-        if _is_sound(target):
+        if catalog.is_sound(target):
             return
         if target.exists():
             target.rename(replaced)
@@ -144,20 +143,5 @@ def _commit(new: Path, checkpoint: Path, replaced: Path) -> None:
             # Another ingest of the same model may have committed it just now: look again.
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-    _sync(checkpoint)
-    _sync(checkpoint.parent)
-
-
-def _is_sound(target: Path) -> bool:
-    try:
-        return catalog.read_entry(target).quarantined is None
-    except (InvalidCheckpoint, NotFound):
-        return False
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(checkpoint)
+    sync(checkpoint.parent)

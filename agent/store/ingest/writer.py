@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from agent.store.durable import reserve
 from agent.store.ingest.headers import Sources, SourceTensor
 from agent.store.ingest.order import fused_group
 from agent.store.ingest.pipeline import CHUNK_BYTES, Tile, fill
@@ -53,7 +54,7 @@ def write_partition(path: Path, sources: Sources, order: Iterable[SourceTensor],
     ends = [*(entry.offset_bytes for entry, _ in tensors[1:]), size]
     tiles = [Tile(source, entry.offset_bytes, stop) for (entry, source), stop in zip(tensors, ends, strict=False)]
     with disk_errors(f"writing {size} bytes to {path}"), path.open("xb", buffering=0) as file:
-        _reserve(file.fileno(), size)
+        reserve(file.fileno(), size)
         sums, sha256 = fill(path, size, sources, tiles or [Tile(None, 0, size)], progress)
         os.fsync(file.fileno())
     return Written(Partition(path.name, 0, size, sums), tuple(entry for entry, _ in tensors), sha256)
@@ -91,12 +92,3 @@ def _fuses(one: SourceTensor, other: SourceTensor) -> bool:
         and group == fused_group(other.name)
         and (one.dtype == other.dtype and one.shape[1:] == other.shape[1:])
     )
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    """Claim the room at once: a full disk shows before hours of reading, and the file lies in long runs."""
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise

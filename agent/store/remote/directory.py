@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+from agent.store.durable import sync
 from agent.store.remote.api import Body, Interrupted, Source, left_s, nothing_there
 from schema.errors import Cancelled, InvalidCheckpoint, NotFound, OutOfSpace, SllmError, Unauthorised
 
@@ -91,7 +92,7 @@ class DirectoryRemote:
                         wrote(len(data))
                     os.fsync(file.fileno())
                 temporary.rename(target)
-                _sync(target.parent)
+                sync(target.parent)
             finally:
                 temporary.unlink(missing_ok=True)
 
@@ -157,11 +158,3 @@ class _FileBody:
                 raise Interrupted(f"{where} ends at byte {self._offset}, {len(view)} bytes early")
             view = view[count:]
             self._offset += count
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from agent.store import catalog
 from agent.store.budget import check_room
+from agent.store.durable import reserve, sync
 from agent.store.ingest.writer import disk_errors
 from schema.checkpoint import Manifest
-from schema.errors import Conflict, InvalidCheckpoint, NotFound
+from schema.errors import Conflict
 
 __all__ = ["Partial", "sweep_partials"]
 
@@ -61,7 +62,7 @@ class Partial:
                 flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
                 descriptor = self._files[partition.file] = os.open(self.path / partition.file, flags, 0o666)
                 os.ftruncate(descriptor, partition.size_bytes)
-                _reserve(descriptor, partition.size_bytes)
+                reserve(descriptor, partition.size_bytes)
 
     def write_asset(self, name: str, data: bytes) -> None:
         with disk_errors(f"writing {self.path / name}"):
@@ -97,21 +98,21 @@ class Partial:
         with disk_errors(f"committing checkpoint {self.manifest.digest}"):
             catalog.mark_verified(self.path)
             for child in self.path.iterdir():
-                _sync(child)
-            _sync(self.path)
+                sync(child)
+            sync(self.path)
             self.target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 if not self._place():
                     shutil.rmtree(self.path)
             finally:
                 shutil.rmtree(self._trash, ignore_errors=True)
-            _sync(self.target.parent)
-            _sync(self.target.parent.parent)
+            sync(self.target.parent)
+            sync(self.target.parent.parent)
 
     def _place(self) -> bool:
         """Rename into place; False when a sound copy has come there meanwhile."""
         for _ in range(2):
-            if _is_sound(self.target):
+            if catalog.is_sound(self.target):
                 return False
             if self.target.exists():
                 self._trash.parent.mkdir(parents=True, exist_ok=True)
@@ -154,29 +155,3 @@ def sweep_partials(data: Path, older_than_s: float) -> list[str]:
                 finally:
                     os.close(held)
     return swept
-
-
-def _is_sound(target: Path) -> bool:
-    try:
-        return catalog.read_entry(target).quarantined is None
-    except (InvalidCheckpoint, NotFound):
-        return False
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    """Claim the room at once: a full disk shows before hours of reading."""
-    if not size:
-        return
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

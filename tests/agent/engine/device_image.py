@@ -12,10 +12,11 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from agent.engine.weights import image_tensors
+from agent.native.address import address_of
 from agent.native.copier import Copier, CopyJob, Slice, Target
 from agent.native.device import Driver
 from agent.native.dlpack import bytes_capsule
-from agent.native.pinned import HostMemory, address_of
+from agent.native.pinned import HostMemory
 from agent.store.index import index_of
 from schema.checkpoint import ALIGN_BYTES, PAD_BYTES, Manifest, Partition, TensorEntry
 from tests.agent.engine.models import manifest_of, tensors_of

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.native import copier as copier_module
+from agent.native.address import address_of
 from agent.native.copier import Copier, CopyJob, Slice, Target
 from agent.native.device import DeviceError
-from agent.native.pinned import HostMemory, Ring, address_of
+from agent.native.pinned import HostMemory, Ring
 from schema.errors import Cancelled, SllmError
 from tests.agent.native.fake_driver import FakeDriver, content
 

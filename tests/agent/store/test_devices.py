@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from agent.native.address import address_of
 from agent.native.arena import Arena
 from agent.native.device import DeviceError
-from agent.native.pinned import address_of
 from agent.native.reader import Priority
 from agent.store import catalog
 from agent.store.devices import DeviceStore
