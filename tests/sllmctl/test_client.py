@@ -127,7 +127,7 @@ def test_what_is_asked_for(manager: FakeManager, ask: Ask) -> None:
         ("GET", "events?kind=model&object=qwen&limit=5"),
     ]
     assert manager.asked[1][2]["scale"]["min"] == 1
-    assert manager.asked[2][2]["source"] == {"kind": "path", "path": "/m", "node": ""}
+    assert manager.asked[2][2]["source"] == {"kind": "path", "path": "/m", "node": "", "in_place": False}
 
 
 def test_a_wait_says_whether_it_is_over(manager: FakeManager, ask: Ask) -> None:
