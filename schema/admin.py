@@ -156,8 +156,7 @@ class OperationView(_View, frozen=True, kw_only=True):
     """Something long that an operator asked of a node and a checkpoint; remembered for a while after it has ended.
 
     ``ended_at`` is None while it goes on; ``fault`` then says how it failed, None that it did not. ``url`` is the remote's.
-    ``ended_at`` is None while it goes on; ``fault`` then says how it failed, None that it did not. ``read_bytes`` were read
-    for it, 0 for what was there already.
+    ``read_bytes`` were read for it, 0 for what was there already. ``note`` is what to know of a success.
     """
 
     id: str
@@ -172,6 +171,7 @@ class OperationView(_View, frozen=True, kw_only=True):
     progress: ProgressView | None
     read_bytes: int = 0
     url: str = ""
+    note: str = ""
 
 
 class PublicationView(_View, frozen=True, kw_only=True):

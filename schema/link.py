@@ -655,13 +655,16 @@ class Progress(Message, frozen=True, kw_only=True, tag="progress"):
 
 class OperationDone(Message, frozen=True, kw_only=True, tag="done"):
     """The one end of an operation: a ``fault``, or success. ``digest`` is the checkpoint it made or used, ``layout`` the one
-    that it published or fetched. ``read_bytes`` were read for it, 0 for what was there."""
+    that it published or fetched, and that so lies on that remote. ``read_bytes`` were read for it, 0 for what was there.
+    ``note`` is what whoever asked should know of a success: what a publish found wrong on its remote, and mended.
+    """
 
     op: str
     digest: str = ""
     fault: Fault | None = None
     read_bytes: int = 0
     layout: str = ""
+    note: str = ""
 
 
 class FileChunk(Message, frozen=True, kw_only=True, tag="filechunk"):

@@ -32,6 +32,7 @@ from schema.link import (
     InstanceTruth,
     Message,
     OnDevice,
+    OperationDone,
     Progress,
     Resident,
     StartInstance,
@@ -181,10 +182,10 @@ class Lives:
         remote, digest = life.start.remote, life.start.digest
         assert remote is not None
 
-        def answered(fault: Fault | None) -> None:
-            if fault is not None:
+        def answered(done: OperationDone) -> None:
+            if done.fault is not None:
                 life.fetch = ""
-                self._fail(life, fault)
+                self._fail(life, done.fault)
             else:
                 self._owner.checkpoint_fetched(digest, fetched)
 

@@ -15,7 +15,7 @@ from agent.daemon.ingest import IngestCommand, publish_command, run_child, run_i
 from agent.daemon.roster import Roster
 from agent.daemon.storelink import StoreLink
 from agent.native.jobs import Priority
-from schema.errors import Cancelled, Conflict, Fault, InvalidInput, SllmError
+from schema.errors import Cancelled, Conflict, Fault, InvalidCheckpoint, InvalidInput, SllmError
 from schema.link import (
     DropCheckpoint,
     Fetch,
@@ -166,9 +166,13 @@ class Operations:
         self._store.holds.add(digest, message.op)  # so that it is not taken from the disk meanwhile
         try:
             async with self._publish_slots:
-                return await run_child(self._config, "publish", message.op, command, self._roster, self._owner.tell)
+                done = await run_child(self._config, "publish", message.op, command, self._roster, self._owner.tell)
         finally:
             self._store.holds.release(digest, message.op)
+        if done.fault is not None and done.fault.code == InvalidCheckpoint.code:  # it may have put the copy into quarantine
+            await self._checkpoints.scan()
+            self._owner.placement_changed(digest)
+        return done
 
     async def _fetch(self, message: Fetch) -> OperationDone:
         digest, in_memory = message.digest, message.tier is Tier.DRAM
@@ -177,8 +181,8 @@ class Operations:
         await self._drops_over()
         if digest in self._dropping:
             raise Conflict(f"checkpoint {digest} is just being dropped")
-        layout = self._checkpoints.layout(digest)
-        if layout is None:
+        layout = ""  # of what was fetched: of a copy that is here nobody knows whether the remote has it too
+        if self._checkpoints.layout(digest) is None:
             done = await self._fetch_stored(message, in_memory)
             if done.fault is not None:
                 return done
@@ -193,16 +197,16 @@ class Operations:
         asked = FetchStored(
             op=message.op, digest=digest, url=message.url, layout=message.layout, in_memory=in_memory, users=int(in_memory)
         )
-        answer: asyncio.Future[Fault | None] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[OperationDone] = asyncio.get_running_loop().create_future()
         self._store.fetch(asked, _answer(answer), self._owner.tell)
         try:
-            fault = await answer
+            done = await answer
         finally:
             self._store.cancel_fetch(message.op)
         await self._checkpoints.scan()
         self._owner.disk_changed()
         self._owner.placement_changed(digest)
-        return OperationDone(op=message.op, digest=digest, fault=fault, layout=self._checkpoints.layout(digest) or "")
+        return OperationDone(op=message.op, digest=digest, fault=done.fault, layout=done.layout)
 
     async def _load(self, message: LoadCheckpoint) -> OperationDone:
         if message.tier is not Tier.DRAM:
@@ -231,10 +235,10 @@ class Operations:
         digest = message.digest
         entry = self._checkpoints.entry(digest)
         directory = self._checkpoints.relative(entry)
-        answer: asyncio.Future[Fault | None] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[OperationDone] = asyncio.get_running_loop().create_future()
         self._store.verify(message.op, digest, directory, _answer(answer), self._owner.tell)
         try:
-            fault = await answer
+            fault = (await answer).fault
         finally:
             self._store.cancel_verify(message.op)
         await self._checkpoints.scan()

@@ -83,7 +83,7 @@ class _Task:
     """What the store does beside fills: answered by one `OperationDone`, asked again of the next store."""
 
     message: VerifyStored | FetchStored
-    answered: Callable[[Fault | None], None]
+    answered: Callable[[OperationDone], None]
     progress: Callable[[Progress], None]
     losses: int = 0
 
@@ -169,7 +169,7 @@ class StoreLink:
         op: str,
         digest: str,
         directory: str,
-        answered: Callable[[Fault | None], None],
+        answered: Callable[[OperationDone], None],
         progress: Callable[[Progress], None],
     ) -> None:
         """Compare a copy on disk and what lies of it in the arena with its checksums; answered once, unless it is cancelled."""
@@ -189,9 +189,10 @@ class StoreLink:
             self._kin.send(PinResidents(digests=digests))
 
     def fetch(
-        self, message: FetchStored, answered: Callable[[Fault | None], None], progress: Callable[[Progress], None]
+        self, message: FetchStored, answered: Callable[[OperationDone], None], progress: Callable[[Progress], None]
     ) -> None:
-        """Bring a checkpoint from a remote to the disk; answered once, unless it is cancelled."""
+        """Bring a checkpoint from a remote to the disk; answered once, unless it is cancelled. The answer has a layout if it
+        came from that very remote."""
         self._tasks[message.op] = _Task(message, answered, progress)
         if self._stated:
             self._kin.send(message)
@@ -265,7 +266,8 @@ class StoreLink:
             if task.losses >= _MAX_LOSSES:
                 del self._tasks[op]
                 doing = "verifying" if isinstance(task.message, VerifyStored) else "fetching"
-                task.answered(Fault.of(Unreachable(f"the store died {task.losses} times while it was {doing} this checkpoint")))
+                fault = Fault.of(Unreachable(f"the store died {task.losses} times while it was {doing} this checkpoint"))
+                task.answered(OperationDone(op=op, fault=fault))
         self.devices.lost()
         self._owner.store_lost()
 
@@ -347,7 +349,7 @@ class StoreLink:
             drop.answered(message.fault)
         task = self._tasks.pop(message.op, None)
         if task is not None:
-            task.answered(message.fault)
+            task.answered(message)
 
     def _users_changed(self, digest: str, users: int) -> None:
         if self._stated:

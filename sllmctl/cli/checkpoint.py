@@ -169,7 +169,8 @@ def publish(
 ) -> None:
     """Put a checkpoint on a remote: file:///DIRECTORY (a share mounted on the node) or s3://BUCKET/PREFIX.
 
-    Without a URL it goes to the one of the settings (control.remote). Credentials are the node's own.
+    Without a URL it goes to the one of the settings (control.remote). Credentials are the node's own. What is there already
+    is compared with its checksums, and written anew where it differs; so a publish also tells whether a remote can be trusted.
     """
     from sllmctl import client
 
@@ -216,7 +217,10 @@ def fetch(
 @output_option
 @pass_invocation
 def forget(invocation: Invocation, reference: str, url: str | None, form: Format) -> None:
-    """Forget that a checkpoint lies on a remote, or on any. What is there is left as it is."""
+    """Forget that a checkpoint lies on a remote, or on any. What is there is left as it is.
+
+    Then `rm` takes it for no copy any more, and no start fetches from there.
+    """
     from sllmctl import client
     from sllmctl.cli.diagnostics import note
 
@@ -259,11 +263,26 @@ def remove(
         with invocation.admin() as admin:
             found = admin.ask(client.checkpoint(reference))
         what = f"{found.digest[:16]} ({', '.join(found.models) or 'no model uses it'}, {size(found.image_bytes)})"
-        confirm(f"Remove checkpoint {what} from {where}?", yes)
+        confirm(f"{_last(found, node, tier)}Remove checkpoint {what} from {where}?", yes)
     wait_s = timeout if timeout is not None else invocation.settings().client.wait_s
     with invocation.admin() as admin:
         begun = admin.ask(client.drop_checkpoint(reference, node, Tier(tier) if tier is not None else None))
         finish_operations(admin, form, begun, wait=not no_wait, timeout_s=wait_s)
+
+
+def _last(found: CheckpointView, node: str | None, tier: str | None) -> str:
+    """What to know before the last sound copy on a disk goes, "" where it is not that."""
+    sound = {each.node for each in found.placements if each.tier == "disk" and each.state == "resident"}
+    if tier not in (None, "disk") or not sound or sound - ({node} if node is not None else sound):
+        return ""
+    if not found.publications:
+        return "This is the last sound copy that is known. "
+    remotes, digest = [each.url for each in found.publications], found.digest[:16]
+    return (
+        f"This is the last sound copy on a disk; without it the checkpoint is on {', '.join(remotes)} alone. "
+        f"`sllmctl checkpoint publish {digest} {remotes[0]}` compares what lies there; if that is gone, "
+        f"`sllmctl checkpoint forget {digest} {remotes[0]}`. "
+    )
 
 
 def _columns() -> list[Column[CheckpointView]]:

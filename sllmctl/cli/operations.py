@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sllmctl.cli.diagnostics import ProgressLine
+from sllmctl.cli.diagnostics import ProgressLine, note
 from sllmctl.cli.format import bandwidth, duration, short_digest, size
 from sllmctl.cli.output import Column, Format, show_items
 
@@ -30,6 +30,9 @@ def finish_operations(
     """
     ended = _wait(admin, operations, timeout_s) if wait else list(operations)
     show_items(form, ended, _COLUMNS, lambda operation: operation.id)
+    for operation in ended:
+        if operation.note:
+            note(f"{operation.url or operation.node}: {operation.note}")
     for operation in ended:
         if operation.fault is not None:
             raise operation.fault.to_error()

@@ -61,7 +61,7 @@ def done(turn: Turn, said: OperationDone) -> bool:
         return False
     if operation.ended_at is None and not _fetch_again(turn, operation, said):
         # What somebody else dropped in the meantime is gone, as was asked for.
-        operation.read_bytes = said.read_bytes
+        operation.read_bytes, operation.note = said.read_bytes, said.note
         gone = operation.kind == "drop" and said.fault is not None and said.fault.code == NotFound.code
         _end(turn, operation, None if gone else said.fault)
         if operation.url and said.fault is None:
@@ -150,7 +150,9 @@ def _end(turn: Turn, operation: Operation, fault: Fault | None) -> None:
     operation.ended_at, operation.fault = turn.now, fault
     where = _where(turn, operation)
     if fault is None:
-        turn.event("checkpoint", operation.digest, _ENDED[operation.kind], where)
+        told = f"{where}; {operation.note}" if operation.note else where
+        level = "warning" if operation.note else "info"
+        turn.event("checkpoint", operation.digest, _ENDED[operation.kind], told, level=level)
     else:
         reason = f"{operation.kind.capitalize()}Failed"
         turn.event("checkpoint", operation.digest, reason, f"{where}: {fault.message}", level="warning")
@@ -238,7 +240,8 @@ def _drop_places(turn: Turn, checkpoint: Checkpoint, node: Node | None, tier: Ti
     if models and going & sound and not sound - going and not view.publications_of(digest):
         raise Conflict(
             f"this is the last sound copy of checkpoint {digest[:16]}, which {', '.join(models)} needs; "
-            "publish it to a remote, or remove the model first (`sllmctl model rm`)"
+            f"publish it to a remote (`sllmctl checkpoint publish {digest[:16]} URL`), fetch a sound one from where it lies "
+            f"(`sllmctl checkpoint fetch {digest[:16]} --from URL --node NODE`), or remove the model first (`sllmctl model rm`)"
         )
     places = dict.fromkeys((record.node, record.tier) for record in records)
     return [(view.nodes[where], tier) for where, tier in sorted(places, key=lambda one: (one[0], _DROPPED.index(one[1])))]

@@ -122,6 +122,7 @@ class Operation:
     made_room: bool = False
     url: str = ""
     layout: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -186,6 +186,7 @@ def operation_view(view: ClusterView, live: LiveNumbers, operation: Operation) -
         progress=live.progress(operation.id),
         url=operation.url,
         read_bytes=operation.read_bytes,
+        note=operation.note,
     )
 
 

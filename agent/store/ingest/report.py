@@ -33,10 +33,10 @@ class Reporter:
             self._said_at = now
             self._write(Progress(op=self._op, stage=stage, done_bytes=done_bytes, total_bytes=total_bytes))
 
-    def done(self, digest: str, fault: Fault | None, layout: str = "") -> None:
+    def done(self, digest: str, fault: Fault | None, layout: str = "", note: str = "") -> None:
         """Say how it ended."""
         with self._lock:
-            self._write(OperationDone(op=self._op, digest=digest, layout=layout, fault=fault))
+            self._write(OperationDone(op=self._op, digest=digest, layout=layout, fault=fault, note=note))
 
     def _write(self, message: Message) -> None:
         view = memoryview(encode_frame(message))

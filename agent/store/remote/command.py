@@ -32,17 +32,21 @@ def main(run_dir: str | Path, op: str, directory: str, url: str) -> int:
     reporter = Reporter(own, op)
     logging.basicConfig(stream=sys.stderr, level="INFO", format="%(asctime)s publish %(levelname)s %(message)s")
     try:
-        entry = _publish(Path(run_dir), directory, url, reporter)
+        entry, mended = _publish(Path(run_dir), directory, url, reporter)
     except Exception as error:  # the agent must hear of every end
         if not isinstance(error, SllmError):
             _log.exception("publish failed")
         reporter.done("", Fault.of(error))
         return 1
-    reporter.done(entry.digest, None, entry.manifest.layout)
+    note = ""
+    if mended:
+        note = f"{', '.join(mended)} lay there with other bytes than its manifest says, and was written anew"
+        _log.warning("%s: %s", url, note)
+    reporter.done(entry.digest, None, entry.manifest.layout, note)
     return 0
 
 
-def _publish(run_dir: Path, directory: str, url: str, reporter: Reporter) -> catalog.CatalogEntry:
+def _publish(run_dir: Path, directory: str, url: str, reporter: Reporter) -> tuple[catalog.CatalogEntry, tuple[str, ...]]:
     config = load_config(run_dir)
     relative = PurePosixPath(directory)
     if relative.is_absolute() or ".." in relative.parts:
@@ -57,7 +61,7 @@ def _publish(run_dir: Path, directory: str, url: str, reporter: Reporter) -> cat
 
     before = signal.signal(signal.SIGTERM, cancel)
     try:
-        publish(entry, remote, config.remote, lambda done, total: reporter.progress("publish", done, total), stopped)
+        mended = publish(entry, remote, config.remote, lambda done, total: reporter.progress("publish", done, total), stopped)
     except SllmError as error:
         if stopped.is_set():
             raise Cancelled("the publish was cancelled; its manifest was not written, so nobody fetches it") from error
@@ -65,4 +69,4 @@ def _publish(run_dir: Path, directory: str, url: str, reporter: Reporter) -> cat
     finally:
         signal.signal(signal.SIGTERM, before)
         remote.close()
-    return entry
+    return entry, mended

@@ -33,7 +33,8 @@ class FetchListener(Protocol):
 
     def fetching(self, op: str, done_bytes: int, total_bytes: int) -> None: ...
 
-    def fetched(self, op: str, digest: str, layout: str, fault: Fault | None) -> None: ...
+    def fetched(self, op: str, digest: str, layout: str, fault: Fault | None) -> None:
+        """``layout`` "" says nothing of the remote that was asked for: it came from another."""
 
 
 @dataclass(eq=False)
@@ -42,7 +43,8 @@ class _Fetch:
 
     digest: str
     url: str
-    ops: list[str]
+    ops: dict[str, str]
+    """Whoever asked, and for which remote."""
     in_memory: bool
     users: int
     wake: Callable[[], None]
@@ -121,10 +123,9 @@ class Fetches:
         """
         known = self._fetches.get(digest)
         if known is not None:
-            if op not in known.ops:
-                known.ops.append(op)
+            known.ops.setdefault(op, url)
             return
-        fetch = self._fetches[digest] = _Fetch(digest, url, [op], in_memory, users, self._wake)
+        fetch = self._fetches[digest] = _Fetch(digest, url, {op: url}, in_memory, users, self._wake)
         fetch.thread = threading.Thread(target=self._prepare, args=(fetch, layout), name="fetch-prepare")
         fetch.thread.start()
 
@@ -132,7 +133,7 @@ class Fetches:
         """Nobody waits for this op any more; it is not answered. The fetch ends with its last op."""
         for digest, fetch in list(self._fetches.items()):
             if op in fetch.ops:
-                fetch.ops.remove(op)
+                del fetch.ops[op]
                 if not fetch.ops:
                     del self._fetches[digest]
                     self._ending.append(fetch)
@@ -146,8 +147,8 @@ class Fetches:
                 del self._fetches[digest]
                 fault = None if fetch.error is None else Fault.of(fetch.error)
                 layout = fetch.manifest.layout if fetch.job is not None else ""
-                for op in fetch.ops:
-                    self._listener.fetched(op, digest, layout, fault)
+                for op, url in fetch.ops.items():
+                    self._listener.fetched(op, digest, layout if url == fetch.url else "", fault)
             elif fetch.job is not None and now - fetch.told_at >= _PROGRESS_S and fetch.told_bytes != fetch.job.done_bytes:
                 fetch.told_at, fetch.told_bytes = now, fetch.job.done_bytes
                 for op in fetch.ops:

@@ -7,7 +7,9 @@ boto3's own chain (environment, profile, instance role) on the node.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import threading
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, Final
@@ -73,7 +75,8 @@ class S3Remote:
         key = {"Bucket": self._bucket, "Key": self._key(path)}
         with self._errors(path):
             if size_bytes <= _PART_BYTES:
-                self._client.put_object(**key, Body=bytes(source(0, size_bytes)))
+                data = bytes(source(0, size_bytes))
+                self._client.put_object(**key, Body=data, ContentMD5=_md5(data))
                 wrote(size_bytes)
                 return
             upload = {**key, "UploadId": self._client.create_multipart_upload(**key)["UploadId"]}
@@ -104,7 +107,7 @@ class S3Remote:
                 raise Cancelled("the transfer was cancelled")
             offset = number * part_bytes
             data = bytes(source(offset, min(part_bytes, size_bytes - offset)))
-            answer = self._client.upload_part(**upload, PartNumber=number + 1, Body=data)
+            answer = self._client.upload_part(**upload, PartNumber=number + 1, Body=data, ContentMD5=_md5(data))
             wrote(len(data))
             return {"PartNumber": number + 1, "ETag": answer["ETag"]}
 
@@ -180,6 +183,11 @@ def _client(settings: RemoteSettings) -> Any:
         raise InvalidInput(f"the node's settings for S3 are not usable: {error}", "remote") from error
 
 
+def _md5(data: bytes) -> str:
+    """What lets the store refuse bytes that changed on their way; every kind of store knows it."""
+    return b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+
+
 def _status(response: dict[str, Any]) -> int:
     return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
@@ -191,6 +199,6 @@ def _explain(code: str, status: int, where: str) -> SllmError:
         return Unauthorised(f"{where}: access is refused ({code or status}); give the node's agent credentials that may use it")
     if code in ("QuotaExceeded", "XMinioStorageFull", "EntityTooLarge"):
         return OutOfSpace(f"{where}: the store takes no more ({code})")
-    if status >= 500 or code in ("SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable"):
+    if status >= 500 or code in ("SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "BadDigest"):
         return Interrupted(f"{where}: the store answers {code or status}")
     return Unreachable(f"{where}: the store answers {code or status}")

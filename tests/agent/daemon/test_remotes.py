@@ -82,8 +82,8 @@ async def test_a_fetch_is_the_stores_and_its_copy_is_told_before_its_end(node: N
     assert [(p.tier, p.state) for p in truth.placements] == [(Tier.DISK, TierState.RESIDENT)]
     end = await done(manager, "op_1")
     assert (end.fault, end.layout) == (None, "l1")
-    manager.send(Fetch(op="op_2", digest=OTHER, url="s3://b/c"))  # it is there
-    assert (await done(manager, "op_2")).layout == "l1"
+    manager.send(Fetch(op="op_2", digest=OTHER, url="s3://b/c"))  # it is here, which tells nothing of that remote
+    assert (await done(manager, "op_2")).layout == ""
     quarantine(node.config.checkpoints_path / OTHER / "l1", "a test")
     manager.send(DropCheckpoint(op="op_3", digest=OTHER, tier=Tier.DISK))
     await done(manager, "op_3")

@@ -1,12 +1,9 @@
-"""Publish and fetch of whole layouts: to the disk, into the arena on the way, and everything that may go wrong between."""
+"""Fetches of whole layouts: to the disk, into the arena on the way, and everything that may go wrong between."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
 import resource
-import select
 import shutil
 import signal
 import subprocess
@@ -17,76 +14,24 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import pytest
 
-from agent.native.arena import Arena
 from agent.store import catalog
-from agent.store.remote.fetches import Fetches
-from agent.store.remote.open import open_remote
-from agent.store.remote.publish import publish
-from schema.checkpoint import AssetEntry, decode_manifest, encode_manifest
-from schema.errors import Conflict, Fault, InvalidCheckpoint
-from schema.remote import RemoteSettings
-from tests.agent.store.images import CHUNK, Bench, commit, read_image
-from tests.remotes import S3_ENVIRONMENT, WebServer, cut, s3_server, web_server
-
-SETTINGS = RemoteSettings(
-    streams=3, part_bytes=2 * CHUNK, connect_s=5, read_s=5, part_s=20, attempts=4, longest_delay_s=0.01
-)  # fmt: skip
-SIZE = 10 * CHUNK + 12_345
-PART = "partition_0.bin"
-
-
-class FetchBench(Bench):
-    """A store with fetches into a data directory, driven as the store process drives them."""
-
-    def __init__(self, data: Path, settings: RemoteSettings = SETTINGS, chunks: int = 16, disk_bytes: int = 0) -> None:
-        super().__init__(Arena.create(chunks * CHUNK, CHUNK))
-        self.data = data
-        self.answers: dict[str, Fault | None] = {}
-        self.progress: list[tuple[str, int, int]] = []
-        checkpoints = data / "checkpoints"
-        self.fetches = Fetches(
-            data, checkpoints, settings, self.store, self, lambda: self._write(self._event, 1), disk_bytes=disk_bytes
-        )
-
-    def fetching(self, op: str, done_bytes: int, total_bytes: int) -> None:
-        self.progress.append((op, done_bytes, total_bytes))
-
-    def fetched(self, op: str, digest: str, layout: str, fault: Fault | None) -> None:
-        assert op not in self.answers, f"{op} was answered twice"
-        assert fault is not None or layout == "exec1"
-        self.answers[op] = fault
-
-    def until(self, what: object, timeout_s: float = 30.0) -> None:
-        """Pump until ``what()`` holds."""
-        deadline = time.monotonic() + timeout_s
-        while not what():  # type: ignore[operator]
-            assert select.select([self._event], [], [], deadline - time.monotonic())[0], f"{self.answers}"
-            os.eventfd_read(self._event)
-            self.store.pump()
-            self.fetches.pump()
-
-    def get(self, digest: str, url: str, layout: str = "", *, in_memory: bool = False) -> Fault | None:
-        op = f"op-{len(self.answers)}"
-        self.fetches.begin(op, digest, url, layout, in_memory=in_memory, users=1 if in_memory else 0)
-        self.until(lambda: op in self.answers)
-        return self.answers[op]
-
-    @property
-    def leftovers(self) -> list[str]:
-        return [
-            str(path.relative_to(self.data)) for kind in ("partial", "tmp") for path in sorted((self.data / kind).glob("*"))
-        ]
-
-    def close(self) -> None:
-        self.fetches.close()
-        self.store.pump()
-        assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("fetch")]
-        free = self.arena.chunks - sum(len(each.extents) and -(-each.image_bytes // CHUNK) for each in self.store.residents())
-        assert self.store.arena.used_bytes == (self.arena.chunks - free) * CHUNK, "chunks have leaked"
-        super().close()
+from schema.checkpoint import AssetEntry
+from tests.agent.store.fetching import (
+    PART,
+    SETTINGS,
+    SIZE,
+    FetchBench,
+    assert_there,
+    changed,
+    make_source,
+    open_files,
+    rewrite,
+    spoil,
+)
+from tests.agent.store.images import CHUNK, commit, read_image
+from tests.remotes import WebServer, cut, web_server
 
 
 @pytest.fixture
@@ -97,52 +42,15 @@ def bench(tmp_path: Path) -> Iterator[FetchBench]:
     assert not [name for name in open_files() if name.startswith(str(bench.data))], "descriptors have leaked"
 
 
-def open_files() -> Iterator[str]:
-    for path in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):  # the one that lists them
-            yield str(path.readlink())
-
-
 @pytest.fixture
 def source(tmp_path: Path) -> tuple[str, Path, bytes]:
-    """A checkpoint with an asset, as it lies on a remote whose root is ``<tmp>/remote``."""
-    digest, directory, image = commit(tmp_path / "remote", 7, SIZE, partitions=2)
-    text = b"{}" * 1000
-    (directory / "tokenizer.json").write_bytes(text)
-    rewrite(directory, assets=(AssetEntry("tokenizer.json", len(text), hashlib.sha256(text).hexdigest()),))
-    return digest, directory, image
+    return make_source(tmp_path / "remote")
 
 
 @pytest.fixture
 def web(tmp_path: Path, source: tuple[str, Path, bytes]) -> Iterator[WebServer]:
     with web_server(tmp_path / "remote") as server:
         yield server
-
-
-def rewrite(directory: Path, **changes: object) -> None:
-    manifest = decode_manifest((directory / "manifest.json").read_bytes())
-    (directory / "manifest.json").write_bytes(encode_manifest(msgspec.structs.replace(manifest, **changes)))
-
-
-def spoil(directory: Path, offset: int, file: str = PART) -> None:
-    with (directory / file).open("r+b") as target:
-        target.seek(offset)
-        byte = target.read(1)
-        target.seek(offset)
-        target.write(bytes([byte[0] ^ 1]))
-
-
-def image_of(directory: Path) -> bytes:
-    return b"".join((directory / f"partition_{number}.bin").read_bytes() for number in range(2))
-
-
-def assert_there(bench: FetchBench, digest: str, image: bytes) -> None:
-    entry = catalog.scan(bench.data / "checkpoints")[digest]
-    assert entry.quarantined is None
-    assert catalog.is_verified(entry.directory)
-    assert image_of(entry.directory) == image
-    assert (entry.directory / "tokenizer.json").read_bytes() == b"{}" * 1000
-    assert bench.leftovers == []
 
 
 def test_to_the_disk_alone(bench: FetchBench, source: tuple[str, Path, bytes], web: WebServer) -> None:
@@ -200,9 +108,11 @@ def test_two_ops_make_one_fetch(bench: FetchBench, source: tuple[str, Path, byte
     assert bench.fetches.ops() == ("one", "two")
     bench.until(lambda: bench.progress)
     bench.fetches.begin("three", digest, web.url)
+    bench.fetches.begin("other", digest, f"file://{bench.data}/nowhere")
     bench.fetches.cancel("two")
-    bench.until(lambda: {"one", "three"} <= bench.answers.keys())
-    assert bench.answers == {"one": None, "three": None}
+    bench.until(lambda: {"one", "three", "other"} <= bench.answers.keys())
+    assert bench.answers == {"one": None, "three": None, "other": None}
+    assert bench.layouts == {"one": "exec1", "three": "exec1", "other": ""}, "nobody has looked at the other remote"
     assert_there(bench, digest, image)
     assert web.sent_bytes < len(image) * 1.01 + 10_000
 
@@ -417,10 +327,6 @@ def test_a_server_that_trickles_is_given_up(tmp_path: Path, source: tuple[str, P
     bench.close()
 
 
-def changed(settings: RemoteSettings, **changes: object) -> RemoteSettings:
-    return msgspec.structs.replace(settings, **changes)
-
-
 def test_a_server_without_ranges_is_refused(bench: FetchBench, source: tuple[str, Path, bytes], web: WebServer) -> None:
     web.honour_ranges = False
     fault = bench.get(source[0], web.url)
@@ -522,65 +428,6 @@ def test_abandoned_partials_go_in_the_end(bench: FetchBench, source: tuple[str, 
     os.utime(old / "file", (1, 1))
     assert bench.get(source[0], web.url) is None
     assert bench.leftovers == ["partial/new"]
-
-
-@pytest.mark.parametrize("kind", ["directory", "s3"])
-def test_what_is_published_is_fetched(
-    bench: FetchBench, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, source: tuple[str, Path, bytes]
-) -> None:
-    digest, directory, image = source
-    entry = catalog.read_entry(directory)
-    settings, steps = SETTINGS, []
-    if kind == "s3":
-        import boto3
-
-        for name, value in S3_ENVIRONMENT.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr("agent.store.remote.s3._PART_BYTES", 5 << 20)
-    with s3_server(tmp_path / "log") as endpoint:
-        if kind == "s3":
-            settings = changed(SETTINGS, s3_endpoint=endpoint)
-            with_bucket = boto3.client("s3", endpoint_url=endpoint)
-            with_bucket.create_bucket(Bucket="models")
-            with_bucket.close()
-            url = "s3://models/some/where"
-        else:
-            (tmp_path / "share").mkdir()
-            url = f"file://{tmp_path}/share"
-        remote = open_remote(url, settings)
-        publish(entry, remote, settings, lambda done, total: steps.append((done, total)))
-        assert steps[-1] == (len(image), len(image))
-        count = len(steps)
-        publish(entry, remote, settings, lambda done, total: steps.append((done, total)))
-        assert len(steps) == count, "it is there already"
-        remote.close()
-        bench.close()
-        bench.__init__(bench.data, settings, 32)  # type: ignore[misc]
-        assert bench.get(digest, url, in_memory=True) is None
-        assert_there(bench, digest, image)
-        assert read_image(bench.arena.descriptor, bench.store.residents()[0]) == image
-
-
-def test_a_publish_writes_its_manifest_last_and_only_what_is_right(tmp_path: Path, source: tuple[str, Path, bytes]) -> None:
-    digest, directory, _ = source
-    (tmp_path / "share").mkdir()
-    entry = catalog.read_entry(directory)
-    remote = open_remote(f"file://{tmp_path}/share", SETTINGS)
-    spoil(directory, 4 * CHUNK, "partition_1.bin")
-    with pytest.raises(InvalidCheckpoint, match=f"the chunk at offset {4 * CHUNK} is not what was ingested"):
-        publish(entry, remote, SETTINGS, lambda done, total: None)
-    target = tmp_path / "share" / digest / "exec1"
-    assert sorted(path.name for path in target.iterdir()) == [PART]
-    spoil(directory, 4 * CHUNK, "partition_1.bin")
-    seen: list[bool] = []
-    publish(entry, remote, SETTINGS, lambda done, total: seen.append((target / "manifest.json").exists()))
-    assert not any(seen)
-    assert (target / "manifest.json").read_bytes() == (directory / "manifest.json").read_bytes()
-    assert sorted(path.name for path in target.iterdir()) == ["manifest.json", PART, "partition_1.bin", "tokenizer.json"]
-    rewrite(directory, architecture="Other")
-    with pytest.raises(Conflict, match="another manifest"):
-        publish(catalog.read_entry(directory), remote, SETTINGS, lambda done, total: None)
-    remote.close()
 
 
 def test_a_fetch_that_would_pass_the_disks_budget_is_refused_before_it_writes(

@@ -7,7 +7,7 @@ import json
 import msgspec
 import pytest
 
-from schema.admin import PinView
+from schema.admin import PinView, PublicationView
 from schema.states import Tier
 from tests.sllmctl.cli.conftest import Sllmctl
 from tests.sllmctl.fake_manager import CHECKPOINTS, OPERATIONS, FakeManager
@@ -82,6 +82,34 @@ def test_removal_refuses_without_a_terminal_and_asks_for_nothing(sllmctl: Sllmct
     assert said.code == 2
     assert "-y" in said.err
     assert not [one for one in manager.asked if one[0] == "POST"]
+
+
+def test_a_removal_tells_what_becomes_of_the_last_sound_copy(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    alone = CHECKPOINTS[0]
+    published = msgspec.structs.replace(alone, publications=(PublicationView(url="s3://b/p", layout="exec1", published_at=0),))
+    far = msgspec.structs.replace(alone.placements[0], node="far")
+    for found, arguments, told in (
+        (alone, (), "the last sound copy that is known"),
+        (published, ("--node", "local"), f"checkpoint publish {alone.digest[:16]} s3://b/p` compares what lies there"),
+        (published, ("--node", "far"), ""),
+        (published, ("--tier", "dram"), ""),
+        (msgspec.structs.replace(published, placements=(*alone.placements, far)), ("--node", "local"), ""),
+        (msgspec.structs.replace(published, placements=(*alone.placements, far)), (), "forget"),
+    ):
+        manager.forget()
+        manager.answer("GET checkpoints/qwen", 200, found)
+        said = sllmctl("checkpoint", "rm", "qwen", *arguments)
+        assert said.code == 2
+        assert told in said.err
+        assert ("last sound copy" in said.err) == bool(told)
+
+
+def test_what_a_publish_has_mended_is_told(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    mended = msgspec.structs.replace(OPERATIONS[0], kind="publish", url="s3://b/p", note="partition_0.bin was written anew")
+    manager.answer("POST checkpoints/qwen/publish", 200, {"items": [mended]})
+    said = sllmctl("checkpoint", "publish", "qwen", "s3://b/p")
+    assert said.code == 0
+    assert "s3://b/p: partition_0.bin was written anew" in said.err
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from schema.admin import OperationKind
 from schema.errors import Fault
-from schema.link import Fetch, Publish, RemoteCopy, StartInstance
+from schema.link import Fetch, OperationDone, Publish, RemoteCopy, StartInstance
 from schema.states import Tier
 from sllmctl.control.effects import Forget, Operate
 from sllmctl.control.settings import ControlSettings
@@ -77,6 +78,23 @@ def test_what_failed_is_not_remembered(make_world: MakeWorld) -> None:
     assert ended(world) == Fault("unauthorised", "no access")
     assert where(world) == []
     world.check_rows()
+
+
+def test_what_a_publish_mended_is_shown_and_a_copy_that_was_here_proves_no_remote(make_world: MakeWorld) -> None:
+    world = two(make_world)
+    world.agents["local"].automatic = False
+    assert ask(world, "publish", URL) is None
+    (op,) = world.agents["local"].ops
+    done = msgspec.structs.replace(world.agents["local"].finish(op)[-1], note="partition_0.bin was written anew")
+    world.tell("local", [done])
+    (event,) = [one for one in world.events if one.reason == "Published"]
+    assert (event.level, "partition_0.bin was written anew" in event.message) == ("warning", True)
+    assert world.view.operations[op].note == "partition_0.bin was written anew"
+    assert ask(world, "fetch", "s3://bucket/other", "local") is None
+    (op,) = world.agents["local"].ops
+    world.tell("local", [OperationDone(op=op, digest=M)])  # it was there, and so nobody has looked at the remote
+    assert ended(world) is None
+    assert where(world) == [URL]
 
 
 def test_the_last_copy_of_what_a_model_needs_may_leave_the_disks_once_it_is_published(make_world: MakeWorld) -> None:
