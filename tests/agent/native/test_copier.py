@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import random
 import threading
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -63,29 +64,30 @@ class Bench:
 def test_every_byte_arrives_once_whatever_the_runs_and_shards(data: st.DataObject) -> None:
     pages = data.draw(st.integers(1, 80))
     bench = Bench(pages)
-    cuts = sorted({0, pages, *data.draw(st.lists(st.integers(1, max(1, pages - 1)), max_size=12))})
-    runs = data.draw(st.permutations(list(pairwise(cuts))))
-    targets = [bench.whole(0)]
-    if data.draw(st.booleans()):  # two shards on another device, the second half first
-        half = pages // 2 * PAGE
-        memory = bench.driver.allocate(1, pages * PAGE)
-        targets.append(Target(memory, (Slice(0, half, pages * PAGE - half), Slice(half, pages * PAGE - half, 0))))
-    freed: list[int] = []
-    job = bench.copier.submit(targets, bench.changed)
-    for low, high in runs:
-        bench.copier.put(job, low * PAGE, [bench.view[low * PAGE : high * PAGE]], lambda low=low: freed.append(low))
-    bench.copier.finish(job)
-    assert bench.ended.wait(20)
-    assert job.error is None
-    image = bytes(bench.area)
-    assert job.copied_bytes == job.usable_bytes == len(image)
-    assert bench.seen == sorted(bench.seen)
-    assert sorted(freed) == cuts[:-1]
-    assert content(targets[0].memory, len(image)) == image
-    if len(targets) == 2:
-        assert content(targets[1].memory, len(image)) == image[half:] + image[:half]
-    assert all(size <= STEP for _, _, size in bench.driver.copies)
-    bench.close(*targets)
+    with closing(bench.copier):  # also when hypothesis gives an example up
+        cuts = sorted({0, pages, *data.draw(st.lists(st.integers(1, max(1, pages - 1)), max_size=12))})
+        runs = data.draw(st.permutations(list(pairwise(cuts))))
+        targets = [bench.whole(0)]
+        if data.draw(st.booleans()):  # two shards on another device, the second half first
+            half = pages // 2 * PAGE
+            memory = bench.driver.allocate(1, pages * PAGE)
+            targets.append(Target(memory, (Slice(0, half, pages * PAGE - half), Slice(half, pages * PAGE - half, 0))))
+        freed: list[int] = []
+        job = bench.copier.submit(targets, bench.changed)
+        for low, high in runs:
+            bench.copier.put(job, low * PAGE, [bench.view[low * PAGE : high * PAGE]], lambda low=low: freed.append(low))
+        bench.copier.finish(job)
+        assert bench.ended.wait(20)
+        assert job.error is None
+        image = bytes(bench.area)
+        assert job.copied_bytes == job.usable_bytes == len(image)
+        assert bench.seen == sorted(bench.seen)
+        assert sorted(freed) == cuts[:-1]
+        assert content(targets[0].memory, len(image)) == image
+        if len(targets) == 2:
+            assert content(targets[1].memory, len(image)) == image[half:] + image[:half]
+        assert all(size <= STEP for _, _, size in bench.driver.copies)
+        bench.close(*targets)
 
 
 def test_adjacent_pieces_are_one_copy_and_both_streams_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,43 +130,46 @@ def test_nobody_waits_for_a_copy_and_layers_become_usable_in_order() -> None:
 @settings(max_examples=80, deadline=None)
 def test_whatever_fails_everything_unwinds(data: st.DataObject) -> None:
     bench = Bench(data.draw(st.integers(4, 64)))
-    target = bench.whole()
-    how = data.draw(st.sampled_from(["copy", "stream", "record", "asynchronous", "cancel", "close", "register"]))
-    if how in ("copy", "stream", "record", "register"):
-        bench.driver.failing[how] = data.draw(st.integers(1, 3))
-    elif how == "asynchronous":
-        bad = data.draw(st.integers(1, 4))
+    with closing(bench.copier):  # also when hypothesis gives an example up
+        target = bench.whole()
+        how = data.draw(st.sampled_from(["copy", "stream", "record", "asynchronous", "cancel", "close", "register"]))
+        if how in ("copy", "stream", "record", "register"):
+            bench.driver.failing[how] = data.draw(st.integers(1, 3))
+        elif how == "asynchronous":
+            bad = data.draw(st.integers(1, 4))
 
-        def on_copy(number: int) -> None:
-            if number == bad:
-                raise DeviceError("bad")
+            def on_copy(number: int) -> None:
+                if number == bad:
+                    raise DeviceError("bad")
 
-        bench.driver.on_copy = on_copy
-    elif how == "cancel":
-        bench.driver.slow_s = 0.001
-    freed: list[int] = []
-    job = bench.copier.submit([target], bench.changed)
-    pages = list(range(0, bench.pages, 2))
-    stop_at = data.draw(st.sampled_from(pages))
-    for page in pages:
-        if page == stop_at and how == "cancel":
-            bench.copier.cancel(job)
-        if page == stop_at and how == "close":
-            bench.copier.close()
-        bench.copier.put(job, page * PAGE, [bench.view[page * PAGE : (page + 2) * PAGE]], lambda page=page: freed.append(page))
-    bench.copier.finish(job)
-    assert bench.ended.wait(20)
-    assert sorted(freed) == pages
-    if how == "register":
-        assert job.error is None  # slower, and as right
-        assert content(target.memory, len(bench.area)) == bytes(bench.area)
-    elif how in ("cancel", "close"):
-        assert isinstance(job.error, Cancelled)
-    elif how != "asynchronous":
-        assert isinstance(job.error, DeviceError)
-    if job.error is None:
-        assert content(target.memory, len(bench.area)) == bytes(bench.area)
-    bench.close(target)
+            bench.driver.on_copy = on_copy
+        elif how == "cancel":
+            bench.driver.slow_s = 0.001
+        freed: list[int] = []
+        job = bench.copier.submit([target], bench.changed)
+        pages = list(range(0, bench.pages, 2))
+        stop_at = data.draw(st.sampled_from(pages))
+        for page in pages:
+            if page == stop_at and how == "cancel":
+                bench.copier.cancel(job)
+            if page == stop_at and how == "close":
+                bench.copier.close()
+            bench.copier.put(
+                job, page * PAGE, [bench.view[page * PAGE : (page + 2) * PAGE]], lambda page=page: freed.append(page)
+            )
+        bench.copier.finish(job)
+        assert bench.ended.wait(20)
+        assert sorted(freed) == pages
+        if how == "register":
+            assert job.error is None  # slower, and as right
+            assert content(target.memory, len(bench.area)) == bytes(bench.area)
+        elif how in ("cancel", "close"):
+            assert isinstance(job.error, Cancelled)
+        elif how != "asynchronous":
+            assert isinstance(job.error, DeviceError)
+        if job.error is None:
+            assert content(target.memory, len(bench.area)) == bytes(bench.area)
+        bench.close(target)
 
 
 def test_a_job_of_higher_priority_goes_first_and_starves_nobody() -> None:

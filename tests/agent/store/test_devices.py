@@ -7,6 +7,7 @@ import os
 import select
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -329,43 +330,44 @@ def test_whatever_happens_everything_unwinds(tmp_path_factory: pytest.TempPathFa
     root = tmp_path_factory.mktemp("images")
     arena_bytes = data.draw(st.sampled_from([2 * CHUNK, 16 * MIB]))
     node = Devices(arena_bytes=arena_bytes)
-    made = [commit(root, number, data.draw(st.sampled_from([4096, 3 * MIB, 7 * MIB]))) for number in range(3)]
-    if data.draw(st.booleans()):
-        bad = data.draw(st.integers(1, 6))
+    with closing(node.store):  # also when hypothesis gives an example up
+        made = [commit(root, number, data.draw(st.sampled_from([4096, 3 * MIB, 7 * MIB]))) for number in range(3)]
+        if data.draw(st.booleans()):
+            bad = data.draw(st.integers(1, 6))
 
-        def on_copy(number: int) -> None:
-            if number == bad:
-                raise DeviceError("bad")
+            def on_copy(number: int) -> None:
+                if number == bad:
+                    raise DeviceError("bad")
 
-        node.driver.on_copy = on_copy
-    ops = 0
-    for _ in range(data.draw(st.integers(2, 12))):
-        what = data.draw(st.sampled_from(["fill", "fill", "hold", "pump", "fail", "drop", "reserve"]))
-        image = data.draw(st.sampled_from(made))
-        device = data.draw(st.integers(0, 1))
-        if what == "fill":
-            ops += 1
-            node.fill(f"op{ops}", image, *data.draw(st.sampled_from([(0,), (1,), (0, 1)])))
-        elif what == "hold":
-            node.store.hold(image[0], device, data.draw(st.integers(0, 1)))
-        elif what == "pump":
-            node.pump(data.draw(st.sampled_from([0.0, 0.005])))
-        elif what == "fail":
-            call = data.draw(st.sampled_from(["allocate", "export", "copy", "record", "stream", "register"]))
-            node.driver.failing[call] = 1
-        elif what == "reserve":
-            node.store.reserve(device, data.draw(st.integers(0, 8)) * MIB)
-        else:
-            try:
-                node.store.drop(image[0])
-            except (Conflict, NotFound):
-                continue
-    node.quiet()
-    assert node.answers.keys() | node.faults.keys() == {f"op{number + 1}" for number in range(ops)}
-    node.check_unwound()
-    images = {digest: image for digest, _, image in made}
-    for weights in node.store.weights:
-        assert node.content(weights) == images[weights.digest]
-    if data.draw(st.booleans()):  # it ends in the middle of a load
-        node.fill("last", made[0])
-    node.close()
+            node.driver.on_copy = on_copy
+        ops = 0
+        for _ in range(data.draw(st.integers(2, 12))):
+            what = data.draw(st.sampled_from(["fill", "fill", "hold", "pump", "fail", "drop", "reserve"]))
+            image = data.draw(st.sampled_from(made))
+            device = data.draw(st.integers(0, 1))
+            if what == "fill":
+                ops += 1
+                node.fill(f"op{ops}", image, *data.draw(st.sampled_from([(0,), (1,), (0, 1)])))
+            elif what == "hold":
+                node.store.hold(image[0], device, data.draw(st.integers(0, 1)))
+            elif what == "pump":
+                node.pump(data.draw(st.sampled_from([0.0, 0.005])))
+            elif what == "fail":
+                call = data.draw(st.sampled_from(["allocate", "export", "copy", "record", "stream", "register"]))
+                node.driver.failing[call] = 1
+            elif what == "reserve":
+                node.store.reserve(device, data.draw(st.integers(0, 8)) * MIB)
+            else:
+                try:
+                    node.store.drop(image[0])
+                except (Conflict, NotFound):
+                    continue
+        node.quiet()
+        assert node.answers.keys() | node.faults.keys() == {f"op{number + 1}" for number in range(ops)}
+        node.check_unwound()
+        images = {digest: image for digest, _, image in made}
+        for weights in node.store.weights:
+            assert node.content(weights) == images[weights.digest]
+        if data.draw(st.booleans()):  # it ends in the middle of a load
+            node.fill("last", made[0])
+        node.close()

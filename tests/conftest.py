@@ -1,0 +1,76 @@
+"""What a test run leaves behind fails it: threads that keep its interpreter from ending, processes that outlive it."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+_MARK = f"MARK_OF_TEST_RUN={uuid.uuid4().hex}"
+_GRACE_S = 10.0
+_EXIT_S = 60.0
+_KEY = pytest.StashKey[list[str]]()
+
+
+def pytest_configure() -> None:
+    """Every process that a test starts inherits a mark by which it is found at the end."""
+    name, _, value = _MARK.partition("=")
+    os.environ[name] = value
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    left = _left_behind()
+    deadline = time.monotonic() + _GRACE_S
+    while left and time.monotonic() < deadline:
+        time.sleep(0.1)
+        left = _left_behind()
+    if left:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        session.config.stash[_KEY] = left
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for line in config.stash.get(_KEY, []):
+        terminalreporter.write_line(f"LEFT BEHIND by the tests: {line}", red=True)
+
+
+def pytest_unconfigure() -> None:
+    """A run that cannot end shows where each of its threads stands, and ends."""
+    for pid, _ in _processes():
+        os.kill(pid, signal.SIGKILL)
+    faulthandler.dump_traceback_later(_EXIT_S, exit=True, file=sys.__stderr__)
+
+
+def _left_behind() -> list[str]:
+    main = threading.main_thread()
+    threads = [t for t in threading.enumerate() if t is not main and not t.daemon]
+    frames = sys._current_frames()
+    found = []
+    for thread in threads:
+        frame = frames.get(thread.ident or 0)
+        place = f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "?"
+        found.append(f"thread {thread.name!r}, at {place}")
+    return found + [f"process {pid}: {command}" for pid, command in _processes()]
+
+
+def _processes() -> list[tuple[int, str]]:
+    """Other processes that carry the mark of this run, but its zombies."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            marked = _MARK.encode() in (entry / "environ").read_bytes()
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        except OSError:
+            continue
+        if marked and command:
+            found.append((int(entry.name), command[:200]))
+    return found
