@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 from agent.engine.api import EngineCapacity
 from agent.engine.attention import KvPool
+from agent.engine.attention_sdpa import SdpaAttention
 from agent.engine.blocks import BLOCK_TOKENS, BlockManager
 from agent.engine.dtypes import torch_dtype
 from agent.engine.engine import BatchEngine
-from agent.engine.runner import ModelRunner
+from agent.engine.native_runner import NativeRunner, is_native
 from agent.engine.skeleton import build_skeleton
+from agent.engine.transformers_runner import TransformersRunner
 from agent.engine.weights import attach
 from schema.checkpoint import Manifest
 from schema.errors import OutOfSpace
@@ -57,9 +59,10 @@ def assemble(
     reach = min(context, count * BLOCK_TOKENS)
     blocks = BlockManager(count, options.max_concurrency, BlockManager.needed(reach))
     pool = KvPool(geometry.layers, count, geometry.kv_heads, geometry.head_dim, torch_dtype(geometry.dtype), device)
+    runner = NativeRunner if is_native(model) else TransformersRunner
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     return BatchEngine(
-        runner=ModelRunner(model, pool, blocks, device),
+        runner=runner(model, SdpaAttention(), pool, blocks, device),
         pool=pool,
         blocks=blocks,
         capacity=EngineCapacity(count * BLOCK_TOKENS, reach, options.max_concurrency),

@@ -9,7 +9,7 @@ import torch
 from agent.engine.api import EngineCapacity, StepOutput
 from agent.engine.attention import KvPool
 from agent.engine.blocks import BLOCK_TOKENS, BlockManager
-from agent.engine.runner import ModelRunner
+from agent.engine.runner import Runner
 from agent.engine.sampler import BROKEN, sample
 from agent.engine.scheduler import Plan, Scheduler
 from agent.engine.sequence import Sequence
@@ -26,7 +26,7 @@ class BatchEngine:
 
     def __init__(
         self,
-        runner: ModelRunner,
+        runner: Runner,
         pool: KvPool,
         blocks: BlockManager,
         capacity: EngineCapacity,

@@ -1,36 +1,73 @@
-"""One forward pass of a transformers model over a step's tokens, flattened to one row."""
+"""Runners: they turn a step's plan into the tensors of one flat batch, and that into logits."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Final
+
 import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import Tensor
 
-from agent.engine.attention import AttentionBatch, DecodeGroup, KvPool, Prefill, attending
+from agent.engine.attention import AttentionBatch, DecodeGroup, KvPool, Prefill
 from agent.engine.blocks import BLOCK_TOKENS, BlockManager
 from agent.engine.scheduler import Plan
 from agent.engine.sequence import Sequence
 
-__all__ = ["ModelRunner"]
+__all__ = ["Runner", "StepBatch"]
 
-_GROUP_BLOCKS = 16
+_GROUP_COST_BYTES: Final = 1 << 19
+"""A group of decoding sequences more costs a layer about as much time as to gather so many bytes of padding."""
 
 
-class ModelRunner:
-    """Turns a plan into tensors and logits. ``model`` takes flattened input ids, position ids and ``logits_to_keep``."""
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """A step's tokens, one behind the other: ``ids`` and ``positions`` [tokens], the last position, who attends to what.
 
-    def __init__(self, model: nn.Module, pool: KvPool, blocks: BlockManager, device: str) -> None:
-        self._model = model
+    ``wanted`` are the tokens whose logits are asked for; None where that is all of them, in order.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    last_position: int
+    wanted: Tensor | None
+    attention: AttentionBatch
+
+
+class Runner(ABC):
+    """One model on one device. A subclass computes; what the batch is, is the same for all."""
+
+    def __init__(self, pool: KvPool, blocks: BlockManager, device: str) -> None:
         self._pool = pool
         self._blocks = blocks
         self._device = torch.device(device)
-        self.attended_layers: list[int] = []
+        self._most_waste = max(1, _GROUP_COST_BYTES // pool.block_bytes)
+
+    @property
+    @abstractmethod
+    def attended_layers(self) -> list[int]:
+        """The layers that attended in the last step, in order; for a check of the model."""
+
+    @abstractmethod
+    def _compute(self, batch: StepBatch) -> Tensor:
+        """Logits [wanted, vocabulary]."""
 
     def forward(self, plan: Plan) -> tuple[Tensor, list[Sequence]]:
         """Logits [rows, vocabulary] of the last token of each sequence whose tokens are all computed, and these sequences.
 
         Marks the plan's tokens as cached. Nothing is marked when the model raises.
         """
+        batch, done = self._batch(plan)
+        logits = self._compute(batch)
+        for sequence in plan.decodes:
+            sequence.cached += 1
+        for sequence, size in plan.prefills:
+            sequence.cached += size
+        return logits, done
+
+    def _batch(self, plan: Plan) -> tuple[StepBatch, list[Sequence]]:
         decodes = plan.decodes
         if len(decodes) > 1:
             decodes.sort(key=_length, reverse=True)
@@ -42,7 +79,7 @@ class ModelRunner:
         prefills: list[Prefill] = []
         for sequence, size in plan.prefills:
             first, last = sequence.cached, sequence.cached + size
-            prefills.append(Prefill(len(ids), len(ids) + size, first, self._held(sequence, last) if first else None))
+            prefills.append(Prefill(len(ids), len(ids) + size, first, self._held(sequence, last)))
             ids += sequence.tokens[first:last]
             positions += range(first, last)
             rows += [sequence.row] * size
@@ -51,41 +88,36 @@ class ModelRunner:
                 done.append(sequence)
         at = np.asarray(positions, dtype=np.int64)
         slots = self._blocks.tables[rows, at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS
-        batch = AttentionBatch(self._pool, self._tensor(slots), self._groups(decodes, rows), prefills)
-        everything = len(wanted) == len(ids)
-        with attending(batch):
-            output = self._model(
-                input_ids=self._tensor(np.asarray(ids, dtype=np.int64)).unsqueeze(0),
-                position_ids=self._tensor(at).unsqueeze(0),
-                use_cache=False,
-                logits_to_keep=0 if everything else self._tensor(np.asarray(wanted, dtype=np.int64)),
-            )
-        self.attended_layers = batch.layers
-        for sequence in decodes:
-            sequence.cached += 1
-        for sequence, size in plan.prefills:
-            sequence.cached += size
-        logits: Tensor = output.logits[0]
-        return logits, done
+        attention = AttentionBatch(self._pool, self._tensor(slots), self._groups(decodes, positions, rows), prefills)
+        batch = StepBatch(
+            ids=self._tensor(np.asarray(ids, dtype=np.int64)),
+            positions=self._tensor(at),
+            last_position=max(positions),
+            wanted=None if len(wanted) == len(ids) else self._tensor(np.asarray(wanted, dtype=np.int64)),
+            attention=attention,
+        )
+        return batch, done
 
-    def _tensor(self, array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Tensor:
+    def _tensor(self, array: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
 
     def _held(self, sequence: Sequence, tokens: int) -> Tensor:
-        return self._tensor(self._blocks.tables[sequence.row, : -(-tokens // BLOCK_TOKENS)].copy())
+        return self._tensor(self._blocks.tables[sequence.row, : BlockManager.needed(tokens)].copy())
 
-    def _groups(self, decodes: list[Sequence], rows: list[int]) -> list[DecodeGroup]:
-        """Decoding sequences, the longest first, cut where padding to the longest would more than double the reading."""
+    def _groups(self, decodes: list[Sequence], positions: list[int], rows: list[int]) -> list[DecodeGroup]:
+        """Decoding sequences, the longest first, cut where padding to the longest would cost more than a group of its own."""
         groups: list[DecodeGroup] = []
         start = 0
         while start < len(decodes):
-            width = len(decodes[start].blocks)
-            end = start + 1
-            while end < len(decodes) and (width <= _GROUP_BLOCKS or len(decodes[end].blocks) * 2 > width):
+            width = BlockManager.needed(positions[start] + 1)
+            waste, end = 0, start + 1
+            while end < len(decodes):
+                waste += width - BlockManager.needed(positions[end] + 1)
+                if waste > self._most_waste:
+                    break
                 end += 1
-            tables = self._blocks.tables[rows[start:end], :width]
-            lengths = np.asarray([sequence.cached + 1 for sequence in decodes[start:end]], dtype=np.int64)
-            groups.append(DecodeGroup(start, end, self._tensor(tables.reshape(-1)), self._tensor(lengths)))
+            blocks = self._tensor(self._blocks.tables[rows[start:end], :width].reshape(-1))
+            groups.append(DecodeGroup(start, end, width, blocks, [position + 1 for position in positions[start:end]]))
             start = end
         return groups
 

@@ -13,8 +13,8 @@ from transformers import initialization, modeling_utils
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from agent.engine.attention import IMPLEMENTATION, register
 from agent.engine.dtypes import torch_dtype
+from agent.engine.transformers_runner import IMPLEMENTATION, register
 from schema.checkpoint import Manifest
 from schema.errors import InvalidCheckpoint
 

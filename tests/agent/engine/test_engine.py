@@ -230,11 +230,12 @@ def test_nan_in_the_logits_fails_that_sequence_alone_and_leaves_no_trace(tempera
     assert drive(engine, submits).tokens == alone.tokens
 
 
-def test_a_failed_step_ends_its_sequences_and_leaves_the_engine_usable(llama: Any) -> None:
-    manifest = manifest_of(llama)
-    tensors = tensors_of(llama)
+def test_a_failed_step_ends_its_sequences_and_leaves_the_engine_usable() -> None:
+    model = make_model("gpt2")
+    manifest = manifest_of(model)
+    tensors = tensors_of(model)
     engine = build_engine(manifest, tensors, kv_options(manifest, 256))
-    layer = engine._runner._model.model.layers[1].mlp  # type: ignore[union-attr, union-attr]
+    layer = engine._runner._model.transformer.h[1].mlp  # type: ignore[attr-defined]
     failing = True
 
     def fail(*_: object) -> None:
@@ -246,7 +247,7 @@ def test_a_failed_step_ends_its_sequences_and_leaves_the_engine_usable(llama: An
     assert {end.reason for end in outcome.ends.values()} == {EndReason.ERROR}
     assert all(end.fault is not None and "no memory" in end.fault.message for end in outcome.ends.values())
     failing = False
-    assert drive(engine, [submit_of(3, prompts()[1], 6)]).tokens[3] == reference(llama, prompts()[1], 6)
+    assert drive(engine, [submit_of(3, prompts()[1], 6)]).tokens[3] == reference(model, prompts()[1], 6)
     handle.remove()
 
 

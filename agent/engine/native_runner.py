@@ -1,0 +1,200 @@
+"""The runner of the Llama family: plain functions over the checkpoint's tensors, with no module on the way.
+
+Llama, Mistral, Qwen2, Qwen3 and kin differ in biases, in norms of query and key heads, in sliding windows, in tied
+embeddings and in rotary frequencies; all of that is read off the skeleton once. q, k, v and gate, up are one product each
+where ingest laid their weights behind one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, silu
+
+from agent.engine.attention import Attention, KvPool, LayerAttention
+from agent.engine.blocks import BlockManager
+from agent.engine.runner import Runner, StepBatch
+from agent.engine.weights import fused_view
+from schema.errors import InvalidCheckpoint
+
+__all__ = ["NATIVE", "NativeRunner", "is_native"]
+
+NATIVE: Final = frozenset({"cwm", "llama", "ministral", "mistral", "qwen2", "qwen3", "seed_oss"})
+"""Model types whose decoder layers are those of Llama but for what this module reads off."""
+
+_ROTARY_BLOCK: Final = 256
+
+
+def is_native(model: nn.Module) -> bool:
+    """Whether `NativeRunner` can run this skeleton: one of the family, its heads rotated whole."""
+    config: Any = model.config
+    if config.model_type not in NATIVE:
+        return False
+    inner: Any = model.model
+    head_dim = inner.layers[0].self_attn.head_dim
+    return bool(inner.rotary_emb.inv_freq.shape == (head_dim // 2,))
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """x W^T + b. Several ``weights`` stand for one with their rows behind one another."""
+
+    weights: tuple[Tensor, ...]
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(self.weights) == 1:
+            return linear(x, self.weights[0], self.bias)
+        out = torch.cat([linear(x, weight) for weight in self.weights], dim=1)
+        return out if self.bias is None else out.add_(self.bias)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> None:
+        """residual += x W^T + b."""
+        if self.bias is not None:
+            residual.add_(self.bias)
+        residual.addmm_(x, self.weights[0].t())
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    how: LayerAttention
+    input_norm: Tensor
+    qkv: _Product
+    head_norm: Tensor | None
+    out: _Product
+    post_norm: Tensor
+    gate_up: _Product
+    down: _Product
+
+
+class NativeRunner(Runner):
+    """``model`` is an attached skeleton of the family; its tensors are used where they lie."""
+
+    def __init__(self, model: nn.Module, attention: Attention, pool: KvPool, blocks: BlockManager, device: str) -> None:
+        super().__init__(pool, blocks, device)
+        source: Any = model
+        config, inner = source.config, source.model
+        self._attention = attention
+        self._eps: float = config.rms_norm_eps
+        self._embedding: Tensor = inner.embed_tokens.weight
+        self._norm: Tensor = inner.norm.weight
+        self._head = _product(source.lm_head)
+        self._rotary = _Rotary(inner.rotary_emb, self._embedding.dtype)
+        self._activation: Callable[[Tensor], Tensor] = inner.layers[0].mlp.act_fn
+        self._in_place = isinstance(self._activation, nn.SiLU)
+        self._kv_heads, self._head_dim = pool.kv_heads, pool.head_dim
+        self._layers = [_layer(index, module, config) for index, module in enumerate(inner.layers)]
+        self._heads: int = config.num_attention_heads
+        first = inner.layers[0].self_attn
+        kv_heads = first.k_proj.weight.shape[0] // first.head_dim
+        if (len(self._layers), kv_heads, first.head_dim) != (len(pool.layers), pool.kv_heads, pool.head_dim):
+            raise InvalidCheckpoint(
+                f"the model has {len(self._layers)} layers with {kv_heads} KV heads of {first.head_dim}, unlike the manifest"
+            )
+
+    @property
+    def attended_layers(self) -> list[int]:
+        return list(range(len(self._layers)))
+
+    def _compute(self, batch: StepBatch) -> Tensor:
+        x = self._embedding.index_select(0, batch.ids)
+        cos, sin = self._rotary.at(batch.positions, batch.last_position)
+        heads, kv_heads, head_dim = self._heads, self._kv_heads, self._head_dim
+        rotated = heads + kv_heads
+        tokens = x.shape[0]
+        for layer in self._layers:
+            states = layer.qkv(rms_norm(x, layer.input_norm, self._eps)).view(tokens, rotated + kv_heads, head_dim)
+            self._rotate(states[:, :rotated], layer.head_norm, cos, sin)
+            attended = self._attention(batch.attention, states[:, :heads], states[:, heads:], layer.how)
+            layer.out.add_to(x, attended.view(tokens, heads * head_dim))
+            gate, up = layer.gate_up(rms_norm(x, layer.post_norm, self._eps)).chunk(2, dim=1)
+            layer.down.add_to(x, self._gated(gate, up))
+        if batch.wanted is not None:
+            x = x.index_select(0, batch.wanted)
+        return self._head(rms_norm(x, self._norm, self._eps))
+
+    def _rotate(self, states: Tensor, norm: Tensor | None, cos: Tensor, sin: Tensor) -> None:
+        """Turn query and key heads [tokens, heads, head_dim] by their positions, in place: x cos + (-x2, x1) sin."""
+        source = states if norm is None else rms_norm(states, norm, self._eps)
+        half = states.shape[2] // 2
+        swapped = torch.cat((source[:, :, half:], source[:, :, :half]), dim=2).mul_(sin)
+        torch.mul(source, cos, out=states).add_(swapped)
+
+    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        gate = silu(gate, inplace=True) if self._in_place else self._activation(gate)
+        return gate * up
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 up to the product with the weight."""
+    size = x.shape[-1]
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = norm.square_().mul_(1.0 / size).add_(eps).rsqrt_()
+    if x.dtype == torch.float32:
+        return (x * scale).mul_(weight)
+    return x.float().mul_(scale).to(x.dtype).mul_(weight)
+
+
+class _Rotary:
+    """Cosines and sines by position, from the skeleton's own frequencies, made in blocks when first needed.
+
+    The sines of the first half are negated, so that x cos + swap(x) sin turns a head.
+    """
+
+    def __init__(self, module: Any, dtype: torch.dtype) -> None:
+        self._inverse: Tensor = module.inv_freq.float()
+        self._scaling = float(module.attention_scaling)
+        self._dtype = dtype
+        self._cos = self._sin = torch.empty((0, 1, 2 * self._inverse.shape[0]), dtype=dtype, device=self._inverse.device)
+
+    def at(self, positions: Tensor, last: int) -> tuple[Tensor, Tensor]:
+        """[tokens, 1, head_dim] each."""
+        known = self._cos.shape[0]
+        if last >= known:
+            starts = range(known, max(last + 1, 2 * known), _ROTARY_BLOCK)
+            cos, sin = zip(*(self._block(start) for start in starts), strict=True)
+            self._cos, self._sin = torch.cat((self._cos, *cos)), torch.cat((self._sin, *sin))
+        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+
+    def _block(self, start: int) -> tuple[Tensor, Tensor]:
+        at = torch.arange(start, start + _ROTARY_BLOCK, device=self._inverse.device, dtype=torch.float32)
+        angles = at.unsqueeze(1) * self._inverse
+        cos, sin = angles.cos() * self._scaling, angles.sin() * self._scaling
+        return tuple(torch.cat(halves, dim=1).to(self._dtype).unsqueeze(1) for halves in ((cos, cos), (-sin, sin)))  # type: ignore[return-value]
+
+
+def _layer(index: int, module: Any, config: Any) -> _Layer:
+    attention, mlp = module.self_attn, module.mlp
+    window = attention.sliding_window if hasattr(attention, "sliding_window") else getattr(config, "sliding_window", None)
+    kv_heads = attention.k_proj.weight.shape[0] // attention.head_dim
+    head_norm = None
+    if hasattr(attention, "q_norm"):
+        heads = config.num_attention_heads
+        norms = [attention.q_norm.weight.expand(heads, -1), attention.k_norm.weight.expand(kv_heads, -1)]
+        head_norm = torch.cat(norms)
+    return _Layer(
+        how=LayerAttention(index, attention.scaling, window or 0),
+        input_norm=module.input_layernorm.weight,
+        qkv=_product(attention.q_proj, attention.k_proj, attention.v_proj),
+        head_norm=head_norm,
+        out=_product(attention.o_proj),
+        post_norm=module.post_attention_layernorm.weight,
+        gate_up=_product(mlp.gate_proj, mlp.up_proj),
+        down=_product(mlp.down_proj),
+    )
+
+
+def _product(*modules: Any) -> _Product:
+    """One product over the weights of several: a view over all where they lie together. Biases are small, and copied."""
+    weights = tuple(module.weight for module in modules)
+    fused = fused_view(weights)
+    bias = None
+    if any(module.bias is not None for module in modules):
+        bias = torch.cat(
+            [module.weight.new_zeros(module.weight.shape[0]) if module.bias is None else module.bias for module in modules]
+        )
+    return _Product(weights if fused is None else (fused,), bias)
