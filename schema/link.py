@@ -46,6 +46,7 @@ from msgspec import Meta
 
 from schema.errors import Fault, LinkError
 from schema.ids import Epoch
+from schema.sampling import SamplingParams, TokenIds
 from schema.spec import Source
 from schema.states import EndReason, InstanceState, Tier, TierState
 
@@ -151,7 +152,6 @@ MAX_FRAME_BYTES: Final = 32 << 20
 TOKEN_WINDOW_FRAMES: Final = 256
 """How many `Tokens` frames an agent sends ahead of the manager's `Acked`; then runs coalesce at the agent."""
 
-TokenIds = tuple[Annotated[int, Meta(ge=0, lt=1 << 31)], ...]
 _Count = Annotated[int, Meta(ge=0)]
 
 
@@ -356,29 +356,12 @@ class InstanceTruth(_Part, frozen=True, kw_only=True):
 # --- Requests --------------------------------------------------------------------------------------------------------
 
 
-class SamplingParams(_Part, frozen=True, kw_only=True):
-    """How tokens are chosen; all of it per sequence. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep all.
-
-    Noise is keyed by (seed, choice, position), so ``seed`` is always set: the gateway draws one where the client gave none.
-    ``stop_token_ids`` end the sequence, the token included in it. ``max_tokens`` bounds generated tokens, those before a
-    resumption included.
-    """
-
-    max_tokens: Annotated[int, Meta(ge=1)]
-    temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
-    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Meta(ge=0)] = 0
-    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
-    stop_token_ids: TokenIds = ()
-    min_tokens: Annotated[int, Meta(ge=0)] = 0
-
-
 class Submit(Message, frozen=True, kw_only=True, tag="submit"):
     """Run one attempt of a sequence on an instance, from its journal: ``prompt`` and the ``generated`` tokens so far.
 
     The first new token has position ``len(generated)``. A known attempt is ignored; an instance that is unknown, of
     another epoch or not ready ends it as lost. ``request`` and ``model`` travel so that a restarted manager can rebuild
-    the journal from what agents hold.
+    the journal from what agents hold. ``tenant`` is whom the request is for: tenants take turns, and share no cached prefixes.
     """
 
     attempt: Epoch
@@ -386,6 +369,7 @@ class Submit(Message, frozen=True, kw_only=True, tag="submit"):
     instance_epoch: Epoch
     request: str
     model: str
+    tenant: str = ""
     choice: int = 0
     prompt: TokenIds
     generated: TokenIds = ()
@@ -399,12 +383,21 @@ class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
 
 
 class TokenRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """New tokens of one attempt; ``start`` is the position in the sequence of the first of ``ids``."""
+    """New tokens of one attempt; ``start`` is the position in the sequence of the first of ``ids``.
+
+    ``logprobs`` has one record of equal size for each of them where they were asked for (`schema.sampling.read_logprobs`).
+    """
 
     attempt: Epoch
     start: _Count
     ids: TokenIds
-    logprobs: tuple[float, ...] = ()
+    logprobs: bytes = b""
+
+    def since(self, position: int) -> TokenRun:
+        """The part of it from ``position`` of the sequence on, which is not before its start."""
+        skipped = position - self.start
+        size = len(self.logprobs) // len(self.ids) if self.ids else 0
+        return TokenRun(self.attempt, position, self.ids[skipped:], self.logprobs[skipped * size :])
 
 
 class EngineTiming(_Part, frozen=True, kw_only=True, omit_defaults=False):
@@ -443,12 +436,18 @@ class Acked(Message, frozen=True, kw_only=True, tag="acked"):
 
 
 class AttemptTruth(Message, frozen=True, kw_only=True, tag="attempt"):
-    """Part of a truth: an attempt as the speaker holds it: how it was asked for, its new tokens since, and its end if
-    it has one."""
+    """Part of a truth: an attempt as the speaker holds it: how it was asked for, its new tokens since with their
+    ``logprobs`` (as in `TokenRun`), and its end if it has one."""
 
     submit: Submit
     new_ids: TokenIds = ()
+    logprobs: bytes = b""
     end: Ended | None = None
+
+    @property
+    def run(self) -> TokenRun:
+        """Its new tokens as a run."""
+        return TokenRun(self.submit.attempt, len(self.submit.generated), self.new_ids, self.logprobs)
 
 
 class TruthEnd(Message, frozen=True, kw_only=True, tag="truthend"):

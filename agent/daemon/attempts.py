@@ -17,7 +17,10 @@ __all__ = ["Attempt", "Journal", "Life"]
 Life = tuple[str, Epoch]
 """An instance and the epoch of one of its lives."""
 
-_MAX_FRAME_TOKENS: Final = 1 << 20
+_MAX_FRAME_BYTES: Final = 8 << 20
+"""New tokens of one frame, with their log-probabilities; a quarter of what a frame may have."""
+_TOKEN_BYTES: Final = 5
+"""What a token's id takes in a frame at most."""
 
 
 class Attempt:
@@ -31,7 +34,7 @@ class Attempt:
     def __init__(self, submit: Submit) -> None:
         self.submit = submit
         self.new_ids: list[int] = []
-        self.logprobs: list[float] = []  # of the last tokens only: a worker's restated tokens come without
+        self.logprobs = bytearray()
         self.end: Ended | None = None
         self.sent = len(submit.generated)
         self.end_sent = False
@@ -53,15 +56,21 @@ class Attempt:
         known = self.position
         if run.start > known:
             raise LinkError(f"attempt {run.attempt}: tokens from {run.start}, but only {known} are known: a gap")
-        fresh = run.ids[known - run.start :]
-        if not fresh or self.end is not None:
+        fresh = run.since(known)
+        if not fresh.ids or self.end is not None:
             return False
-        self.new_ids.extend(fresh)
-        if len(run.logprobs) == len(run.ids):
-            self.logprobs.extend(run.logprobs[-len(fresh) :])
-        else:
-            self.logprobs.clear()
+        self.new_ids.extend(fresh.ids)
+        self.logprobs += fresh.logprobs
         return True
+
+    @property
+    def token_bytes(self) -> int:
+        """What one of its new tokens takes in a frame."""
+        return _TOKEN_BYTES + self._record_bytes
+
+    @property
+    def _record_bytes(self) -> int:
+        return len(self.logprobs) // len(self.new_ids) if self.new_ids else 0
 
     def unsent(self, limit: int) -> TokenRun | None:
         """What the manager has not been given yet, at most ``limit`` tokens; counted as sent."""
@@ -69,9 +78,8 @@ class Attempt:
         ids = tuple(self.new_ids[start : start + limit])
         if not ids:
             return None
-        first = start - (len(self.new_ids) - len(self.logprobs))
-        logprobs = tuple(self.logprobs[first : first + len(ids)]) if first >= 0 else ()
-        run = TokenRun(self.submit.attempt, self.sent, ids, logprobs)
+        size = self._record_bytes
+        run = TokenRun(self.submit.attempt, self.sent, ids, bytes(self.logprobs[start * size : (start + len(ids)) * size]))
         self.sent += len(ids)
         return run
 
@@ -83,7 +91,7 @@ class Attempt:
         """The whole attempt, counted as sent."""
         self.sent = self.position
         self.end_sent = self.end is not None
-        return AttemptTruth(submit=self.submit, new_ids=tuple(self.new_ids), end=self.end)
+        return AttemptTruth(submit=self.submit, new_ids=tuple(self.new_ids), logprobs=bytes(self.logprobs), end=self.end)
 
 
 class Journal:
@@ -170,14 +178,14 @@ class Journal:
         """All new tokens and ends, coalesced by attempt, up to the size of a frame; what is left stays fresh."""
         runs: list[TokenRun] = []
         ends: list[Ended] = []
-        room = _MAX_FRAME_TOKENS
+        room = _MAX_FRAME_BYTES
         while self._fresh and room > 0:
             epoch = next(iter(self._fresh))
             attempt = self._attempts[epoch]
-            run = attempt.unsent(room)
+            run = attempt.unsent(max(1, room // attempt.token_bytes))
             if run is not None:
                 runs.append(run)
-                room -= len(run.ids)
+                room -= len(run.ids) * attempt.token_bytes
             if attempt.sent < attempt.position:
                 break
             if attempt.end is not None and not attempt.end_sent:

@@ -23,7 +23,6 @@ from schema.link import (
     Message,
     Ping,
     Submit,
-    TokenRun,
     Tokens,
     TruthEnd,
     Welcome,
@@ -212,7 +211,7 @@ class _WorkerLink:
         if attempt.end is not None and message.end is None:
             self._unknown.append(epoch)  # it ended here meanwhile
             return
-        self._journal.append(TokenRun(epoch, len(submit.generated), message.new_ids))
+        self._journal.append(message.run)
         if message.end is not None:
             self._journal.end(message.end)
 

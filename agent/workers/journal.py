@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
 from agent.engine.api import StepOutput
 from schema.errors import Fault
@@ -13,13 +14,25 @@ from schema.states import EndReason
 
 __all__ = ["Journal"]
 
+_MAX_FRAME_BYTES: Final = 8 << 20
+"""About so much of new tokens goes into one frame; what is left stays fresh."""
+_TOKEN_BYTES: Final = 5
+
 
 @dataclass(slots=True)
 class _Entry:
     submit: Submit
     new_ids: list[int] = field(default_factory=list)
+    logprobs: bytearray = field(default_factory=bytearray)
     sent: int = 0
     end: Ended | None = None
+
+    def unsent(self) -> TokenRun:
+        """What the present connection was not told; counted as told."""
+        size = len(self.logprobs) // len(self.new_ids)
+        start, self.sent = self.sent, len(self.new_ids)
+        position = len(self.submit.generated) + start
+        return TokenRun(self.submit.attempt, position, tuple(self.new_ids[start:]), bytes(self.logprobs[start * size :]))
 
 
 class Journal:
@@ -50,6 +63,7 @@ class Journal:
         for run in output.runs:
             entry = self._entries[run.attempt]
             entry.new_ids += run.ids
+            entry.logprobs += run.logprobs
             self._fresh[run.attempt] = entry
         for end in output.ends:
             entry = self._entries[end.attempt]
@@ -82,18 +96,21 @@ class Journal:
         self._fresh.clear()
         for entry in self._entries.values():
             entry.sent = len(entry.new_ids)
-            yield AttemptTruth(submit=entry.submit, new_ids=tuple(entry.new_ids), end=entry.end)
+            yield AttemptTruth(submit=entry.submit, new_ids=tuple(entry.new_ids), logprobs=bytes(entry.logprobs), end=entry.end)
 
     def frame(self) -> Tokens:
-        """All that this connection was not told yet, coalesced to one run per attempt."""
+        """What this connection was not told yet, coalesced to one run per attempt, up to the size of a frame."""
         runs: list[TokenRun] = []
         ends: list[Ended] = []
-        for attempt, entry in self._fresh.items():
+        room = _MAX_FRAME_BYTES
+        while self._fresh and room > 0:
+            attempt = next(iter(self._fresh))
+            entry = self._fresh.pop(attempt)
             if entry.sent < len(entry.new_ids):
-                runs.append(TokenRun(attempt, len(entry.submit.generated) + entry.sent, tuple(entry.new_ids[entry.sent :])))
-                entry.sent = len(entry.new_ids)
+                run = entry.unsent()
+                runs.append(run)
+                room -= _TOKEN_BYTES * len(run.ids) + len(run.logprobs)
             if entry.end is not None:
                 ends.append(entry.end)
-        self._fresh.clear()
         self._frame += 1
         return Tokens(frame=self._frame, runs=tuple(runs), ends=tuple(ends))

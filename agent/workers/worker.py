@@ -178,7 +178,7 @@ class Worker:
         return None
 
     def _close(self) -> None:
-        if self._channel.connected and self._journal.fresh:
+        while self._channel.connected and self._journal.fresh:
             self._channel.send(self._journal.frame())
         self._channel.close()
 

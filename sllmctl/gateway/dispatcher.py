@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from schema.admin import RequestView
 from schema.errors import Cancelled, ContextOverflow, Fault, LinkError, SllmError, TimedOut
 from schema.ids import Epoch, EpochCounter
-from schema.link import Cancel, Ended, EngineTiming, ManagerMessage, SamplingParams, Submit
+from schema.link import Cancel, Ended, EngineTiming, ManagerMessage, SamplingParams, Submit, TokenRun
 from schema.states import EndReason
 from sllmctl.control.effects import Event, InstanceActivity, PrefillTimed
 from sllmctl.gateway.journal import Attempt, Request, Sequence
@@ -162,17 +162,18 @@ class Dispatcher:
         attempt.sequence.attempt = None
         self.send(attempt.node, Cancel(attempt=attempt.epoch))
 
-    def append(self, sequence: Sequence, start: int, ids: tuple[int, ...]) -> None:
+    def append(self, sequence: Sequence, run: TokenRun) -> None:
         """Add what is new of a run of tokens to a journal. Raises LinkError when some before it are missing."""
         have = len(sequence.tokens)
-        if start > have:
-            raise LinkError(f"tokens from position {start} came for a sequence of {have}: those between are missing")
-        new = ids if start == have else ids[have - start :]
-        if not new:
+        if run.start > have:
+            raise LinkError(f"tokens from position {run.start} came for a sequence of {have}: those between are missing")
+        new = run if run.start == have else run.since(have)
+        if not new.ids:
             return
-        sequence.tokens.extend(new)
+        sequence.tokens.extend(new.ids)
+        sequence.logprobs += new.logprobs
         sequence.fruitless = 0
-        self.journal_tokens += len(new)
+        self.journal_tokens += len(new.ids)
         if sequence.request.first_token_at is None:
             sequence.request.first_token_at = self.clock()
         sequence.wake()

@@ -51,13 +51,15 @@ class Attempt:
 
 class Sequence:
     """One choice of a request. ``tokens`` only grows: read it, never write; ``finish`` is set once, after its last token.
+    ``logprobs`` has a record for each of them where they were asked for (`schema.sampling.read_logprobs`).
 
     ``fruitless`` counts its attempts since the last token that one of them brought. ``on_end`` is called once, at the end or
     failure; it may not call the router.
     """
 
     __slots__ = (
-        "_waiters", "attempt", "choice", "failure", "finish", "fruitless", "on_end", "prompt", "request", "timer", "tokens",
+        "_waiters", "attempt", "choice", "failure", "finish", "fruitless", "logprobs", "on_end", "prompt", "request", "timer",
+        "tokens",
     )  # fmt: skip
 
     def __init__(self, request: Request, choice: int, prompt: tuple[int, ...]) -> None:
@@ -65,6 +67,7 @@ class Sequence:
         self.choice = choice
         self.prompt = prompt
         self.tokens: list[int] = []
+        self.logprobs = bytearray()
         self.finish: EndReason | None = None
         self.failure: SllmError | None = None
         self.attempt: Attempt | None = None

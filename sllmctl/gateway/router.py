@@ -125,7 +125,7 @@ class Router:
             return
         link.seen.add(epoch)
         if attempt.wanted:
-            self._core.append(attempt.sequence, len(truth.submit.generated), truth.new_ids)
+            self._core.append(attempt.sequence, truth.run)
         if truth.end is not None:
             self._core.end(node, truth.end)
             link.ends.append(epoch)
@@ -157,7 +157,7 @@ class Router:
             for run in tokens.runs:
                 attempt = attempts.get(run.attempt)
                 if attempt is not None and attempt.wanted and attempt.node == node:
-                    self._core.append(attempt.sequence, run.start, run.ids)
+                    self._core.append(attempt.sequence, run)
             for end in tokens.ends:
                 self._core.end(node, end)
                 link.ends.append(end.attempt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 
 import msgspec
 import pytest
@@ -194,6 +195,11 @@ async def test_an_ack_of_frames_that_were_not_sent_ends_the_connection(node: Nod
     await manager.hangup()
 
 
+def records(ids: tuple[int, ...]) -> bytes:
+    """A log-probability for each token, and that of another."""
+    return b"".join(struct.pack("<ifif", token, -token / 8, token + 1, -token / 4) for token in ids)
+
+
 def test_appending_is_idempotent_and_a_gap_is_an_error() -> None:
     seed = random.randrange(1 << 32)
     draw = random.Random(seed)
@@ -205,12 +211,12 @@ def test_appending_is_idempotent_and_a_gap_is_an_error() -> None:
     while known < len(sequence):
         start = draw.randrange(known + 1)
         stop = draw.randrange(start, len(sequence)) + 1
-        attempt.append(TokenRun(A, start, sequence[start:stop], tuple(float(n) for n in sequence[start:stop])))
+        attempt.append(TokenRun(A, start, sequence[start:stop], records(sequence[start:stop])))
         known = max(known, stop)
         assert attempt.position == known, f"seed {seed}"
         if draw.random() < 0.5 and (run := attempt.unsent(draw.randrange(1, 9))) is not None:
             assert run.start == 10 + len(sent)
-            assert run.logprobs == tuple(float(n) for n in run.ids)
+            assert run.logprobs == records(run.ids)
             sent.extend(run.ids)
     while (run := attempt.unsent(1000)) is not None:
         sent.extend(run.ids)
