@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from agent.engine.api import EngineCapacity, StepOutput
 from agent.engine.attention import KvPool
 from agent.engine.blocks import BLOCK_TOKENS, BlockManager
+from agent.engine.logprobs import LogprobTable
 from agent.engine.runner import Runner
 from agent.engine.sampler import BROKEN, sample
 from agent.engine.scheduler import Plan, Scheduler
@@ -115,7 +117,9 @@ class BatchEngine:
             return output
         try:
             logits, sequences = self._runner.forward(plan)
+            logprobs = LogprobTable(logits, sequences)
             tokens = sample(logits, sequences) if sequences else []
+            records = logprobs.records(tokens)
         except Exception as error:
             self._fail(plan, error, output)
             return output
@@ -123,11 +127,11 @@ class BatchEngine:
             sequence.steps += 1
         for sequence, _ in plan.prefills:
             sequence.steps += 1
-        self._take(sequences, tokens, output)
+        self._take(sequences, tokens, records, output)
         return output
 
-    def _take(self, sequences: Items[Sequence], tokens: list[int], output: StepOutput) -> None:
-        for sequence, token in zip(sequences, tokens, strict=True):
+    def _take(self, sequences: Items[Sequence], tokens: list[int], records: Mapping[int, bytes], output: StepOutput) -> None:
+        for index, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
             if token == BROKEN:
                 self._pool.erase(sequence.blocks)
                 fault = Fault(
@@ -135,7 +139,7 @@ class BatchEngine:
                 )
                 self._end(sequence, EndReason.ERROR, fault, output.ends)
                 continue
-            output.runs.append(TokenRun(sequence.attempt, sequence.position, (token,)))
+            output.runs.append(TokenRun(sequence.attempt, sequence.position, (token,), records.get(index, b"")))
             if (reason := sequence.append(token)) is not None:
                 self._end(sequence, reason, None, output.ends)
 
@@ -153,13 +157,18 @@ class BatchEngine:
 
     def _check(self, submit: Submit) -> None:
         """Raises InvalidInput or ContextOverflow for what can never run here."""
+        submit.params.check()
         if not submit.prompt:
             raise InvalidInput("the prompt has no tokens; send at least one", "prompt")
         for ids in (submit.prompt, submit.generated):
             if ids and max(ids) >= self._vocabulary:
                 raise InvalidInput(f"token id {max(ids)} is beyond the model's vocabulary of {self._vocabulary}", "prompt")
-        if submit.params.stop_token_ids and max(submit.params.stop_token_ids) >= self._vocabulary:
-            raise InvalidInput(f"a stop token id is beyond the model's vocabulary of {self._vocabulary}", "stop_token_ids")
+        for name, ids in (
+            ("stop_token_ids", submit.params.stop_token_ids),
+            ("logit_bias", tuple(token for token, _ in submit.params.logit_bias)),
+        ):
+            if ids and max(ids) >= self._vocabulary:
+                raise InvalidInput(f"{name}: token id {max(ids)} is beyond the model's vocabulary of {self._vocabulary}", name)
         wanted = len(submit.prompt) + submit.params.max_tokens
         if wanted > self._context_tokens:
             raise ContextOverflow(

@@ -1,4 +1,4 @@
-"""Choosing the next tokens: greedy, or Gumbel-max under noise keyed by (seed, choice, position, token).
+"""Drawing the next tokens: greedy, or Gumbel-max under noise keyed by (seed, choice, position, token).
 
 A row's outcome depends on nothing but its own logits, parameters and position: not on the batch, not on which tokens noise
 was computed for. The maximum of ``logit / temperature + g`` over tokens, g standard Gumbel, is a draw from the softmax (Gumbel
@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Rows
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 from torch import Tensor
 
+from agent.engine.adjust import Row, adjusted
 from agent.engine.philox import philox4x32
-from schema.link import SamplingParams
 
-__all__ = ["BROKEN", "NOISE_RANGE", "Row", "gumbel", "sample"]
+__all__ = ["BROKEN", "NOISE_RANGE", "gumbel", "sample"]
 
 BROKEN: Final = -1
 """In place of a token id: this row's logits are not numbers."""
@@ -30,19 +30,6 @@ _NUCLEUS_FIRST: Final = 1024
 _WORD = 0xFFFFFFFF
 
 
-class Row(Protocol):
-    """What the sampler must know of the sequence behind a row of logits."""
-
-    @property
-    def params(self) -> SamplingParams: ...
-
-    @property
-    def choice(self) -> int: ...
-
-    @property
-    def position(self) -> int: ...
-
-
 def gumbel(words: Tensor) -> Tensor:
     """Standard Gumbel noise, float64, from uniform 32-bit words held in int64."""
     return (words.to(torch.float64).add_(0.5).mul_(2.0**-32)).log_().neg_().log_().neg_()
@@ -50,10 +37,7 @@ def gumbel(words: Tensor) -> Tensor:
 
 def sample(logits: Tensor, rows: Rows[Row]) -> list[int]:
     """The next token of each row of ``logits`` [rows, vocabulary], or BROKEN; ``logits`` may be written to."""
-    for index, row in enumerate(rows):
-        params = row.params
-        if row.position < params.min_tokens and params.stop_token_ids:
-            logits[index, list(params.stop_token_ids)] = -math.inf
+    logits = adjusted(logits, rows)
     best, tokens = logits.max(dim=-1)
     drawn = [index for index, row in enumerate(rows) if row.params.temperature > 0]
     if drawn:
@@ -73,7 +57,8 @@ def _draw(logits: Tensor, best: Tensor, rows: Rows[Row]) -> Tensor:
     """A draw for each row of float32 ``logits``; ``best`` is each row's maximum in float64."""
     device = logits.device
     temperature = torch.tensor([row.params.temperature for row in rows], dtype=torch.float64, device=device)
-    floor = (best - NOISE_RANGE * temperature).to(torch.float32)
+    reach = torch.tensor([_reach(row.params.min_p) for row in rows], dtype=torch.float64, device=device)
+    floor = (best - reach * temperature).to(torch.float32)
     top_k = [min(row.params.top_k, logits.shape[1]) for row in rows]
     if any(top_k):
         floor = _raise_to_top_k(logits, floor, top_k)
@@ -98,6 +83,11 @@ def _draw(logits: Tensor, best: Tensor, rows: Rows[Row]) -> Tensor:
     scores.add_(_sparse_noise(keys, ids))
     scores.masked_fill_(torch.arange(ids.shape[1], device=device) >= counts.unsqueeze(1), -math.inf)
     return ids.gather(1, scores.argmax(dim=1, keepdim=True)).squeeze(1)
+
+
+def _reach(min_p: float) -> float:
+    """How far below the best logit, in units of the temperature, a token may lie: min_p is a share of its probability."""
+    return min(NOISE_RANGE, -math.log(min_p)) if min_p else NOISE_RANGE
 
 
 def _raise_to_top_k(logits: Tensor, floor: Tensor, top_k: list[int]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from agent.engine.counts import TokenCounts
 from schema.errors import Fault
 from schema.ids import Epoch
 from schema.link import Ended, EngineTiming, SamplingParams, Submit
@@ -15,12 +16,12 @@ __all__ = ["Sequence"]
 class Sequence:
     """An attempt's state is its tokens; the KV cache of the first ``cached`` of them is only a memo that may be dropped.
 
-    ``row`` is its line in the block tables while it runs, -1 while it waits.
+    ``row`` is its line in the block tables while it runs, -1 while it waits. ``plain``: its logits are drawn from as they are.
     """
 
     __slots__ = (
-        "_admitted_s", "_arrived_s", "_first_s", "attempt", "blocks", "cached", "choice", "params", "position", "row", "steps",
-        "stop_ids", "tokens",
+        "_admitted_s", "_arrived_s", "_counts", "_first_s", "attempt", "blocks", "cached", "choice", "params", "plain",
+        "position", "row", "steps", "stop_ids", "tokens",
     )  # fmt: skip
 
     def __init__(self, submit: Submit) -> None:
@@ -30,6 +31,9 @@ class Sequence:
         self.tokens: list[int] = [*submit.prompt, *submit.generated]
         self.position = len(submit.generated)
         self.stop_ids = frozenset(submit.params.stop_token_ids)
+        early = submit.params.min_tokens > 0 and bool(self.stop_ids)
+        self.plain = not (submit.params.logit_bias or submit.params.penalised or early)
+        self._counts: TokenCounts | None = None
         self.cached = 0
         self.blocks: list[int] = []
         self.row = -1
@@ -37,6 +41,15 @@ class Sequence:
         self._arrived_s = time.monotonic()
         self._admitted_s = 0.0
         self._first_s = 0.0
+
+    @property
+    def counts(self) -> TokenCounts:
+        """Its tokens as penalties count them: those of the prompt matter to the repetition penalty alone."""
+        if self._counts is None:
+            prompt = len(self.tokens) - self.position
+            heeded = self.tokens[:prompt] if self.params.repetition_penalty != 1 else []
+            self._counts = TokenCounts(heeded, self.tokens[prompt:])
+        return self._counts
 
     def admitted(self) -> None:
         """Say that it runs now; only the first time counts as the end of its queueing."""
@@ -46,6 +59,8 @@ class Sequence:
         """Take in a new token; returns how it ends the sequence, if it does."""
         self._first_s = self._first_s or time.monotonic()
         self.tokens.append(token)
+        if self._counts is not None:
+            self._counts.add(token)
         self.position += 1
         return self.finish()
 

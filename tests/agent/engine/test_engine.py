@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from agent.engine.engine import BatchEngine
 from schema.errors import InvalidCheckpoint, OutOfSpace
 from schema.ids import Epoch
 from schema.link import Ended, EngineOptions, Submit
+from schema.sampling import Logprobs, read_logprobs
 from schema.states import EndReason
 from tests.agent.engine.models import CONFIGS, CONTEXT, VOCAB, kv_options, make_model, manifest_of, submit_of, tensors_of
 
@@ -43,13 +45,14 @@ def reference(model: Any, prompt: list[int], count: int) -> list[int]:
 class Outcome:
     tokens: dict[int, list[int]]
     ends: dict[int, Ended]
+    logprobs: dict[int, list[Logprobs]]
 
 
 def drive(engine: BatchEngine, submits: list[Submit], each_step: Any = None) -> Outcome:
     """Run to the end, checking that positions have no gap and every attempt ends once."""
     for submit in submits:
         engine.submit(submit)
-    outcome = Outcome({s.attempt: list(s.generated) for s in submits}, {})
+    outcome = Outcome({s.attempt: list(s.generated) for s in submits}, {}, {s.attempt: [] for s in submits})
     for step in range(5_000):
         if each_step is not None:
             each_step(step)
@@ -58,6 +61,7 @@ def drive(engine: BatchEngine, submits: list[Submit], each_step: Any = None) -> 
             assert run.attempt not in outcome.ends
             assert run.start == len(outcome.tokens[run.attempt])
             outcome.tokens[run.attempt] += run.ids
+            outcome.logprobs[run.attempt] += read_logprobs(run.logprobs, len(run.ids)) if run.logprobs else []
         for end in output.ends:
             assert end.attempt not in outcome.ends
             assert end.position == len(outcome.tokens[end.attempt])
@@ -99,6 +103,39 @@ def test_resuming_from_the_middle_changes_nothing(name: str, temperature: float)
     for i in range(len(LENGTHS)):
         assert resumed.tokens[9 - i] == whole.tokens[i + 1]
         assert resumed.ends[9 - i].position == 24
+
+
+WISHES: tuple[dict[str, Any], ...] = (
+    {"repetition_penalty": 1.4, "temperature": 0.0},
+    {"presence_penalty": 1.2, "frequency_penalty": 0.6, "min_p": 0.02, "logprobs": 2},
+    {"logit_bias": ((5, 6.0), (9, -100.0)), "repetition_penalty": 0.7, "logprobs": 0},
+    {"min_tokens": 12, "stop_token_ids": tuple(range(0, VOCAB, 2)), "frequency_penalty": -0.5},
+    {"logprobs": 20, "top_k": 9},
+    {},
+)
+
+
+def test_wishes_hold_alone_together_and_after_a_resumption(llama: Any) -> None:
+    """Penalties count from the journal, and log-probabilities come for every token, whatever happens around a sequence."""
+
+    def submits(first: int, generated: dict[int, list[int]]) -> list[Submit]:
+        return [
+            submit_of(first + i, prompt, 24, generated.get(i, ()), **{"temperature": 0.9, "seed": i, **wish})
+            for i, (prompt, wish) in enumerate(zip(prompts(), WISHES, strict=True))
+        ]
+
+    together = drive(engine_of(llama), submits(1, {}))
+    for i, submit in enumerate(submits(1, {})):
+        alone = drive(engine_of(llama), [submit])
+        assert alone.tokens[submit.attempt] == together.tokens[submit.attempt]
+        told, again = together.logprobs[submit.attempt], alone.logprobs[submit.attempt]
+        assert [each.token for each in told] == ([] if "logprobs" not in WISHES[i] else together.tokens[submit.attempt])
+        assert [each.logprob for each in told] == pytest.approx([each.logprob for each in again], abs=1e-4)
+    halves = {i: together.tokens[i + 1][: 3 + 2 * i] for i in range(len(WISHES))}
+    resumed = drive(engine_of(llama, prefill_tokens=20), submits(11, halves))
+    assert [resumed.tokens[11 + i] for i in range(6)] == [together.tokens[1 + i] for i in range(6)]
+    assert len(together.tokens[4]) > 12
+    assert together.ends[4].reason is EndReason.STOP
 
 
 def test_sampling_does_not_depend_on_the_batch(llama: Any) -> None:
@@ -183,6 +220,11 @@ def test_a_known_attempt_is_ignored(llama: Any) -> None:
         (submit_of(2, [1, VOCAB], 4), "invalid_input"),
         (submit_of(2, [1], 4, [VOCAB + 5]), "invalid_input"),
         (submit_of(2, [1], 4, stop_token_ids=(VOCAB,)), "invalid_input"),
+        (submit_of(2, [1], 4, logit_bias=((VOCAB, 1.0),)), "invalid_input"),
+        (submit_of(2, [1], 4, logit_bias=((1, math.nan),)), "invalid_input"),
+        (submit_of(2, [1], 4, frequency_penalty=2.5), "invalid_input"),
+        (submit_of(2, [1], 4, repetition_penalty=math.nan), "invalid_input"),
+        (submit_of(2, [1], 4, logprobs=21), "invalid_input"),
         (submit_of(2, [1] * 10, CONTEXT - 9), "context_overflow"),
         (submit_of(2, [1] * 130, 4), "context_overflow"),
     ],

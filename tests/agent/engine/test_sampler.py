@@ -1,24 +1,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
 
 from agent.engine.sampler import BROKEN, NOISE_RANGE, gumbel, sample
-from schema.link import SamplingParams
-
-
-@dataclass
-class Row:
-    params: SamplingParams
-    choice: int = 0
-    position: int = 0
-
-
-def row(position: int = 0, choice: int = 0, **params: object) -> Row:
-    return Row(SamplingParams(max_tokens=1000, **params), choice, position)  # type: ignore[arg-type]
+from tests.agent.engine.rows import Row, row
 
 
 def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> float:
@@ -86,8 +74,13 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
         {"temperature": 0.7, "top_k": 5},
         {"temperature": 1.2, "top_p": 0.8},
         {"temperature": 0.9, "top_k": 40, "top_p": 0.5},
+        {"temperature": 1.1, "min_p": 0.05, "logit_bias": ((3, 4.0), (7, -100.0))},
+        {"temperature": 0.0, "repetition_penalty": 1.3},
+        {"temperature": 0.8, "presence_penalty": 1.5, "frequency_penalty": -0.7, "repetition_penalty": 0.8},
+        {"temperature": 0.6, "min_tokens": 50, "stop_token_ids": tuple(range(0, 333, 2))},
     ]
-    rows = [row(index, index % 2, seed=index, **kinds[index % 5]) for index in range(40)]
+    tokens = torch.randint(0, 333, (40, 60), generator=generator).tolist()
+    rows = [row(index, index % 2, tokens[index], seed=index, **kinds[index % 9]) for index in range(40)]
     together = sample(logits.clone(), rows)
     assert together == [sample(logits[i : i + 1].clone(), rows[i : i + 1])[0] for i in range(40)]
     order = torch.randperm(40, generator=generator).tolist()
@@ -142,8 +135,19 @@ def test_top_k_then_top_p_takes_the_share_of_what_top_k_left() -> None:
 
 def test_stop_tokens_wait_for_min_tokens() -> None:
     logits = torch.tensor([[0.0, 9.0, 1.0]])
-    params = SamplingParams(max_tokens=9, temperature=0.0, min_tokens=2, stop_token_ids=(1,))
-    assert [sample(logits.clone(), [Row(params, 0, position)])[0] for position in range(4)] == [2, 2, 1, 1]
+    rows = [row(position, temperature=0.0, min_tokens=2, stop_token_ids=(1,)) for position in range(4)]
+    assert [sample(logits.clone(), [each])[0] for each in rows] == [2, 2, 1, 1]
+
+
+def test_min_p_keeps_what_reaches_a_share_of_the_greatest_probability() -> None:
+    logits = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.04, 0.01]).log()
+    counts = draws(logits, 3_000, temperature=1.0, min_p=0.3, seed=8)
+    assert (counts > 0).tolist() == [True, True, True, False, False, False]
+    expected = torch.tensor([0.4, 0.3, 0.15]).double() / 0.85 * 3_000
+    assert chi_square(counts[:3], expected) < 18.4
+    hotter = draws(logits, 3_000, temperature=2.0, min_p=0.3, seed=8)  # of the tempered probabilities
+    assert (hotter > 0).tolist() == [True, True, True, True, True, False]
+    assert draws(logits, 500, temperature=1.5, min_p=1.0, seed=8).tolist() == [500, 0, 0, 0, 0, 0]
 
 
 def test_a_broken_row_is_said_and_harms_no_other() -> None:
