@@ -25,16 +25,17 @@ from schema.errors import Fault, SllmError
 from schema.link import ChildExited, Fork, Forked, Hello, Ping, Pong, Role, Shutdown, ToZygote, Welcome, ZygoteTruth
 from schema.version import VERSION
 
-__all__ = ["main"]
+__all__ = ["ENVIRONMENT", "main"]
 
 _SOFTWARE: Final = f"sllmctl-zygote {VERSION}"
-_ENVIRONMENT: Final = {
+ENVIRONMENT: Final = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "passive",  # spinning threads made half-millisecond products take ten on a shared machine
     "TOKENIZERS_PARALLELISM": "false",
 }
+"""What the zygote and so its children run under; set before torch is imported."""
 _ARCHITECTURES: Final = (
     "falcon", "gemma", "gemma2", "gemma3", "gpt2", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo2", "opt", "phi",
     "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
@@ -60,7 +61,7 @@ def main(run_dir: str | Path) -> int:
     except BlockingIOError:
         _log.error("another zygote holds %s; it serves this run directory", config.lock_path("zygote"))
         return 6
-    os.environ.update(_ENVIRONMENT)
+    os.environ.update(ENVIRONMENT)
     _import_all()
     gc.collect()
     gc.freeze()

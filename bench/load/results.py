@@ -31,8 +31,6 @@ _OURS = ("arena", "tensors", "in_place")
 # A mapping of the page cache copies nothing and holds nothing: it is shown, and is no copying peer.
 _NO_COPY = ("safetensors_mmap",)
 
-_BEGIN, _END = "<!-- bench.load: tables -->\n", "<!-- bench.load: end -->\n"
-
 Run = dict[str, Any]
 
 
@@ -159,10 +157,11 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def replace_tables(document: str, tables: str) -> str:
+def replace_tables(document: str, tables: str, benchmark: str = "bench.load") -> str:
     """The document with the text between its two marks exchanged. Raises ValueError when it has not both, in order."""
-    before, begin, rest = document.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
+    first, last = f"<!-- {benchmark}: tables -->\n", f"<!-- {benchmark}: end -->\n"
+    before, begin, rest = document.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"there are no marks {_BEGIN.strip()} and {_END.strip()} in the document")
+        raise ValueError(f"there are no marks {first.strip()} and {last.strip()} in the document")
     return f"{before}{begin}{tables}\n{end}{after}"

@@ -1,0 +1,133 @@
+"""sllmctl's engine as a subject: `python -m bench.engine.ours LAYOUT_DIRECTORY THREADS`, over the code that workers run.
+
+Weights come through the store's own reader into an arena and are attached without a copy.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from agent.engine.build import build_engine
+from agent.engine.weights import image_tensors
+from agent.native.mapping import ImageMapping
+from agent.store.catalog import read_entry
+from agent.store.index import read_index
+from agent.store.trial import TrialStore
+from bench.engine.work import Workload, serve
+from schema.ids import Epoch
+from schema.link import EngineOptions, SamplingParams, Submit
+
+_BLOCK_TOKENS = 16
+
+
+class Ours:
+    """One image, and an engine for each number of sequences that run at once."""
+
+    def __init__(self, directory: Path) -> None:
+        entry = read_entry(directory)
+        self._manifest = entry.manifest
+        self._store = TrialStore(entry.manifest.image_bytes, chunk_bytes=4 << 20, reader_threads=2)
+        resident, _ = self._store.fill(entry)
+        mapping = ImageMapping(self._store.arena.descriptor, resident.extents, resident.image_bytes)
+        self._tensors = image_tensors(read_index(directory, entry.manifest), mapping.buffer)
+        self._engines: dict[int, Any] = {}
+        self._ids = itertools.count(1)
+
+    def engine(self, running: int) -> Any:
+        if running not in self._engines:
+            tokens = running * 256 + _BLOCK_TOKENS
+            options = EngineOptions(kv_bytes=self._manifest.kv.token_bytes * tokens, max_concurrency=running)
+            self._engines[running] = build_engine(self._manifest, self._tensors, options)
+        return self._engines[running]
+
+    def generate(self, workload: Workload) -> list[list[int]]:
+        engine = self.engine(workload.running)
+        tokens: dict[Epoch, list[int]] = {}
+        for prompt, length in zip(workload.prompts(self._manifest.vocab_size), workload.lengths, strict=True):
+            tokens[self._submit(engine, prompt, length)] = []
+        self._run(engine, tokens)
+        return list(tokens.values())
+
+    def more(self, asked: dict[str, Any]) -> dict[str, Any]:
+        match asked:
+            case {"what": "schedule"}:
+                return self._schedule(**asked)
+        raise ValueError(f"nobody knows how to {asked}")
+
+    def _submit(self, engine: Any, prompt: list[int], length: int) -> Epoch:
+        attempt = Epoch(next(self._ids))
+        params = SamplingParams(max_tokens=length, temperature=0.0)
+        engine.submit(
+            Submit(
+                attempt=attempt,
+                instance="i",
+                instance_epoch=Epoch(1),
+                request=f"r{attempt}",
+                model="m",
+                prompt=tuple(prompt),
+                params=params,
+            )
+        )
+        return attempt
+
+    def _run(self, engine: Any, tokens: dict[Epoch, list[int]]) -> None:
+        left = len(tokens)
+        while left:
+            output = engine.step()
+            for run in output.runs:
+                tokens[run.attempt] += run.ids
+            left -= len(output.ends)
+            if fault := next((end.fault for end in output.ends if end.fault is not None), None):
+                raise RuntimeError(f"the engine failed: {fault.message}")
+
+    def _schedule(self, *, what: str, sequences: int, steps: int) -> dict[str, Any]:
+        """Seconds of each step in which all sequences decode that neither the model nor the sampler has."""
+        engine = self.engine(sequences)
+        spent = 0.0
+
+        def timed(call: Any) -> Any:
+            def around(*args: Any, **named: Any) -> Any:
+                nonlocal spent
+                began = time.perf_counter()
+                try:
+                    return call(*args, **named)
+                finally:
+                    spent += time.perf_counter() - began
+
+            return around
+
+        import agent.engine.engine as module
+
+        runner, sample = engine._runner, module.sample
+        engine._runner = type("Timed", (), {"forward": staticmethod(timed(runner.forward))})()
+        module.sample = timed(sample)  # type: ignore[assignment]
+        try:
+            tokens = {self._submit(engine, [5] * 32, steps + 16): [] for _ in range(sequences)}
+            found = []
+            while engine.running + engine.waiting:
+                spent = 0.0
+                began = time.perf_counter()
+                output = engine.step()
+                if len(output.runs) == sequences:
+                    found.append(time.perf_counter() - began - spent)
+        finally:
+            engine._runner, module.sample = runner, sample
+        assert len(found) >= steps
+        return {"sequences": sequences, "seconds": statistics.median(found), "steps": len(tokens)}
+
+
+def main() -> None:
+    torch.set_num_threads(int(sys.argv[2]))
+    ours = Ours(Path(sys.argv[1]))
+    serve(ours.generate, ours.more)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""A subject: a process that answers lines of JSON. What it needs to become ready is not timed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Subject", "SubjectFailed"]
+
+_ROOT = Path(__file__).resolve().parents[2]
+_LIMIT_S = 300.0
+
+
+class SubjectFailed(Exception):
+    """A subject ended, or answered nothing in time; says the end of its log."""
+
+
+class Subject:
+    """Started at once; `ready` waits. Idle it uses no processor, so several may stand by while another is measured."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed by `close`
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, cwd=_ROOT,
+            env={**os.environ, "PYTHONPATH": str(_ROOT), "TOKENIZERS_PARALLELISM": "false", **environment},
+        )  # fmt: skip
+        self._is_ready = False
+
+    def ready(self) -> None:
+        if not self._is_ready:
+            line = self._line()
+            if line != "ready\n":
+                raise SubjectFailed(self._why(line))
+            self._is_ready = True
+
+    def ask(self, request: str) -> dict[str, Any]:
+        self.ready()
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(request + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise SubjectFailed(self._why("")) from None
+        line = self._line()
+        if not line:
+            raise SubjectFailed(self._why(line))
+        return dict(json.loads(line))
+
+    def close(self) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired, BrokenPipeError):
+            self._process.communicate(timeout=5)
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.communicate()
+        self._log.close()
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        timer = threading.Timer(_LIMIT_S, self._process.kill)
+        timer.start()
+        try:
+            return self._process.stdout.readline()
+        finally:
+            timer.cancel()
+
+    def _why(self, line: str) -> str:
+        self._process.kill()
+        self._process.wait()
+        self._log.seek(0)
+        told = [each.strip() for each in self._log.read().splitlines() if each.strip()]
+        return line.strip() or (told[-1] if told else f"it ended with {self._process.returncode} and said nothing")
