@@ -97,7 +97,7 @@ def engine_alone(checkpoints: str, concurrency: int, each: int) -> list[tuple[fl
     from tokenizers import Tokenizer
 
     from agent.engine.build import build_engine
-    from agent.engine.weights import image_tensors
+    from agent.engine.image import image_tensors
     from agent.store.catalog import scan
     from agent.store.index import read_index
 

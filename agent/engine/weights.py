@@ -1,53 +1,21 @@
-"""Weights into a skeleton: tensors over an image's memory without a copy, by name, nothing missing, nothing left over."""
+"""Weights into a skeleton by name: nothing is copied, nothing missing, nothing left over."""
 
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping, Sequence
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from agent.engine.dtypes import PACKED, packed_shape, torch_dtype
-from agent.store.index import TensorIndex
+from agent.engine.dtypes import torch_dtype
 from schema.checkpoint import Manifest
 from schema.errors import InvalidCheckpoint
 
-__all__ = ["attach", "fused_view", "image_tensors"]
+__all__ = ["attach", "fused_view"]
 
 _Place = tuple[nn.Module, str]
-
-
-def image_tensors(index: TensorIndex, image: Any) -> dict[str, Tensor]:
-    """The stored tensors of a checkpoint over ``image``: a readable buffer of its ``image_bytes``, which must outlive them, or
-    a tensor of bytes on a device, which they keep alive.
-
-    Nothing is copied but tensors that are not aligned to their elements; the memory may be read-only, so nobody may write to
-    these tensors. About 3 us a tensor.
-    """
-    bases: dict[str, tuple[Tensor, int]] = {}
-    strides: dict[tuple[int, ...], tuple[int, ...]] = {}
-    tensors: dict[str, Tensor] = {}
-    with torch.no_grad():  # a view made outside of it remembers its base, which takes twice as long
-        for name, dtype, shape, start in zip(index.names, index.dtypes, index.shapes, index.starts, strict=True):
-            known = bases.get(dtype)
-            if known is None:
-                known = bases[dtype] = _flat(image, torch_dtype(dtype))
-            if dtype in PACKED:
-                shape = packed_shape(dtype, shape)
-            base, item_bytes = known
-            if start % item_bytes:  # of a file that is loaded in its place
-                own = _flat(image, torch.uint8)[0][start : start + prod(shape) * item_bytes].clone()
-                tensors[name] = own.view(base.dtype).view(shape)
-                continue
-            stride = strides.get(shape)
-            if stride is None:
-                stride = strides[shape] = _contiguous(shape)
-            tensors[name] = base.as_strided(shape, stride, start // item_bytes)
-    return tensors
 
 
 def fused_view(tensors: Sequence[Tensor]) -> Tensor | None:
@@ -66,22 +34,6 @@ def fused_view(tensors: Sequence[Tensor]) -> Tensor | None:
         at += tensor.nbytes
     rows = sum(tensor.shape[0] for tensor in tensors)
     return first.detach().as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
-
-
-def _flat(image: Any, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """The whole image as elements of this type, and how many bytes each has."""
-    if isinstance(image, Tensor):
-        return image[: len(image) // dtype.itemsize * dtype.itemsize].view(dtype), dtype.itemsize
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
-        return torch.frombuffer(image, dtype=dtype, count=len(image) // dtype.itemsize), dtype.itemsize
-
-
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides = [1] * len(shape)
-    for axis in range(len(shape) - 2, -1, -1):
-        strides[axis] = strides[axis + 1] * max(1, shape[axis + 1])
-    return tuple(strides)
 
 
 def attach(model: nn.Module, manifest: Manifest, tensors: Mapping[str, Tensor], device: str) -> None:

@@ -21,7 +21,7 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from agent.engine.weights import image_tensors
+from agent.engine.image import image_tensors
 from agent.native.calibration import Tuning
 from agent.native.cold import forget, remember
 from agent.native.disk_record import record_path, remembered

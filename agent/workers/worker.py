@@ -23,8 +23,9 @@ from agent.config import NodeConfig
 from agent.engine.api import EngineCapacity
 from agent.engine.build import assemble
 from agent.engine.engine import BatchEngine
+from agent.engine.image import image_tensors
 from agent.engine.skeleton import build_skeleton
-from agent.engine.weights import attach, image_tensors
+from agent.engine.weights import attach
 from agent.native.device import open_driver
 from agent.native.dlpack import bytes_capsule
 from agent.native.mapping import ImageMapping

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from agent.engine.build import build_engine
-from agent.engine.weights import image_tensors
+from agent.engine.image import image_tensors
 from agent.native.mapping import ImageMapping
 from agent.store.catalog import read_entry
 from agent.store.index import read_index

@@ -55,7 +55,7 @@ def arena(directory: Path) -> dict[str, Any]:
 def tensors(directory: Path) -> dict[str, Any]:
     """Manifest read, decoded and checked by both processes, as in production."""
     _import_worker()
-    from agent.engine.weights import image_tensors
+    from agent.engine.image import image_tensors
 
     with _Store(directory) as store:
         _warm_attach()
@@ -82,7 +82,7 @@ def tensors(directory: Path) -> dict[str, Any]:
 def attach(directory: Path) -> dict[str, Any]:
     """Mapping and tensors of an image that lies there; the manifest, which a worker reads while bytes come, is timed apart."""
     _import_worker()
-    from agent.engine.weights import image_tensors
+    from agent.engine.image import image_tensors
 
     with _Store(directory) as store:
         _warm_attach()
@@ -154,10 +154,10 @@ def _memory_bytes(*names: str) -> int:
 def _import_worker() -> None:
     import torch
 
-    import agent.engine.weights
+    import agent.engine.image
 
     assert torch.__version__
-    assert agent.engine.weights
+    assert agent.engine.image
 
 
 def _warm_attach() -> None:

@@ -11,7 +11,7 @@ import msgspec
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from agent.engine.weights import image_tensors
+from agent.engine.image import image_tensors
 from agent.native.address import address_of
 from agent.native.copier import Copier, CopyJob, Slice, Target
 from agent.native.device import Driver

@@ -6,13 +6,16 @@ import random
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agent.engine.dtypes import PACKED, torch_dtype
-from agent.engine.weights import fused_view, image_tensors
+from agent.engine.image import image_tensors
+from agent.engine.weights import fused_view
+from agent.store import index as index_module
 from agent.store.index import encode_index, index_of, read_index
 from schema.checkpoint import (
     DTYPE_BITS,
@@ -51,10 +54,28 @@ def write(directory: Path, data: bytes, ties: dict[str, str] | None = None) -> M
 def test_what_was_told_is_read_back(tmp_path: Path) -> None:
     manifest = write(tmp_path, encode_index(TENSORS))
     found = read_index(tmp_path, manifest)
-    assert found == index_of(TENSORS, manifest)
-    assert found.starts == [0, 256, 8192, 8192, 8197]
-    assert found.shapes == [(4, 16), (32,), (0, 7), (), (3,)]
-    assert found.dtypes == ["F32", "BF16", "F32", "F32", "BOOL"]
+    same = index_of(TENSORS, manifest)
+    for index in (found, same):
+        assert index.names == ["a", "b", "c", "d", "é"]
+        assert index.starts.tolist() == [0, 256, 8192, 8192, 8197]
+        assert index.sizes.tolist() == [256, 64, 0, 4, 3]
+        assert index.shapes == [(4, 16), (32,), (0, 7), (), (3,)]
+        assert index.dtypes == ["F32", "BF16", "F32", "F32", "BOOL"]
+
+
+def test_kinds_are_few_and_told_apart_also_where_a_hash_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [(1, 2), (2, 1), (2,), (1, 2), (2, 1)]
+    dtypes = ["F32", "F32", "F32", "F32", "I32"]
+    entries = [
+        TensorEntry(str(at), dtype, shape, 0, at * 256, 8) for at, (dtype, shape) in enumerate(zip(dtypes, shapes, strict=True))
+    ]
+    manifest = write(tmp_path, encode_index(entries), ties={})
+    for factor in (index_module._HASH, np.uint64(0)):
+        monkeypatch.setattr(index_module, "_HASH", factor)
+        found = read_index(tmp_path, manifest)
+        assert found.shapes == shapes
+        assert found.dtypes == dtypes
+        assert len(found.kinds) == 4
 
 
 def test_a_checkpoint_without_tensors(tmp_path: Path) -> None:

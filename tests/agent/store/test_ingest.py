@@ -14,7 +14,8 @@ import xxhash
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from agent.engine.weights import fused_view, image_tensors
+from agent.engine.image import image_tensors
+from agent.engine.weights import fused_view
 from agent.store import catalog
 from agent.store.index import read_index
 from agent.store.ingest.convert import LAYOUT, convert

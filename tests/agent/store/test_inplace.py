@@ -14,7 +14,7 @@ import torch
 import xxhash
 from safetensors.torch import load_file
 
-from agent.engine.weights import image_tensors
+from agent.engine.image import image_tensors
 from agent.native.arena import Arena
 from agent.store import catalog
 from agent.store.cache import ArenaStore
