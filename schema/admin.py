@@ -2,7 +2,7 @@
 
 Routes (all under ``/admin/v1``): GET nodes, nodes/{name}, models, models/{name}, models/{name}/explain, instances,
 instances/{id}, checkpoints, checkpoints/{reference}, operations, operations/{id}, requests, requests/{id},
-requests/{id}/explain, estimates, events, status;
+requests/{id}/explain, estimates, events, status, stream (server-sent events, each a StreamFrame);
 POST models (ModelSpec), models/{name}/deploy (DeployBody), models/{name}/stop, instances/{id}/stop, requests/{id}/cancel;
 POST checkpoints/{reference}/prefetch, .../verify, .../drop (CheckpointBody; answered by a list of OperationView),
 .../publish, .../fetch (RemoteBody; answered likewise), .../pin, .../unpin (CheckpointBody), .../forget (RemoteBody; answered by
@@ -34,6 +34,7 @@ __all__ = [
     "ExplainView",
     "InstanceView",
     "LoadView",
+    "LogView",
     "ModelView",
     "NodeVerdictView",
     "NodeView",
@@ -49,6 +50,8 @@ __all__ = [
     "RequestTimeline",
     "RequestView",
     "StatusView",
+    "StreamFrame",
+    "StreamKind",
 ]
 
 
@@ -78,6 +81,8 @@ class LoadView(_View, frozen=True, kw_only=True):
 
 
 class NodeView(_View, frozen=True, kw_only=True):
+    """``device_used_bytes``, by device of the inventory: what instances were promised, and weights that nobody uses now."""
+
     id: str
     name: str
     address: str
@@ -87,6 +92,7 @@ class NodeView(_View, frozen=True, kw_only=True):
     instances: int
     inventory: Inventory | None = None
     loads: tuple[LoadView, ...] = ()
+    device_used_bytes: tuple[int, ...] = ()
 
 
 class ModelView(_View, frozen=True, kw_only=True):
@@ -337,6 +343,45 @@ class StatusView(_View, frozen=True, kw_only=True):
     ready: bool
     nodes_ready: int
     nodes: int
+
+
+class LogView(_View, frozen=True, kw_only=True):
+    """A line of the manager's own log."""
+
+    id: str
+    at: float
+    level: str
+    logger: str
+    message: str
+
+
+StreamKind = Literal["nodes", "models", "instances", "requests", "checkpoints", "operations", "events", "logs"]
+
+
+class StreamFrame(_View, frozen=True, kw_only=True, omit_defaults=True):
+    """A part of ``GET stream``: things that are new or have changed, whole, and by kind the keys of those that are ``gone``.
+
+    ``cursor`` is what a stream may be resumed after, "" while ``more`` parts of one picture follow. ``fresh``: forget all that
+    was told before, a new picture begins. ``gap``: events or log lines before these were left out, since the reader was slow.
+    Nodes, instances, requests, operations, events and logs are known by id, models by name, checkpoints by digest.
+    ``at`` is the manager's clock.
+    """
+
+    cursor: str
+    at: float
+    fresh: bool = False
+    more: bool = False
+    gap: bool = False
+    status: StatusView | None = None
+    nodes: tuple[NodeView, ...] = ()
+    models: tuple[ModelView, ...] = ()
+    instances: tuple[InstanceView, ...] = ()
+    requests: tuple[RequestView, ...] = ()
+    checkpoints: tuple[CheckpointView, ...] = ()
+    operations: tuple[OperationView, ...] = ()
+    events: tuple[EventView, ...] = ()
+    logs: tuple[LogView, ...] = ()
+    gone: dict[StreamKind, tuple[str, ...]] = {}
 
 
 class CheckpointBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

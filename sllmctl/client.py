@@ -5,14 +5,16 @@
 
     with AdminClient(socket, settings) as admin:
         for model in admin.ask(models()): ...
+        for frame in admin.follow(): ...
 
-Both raise the SllmError that the answer's body names, and Unreachable when no manager answers.
+``follow`` is the event stream: a picture of the cluster, then what changes. Both raise the SllmError that the answer's body
+names, and Unreachable when no manager answers.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -36,6 +38,8 @@ from schema.admin import (
     RequestExplainView,
     RequestView,
     StatusView,
+    StreamFrame,
+    StreamKind,
 )
 from schema.errors import Fault, InvalidInput, LinkError, Overloaded, SllmError, Unauthorised, Unreachable
 from schema.spec import ModelSpec, ScaleSpec
@@ -89,6 +93,7 @@ model itself is forgotten (its wait then ends with NotFound)."""
 
 _BASE_URL = "http://sllmctl/admin/v1/"
 _PENDING = 202
+_EVENT_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +320,25 @@ class AdminClient:
             raise _unanswered(self._socket, error) from error
         return _result(call, answer, self._socket)
 
+    def follow(self, cursor: str | None = None, kinds: Sequence[StreamKind] = ()) -> Iterator[StreamFrame]:
+        """The event stream from ``cursor`` on (a frame's), or with a whole picture first; of these ``kinds``, else of all.
+
+        Never ends by itself. Raises Unreachable when the manager goes away or says nothing for long: follow again, from the
+        last frame's cursor.
+        """
+        _knock(self._socket)
+        lines = _Lines()
+        try:
+            with self._http.stream(**_following(cursor, kinds, self._settings)) as answer:
+                if answer.status_code >= 400:
+                    answer.read()
+                    raise _problem(answer, self._socket)
+                for chunk in answer.iter_raw():
+                    yield from lines.take(chunk)
+        except httpx.TransportError as error:
+            raise _unanswered(self._socket, error) from error
+        raise Unreachable(f"the manager at {self._socket} ended the event stream; it is stopping")
+
     def close(self) -> None:
         self._http.close()
 
@@ -345,8 +369,55 @@ class AsyncAdminClient:
             raise _unanswered(self._socket, error) from error
         return _result(call, answer, self._socket)
 
+    async def follow(self, cursor: str | None = None, kinds: Sequence[StreamKind] = ()) -> AsyncIterator[StreamFrame]:
+        """As `AdminClient.follow`."""
+        _knock(self._socket)
+        lines = _Lines()
+        try:
+            async with self._http.stream(**_following(cursor, kinds, self._settings)) as answer:
+                if answer.status_code >= 400:
+                    await answer.aread()
+                    raise _problem(answer, self._socket)
+                async for chunk in answer.aiter_raw():
+                    for frame in lines.take(chunk):
+                        yield frame
+        except httpx.TransportError as error:
+            raise _unanswered(self._socket, error) from error
+        raise Unreachable(f"the manager at {self._socket} ended the event stream; it is stopping")
+
     async def close(self) -> None:
         await self._http.aclose()
+
+
+class _Lines:
+    """Server-sent events out of bytes as they come. Raises LinkError for what is no frame, or is longer than any."""
+
+    def __init__(self) -> None:
+        self._rest = bytearray()
+
+    def take(self, chunk: bytes) -> Iterator[StreamFrame]:
+        seen = max(0, len(self._rest) - 1)
+        self._rest += chunk
+        while (end := self._rest.find(b"\n\n", seen)) >= 0:
+            event = bytes(self._rest[:end])
+            del self._rest[: end + 2]
+            seen = 0
+            for line in event.split(b"\n"):
+                if line.startswith(b"data: "):
+                    frame: StreamFrame = _decode(line[6:], StreamFrame)
+                    yield frame
+        if len(self._rest) > _EVENT_BYTES:
+            raise LinkError(f"an event of the manager's stream is longer than {_EVENT_BYTES} bytes")
+
+
+def _following(cursor: str | None, kinds: Sequence[StreamKind], settings: ClientSettings) -> dict[str, Any]:
+    return {
+        "method": "GET",
+        "url": "stream",
+        "params": {"kinds": ",".join(kinds)} if kinds else {},
+        "headers": {"last-event-id": cursor} if cursor else {},
+        "timeout": httpx.Timeout(settings.silence_s, connect=settings.connect_s),
+    }
 
 
 def _arguments(call: Call[Any], settings: ClientSettings) -> dict[str, Any]:

@@ -34,6 +34,7 @@ __all__ = [
     "NodeSettings",
     "ServeSettings",
     "Settings",
+    "StreamSettings",
     "parse_bytes",
 ]
 
@@ -59,12 +60,30 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     without_keys: bool = False
 
 
+class StreamSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The admin API's event stream. ``every_s``: how often it looks for changes, while somebody reads.
+
+    ``readers`` at once; ``part`` things go into one frame. ``keep``: so many events, and so many log lines, are told of.
+    ``gone``: so many removed things are remembered for those that resume. ``idle_s``: a sign of life when nothing changes.
+    ``linger_s``: a picture that nobody reads is kept for so long, to be resumed.
+    """
+
+    every_s: Annotated[float, Meta(gt=0, le=60)] = 0.25
+    readers: Annotated[int, Meta(ge=1, le=1000)] = 32
+    part: Annotated[int, Meta(ge=1, le=100_000)] = 500
+    keep: Annotated[int, Meta(ge=1, le=100_000)] = 1000
+    gone: Annotated[int, Meta(ge=1, le=1_000_000)] = 10_000
+    idle_s: Annotated[float, Meta(gt=0, le=60)] = 3.0
+    linger_s: _Seconds = 30.0
+
+
 class AdminSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The admin API: how long a GET that waits is held at most, how often it looks, and the largest body."""
 
     wait_limit_s: _Seconds = 60.0
     wait_look_s: Annotated[float, Meta(gt=0, le=10)] = 0.05
     body_bytes: _Bytes = 1 << 20
+    stream: StreamSettings = StreamSettings()
 
 
 class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,12 +100,14 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClientSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The commands' own patience: to connect, for an answer, for the next event of a streamed reply, and under ``--wait``."""
+    """The commands' own patience: to connect, for an answer, for the next event of a streamed reply, under ``--wait``, and for
+    the next sign of life of the admin API's event stream."""
 
     connect_s: _Seconds = 2.0
     answer_s: _Seconds = 60.0
     stream_s: _Seconds = 300.0
     wait_s: _Seconds = 900.0
+    silence_s: _Seconds = 15.0
 
 
 class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):

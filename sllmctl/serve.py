@@ -34,6 +34,7 @@ from sllmctl.control.watched import WatchedDatabase
 from sllmctl.gateway.admin import admin_app
 from sllmctl.gateway.app import api_app
 from sllmctl.gateway.explanations import Explanations
+from sllmctl.gateway.feed import Feed
 from sllmctl.gateway.metrics import Metrics
 from sllmctl.gateway.router import Router
 from sllmctl.gateway.server import server_config
@@ -162,7 +163,8 @@ class Manager:
             journals=self._router.journals,
         )
         metrics = Metrics()
-        rows = WatchedDatabase(database, metrics.estimated)
+        self._feed = Feed(view=view, live=self._router, database=database, status=self.status, settings=settings.admin.stream)
+        rows = WatchedDatabase(database, metrics.estimated, self._feed.committed)
         self._runner = Runner(loop, LiveEffects(rows, self._links, self._router, self._assets, log))
         metrics.add(lambda: cluster_gauges(view, self._router))
         api = api_app(
@@ -188,6 +190,7 @@ class Manager:
                 estimates=estimates,
                 database=database,
             ),
+            feed=self._feed,
         )
         self._api_server = _Server(server_config(api, settings.gateway, metrics))
         self._admin_server = _Server(server_config(admin, settings.gateway, lifespan=False))
@@ -218,7 +221,7 @@ class Manager:
             asyncio.create_task(self._meet_local_node(), name="local node"),
         ]
         asked = asyncio.create_task(stop.wait(), name="stop")
-        with _signals(running, lambda: self._asked_to_stop(stop)):
+        with _signals(running, lambda: self._asked_to_stop(stop)), _heard(self._feed):
             try:
                 await self._watch(parts, asked)
             finally:
@@ -268,6 +271,7 @@ class Manager:
         await self._runner.stop()
         await self._assets.close()
         await self._links.close()
+        await self._feed.close_feed()
         self._admin_server.should_exit = self._admin_server.force_exit = True
         await asyncio.gather(*parts, return_exceptions=True)
 
@@ -281,6 +285,16 @@ def _signals(running: asyncio.AbstractEventLoop, ask: Callable[[], None]) -> Ite
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             running.remove_signal_handler(number)
+
+
+@contextlib.contextmanager
+def _heard(feed: Feed) -> Iterator[None]:
+    """Whoever follows the event stream is told what the manager logs."""
+    logging.getLogger().addHandler(feed)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(feed)
 
 
 @contextlib.contextmanager

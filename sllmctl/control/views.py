@@ -68,7 +68,15 @@ def node_view(view: ClusterView, live: LiveNumbers, node: Node) -> NodeView:
         instances=len(view.instances_on(node.id)),
         inventory=_means(view, node.id, node.inventory),
         loads=tuple(LoadView(id=id_, progress=progress) for id_, progress in live.loads(node.id)),
+        device_used_bytes=_devices_used(view, node),
     )
+
+
+def _devices_used(view: ClusterView, node: Node) -> tuple[int, ...]:
+    if node.inventory is None:
+        return ()
+    places = [(node.id, device.index) for device in node.inventory.devices]
+    return tuple(view.committed_bytes.get(at, 0) + sum(view.idle_weights.get(at, {}).values()) for at in places)
 
 
 def _means(view: ClusterView, node: str, stated: Inventory | None) -> Inventory | None:

@@ -54,6 +54,8 @@ from sllmctl.gateway.answers import (
 )
 from sllmctl.gateway.errors import BodyTooLarge, UnsupportedMediaType
 from sllmctl.gateway.explanations import Explanations
+from sllmctl.gateway.feed import Feed
+from sllmctl.gateway.stream import Stream
 
 __all__ = ["DatabasePort", "RequestsPort", "RunnerPort", "admin_app"]
 
@@ -95,6 +97,7 @@ def admin_app(
     status: Callable[[], StatusView],
     settings: AdminSettings | None = None,
     explanations: Explanations | None = None,
+    feed: Feed | None = None,
 ) -> ASGIApp:
     """The application; it holds no state of its own."""
     admin = _Admin(runner, view, database, router, status, settings or AdminSettings())
@@ -128,6 +131,7 @@ def admin_app(
         ("POST", "requests/{id}/cancel"): admin.cancel_request,
         ("GET", "events"): admin.list_events,
         **({} if explanations is None else explanations.routes()),
+        **({} if feed is None else Stream(feed).routes()),
     }
     app = Starlette(
         routes=[Route(_PREFIX + path, endpoint, methods=[method]) for (method, path), endpoint in routes.items()],

@@ -60,6 +60,14 @@ class ProgressBoard:
             return None
         return _view(stage)
 
+    def moving(self, now: float) -> list[tuple[str, str]]:
+        """(operation or instance, node) of all that moves bytes now; by `on`'s rule."""
+        return [
+            (op, stage.node)
+            for op, stage in self._stages.items()
+            if now - stage.at <= _SILENT_S and stage.done_bytes < stage.total_bytes
+        ]
+
     def on(self, node: str, now: float) -> list[tuple[str, ProgressView]]:
         """What has moved bytes on a node lately and has not all of them yet; that which spoke last comes last."""
         return [

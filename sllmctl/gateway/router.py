@@ -282,6 +282,10 @@ class Router:
         """What moves bytes on a node now, by operation or instance."""
         return self._progress.on(node, self._core.clock())
 
+    def moving(self) -> list[tuple[str, str]]:
+        """(operation or instance, node) of all that moves bytes now."""
+        return self._progress.moving(self._core.clock())
+
     # --- taking requests in
 
     def _check(self, queue: ModelQueue, prompt: tuple[int, ...], params: SamplingParams) -> None:

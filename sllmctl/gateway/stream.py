@@ -1,0 +1,66 @@
+"""``GET stream``: the event stream as server-sent events, resumed by Last-Event-ID.
+
+A reader that is slow holds nothing up and makes nothing grow: its next frame is made when it has read the last one, of all that
+changed meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from schema.admin import StreamFrame, StreamKind
+from schema.errors import InvalidInput
+from sllmctl.gateway.answers import read_query
+from sllmctl.gateway.feed import Feed
+from sllmctl.gateway.picture import KINDS
+
+__all__ = ["Stream"]
+
+_ALIVE = b": alive\n\n"
+_encode = msgspec.json.Encoder().encode
+
+
+class Stream:
+    """The route; what it tells is the feed's."""
+
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
+
+    def routes(self) -> dict[tuple[str, str], Callable[[Request], Awaitable[Response]]]:
+        return {("GET", "stream"): self.get_stream}
+
+    async def get_stream(self, request: Request) -> Response:
+        """``?kinds=models,instances`` leaves the others out; a cursor that has expired gets a fresh picture."""
+        kinds = _kinds(read_query(request, "kinds").get("kinds"))
+        frames = self._feed.read(request.headers.get("last-event-id"), kinds)
+        first = await anext(frames)  # so that a refusal is an answer of its own
+        return StreamingResponse(_events(first, frames), media_type="text/event-stream", headers={"cache-control": "no-store"})
+
+
+async def _events(first: StreamFrame | None, frames: AsyncIterator[StreamFrame | None]) -> AsyncIterator[bytes]:
+    async with aclosing(frames):  # type: ignore[type-var]
+        yield _event(first)
+        async for frame in frames:
+            yield _event(frame)
+
+
+def _event(frame: StreamFrame | None) -> bytes:
+    if frame is None:
+        return _ALIVE
+    head = b"id: %b\n" % frame.cursor.encode() if frame.cursor else b""
+    return b"%bdata: %b\n\n" % (head, _encode(frame))
+
+
+def _kinds(text: str | None) -> frozenset[StreamKind]:
+    if text is None:
+        return frozenset(KINDS)
+    wanted = text.split(",")
+    for kind in wanted:
+        if kind not in KINDS:
+            raise InvalidInput(f"kinds: {kind!r} is none of {', '.join(KINDS)}", "kinds")
+    return frozenset(kind for kind in KINDS if kind in wanted)
