@@ -401,13 +401,15 @@ class TokenRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
 
 
 class EngineTiming(_Part, frozen=True, kw_only=True, omit_defaults=False):
-    """What an attempt spent inside the engine, in seconds; ``first_token_s`` is from arrival to its first new token."""
+    """What an attempt spent inside the engine, in seconds; ``first_token_s`` is from arrival to its first new token.
+    ``cached_tokens`` at its beginning needed no computing: their keys and values were found in the prefix cache."""
 
     queued_s: float = 0.0
     prefill_s: float = 0.0
     first_token_s: float = 0.0
     total_s: float = 0.0
     steps: int = 0
+    cached_tokens: int = 0
 
 
 class Ended(_Part, frozen=True, kw_only=True):

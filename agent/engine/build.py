@@ -32,6 +32,7 @@ def build_engine(
     options: EngineOptions,
     device: str = "cpu",
     prefill_tokens: int = PREFILL_TOKENS,
+    share_prefixes: bool = True,
 ) -> BatchEngine:
     """A warm engine over ``tensors``, which are the checkpoint's stored ones by name; on ``device`` they are not copied.
 
@@ -39,13 +40,18 @@ def build_engine(
     """
     model = build_skeleton(manifest)
     attach(model, manifest, tensors, device)
-    engine = assemble(model, manifest, options, device, prefill_tokens)
+    engine = assemble(model, manifest, options, device, prefill_tokens, share_prefixes)
     engine.warm()
     return engine
 
 
 def assemble(
-    model: nn.Module, manifest: Manifest, options: EngineOptions, device: str = "cpu", prefill_tokens: int = PREFILL_TOKENS
+    model: nn.Module,
+    manifest: Manifest,
+    options: EngineOptions,
+    device: str = "cpu",
+    prefill_tokens: int = PREFILL_TOKENS,
+    share_prefixes: bool = True,
 ) -> BatchEngine:
     """KV memory and scheduling around a model that has its weights. Raises OutOfSpace when ``kv_bytes`` hold no block."""
     geometry = manifest.kv
@@ -57,8 +63,8 @@ def assemble(
     if options.max_context_tokens:
         context = min(context, options.max_context_tokens)
     reach = min(context, count * BLOCK_TOKENS)
-    blocks = BlockManager(count, options.max_concurrency, BlockManager.needed(reach))
     pool = KvPool(geometry.layers, count, geometry.kv_heads, geometry.head_dim, torch_dtype(geometry.dtype), device)
+    blocks = BlockManager(count, options.max_concurrency, BlockManager.needed(reach), pool.erase, share_prefixes)
     runner = NativeRunner if is_native(model) else TransformersRunner
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     return BatchEngine(
@@ -69,4 +75,5 @@ def assemble(
         vocabulary=embeddings.num_embeddings,
         context_tokens=context,
         prefill_tokens=prefill_tokens,
+        model=manifest.digest,
     )

@@ -11,6 +11,7 @@ from agent.engine.api import EngineCapacity, StepOutput
 from agent.engine.attention import KvPool
 from agent.engine.blocks import BLOCK_TOKENS, BlockManager
 from agent.engine.logprobs import LogprobTable
+from agent.engine.prefix import prefix_salt
 from agent.engine.runner import Runner
 from agent.engine.sampler import BROKEN, sample
 from agent.engine.scheduler import Plan, Scheduler
@@ -24,7 +25,10 @@ __all__ = ["BatchEngine"]
 
 
 class BatchEngine:
-    """Token ids in, token ids out. ``vocabulary`` bounds token ids, ``capacity`` what runs at once."""
+    """Token ids in, token ids out. ``vocabulary`` bounds token ids, ``capacity`` what runs at once.
+
+    ``model`` is the checkpoint's digest, which salts the names of cached prefixes.
+    """
 
     def __init__(
         self,
@@ -35,11 +39,13 @@ class BatchEngine:
         vocabulary: int,
         context_tokens: int,
         prefill_tokens: int,
+        model: str,
     ) -> None:
         self._runner = runner
         self._pool = pool
         self._blocks = blocks
         self._capacity = capacity
+        self._model = model
         self._vocabulary = vocabulary
         self._context_tokens = context_tokens
         self._scheduler = Scheduler(blocks, prefill_tokens)
@@ -73,14 +79,12 @@ class BatchEngine:
             attempt=Epoch(0), instance="", instance_epoch=Epoch(0), request="", model="", prompt=(0, 0), params=params
         )
         sequence = Sequence(submit)
-        self._blocks.admit(sequence)
-        self._blocks.extend(sequence, 2)
+        self._blocks.admit(sequence, reserve=0)
         try:
             logits, sequences = self._runner.forward(Plan(prefills=[(sequence, 2)]))
             sample(logits, sequences)
         finally:
-            self._pool.erase(sequence.blocks)
-            self._blocks.release(sequence)
+            self._blocks.release(sequence, spoiled=True)
         attended, layers = self._runner.attended_layers, len(self._pool.layers)
         if attended != list(range(layers)):
             raise InvalidCheckpoint(f"{len(attended)} layers attended through the engine, the KV geometry has {layers}")
@@ -88,7 +92,7 @@ class BatchEngine:
     def submit(self, submit: Submit) -> None:
         if submit.attempt in self._known:
             return
-        sequence = Sequence(submit)
+        sequence = Sequence(submit, prefix_salt(self._model, submit.tenant))
         try:
             self._check(submit)
         except SllmError as error:
@@ -133,26 +137,27 @@ class BatchEngine:
     def _take(self, sequences: Items[Sequence], tokens: list[int], records: Mapping[int, bytes], output: StepOutput) -> None:
         for index, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
             if token == BROKEN:
-                self._pool.erase(sequence.blocks)
                 fault = Fault(
                     "internal", "the model's output is not a number here; its weights or its numeric type do not bear it"
                 )
-                self._end(sequence, EndReason.ERROR, fault, output.ends)
+                self._end(sequence, EndReason.ERROR, fault, output.ends, spoiled=True)
                 continue
+            self._blocks.publish(sequence)
             output.runs.append(TokenRun(sequence.attempt, sequence.position, (token,), records.get(index, b"")))
             if (reason := sequence.append(token)) is not None:
                 self._end(sequence, reason, None, output.ends)
 
     def _fail(self, plan: Plan, error: Exception, output: StepOutput) -> None:
-        """End all of a step's sequences: what their blocks hold now is not known, so it is erased."""
+        """End all of a step's sequences; what they wrote is not known to be sound."""
         fault = Fault.of(error)
         for sequence in [*plan.decodes, *(sequence for sequence, _ in plan.prefills)]:
-            self._pool.erase(sequence.blocks)
-            self._end(sequence, EndReason.ERROR, fault, output.ends)
+            self._end(sequence, EndReason.ERROR, fault, output.ends, spoiled=True)
 
-    def _end(self, sequence: Sequence, reason: EndReason, fault: Fault | None, ends: list[Ended]) -> None:
+    def _end(
+        self, sequence: Sequence, reason: EndReason, fault: Fault | None, ends: list[Ended], spoiled: bool = False
+    ) -> None:
         del self._known[sequence.attempt]
-        self._scheduler.remove(sequence)
+        self._scheduler.remove(sequence, spoiled)
         ends.append(sequence.ended(reason, fault))
 
     def _check(self, submit: Submit) -> None:

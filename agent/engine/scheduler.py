@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
+from typing import Final
 
 from agent.engine.blocks import BlockManager
+from agent.engine.fairness import FairQueue
 from agent.engine.sequence import Sequence
 
 __all__ = ["Plan", "Scheduler"]
+
+_LOOKED_AT: Final = 64
+"""How far down the line a step looks for someone to admit."""
 
 
 @dataclass(slots=True)
@@ -28,68 +32,87 @@ class Plan:
 
 
 class Scheduler:
-    """First come, first served. Out of blocks, the newest sequence gives its own back and waits again, first in line.
+    """Admits in turns (`FairQueue`). Out of blocks, the newest sequence gives its own back and waits again, first in line.
 
-    ``prefill_tokens`` bounds the prompt tokens of one step, so that a long prompt does not stall those that decode.
+    A step computes about ``prefill_tokens``: one for each sequence that decodes, and prompts in chunks of what is left, which
+    is a quarter at least. So neither does a long prompt stall those that decode, nor do these stall the prompts.
     """
 
     def __init__(self, blocks: BlockManager, prefill_tokens: int) -> None:
         self._blocks = blocks
-        self._prefill_tokens = prefill_tokens
-        self.waiting: deque[Sequence] = deque()
+        self._budget = prefill_tokens
+        self.waiting = FairQueue()
         self.running: list[Sequence] = []
         """In the order of admission: the last one is the newest."""
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        self.waiting.join(sequence)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence and free what it holds; it must be waiting or running."""
+    def remove(self, sequence: Sequence, spoiled: bool = False) -> None:
+        """Forget a sequence, waiting or running, and free what it holds, ``spoiled`` when what it wrote last is not sound."""
         if sequence.row < 0:
-            self.waiting.remove(sequence)
+            self.waiting.take(sequence)
         else:
             self.running.remove(sequence)
-            self._blocks.release(sequence)
+            self._blocks.release(sequence, spoiled)
+        self.waiting.leave(sequence)
 
     def plan(self) -> Plan:
         """The next step's work; room for every token of it is taken."""
         plan = Plan()
         self._grow(plan)
-        self._admit()
-        budget = self._prefill_tokens
+        if self.waiting and self._blocks.free_rows:
+            self._admit()
+        prefilling: list[Sequence] = []
         for sequence in self.running:
-            left = len(sequence.tokens) - sequence.cached
-            if left == 1:
+            if len(sequence.tokens) - sequence.cached == 1:
                 plan.decodes.append(sequence)
-            elif budget > 0:
-                size = min(left, budget)
-                plan.prefills.append((sequence, size))
-                budget -= size
+                sequence.account.served += 1
+            else:
+                prefilling.append(sequence)
+        if prefilling:
+            self._share_out(prefilling, max(self._budget - len(plan.decodes), self._budget // 4, 1), plan)
         return plan
 
     def _grow(self, plan: Plan) -> None:
         """Make room for each running sequence's next token, the oldest first."""
-        index = 0
-        while index < len(self.running):
-            sequence = self.running[index]
-            if self._blocks.extend(sequence, len(sequence.tokens)):
-                index += 1
-                continue
-            newest = self.running.pop()
-            self._blocks.release(newest)
-            if newest is sequence and index == 0:
-                plan.full.append(newest)
-            else:
-                self.waiting.appendleft(newest)
+        extend = self._blocks.extend
+        for sequence in self.running.copy():
+            while sequence.row >= 0 and not extend(sequence, len(sequence.tokens)):
+                newest = self.running.pop()
+                self._blocks.release(newest)
+                if self.running:
+                    self.waiting.back(newest)
+                else:
+                    plan.full.append(newest)
+                    self.waiting.leave(newest)
 
     def _admit(self) -> None:
-        """Let the first in line run while rows and blocks last, a block kept back for each that runs and may soon need it."""
-        while self.waiting and self._blocks.free_rows:
-            sequence = self.waiting[0]
-            if self._blocks.needed(len(sequence.tokens)) + len(self.running) > self._blocks.free:
+        """Let those run whose turn it is while rows and blocks last, a block kept back for each that runs and may soon need it.
+
+        Whoever only waits for a prefix that another computes just now is passed over until it can be shared.
+        """
+        for looked, sequence in enumerate(self.waiting.turns()):
+            if not self._blocks.free_rows or looked == _LOOKED_AT:
                 return
-            self._blocks.admit(sequence)
-            self._blocks.extend(sequence, len(sequence.tokens))
-            self.waiting.popleft()
+            if self._blocks.awaits(sequence):
+                continue
+            if not self._blocks.admit(sequence, reserve=len(self.running)):
+                return
+            self.waiting.take(sequence)
             self.running.append(sequence)
             sequence.admitted()
+
+    def _share_out(self, prefilling: list[Sequence], budget: int, plan: Plan) -> None:
+        """Half of the budget is the oldest's, so that every prompt gets done; the rest goes to those whose tenant was served
+        least, the shortest first, so that none waits for a long one."""
+        oldest, *others = prefilling
+        left = {sequence: len(sequence.tokens) - sequence.cached for sequence in prefilling}
+        share = max(-(-budget // 2), budget - sum([left[other] for other in others]))
+        others.sort(key=lambda other: (other.account.served, left[other]))
+        for sequence, most in ((oldest, share), *((other, budget) for other in others)):
+            size = min(left[sequence], most, budget)
+            if size <= 0:
+                break
+            plan.prefills.append((sequence, size))
+            budget -= size

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 
 from agent.engine.counts import TokenCounts
+from agent.engine.fairness import Account
+from agent.engine.prefix import PrefixChain
 from schema.errors import Fault
 from schema.ids import Epoch
 from schema.link import Ended, EngineTiming, SamplingParams, Submit
@@ -16,15 +18,16 @@ __all__ = ["Sequence"]
 class Sequence:
     """An attempt's state is its tokens; the KV cache of the first ``cached`` of them is only a memo that may be dropped.
 
-    ``row`` is its line in the block tables while it runs, -1 while it waits. ``plain``: its logits are drawn from as they are.
+    ``row`` is its line in the block tables while it runs, -1 while it waits. ``sound`` of the cached tokens were read since
+    they were written, and gave numbers. ``plain``: its logits are drawn from as they are. ``salt`` is that of its prefixes.
     """
 
     __slots__ = (
-        "_admitted_s", "_arrived_s", "_counts", "_first_s", "attempt", "blocks", "cached", "choice", "params", "plain",
-        "position", "row", "steps", "stop_ids", "tokens",
+        "_admitted_s", "_arrived_s", "_counts", "_first_s", "account", "arrival", "attempt", "awaited", "blocks", "cached",
+        "choice", "found", "params", "plain", "position", "prefixes", "row", "sound", "steps", "stop_ids", "tokens",
     )  # fmt: skip
 
-    def __init__(self, submit: Submit) -> None:
+    def __init__(self, submit: Submit, salt: bytes = b"") -> None:
         self.attempt: Epoch = submit.attempt
         self.params: SamplingParams = submit.params
         self.choice = submit.choice
@@ -34,7 +37,13 @@ class Sequence:
         early = submit.params.min_tokens > 0 and bool(self.stop_ids)
         self.plain = not (submit.params.logit_bias or submit.params.penalised or early)
         self._counts: TokenCounts | None = None
+        self.prefixes = PrefixChain(salt)
+        self.awaited = b""
+        self.account = Account(submit.tenant)
+        self.arrival = 0
         self.cached = 0
+        self.sound = 0
+        self.found = 0
         self.blocks: list[int] = []
         self.row = -1
         self.steps = 0
@@ -52,8 +61,12 @@ class Sequence:
         return self._counts
 
     def admitted(self) -> None:
-        """Say that it runs now; only the first time counts as the end of its queueing."""
-        self._admitted_s = self._admitted_s or time.monotonic()
+        """Say that it runs now, over what was found cached; only the first time counts as the end of its queueing, and is
+        charged to its tenant."""
+        if not self._admitted_s:
+            self._admitted_s = time.monotonic()
+            self.found = self.cached
+            self.account.served += len(self.tokens) - self.cached
 
     def append(self, token: int) -> EndReason | None:
         """Take in a new token; returns how it ends the sequence, if it does."""
@@ -80,5 +93,6 @@ class Sequence:
             first_token_s=self._first_s - self._arrived_s if self._first_s else 0.0,
             total_s=now - self._arrived_s,
             steps=self.steps,
+            cached_tokens=self.found,
         )
         return Ended(attempt=self.attempt, position=self.position, reason=reason, fault=fault, timing=timing)

@@ -113,13 +113,16 @@ def kv_options(manifest: Manifest, tokens: int, concurrency: int = 16) -> Engine
     return EngineOptions(kv_bytes=manifest.kv.token_bytes * (tokens + 16), max_concurrency=concurrency)
 
 
-def submit_of(attempt: int, prompt: Any, max_tokens: int = 16, generated: Any = (), choice: int = 0, **params: Any) -> Submit:
+def submit_of(
+    attempt: int, prompt: Any, max_tokens: int = 16, generated: Any = (), choice: int = 0, tenant: str = "", **params: Any
+) -> Submit:
     return Submit(
         attempt=Epoch(attempt),
         instance="i",
         instance_epoch=Epoch(1),
         request=f"r{attempt}",
         model="m",
+        tenant=tenant,
         choice=choice,
         prompt=tuple(prompt),
         generated=tuple(generated),

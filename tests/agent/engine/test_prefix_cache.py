@@ -1,0 +1,100 @@
+"""The prefix cache inside the engine: the same tokens with it and without, and who shares what with whom."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from agent.engine.build import build_engine
+from agent.engine.engine import BatchEngine
+from schema.ids import Epoch
+from schema.states import EndReason
+from tests.agent.engine.models import VOCAB, kv_options, make_model, manifest_of, submit_of, tensors_of
+from tests.agent.engine.test_engine import Outcome, drive
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return make_model("llama")
+
+
+def engine_of(model: Any, tokens: int = 2048, share: bool = True, prefill_tokens: int = 48) -> BatchEngine:
+    manifest = manifest_of(model)
+    options = kv_options(manifest, tokens)
+    return build_engine(manifest, tensors_of(model), options, prefill_tokens=prefill_tokens, share_prefixes=share)
+
+
+def prompts() -> list[list[int]]:
+    """A common beginning of 70 tokens with endings of several lengths, of which one is as long as whole blocks."""
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(0, VOCAB, (200,), generator=generator).tolist()
+    return [tokens[:70] + tokens[100 + 3 * at : 100 + 5 * at] for at in range(4)] + [tokens[:96]]
+
+
+def found(outcome: Outcome, attempt: int) -> int:
+    timing = outcome.ends[attempt].timing
+    assert timing is not None
+    return timing.cached_tokens
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral-window"])
+def test_tokens_are_the_same_from_cached_prefixes(name: str) -> None:
+    model = make_model(name)
+    submits = [submit_of(at + 1, prompt, 20, temperature=at % 2 * 0.8, seed=at) for at, prompt in enumerate(prompts())]
+    expected = drive(engine_of(model, share=False), submits)
+    engine = engine_of(model)
+    for submit in submits:
+        assert drive(engine, [submit]).tokens[submit.attempt] == expected.tokens[submit.attempt]
+    again = [submit_of(at + 11, submit.prompt, 20, temperature=at % 2 * 0.8, seed=at) for at, submit in enumerate(submits)]
+    together = drive(engine, again)
+    for submit in submits:
+        attempt = submit.attempt
+        assert together.tokens[attempt + 10] == expected.tokens[attempt]
+        assert found(expected, attempt) == 0
+        assert found(together, attempt + 10) == (len(submit.prompt) - 1) // 16 * 16
+
+
+def test_choices_share_their_prompt_and_differ_after_it(llama: Any) -> None:
+    submits = [submit_of(n + 1, prompts()[3], 12, choice=n, temperature=1.0, seed=3) for n in range(4)]
+    engine = engine_of(llama)
+    outcome = drive(engine, submits)
+    assert [found(outcome, n + 1) for n in range(4)] == [0, 64, 64, 64]
+    assert len({tuple(tokens) for tokens in outcome.tokens.values()}) == 4
+    for submit in submits:
+        assert drive(engine_of(llama, share=False), [submit]).tokens[submit.attempt] == outcome.tokens[submit.attempt]
+
+
+def test_tenants_find_nothing_of_each_other(llama: Any) -> None:
+    engine = engine_of(llama)
+    outcomes = [
+        drive(engine, [submit_of(at, prompts()[0], 4, tenant=tenant)]) for at, tenant in enumerate(("", "a", "b", "a"), 1)
+    ]
+    assert [found(outcome, at) for at, outcome in enumerate(outcomes, 1)] == [0, 0, 0, 64]
+    assert len({tuple(*outcome.tokens.values()) for outcome in outcomes}) == 1
+
+
+def test_a_reply_is_a_prefix_too_so_a_conversation_goes_on_from_it(llama: Any) -> None:
+    engine = engine_of(llama)
+    first = drive(engine, [submit_of(1, prompts()[0], 30)])
+    more = [*prompts()[0], *first.tokens[1], 5, 6]
+    second = drive(engine, [submit_of(2, more, 8)])
+    assert found(second, 2) == 96  # of 70 + 30, of which the last was never computed
+    assert second.tokens[2] == drive(engine_of(llama, share=False), [submit_of(2, more, 8)]).tokens[2]
+
+
+def test_what_was_cancelled_before_it_was_seen_to_be_sound_leaves_no_trace() -> None:
+    model = make_model("llama")
+    tensors = tensors_of(model)
+    tensors["model.embed_tokens.weight"][50] = torch.nan
+    manifest = manifest_of(model)
+    engine = build_engine(manifest, tensors, kv_options(manifest, 128), prefill_tokens=24)
+    clean = [submit_of(at + 1, [token for token in prompt if token != 50], 9) for at, prompt in enumerate(prompts()[:2])]
+    alone = drive(engine_of(model, 128), clean)
+    for attempt in range(20, 24):
+        engine.submit(submit_of(attempt, [50] * 100, 9))
+        engine.step()
+        engine.cancel(Epoch(attempt))
+        assert [end.reason for end in engine.step().ends] == [EndReason.CANCELLED]
+    assert drive(engine, clean).tokens == alone.tokens
