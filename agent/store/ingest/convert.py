@@ -33,6 +33,7 @@ from schema.checkpoint import (
     decode_manifest,
     encode_manifest,
 )
+from schema.errors import InvalidCheckpoint
 
 __all__ = ["LAYOUT", "convert"]
 
@@ -62,6 +63,8 @@ def convert(
         Sources(directory) as sources,
         temporary_directory(temporary, "ingest") as staging,
     ):
+        if in_place and sources.pickled:
+            raise InvalidCheckpoint(f"{source} has no safetensors; files of torch.save cannot be loaded in place, only copied")
         facts = read_facts(config, sources.tensors)
         tied = check_runnable(facts, sources.tensors)
         ties = find_ties(sources.tensors, tied, lambda one, other: same_bytes(sources, one, other))

@@ -1,4 +1,4 @@
-"""Reads the headers of safetensors files and the index over them, believing nothing.
+"""Finds the tensors of a model's weight files, believing nothing: safetensors, or what torch.save wrote where there are none.
 
 The format: https://github.com/huggingface/safetensors#format. As there, the tensors must cover the data without holes.
 """
@@ -6,13 +6,17 @@ The format: https://github.com/huggingface/safetensors#format. As there, the ten
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import struct
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
+
 from agent.store.ingest.files import SourceDirectory
-from schema.checkpoint import DTYPE_BITS, tensor_bytes
+from agent.store.ingest.torchfile import find_tensors
+from schema.checkpoint import DTYPE_BITS, DTYPE_BYTES, tensor_bytes
 from schema.errors import InvalidCheckpoint
 
 __all__ = ["SourceTensor", "Sources", "parse_json"]
@@ -23,11 +27,16 @@ _MAX_NAME: Final = 1024
 _MAX_COUNT: Final = 1 << 50
 _INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"
+_PICKLED_INDEX: Final = "pytorch_model.bin.index.json"
+_PICKLED_SINGLE: Final = "pytorch_model.bin"
 
 
 @dataclass(frozen=True, slots=True)
 class SourceTensor:
-    """A tensor in a source file: ``offset_bytes`` from the file's beginning."""
+    """A tensor in a source file: ``offset_bytes`` from the file's beginning.
+
+    ``strides``, in elements, of a view whose bytes do not follow each other, as a pickled file may have them.
+    """
 
     name: str
     dtype: str
@@ -35,13 +44,18 @@ class SourceTensor:
     file: str
     offset_bytes: int
     size_bytes: int
+    strides: tuple[int, ...] | None = None
 
 
 class Sources:
-    """The weight files of a model directory, held open from the first look to the last byte. A context manager."""
+    """The weight files of a model directory, held open from the first look to the last byte. A context manager.
+
+    ``pickled``: they are files of torch.save, of which only the tensors are read and nothing is run.
+    """
 
     def __init__(self, directory: SourceDirectory) -> None:
         self.tensors: dict[str, SourceTensor] = {}
+        self.pickled = False
         self._directory = directory
         self._descriptors: dict[str, int] = {}
         try:
@@ -68,6 +82,8 @@ class Sources:
 
     def read(self, tensor: SourceTensor, start: int, size: int) -> bytes:
         """``size`` bytes of a tensor from ``start``. Raises InvalidCheckpoint when the file has become shorter."""
+        if tensor.strides is not None:
+            return self._gather(tensor, tensor.strides, start, size)
         at = tensor.offset_bytes + start
         data = os.pread(self._descriptors[tensor.file], size, at)
         while len(data) < size:
@@ -81,6 +97,9 @@ class Sources:
 
     def read_into(self, tensor: SourceTensor, start: int, target: memoryview) -> None:
         """Fill ``target`` with a tensor's bytes from ``start``, on any thread. Raises as `read` does."""
+        if tensor.strides is not None:
+            target[:] = self._gather(tensor, tensor.strides, start, len(target))
+            return
         at = tensor.offset_bytes + start
         while target:
             count = os.preadv(self._descriptors[tensor.file], [target], at)
@@ -89,36 +108,56 @@ class Sources:
             target = target[count:]
             at += count
 
+    def _gather(self, tensor: SourceTensor, strides: tuple[int, ...], start: int, size: int) -> bytes:
+        """Bytes of a view in the order of its elements; both ends lie between elements. The file's pages are the memory."""
+        item = DTYPE_BYTES[tensor.dtype]
+        last = sum((count - 1) * stride for count, stride in zip(tensor.shape, strides, strict=True))
+        end = tensor.offset_bytes + (last + 1) * item
+        descriptor = self._descriptors[tensor.file]
+        if os.fstat(descriptor).st_size < end:  # a mapping of what is not there would end the process
+            raise InvalidCheckpoint(f"{self._directory.path / tensor.file} became shorter while it was read")
+        base = tensor.offset_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+        with mmap.mmap(descriptor, end - base, prot=mmap.PROT_READ, offset=base) as mapped:
+            view: np.ndarray[Any, Any] = np.ndarray(
+                tensor.shape, f"V{item}", mapped, tensor.offset_bytes - base, tuple(stride * item for stride in strides)
+            )
+            data = view.flat[start // item : (start + size) // item].tobytes()
+            del view  # or the mapping could not be closed
+        return data
+
     def _load(self) -> None:
         if self._directory.has(_INDEX):
-            placed = _weight_map(self._directory)
-            for file in sorted(set(placed.values())):
-                self._add(file)
-            for name, file in placed.items():
-                if name not in self.tensors or self.tensors[name].file != file:
-                    raise InvalidCheckpoint(f"{_INDEX} says that {name!r} is in {file}; it is not")
-            if extra := sorted(set(self.tensors) - set(placed)):
-                raise InvalidCheckpoint(f"{self.tensors[extra[0]].file} holds {extra[0]!r}, which {_INDEX} does not list")
+            self._load_sharded(_INDEX)
         elif self._directory.has(_SINGLE):
             self._add(_SINGLE)
         else:
-            self._refuse()
+            self.pickled = True
+            if self._directory.has(_PICKLED_INDEX):
+                self._load_sharded(_PICKLED_INDEX)
+            elif self._directory.has(_PICKLED_SINGLE):
+                self._add(_PICKLED_SINGLE)
+            else:
+                raise InvalidCheckpoint(
+                    f"{self._directory.path} cannot be ingested: no {_SINGLE} and no {_PICKLED_SINGLE} in it"
+                )
         if not self.tensors:
             raise InvalidCheckpoint(f"{self._directory.path} holds no tensors")
 
-    def _refuse(self) -> None:
-        names = self._directory.names()
-        pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
-        reason = (
-            f"{pickled[0]} is a pickle, which can run code; convert it to safetensors" if pickled else f"no {_SINGLE} in it"
-        )
-        raise InvalidCheckpoint(f"{self._directory.path} cannot be ingested: {reason}")
+    def _load_sharded(self, index: str) -> None:
+        placed = _weight_map(self._directory, index)
+        for file in sorted(set(placed.values())):
+            self._add(file)
+        for name, file in placed.items():
+            if name not in self.tensors or self.tensors[name].file != file:
+                raise InvalidCheckpoint(f"{index} says that {name!r} is in {file}; it is not")
+        if extra := sorted(set(self.tensors) - set(placed)):
+            raise InvalidCheckpoint(f"{self.tensors[extra[0]].file} holds {extra[0]!r}, which {index} does not list")
 
     def _add(self, file: str) -> None:
         descriptor, size = self._directory.open(file)
         self._descriptors[file] = descriptor
         os.set_blocking(descriptor, True)
-        for tensor in _read_header(descriptor, file, size):
+        for tensor in (_read_pickled if self.pickled else _read_header)(descriptor, file, size):
             if tensor.name in self.tensors:
                 raise InvalidCheckpoint(f"tensor {tensor.name!r} is in {self.tensors[tensor.name].file} and in {file}")
             self.tensors[tensor.name] = tensor
@@ -146,11 +185,18 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _weight_map(directory: SourceDirectory) -> dict[str, str]:
-    placed = parse_json(directory.read(_INDEX, _MAX_HEADER_BYTES), _INDEX).get("weight_map")
+def _weight_map(directory: SourceDirectory, index: str) -> dict[str, str]:
+    placed = parse_json(directory.read(index, _MAX_HEADER_BYTES), index).get("weight_map")
     if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
-        raise InvalidCheckpoint(f"{_INDEX} has no weight_map of names to files")
+        raise InvalidCheckpoint(f"{index} has no weight_map of names to files")
     return placed
+
+
+def _read_pickled(descriptor: int, file: str, size: int) -> list[SourceTensor]:
+    return [
+        SourceTensor(each.name, each.dtype, each.shape, file, each.offset_bytes, each.size_bytes, each.strides)
+        for each in find_tensors(descriptor, file, size)
+    ]
 
 
 def _read_header(descriptor: int, file: str, size: int) -> list[SourceTensor]:

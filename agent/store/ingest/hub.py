@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Final
@@ -15,8 +15,10 @@ from schema.spec import HubSource
 
 __all__ = ["fetch"]
 
+_SAFETENSORS: Final = ("model*.safetensors", "model.safetensors.index.json")
+_PICKLED: Final = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 _WANTED: Final = (
-    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json",
+    "config.json", "generation_config.json", "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
 )  # fmt: skip
@@ -27,7 +29,8 @@ def fetch(source: HubSource, directory: Path, progress: Callable[[int, int], Non
     """Download a model's revision into ``directory``; ``progress`` hears (done, total) bytes. HF_ENDPOINT names the hub.
 
     Raises NotFound for an unknown model or revision, Unauthorised for a gated one, Unreachable when the hub does not answer,
-    OutOfSpace before the download when the disk has no room, InvalidCheckpoint when the model has no safetensors.
+    OutOfSpace before the download when the disk has no room, InvalidCheckpoint when the model has no weights that are read.
+    Pickled weights are fetched only where there are no others.
     """
     from huggingface_hub import HfApi, errors, snapshot_download
 
@@ -36,15 +39,18 @@ def fetch(source: HubSource, directory: Path, progress: Callable[[int, int], Non
     what = f"{source.repo} at {source.revision}"
     try:
         info = HfApi().model_info(source.repo, revision=source.revision, files_metadata=True)
-        sizes = {each.rfilename: each.size or 0 for each in info.siblings or [] if _wanted(each.rfilename)}
-        if not any(name.endswith(".safetensors") for name in sizes):
-            raise InvalidCheckpoint(f"{what} has no model*.safetensors; pickled weights are not read")
+        there = {each.rfilename: each.size or 0 for each in info.siblings or []}
+        weights = next((kind for kind in (_SAFETENSORS, _PICKLED) if any(_matches(name, kind[:1]) for name in there)), None)
+        if weights is None:
+            raise InvalidCheckpoint(f"{what} has neither model*.safetensors nor pytorch_model*.bin")
+        wanted = (*_WANTED, *weights)
+        sizes = {name: size for name, size in there.items() if _matches(name, wanted)}
         total = sum(sizes.values())
         if (free := shutil.disk_usage(directory).free) < total:
             raise OutOfSpace(f"{what} has {total} bytes; {directory} has {free} free")
         with disk_errors(f"fetching {what}"), _Watch(directory, total, progress):
             snapshot_download(
-                source.repo, revision=info.sha or source.revision, local_dir=directory, allow_patterns=list(_WANTED)
+                source.repo, revision=info.sha or source.revision, local_dir=directory, allow_patterns=list(wanted)
             )
     except errors.GatedRepoError as error:
         raise Unauthorised(f"{what} is gated; accept its terms on the hub and set HF_TOKEN for the agent") from error
@@ -90,8 +96,8 @@ def _directory_bytes(directory: Path) -> int:
     return total
 
 
-def _wanted(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in _WANTED)
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _first_line(error: BaseException) -> str:

@@ -308,7 +308,7 @@ def test_no_such_directory(tmp_path: Path) -> None:
 
 def test_pickled_weights(source: Path, tmp_path: Path) -> None:
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    refused(source, tmp_path, r"pytorch_model\.bin is a pickle")
+    refused(source, tmp_path, r"pytorch_model\.bin: its magic number uses the opcode")
 
 
 @pytest.mark.parametrize(
