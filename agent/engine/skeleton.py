@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,8 @@ from transformers import initialization, modeling_utils
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from agent.engine.architectures import unfit
+from agent.engine.attention_modules import REPLACED, replace_attention
 from agent.engine.dtypes import torch_dtype
 from agent.engine.transformers_runner import IMPLEMENTATION, register
 from schema.checkpoint import Manifest
@@ -23,9 +24,6 @@ __all__ = ["build_skeleton"]
 _homes: tuple[Any, ...] = (initialization, modeling_utils)
 _no_init_weights: Any = next(home.no_init_weights for home in _homes if hasattr(home, "no_init_weights"))
 
-_PLAIN_LAYERS = frozenset({"full_attention", "sliding_attention"})
-_VARYING_ROPE = frozenset({"dynamic", "longrope"})
-
 
 def build_skeleton(manifest: Manifest) -> nn.Module:
     """The model of ``manifest.config`` in eval mode, every tensor on the meta device. Takes tens of milliseconds.
@@ -34,14 +32,17 @@ def build_skeleton(manifest: Manifest) -> nn.Module:
     that a checkpoint brings along is never run.
     """
     config, model_class = _classes(manifest)
-    _refuse_unfit(manifest, config, model_class)
+    reason = unfit(config, model_class)
+    if reason is not None:
+        raise InvalidCheckpoint(f"{manifest.architecture} cannot be run exactly by this engine: {reason}")
     register()
-    config._attn_implementation = IMPLEMENTATION
+    config._attn_implementation = "eager" if config.model_type in REPLACED else IMPLEMENTATION
     try:
         with _default_dtype(torch_dtype(manifest.kv.dtype)), torch.device("meta"), _no_init_weights():
             model: nn.Module = model_class(config)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
         raise InvalidCheckpoint(f"{manifest.architecture} cannot be built from its config: {error}") from error
+    replace_attention(model, manifest.max_context_tokens)
     return model.eval().requires_grad_(False)
 
 
@@ -59,41 +60,6 @@ def _classes(manifest: Manifest) -> tuple[Any, Any]:
     if isinstance(model_class, tuple) or model_class.__name__ != manifest.architecture:
         raise InvalidCheckpoint(f"architecture {manifest.architecture!r} is not the causal language model of {model_type!r}")
     return config, model_class
-
-
-def _refuse_unfit(manifest: Manifest, config: Any, model_class: Any) -> None:
-    reason = _unfit(manifest, config, model_class)
-    if reason is not None:
-        raise InvalidCheckpoint(f"{manifest.architecture} cannot be run exactly by this engine: {reason}")
-
-
-def _unfit(manifest: Manifest, config: Any, model_class: Any) -> str | None:
-    parameters = inspect.signature(model_class.forward).parameters
-    for name in ("position_ids", "logits_to_keep"):
-        if name not in parameters:
-            return f"its forward takes no {name}, which a batch in one row needs"
-    if getattr(config, "alibi", False):
-        return "its ALiBi positions follow from the place in the row"
-    if getattr(config, "is_encoder_decoder", False):
-        return "it has an encoder"
-    if not getattr(model_class, "_supports_attention_backend", False):
-        return "its attention is not taken from transformers' attention interface"
-    if manifest.config.get("quantization_config"):
-        return "its weights are quantised"
-    if odd := set(getattr(config, "layer_types", None) or ()) - _PLAIN_LAYERS:
-        return f"it has layers of kind {', '.join(sorted(odd))}"
-    if getattr(config, "attention_chunk_size", None):
-        return "it attends in chunks"
-    if rope := _rope_types(getattr(config, "rope_parameters", None)) & _VARYING_ROPE:
-        return f"its rotary frequencies ({', '.join(sorted(rope))}) depend on the longest sequence of a batch"
-    return None
-
-
-def _rope_types(parameters: Any) -> set[str]:
-    if not isinstance(parameters, dict):
-        return set()
-    found = {str(parameters[key]) for key in ("rope_type", "type") if key in parameters}
-    return found.union(*(_rope_types(value) for value in parameters.values()))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -35,12 +36,13 @@ _current: ContextVar[_Step] = ContextVar("attention_step")
 
 
 class TransformersRunner(Runner):
-    """``model`` takes input ids and position ids of one row, and ``logits_to_keep``."""
+    """``model`` takes input ids of one row and ``logits_to_keep``, and position ids unless its attention alone knows places."""
 
     def __init__(self, model: nn.Module, attention: Attention, pool: KvPool, blocks: BlockManager, device: str) -> None:
         super().__init__(pool, blocks, device)
         self._model = model
         self._attention = attention
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._layers: list[int] = []
 
     @property
@@ -53,9 +55,9 @@ class TransformersRunner(Runner):
         try:
             output = self._model(
                 input_ids=batch.ids.unsqueeze(0),
-                position_ids=batch.positions.unsqueeze(0),
                 use_cache=False,
                 logits_to_keep=0 if batch.wanted is None else batch.wanted,
+                **({"position_ids": batch.positions.unsqueeze(0)} if self._takes_positions else {}),
             )
         finally:
             _current.reset(token)

@@ -16,10 +16,13 @@ from schema.errors import InvalidCheckpoint
 __all__ = ["ModelFacts", "check_runnable", "read_facts"]
 
 _RUNNABLE: Final = ("F32", "F16", "BF16")
-_CONTEXT_KEYS: Final = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
+_DECODERS: Final = ("ForCausalLM", "LMHeadModel")
+_CONTEXT_KEYS: Final = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "max_seq_len", "n_ctx")
+_DEFAULT_CONTEXT: Final = {"bloom": 2048, "falcon": 2048}
+"""Of architectures whose positions have no limit, and whose configs often name none: what transformers and the papers take."""
 _LAYER_KEYS: Final = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_HEAD_KEYS: Final = ("num_attention_heads", "n_head", "n_heads")
-_HIDDEN_KEYS: Final = ("hidden_size", "n_embd", "d_model")
+_HEAD_KEYS: Final = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+_HIDDEN_KEYS: Final = ("hidden_size", "n_embd", "n_embed", "d_model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,7 @@ def read_facts(config: dict[str, Any], tensors: Mapping[str, SourceTensor]) -> M
         raise InvalidCheckpoint("config.json has a quantization_config; quantised checkpoints cannot be run")
     architectures = config.get("architectures")
     architecture = architectures[0] if isinstance(architectures, list) and architectures else None
-    if not isinstance(architecture, str) or not architecture.endswith("ForCausalLM"):
+    if not isinstance(architecture, str) or not architecture.endswith(_DECODERS):
         raise InvalidCheckpoint(f"architecture {architecture!r} is no decoder (…ForCausalLM) that could be run")
     if not isinstance(config.get("model_type"), str):
         raise InvalidCheckpoint("config.json names no model_type")
@@ -51,12 +54,12 @@ def read_facts(config: dict[str, Any], tensors: Mapping[str, SourceTensor]) -> M
     if layers > len(tensors):
         raise InvalidCheckpoint(f"config.json says {layers} layers; there are {len(tensors)} tensors")
     heads = _number(config, _HEAD_KEYS)
-    kv_heads = _number(config, ("num_key_value_heads", "num_kv_heads"), heads)
+    kv_heads = 1 if _shares_one_head(config) else _number(config, ("num_key_value_heads", "num_kv_heads"), heads)
     head_dim = _number(config, ("head_dim",), max(1, _number(config, _HIDDEN_KEYS) // heads))
     values = {
         "architecture": architecture,
         "vocab_size": _number(config, ("vocab_size",)),
-        "max_context_tokens": _number(config, _CONTEXT_KEYS),
+        "max_context_tokens": _number(config, _CONTEXT_KEYS, _DEFAULT_CONTEXT.get(config["model_type"])),
         "kv": {"layers": layers, "kv_heads": kv_heads, "head_dim": head_dim, "dtype": _main_dtype(tensors.values())},
         "config": config,
     }
@@ -64,6 +67,13 @@ def read_facts(config: dict[str, Any], tensors: Mapping[str, SourceTensor]) -> M
         return msgspec.convert(values, ModelFacts)
     except msgspec.ValidationError as error:
         raise InvalidCheckpoint(f"config.json: {error}") from error
+
+
+def _shares_one_head(config: dict[str, Any]) -> bool:
+    """Multi-query attention, by the flag that Falcon and GPT-BigCode have for it, true where their configs do not say."""
+    if config["model_type"] not in ("falcon", "gpt_bigcode"):
+        return False
+    return bool(config.get("multi_query", True)) and not config.get("new_decoder_architecture", False)
 
 
 def check_runnable(facts: ModelFacts, tensors: Mapping[str, SourceTensor]) -> dict[str, str]:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-from schema.checkpoint import FORMAT_VERSION, KvGeometry, Manifest, TextDefaults
+from agent.store.ingest.headers import SourceTensor
+from agent.store.ingest.model import read_facts
+from schema.checkpoint import FORMAT_VERSION, Manifest, TextDefaults
 from schema.ids import Epoch
 from schema.link import EngineOptions, SamplingParams, Submit
 
@@ -18,7 +20,7 @@ CONTEXT = 256
 _COMMON = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": CONTEXT,
 }
@@ -35,7 +37,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "gpt2",
         "vocab_size": VOCAB,
         "n_embd": 32,
-        "n_layer": 3,
+        "n_layer": 2,
         "n_head": 4,
         "n_positions": CONTEXT,
         "n_inner": None,
@@ -43,6 +45,77 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_neox": {**_COMMON, "model_type": "gpt_neox", "intermediate_size": 64},
     "phi3": {**_LLAMA, "model_type": "phi3", "pad_token_id": 0},
     "gemma": {**_LLAMA, "model_type": "gemma", "head_dim": 16},
+    "gemma2": {**_LLAMA, "model_type": "gemma2", "tie_word_embeddings": False, "head_dim": 16, "sliding_window": 24},
+    "gemma3": {
+        **_LLAMA,
+        "model_type": "gemma3_text",
+        "tie_word_embeddings": False,
+        "head_dim": 16,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "falcon": {**_COMMON, "model_type": "falcon"},
+    "falcon-grouped": {**_COMMON, "model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon-alibi": {
+        **_COMMON,
+        "model_type": "falcon",
+        "alibi": True,
+        "multi_query": False,
+        "parallel_attn": False,
+        "bias": True,
+    },
+    "bloom": {
+        "model_type": "bloom",
+        "tie_word_embeddings": False,
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "seq_length": CONTEXT,
+    },
+    "mpt": {"model_type": "mpt", "vocab_size": VOCAB, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": CONTEXT},
+    "gpt_neo": {
+        "model_type": "gpt_neo",
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "max_position_embeddings": CONTEXT,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 24,
+    },
+    "gpt_bigcode": {
+        "model_type": "gpt_bigcode",
+        "vocab_size": VOCAB,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": CONTEXT,
+    },
+    "gptj": {
+        "model_type": "gptj",
+        "vocab_size": VOCAB,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": CONTEXT,
+        "rotary_dim": 4,
+    },
+    "phi": {**_LLAMA, "model_type": "phi"},
+    "stablelm": {**_LLAMA, "model_type": "stablelm", "qk_layernorm": True},
+    "cohere": {**_LLAMA, "model_type": "cohere", "pad_token_id": 0},
+    "olmo2": {**_LLAMA, "model_type": "olmo2", "pad_token_id": 0},
+    "starcoder2": {**_LLAMA, "model_type": "starcoder2"},
+    "mixtral": {**_LLAMA, "model_type": "mixtral", "num_local_experts": 4},
+    "gpt_oss": {
+        **_LLAMA,
+        "model_type": "gpt_oss",
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "sliding_window": 24,
+        "pad_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
     "qwen3_moe": {
         **_LLAMA,
         "model_type": "qwen3_moe",
@@ -67,22 +140,17 @@ def make_model(name: str, seed: int = 7, dtype: torch.dtype = torch.float32) -> 
 
 
 def manifest_of(model: Any, kv_dtype: str = "F32") -> Manifest:
-    config = model.config
-    heads = config.num_attention_heads
-    kv = KvGeometry(
-        config.num_hidden_layers,
-        getattr(config, "num_key_value_heads", None) or heads,
-        getattr(config, "head_dim", None) or config.hidden_size // heads,
-        kv_dtype,
-    )
-    tied = bool(getattr(config, "tie_word_embeddings", False))
+    config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    stored = {name: SourceTensor(name, kv_dtype, tuple(t.shape), "", 0, t.nbytes) for name, t in model.state_dict().items()}
+    kv = read_facts(config, stored).kv
+    tied = bool(model.config.tie_word_embeddings)
     return Manifest(
         format_version=FORMAT_VERSION,
         digest="0" * 64,
         layout="l1",
         architecture=type(model).__name__,
         parameters=0,
-        vocab_size=config.vocab_size,
+        vocab_size=model.config.vocab_size,
         max_context_tokens=CONTEXT,
         chunk_bytes=1 << 22,
         partitions=(),
@@ -91,7 +159,7 @@ def manifest_of(model: Any, kv_dtype: str = "F32") -> Manifest:
         if tied and hasattr(model, "model") and type(model).__name__[:4] == "Qwen"
         else {},
         kv=kv,
-        config={**config.to_dict(), "architectures": [type(model).__name__]},
+        config=config,
         text=TextDefaults(),
         assets=(),
     )

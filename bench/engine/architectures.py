@@ -1,0 +1,94 @@
+"""Compare architectures with transformers' own `generate`, token for token, on tiny seeded models in float32.
+
+`python -m bench.engine.architectures [MODEL_TYPE ...]`: all that the engine says it runs, or those named, COMPARED or not.
+One line each: equal, how many prompts differ, or why it does not run. Each runs in a process of its own: new ones fail in
+new ways.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+from unittest import mock
+
+import torch
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+from agent.engine import architectures
+from agent.engine.build import build_engine
+from tests.agent.engine.models import CONTEXT, VOCAB, kv_options, manifest_of, submit_of, tensors_of
+from tests.agent.engine.test_engine import drive, prompts, reference
+
+LIMIT_S = 120
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1,
+    "hidden_size": 32, "n_embd": 32, "d_model": 32, "word_embed_proj_dim": 32, "head_dim": 8, "rotary_dim": 4,
+    "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2,
+    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "num_key_value_heads": 2, "num_kv_heads": 2,
+    "max_position_embeddings": CONTEXT, "n_positions": CONTEXT, "max_seq_len": CONTEXT, "seq_length": CONTEXT,
+    "intermediate_size": 64, "ffn_dim": 64, "n_inner": 64, "ffn_hidden_size": 64, "sliding_window": 24, "window_size": 24,
+    "num_experts": 4, "num_local_experts": 4, "moe_num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_topk": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+    "first_k_dense_replace": 1, "moe_layer_start_index": 1, "attention_types": [[["global", "local"], 1]],
+}  # fmt: skip
+
+
+def tiny(model_type: str) -> Any:
+    """A small model of this type: every size that its config knows is cut down, everything else is as published."""
+    config_class = CONFIG_MAPPING[model_type]
+    published = config_class()
+    values = {name: value for name, value in SIZES.items() if hasattr(published, name)}
+    values = {name: value for name, value in values.items() if not isinstance(getattr(config_class, name, None), property)}
+    aliases = getattr(config_class, "attribute_map", {})
+    values = {name: value for name, value in values.items() if aliases.get(name) not in values}
+    kinds = getattr(published, "layer_types", None)
+    if kinds:
+        kinds = sorted(set(kinds))
+        values["layer_types"] = [kinds[0], kinds[-1]]
+    config = config_class(**values)
+    torch.manual_seed(7)
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.25)
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return model.eval()
+
+
+def compare(model_type: str) -> str:
+    model = tiny(model_type)
+    manifest = manifest_of(model)
+    with mock.patch.object(architectures, "COMPARED", architectures.COMPARED | {model_type}):
+        engine = build_engine(manifest, tensors_of(model), kv_options(manifest, 512), prefill_tokens=24)
+    submits = [submit_of(i + 1, prompt, 12 + 3 * i) for i, prompt in enumerate(prompts())]
+    outcome = drive(engine, submits)
+    for end in outcome.ends.values():
+        if end.fault is not None:
+            return f"fails: {end.fault.message}"
+    wanted = {s.attempt: reference(model, list(s.prompt), s.params.max_tokens) for s in submits}
+    other = [attempt for attempt, tokens in wanted.items() if outcome.tokens[attempt] != tokens]
+    distinct = len({token for tokens in wanted.values() for token in tokens})
+    return f"DIFFERS in {len(other)} of {len(submits)}" if other else f"equal, {distinct} different tokens"
+
+
+def main() -> None:
+    for model_type in sys.argv[1:] or sorted(architectures.COMPARED):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(LIMIT_S)
+            torch.set_num_threads(1)
+            try:
+                said = compare(model_type)
+            except Exception as error:
+                said = f"cannot run: {type(error).__name__}: {str(error)[:160]}"
+            print(f"{model_type}\t{said}", flush=True)
+            os._exit(0)
+        os.waitpid(child, 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Every architecture against transformers' own `generate`, token for token, in a batch that is mixed, chunked and preempted."""
+
+from __future__ import annotations
+
+import pytest
+
+from agent.engine.architectures import COMPARED
+from agent.engine.native_runner import NATIVE
+from tests.agent.engine.models import CONFIGS, make_model, submit_of
+from tests.agent.engine.test_engine import drive, engine_of, prompts, reference
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_equals_generate_in_mixed_batches_that_are_preempted(name: str) -> None:
+    """Prompts on both sides of the sliding windows of 24 tokens, in chunks, while others decode, in too little memory."""
+    model = make_model(name)
+    engine = engine_of(model, tokens=160, prefill_tokens=24)
+    submits = [submit_of(i + 1, prompts()[4][:length], 22) for i, length in enumerate((5, 16, 31, 45))]
+    all_ran = preempted = False
+
+    def watch(_: int) -> None:
+        nonlocal all_ran, preempted
+        preempted |= all_ran and engine.waiting > 0
+        all_ran |= engine.running == len(submits)
+
+    outcome = drive(engine, submits, watch)
+    for submit in submits:
+        assert outcome.tokens[submit.attempt] == reference(model, list(submit.prompt), submit.params.max_tokens)
+    assert len({token for tokens in outcome.tokens.values() for token in tokens}) > 8
+    assert preempted
+
+
+def test_what_runs_natively_was_compared() -> None:
+    assert NATIVE <= COMPARED
