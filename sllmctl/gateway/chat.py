@@ -46,24 +46,20 @@ class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 class _ChatBody(Common, frozen=True, kw_only=True):
     messages: Annotated[list[_Message], Meta(min_length=1)]
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
 
 
 _body = BodyDecoder(
     _ChatBody,
     {
         "audio": (),
-        "frequency_penalty": (0,),
         "function_call": ("none", "auto"),
         "functions": ([],),
-        "logit_bias": ({},),
-        "logprobs": (False,),
-        "metadata": ({},),
         "modalities": (["text"],),
         "moderation": (),
-        "n": (1,),
         "parallel_tool_calls": (True, False),
         "prediction": (),
-        "presence_penalty": (0,),
         "prompt_cache_key": (),
         "prompt_cache_options": (),
         "prompt_cache_retention": (),
@@ -74,7 +70,6 @@ _body = BodyDecoder(
         "store": (False,),
         "tool_choice": ("none", "auto"),
         "tools": ([],),
-        "top_logprobs": (0,),
         "verbosity": (),
         "web_search_options": (),
     },
@@ -90,10 +85,31 @@ async def chat_job(gateway: Gateway, data: bytes) -> Job:
     model, text = await gateway.prepare(body.model)
     prompt = await gateway.text.encode_chat(text, messages, model.max_context_tokens)
     try:
-        params = sampling_params(body, _max_tokens(body), text.defaults, len(prompt), model.max_context_tokens)
+        params = sampling_params(
+            body, text, len(prompt), model.max_context_tokens, max_tokens=_max_tokens(body), logprobs=_logprobs(body)
+        )
     except ContextOverflow as error:
         raise ContextOverflow(error.message, error.param or "messages") from error
-    return Job(body.model, text, tuple(prompt), params, stops, bool(body.stream), include_usage, ChatShape)
+    return Job(
+        model=body.model,
+        text=text,
+        prompt=tuple(prompt),
+        params=params,
+        choices=body.n or 1,
+        tenant=body.user or "",
+        stops=stops,
+        stream=bool(body.stream),
+        include_usage=include_usage,
+        shape=ChatShape,
+    )
+
+
+def _logprobs(body: _ChatBody) -> int | None:
+    if body.logprobs:
+        return body.top_logprobs or 0
+    if body.top_logprobs:
+        raise InvalidInput("top_logprobs is only allowed with logprobs: true", "top_logprobs")
+    return None
 
 
 def _max_tokens(body: _ChatBody) -> int | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
+
+from msgspec import Meta
 
 from schema.errors import ContextOverflow, InvalidInput
 from sllmctl.gateway.errors import UnsupportedParameter
@@ -20,18 +22,14 @@ Prompt = str | list[str | int | list[int]]
 
 class _CompletionBody(Common, frozen=True, kw_only=True):
     prompt: Prompt
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    best_of: int | None = None
 
 
 _body = BodyDecoder(
     _CompletionBody,
     {
-        "best_of": (1,),
         "echo": (False,),
-        "frequency_penalty": (0,),
-        "logit_bias": ({},),
-        "logprobs": (),
-        "n": (1,),
-        "presence_penalty": (0,),
         "suffix": ("",),
     },
 )
@@ -42,6 +40,8 @@ async def completion_job(gateway: Gateway, data: bytes) -> Job:
     body = _body.decode(data)
     include_usage = check_stream_options(body)
     stops = stop_strings(body, gateway.settings)
+    if body.best_of not in (None, body.n or 1):
+        raise UnsupportedParameter("parameter 'best_of' is not supported by this server (other than n)", "best_of")
     single = _single(body.prompt)
     model, text = await gateway.prepare(body.model)
     if isinstance(single, str):
@@ -55,10 +55,21 @@ async def completion_job(gateway: Gateway, data: bytes) -> Job:
     room = model.max_context_tokens - len(prompt)
     asked = body.max_tokens if body.max_tokens is not None else min(_DEFAULT_TOKENS, max(room, 1))
     try:
-        params = sampling_params(body, asked, text.defaults, len(prompt), model.max_context_tokens)
+        params = sampling_params(body, text, len(prompt), model.max_context_tokens, max_tokens=asked, logprobs=body.logprobs)
     except ContextOverflow as error:
         raise ContextOverflow(error.message, error.param or "prompt") from error
-    return Job(body.model, text, tuple(prompt), params, stops, bool(body.stream), include_usage, CompletionShape)
+    return Job(
+        model=body.model,
+        text=text,
+        prompt=tuple(prompt),
+        params=params,
+        choices=body.n or 1,
+        tenant=body.user or "",
+        stops=stops,
+        stream=bool(body.stream),
+        include_usage=include_usage,
+        shape=CompletionShape,
+    )
 
 
 def _single(prompt: Prompt) -> str | list[int]:

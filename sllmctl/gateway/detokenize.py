@@ -186,28 +186,40 @@ class DetokenizerFactory:
     def __init__(self, tokenizer: Tokenizer, decoder: dict[str, Any] | None, skipped: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._skipped = skipped
-        self._make = self._family(decoder)
+        self._make, self._spell = self._family(decoder)
 
     def __call__(self) -> Detokenizer:
         return self._make()
 
-    def _family(self, decoder: dict[str, Any] | None) -> Callable[[], Detokenizer]:
+    def spell(self, token: int) -> bytes:
+        """What a token stands for by itself, also where it is but a part of a character; for one without text, its name."""
+        if token in self._skipped:
+            return (self._tokenizer.id_to_token(token) or "").encode()
+        part = self._spell(token)
+        if isinstance(part, int):
+            return bytes((part,))
+        return part.encode() if isinstance(part, str) else part or b""
+
+    def _family(
+        self, decoder: dict[str, Any] | None
+    ) -> tuple[Callable[[], Detokenizer], Callable[[int], bytes | str | int | None]]:
+        """Makes a detokenizer; gives the part of the text of one token."""
         steps = _steps(decoder)
         kinds = [step.get("type") for step in steps]
         if kinds == ["ByteLevel"]:
             table = _Table(self._bytes_of)
-            return lambda: _ByteLevel(table)
+            return lambda: _ByteLevel(table), table.__getitem__
         if kinds == ["Metaspace"]:
             mark, scheme = steps[0].get("replacement", "▁"), steps[0].get("prepend_scheme", "always")
             # Files of older versions say add_prefix_space instead of a scheme.
             drops = scheme != "never" and steps[0].get("add_prefix_space", True) is not False
             table = _Table(self._token_of)
-            return lambda: _Metaspace(table, mark, drops_first=drops)
+            return lambda: _Metaspace(table, mark, drops_first=drops), lambda token: (table[token] or "").replace(mark, " ")
         if (plan := _fallback_plan(steps)) is not None:
             replaces, strip = plan
             table = _Table(lambda token: self._part_of(token, replaces))
-            return lambda: _ByteFallback(table, strip)
-        return lambda: _Window(self._decode)
+            return lambda: _ByteFallback(table, strip), table.__getitem__
+        return lambda: _Window(self._decode), lambda token: self._decode([token])
 
     def _token_of(self, token: int) -> str | None:
         return None if token in self._skipped else self._tokenizer.id_to_token(token)

@@ -129,6 +129,7 @@ class Dispatcher:
                 instance_epoch=change.epoch,
                 request=request.id,
                 model=request.model,
+                tenant=request.tenant,
                 choice=sequence.choice,
                 prompt=sequence.prompt,
                 generated=tuple(sequence.tokens),

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from prometheus_client import Counter
 
-from schema.errors import Cancelled, NotFound, SllmError
+from schema.errors import NotFound
 from schema.link import SamplingParams
-from schema.states import EndReason, ModelState
+from schema.states import ModelState
 from sllmctl.gateway.exchange import BodyBudget, Exchange
 from sllmctl.gateway.metrics import Metrics
-from sllmctl.gateway.ports import AssetsPort, RequestPort, RoutedModelPort, RouterPort, SequencePort
+from sllmctl.gateway.ports import AssetsPort, RequestPort, RoutedModelPort, RouterPort
+from sllmctl.gateway.reply import Reply
 from sllmctl.gateway.settings import GatewaySettings
 from sllmctl.gateway.sse import DONE, ReplyHead, Shape, Usage
-from sllmctl.gateway.stop import StopMatcher
 from sllmctl.gateway.text import TextModel, TextService
 
 __all__ = ["Gateway", "Job"]
 
-_REASONS = {EndReason.STOP: "stop", EndReason.LENGTH: "length"}
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,78 +34,41 @@ class Job:
     text: TextModel
     prompt: tuple[int, ...]
     params: SamplingParams
+    choices: int
+    tenant: str
     stops: tuple[str, ...]
     stream: bool
     include_usage: bool
     shape: type[Shape]
 
 
-class _Reply:
-    """One choice: its sequence read as text. ``reason`` is set with its last text; ``position`` counts the tokens read."""
+class _Stream:
+    """The events of all choices of a reply on one exchange. ``open_choices`` have not said their last."""
 
-    __slots__ = ("_detokenizer", "_sequence", "_stop", "index", "position", "reason")
+    def __init__(self, exchange: Exchange, name: tuple[bytes, bytes], metrics: Metrics, choices: int) -> None:
+        self._exchange = exchange
+        self._name = name
+        self._metrics = metrics
+        self._turn = asyncio.Lock()
+        self._opened = False
+        self.open_choices = choices
 
-    def __init__(self, index: int, sequence: SequencePort, text: TextModel, stops: tuple[str, ...]) -> None:
-        self.index = index
-        self.position = 0
-        self.reason: str | None = None
-        self._sequence = sequence
-        self._detokenizer = text.detokenizer()
-        self._stop = StopMatcher(stops) if stops else None
+    async def open(self) -> None:
+        """Begin the response, with the first choice that has a token: a request that cannot be served is answered with its
+        own status."""
+        async with self._turn:
+            if not self._opened:
+                self._opened = True
+                self._metrics.streams.inc()
+                await self._exchange.open_stream(self._name)
 
-    async def next(self) -> str:
-        """Wait for more tokens, or the end; all that is there, as text. Raises the SllmError of a sequence that failed."""
-        sequence = self._sequence
-        await sequence.wait(self.position)
-        return await self._take()
+    async def write(self, data: bytes, *, more: bool = True) -> None:
+        async with self._turn:
+            await self._exchange.write(data, more=more)
 
-    async def all(self, max_tokens: int) -> str:
-        """The whole text, read once it is complete, so that tokens on the way wake nobody; with stop strings, as they come."""
-        if self._stop is None:
-            # A sequence never has more than max_tokens: this returns at its end.
-            await self._sequence.wait(max_tokens)
-            return await self._take()
-        parts: list[str] = []
-        while self.reason is None:
-            parts.append(await self.next())
-        return "".join(parts)
-
-    async def _take(self) -> str:
-        sequence, position = self._sequence, self.position
-        finish = sequence.finish
-        tokens = sequence.tokens[position:]
-        if finish is not None and finish not in _REASONS and not tokens:
-            await sequence.wait(len(sequence.tokens))
-            raise _failure(finish)
-        if self._stop is None:
-            self.position = position + len(tokens)
-            text = self._detokenizer.push(tokens)
-            if finish in _REASONS:
-                self.reason = _REASONS[finish]
-                text += self._detokenizer.flush()
-            return text
-        return self._take_until_stop(self._stop, tokens, finish)
-
-    def _take_until_stop(self, stop: StopMatcher, tokens: list[int], finish: EndReason | None) -> str:
-        """Token by token, so that where a reply ends and what it counts do not depend on how tokens arrive."""
-        parts: list[str] = []
-        for token in tokens:
-            self.position += 1
-            parts.append(stop.push(self._detokenizer.push((token,))))
-            if stop.matched:
-                break
-        if not stop.matched and finish in _REASONS:
-            self.reason = _REASONS[finish]
-            parts += (stop.push(self._detokenizer.flush()), stop.flush())
-        if stop.matched:
-            self.reason = "stop"
-        return "".join(parts)
-
-
-def _failure(finish: EndReason) -> SllmError:
-    if finish == EndReason.CANCELLED:
-        return Cancelled("the request was cancelled by an operator")
-    return SllmError(f"the request ended as {finish.value} without saying why")
+    def close(self) -> None:
+        if self._opened:
+            self._metrics.streams.dec()
 
 
 class Gateway:
@@ -142,64 +107,86 @@ class Gateway:
 
     async def run(self, job: Job, exchange: Exchange) -> None:
         """Submit a job and write its reply; however this ends, the request has ended with it."""
-        request = self.router.submit(job.model, job.prompt, job.params)
+        request = self.router.submit(job.model, job.prompt, job.params, job.choices, job.tenant)
         metrics = self.metrics
         metrics.prompt_tokens.labels(job.model).inc(len(job.prompt))
         head = ReplyHead(request.id.rpartition("_")[2], int(self.clock()), job.model, f"fp_{job.text.digest[:12]}")
-        shape = job.shape(head, include_usage=job.include_usage)
-        replies = [_Reply(index, sequence, job.text, job.stops) for index, sequence in enumerate(request.sequences)]
+        shape = job.shape(head, job.text.detokenizer.spell, include_usage=job.include_usage)
+        replies = [Reply(index, sequence, job.text, job.stops, job.params) for index, sequence in enumerate(request.sequences)]
         name = (b"x-request-id", request.id.encode())
         try:
             if job.stream:
-                await self._stream(job, exchange, shape, replies[0], name)
+                await self._stream(job, exchange, shape, replies, name)
             else:
                 await self._whole(job, exchange, shape, replies, name)
         finally:
             _end(request)
             metrics.ended(job.model, request.timeline(), sum(reply.position for reply in replies))
 
-    async def _whole(
-        self, job: Job, exchange: Exchange, shape: Shape, replies: list[_Reply], name: tuple[bytes, bytes]
-    ) -> None:
-        choices = []
-        for reply in replies:
-            text = await reply.all(job.params.max_tokens)
-            choices.append(shape.choice(text, reply.reason or "stop", reply.index))
+    async def _whole(self, job: Job, exchange: Exchange, shape: Shape, replies: list[Reply], name: tuple[bytes, bytes]) -> None:
+        pieces = await _together([reply.all(job.params.max_tokens) for reply in replies])
+        choices = [
+            shape.choice(piece.text, reply.reason or "stop", reply.index, None if job.params.logprobs is None else piece.scores)
+            for reply, piece in zip(replies, pieces, strict=True)
+        ]
         tokens = sum(reply.position for reply in replies)
         self._counter(job.model).inc(tokens)
         await exchange.answer(200, shape.whole(choices, _usage(job, tokens)), name)
 
-    async def _stream(self, job: Job, exchange: Exchange, shape: Shape, reply: _Reply, name: tuple[bytes, bytes]) -> None:
-        # The status line waits for the first token: a request that cannot be served is answered with its own status.
-        text = await reply.next()
-        counter = self._counter(job.model)
-        self.metrics.streams.inc()
+    async def _stream(
+        self, job: Job, exchange: Exchange, shape: Shape, replies: list[Reply], name: tuple[bytes, bytes]
+    ) -> None:
+        stream = _Stream(exchange, name, self.metrics, len(replies))
         try:
-            await exchange.open_stream(name)
-            data = shape.opening(reply.index)
-            counted = 0
-            while True:
-                counter.inc(reply.position - counted)
-                counted = reply.position
-                if text:
-                    data += shape.delta(text, reply.index)
-                if reply.reason is not None:
-                    break
-                if data:
-                    await exchange.write(data)
-                data = b""
-                text = await reply.next()
-            data += shape.closing(reply.reason, reply.index)
+            data = b"".join(await _together([self._stream_choice(job, shape, reply, stream) for reply in replies]))
             if job.include_usage:
-                data += shape.usage(_usage(job, reply.position))
-            await exchange.write(data + DONE, more=False)
+                data += shape.usage(_usage(job, sum(reply.position for reply in replies)))
+            await stream.write(data + DONE, more=False)
         finally:
-            self.metrics.streams.dec()
+            stream.close()
+
+    async def _stream_choice(self, job: Job, shape: Shape, reply: Reply, stream: _Stream) -> bytes:
+        """Write one choice as it comes; what the last one has to say in the end is left to go out with the stream's end."""
+        piece = await reply.next()
+        await stream.open()
+        counter = self._counter(job.model)
+        data = shape.opening(reply.index)
+        counted = 0
+        while True:
+            counter.inc(reply.position - counted)
+            counted = reply.position
+            if piece.text or piece.scores:
+                data += shape.delta(piece.text, reply.index, piece.scores)
+            if reply.reason is not None:
+                break
+            if data:
+                await stream.write(data)
+            data = b""
+            piece = await reply.next()
+        data += shape.closing(reply.reason, reply.index)
+        stream.open_choices -= 1
+        if stream.open_choices:
+            await stream.write(data)
+            data = b""
+        return data
 
     def _counter(self, model: str) -> Counter:
         if (counter := self._generated.get(model)) is None:
             counter = self._generated[model] = self.metrics.generated_tokens.labels(model)
         return counter
+
+
+async def _together(choices: list[Coroutine[Any, Any, R]]) -> list[R]:
+    """The results of all; the first error of any, once the others are over too."""
+    if len(choices) == 1:
+        return [await choices[0]]
+    tasks = [asyncio.create_task(choice) for choice in choices]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _end(request: RequestPort) -> None:

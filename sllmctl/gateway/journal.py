@@ -122,7 +122,8 @@ class Request:
 
     __slots__ = (
         "_cancel", "attempts", "cancelled", "cold", "ended_at", "engine", "first_token_at", "id", "instance",
-        "live", "model", "orphaned", "params", "received_at", "routed_at", "sequences", "start", "timer", "waiting",
+        "live", "model", "orphaned", "params", "received_at", "routed_at", "sequences", "start", "tenant", "timer",
+        "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -133,12 +134,14 @@ class Request:
         received_at: float,
         cancel: Callable[[Request], None],
         *,
+        tenant: str = "",
         orphaned: bool = False,
     ) -> None:
         self.id = id
         self.model = model
         self.params = params
         self.received_at = received_at
+        self.tenant = tenant
         self.orphaned = orphaned
         self.sequences: list[Sequence] = []
         self.live = 0

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
 from msgspec import Meta
 
-from schema.checkpoint import TextDefaults
 from schema.errors import ContextOverflow, InvalidInput
 from schema.link import SamplingParams
 from sllmctl.gateway.errors import UnknownParameter, UnsupportedParameter
 from sllmctl.gateway.settings import GatewaySettings
+from sllmctl.gateway.text import TextModel
 
 __all__ = ["BodyDecoder", "Common", "StreamOptions", "check_stream_options", "sampling_params", "stop_strings"]
 
@@ -33,7 +33,12 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Common(msgspec.Struct, frozen=True, kw_only=True):
-    """Parameters of both endpoints. ``user`` is accepted and has no effect, as OpenAI documents it."""
+    """Parameters of both endpoints; ranges that are not given here are those of `SamplingParams.check`.
+
+    Those of one ``user`` take turns with those of others, and share no cached prefix with them. ``metadata`` is accepted and
+    has no effect, since no reply is stored. ``min_p``, ``top_k``, ``repetition_penalty``, ``min_tokens``, ``ignore_eos`` and
+    ``stop_token_ids`` are not OpenAI's, but named as other servers name them.
+    """
 
     model: Annotated[str, Meta(min_length=1, max_length=256)]
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
@@ -44,7 +49,17 @@ class Common(msgspec.Struct, frozen=True, kw_only=True):
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
+    user: Annotated[str, Meta(max_length=256)] | None = None
+    metadata: dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]] | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[int], Meta(max_length=128)] | None = None
 
 
 B = TypeVar("B", bound=Common)
@@ -89,6 +104,7 @@ class BodyDecoder(Generic[B]):
 def _named(message: str) -> InvalidInput:
     """The error for a value of the wrong type or range, with the place that msgspec names as ``param``."""
     text, _, path = message.partition(" - at `")
+    path = path.removeprefix("key` in `").removeprefix("value` in `")
     path = path.removesuffix("`").removeprefix("$").removeprefix(".")
     if match := re.search(r"(missing required|contains unknown) field `([^`]*)`", text):
         path = f"{path}.{match.group(2)}" if path else match.group(2)
@@ -126,12 +142,19 @@ def stop_strings(body: Common, settings: GatewaySettings) -> tuple[str, ...]:
 
 
 def sampling_params(
-    body: Common, max_tokens: int | None, defaults: TextDefaults, prompt_tokens: int, context_tokens: int
+    body: Common,
+    text: TextModel,
+    prompt_tokens: int,
+    context_tokens: int,
+    max_tokens: int | None = None,
+    logprobs: int | None = None,
 ) -> SamplingParams:
     """How tokens are chosen: by the body, else by the model's own defaults, else by OpenAI's.
 
-    Without ``max_tokens`` the reply may fill the context. Raises ContextOverflow when prompt and reply do not fit.
+    Without ``max_tokens`` the reply may fill the context. Raises ContextOverflow when prompt and reply do not fit, InvalidInput
+    for what is out of range.
     """
+    defaults = text.defaults
     room = context_tokens - prompt_tokens
     if room < 1:
         raise ContextOverflow(
@@ -143,14 +166,35 @@ def sampling_params(
             f"{context_tokens}; ask for at most {room}",
             "max_tokens",
         )
-    return SamplingParams(
+    if (body.min_tokens or 0) > (max_tokens or room):
+        raise InvalidInput(f"min_tokens: {body.min_tokens} are more than the {max_tokens or room} that may be", "min_tokens")
+    stop_token_ids = (*(body.stop_token_ids or ()), *(() if body.ignore_eos else defaults.stop_token_ids))
+    logit_bias = tuple((body.logit_bias or {}).items())
+    _check_tokens("stop_token_ids", body.stop_token_ids or (), text.vocab_size)
+    _check_tokens("logit_bias", body.logit_bias or (), text.vocab_size)
+    params = SamplingParams(
         max_tokens=max_tokens or room,
         temperature=_first(body.temperature, defaults.temperature, 1.0),
         top_p=_first(body.top_p, defaults.top_p, 1.0),
         top_k=max(0, _first(body.top_k, defaults.top_k, 0)),
         seed=secrets.randbits(63) if body.seed is None else body.seed & _SEED_MASK,
-        stop_token_ids=defaults.stop_token_ids,
+        min_p=_first(body.min_p, None, 0.0),
+        stop_token_ids=tuple(dict.fromkeys(stop_token_ids)),
+        min_tokens=body.min_tokens or 0,
+        repetition_penalty=_first(body.repetition_penalty, None, 1.0),
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=logit_bias,
+        logprobs=logprobs,
     )
+    params.check()
+    return params
+
+
+def _check_tokens(name: str, tokens: Iterable[int], vocabulary: int) -> None:
+    for token in tokens:
+        if not 0 <= token < vocabulary:
+            raise InvalidInput(f"{name}: there is no token id {token} in the vocabulary of {vocabulary}", name)
 
 
 N = TypeVar("N", int, float)

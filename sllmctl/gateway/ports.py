@@ -29,10 +29,13 @@ class RoutedModelPort(Protocol):
 
 
 class SequencePort(Protocol):
-    """A sequence's journal, pulled: ``tokens`` only grows, ``finish`` is set once, after its last token."""
+    """A sequence's journal, pulled: ``tokens`` only grows, ``finish`` is set once, after its last token. ``logprobs`` has a
+    record for each token where they were asked for."""
 
     @property
     def tokens(self) -> list[int]: ...
+    @property
+    def logprobs(self) -> bytearray: ...
     @property
     def finish(self) -> EndReason | None: ...
 
@@ -58,7 +61,9 @@ class RouterPort(Protocol):
 
     def models(self) -> AbstractSequence[RoutedModelPort]: ...
 
-    def submit(self, model: str, prompt: tuple[int, ...], params: SamplingParams, choices: int = 1) -> RequestPort:
+    def submit(
+        self, model: str, prompt: tuple[int, ...], params: SamplingParams, choices: int = 1, tenant: str = ""
+    ) -> RequestPort:
         """Take a request in. Raises NotFound, Conflict, InvalidInput, ContextOverflow, Overloaded."""
 
 

@@ -212,8 +212,10 @@ class Router:
         """All models, by name."""
         return [self.model(name) for name, queue in sorted(self._core.queues.items()) if queue.model is not None]
 
-    def submit(self, model: str, prompt: tuple[int, ...], params: SamplingParams, choices: int = 1) -> Request:
-        """Take a request in: its sequences run at once where there is room, and wait in line otherwise.
+    def submit(
+        self, model: str, prompt: tuple[int, ...], params: SamplingParams, choices: int = 1, tenant: str = ""
+    ) -> Request:
+        """Take a request of a ``tenant`` in: its sequences run at once where there is room, and wait in line otherwise.
 
         Raises NotFound or Conflict for a model that takes none, InvalidInput for an empty prompt, ContextOverflow, and
         Overloaded when the line or the journals' memory is full.
@@ -224,7 +226,7 @@ class Router:
             raise refusal
         assert queue is not None
         self._check(queue, prompt, params)
-        request = Request(self._ids("req"), model, params, self._core.clock(), self._cancel)
+        request = Request(self._ids("req"), model, params, self._core.clock(), self._cancel, tenant=tenant)
         for choice in range(choices):
             request.sequences.append(Sequence(request, choice, prompt))
         self._core.register(request)
@@ -330,7 +332,9 @@ class Router:
         asked = truths[0].submit
         if asked.request in self._core.requests:
             return [truth.submit.attempt for truth in truths]
-        request = Request(asked.request, asked.model, asked.params, self._core.clock(), self._cancel, orphaned=True)
+        request = Request(
+            asked.request, asked.model, asked.params, self._core.clock(), self._cancel, tenant=asked.tenant, orphaned=True
+        )
         for truth in truths:
             submit = truth.submit
             sequence = Sequence(request, submit.choice, submit.prompt)

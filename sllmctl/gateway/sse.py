@@ -6,9 +6,12 @@ What does not change from one event to the next is encoded once per stream; a to
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import msgspec
+
+from sllmctl.gateway.logprobs import ScoredToken, Spell, chat_logprobs, completion_logprobs
 
 __all__ = ["DONE", "ChatShape", "CompletionShape", "ReplyHead", "Shape", "Usage"]
 
@@ -37,14 +40,18 @@ class Usage(msgspec.Struct, frozen=True):
 class Shape(ABC):
     """How one endpoint writes a reply; the two subclasses say what differs.
 
-    ``include_usage``: every event has a ``usage``, null but in the last one.
+    ``include_usage``: every event has a ``usage``, null but in the last one. ``spell`` writes tokens whose log-probabilities
+    are told.
     """
 
     id_prefix: ClassVar[str]
     chunk_object: ClassVar[str]
     whole_object: ClassVar[str]
+    form: ClassVar[Callable[[Sequence[ScoredToken], Spell], dict[str, Any]]]
+    """How log-probabilities are written."""
 
-    def __init__(self, head: ReplyHead, *, include_usage: bool) -> None:
+    def __init__(self, head: ReplyHead, spell: Spell, *, include_usage: bool) -> None:
+        self._spell = spell
         self._head = {
             "id": self.id_prefix + head.id,
             "object": self.chunk_object,
@@ -60,16 +67,16 @@ class Shape(ABC):
         """The event before a choice's first text, if this shape has one."""
 
     @abstractmethod
-    def delta(self, text: str, index: int = 0) -> bytes:
-        """The event of some more text."""
+    def delta(self, text: str, index: int = 0, scores: Sequence[ScoredToken] = ()) -> bytes:
+        """The event of some more text, and of the tokens that it came with where their log-probabilities are told."""
 
     @abstractmethod
     def closing(self, reason: str, index: int) -> bytes:
         """The event that says why a choice ended."""
 
     @abstractmethod
-    def choice(self, text: str, reason: str, index: int) -> dict[str, Any]:
-        """A whole choice."""
+    def choice(self, text: str, reason: str, index: int, scores: Sequence[ScoredToken] | None = None) -> dict[str, Any]:
+        """A whole choice; ``scores`` are None where no log-probabilities were asked for."""
 
     def usage(self, usage: Usage) -> bytes:
         """The event of the usage, which has no choices."""
@@ -79,6 +86,9 @@ class Shape(ABC):
         """The reply in one piece."""
         return _encode({**self._head, "object": self.whole_object, "choices": choices, "usage": usage})
 
+    def _logprobs(self, scores: Sequence[ScoredToken] | None) -> dict[str, Any] | None:
+        return None if scores is None else type(self).form(scores, self._spell)
+
     def _event(self, index: int, tail: bytes) -> bytes:
         return b'%b{"index":%d,%b}%b' % (self._start, index, tail, self._end)
 
@@ -87,35 +97,39 @@ class ChatShape(Shape):
     id_prefix = "chatcmpl-"
     chunk_object = "chat.completion.chunk"
     whole_object = "chat.completion"
+    form = chat_logprobs
 
     def opening(self, index: int) -> bytes:
         tail = b'"delta":{"role":"assistant","content":"","refusal":null},"logprobs":null,"finish_reason":null'
         return self._event(index, tail)
 
-    def delta(self, text: str, index: int = 0) -> bytes:
-        return self._event(index, b'"delta":{"content":%b},"logprobs":null,"finish_reason":null' % _encode(text))
+    def delta(self, text: str, index: int = 0, scores: Sequence[ScoredToken] = ()) -> bytes:
+        told = _encode(self._logprobs(scores)) if scores else b"null"
+        return self._event(index, b'"delta":{"content":%b},"logprobs":%b,"finish_reason":null' % (_encode(text), told))
 
     def closing(self, reason: str, index: int) -> bytes:
         return self._event(index, b'"delta":{},"logprobs":null,"finish_reason":"%b"' % reason.encode())
 
-    def choice(self, text: str, reason: str, index: int) -> dict[str, Any]:
+    def choice(self, text: str, reason: str, index: int, scores: Sequence[ScoredToken] | None = None) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+        return {"index": index, "message": message, "logprobs": self._logprobs(scores), "finish_reason": reason}
 
 
 class CompletionShape(Shape):
     id_prefix = "cmpl-"
     chunk_object = "text_completion"
     whole_object = "text_completion"
+    form = completion_logprobs
 
     def opening(self, index: int) -> bytes:
         return b""
 
-    def delta(self, text: str, index: int = 0) -> bytes:
-        return self._event(index, b'"text":%b,"logprobs":null,"finish_reason":null' % _encode(text))
+    def delta(self, text: str, index: int = 0, scores: Sequence[ScoredToken] = ()) -> bytes:
+        told = _encode(self._logprobs(scores)) if scores else b"null"
+        return self._event(index, b'"text":%b,"logprobs":%b,"finish_reason":null' % (_encode(text), told))
 
     def closing(self, reason: str, index: int) -> bytes:
         return self._event(index, b'"text":"","logprobs":null,"finish_reason":"%b"' % reason.encode())
 
-    def choice(self, text: str, reason: str, index: int) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+    def choice(self, text: str, reason: str, index: int, scores: Sequence[ScoredToken] | None = None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": self._logprobs(scores), "finish_reason": reason}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -11,7 +12,7 @@ import openai
 import pytest
 
 from tests.cluster import Cluster
-from tests.e2e.talk import Endless, ask, client
+from tests.e2e.talk import SEED, Endless, ask, client
 
 pytestmark = pytest.mark.slow
 
@@ -55,6 +56,43 @@ def test_a_killed_worker_mid_stream_is_replaced_and_the_stream_goes_on(cluster: 
     assert after["epoch"] > before["epoch"]
     assert after["phases"]["loaded_bytes"] == 0
     assert cluster.get(f"/requests/{stream.request_id}")["attempts"] == 2
+
+
+def _wishful(api: openai.OpenAI, disturb: Callable[[], None] | None = None) -> list[tuple[str, list[str], list[float], str]]:
+    """Two choices under penalties: text, tokens, log-probabilities and end of each, ``disturb`` called on the way."""
+    stream = api.completions.create(
+        model="docs", prompt="sllmctl is", max_tokens=200, temperature=0.9, seed=SEED, stream=True, n=2, logprobs=2, user="me",
+        frequency_penalty=0.4, presence_penalty=-0.3, logit_bias={"40": 2},
+        extra_body={"repetition_penalty": 1.1, "min_p": 0.01},
+    )  # fmt: skip
+    texts, tokens, logprobs, ends = ["", ""], [[], []], [[], []], ["", ""]  # type: ignore[var-annotated]
+    for event in stream:
+        for choice in event.choices:
+            texts[choice.index] += choice.text
+            ends[choice.index] += choice.finish_reason or ""
+            if choice.logprobs:
+                tokens[choice.index] += choice.logprobs.tokens or ()
+                logprobs[choice.index] += choice.logprobs.token_logprobs or ()
+        if disturb is not None and min(map(len, tokens)) > 20:
+            disturb()
+            disturb = None
+    assert disturb is None
+    return list(zip(texts, tokens, logprobs, ends, strict=True))
+
+
+def test_choices_penalties_and_log_probabilities_survive_a_killed_worker(cluster: Cluster) -> None:
+    with client(cluster) as api:
+        quiet = _wishful(api)
+        (before,) = cluster.instances()
+        disturbed = _wishful(api, lambda: os.kill(before["pid"], signal.SIGKILL))
+    assert cluster.instances()[0]["restarts"] == 1
+    assert quiet[0][0] != quiet[1][0]
+    for (text, tokens, logprobs, end), (text_after, tokens_after, logprobs_after, end_after) in zip(
+        quiet, disturbed, strict=True
+    ):
+        assert (text, tokens, end) == (text_after, tokens_after, end_after)
+        assert len(tokens) == len(logprobs) == 200
+        assert logprobs_after == pytest.approx(logprobs, abs=1e-3)
 
 
 def test_a_killed_store_gets_its_arena_back_and_reads_nothing_again(cluster: Cluster, undisturbed: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import struct
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -56,6 +57,7 @@ class FakeSequence:
     def __init__(self, prompt: tuple[int, ...]) -> None:
         self.prompt = prompt
         self.tokens: list[int] = []
+        self.logprobs = bytearray()
         self.finish: EndReason | None = None
         self.error: SllmError | None = None
         self.waits = 0
@@ -69,8 +71,11 @@ class FakeSequence:
         if self.error is not None and len(self.tokens) <= position:
             raise self.error
 
-    def emit(self, tokens: list[int], finish: EndReason | None = None) -> None:
+    def emit(self, tokens: list[int], finish: EndReason | None = None, tops: int | None = None) -> None:
+        """``tops``: with log-probabilities, of the token itself -0.25, of each following id a whole less."""
         self.tokens += tokens
+        for token in tokens if tops is not None else ():
+            self.logprobs += b"".join(struct.pack("<if", token + at - 1, 0.75 - at) for at in (1, *range(1, (tops or 0) + 1)))
         self.finish = finish
         self._changed.set()
 
@@ -81,12 +86,15 @@ class FakeSequence:
 
 
 class FakeRequest:
-    def __init__(self, number: int, model: str, prompt: tuple[int, ...], params: SamplingParams) -> None:
+    def __init__(
+        self, number: int, model: str, prompt: tuple[int, ...], params: SamplingParams, choices: int, tenant: str
+    ) -> None:
+        self.tenant = tenant
         self.id = f"req_{number:026}"
         self.model = model
         self.params = params
         self.received_at = time.time()
-        self.sequences = [FakeSequence(prompt)]
+        self.sequences = [FakeSequence(prompt) for _ in range(choices)]
         self.cancelled = asyncio.Event()
 
     @property
@@ -137,10 +145,12 @@ class FakeRouter:
     def models(self) -> list[FakeModel]:
         return list(self.routed.values())
 
-    def submit(self, model: str, prompt: tuple[int, ...], params: SamplingParams, choices: int = 1) -> FakeRequest:
+    def submit(
+        self, model: str, prompt: tuple[int, ...], params: SamplingParams, choices: int = 1, tenant: str = ""
+    ) -> FakeRequest:
         if self.refuse is not None:
             raise self.refuse
-        request = FakeRequest(len(self.requests), model, prompt, params)
+        request = FakeRequest(len(self.requests), model, prompt, params, choices, tenant)
         self.requests.append(request)
         if self.reply is not None:
             self.reply(request)

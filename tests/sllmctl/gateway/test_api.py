@@ -21,6 +21,7 @@ from schema.errors import (
     TimedOut,
     Unschedulable,
 )
+from schema.link import SamplingParams
 from schema.states import EndReason
 from sllmctl.gateway.settings import GatewaySettings
 from tests.sllmctl.gateway.harness import CONTEXT_TOKENS, END, FakeRequest, Serving, chat_body, ids_of, model_named, serving
@@ -244,6 +245,119 @@ async def test_an_unfinished_stop_string_is_sent_at_the_end() -> None:
         assert reply["choices"][0]["message"]["content"] == "what <en"
 
 
+async def test_before_min_tokens_no_stop_string_ends_a_reply() -> None:
+    async with serving() as here:
+        here.router.reply = _says("a.b.c.d.", EndReason.LENGTH, batch=2)
+        reply = (await here.client.post("/v1/chat/completions", json=chat_body(stop=".", min_tokens=4))).json()
+    assert reply["choices"][0]["message"]["content"] == "a.b.c"
+
+
+# --- Several choices, and log-probabilities -------------------------------------------------------------------------
+
+
+async def test_several_choices_in_one_piece_and_as_a_stream() -> None:
+    async with serving() as here, _client(here) as client:
+        asked: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "n": 3}
+        whole = asyncio.create_task(client.chat.completions.create(**asked))
+        request = await here.router.taken()
+        for at, sequence in reversed(list(enumerate(request.sequences))):
+            sequence.emit(ids_of(f"choice {at}") + [END] * (at == 1), EndReason.STOP if at == 1 else EndReason.LENGTH)
+        reply = await whole
+        assert [(c.index, c.message.content, c.finish_reason) for c in reply.choices] == [
+            (0, "choice 0", "length"), (1, "choice 1", "stop"), (2, "choice 2", "length"),
+        ]  # fmt: skip
+        assert reply.usage is not None
+        assert reply.usage.prompt_tokens == len(request.sequence.prompt)
+        assert reply.usage.completion_tokens == sum(len(sequence.tokens) for sequence in request.sequences)
+
+        opening = asyncio.create_task(
+            client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+        )
+        request = await here.router.taken()
+        request.sequences[2].emit(ids_of("two"), EndReason.LENGTH)
+        texts, reasons, last = ["", "", ""], ["", "", ""], None
+        async for chunk in await opening:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+                reasons[choice.index] += choice.finish_reason or ""
+                if choice.index == 2 and choice.finish_reason:  # one has ended before the others have begun
+                    request.sequences[0].emit(ids_of("ze"))
+                if texts[0] == "ze" and choice.index == 0:
+                    request.sequences[1].emit(ids_of("one"), EndReason.LENGTH)
+                    request.sequences[0].emit(ids_of("ro"), EndReason.LENGTH)
+            last = chunk
+    assert texts == ["zero", "one", "two"]
+    assert reasons == ["length"] * 3
+    assert last is not None
+    assert last.usage is not None
+    assert last.usage.completion_tokens == sum(len(sequence.tokens) for sequence in request.sequences)
+    assert here.metric("sllm_live_streams") == 0
+
+
+async def test_one_choice_that_fails_ends_the_stream_of_all() -> None:
+    async with serving() as here, _client(here) as client:
+        opening = asyncio.create_task(client.completions.create(model="tiny", prompt="x", n=2, stream=True))
+        request = await here.router.taken()
+        request.sequences[0].emit(ids_of("a"))
+        stream = await opening
+
+        async def read() -> None:
+            async for _ in stream:
+                request.sequences[1].fail(LinkError("the node broke the protocol"))
+
+        with pytest.raises(openai.APIError, match="broke the protocol"):
+            await asyncio.wait_for(read(), 10)
+        await asyncio.wait_for(request.cancelled.wait(), 10)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_log_probabilities_of_a_chat(stream: bool) -> None:
+    text = "né🙂!"
+    async with serving() as here, _client(here) as client:
+        here.router.reply = lambda request: request.sequence.emit([*ids_of(text), END], EndReason.STOP, 2)
+        asked: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "logprobs": True}
+        asked["top_logprobs"] = 2
+        if stream:
+            chunks = [chunk async for chunk in await client.chat.completions.create(**asked, stream=True)]
+            content = [c for chunk in chunks if chunk.choices[0].logprobs for c in chunk.choices[0].logprobs.content or ()]
+            written = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        else:
+            reply = await client.chat.completions.create(**asked)
+            assert reply.choices[0].logprobs is not None
+            content = reply.choices[0].logprobs.content or []
+            written = reply.choices[0].message.content or ""
+    tokens = here.router.requests[0].sequence.tokens
+    assert written == text
+    assert len(content) == len(tokens)
+    assert b"".join(bytes(entry.bytes or ()) for entry in content[:-1]).decode() == text
+    assert [entry.logprob for entry in content] == [-0.25] * len(tokens)
+    assert [[top.logprob for top in entry.top_logprobs] for entry in content] == [[-0.25, -1.25]] * len(tokens)
+    assert content[0].token == content[0].top_logprobs[0].token == "n"
+    assert content[-1].token == "<|end|>"
+    assert any(entry.token.startswith("\\x") for entry in content), "part of a character"
+
+
+async def test_log_probabilities_of_a_completion() -> None:
+    text = "né!"
+    async with serving() as here, _client(here) as client:
+        here.router.reply = lambda request: request.sequence.emit(ids_of(text), EndReason.LENGTH, 1)
+        reply = await client.completions.create(model="tiny", prompt="x", logprobs=1)
+        told = reply.choices[0].logprobs
+        assert told is not None
+        assert told.token_logprobs == [-0.25] * len(told.tokens or ())
+        assert told.text_offset == [0, 1, 1, 2]
+        assert [list(top.items()) for top in told.top_logprobs or ()] == [[(t, -0.25)] for t in told.tokens or ()]
+        assert (told.tokens or [])[1] == "bytes:\\xc3"
+        here.router.reply = lambda request: request.sequence.emit(ids_of("one. two"), EndReason.LENGTH, 0)
+        cut = await client.completions.create(model="tiny", prompt="x", logprobs=0, stop=".")
+        assert cut.choices[0].text == "one"
+        assert cut.choices[0].logprobs is not None
+        assert cut.choices[0].logprobs.tokens == ["o", "n", "e", "."]
+        assert cut.choices[0].logprobs.top_logprobs == [{token: -0.25} for token in "one."]
+        plain = await client.completions.create(model="tiny", prompt="x")
+        assert plain.choices[0].logprobs is None
+
+
 # --- Parameters -----------------------------------------------------------------------------------------------------
 
 
@@ -256,6 +370,30 @@ async def test_parameters_reach_the_engine() -> None:
     assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (0.5, 0.25, 7, 9)
     assert params.seed == (1 << 63) - 1
     assert params.stop_token_ids == (END,)
+    assert params == SamplingParams(max_tokens=9, temperature=0.5, top_p=0.25, top_k=7, seed=params.seed, stop_token_ids=(END,))
+
+
+async def test_wishes_of_later_servers_reach_the_engine_too() -> None:
+    wishes = {
+        "min_p": 0.1, "repetition_penalty": 1.5, "presence_penalty": -2, "frequency_penalty": 2, "min_tokens": 3,
+        "logit_bias": {"5": -100, "7": 2.5}, "stop_token_ids": [9, END], "ignore_eos": True, "metadata": {"a": "b"},
+        "logprobs": True, "top_logprobs": 20, "user": "me", "n": 2, "max_tokens": 7, "seed": 4,
+    }  # fmt: skip
+
+    def reply(request: FakeRequest) -> None:
+        for sequence in request.sequences:
+            sequence.emit(ids_of("x"), EndReason.LENGTH, 20)
+
+    async with serving() as here:
+        here.router.reply = reply
+        response = await here.client.post("/v1/chat/completions", json=chat_body(**wishes))
+        assert response.status_code == 200, response.text
+        request = here.router.requests[0]
+    assert request.params == SamplingParams(
+        max_tokens=7, seed=4, min_p=0.1, repetition_penalty=1.5, presence_penalty=-2.0, frequency_penalty=2.0, min_tokens=3,
+        logit_bias=((5, -100.0), (7, 2.5)), stop_token_ids=(9, END), logprobs=20,
+    )  # fmt: skip
+    assert (request.tenant, len(request.sequences)) == ("me", 2)
 
 
 async def test_defaults_are_the_models_own_then_openais() -> None:
@@ -301,15 +439,29 @@ async def test_neutral_values_are_accepted() -> None:
 
 
 _REFUSED: list[tuple[dict[str, object], str, str]] = [
-    ({"n": 2}, "n", "unsupported_parameter"),
-    ({"n": True}, "n", "unsupported_parameter"),
-    ({"logprobs": True}, "logprobs", "unsupported_parameter"),
+    ({"n": 0}, "n", "invalid_value"),
+    ({"n": 129}, "n", "invalid_value"),
+    ({"n": True}, "n", "invalid_value"),
+    ({"logprobs": 1}, "logprobs", "invalid_value"),
+    ({"top_logprobs": 1}, "top_logprobs", "invalid_value"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
     ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
     ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
-    ({"presence_penalty": 0.5}, "presence_penalty", "unsupported_parameter"),
+    ({"presence_penalty": 2.5}, "presence_penalty", "invalid_value"),
+    ({"frequency_penalty": -2.5}, "frequency_penalty", "invalid_value"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "invalid_value"),
+    ({"min_p": -0.1}, "min_p", "invalid_value"),
+    ({"logit_bias": {"5": 101}}, "logit_bias", "invalid_value"),
+    ({"logit_bias": {"x": 1}}, "logit_bias", "invalid_value"),
+    ({"logit_bias": {"5": "x"}}, "logit_bias[...]", "invalid_value"),
+    ({"logit_bias": {"1000000": 1}}, "logit_bias", "invalid_value"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids", "invalid_value"),
+    ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", "invalid_value"),
+    ({"min_tokens": -1}, "min_tokens", "invalid_value"),
+    ({"metadata": {"a": 1}}, "metadata[...]", "invalid_value"),
+    ({"store": True}, "store", "unsupported_parameter"),
     ({"reasoning_effort": "low"}, "reasoning_effort", "unsupported_parameter"),
     ({"tempurature": 1}, "tempurature", "unknown_parameter"),
-    ({"min_p": 0.1}, "min_p", "unknown_parameter"),
     ({"temperature": 2.5}, "temperature", "invalid_value"),
     ({"temperature": "hot"}, "temperature", "invalid_value"),
     ({"top_p": 0}, "top_p", "invalid_value"),
@@ -365,7 +517,8 @@ async def test_completions_refuse_by_name_too() -> None:
         ({"echo": True}, "echo", "unsupported_parameter"),
         ({"suffix": "x"}, "suffix", "unsupported_parameter"),
         ({"best_of": 2}, "best_of", "unsupported_parameter"),
-        ({"logprobs": 0}, "logprobs", "unsupported_parameter"),
+        ({"logprobs": True}, "logprobs", "invalid_value"),
+        ({"top_logprobs": 1}, "top_logprobs", "unknown_parameter"),
         ({"messages": []}, "messages", "unknown_parameter"),
         ({"prompt": ["a", "b"]}, "prompt", "unsupported_parameter"),
         ({"prompt": [[1], [2]]}, "prompt", "unsupported_parameter"),

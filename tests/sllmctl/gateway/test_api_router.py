@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 
 import msgspec
 
@@ -17,11 +18,16 @@ _CHAT = "/v1/chat/completions"
 
 async def _submitted(bench: Bench, here: Serving) -> Submit:
     """The next attempt that the router gives to a node."""
+    return (await _all_submitted(bench, here))[0]
+
+
+async def _all_submitted(bench: Bench, here: Serving) -> list[Submit]:
+    """The next attempts that the router gives to nodes at once."""
     async with asyncio.timeout(WAIT_S):
         while not (found := [message for _, message in bench.sent if isinstance(message, Submit)]):
             await here.client.get("/healthz")
     bench.sent.clear()
-    return found[0]
+    return found
 
 
 async def test_a_stream_goes_on_over_the_loss_of_its_instance() -> None:
@@ -47,6 +53,36 @@ async def test_a_stream_goes_on_over_the_loss_of_its_instance() -> None:
         assert b'"content":"after"' in data
         assert b'"finish_reason":"stop"' in data
         writer.close()
+    assert bench.router.live == 0
+
+
+async def test_choices_of_a_user_and_their_log_probabilities_go_on_over_the_loss_of_their_instance() -> None:
+    def told(*tokens: int) -> bytes:
+        return b"".join(struct.pack("<if", token, -token) for token in tokens)
+
+    bench = Bench()
+    bench.warm()
+    async with serving(router=bench.router) as here:
+        body = chat_body(model="m", seed=3, n=2, user="me", logprobs=True, max_tokens=4)
+        task = asyncio.create_task(here.client.post(_CHAT, json=body))
+        first = await _all_submitted(bench, here)
+        assert [(s.choice, s.tenant, s.params.seed, s.params.logprobs) for s in first] == [(0, "me", 3, 0), (1, "me", 3, 0)]
+        bench.tokens(*(TokenRun(s.attempt, 0, (40, 41), told(40, 41)) for s in first))
+        bench.tokens(TokenRun(first[0].attempt, 1, (41, 42), told(41, 42)))  # one of them again
+        bench.instance(state=InstanceState.BACKOFF)
+        bench.sent.clear()
+        bench.instance(epoch=epoch_of(1, 2))
+        second = await _all_submitted(bench, here)
+        assert sorted((s.choice, s.generated) for s in second) == [(0, (40, 41, 42)), (1, (40, 41))]
+        for s in second:
+            rest = tuple(range(40 + len(s.generated), 44))
+            bench.tokens(
+                TokenRun(s.attempt, len(s.generated), rest, told(*rest)),
+                Ended(attempt=s.attempt, position=4, reason=EndReason.LENGTH),
+            )
+        choices = (await task).json()["choices"]
+    for choice in choices:
+        assert [entry["logprob"] for entry in choice["logprobs"]["content"]] == [-40, -41, -42, -43]
     assert bench.router.live == 0
 
 

@@ -121,6 +121,21 @@ def test_a_long_run_of_byte_tokens_does_not_wait_for_its_end() -> None:
     assert sent + detokenizer.push((token_id("b", tokenizer),)) + detokenizer.flush() == text + "b"
 
 
+@pytest.mark.parametrize("name", ["byte level", "byte fallback", "metaspace, never prepended"])
+@given(data=st.data())
+def test_what_tokens_stand_for_makes_the_whole_text(name: str, data: st.DataObject) -> None:
+    tokenizer = _TOKENIZERS[name]
+    factory = _factory(tokenizer)
+    ids = tokenizer.encode(data.draw(st.text("ab é日🙂", max_size=12)), add_special_tokens=False).ids
+    assert b"".join(factory.spell(token) for token in ids).decode() == tokenizer.decode(ids)
+
+
+def test_a_token_without_text_is_spelt_by_its_name() -> None:
+    assert _factory(_TOKENIZERS["byte level"]).spell(token_id("</s>", _TOKENIZERS["byte level"])) == b"</s>"
+    assert _factory(_TOKENIZERS["word piece, over a window"]).spell(2) == b"one"
+    assert _factory(_TOKENIZERS["byte level"]).spell(10**9) == b""
+
+
 def test_skipped_ids_have_no_text() -> None:
     tokenizer = _TOKENIZERS["byte level"]
     factory = DetokenizerFactory(tokenizer, json.loads(tokenizer.to_str())["decoder"], frozenset({token_id("a", tokenizer)}))
