@@ -334,6 +334,8 @@ class Agent:
 
     def instance_changed(self, truth: InstanceTruth) -> None:
         self._manager.tell(InstanceUpdate(truth=truth))
+        if truth.fault is not None and truth.fault.code == InvalidCheckpoint.code:
+            self._own(self._look_again(truth.digest), f"look again at {truth.digest}")
 
     def instance_progress(self, progress: Progress) -> None:
         self._manager.tell(progress)
@@ -359,14 +361,16 @@ class Agent:
             self._own(self._look_again(digest), f"look again at {digest}")
 
     async def _look_again(self, digest: str) -> None:
-        await self._checkpoints.scan()
+        """The store or a worker could not use a copy: see whether its small files are why."""
+        await self._checkpoints.check_assets(digest)
         self.placement_changed(digest)
 
     def checkpoint_fetched(self, digest: str, then: Callable[[], None]) -> None:
         self._own(self._look_then(digest, then), f"look for {digest}")
 
     async def _look_then(self, digest: str, then: Callable[[], None]) -> None:
-        await self._look_again(digest)
+        await self._checkpoints.scan()
+        self.placement_changed(digest)
         self.disk_changed()
         then()
 

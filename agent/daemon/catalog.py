@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from pathlib import Path
 
 from agent.daemon.pins import Pins
 from agent.daemon.storelink import StoreLink
 from agent.store import catalog
-from agent.store.catalog import CatalogEntry
+from agent.store.catalog import CatalogEntry, DamagedCopy
 from schema.errors import InvalidCheckpoint, NotFound, SllmError
 from schema.link import CheckpointTruth, FileChunk, Placement, ReadFile
 from schema.states import Tier, TierState
@@ -17,6 +18,7 @@ from schema.states import Tier, TierState
 __all__ = ["Checkpoints"]
 
 _MAX_CHUNK_BYTES = 1 << 20
+_log = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -27,13 +29,15 @@ class Checkpoints:
         self._root = root
         self._store = store
         self._entries: dict[str, CatalogEntry] = {}
+        self._damaged: dict[str, DamagedCopy] = {}
         self._facts: dict[str, CheckpointTruth] = {}
         self._scanning = asyncio.Lock()
 
     async def scan(self) -> None:
         """Read again what lies on the disk."""
         async with self._scanning:  # so that an earlier look never replaces a later one
-            self._entries = await asyncio.to_thread(catalog.scan, self._root)
+            found = await asyncio.to_thread(catalog.look, self._root)
+            self._entries, self._damaged = found.entries, found.damaged
         for digest, entry in self._entries.items():
             manifest = entry.manifest
             self._facts[digest] = CheckpointTruth(
@@ -45,9 +49,11 @@ class Checkpoints:
             )
 
     def entry(self, digest: str) -> CatalogEntry:
-        """Raises NotFound when it is not on the disk."""
+        """Raises NotFound when it is not on the disk, InvalidCheckpoint when what lies there cannot be read."""
         entry = self._entries.get(digest)
         if entry is None:
+            if (damaged := self._damaged.get(digest)) is not None:
+                raise _in_quarantine(digest, damaged.reason)
             raise NotFound(f"checkpoint {digest} is not on this node's disk; ingest it first")
         return entry
 
@@ -58,10 +64,7 @@ class Checkpoints:
         """
         entry = self.entry(digest)
         if entry.quarantined is not None and not self._usable(entry):
-            raise InvalidCheckpoint(
-                f"checkpoint {digest} is in quarantine ({entry.quarantined}); ingest it again, "
-                "or verify it if its files are right again"
-            )
+            raise _in_quarantine(digest, entry.quarantined)
         return self.relative(entry)
 
     def layout(self, digest: str) -> str | None:
@@ -69,9 +72,29 @@ class Checkpoints:
         entry = self._entries.get(digest)
         return entry.manifest.layout if entry is not None and entry.quarantined is None else None
 
-    def relative(self, entry: CatalogEntry) -> str:
+    def copy(self, digest: str) -> str:
+        """The directory of what lies on the disk of it, in whatever state, as the store names it. Raises NotFound."""
+        copy = self._damaged.get(digest) or self.entry(digest)
+        return self.relative(copy)
+
+    def relative(self, entry: CatalogEntry | DamagedCopy) -> str:
         """An entry's directory as the store names it."""
         return str(entry.directory.relative_to(self._root))
+
+    async def check_assets(self, digest: str) -> None:
+        """Look at the small files of a copy that a worker could not use: one that is wrong puts it into quarantine."""
+        entry = self._entries.get(digest)
+        if entry is not None and entry.quarantined is None:
+            try:
+                await asyncio.to_thread(catalog.check_assets, entry.directory, entry.manifest)
+            except InvalidCheckpoint as error:
+                try:
+                    await asyncio.to_thread(catalog.quarantine, entry.directory, str(error))
+                except OSError as failure:
+                    _log.error("cannot put %s into quarantine: %s", entry.directory, failure)
+            except SllmError as error:
+                _log.warning("%s", error)
+        await self.scan()
 
     def _usable(self, entry: CatalogEntry) -> bool:
         """True when weights and text can be had without the bytes for which a copy is in quarantine."""
@@ -82,7 +105,7 @@ class Checkpoints:
 
     async def remove(self, digest: str) -> None:
         """Take it from the disk for good. Raises NotFound, SllmError."""
-        entry = self._entries.pop(digest, None)
+        entry = self._entries.pop(digest, None) or self._damaged.pop(digest, None)
         if entry is None:
             raise NotFound(f"checkpoint {digest} is not on this node's disk")
         try:
@@ -95,17 +118,22 @@ class Checkpoints:
     def truth(self, digest: str) -> CheckpointTruth:
         """Where a checkpoint lies on this node now."""
         placements = []
-        entry = self._entries.get(digest)
+        entry, damaged = self._entries.get(digest), self._damaged.get(digest)
         resident = self._store.residents.get(digest)
         users = self._store.holds.count(digest)
         size = entry.manifest.image_bytes if entry is not None else resident.image_bytes if resident is not None else 0
         if entry is not None:
             state = TierState.RESIDENT if entry.quarantined is None else TierState.QUARANTINED
             placements.append(Placement(tier=Tier.DISK, state=state, size_bytes=size, reason=entry.quarantined or ""))
+        elif damaged is not None:
+            bad_bytes = damaged.size_bytes
+            placements.append(
+                Placement(tier=Tier.DISK, state=TierState.QUARANTINED, size_bytes=bad_bytes, reason=damaged.reason)
+            )
         if resident is not None:
             bad = resident.condemned
             # Without usable files beside it no worker can be built over the image, however good that is.
-            barred = entry is not None and entry.quarantined is not None and not self._usable(entry)
+            barred = damaged is not None or (entry is not None and entry.quarantined is not None and not self._usable(entry))
             state = TierState.QUARANTINED if bad else TierState.EVICTING if barred else TierState.RESIDENT
             image_bytes = resident.image_bytes
             placements.append(Placement(tier=Tier.DRAM, state=state, size_bytes=image_bytes, users=users, reason=bad))
@@ -123,7 +151,7 @@ class Checkpoints:
         )
 
     def truths(self) -> tuple[CheckpointTruth, ...]:
-        digests = sorted({*self._entries, *self._store.residents, *self._store.devices.digests})
+        digests = sorted({*self._entries, *self._damaged, *self._store.residents, *self._store.devices.digests})
         return tuple(self.truth(digest) for digest in digests)
 
     async def read(self, message: ReadFile) -> FileChunk:
@@ -132,6 +160,13 @@ class Checkpoints:
         if message.file != catalog.MANIFEST_FILE and message.file not in {asset.file for asset in entry.manifest.assets}:
             raise NotFound(f"checkpoint {message.digest} has no text asset {message.file!r}")
         return await asyncio.to_thread(_read, entry.directory / message.file, message)
+
+
+def _in_quarantine(digest: str, why: str) -> InvalidCheckpoint:
+    return InvalidCheckpoint(
+        f"checkpoint {digest} is in quarantine ({why}); ingest it again, fetch it from where it was published "
+        f"(`sllmctl checkpoint fetch {digest[:16]} --from URL`), or verify it if its files are right again"
+    )
 
 
 def _read(path: Path, message: ReadFile) -> FileChunk:

@@ -233,8 +233,7 @@ class Operations:
     async def _verify(self, message: VerifyCheckpoint) -> OperationDone:
         """Both quarantine and its end are written by the store; what it found is read again before the end is told."""
         digest = message.digest
-        entry = self._checkpoints.entry(digest)
-        directory = self._checkpoints.relative(entry)
+        directory = self._checkpoints.copy(digest)
         answer: asyncio.Future[OperationDone] = asyncio.get_running_loop().create_future()
         self._store.verify(message.op, digest, directory, _answer(answer), self._owner.tell)
         try:
@@ -243,7 +242,9 @@ class Operations:
             self._store.cancel_verify(message.op)
         await self._checkpoints.scan()
         self._owner.placement_changed(digest)
-        read = sum(partition.size_bytes for partition in entry.manifest.partitions) if fault is None else 0
+        read = 0
+        if fault is None:
+            read = sum(partition.size_bytes for partition in self._checkpoints.entry(digest).manifest.partitions)
         return OperationDone(op=message.op, digest=digest, fault=fault, read_bytes=read)
 
     async def _drops_over(self) -> None:

@@ -7,6 +7,8 @@ Two marker files beside a manifest say what is known of the bytes: ``verified`` 
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import logging
 import os
 import re
@@ -23,9 +25,13 @@ from schema.errors import InvalidCheckpoint, NotFound, SllmError
 __all__ = [
     "MANIFEST_FILE",
     "CatalogEntry",
+    "DamagedCopy",
+    "Found",
     "changed_source",
+    "check_assets",
     "is_sound",
     "is_verified",
+    "look",
     "mark_verified",
     "partition_path",
     "quarantine",
@@ -55,22 +61,55 @@ class CatalogEntry:
     quarantined: str | None = None
 
 
-def scan(checkpoints_path: Path) -> dict[str, CatalogEntry]:
-    """All readable checkpoints by digest; of several layouts the first sound one by name, files in their place last.
+@dataclass(frozen=True, slots=True)
+class DamagedCopy:
+    """What lies where a checkpoint was and cannot be read as one: ``reason`` says why. It takes ``size_bytes`` of the disk.
 
-    Others are passed over and logged.
+    Nothing is loaded from it. It is verified, removed and replaced like one in quarantine, which it is as long as that lasts.
+    """
+
+    digest: str
+    directory: Path
+    reason: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What lies on the disk, by digest: checkpoints that can be read, sound or in quarantine, and those that only are there."""
+
+    entries: dict[str, CatalogEntry]
+    damaged: dict[str, DamagedCopy]
+
+
+def look(checkpoints_path: Path) -> Found:
+    """All checkpoints; of several layouts the first sound one by name, files in their place after those, damaged ones last.
+
+    What a damaged copy was once known for counts no longer: its bytes are looked at again when it can be read.
     """
     entries: dict[str, CatalogEntry] = {}
+    damaged: dict[str, DamagedCopy] = {}
     for directory in _directories(checkpoints_path):
         try:
             entry = read_entry(directory)
         except SllmError as error:
-            _log.warning("the checkpoint in %s is passed over: %s", directory, error)
+            if not directory.exists():  # it was removed just now
+                continue
+            _log.warning("the checkpoint in %s is damaged: %s", directory, error)
+            with contextlib.suppress(OSError):
+                unmark_verified(directory)
+            reason = quarantine_reason(directory) or str(error)
+            damaged.setdefault(directory.parent.name, DamagedCopy(directory.parent.name, directory, reason, _size(directory)))
             continue
         known = entries.get(entry.digest)
         if known is None or _rank(entry) < _rank(known):
             entries[entry.digest] = entry
-    return entries
+    return Found(entries, {digest: copy for digest, copy in damaged.items() if digest not in entries})
+
+
+def scan(checkpoints_path: Path) -> dict[str, CatalogEntry]:
+    """The checkpoints that can be read, by digest."""
+    return look(checkpoints_path).entries
 
 
 def _rank(entry: CatalogEntry) -> tuple[bool, bool]:
@@ -80,8 +119,8 @@ def _rank(entry: CatalogEntry) -> tuple[bool, bool]:
 def read_entry(directory: Path) -> CatalogEntry:
     """The checkpoint in a layout's directory, ``<digest>/<layout>``.
 
-    Raises InvalidCheckpoint when its manifest is missing, unreadable or another checkpoint's, or a partition's size is not
-    what the manifest says. A user's file that is no longer what it was puts its checkpoint into quarantine.
+    Raises InvalidCheckpoint when its manifest is missing, unreadable or another checkpoint's, or a file's size is not what the
+    manifest says. A user's file that is no longer what it was puts its checkpoint into quarantine.
     """
     path = directory / MANIFEST_FILE
     try:
@@ -100,6 +139,8 @@ def read_entry(directory: Path) -> CatalogEntry:
     for partition in manifest.partitions:
         if partition.source is None:
             _check_size(directory / partition.file, partition.size_bytes)
+    for asset in manifest.assets:
+        _check_size(directory / asset.file, asset.size_bytes)
     return CatalogEntry(manifest.digest, directory, manifest, changed_source(manifest) or quarantine_reason(directory))
 
 
@@ -138,7 +179,25 @@ def _change(source: SourceFile, size_bytes: int) -> str | None:
     return "was written to" if status.st_mtime_ns != source.mtime_ns else None
 
 
-def remove(entry: CatalogEntry) -> None:
+def check_assets(directory: Path, manifest: Manifest) -> None:
+    """Compare the small files, text and list of tensors, with their checksums. Raises InvalidCheckpoint naming the bad one,
+    SllmError when one cannot be read."""
+    for asset in manifest.assets:
+        path = directory / asset.file
+        try:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+                size = file.tell()
+        except OSError as error:
+            kind = InvalidCheckpoint if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EISDIR) else SllmError
+            raise kind(f"{path}: cannot be read: {error.strerror}") from error
+        if (size, found) != (asset.size_bytes, asset.sha256):
+            raise InvalidCheckpoint(
+                f"{path}: its {size} bytes are not what was ingested (sha256 {found}, expected {asset.sha256})"
+            )
+
+
+def remove(entry: CatalogEntry | DamagedCopy) -> None:
     """Take a checkpoint from the disk for good. It is gone at once: moved to the data directory's ``tmp``, then deleted.
 
     Of one in place only the manifest and what lies beside it goes; the user's files are not touched.
@@ -201,6 +260,17 @@ def _children(path: Path) -> list[Path]:
         return sorted(child for child in path.iterdir() if child.is_dir() and not child.is_symlink())
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def _size(directory: Path) -> int:
+    """What the files in a directory take of the disk."""
+    total = 0
+    with contextlib.suppress(OSError), os.scandir(directory) as found:
+        for each in found:
+            with contextlib.suppress(OSError):
+                status = each.stat(follow_symlinks=False)
+                total += status.st_blocks * 512 if stat.S_ISREG(status.st_mode) else 0
+    return total
 
 
 def _check_size(path: Path, size_bytes: int) -> None:

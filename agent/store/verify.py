@@ -6,8 +6,6 @@ waits for, into a little memory beside the arena, so that looking at a copy neve
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import mmap
 import threading
 from collections import deque
@@ -149,8 +147,7 @@ class Verifier:
             manifest = entry.manifest
             if (changed := catalog.changed_source(manifest)) is not None:
                 raise InvalidCheckpoint(changed)
-            for asset in manifest.assets:
-                _check_asset(asked.directory / asset.file, asset.size_bytes, asset.sha256)
+            catalog.check_assets(asked.directory, manifest)
             self._verify_disk(asked, manifest)
         except SllmError as failure:
             error = failure
@@ -277,18 +274,6 @@ class _ChunkCheck:
             room = self._chunk_bytes - offset % self._chunk_bytes
             yield offset, data[:room]
             offset, data = offset + min(room, len(data)), data[room:]
-
-
-def _check_asset(path: Path, size_bytes: int, sha256: str) -> None:
-    try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-            size = file.tell()
-    except OSError as error:
-        kind = InvalidCheckpoint if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EISDIR) else SllmError
-        raise kind(f"{path}: cannot be read: {error.strerror}") from error
-    if (size, found) != (size_bytes, sha256):
-        raise InvalidCheckpoint(f"{path}: its {size} bytes are not what was ingested (sha256 {found}, expected {sha256})")
 
 
 def _check_cancel(asked: _Asked) -> None:

@@ -143,7 +143,8 @@ def _take_checkpoints(turn: Turn, node: Node, truth: NodeTruth) -> None:
 def take_checkpoint(turn: Turn, node: Node, truth: CheckpointTruth) -> None:
     """All placements of one checkpoint on one node, replacing what was known of them there."""
     held = [one for one in truth.placements if one.state is not TierState.ABSENT]
-    if truth.digest not in turn.view.checkpoints:
+    known = turn.view.checkpoints.get(truth.digest)
+    if known is None or (not known.architecture and truth.architecture):  # a damaged copy does not say what it is
         if not held:
             return
         checkpoint = Checkpoint(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from agent.daemon.pins import Pins
 from agent.store.catalog import quarantine, release
-from schema.checkpoint import decode_manifest
+from schema.checkpoint import AssetEntry, decode_manifest, encode_manifest
 from schema.errors import Fault
 from schema.ids import epoch_of
 from schema.link import (
@@ -18,6 +20,7 @@ from schema.link import (
     Extent,
     FileChunk,
     Ingest,
+    InstanceUpdate,
     LoadCheckpoint,
     OperationDone,
     OperationsAcked,
@@ -32,7 +35,7 @@ from schema.link import (
 )
 from schema.spec import PathSource
 from schema.states import InstanceState, Tier, TierState
-from tests.agent.daemon.peers import DIGEST, Manager, Node, alive, make_checkpoint
+from tests.agent.daemon.peers import DIGEST, Manager, Node, alive, make_checkpoint, start_instance
 
 SOURCE = PathSource("/models/m")
 
@@ -195,6 +198,75 @@ async def test_a_copy_that_the_store_puts_in_quarantine_is_told_and_not_loaded_a
     again = (await done(manager, "op_2")).fault
     assert again is not None
     assert "quarantine" in again.message
+
+
+async def test_a_copy_whose_manifest_is_damaged_is_in_quarantine_verified_replaced_and_removed(node: Node) -> None:
+    manager = await node.manager()
+    store = node.stores[0]
+    manifest = node.config.checkpoints_path / DIGEST / "l1" / "manifest.json"
+    sound = manifest.read_bytes()
+    manifest.write_bytes(sound[:-1])
+    store.answers = False
+    manager.send(LoadCheckpoint(op="op_1", digest=DIGEST))
+    await store.until(lambda: bool(store.fills))
+    fault = Fault("invalid_checkpoint", f"{manifest}: it is cut short")
+    store.peer.send(OperationDone(op=store.fills[0].op, digest=DIGEST, fault=fault))
+    truth = (await manager.take(PlacementUpdate, lambda m: m.truth.placements[0].state is TierState.QUARANTINED)).truth
+    (placed,) = truth.placements
+    assert (truth.architecture, placed.tier) == ("LlamaForCausalLM", Tier.DISK)
+    assert 4096 <= placed.size_bytes <= 3 * 4096
+    assert str(manifest) in placed.reason
+    manager.send(LoadCheckpoint(op="op_2", digest=DIGEST))
+    again = (await done(manager, "op_2")).fault
+    assert again is not None
+    assert "quarantine" in again.message
+
+    manager.send(VerifyCheckpoint(op="op_3", digest=DIGEST))
+    await store.until(lambda: bool(store.verifies))
+    assert store.verifies[0].directory == f"{DIGEST}/l1"
+    manifest.write_bytes(sound)
+    store.peer.send(OperationDone(op=store.verifies[0].op, digest=DIGEST))
+    (placed,) = (
+        await manager.take(PlacementUpdate, lambda m: m.truth.placements[0].state is TierState.RESIDENT)
+    ).truth.placements
+    assert (await done(manager, "op_3")).read_bytes == 4096
+
+    manifest.write_bytes(b"")
+    manager.send(VerifyCheckpoint(op="op_4", digest=DIGEST))
+    await store.until(lambda: len(store.verifies) == 2)
+    store.peer.send(OperationDone(op=store.verifies[1].op, digest=DIGEST, fault=fault))
+    assert (await done(manager, "op_4")).fault == fault
+    again_manager = await node.manager()
+    (checkpoint,) = again_manager.truth.checkpoints
+    assert [one.state for one in checkpoint.placements] == [TierState.QUARANTINED]
+    again_manager.send(DropCheckpoint(op="op_5", digest=DIGEST, tier=Tier.DISK))
+    assert (await done(again_manager, "op_5")).fault is None
+    assert not manifest.parent.exists()
+
+
+async def test_a_small_file_that_a_worker_could_not_use_puts_the_copy_into_quarantine(node: Node) -> None:
+    manager = await node.manager()
+    directory = node.config.checkpoints_path / DIGEST / "l1"
+    index = b"the text side"
+    manifest = decode_manifest((directory / "manifest.json").read_bytes())
+    assets = (AssetEntry("tokenizer.json", len(index), hashlib.sha256(index).hexdigest()),)
+    (directory / "manifest.json").write_bytes(encode_manifest(msgspec.structs.replace(manifest, assets=assets)))
+    (directory / "tokenizer.json").write_bytes(index[::-1])
+    store = node.stores[0]
+    manager.send(VerifyCheckpoint(op="op_1", digest=DIGEST))
+    await store.until(lambda: bool(store.verifies))
+    store.peer.send(OperationDone(op=store.verifies[0].op, digest=DIGEST))  # it looked before the file went bad
+    await done(manager, "op_1")
+    node.worker_becomes_ready = False
+    manager.send(start_instance())
+    await node.until(lambda: bool(node.workers) and node.workers[-1].start is not None)
+    fault = Fault("invalid_checkpoint", "tokenizer.json is not what was ingested")
+    worker = node.workers[-1]
+    worker.peer.send(InstanceUpdate(truth=msgspec.structs.replace(worker.truth(InstanceState.STOPPED), fault=fault)))
+    stopped = await manager.instance(InstanceState.STOPPED)
+    assert stopped.fault == fault
+    told = await manager.take(PlacementUpdate, lambda m: m.truth.placements[0].state is TierState.QUARANTINED)
+    assert str(directory / "tokenizer.json") in told.truth.placements[0].reason
 
 
 async def test_the_manifest_is_read_in_parts(node: Node) -> None:

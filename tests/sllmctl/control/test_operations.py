@@ -7,7 +7,7 @@ import pytest
 
 from schema.admin import OperationKind
 from schema.errors import Fault
-from schema.link import DropCheckpoint, LoadCheckpoint, Placement, PlacementUpdate, VerifyCheckpoint
+from schema.link import CheckpointTruth, DropCheckpoint, LoadCheckpoint, Placement, PlacementUpdate, VerifyCheckpoint
 from schema.states import InstanceState, Tier, TierState
 from sllmctl.control.effects import FromNode, Operate
 from sllmctl.control.view import Operation
@@ -208,6 +208,26 @@ def quarantine(world: World, tier: Tier, state: TierState = TierState.QUARANTINE
     others = tuple(one for one in truth.placements if one.tier is not tier)
     truth = msgspec.structs.replace(truth, placements=(*others, bad))
     world.do(FromNode("local", PlacementUpdate(truth=truth)))
+
+
+def test_a_damaged_copy_that_does_not_say_what_it_is_is_known_by_the_next_that_does(world: World) -> None:
+    digest = digest_of("x")
+    bad = Placement(tier=Tier.DISK, state=TierState.QUARANTINED, size_bytes=9000, reason="manifest.json: damaged")
+    unknown = CheckpointTruth(
+        digest=digest, architecture="", image_bytes=0, kv_token_bytes=0, max_context_tokens=0, placements=(bad,)
+    )
+    world.tell("local", [PlacementUpdate(truth=unknown)])
+    (record,) = world.view.placements_of(digest).values()
+    assert (record.state, record.size_bytes) == (TierState.QUARANTINED, 9000)
+    sound = Placement(tier=Tier.DISK, state=TierState.RESIDENT, size_bytes=4096)
+    known = CheckpointTruth(
+        digest=digest, architecture="A", image_bytes=4096, kv_token_bytes=8, max_context_tokens=64, placements=(sound,)
+    )
+    for truth in (known, unknown):  # and what is known stays known
+        world.tell("local", [PlacementUpdate(truth=truth)])
+        checkpoint = world.view.checkpoints[digest]
+        assert (checkpoint.architecture, checkpoint.image_bytes, checkpoint.kv_token_bytes) == ("A", 4096, 8)
+    world.check_rows()
 
 
 def test_a_quarantined_copy_is_no_source_says_why_and_comes_back(world: World) -> None:

@@ -1,0 +1,94 @@
+"""What lies on the disk: sound, in quarantine, or damaged, and then still shown, counted, verified, replaced and removed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from agent.store import catalog
+from schema.errors import InvalidCheckpoint
+from tests.agent.store.fetching import PART, FetchBench, assert_there, make_source
+from tests.agent.store.images import CHUNK
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> tuple[str, Path, bytes]:
+    return make_source(tmp_path / "data" / "checkpoints")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x80
+    path.write_bytes(data)
+
+
+DAMAGE: list[tuple[str, Callable[[Path], None]]] = [
+    ("manifest.json", flip),
+    ("manifest.json", cut),
+    ("manifest.json", Path.unlink),
+    ("tokenizer.json", cut),
+    ("tokenizer.json", Path.unlink),
+    (PART, cut),
+    (PART, Path.unlink),
+]
+
+
+@pytest.mark.parametrize(("file", "damage"), DAMAGE)
+def test_a_damaged_copy_is_found_named_and_removed(
+    source: tuple[str, Path, bytes], file: str, damage: Callable[[Path], None]
+) -> None:
+    digest, directory, image = source
+    catalog.mark_verified(directory)
+    damage(directory / file)
+    found = catalog.look(directory.parent.parent)
+    assert found.entries == {}
+    copy = found.damaged[digest]
+    assert copy.directory == directory
+    assert str(directory / file) in copy.reason
+    lost = 0 if file != PART else len(image) // 2 + CHUNK
+    assert len(image) - lost <= copy.size_bytes <= len(image) + 10 * 4096
+    assert not catalog.is_verified(directory), "its bytes are looked at again once it can be read"
+    catalog.remove(copy)
+    assert catalog.look(directory.parent.parent) == catalog.Found({}, {})
+
+
+def test_a_sound_layout_beside_it_comes_first(source: tuple[str, Path, bytes]) -> None:
+    digest, directory, _ = source
+    other = directory.with_name("another")
+    other.mkdir()
+    (other / "manifest.json").write_bytes(b"{")
+    found = catalog.look(directory.parent.parent)
+    assert (list(found.entries), found.damaged) == ([digest], {})
+
+
+@pytest.mark.parametrize("verified", [False, True])
+def test_a_damaged_copy_is_replaced_by_a_fetch(tmp_path: Path, source: tuple[str, Path, bytes], verified: bool) -> None:
+    digest, directory, image = source
+    make_source(tmp_path / "remote")
+    (directory / "manifest.json").write_bytes(b"damaged")
+    with contextlib.closing(FetchBench(tmp_path / "data")) as bench:
+        if verified:
+            bench.store.verify("look", digest, directory)
+            bench.wait("look")
+            fault = bench.told.verdicts["look"]
+            assert fault is not None
+            assert fault.code == InvalidCheckpoint.code
+            assert str(directory / "manifest.json") in (catalog.quarantine_reason(directory) or "")
+        assert bench.get(digest, f"file://{tmp_path}/remote") is None
+        assert_there(bench, digest, image)
+
+
+def test_small_files_are_compared_with_their_checksums(source: tuple[str, Path, bytes]) -> None:
+    _, directory, _ = source
+    entry = catalog.read_entry(directory)
+    catalog.check_assets(directory, entry.manifest)
+    flip(directory / "tokenizer.json")
+    with pytest.raises(InvalidCheckpoint, match=r"tokenizer\.json: its 2000 bytes are not what was ingested"):
+        catalog.check_assets(directory, entry.manifest)
