@@ -1,19 +1,23 @@
 """What checkpoints take of this node's disk, and whether more may come: the budget of the disk tier.
 
-Counted are the blocks of what is committed, of fetches under way and of ingests under way, which claim their room before they
-write; not what is being deleted, nor the sources that are downloaded for an ingest.
+Counted are the blocks of what is committed, of fetches and of ingests, which claim their room before they write, one after
+another; not what is being deleted, nor the sources that are downloaded for an ingest.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from agent.store.temporary import sweep
 from schema.errors import OutOfSpace
 
-__all__ = ["check_room", "used_bytes"]
+__all__ = ["check_room", "claim_room", "used_bytes"]
 
 _BLOCK_BYTES = 512
 
@@ -23,6 +27,30 @@ def used_bytes(data: Path, *, but: Path | None = None) -> int:
     roots = [*_children(data / "checkpoints"), *_children(data / "partial")]
     roots += [child for child in _children(data / "tmp") if child.name.startswith("ingest")]
     return sum(_tree_bytes(root, but) for root in roots)
+
+
+@contextlib.contextmanager
+def claim_room(limit_bytes: int, data: Path, need_bytes: int, what: str, *, but: Path | None = None) -> Iterator[None]:
+    """Check the budget, and have the disk's room reserved inside, while no other does: two could else find the same room free.
+
+    What ingests that broke off have left for another try goes before anything is refused. Raises as `check_room` does.
+    """
+    data.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(data, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lies = _tree_bytes(but, None) if but is not None else 0
+        try:
+            check_room(limit_bytes, data, need_bytes, what, but=but)
+            short = shutil.disk_usage(data).free + lies < need_bytes
+        except OutOfSpace:
+            short = True
+        if short:
+            sweep(data / "tmp", kept_alone=True)
+            check_room(limit_bytes, data, need_bytes, what, but=but)  # a disk that is full says so when it is to reserve
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_room(limit_bytes: int, data: Path, need_bytes: int, what: str, *, but: Path | None = None) -> None:

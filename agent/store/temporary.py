@@ -1,6 +1,7 @@
-"""Directories under the data directory's ``tmp`` that live no longer than the process that made them.
+"""Directories under the data directory's ``tmp``: some live no longer than the process that made them, some wait for the next.
 
-Each is held with flock by its maker, so that what a killed process left can be told from what is being written.
+Each is held with flock by its maker, so that what a killed process left can be told from what is being written. What a next
+process can go on with has its key in its name, behind a plus.
 """
 
 from __future__ import annotations
@@ -10,10 +11,27 @@ import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
-__all__ = ["sweep", "temporary_directory"]
+from schema.errors import InvalidInput, OutOfSpace
+
+__all__ = ["hold", "kept_directory", "newest", "sweep", "temporary_directory"]
+
+_TRASH_S: Final = 600.0
+
+
+def hold(path: Path) -> int | None:
+    """A descriptor that holds a directory until it is closed; None while another process holds it. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 @contextlib.contextmanager
@@ -22,8 +40,8 @@ def temporary_directory(root: Path, kind: str) -> Iterator[Path]:
     root.mkdir(parents=True, exist_ok=True)
     with _locked(root):  # so that no sweep meets it before it is held
         path = Path(tempfile.mkdtemp(dir=root, prefix=f"{kind}-"))
-        held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(held, fcntl.LOCK_EX)
+        held = hold(path)
+        assert held is not None
     try:
         yield path
     finally:
@@ -31,28 +49,74 @@ def temporary_directory(root: Path, kind: str) -> Iterator[Path]:
         os.close(held)
 
 
-def sweep(root: Path) -> list[str]:
-    """Delete what processes that are no more left under ``root``; returns the names."""
+@contextlib.contextmanager
+def kept_directory(root: Path, kind: str, key: str) -> Iterator[Path]:
+    """The directory of this key, with whatever an earlier process left in it; a fresh one while another process has it.
+
+    Gone at the end, and after an error that another try would meet again; after any other it waits for that try.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with _locked(root):
+        path = root / f"{kind}+{key}"
+        path.mkdir(exist_ok=True)
+        held = hold(path)
+    if held is None:
+        with temporary_directory(root, kind) as path:
+            yield path
+        return
+    keep = False
+    try:
+        yield path
+    except (InvalidInput, OutOfSpace):
+        raise
+    except BaseException:
+        keep = any(files for _, _, files in os.walk(path))
+        raise
+    finally:
+        with _locked(root):  # so that nobody opens what is just going
+            if not keep:
+                shutil.rmtree(path, ignore_errors=True)
+            os.close(held)
+
+
+def sweep(root: Path, older_than_s: float = 0.0, *, kept_alone: bool = False) -> list[str]:
+    """Delete what processes that are no more left under ``root``; returns the names.
+
+    What can be gone on with only when nobody has touched it for ``older_than_s``; ``kept_alone``: nothing else. What is being
+    removed is its remover's, unless that has not been heard of for ten minutes.
+    """
     if not root.is_dir():
         return []
     swept = []
     with _locked(root):
         for path in sorted(root.iterdir()):
-            if path.is_dir() and not path.is_symlink() and not _is_held(path):
-                shutil.rmtree(path, ignore_errors=True)
-                swept.append(path.name)
+            # What is being removed by others may be gone at any moment.
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                kept = "+" in path.name
+                trash = path.name.startswith("trash-")  # was moved here, which its ctime tells alone
+                latest = max(newest(path), path.stat().st_ctime) if trash else newest(path)
+                age_s = older_than_s if kept else _TRASH_S if trash else 0.0
+                if path.is_symlink() or (kept_alone and not kept) or (age_s and time.time() - latest < age_s):
+                    continue
+                held = hold(path)
+                if held is not None:
+                    shutil.rmtree(path, ignore_errors=True)
+                    os.close(held)
+                    swept.append(path.name)
     return swept
 
 
-def _is_held(path: Path) -> bool:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
+def newest(path: Path) -> float:
+    """When a file in a directory was last written, or the directory if there is none, in seconds since the epoch.
+
+    Raises FileNotFoundError.
+    """
+    latest = 0.0
+    for directory, _, files in os.walk(path):
+        for name in files:
+            with contextlib.suppress(OSError):
+                latest = max(latest, (Path(directory) / name).lstat().st_mtime)
+    return latest or path.stat().st_mtime
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import signal
@@ -15,11 +16,11 @@ from types import FrameType
 import msgspec
 
 from agent.config import NodeConfig, load_config
-from agent.store.budget import check_room
+from agent.store.budget import claim_room
 from agent.store.ingest.convert import convert
 from agent.store.ingest.hub import fetch
 from agent.store.ingest.report import Reporter
-from agent.store.temporary import sweep, temporary_directory
+from agent.store.temporary import kept_directory, sweep
 from schema.errors import Cancelled, Fault, InvalidInput, SllmError
 from schema.spec import HubSource, Source
 
@@ -35,15 +36,15 @@ class _Stopped(BaseException):
 def main(run_dir: str | Path, op: str, source: str | bytes) -> int:
     """Ingest ``source`` (the JSON of a `Source`) on the node of this run directory. Returns 0, or 1 after a fault.
 
-    SIGTERM cancels: what was written so far is deleted. A process that is killed leaves it to the next one.
+    SIGTERM cancels. What was written so far stays for the next ingest of the same source, as after a kill.
     """
     reporter = Reporter(_own_stdout(), op)
     logging.basicConfig(stream=sys.stderr, level="INFO", format="%(asctime)s ingest %(levelname)s %(message)s")
     try:
         with _cancel_on_sigterm():
-            digest = _ingest(load_config(Path(run_dir)), source, reporter)
+            digest, note = _ingest(load_config(Path(run_dir)), source, reporter)
     except _Stopped:
-        reporter.done("", Fault.of(Cancelled("the ingest was cancelled; nothing of it was kept")))
+        reporter.done("", Fault.of(Cancelled("the ingest was cancelled; another one of the same source goes on from there")))
         logging.shutdown()
         os._exit(1)  # a download's threads would hold up an ordinary exit until they are done
     except Exception as error:  # the agent must hear of every end
@@ -51,30 +52,44 @@ def main(run_dir: str | Path, op: str, source: str | bytes) -> int:
             _log.exception("ingest failed")
         reporter.done("", Fault.of(error))
         return 1
-    reporter.done(digest, None)
+    reporter.done(digest, None, note=note)
     return 0
 
 
-def _ingest(config: NodeConfig, source: str | bytes, reporter: Reporter) -> str:
+def _ingest(config: NodeConfig, source: str | bytes, reporter: Reporter) -> tuple[str, str]:
+    """The digest, and what is to be said of how it was made."""
     try:
         wanted = msgspec.json.decode(source, type=Source)
     except msgspec.DecodeError as error:
         raise InvalidInput(f"the source to ingest is not valid: {error}", "source") from error
-    temporary = Path(config.data_dir) / "tmp"
-    for name in sweep(temporary):
+    data = Path(config.data_dir)
+    temporary = data / "tmp"
+    for name in sweep(temporary, config.remote.keep_partial_s):
         _log.info("deleted %s, which a killed process had left", name)
+    notes: list[str] = []
 
-    def room(need_bytes: int) -> None:
-        check_room(config.disk_bytes, Path(config.data_dir), need_bytes, "the checkpoint")
+    def claim(need_bytes: int, begun: Path) -> contextlib.AbstractContextManager[None]:
+        return claim_room(config.disk_bytes, data, need_bytes, "the checkpoint", but=begun)
 
     def written(done_bytes: int, total_bytes: int) -> None:
-        reporter.progress("ingest", done_bytes, total_bytes)
+        reporter.progress("ingest, resumed" if notes else "ingest", done_bytes, total_bytes)
 
-    if not isinstance(wanted, HubSource):
-        return convert(Path(wanted.path), config.checkpoints_path, temporary, written, room=room, in_place=wanted.in_place)
-    with temporary_directory(temporary, "fetch") as directory:
-        _interruptible(lambda: fetch(wanted, directory, lambda done, total: reporter.progress("fetch", done, total)))
-        return convert(directory, config.checkpoints_path, temporary, written, room=room)
+    def resumed(spared_bytes: int) -> None:
+        if spared_bytes:
+            notes.append(f"{spared_bytes} bytes were there of an ingest that had been broken off")
+
+    def converted(directory: Path, *, in_place: bool = False) -> str:
+        return convert(directory, config.checkpoints_path, temporary, written, claim=claim, in_place=in_place, resumed=resumed)
+
+    if isinstance(wanted, HubSource):
+        with kept_directory(temporary, "fetch", hashlib.sha256(msgspec.json.encode(wanted)).hexdigest()[:32]) as directory:
+            _interruptible(lambda: fetch(wanted, directory, lambda done, total: reporter.progress("fetch", done, total)))
+            digest = converted(directory)
+    else:
+        digest = converted(Path(wanted.path), in_place=wanted.in_place)
+    for note in notes:
+        _log.info("%s", note)
+    return digest, "; ".join(notes)
 
 
 def _interruptible(work: Callable[[], None]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Final
 
@@ -20,7 +22,7 @@ from agent.store.ingest.order import execution_key, find_ties
 from agent.store.ingest.text import read_text_side, write_assets
 from agent.store.ingest.writer import CHUNK_BYTES, disk_errors, same_bytes, write_partition
 from agent.store.layers import layer_ends
-from agent.store.temporary import temporary_directory
+from agent.store.temporary import kept_directory, temporary_directory
 from schema.checkpoint import (
     FORMAT_VERSION,
     IN_PLACE,
@@ -38,6 +40,10 @@ from schema.errors import InvalidCheckpoint
 __all__ = ["LAYOUT", "convert"]
 
 _MAX_CONFIG_BYTES: Final = 16 << 20
+_PARTITION: Final = "partition_0.bin"
+
+Claim = Callable[[int, Path], AbstractContextManager[None]]
+"""Has room for so many bytes, of which a directory may hold some already, while it is entered."""
 
 
 def convert(
@@ -46,42 +52,56 @@ def convert(
     temporary: Path,
     progress: Callable[[int, int], None],
     *,
-    room: Callable[[int], None] = lambda _: None,
+    claim: Claim | None = None,
     in_place: bool = False,
+    resumed: Callable[[int], None] = lambda _: None,
 ) -> str:
     """Make a checkpoint of a model directory and return its digest; one that is already there, and sound, is left alone.
 
+    What an ingest of the same directory has left under ``temporary`` when it was broken off is gone on with, if the model's
+    files are as they were; ``resumed`` hears, before the first progress, how many bytes need not be read.
+
     ``temporary`` must lie on the file system of ``checkpoints``. ``progress`` hears (done, total) bytes.
-    ``room`` is asked before that many bytes are written, and may raise. With ``in_place`` the model's own files are
+    ``claim`` is entered while the room for the weights is reserved, and may raise. With ``in_place`` the model's own files are
     the weights of the checkpoint, which only refers to them. Raises
     InvalidCheckpoint for a model that is damaged, hostile or cannot be run, OutOfSpace for a full disk; then nothing is left.
     """
     directory = SourceDirectory(source)
+    key = hashlib.sha256(os.fsencode(directory.path)).hexdigest()[:32]
     config = parse_json(directory.read("config.json", _MAX_CONFIG_BYTES), "config.json")
     with (
         disk_errors(f"ingesting {source}"),
         Sources(directory) as sources,
-        temporary_directory(temporary, "ingest") as staging,
+        temporary_directory(temporary, "ingest") if in_place else kept_directory(temporary, "ingest", key) as staging,
     ):
         if in_place and sources.pickled:
             raise InvalidCheckpoint(f"{source} has no safetensors; files of torch.save cannot be loaded in place, only copied")
         facts = read_facts(config, sources.tensors)
         tied = check_runnable(facts, sources.tensors)
         ties = find_ties(sources.tensors, tied, lambda one, other: same_bytes(sources, one, other))
+        layout = IN_PLACE if in_place else LAYOUT
+        new = staging / layout
+        new.mkdir(exist_ok=True)
+        _clear(new)
         scratch = staging / "tokenizer"
+        shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         text = read_text_side(directory, config, facts.vocab_size, scratch)
         shutil.rmtree(scratch, ignore_errors=True)
         stored = [sources.tensors[name] for name in sorted(sources.tensors, key=execution_key) if name not in ties]
         total = sum(tensor.size_bytes for tensor in stored)
-        layout = IN_PLACE if in_place else LAYOUT
-        new = staging / layout
-        new.mkdir()
         if in_place:
             partitions, entries, sha256 = sum_files(sources, stored, lambda done: progress(min(done, total), total))
         else:
-            room(total)
-            written = write_partition(new / "partition_0.bin", sources, stored, lambda done: progress(done, total))
+            written = write_partition(
+                new / _PARTITION,
+                sources,
+                stored,
+                lambda done: progress(done, total),
+                journal=staging / "journal",
+                claim=None if claim is None else claim(total, staging),
+                resumed=resumed,
+            )
             partitions, entries, sha256 = (written.partition,), written.tensors, written.sha256
         manifest = Manifest(
             format_version=FORMAT_VERSION,
@@ -106,6 +126,13 @@ def convert(
         (new / catalog.MANIFEST_FILE).write_bytes(data)
         _commit(new, checkpoints / manifest.digest, staging / "replaced")
         return manifest.digest
+
+
+def _clear(new: Path) -> None:
+    """Leave of an earlier ingest the weights alone, which are held against its journal."""
+    for child in new.iterdir():
+        if child.name != _PARTITION:
+            child.unlink()
 
 
 def _digest(tensors: Iterable[TensorEntry], sha256: Mapping[str, bytes], ties: Mapping[str, str], facts: ModelFacts) -> str:

@@ -80,6 +80,14 @@ class Sources:
         """The path of a weight file, free of links, and its descriptor."""
         return os.path.realpath(self._directory.path / file), self._descriptors[file]
 
+    def identities(self) -> list[tuple[str | int, ...]]:
+        """Which files these are, as far as can be told without reading them: name, size, time and inode of each."""
+        found: list[tuple[str | int, ...]] = []
+        for file, descriptor in sorted(self._descriptors.items()):
+            status = os.fstat(descriptor)
+            found.append((file, status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino))
+        return found
+
     def read(self, tensor: SourceTensor, start: int, size: int) -> bytes:
         """``size`` bytes of a tensor from ``start``. Raises InvalidCheckpoint when the file has become shorter."""
         if tensor.strides is not None:

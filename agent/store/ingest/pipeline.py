@@ -11,7 +11,7 @@ import hashlib
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +20,10 @@ from typing import Final
 import xxhash
 
 from agent.store.ingest.headers import Sources, SourceTensor
+from agent.store.ingest.journal import Journal
 from schema.errors import SllmError
 
-__all__ = ["CHUNK_BYTES", "Tile", "fill"]
+__all__ = ["CHUNK_BYTES", "Tile", "fill", "find_chunks"]
 
 CHUNK_BYTES: Final = 4 << 20
 _MAX_THREADS: Final = 12
@@ -39,16 +40,30 @@ class Tile:
 
 
 def fill(
-    path: Path, file_bytes: int, sources: Sources, tiles: Sequence[Tile], progress: Callable[[int], None]
+    path: Path,
+    file_bytes: int,
+    sources: Sources,
+    tiles: Sequence[Tile],
+    progress: Callable[[int], None],
+    journal: Journal | None = None,
+    there: Mapping[int, int] | None = None,
+    resumed: Callable[[int], None] = lambda _: None,
 ) -> tuple[tuple[int, ...], dict[str, bytes]]:
     """Write the tiles to the file that lies at ``path`` with that size; returns the xxh3 of each chunk of it, and the sha256
     of each tensor by name.
 
-    ``progress`` hears on the calling thread how many bytes of tensors were read. Memory: some two chunks for each of at most 12
-    threads, and for each large tensor, of which there are at most 24. Raises what reading and writing raise, the first of it.
+    ``progress`` hears on the calling thread how many bytes of tensors are done. ``journal`` hears what is done, and has what
+    was done by another call, whose chunks are ``there`` (`find_chunks`). A tensor that was read to its end is then read again
+    only where a chunk of it is not there; ``resumed`` hears how many bytes are left alone. Memory: some two chunks for each
+    of at most 12 threads, and for each large tensor, of which there are at most 24. Raises what reading and writing raise,
+    the first of it.
     """
     threads = min(_MAX_THREADS, 2 * (os.cpu_count() or 1) + 2)
-    filling = _Filling(path, file_bytes, sources, _runs(tiles, threads))
+    numbers = {tile: number for number, tile in enumerate(tiles)}
+    filling = _Filling(path, file_bytes, sources, journal, numbers, dict(there or {}))
+    missing = [tile for tile in tiles if not filling.take_over(tile)]
+    resumed(filling.done_bytes)
+    filling.runs = _runs(missing, threads)
     try:
         with ThreadPoolExecutor(threads, thread_name_prefix="ingest") as pool:
             try:
@@ -63,6 +78,24 @@ def fill(
     finally:
         filling.close()
     return tuple(filling.xxh3[number] for number in range(len(filling.xxh3))), filling.sha256
+
+
+def find_chunks(path: Path, file_bytes: int, chunks: Mapping[int, int]) -> dict[int, int]:
+    """Those of the chunks, xxh3 by number, that the file has."""
+    if not chunks:
+        return {}
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def look(number: int) -> bool:
+        start = number * CHUNK_BYTES
+        data = os.pread(descriptor, min(CHUNK_BYTES, file_bytes - start), start) if start < file_bytes else b""
+        return bool(data) and xxhash.xxh3_64_intdigest(data) == chunks[number]
+
+    try:
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="ingest") as pool:
+            return {number: chunks[number] for number, right in zip(chunks, pool.map(look, chunks), strict=True) if right}
+    finally:
+        os.close(descriptor)
 
 
 @dataclass(slots=True)
@@ -80,7 +113,10 @@ class _Filling:
     path: Path
     file_bytes: int
     sources: Sources
-    runs: Iterator[list[Tile]]
+    journal: Journal | None
+    numbers: Mapping[Tile, int]
+    there: Mapping[int, int]
+    runs: Iterator[list[Tile]] = field(default_factory=lambda: iter(()))
     done_bytes: int = 0
     stopped: bool = False
     xxh3: dict[int, int] = field(default_factory=dict)
@@ -92,6 +128,7 @@ class _Filling:
     _free: list[_Chunk] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.xxh3.update(self.there)
         self._cached = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
         try:
             self._direct = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
@@ -104,6 +141,27 @@ class _Filling:
         for descriptor in (self._cached, self._direct):
             if descriptor >= 0:
                 os.close(descriptor)
+
+    def take_over(self, tile: Tile) -> bool:
+        """Count what of this tile need not be brought; True when that is all of it.
+
+        A tensor with a known sha256 was read to its end once, so only what fell into chunks that are not there is read again.
+        """
+        known = self._known(tile)
+        if tile.source is not None and known is not None:
+            self.sha256[tile.source.name] = known
+            data_end = tile.start_bytes + tile.source.size_bytes
+            for number in self._chunks(tile):
+                if number in self.there:
+                    start = max(tile.start_bytes, number * CHUNK_BYTES)
+                    self.done_bytes += max(0, min(data_end, (number + 1) * CHUNK_BYTES) - start)
+        return (tile.source is None or known is not None) and all(number in self.there for number in self._chunks(tile))
+
+    def _known(self, tile: Tile) -> bytes | None:
+        return None if self.journal is None else self.journal.tensors.get(self.numbers[tile])
+
+    def _chunks(self, tile: Tile) -> range:
+        return range(tile.start_bytes // CHUNK_BYTES, -(-tile.end_bytes // CHUNK_BYTES))
 
     def work(self) -> None:
         """One thread's share: runs of tiles until there are none left."""
@@ -118,30 +176,39 @@ class _Filling:
     def _bring(self, tile: Tile) -> None:
         source, at = tile.source, tile.start_bytes
         data_end = at + (source.size_bytes if source is not None else 0)
+        known = self._known(tile)
         digest = hashlib.sha256()
         while at < tile.end_bytes:
             if self.stopped:
                 raise SllmError(f"writing {self.path} was given up")
             number, within = divmod(at, CHUNK_BYTES)
             end = min(tile.end_bytes, (number + 1) * CHUNK_BYTES)
+            if known is not None and number in self.there:
+                at = end
+                continue
             chunk = self._chunk(number)
             size = max(0, min(data_end, end) - at)
             if source is not None and size:
                 view = chunk.view[within : within + size]
                 self.sources.read_into(source, at - tile.start_bytes, view)
-                digest.update(view)
+                if known is None:
+                    digest.update(view)
             if zeros := end - at - size:
                 chunk.view[within + size : within + size + zeros] = bytes(zeros)
             self._brought(number, chunk, end - at, size)
             at = end
-        if source is not None:
+        if source is not None and known is None:
             self.sha256[source.name] = digest.digest()
+            if self.journal is not None:
+                self.journal.tensor(self.numbers[tile], digest.digest())
 
     def _chunk(self, number: int) -> _Chunk:
         with self._lock:
             chunk = self._open.get(number)
-            if chunk is None:
+            if chunk is None or number in self.there:  # of what is there, each reader has a copy that is not written again
                 chunk = self._free.pop() if self._free else _Chunk(memoryview(mmap.mmap(-1, CHUNK_BYTES)))
+                if number in self.there:
+                    return chunk
                 chunk.missing_bytes = min(CHUNK_BYTES, self.file_bytes - number * CHUNK_BYTES)
                 self._open[number] = chunk
             return chunk
@@ -149,6 +216,9 @@ class _Filling:
     def _brought(self, number: int, chunk: _Chunk, count: int, data_bytes: int) -> None:
         with self._lock:
             self.done_bytes += data_bytes
+            if number in self.there:
+                self._free.append(chunk)
+                return
             chunk.missing_bytes -= count
             if chunk.missing_bytes:
                 return
@@ -156,6 +226,8 @@ class _Filling:
         data = chunk.view[: min(CHUNK_BYTES, self.file_bytes - start)]
         self.xxh3[number] = xxhash.xxh3_64_intdigest(data)
         self._write(data, start)
+        if self.journal is not None:
+            self.journal.chunk(number, self.xxh3[number])
         with self._lock:
             self._free.append(self._open.pop(number))
 

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import time
 from pathlib import Path
 
 from agent.store import catalog
-from agent.store.budget import check_room
+from agent.store.budget import claim_room
 from agent.store.durable import reserve, sync
 from agent.store.ingest.writer import disk_errors
+from agent.store.temporary import hold, newest
 from schema.checkpoint import Manifest
 from schema.errors import Conflict
 
@@ -44,12 +44,10 @@ class Partial:
         """
         with disk_errors(f"fetching checkpoint {self.manifest.digest}"):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._held = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self.close()
-                raise Conflict(f"checkpoint {self.manifest.digest} is being fetched by another process") from None
+            held = hold(self.path)
+            if held is None:
+                raise Conflict(f"checkpoint {self.manifest.digest} is being fetched by another process")
+            self._held = held
             manifest_path = self.path / catalog.MANIFEST_FILE
             self.resumed = manifest_path.is_file() and manifest_path.read_bytes() == self._encoded
             if not self.resumed:
@@ -57,12 +55,13 @@ class Partial:
                     child.unlink()
                 manifest_path.write_bytes(self._encoded)
             need = sum(partition.size_bytes for partition in self.manifest.partitions)
-            check_room(limit_bytes, self._data, need, f"checkpoint {self.manifest.digest[:16]}", but=self.path)
-            for partition in self.manifest.partitions:
-                flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-                descriptor = self._files[partition.file] = os.open(self.path / partition.file, flags, 0o666)
-                os.ftruncate(descriptor, partition.size_bytes)
-                reserve(descriptor, partition.size_bytes)
+            what = f"checkpoint {self.manifest.digest[:16]}"
+            with claim_room(limit_bytes, self._data, need, what, but=self.path):
+                for partition in self.manifest.partitions:
+                    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+                    descriptor = self._files[partition.file] = os.open(self.path / partition.file, flags, 0o666)
+                    os.ftruncate(descriptor, partition.size_bytes)
+                    reserve(descriptor, partition.size_bytes)
 
     def write_asset(self, name: str, data: bytes) -> None:
         with disk_errors(f"writing {self.path / name}"):
@@ -144,14 +143,13 @@ def sweep_partials(data: Path, older_than_s: float) -> list[str]:
     with contextlib.suppress(FileNotFoundError):
         for path in sorted((data / "partial").iterdir()):
             with contextlib.suppress(OSError):
-                newest = max((child.stat().st_mtime for child in path.iterdir()), default=path.stat().st_mtime)
-                if time.time() - newest < older_than_s:
+                if time.time() - newest(path) < older_than_s:
                     continue
-                held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                try:
-                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(path)
-                    swept.append(path.name)
-                finally:
-                    os.close(held)
+                held = hold(path)
+                if held is not None:
+                    try:
+                        shutil.rmtree(path)
+                        swept.append(path.name)
+                    finally:
+                        os.close(held)
     return swept

@@ -124,8 +124,9 @@ def test_source_that_is_none(node: Node) -> None:
     assert done.fault.code == "invalid_input"
 
 
-def test_sigterm_cancels_and_leaves_nothing(node: Node, tmp_path: Path) -> None:
-    child = node.start(PathSource(str(large(tmp_path / "m"))))
+def test_sigterm_cancels_and_leaves_what_the_next_one_goes_on_with(node: Node, tmp_path: Path) -> None:
+    source = PathSource(str(large(tmp_path / "m")))
+    child = node.start(source)
     assert child.stdout is not None
     head = os.read(child.stdout.fileno(), 1 << 16)
     child.send_signal(signal.SIGTERM)
@@ -135,7 +136,10 @@ def test_sigterm_cancels_and_leaves_nothing(node: Node, tmp_path: Path) -> None:
         assert child.returncode == 0
     else:
         assert (child.returncode, done.fault.code) == (1, "cancelled")
-        assert node.nothing_left()
+        assert not list((node.data / "checkpoints").glob("*/*"))
+        assert all("+" in path.name for path in (node.data / "tmp").iterdir())
+        assert node.finish(node.start(source))[2].fault is None
+        assert list((node.data / "tmp").iterdir()) == []
 
 
 def test_sigterm_during_a_download_waits_for_nothing(node: Node, hub: tuple[dict[str, str], list[str]]) -> None:
@@ -153,17 +157,36 @@ def test_sigterm_during_a_download_waits_for_nothing(node: Node, hub: tuple[dict
     assert done.fault.code == "cancelled"
 
 
-def test_killed_ingest_is_swept_by_the_next(node: Node, tmp_path: Path) -> None:
+def test_a_killed_ingest_is_gone_on_with(node: Node, tmp_path: Path) -> None:
     source = PathSource(str(large(tmp_path / "m")))
     child = node.start(source)
     assert child.stdout is not None
     os.read(child.stdout.fileno(), 1)
+    lines = 0
+    while child.poll() is None and lines < 3:
+        for journal in (node.data / "tmp").glob("ingest+*/journal"):
+            with contextlib.suppress(FileNotFoundError):
+                lines = journal.read_bytes().count(b"\n")
     child.kill()
     child.communicate()
-    code, _, _ = node.finish(node.start(source))
-    assert code == 0
+    code, steps, done = node.finish(node.start(source))
+    assert (code, done.fault) == (0, None)
     assert list((node.data / "tmp").iterdir()) == []
     assert len(catalog.scan(node.data / "checkpoints")) == 1
+    if done.note:  # something was complete when it was killed
+        assert "bytes were there of an ingest that had been broken off" in done.note
+        assert steps[-1].stage == "ingest, resumed"
+
+
+def test_what_was_broken_off_counts_and_goes_when_room_is_needed(node: Node, tmp_path: Path) -> None:
+    model = large(tmp_path / "m")
+    need = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    left = node.data / "tmp" / "ingest+other"
+    left.mkdir(parents=True)
+    (left / "p.bin").write_bytes(b"x" * need)
+    node.configure(disk_bytes=need + need // 2)
+    assert node.finish(node.start(PathSource(str(model))))[2].fault is None
+    assert not left.exists()
 
 
 def test_two_ingests_of_one_model_agree(node: Node, tmp_path: Path) -> None:
