@@ -26,16 +26,18 @@ import transformers
 
 from agent.workers.zygote import ENVIRONMENT
 from bench.engine import cold
-from bench.engine.prepare import VLLM, Model, prepare_model, prepare_vllm
+from bench.engine.prepare import VLLM, VLLM_PEER, Model, prepare_model, prepare_vllm, vllm_environment
 from bench.engine.results import markdown
 from bench.engine.subject import Subject, SubjectFailed
 from bench.engine.work import WORKLOADS, Workload
 from bench.load.__main__ import _commit, _machine
 from bench.load.results import replace_tables
 
-HERE = Path(__file__).resolve().parent
-MORE = ("cold", "schedule", "vllm")
+MORE = ("cold", "prefix", "schedule", "diverged", "vllm")
 SCHEDULED = 64
+PREFIX_TOKENS = 1024
+RESUMED = 200
+DTYPES = {"fp32": "tiny-llama", "bf16": "tiny-qwen3"}
 
 
 class Bench:
@@ -67,8 +69,7 @@ class Bench:
             elif name == "transformers":
                 subject = self._transformers(model, self.peer_policy)
             else:
-                environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": self._threads}
-                subject = Subject([str(self._vllm), str(HERE / "vllm_peer.py"), str(model.source), self._threads], environment)
+                subject = Subject([str(self._vllm), str(VLLM_PEER), str(model.source)], vllm_environment(self._threads))
             self._subjects[key] = subject
         return self._subjects[key]
 
@@ -117,6 +118,17 @@ class Bench:
         answers = [subject.ask(json.dumps({"do": "more", "what": what, **more})) for _ in range(rounds)]
         return {**{name: [answer[name] for answer in answers] for name in answers[0]}, **more}
 
+    def diverged(self) -> list[dict[str, Any]]:
+        """Requests stopped and resumed, in every numeric type, greedy and sampled, with and without ``deterministic``."""
+        found = []
+        for dtype, model in DTYPES.items():
+            for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+                for deterministic in (True, False):
+                    asked = {"requests": RESUMED, "deterministic": deterministic, "temperature": temperature}
+                    answer = self.subject("ours", model).ask(json.dumps({"do": "more", "what": "diverged", **asked}))
+                    found.append({"dtype": dtype, "how": how, **asked, **answer})
+        return found
+
     def close(self) -> None:
         for subject in self._subjects.values():
             subject.close()
@@ -142,9 +154,10 @@ def main() -> int:
     if unknown := set(only) - set(names):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     given.work.mkdir(parents=True, exist_ok=True)
-    vllm, why = prepare_vllm(given.work) if "vllm" in only else (None, f"{VLLM} was not asked for")
-    for name in ("tiny-llama", "qwen3-0.6b"):
-        prepare_model(given.work, name)
+    models = {name: prepare_model(given.work, name) for name in ("tiny-llama", "tiny-qwen3", "qwen3-0.6b")}
+    vllm, why = None, f"{VLLM} was not asked for"
+    if "vllm" in only:
+        vllm, why = prepare_vllm(given.work, models["qwen3-0.6b"], str(given.threads))
     if given.prepare:
         return 0
     result = _measure(given.work, given.threads, given.rounds, only, vllm, why)
@@ -169,14 +182,19 @@ def _measure(work: Path, threads: int, rounds: int, only: Sequence[str], vllm: P
             result[name] = run()
 
     try:
-        bench.choose_policy()
+        if set(only) & set(WORKLOADS):
+            bench.choose_policy()
         for model in ("tiny-llama", "qwen3-0.6b"):
             peers = ["transformers", *(["vllm"] if vllm is not None and model == "qwen3-0.6b" else [])]
-            print(f"# {model} against {', '.join(peers)}, {time.monotonic() - began:.0f} s", flush=True)
             workloads = [each for name, each in WORKLOADS.items() if name in only and each.model == model]
+            if workloads:
+                print(f"# {model} against {', '.join(peers)}, {time.monotonic() - began:.0f} s", flush=True)
             bench.compare(workloads, peers, rounds)
             if model == "tiny-llama":
                 part("schedule", lambda: bench.ask("tiny-llama", "schedule", rounds, sequences=SCHEDULED, steps=200))
+                part("diverged", bench.diverged)
+            else:
+                part("prefix", lambda: bench.ask("qwen3-0.6b", "prefix", rounds, tokens=PREFIX_TOKENS))
             bench.close()
         part("cold", lambda: cold.measure(bench.model("qwen3-0.6b").source, rounds))
     finally:

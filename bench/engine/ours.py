@@ -6,9 +6,11 @@ Weights come through the store's own reader into an arena and are attached witho
 from __future__ import annotations
 
 import itertools
+import random
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ class Ours:
         mapping = ImageMapping(self._store.arena.descriptor, resident.extents, resident.image_bytes)
         self._tensors = image_tensors(read_index(directory, entry.manifest), mapping.buffer)
         self._engines: dict[int, Any] = {}
+        self._prefix_engines: dict[bool, Any] = {}
         self._ids = itertools.count(1)
 
     def engine(self, running: int) -> Any:
@@ -59,11 +62,22 @@ class Ours:
         match asked:
             case {"what": "schedule"}:
                 return self._schedule(**asked)
+            case {"what": "prefix"}:
+                return self._prefix(**asked)
+            case {"what": "diverged"}:
+                return self._diverged(**asked)
         raise ValueError(f"nobody knows how to {asked}")
 
-    def _submit(self, engine: Any, prompt: list[int], length: int) -> Epoch:
+    def _submit(
+        self,
+        engine: Any,
+        prompt: list[int],
+        length: int,
+        generated: Sequence[int] = (),
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Epoch:
         attempt = Epoch(next(self._ids))
-        params = SamplingParams(max_tokens=length, temperature=0.0)
         engine.submit(
             Submit(
                 attempt=attempt,
@@ -72,17 +86,21 @@ class Ours:
                 request=f"r{attempt}",
                 model="m",
                 prompt=tuple(prompt),
-                params=params,
+                generated=tuple(generated),
+                params=SamplingParams(max_tokens=length, temperature=temperature, seed=seed),
             )
         )
         return attempt
 
-    def _run(self, engine: Any, tokens: dict[Epoch, list[int]]) -> None:
+    def _run(self, engine: Any, tokens: dict[Epoch, list[int]], *, first_only: bool = False) -> None:
+        """Steps until all have ended, or until there is a token."""
         left = len(tokens)
         while left:
             output = engine.step()
             for run in output.runs:
                 tokens[run.attempt] += run.ids
+            if first_only and output.runs:
+                return
             left -= len(output.ends)
             if fault := next((end.fault for end in output.ends if end.fault is not None), None):
                 raise RuntimeError(f"the engine failed: {fault.message}")
@@ -121,6 +139,49 @@ class Ours:
             engine._runner, module.sample = runner, sample
         assert len(found) >= steps
         return {"sequences": sequences, "seconds": statistics.median(found), "steps": len(tokens)}
+
+    def _prefix(self, *, what: str, tokens: int) -> dict[str, Any]:
+        """Seconds to the first token of a prompt whose prefix another request had, with and without the cache of prefixes."""
+        ids = random.Random(next(self._ids))
+        prefix = [ids.randrange(10, self._manifest.vocab_size) for _ in range(tokens)]
+        taken = {}
+        for shares in (True, False):
+            if shares not in self._prefix_engines:
+                options = EngineOptions(kv_bytes=self._manifest.kv.token_bytes * 8 * tokens, max_concurrency=4)
+                self._prefix_engines[shares] = build_engine(self._manifest, self._tensors, options, share_prefixes=shares)
+            engine = self._prefix_engines[shares]
+            self._run(engine, {self._submit(engine, [*prefix[: tokens if shares else 16], 7], 1): []})
+            began = time.perf_counter()
+            given = {self._submit(engine, [*prefix, 8, 9], 1): []}
+            self._run(engine, given, first_only=True)
+            taken[shares] = time.perf_counter() - began
+            engine.step()
+        return {"with_s": taken[True], "without_s": taken[False]}
+
+    def _diverged(self, *, what: str, requests: int, deterministic: bool, temperature: float) -> dict[str, Any]:
+        """How many requests, stopped at a random token and resumed in another batch, go on otherwise than undisturbed."""
+        if deterministic and "deterministic" not in EngineOptions.__struct_fields__:
+            return {"diverged": None}
+        length, running = 32, 16
+        more = {"deterministic": True} if deterministic else {}
+        options = EngineOptions(kv_bytes=self._manifest.kv.token_bytes * running * 256, max_concurrency=running, **more)
+        engine = build_engine(self._manifest, self._tensors, options)
+        ids = random.Random(3)
+        prompts = [[ids.randrange(10, self._manifest.vocab_size) for _ in range(ids.randrange(4, 60))] for _ in range(requests)]
+        whole: dict[Epoch, list[int]] = {}
+        for seed, prompt in enumerate(prompts):
+            whole[self._submit(engine, prompt, length, (), temperature, seed)] = []
+        self._run(engine, whole)
+        undisturbed = list(whole.values())
+        order = list(range(requests))
+        ids.shuffle(order)
+        resumed: dict[Epoch, list[int]] = {}
+        for index in order:
+            kept = undisturbed[index][: ids.randrange(1, length)]
+            resumed[self._submit(engine, prompts[index], length, kept, temperature, index)] = list(kept)
+        self._run(engine, resumed)
+        pairs = zip(order, resumed.values(), strict=True)
+        return {"diverged": sum(tokens != undisturbed[index] for index, tokens in pairs)}
 
 
 def main() -> None:

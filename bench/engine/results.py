@@ -67,6 +67,8 @@ def figures(result: dict[str, Any]) -> list[dict[str, Any]]:
         what = f"scheduling {schedule['sequences']} sequences, a step"
         line("-", what, "at most 0.15 ms", f"{middle:.3f} ms", middle <= 0.15, "all of a step but the model and the sampler")
     for each in result.get("diverged", ()):
+        if each["diverged"] is None:
+            continue
         wanted = 0 if each["deterministic"] else None
         line(
             "itself, not stopped",

@@ -1,4 +1,4 @@
-"""vLLM for CPUs as a subject: run as a file, in an environment of its own, with MODEL_DIRECTORY THREADS; offline, greedy."""
+"""vLLM for CPUs as a subject: run as a file, in an environment of its own, with MODEL_DIRECTORY; offline, greedy."""
 
 from __future__ import annotations
 
