@@ -12,9 +12,11 @@ import mmap
 import os
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -26,10 +28,12 @@ from agent.native.calibration import Tuning
 from agent.native.cold import forget, remember
 from agent.native.disk_record import record_path, remembered
 from agent.native.mapping import ImageMapping
-from agent.store import catalog
+from agent.store import catalog, peers
 from agent.store.catalog import CatalogEntry, partition_path
 from agent.store.index import TensorIndex, read_index
-from agent.store.trial import Timing, TrialStore
+from agent.store.ingest.convert import convert
+from agent.store.trial import Timing, TrialStore, cpu_s
+from schema.checkpoint import IN_PLACE
 from schema.errors import Fault, InvalidInput, NotFound, SllmError
 from schema.link import Resident
 from schema.loadreport import LoadAnswer, LoadReport, LoadRow
@@ -53,10 +57,14 @@ def main(*, checkpoints: Path, directory: Path | None, digest: str, rounds: int,
     out = os.dup(1)
     os.dup2(2, 1)  # whatever a library prints is no part of the answer
     try:
-        entry = catalog.read_entry(directory.resolve()) if directory is not None else find_entry(checkpoints, digest)
-        answer = LoadAnswer(
-            report=measure(entry, rounds, chunk_bytes=chunk_bytes, reader_threads=reader_threads, tuning=_tuning(checkpoints))
-        )
+        with contextlib.ExitStack() as stack:
+            if directory is None:
+                entry = find_entry(checkpoints, digest)
+            else:
+                entry = stack.enter_context(_entry_in(directory.resolve()))
+            tuning = _tuning(checkpoints)
+            report = measure(entry, rounds, chunk_bytes=chunk_bytes, reader_threads=reader_threads, tuning=tuning)
+        answer = LoadAnswer(report=report if directory is None else msgspec.structs.replace(report, directory=str(directory)))
     except (SllmError, OSError) as error:
         answer = LoadAnswer(fault=Fault.of(error))
     with os.fdopen(out, "wb") as file:
@@ -75,13 +83,28 @@ def find_entry(checkpoints: Path, digest: str) -> CatalogEntry:
     return max(found, key=lambda entry: entry.manifest.image_bytes)
 
 
+@contextlib.contextmanager
+def _entry_in(directory: Path) -> Iterator[CatalogEntry]:
+    """The checkpoint in a directory; for a Hugging Face model's, one in place that lasts as long as this."""
+    if (directory / catalog.MANIFEST_FILE).exists() or not any(directory.glob("*.safetensors")):
+        yield catalog.read_entry(directory)
+        return
+    with tempfile.TemporaryDirectory(prefix="sllmctl-bench-") as scratch:
+        checkpoints, temporary = Path(scratch, "checkpoints"), Path(scratch, "tmp")
+        for made in (checkpoints, temporary):
+            made.mkdir()
+        _say("looking through the files once, for their checksums")
+        digest = convert(directory, checkpoints, temporary, lambda _done, _total: None, in_place=True)
+        yield catalog.scan(checkpoints)[digest]
+
+
 def _tuning(checkpoints: Path) -> Tuning | None:
     """How the node of these checkpoints reads its disk, if it has found that out."""
     record = remembered(record_path(checkpoints.parent), checkpoints)
     return None if record is None else record.tuning
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Row:
     step: str
     timings: list[Timing] = field(default_factory=list)
@@ -105,7 +128,8 @@ class _Row:
 def measure(
     entry: CatalogEntry, rounds: int, *, chunk_bytes: int, reader_threads: int, tuning: Tuning | None = None
 ) -> LoadReport:
-    """Load the checkpoint over and over, cold and warm. Raises InvalidCheckpoint, OutOfSpace for memory, SllmError."""
+    """Load the checkpoint over and over, cold and warm, and beside it other loaders of the same files, where these are
+    safetensors. Raises InvalidCheckpoint, OutOfSpace for memory, SllmError."""
     if entry.quarantined is not None:
         raise InvalidInput(f"{entry.directory} is quarantined ({entry.quarantined}); its speed would say nothing")
     files = [partition_path(entry.directory, partition) for partition in entry.manifest.partitions]
@@ -113,15 +137,18 @@ def measure(
     image_bytes = entry.manifest.image_bytes
     store = TrialStore(image_bytes, chunk_bytes=chunk_bytes, reader_threads=reader_threads, tuning=tuning)
     raw, cold, checked, warm, attach, first = rows = [_Row(step) for step in _STEPS]
+    others = [(_Row(peer.name), peer) for peer in (peers.installed() if entry.manifest.layout == IN_PLACE else ())]
     kept = 0.0
     try:
         store.fill(entry)  # once for the machinery, and for the checksums that a first load looks at
         for number in range(rounds):
-            for row, load in (
+            loads: list[tuple[_Row, Callable[[], Timing]]] = [
                 (raw, lambda: store.read(entry, check=False)),
                 (cold, lambda: store.fill(entry)[1]),
                 (checked, lambda: store.read(entry, check=True)),
-            ):
+                *((row, partial(_load_by, peer, files)) for row, peer in others),
+            ]
+            for row, load in loads:
                 kept = max(kept, *(forget(file) for file in files))
                 _time(row, load, number, rounds)
             for file in files:
@@ -134,14 +161,17 @@ def measure(
         pages, reader = store.arena.pages, store.reader
     finally:
         store.close()
+    rows += [row for row, _ in others]
     for row in rows:
         row.raw = raw.timings
     is_cold = kept <= _STILL_CACHED
     results = tuple(
-        row.result(image_bytes, limited=is_cold and row.step in (COLD, CHECKED), moves=row.step not in (ATTACH, FIRST))
+        row.result(
+            image_bytes, limited=is_cold and row.step not in (RAW, WARM, ATTACH, FIRST), moves=row.step not in (ATTACH, FIRST)
+        )
         for row in rows
     )
-    bound, verdict = _verdict(dict(zip(_STEPS, results, strict=True)), is_cold)
+    bound, verdict = _verdict({row.step: row for row in results}, is_cold)
     return LoadReport(
         digest=entry.digest, directory=str(entry.directory), image_bytes=image_bytes, tensors=len(index),
         rounds=rounds, reader=reader, pages=pages, cold=is_cold, rows=results, bound=bound, verdict=verdict,
@@ -150,8 +180,20 @@ def measure(
 
 def _time(row: _Row, load: Callable[[], Timing], number: int, rounds: int) -> None:
     row.timings.append(load())
+    _say(f"round {number + 1} of {rounds}: {row.step} {row.timings[-1].seconds:.2f} s")
+
+
+def _load_by(peer: peers.Peer, files: Sequence[Path]) -> Timing:
+    began, began_cpu_s = time.perf_counter(), cpu_s()
+    tensors = peer.load(files)
+    timing = Timing(time.perf_counter() - began, cpu_s() - began_cpu_s)
+    del tensors
+    return timing
+
+
+def _say(text: str) -> None:
     with contextlib.suppress(OSError):
-        sys.stderr.write(f"round {number + 1} of {rounds}: {row.step} {row.timings[-1].seconds:.2f} s\n")
+        sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
 
 

@@ -78,7 +78,10 @@ def _columns() -> list[Column[EstimateErrorView]]:
 @command.command("load")
 @click.argument("name", metavar="[MODEL|DIGEST]", required=False)
 @click.option(
-    "--dir", "directory", type=click.Path(path_type=Path, exists=True, file_okay=False), help="A checkpoint's directory."
+    "--dir",
+    "directory",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="The directory of a checkpoint, or of a Hugging Face model.",
 )
 @click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="How often each step is measured.")
 @report_option
@@ -88,13 +91,15 @@ def load(invocation: Invocation, name: str | None, directory: Path | None, round
 
     The checkpoint is one on this machine's disk: of a model, by its digest, in a directory, or the largest there is. A process
     beside the node reads it into memory of its own, as large as the checkpoint; a node that serves shares its disk with it
-    meanwhile. OF DISK is the share of what the disk gives raw, in the same round.
+    meanwhile. OF DISK is the share of what the disk gives raw, in the same round. The safetensors files of a Hugging Face model
+    are looked through once and loaded where they lie, beside other loaders that are installed in the node's environment.
 
     \b
     Examples:
       sllmctl bench load
       sllmctl bench load my-model --rounds 7
       sllmctl bench load --dir /data/checkpoints/DIGEST/LAYOUT -o json
+      sllmctl bench load --dir ./Qwen2.5-0.5B
     """
     from schema.errors import InvalidInput
     from sllmctl.cli.diagnostics import note

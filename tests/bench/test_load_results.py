@@ -43,7 +43,11 @@ def _result() -> dict[str, object]:
         "unsupported": {"instant_tensor": "no GPU"},
         "bytes": 10**9,
         "tensors": 201,
-    }
+        "attach": [
+            {"attach_s": [0.004, 0.006, 0.005], "attach_cpu_s": [0.003, 0.003, 0.004], "manifest_s": 0.002, "tensors": 201,
+             "bytes": 10**9}
+        ],
+    }  # fmt: skip
 
 
 def test_ratios_are_of_the_same_round() -> None:
@@ -51,6 +55,9 @@ def test_ratios_are_of_the_same_round() -> None:
     assert lines["cold, disk to arena"]["measured"].startswith("0.96 (0.96 to 0.96)")
     assert lines["cold, disk to arena"]["reached"] is True
     assert lines["cold, disk to tensors, against Run:ai model streamer"]["measured"].startswith("1.80 ")
+    assert lines["cold, disk to tensors, against Run:ai model streamer"]["measured"].endswith("; the disk allows 2.00")
+    attach = lines["resident to tensors, 201 tensors, 1.0 GB"]
+    assert (attach["aim"], attach["measured"][:7], attach["reached"]) == ("at most 5.4 ms", "5.0 ms,", True)
     assert lines["cold, disk to arena, processor time"]["measured"] == f"{statistics.median([0.01]):.3f} s/GB"
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.make_checkpoint import make_checkpoint
 from tests.agent.store.images import CHUNK, commit
 from tests.sllmctl.cli.conftest import Sllmctl
 
@@ -42,6 +43,18 @@ def test_the_report_as_json_by_digest_and_by_directory(sllmctl: Sllmctl, checkpo
         assert all(row["seconds"] > 0 and row["low"] <= row["seconds"] <= row["high"] for row in report["rows"])
         assert report["bound"] in ("disk", "memory", "attach")
         assert report["verdict"]
+
+
+def test_a_hugging_face_directory_beside_other_loaders(sllmctl: Sllmctl, tmp_path: Path) -> None:
+    make_checkpoint("tiny-llama", tmp_path / "model")
+    before = sorted((tmp_path / "model").iterdir())
+    said = sllmctl("bench", "load", "--dir", str(tmp_path / "model"), "--rounds", "1", "-o", "json")
+    assert said.code == 0, said.err
+    report = json.loads(said.out)
+    rows = {row["step"]: row for row in report["rows"]}
+    assert rows["safetensors, mapped and cloned"]["seconds"] > 0
+    assert report["directory"] == str(tmp_path / "model")
+    assert sorted((tmp_path / "model").iterdir()) == before
 
 
 def test_what_is_not_there_or_is_bad_ends_with_its_own_code(
