@@ -472,12 +472,16 @@ class InstanceLoad(Message, frozen=True, kw_only=True, tag="load"):
 
 
 class EngineOptions(_Part, frozen=True, kw_only=True):
-    """What the manager decided for one instance. 0 leaves it to the engine; ``kv_bytes`` are reserved on each device."""
+    """What the manager decided for one instance. 0 leaves it to the engine; ``kv_bytes`` are reserved on each device.
+
+    ``deterministic``: results are the same bits in every batch, chunk and attempt on one kind of device.
+    """
 
     kv_bytes: int
     max_context_tokens: int = 0
     max_concurrency: int = 64
     threads: int = 0
+    deterministic: bool = False
 
 
 class RemoteCopy(_Part, frozen=True, kw_only=True):

@@ -22,7 +22,7 @@ from agent.engine.attention import LayerAttention
 from agent.engine.blocks import BLOCK_TOKENS
 from agent.engine.transformers_runner import attend_layer
 
-__all__ = ["REPLACED", "replace_attention"]
+__all__ = ["MASKED", "REPLACED", "replace_attention"]
 
 _rotate: Any = modeling_falcon.apply_rotary_pos_emb
 _falcon_alibi: Any = modeling_falcon.build_alibi_tensor
@@ -138,3 +138,6 @@ REPLACED: Final[dict[str, _Entry]] = {
     "mpt": ("MptAttention", _mpt, _mpt_bias),
 }
 """By model type: the attention class, what stands in for its `forward`, and its ALiBi."""
+
+MASKED: Final = frozenset({"mpt"})
+"""Those that stumble where transformers makes no mask; nothing reads it."""

@@ -71,17 +71,18 @@ def attend_rows(
     how: LayerAttention,
     causal: bool = False,
     grouped: bool = False,
+    first: int = 0,
 ) -> Tensor:
     """softmax(q k) v with all that ``how`` asks. ``query`` [a, b, rows, head_dim], keys and values [a, b, columns, head_dim].
 
     Heads are the second dimension and the rows where ``grouped`` (rows are heads that share a KV head), else the first two.
-    ``causal`` is right for squares without a mask alone; column c is the key at position c of its sequence.
+    ``causal`` is right for squares without a mask alone; column c is the key at position ``first`` + c of its sequence.
     """
     causal = causal and mask is None
     if how.bias is not None:
         if causal:
             mask, causal = _causal(query.shape[2], query), False
-        bias = how.bias[:, : keys.shape[2]].to(query.dtype)
+        bias = how.bias[:, first : first + keys.shape[2]].to(query.dtype)
         bias = bias.view(1, *query.shape[1:3], -1) if grouped else bias.view(*query.shape[:2], 1, -1)
         mask = bias if mask is None else bias + mask
     if not how.softcap and how.sinks is None:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from agent.engine.api import EngineCapacity
 from agent.engine.attention import KvPool
-from agent.engine.attention_sdpa import SdpaAttention
 from agent.engine.blocks import BLOCK_TOKENS, BlockManager
 from agent.engine.dtypes import torch_dtype
 from agent.engine.engine import BatchEngine
@@ -68,7 +67,7 @@ def assemble(
     runner = NativeRunner if is_native(model) else TransformersRunner
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     return BatchEngine(
-        runner=runner(model, SdpaAttention(), pool, blocks, device),
+        runner=runner(model, pool, blocks, device, options.deterministic),
         pool=pool,
         blocks=blocks,
         capacity=EngineCapacity(count * BLOCK_TOKENS, reach, options.max_concurrency),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
-from agent.engine.attention import Attention, KvPool, LayerAttention
+from agent.engine.attention import KvPool, LayerAttention
 from agent.engine.blocks import BlockManager
 from agent.engine.runner import Runner, StepBatch
 from agent.engine.weights import fused_view
@@ -74,11 +74,10 @@ class _Layer:
 class NativeRunner(Runner):
     """``model`` is an attached skeleton of the family; its tensors are used where they lie."""
 
-    def __init__(self, model: nn.Module, attention: Attention, pool: KvPool, blocks: BlockManager, device: str) -> None:
-        super().__init__(pool, blocks, device)
+    def __init__(self, model: nn.Module, pool: KvPool, blocks: BlockManager, device: str, deterministic: bool = False) -> None:
+        super().__init__(pool, blocks, device, deterministic)
         source: Any = model
         config, inner = source.config, source.model
-        self._attention = attention
         self._eps: float = config.rms_norm_eps
         self._embedding: Tensor = inner.embed_tokens.weight
         self._norm: Tensor = inner.norm.weight

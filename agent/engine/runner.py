@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from agent.engine.attention import AttentionBatch, DecodeGroup, KvPool, Prefill
+from agent.engine.attention import Attention, AttentionBatch, DecodeGroup, KvPool, Prefill
+from agent.engine.attention_alone import AloneAttention
+from agent.engine.attention_sdpa import SdpaAttention
 from agent.engine.blocks import BLOCK_TOKENS, BlockManager
+from agent.engine.invariant import RowInvariant
 from agent.engine.scheduler import Plan
 from agent.engine.sequence import Sequence
 
@@ -37,12 +41,17 @@ class StepBatch:
 
 
 class Runner(ABC):
-    """One model on one device. A subclass computes; what the batch is, is the same for all."""
+    """One model on one device. A subclass computes; what the batch is, is the same for all.
 
-    def __init__(self, pool: KvPool, blocks: BlockManager, device: str) -> None:
+    ``deterministic``: a token's logits are the same bits in every batch, chunk and step (`agent.engine.invariant`).
+    """
+
+    def __init__(self, pool: KvPool, blocks: BlockManager, device: str, deterministic: bool = False) -> None:
         self._pool = pool
         self._blocks = blocks
         self._device = torch.device(device)
+        self._attention: Attention = AloneAttention() if deterministic else SdpaAttention()
+        self._within: AbstractContextManager[Any] = RowInvariant() if deterministic else nullcontext()
         self._most_waste = max(1, _GROUP_COST_BYTES // pool.block_bytes)
 
     @property
@@ -60,7 +69,8 @@ class Runner(ABC):
         Marks the plan's tokens as cached. Nothing is marked when the model raises.
         """
         batch, done = self._batch(plan)
-        logits = self._compute(batch)
+        with self._within:
+            logits = self._compute(batch)
         for sequence in plan.decodes:
             sequence.cached += 1
         for sequence, size in plan.prefills:

@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from agent.engine.architectures import unfit
-from agent.engine.attention_modules import REPLACED, replace_attention
+from agent.engine.attention_modules import MASKED, REPLACED, replace_attention
 from agent.engine.dtypes import torch_dtype
 from agent.engine.transformers_runner import IMPLEMENTATION, register
 from schema.checkpoint import Manifest
@@ -43,6 +43,8 @@ def build_skeleton(manifest: Manifest) -> nn.Module:
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
         raise InvalidCheckpoint(f"{manifest.architecture} cannot be built from its config: {error}") from error
     replace_attention(model, manifest.max_context_tokens)
+    if config.model_type not in MASKED:
+        config._attn_implementation = IMPLEMENTATION
     return model.eval().requires_grad_(False)
 
 

@@ -38,10 +38,12 @@ _current: ContextVar[_Step] = ContextVar("attention_step")
 class TransformersRunner(Runner):
     """``model`` takes input ids of one row and ``logits_to_keep``, and position ids unless its attention alone knows places."""
 
-    def __init__(self, model: nn.Module, attention: Attention, pool: KvPool, blocks: BlockManager, device: str) -> None:
-        super().__init__(pool, blocks, device)
+    def __init__(self, model: nn.Module, pool: KvPool, blocks: BlockManager, device: str, deterministic: bool = False) -> None:
+        super().__init__(pool, blocks, device, deterministic)
         self._model = model
-        self._attention = attention
+        config: Any = model.config
+        if deterministic and hasattr(config, "_experts_implementation"):
+            config._experts_implementation = "eager"  # its experts multiply one after the other, by plain products
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._layers: list[int] = []
 

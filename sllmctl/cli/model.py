@@ -71,6 +71,7 @@ def _wait_options(function: F) -> F:
 @click.option("--kv-size", metavar="SIZE", help="Memory of an instance's KV cache, as in 512MiB.")
 @click.option("--max-context", type=click.IntRange(8), metavar="TOKENS", help="A shorter context than the model's own.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of an instance on a CPU.")
+@click.option("--deterministic", is_flag=True, help="The same bits in any batch and after any migration, at a lower speed.")
 @click.option("--cold-start-timeout", type=click.FloatRange(0), metavar="SECONDS", help="How long a request waits for a start.")
 @_wait_options
 @pass_invocation
@@ -85,6 +86,7 @@ def add(
     kv_size: str | None,
     max_context: int | None,
     threads: int | None,
+    deterministic: bool,
     cold_start_timeout: float | None,
     wait: bool,
     timeout: float | None,
@@ -108,7 +110,12 @@ def add(
     from sllmctl.cli.diagnostics import note
     from sllmctl.cli.waiting import wait_for
 
-    engine = {"kv_bytes": _bytes(kv_size), "max_context_tokens": max_context, "threads": threads}
+    engine = {
+        "kv_bytes": _bytes(kv_size),
+        "max_context_tokens": max_context,
+        "threads": threads,
+        "deterministic": deterministic or None,
+    }
     given = {
         "name": name,
         "source": msgspec.to_builtins(_source(source, in_place)),

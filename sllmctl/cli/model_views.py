@@ -53,6 +53,8 @@ def fields(model: ModelView) -> list[tuple[str, str]]:
         pairs.append(("Context", f"{engine.max_context_tokens} tokens"))
     if engine.threads is not None:
         pairs.append(("Threads", str(engine.threads)))
+    if engine.deterministic:
+        pairs.append(("Deterministic", "yes"))
     pairs.append(("Age", age(now() - model.created_at)))
     if model.progress is not None:
         pairs.append(("Progress", progress_text(model.progress)))

@@ -135,6 +135,7 @@ def begin_life(turn: Turn, instance: Instance) -> None:
                 max_context_tokens=context_tokens(model.spec, turn.view.checkpoints[instance.digest]),
                 max_concurrency=model.spec.scale.max_concurrency,
                 threads=model.spec.engine.threads or 0,
+                deterministic=model.spec.engine.deterministic,
             ),
             remote=_remote_copy(turn, instance),
         ),

@@ -168,7 +168,19 @@ def test_adding_waits_deploys_and_waits(sllmctl: Sllmctl, manager: FakeManager, 
     manager.answer("GET models/new", 200, MODELS[0])
     manager.answer("POST models/new/deploy", 200, MODELS[0])
     said = sllmctl(
-        "model", "add", "new", str(tmp_path), "--deploy", "--wait", "--min", "1", "--kv-size", "64MiB", "--threads", "2"
+        "model",
+        "add",
+        "new",
+        str(tmp_path),
+        "--deploy",
+        "--wait",
+        "--min",
+        "1",
+        "--kv-size",
+        "64MiB",
+        "--threads",
+        "2",
+        "--deterministic",
     )
     assert (said.code, said.out, said.err) == (0, "", "model new is deployed\n")
     assert [(method, path.split("&")[0]) for method, path, _ in manager.asked] == [
@@ -180,7 +192,8 @@ def test_adding_waits_deploys_and_waits(sllmctl: Sllmctl, manager: FakeManager, 
     ]
     spec: dict[str, Any] = manager.asked[0][2]
     assert spec["source"] == {"kind": "path", "path": str(tmp_path.resolve()), "node": "", "in_place": False}
-    assert (spec["scale"]["min"], spec["engine"]) == (1, {"kv_bytes": 64 << 20, "max_context_tokens": None, "threads": 2})
+    engine = {"kv_bytes": 64 << 20, "max_context_tokens": None, "threads": 2, "deterministic": True}
+    assert (spec["scale"]["min"], spec["engine"]) == (1, engine)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,96 @@
+"""Deterministic models: the same bits whatever the batch, the chunks and the attempt, also in bfloat16."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm, rms_norm
+
+from agent.engine.build import build_engine
+from agent.engine.engine import BatchEngine
+from agent.engine.invariant import RowInvariant
+from schema.errors import InvalidCheckpoint
+from tests.agent.engine.models import VOCAB, kv_options, make_model, manifest_of, submit_of, tensors_of
+from tests.agent.engine.test_engine import drive
+
+NEW = 14
+REQUESTS = 10
+KINDS = ("llama", "qwen3", "mistral-window", "opt", "falcon", "falcon-alibi", "gpt2", "gemma2", "mixtral", "gpt_oss")
+
+
+def deterministic(model: Any, dtype: str, tokens: int, prefill_tokens: int) -> BatchEngine:
+    manifest = manifest_of(model, dtype)
+    options = msgspec.structs.replace(kv_options(manifest, tokens), deterministic=True)
+    return build_engine(manifest, tensors_of(model), options, prefill_tokens=prefill_tokens)
+
+
+def record(engine: BatchEngine) -> dict[tuple[int, int], Tensor]:
+    """Every row of logits by attempt and position, as they come."""
+    seen: dict[tuple[int, int], Tensor] = {}
+    runner: Any = engine._runner
+    forward = runner.forward
+
+    def watched(plan: Any) -> Any:
+        logits, sequences = forward(plan)
+        for row, sequence in zip(logits, sequences, strict=True):
+            seen[sequence.attempt, sequence.position] = row.clone()
+        return logits, sequences
+
+    runner.forward = watched
+    return seen
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("name", KINDS)
+def test_stopped_and_resumed_elsewhere_the_bits_are_the_same(name: str, dtype: str) -> None:
+    model = make_model(name, dtype=torch.float32 if dtype == "F32" else torch.bfloat16)
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    dice = random.Random(seed)
+    prompts = [[dice.randrange(VOCAB) for _ in range(dice.randrange(1, 48))] for _ in range(REQUESTS)]
+    params = [{"temperature": 0.9 * (i % 2), "seed": i, "top_p": 0.95} for i in range(REQUESTS)]
+    engine = deterministic(model, dtype, 1024, 512)
+    bits = record(engine)
+    whole = drive(engine, [submit_of(i + 1, prompts[i], NEW, **params[i]) for i in range(REQUESTS)]).tokens
+    other = deterministic(model, dtype, 160, 20)
+    resumed_bits = record(other)
+    stops = [dice.randrange(NEW) for _ in range(REQUESTS)]
+    again = [submit_of(i + 1, prompts[i], NEW, whole[i + 1][: stops[i]], **params[i]) for i in reversed(range(REQUESTS))]
+    resumed = drive(other, again).tokens
+    assert resumed == whole
+    for place, row in resumed_bits.items():
+        assert torch.equal(row, bits[place]), place
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [8, 33, 576, 1024])
+def test_what_passes_reduces_each_row_by_itself(width: int, dtype: torch.dtype) -> None:
+    rows = torch.randn(130, width, dtype=dtype, generator=torch.Generator().manual_seed(width))
+    weight = torch.ones(width, dtype=dtype)
+    reductions = (
+        lambda x: x.float().pow(2).mean(-1),
+        lambda x: x.sum(-1),
+        lambda x: torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32),
+        lambda x: layer_norm(x, (width,), weight, weight),
+        lambda x: rms_norm(x, (width,), weight, 1e-5),
+        lambda x: x.float().rsqrt(),
+        lambda x: x.topk(3).values,
+    )
+    for index, reduce in enumerate(reductions):
+        whole = reduce(rows)
+        for at in (0, 1, 64, 129):
+            assert torch.equal(reduce(rows[at : at + 1])[0].nan_to_num(), whole[at].nan_to_num()), index
+
+
+def test_what_is_not_known_to_be_invariant_is_refused_by_name() -> None:
+    with RowInvariant(), pytest.raises(InvalidCheckpoint, match="cumsum"):
+        torch.ones(3).cumsum(0)
+    with RowInvariant(), pytest.raises(InvalidCheckpoint, match="softmax"):
+        torch.ones(3, 3).softmax(dim=0)
+    with RowInvariant(), pytest.raises(InvalidCheckpoint, match="outside of attention"):
+        torch.ones(2, 3, 3) @ torch.ones(2, 3, 3)
