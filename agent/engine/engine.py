@@ -127,10 +127,6 @@ class BatchEngine:
         except Exception as error:
             self._fail(plan, error, output)
             return output
-        for sequence in plan.decodes:
-            sequence.steps += 1
-        for sequence, _ in plan.prefills:
-            sequence.steps += 1
         self._take(sequences, tokens, records, output)
         return output
 

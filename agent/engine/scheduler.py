@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
-from agent.engine.blocks import BlockManager
+from agent.engine.blocks import BLOCK_TOKENS, BlockManager
 from agent.engine.fairness import FairQueue
 from agent.engine.sequence import Sequence
 
@@ -68,6 +68,7 @@ class Scheduler:
             if len(sequence.tokens) - sequence.cached == 1:
                 plan.decodes.append(sequence)
                 sequence.account.served += 1
+                sequence.steps += 1
             else:
                 prefilling.append(sequence)
         if prefilling:
@@ -76,9 +77,9 @@ class Scheduler:
 
     def _grow(self, plan: Plan) -> None:
         """Make room for each running sequence's next token, the oldest first."""
-        extend = self._blocks.extend
-        for sequence in self.running.copy():
-            while sequence.row >= 0 and not extend(sequence, len(sequence.tokens)):
+        crowded = [sequence for sequence in self.running if len(sequence.tokens) > len(sequence.blocks) * BLOCK_TOKENS]
+        for sequence in crowded:
+            while sequence.row >= 0 and not self._blocks.extend(sequence, len(sequence.tokens)):
                 newest = self.running.pop()
                 self._blocks.release(newest)
                 if self.running:
@@ -115,4 +116,5 @@ class Scheduler:
             if size <= 0:
                 break
             plan.prefills.append((sequence, size))
+            sequence.steps += 1
             budget -= size
