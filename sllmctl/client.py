@@ -14,7 +14,7 @@ names, and Unreachable when no manager answers.
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -369,7 +369,7 @@ class AsyncAdminClient:
             raise _unanswered(self._socket, error) from error
         return _result(call, answer, self._socket)
 
-    async def follow(self, cursor: str | None = None, kinds: Sequence[StreamKind] = ()) -> AsyncIterator[StreamFrame]:
+    async def follow(self, cursor: str | None = None, kinds: Sequence[StreamKind] = ()) -> AsyncGenerator[StreamFrame, None]:
         """As `AdminClient.follow`."""
         _knock(self._socket)
         lines = _Lines()

@@ -17,6 +17,7 @@ __all__ = ["main", "root", "run"]
 
 _EXAMPLES = """\b
 Examples:
+  sllmctl                                         open the dashboard, starting a manager if none answers
   sllmctl serve                                   start the manager and the node of this machine
   sllmctl model add tiny ./my-model --deploy      ingest a Hugging Face directory and serve it
   sllmctl model ls                                what is deployed, and how busy it is
@@ -41,6 +42,7 @@ def _entry(section: str, name: str, line: str, attribute: str = "command") -> _E
 
 _RUN, _LOOK, _HIDDEN = "Running", "Managing", ""
 _COMMANDS = {
+    "tui": _entry(_RUN, "tui", "Watch the cluster and work on it: the dashboard."),
     "serve": _entry(_RUN, "serve", "Run the manager, and the node of this machine."),
     "demo": _entry(_RUN, "demo", "See a cold start and a warm request on the bundled model."),
     "chat": _entry(_RUN, "chat", "Talk to a model."),
@@ -89,14 +91,21 @@ class _Root(click.Group):
 @click.option("--state-dir", type=click.Path(), help="Where the manager keeps its state.")
 @click.option("--socket", "admin_socket", type=click.Path(), help="The manager's admin socket.")
 @click.pass_context
-def root(ctx: click.Context, file: Path | None, state_dir: str | None, admin_socket: str | None) -> None:
+def root(ctx: click.Context, file: Path | None, state_dir: str | None, admin_socket: str | None) -> int | None:
     """Run language models on your machines, from nothing to the first token in seconds.
 
+    Without a command it opens the dashboard, and starts a manager if none answers.
     Settings come from flags, SLLM_* variables and a configuration file, in this order.
     """
     ctx.obj = Invocation({"state_dir": state_dir, "admin_socket": admin_socket}, file)
-    if ctx.invoked_subcommand is None:
-        output.write(ctx.get_help())
+    if ctx.invoked_subcommand is not None:
+        return None
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        from sllmctl.cli.tui import alone
+
+        return alone(ctx.obj)
+    output.write(ctx.get_help())
+    return None
 
 
 def run(arguments: Sequence[str]) -> int:

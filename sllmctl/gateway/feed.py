@@ -14,7 +14,7 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from typing import Protocol
 
 from msgspec.structs import replace
@@ -142,7 +142,7 @@ class Feed(logging.Handler):
 
     # --- what it tells
 
-    async def read(self, cursor: str | None, kinds: frozenset[StreamKind]) -> AsyncIterator[StreamFrame | None]:
+    async def read(self, cursor: str | None, kinds: frozenset[StreamKind]) -> AsyncGenerator[StreamFrame | None, None]:
         """Frames from ``cursor`` on, the first at once; None is a sign of life. Ends with `close_feed`.
 
         Raises Overloaded when too many read, Unreachable when the manager is stopping.

@@ -6,7 +6,7 @@ changed meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 
 import msgspec
@@ -42,8 +42,8 @@ class Stream:
         return StreamingResponse(_events(first, frames), media_type="text/event-stream", headers={"cache-control": "no-store"})
 
 
-async def _events(first: StreamFrame | None, frames: AsyncIterator[StreamFrame | None]) -> AsyncIterator[bytes]:
-    async with aclosing(frames):  # type: ignore[type-var]
+async def _events(first: StreamFrame | None, frames: AsyncGenerator[StreamFrame | None, None]) -> AsyncIterator[bytes]:
+    async with aclosing(frames):
         yield _event(first)
         async for frame in frames:
             yield _event(frame)

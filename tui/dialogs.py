@@ -1,0 +1,163 @@
+"""What lies over the views: a question (Cancel has the focus), a form, the help."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from rich.table import Column, Table
+from rich.text import Text
+from textual import on
+from textual.app import ComposeResult
+from textual.binding import Binding
+from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.screen import ModalScreen
+from textual.suggester import SuggestFromList
+from textual.widgets import Button, Input, Label, Static
+
+from schema.errors import InvalidInput
+from tui.format import ACCENT, MUTED, PLAIN, printable
+
+if TYPE_CHECKING:
+    from tui.commands import Command
+
+__all__ = ["Choice", "Field", "Form", "Help"]
+
+T = TypeVar("T")
+_ESCAPE = Binding("escape", "dismiss_with_nothing", show=False)
+
+
+class Choice(ModalScreen[str | None]):
+    """A question and the answers that it may have; Cancel comes first, has the focus, and is what Esc gives (None)."""
+
+    BINDINGS = [  # noqa: RUF012 - as Textual declares it
+        _ESCAPE,
+        Binding("left", "app.focus_previous", show=False),
+        Binding("right", "app.focus_next", show=False),
+    ]
+
+    def __init__(self, question: str, answers: Sequence[tuple[str, str]]) -> None:
+        super().__init__()
+        self._question, self._answers = question, answers
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="dialog"):
+            yield Static(Text(printable(self._question)), classes="question")
+            with Horizontal(classes="buttons"):
+                yield Button("Cancel", id="cancel")
+                for name, label in self._answers:
+                    yield Button(label, id=name, variant="error")
+
+    def on_mount(self) -> None:
+        self.query_one("#cancel").focus()
+
+    def on_button_pressed(self, event: Button.Pressed) -> None:
+        self.dismiss(None if event.button.id == "cancel" else event.button.id)
+
+    def action_dismiss_with_nothing(self) -> None:
+        self.dismiss(None)
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """``choices`` are suggested as one types."""
+
+    name: str
+    label: str
+    value: str = ""
+    hint: str = ""
+    choices: tuple[str, ...] = ()
+
+
+class Form(ModalScreen[T | None], Generic[T]):
+    """Fields to fill in. ``read`` makes the result of them, or raises InvalidInput, which is shown; Esc gives None."""
+
+    BINDINGS = [_ESCAPE]  # noqa: RUF012 - as Textual declares it
+
+    def __init__(self, title: str, fields: Sequence[Field], read: Callable[[Mapping[str, str]], T]) -> None:
+        super().__init__()
+        self._title, self._fields, self._read = title, fields, read
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="dialog"):
+            yield Static(Text(printable(self._title)), classes="question")
+            for field in self._fields:
+                with Horizontal(classes="field"):
+                    yield Label(field.label)
+                    suggest = SuggestFromList(field.choices, case_sensitive=False) if field.choices else None
+                    yield Input(field.value, placeholder=field.hint, id=field.name, suggester=suggest, compact=True)
+            yield Static("", id="problem")
+            with Horizontal(classes="buttons"):
+                yield Button("Cancel", id="cancel")
+                yield Button("OK", id="ok", variant="primary")
+
+    def on_mount(self) -> None:
+        self.query_one(Input).focus()
+
+    @on(Input.Submitted)
+    def next_or_submit(self, event: Input.Submitted) -> None:
+        """Enter goes to the next field, and from the last one submits."""
+        event.stop()
+        if event.input.id == self._fields[-1].name:
+            self._submit()
+        else:
+            self.focus_next(Input)
+
+    def on_button_pressed(self, event: Button.Pressed) -> None:
+        if event.button.id == "ok":
+            self._submit()
+        else:
+            self.dismiss(None)
+
+    def _submit(self) -> None:
+        values = {field.name: self.query_one(f"#{field.name}", Input).value.strip() for field in self._fields}
+        try:
+            result = self._read(values)
+        except InvalidInput as error:
+            self.query_one("#problem", Static).update(Text(printable(str(error))))
+            if error.param in values:
+                self.query_one(f"#{error.param}").focus()
+            return
+        self.dismiss(result)
+
+    def action_dismiss_with_nothing(self) -> None:
+        self.dismiss(None)
+
+
+class Help(ModalScreen[None]):
+    """Every command, from the table."""
+
+    BINDINGS = [_ESCAPE, Binding("q,question_mark", "dismiss_with_nothing", show=False)]  # noqa: RUF012 - as above
+
+    def __init__(self, commands: Iterable[Command], view: str) -> None:
+        super().__init__()
+        self._commands, self._view = list(commands), view
+
+    def compose(self) -> ComposeResult:
+        with VerticalScroll(classes="dialog help"):
+            yield Static(self._table())
+
+    def on_mount(self) -> None:
+        self.query_one(VerticalScroll).focus()
+
+    def _table(self) -> Table:
+        table = Table.grid(Column(width=7), Column(width=15), Column(ratio=1), padding=(0, 1), expand=True)
+        for section, commands in groupby(self._commands, key=lambda command: command.section):
+            table.add_row(Text(section, style=f"bold {ACCENT}"))
+            for command in commands:
+                usable = command.is_for(self._view)
+                plain, name = (PLAIN, ACCENT) if usable else (MUTED, MUTED)
+                table.add_row(
+                    Text(command.shown_key, style=plain), Text(f":{command.name}", style=name), Text(command.help, style=plain)
+                )
+            table.add_row()
+        table.add_row(Text("Tables", style=f"bold {ACCENT}"))
+        table.add_row(
+            Text("arrows"), Text("j k PgUp PgDn"), Text("and g, G, the wheel; left and right go through many columns")
+        )
+        return table
+
+    def action_dismiss_with_nothing(self) -> None:
+        self.dismiss(None)

@@ -1,0 +1,121 @@
+"""What a view is: rows made of the live model, columns, and the text of the detail pane. No widgets, nothing that lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+from rich.text import Text
+
+from schema.admin import ProgressView
+from schema.errors import Fault
+from tui.feed import Cluster
+from tui.format import ACCENT, BAD, MUTED, PLAIN, WARN, Cell, Span, bar, printable, rate, size
+from tui.grid import Column
+
+__all__ = ["Detail", "Scope", "View", "filtered", "progress_cell"]
+
+T = TypeVar("T")
+
+
+class Scope(NamedTuple):
+    """Only rows whose ``field`` is ``value``."""
+
+    field: str
+    value: str
+
+    def __str__(self) -> str:
+        return f"{self.field} {self.value}"
+
+
+class View(Generic[T]):
+    """``name`` and ``aliases`` are what ``:`` takes; ``sort`` is the column that it begins with. ``empty`` is said when there
+    is nothing. With ``follows_end`` the newest row is at the end, and a cursor there goes on with it."""
+
+    name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
+    help: ClassVar[str]
+    empty: ClassVar[str] = "nothing here"
+    sort: ClassVar[tuple[str, bool]] = ("", False)
+    follows_end: ClassVar[bool] = False
+
+    def columns(self, cluster: Cluster) -> Sequence[Column[T]]:
+        raise NotImplementedError
+
+    def rows(self, cluster: Cluster) -> Iterable[T]:
+        raise NotImplementedError
+
+    def key(self, row: T) -> str:
+        raise NotImplementedError
+
+    def words(self, row: T) -> str:
+        """What the filter looks in."""
+        raise NotImplementedError
+
+    def detail(self, row: T, cluster: Cluster) -> Detail:
+        raise NotImplementedError
+
+    def drill(self, row: T) -> tuple[str, Scope] | None:
+        """Where Enter leads: another view, and what of it."""
+        return None
+
+
+class Detail:
+    """The text of the detail pane, built a line at a time."""
+
+    def __init__(self, title: str) -> None:
+        self.text = Text(printable(title), style=f"bold {PLAIN}")
+        self.text.append("\n")
+
+    def field(self, label: str, value: str | Span | Sequence[Span]) -> Detail:
+        """A labelled value; one that is "" is left out."""
+        spans = [Span(value)] if isinstance(value, str) else [value] if isinstance(value, Span) else list(value)
+        if any(span.text for span in spans):
+            self.text.append(f"\n{label:<12}", style=MUTED)
+            for text, style in spans:
+                self.text.append(printable(text), style=style)
+        return self
+
+    def head(self, title: str) -> Detail:
+        self.text.append(f"\n\n{title}", style=f"bold {ACCENT}")
+        return self
+
+    def line(self, *spans: Span | str) -> Detail:
+        self.text.append("\n")
+        for span in spans:
+            text, style = (span, PLAIN) if isinstance(span, str) else span
+            self.text.append(printable(text), style=style)
+        return self
+
+    def fault(self, fault: Fault | None) -> Detail:
+        if fault is not None:
+            self.head("fault").line(Span(f"{fault.code}: {fault.message}", BAD))
+        return self
+
+    def progress(self, progress: ProgressView | None) -> Detail:
+        if progress is not None and progress.total_bytes:
+            part = progress.done_bytes / progress.total_bytes
+            self.head(progress.stage).line(*bar(part, 20), f" {part:.0%}")
+            self.line(f"{size(progress.done_bytes)} of {size(progress.total_bytes)} ", Span(rate(progress.rate_bps), MUTED))
+        return self
+
+
+def progress_cell(progress: ProgressView | None) -> Cell:
+    """How much of what is on its way is there, and at which rate it comes."""
+    if progress is None or not progress.total_bytes:
+        return ""
+    part = progress.done_bytes / progress.total_bytes
+    return [Span(f"{part:>4.0%} ", WARN), *bar(part, 8), Span(f" {rate(progress.now_bps or progress.rate_bps)}", MUTED)]
+
+
+def filtered(rows: Iterable[T], text: str, words: Callable[[T], str]) -> list[T]:
+    """The rows in which every word of the filter is, in any case of letters; a word after ``!`` must not be."""
+    wanted = [word for word in text.lower().split() if word != "!"]
+    if not wanted:
+        return list(rows)
+
+    def fits(row: Any) -> bool:
+        found = words(row).lower()
+        return all((word[1:] not in found) if word.startswith("!") else (word in found) for word in wanted)
+
+    return [row for row in rows if fits(row)]
