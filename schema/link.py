@@ -783,9 +783,11 @@ class FetchStored(Message, frozen=True, kw_only=True, tag="fetchstored"):
 
 
 class CancelFetch(Message, frozen=True, kw_only=True, tag="cancelfetch"):
-    """Agent -> store: nobody waits for this op any more. It is not answered; a fetch without ops is given up."""
+    """Agent -> store: nobody waits for this op any more. It is not answered; a fetch without ops is given up. With ``keep``
+    what has come of it stays on the disk, since somebody may ask again."""
 
     op: str
+    keep: bool = False
 
 
 class Evicted(Message, frozen=True, kw_only=True, tag="evicted"):
@@ -861,8 +863,8 @@ class ReleasedDevice(Message, frozen=True, kw_only=True, tag="releaseddevice"):
 class StoreTruth(Message, frozen=True, kw_only=True, tag="storetruth"):
     """All that the arena holds. After a restart of the store it is what the chunk table in the arena itself says.
 
-    ``filling`` are the ops of fills under way. ``weights`` lie on devices, and all their descriptors came before; those in
-    ``evicting`` are to be released. What else of devices the agent holds is nobody's.
+    ``filling`` are the ops of fills under way, ``fetching`` those of fetches. ``weights`` lie on devices, and all their
+    descriptors came before; those in ``evicting`` are to be released. What else of devices the agent holds is nobody's.
     """
 
     arena: ArenaInfo
@@ -870,6 +872,7 @@ class StoreTruth(Message, frozen=True, kw_only=True, tag="storetruth"):
     filling: tuple[str, ...] = ()
     weights: tuple[DeviceWeights, ...] = ()
     evicting: tuple[str, ...] = ()
+    fetching: tuple[str, ...] = ()
 
 
 # --- Agent <-> zygote, worker ----------------------------------------------------------------------------------------

@@ -354,6 +354,13 @@ class Agent:
         self._adoption.arrived(life.key)
 
     def placement_changed(self, digest: str) -> None:
+        if self._checkpoints.knows(digest):
+            self._manager.tell(PlacementUpdate(truth=self._checkpoints.truth(digest)))
+        else:  # it came with a fetch just now: what it is stands on the disk
+            self._own(self._look_anew(digest), f"look for {digest}")
+
+    async def _look_anew(self, digest: str) -> None:
+        await self._checkpoints.scan()
         self._manager.tell(PlacementUpdate(truth=self._checkpoints.truth(digest)))
 
     def load_failed(self, digest: str, fault: Fault) -> None:

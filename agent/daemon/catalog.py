@@ -48,6 +48,10 @@ class Checkpoints:
                 max_context_tokens=manifest.max_context_tokens,
             )
 
+    def knows(self, digest: str) -> bool:
+        """True when it is known what the checkpoint is, or that nothing of it is here."""
+        return digest in self._facts or digest not in self._store.residents
+
     def entry(self, digest: str) -> CatalogEntry:
         """Raises NotFound when it is not on the disk, InvalidCheckpoint when what lies there cannot be read."""
         entry = self._entries.get(digest)

@@ -146,6 +146,8 @@ class Instances(Lives):
         self._set_directory(life)
         self._hold(life)
         self._own(life, process)
+        if not life.directory and life.start.remote is not None and entry.stop_grace_s is None and not life.phases.total_s:
+            self._fetch(life)  # it was being fetched when the agent died; the store goes on with it under the same name
         self._expect(life, self._config.spawn_s, "its worker did not dial the agent again")
         return process
 

@@ -182,20 +182,26 @@ class Operations:
         if digest in self._dropping:
             raise Conflict(f"checkpoint {digest} is just being dropped")
         layout = ""  # of what was fetched: of a copy that is here nobody knows whether the remote has it too
-        if self._checkpoints.layout(digest) is None:
-            done = await self._fetch_stored(message, in_memory)
-            if done.fault is not None:
-                return done
-            layout = done.layout
         if in_memory:
-            loaded = await self._load(LoadCheckpoint(op=message.op, digest=digest))
-            return msgspec.structs.replace(loaded, layout=layout)
-        return OperationDone(op=message.op, digest=digest, layout=layout)
+            self._store.holds.add(digest, message.op)  # from the first byte on, until this operation ends however it does
+        try:
+            if self._checkpoints.layout(digest) is None:
+                done = await self._fetch_stored(message, in_memory)
+                if done.fault is not None:
+                    return done
+                layout = done.layout
+            if in_memory:
+                loaded = await self._load(LoadCheckpoint(op=message.op, digest=digest))
+                return msgspec.structs.replace(loaded, layout=layout)
+            return OperationDone(op=message.op, digest=digest, layout=layout)
+        finally:
+            self._store.holds.release(digest, message.op)
 
     async def _fetch_stored(self, message: Fetch, in_memory: bool) -> OperationDone:
         digest = message.digest
+        users = self._store.holds.count(digest)
         asked = FetchStored(
-            op=message.op, digest=digest, url=message.url, layout=message.layout, in_memory=in_memory, users=int(in_memory)
+            op=message.op, digest=digest, url=message.url, layout=message.layout, in_memory=in_memory, users=users
         )
         answer: asyncio.Future[OperationDone] = asyncio.get_running_loop().create_future()
         self._store.fetch(asked, _answer(answer), self._owner.tell)

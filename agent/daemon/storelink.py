@@ -57,6 +57,9 @@ class StoreOwner(Protocol):
     def load_failed(self, digest: str, fault: Fault) -> None:
         """The store could not load a checkpoint; it may have put the copy on the disk in quarantine."""
 
+    def checkpoint_fetched(self, digest: str, then: Callable[[], None]) -> None:
+        """A checkpoint has come to the disk: ``then`` is called once its directory is known."""
+
     def store_ready(self) -> None:
         """The store has stated its truth; the arena can be attached."""
 
@@ -313,6 +316,9 @@ class StoreLink:
         self.devices.truth(message)
         for drop in self._drops.values():
             self._kin.send(drop.message)
+        for op in message.fetching:  # whoever asked died with an earlier agent; a manager may ask again
+            if op not in self._tasks:
+                self._kin.send(CancelFetch(op=op, keep=True))
         for task in self._tasks.values():
             self._kin.send(task.message)
         for digest in earlier.keys() | self.residents.keys():
@@ -350,6 +356,8 @@ class StoreLink:
         task = self._tasks.pop(message.op, None)
         if task is not None:
             task.answered(message)
+        elif message.layout and message.fault is None:  # a fetch had ended before the store heard that nobody waits
+            self._owner.checkpoint_fetched(message.digest, lambda: None)
 
     def _users_changed(self, digest: str, users: int) -> None:
         if self._stated:

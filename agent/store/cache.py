@@ -57,7 +57,6 @@ class _Fill:
     digest: str
     directory: Path
     ops: list[str]
-    users: int
     priority: Priority
     source: FillSource | None = None
     occupant: Occupant | None = None
@@ -93,6 +92,7 @@ class ArenaStore:
         self._woken_at = 0.0
         self._pool = pool or ReadPool(reader_threads)
         self._residents = {occupant.digest: occupant for occupant in arena.occupants}
+        self._users = {occupant.digest: occupant.users for occupant in arena.occupants if occupant.users}
         self._fills: dict[str, _Fill] = {}
         self._waiting: dict[str, _Fill] = {}
         self._verifier = Verifier(self._pool, self._woken)
@@ -127,6 +127,7 @@ class ArenaStore:
         return tuple(op for fill in (*self._fills.values(), *self._waiting.values()) for op in fill.ops)
 
     def fill(self, op: str, digest: str, directory: Path, users: int = 1, priority: Priority = Priority.REQUEST) -> None:
+        self._count(digest, users)
         known = self._fills.get(digest)
         if known is not None and known.job is not None and known.job.stalled is not None:
             self._listener.failed(op, digest, Fault.of(known.job.stalled))
@@ -134,29 +135,38 @@ class ArenaStore:
         if known is not None and known.given_up:
             known = self._waiting.get(digest)
             if known is None:
-                self._waiting[digest] = _Fill(digest, directory, [op], users, priority)
+                self._waiting[digest] = _Fill(digest, directory, [op], priority)
                 return
         known = known or self._waiting.get(digest)
         if known is None:
-            self._begin(_Fill(digest, directory, [op], users, priority))
+            self._begin(_Fill(digest, directory, [op], priority))
             return
-        known.users = users
         known.priority = min(known.priority, priority)
         if known.job is not None:
             self._pool.raise_priority(known.job, priority)
         if op not in known.ops:
             known.ops.append(op)
 
-    def fill_from(self, digest: str, directory: Path, users: int, source: FillSource) -> None:
-        """Take in a checkpoint while it is fetched to ``directory``, if there is room now; its owner answers who asked."""
+    def fill_from(self, digest: str, directory: Path, source: FillSource) -> None:
+        """Take in a checkpoint while it is fetched to ``directory``, if there is room now; its owner answers who asked, and
+        then lets it `announce` the image."""
         room = False
         if digest not in self._residents.keys() | self._fills.keys() | self._waiting.keys():
             with contextlib.suppress(OutOfSpace):
                 room = self._make_room(source.manifest.image_bytes)
         if room:
-            self._start(_Fill(digest, directory, [], users, Priority.REQUEST, source), source.manifest)
+            self._start(_Fill(digest, directory, [], Priority.REQUEST, source), source.manifest)
         else:
             source.do_without()
+
+    def announce(self, digest: str) -> None:
+        """Say that an image lies here that nobody asked a fill for: it came with a fetch."""
+        if (occupant := self._residents.get(digest)) is not None:
+            self._listener.filled("", self._resident(occupant))
+
+    def new_agent(self) -> None:
+        """An agent has come that will say who uses what; of what lies here nothing is forgotten before it has."""
+        self._users = {digest: users for digest, users in self._users.items() if digest in self._residents}
 
     @property
     def pool(self) -> ReadPool:
@@ -172,11 +182,11 @@ class ArenaStore:
         if known is not None and known.given_up:
             known = None
             if digest not in self._waiting:
-                self._waiting[digest] = _Fill(digest, directory, [], 0, priority, sinks=(sink,))
+                self._waiting[digest] = _Fill(digest, directory, [], priority, sinks=(sink,))
                 return
         known = known or self._waiting.get(digest)
         if known is None:
-            self._begin(_Fill(digest, directory, [], 0, priority, sinks=(sink,)))
+            self._begin(_Fill(digest, directory, [], priority, sinks=(sink,)))
             return
         known.sinks += (sink,)
         known.priority = min(known.priority, priority)
@@ -188,7 +198,7 @@ class ArenaStore:
         for fill in (self._fills.get(digest), self._waiting.get(digest)):
             if fill is not None and sink in fill.sinks:
                 fill.sinks = tuple(each for each in fill.sinks if each is not sink)
-                if not fill.sinks and not fill.users and not fill.given_up and fill.source is None:
+                if not fill.sinks and digest not in self._users and not fill.given_up and fill.source is None:
                     self._give_up(fill)
 
     def give_back(self, digest: str) -> None:
@@ -204,16 +214,15 @@ class ArenaStore:
         return self._arena.views(self._residents[digest].chunks, start_bytes, size_bytes)
 
     def hold(self, digest: str, users: int, condemned: str = "") -> None:
+        self._count(digest, users)
         if (occupant := self._residents.get(digest)) is not None:
-            self._use(occupant, users)
+            self._use(occupant)
             if condemned:
                 self._condemned[digest] = condemned
             self._drop_condemned(occupant)
         for fill in (self._fills.get(digest), self._waiting.get(digest)):
-            if fill is not None and not fill.given_up:
-                fill.users = users
-                if users == 0 and fill.source is None and not fill.sinks:
-                    self._give_up(fill)
+            if fill is not None and not fill.given_up and users == 0 and fill.source is None and not fill.sinks:
+                self._give_up(fill)
 
     def drop(self, digest: str) -> None:
         if digest in self._fills or digest in self._waiting:
@@ -277,7 +286,7 @@ class ArenaStore:
             self._fail(fill, InvalidCheckpoint(f"{why}; {occupant.users} users still have it, stop them first"))
             return
         if occupant is not None:
-            self._use(occupant, max(fill.users, occupant.users if fill.sinks else 0))
+            self._use(occupant)
             for op in fill.ops:
                 self._listener.filled(op, self._resident(occupant, op))
             self._lend(fill, 0)
@@ -399,7 +408,7 @@ class ArenaStore:
         if error is None:
             self._arena.table.commit(fill.occupant)
             self._residents[fill.digest] = fill.occupant
-            self._use(fill.occupant, 0 if fill.given_up else fill.users)
+            self._use(fill.occupant)
             if fill.verifying:
                 _mark(catalog.mark_verified, fill.directory)
             self._tell(fill, time.monotonic(), fill.image_bytes)
@@ -495,9 +504,16 @@ class ArenaStore:
         self._free.give(occupant.chunks)
         self._free_slots.add(occupant.slot)
 
-    def _use(self, occupant: Occupant, users: int) -> None:
+    def _count(self, digest: str, users: int) -> None:
+        """The agent's last word on who uses a checkpoint counts, wherever that is by now."""
+        if users:
+            self._users[digest] = users
+        else:
+            self._users.pop(digest, None)
+
+    def _use(self, occupant: Occupant) -> None:
         self._stamp += 1
-        occupant.users, occupant.stamp = users, self._stamp
+        occupant.users, occupant.stamp = self._users.get(occupant.digest, 0), self._stamp
         self._arena.table.note(occupant)
 
     def _resident(self, occupant: Occupant, op: str = "", read_bytes: int = 0) -> Resident:

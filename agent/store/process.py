@@ -286,7 +286,7 @@ class StoreProcess:
             memory, users = message.in_memory, message.users
             self._fetches.begin(message.op, message.digest, message.url, message.layout, in_memory=memory, users=users)
         elif isinstance(message, CancelFetch):
-            self._fetches.cancel(message.op)
+            self._fetches.cancel(message.op, keep=message.keep)
         else:
             fault = None
             try:
@@ -388,7 +388,10 @@ class StoreProcess:
         if self._offer:
             self._channel.send(Descriptors(what="arena", count=1), [arena.descriptor])
         store = self._store
-        truth = StoreTruth(arena=store.arena, residents=store.residents(), filling=store.filling())
+        assert self._fetches is not None
+        fetching = self._fetches.ops()
+        truth = StoreTruth(arena=store.arena, residents=store.residents(), filling=store.filling(), fetching=fetching)
+        store.new_agent()
         self._channel.send(self._with_devices(truth, arena))
         arena.prefault(_FAULT_THREADS, self._arena_faulted)
 

@@ -34,7 +34,7 @@ class FetchListener(Protocol):
     def fetching(self, op: str, done_bytes: int, total_bytes: int) -> None: ...
 
     def fetched(self, op: str, digest: str, layout: str, fault: Fault | None) -> None:
-        """``layout`` "" says nothing of the remote that was asked for: it came from another."""
+        """``layout`` "" says nothing of the remote that was asked for: it came from another; ``op`` "" that nobody waits."""
 
 
 @dataclass(eq=False)
@@ -45,8 +45,8 @@ class _Fetch:
     url: str
     ops: dict[str, str]
     """Whoever asked, and for which remote."""
+    layout: str
     in_memory: bool
-    users: int
     wake: Callable[[], None]
     fetch: Fetch | None = None
     thread: threading.Thread | None = None
@@ -54,6 +54,7 @@ class _Fetch:
     prepared: bool = False
     begun: bool = False
     cancelled: bool = False
+    keep: bool = False
     job: ReadJob | None = None
     told_at: float = 0.0
     told_bytes: int = -1
@@ -119,25 +120,29 @@ class Fetches:
     def begin(self, op: str, digest: str, url: str, layout: str = "", *, in_memory: bool = False, users: int = 0) -> None:
         """Fetch a checkpoint to the disk and, with ``in_memory``, into the arena as it comes, where that has room.
 
-        ``users`` hold it there from then on. A digest that is on its way already is not fetched twice, wherever from.
+        ``users`` hold it there, until the store hears of others. A digest that is on its way already is not fetched twice,
+        wherever from.
         """
+        if in_memory:
+            self._store.hold(digest, users)
         known = self._fetches.get(digest)
         if known is not None:
             known.ops.setdefault(op, url)
             return
-        fetch = self._fetches[digest] = _Fetch(digest, url, {op: url}, in_memory, users, self._wake)
-        fetch.thread = threading.Thread(target=self._prepare, args=(fetch, layout), name="fetch-prepare")
-        fetch.thread.start()
+        self._fetches[digest] = _Fetch(digest, url, {op: url}, layout, in_memory, self._wake)
+        self._start()
 
-    def cancel(self, op: str) -> None:
-        """Nobody waits for this op any more; it is not answered. The fetch ends with its last op."""
+    def cancel(self, op: str, *, keep: bool = False) -> None:
+        """Nobody waits for this op any more; it is not answered. The fetch ends with its last op; with ``keep`` what has come
+        stays on the disk, for whoever asks next."""
         for digest, fetch in list(self._fetches.items()):
             if op in fetch.ops:
                 del fetch.ops[op]
                 if not fetch.ops:
                     del self._fetches[digest]
-                    self._ending.append(fetch)
-                    self._end(fetch)
+                    if fetch.thread is not None:
+                        self._ending.append(fetch)
+                        self._end(fetch, keep)
 
     def pump(self) -> None:
         """Tell the listener what the background has done since the last call. To be called after ``wake``."""
@@ -149,11 +154,20 @@ class Fetches:
                 layout = fetch.manifest.layout if fetch.job is not None else ""
                 for op, url in fetch.ops.items():
                     self._listener.fetched(op, digest, layout if url == fetch.url else "", fault)
+                if fault is None:
+                    self._store.announce(digest)
             elif fetch.job is not None and now - fetch.told_at >= _PROGRESS_S and fetch.told_bytes != fetch.job.done_bytes:
                 fetch.told_at, fetch.told_bytes = now, fetch.job.done_bytes
                 for op in fetch.ops:
                     self._listener.fetching(op, fetch.job.done_bytes, fetch.manifest.image_bytes)
-        self._ending = [fetch for fetch in self._ending if not self._advance(fetch)]
+        ending, self._ending = self._ending, []
+        for fetch in ending:
+            if not self._advance(fetch):
+                self._ending.append(fetch)
+            elif fetch.error is None and fetch.job is not None:  # it was whole before it heard that nobody waits
+                self._listener.fetched("", fetch.digest, fetch.manifest.layout, None)
+                self._store.announce(fetch.digest)
+        self._start()
 
     def close(self) -> None:
         """Break everything off, keeping on the disk what has come; no thread of it runs when this returns."""
@@ -173,7 +187,7 @@ class Fetches:
 
     def _advance(self, fetch: _Fetch) -> bool:
         """Take the next step of a fetch; True when it is over."""
-        if fetch.thread is not None and not fetch.prepared:
+        if not fetch.prepared:
             return False
         if fetch.error is not None:
             return True
@@ -185,7 +199,7 @@ class Fetches:
                 return True
             if fetch.in_memory:
                 directory = self._checkpoints / fetch.digest / fetch.manifest.layout
-                self._store.fill_from(fetch.digest, directory, fetch.users, fetch)
+                self._store.fill_from(fetch.digest, directory, fetch)
             else:
                 fetch.do_without()
         if fetch.job is None or not fetch.job.finished:
@@ -195,8 +209,18 @@ class Fetches:
         fetch.error = fetch.job.error
         return True
 
-    def _end(self, fetch: _Fetch) -> None:
-        fetch.cancelled = True
+    def _start(self) -> None:
+        """Begin what does not have to wait until an earlier fetch of the same checkpoint, given up, lets go of the disk."""
+        ending = {fetch.digest for fetch in self._ending}
+        for fetch in self._fetches.values():
+            if fetch.thread is None and fetch.digest not in ending:
+                fetch.thread = threading.Thread(target=self._prepare, args=(fetch, fetch.layout), name="fetch-prepare")
+                fetch.thread.start()
+
+    def _end(self, fetch: _Fetch, keep: bool) -> None:
+        fetch.cancelled, fetch.keep = True, keep
+        if keep and fetch.fetch is not None:
+            fetch.fetch.stop(keep=True)
         if fetch.job is not None:
             fetch.cancel(fetch.job)
         elif fetch.fetch is not None:
@@ -214,7 +238,7 @@ class Fetches:
             )
             fetch.fetch = made
             if fetch.cancelled:
-                made.stop()
+                made.stop(keep=fetch.keep)
             made.prepare()
         except SllmError as error:
             fetch.error = error

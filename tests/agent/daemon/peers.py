@@ -291,6 +291,7 @@ class Store:
         self.condemned: dict[str, str] = {}
         self.verifies: list[VerifyStored] = []
         self.cancelled: list[str] = []
+        self.kept: list[str] = []
         self.fetches: list[FetchStored] = []
         self.pinned: tuple[str, ...] | None = None
         self.residents: dict[str, Resident] = {}
@@ -310,7 +311,7 @@ class Store:
         else:
             self.peer.send(Descriptors(what="arena"), [self.memory])
         info = ArenaInfo(id=self.arena, budget_bytes=1 << 30, chunk_bytes=4 << 20)
-        self.peer.send(StoreTruth(arena=info, residents=tuple(self.residents.values())))
+        self.peer.send(StoreTruth(arena=info, residents=tuple(self.residents.values()), fetching=self.node.store_fetching))
         with contextlib.suppress(Hangup):
             while True:
                 await self.heard(await self.peer.next())
@@ -332,6 +333,7 @@ class Store:
             self.fetches.append(message)
         elif isinstance(message, CancelVerify | CancelFetch):
             self.cancelled.append(message.op)
+            self.kept += [message.op] if isinstance(message, CancelFetch) and message.keep else []
         elif isinstance(message, DropResident):
             self.residents.pop(message.digest, None)
             self.peer.send(OperationDone(op=message.op, digest=message.digest))
@@ -547,6 +549,7 @@ class Node:
         self.pids: list[int] = []
         self.worker_becomes_ready = True
         self.store_answers = True
+        self.store_fetching: tuple[str, ...] = ()
         self.ingest_args: list[str] = ["/bin/false"]
         self.kin_dial = True
         self.agent: Agent | None = None

@@ -15,7 +15,7 @@ from agent.daemon.process import start_ticks
 from agent.daemon.roster import RosterEntry
 from schema.errors import Conflict
 from schema.ids import epoch_of
-from schema.link import Attach, Cancel, Extent, Fork, StartPhases, StopInstance, Submit, Welcome
+from schema.link import Attach, Cancel, Extent, Fork, OperationDone, RemoteCopy, StartPhases, StopInstance, Submit, Welcome
 from schema.states import EndReason, InstanceState
 from tests.agent.daemon.peers import DIGEST, Node, Worker, alive, make_checkpoint, start_instance, submit
 
@@ -85,6 +85,30 @@ async def test_everything_alive_is_adopted_with_its_attempts(after: Node) -> Non
         "zygote": zygote,
         "worker": worker.pid,
     }
+
+
+async def test_a_start_that_was_fetching_goes_on_with_its_fetch(after: Node) -> None:
+    start = msgspec.structs.replace(START, digest="cd" * 32, remote=RemoteCopy(url="s3://b/c", layout="l1"))
+    worker = Worker(after, after.sleeper(), Fork(instance=start.instance, epoch=start.epoch, nonce=77))
+    after.workers.append(worker)
+    store = after.sleeper()
+    left = entry("worker", worker.pid, instance=start.instance, epoch=start.epoch, nonce=77, start=start)
+    write_roster(after, [left, entry("store", store), entry("zygote", zygote := after.sleeper())])
+    op = f"fetch {start.instance}"
+    after.begin()
+    after.play("store", store)
+    after.play("zygote", zygote)
+    worker.begin()
+    manager = await after.manager()
+    assert [instance.state for instance in manager.truth.instances] == [InstanceState.STARTING]
+    await after.stores[0].until(lambda: bool(after.stores[0].fetches))
+    (fetch,) = after.stores[0].fetches
+    assert fetch.op.startswith(op)
+    assert (fetch.digest, fetch.url, fetch.in_memory, fetch.users) == (start.digest, "s3://b/c", True, 1)
+    make_checkpoint(after.config.checkpoints_path, start.digest)
+    after.stores[0].peer.send(OperationDone(op=fetch.op, digest=start.digest, layout="l1"))
+    await manager.instance(InstanceState.READY)
+    assert worker.start == start
 
 
 async def test_the_truth_does_not_wait_for_a_zygote_that_still_imports(after: Node) -> None:

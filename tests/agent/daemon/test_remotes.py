@@ -13,6 +13,7 @@ from schema.errors import Fault
 from schema.link import (
     CancelOperation,
     DropCheckpoint,
+    Extent,
     Fetch,
     FetchStored,
     OperationDone,
@@ -20,6 +21,7 @@ from schema.link import (
     Progress,
     Publish,
     RemoteCopy,
+    Resident,
     StartInstance,
     StopInstance,
 )
@@ -120,6 +122,36 @@ async def test_a_fetch_is_asked_again_of_the_next_store_and_given_up_when_cancel
     fault = (await done(manager, "op_1")).fault
     assert fault is not None
     assert fault.code == "cancelled"
+
+
+async def test_what_a_cancelled_fetch_has_brought_after_all_is_told(node: Node) -> None:
+    manager = await node.manager()
+    store = node.stores[0]
+    manager.send(Fetch(op="op_1", digest=OTHER, url="s3://b/c", tier=Tier.DRAM))
+    await store.until(lambda: bool(store.fetches) and store.holds.get(OTHER) == 1)
+    manager.send(CancelOperation(op="op_1"))
+    await store.until(lambda: "op_1" in store.cancelled and store.holds[OTHER] == 0)
+    await done(manager, "op_1")
+    make_checkpoint(node.config.checkpoints_path, OTHER)
+    store.peer.send(OperationDone(op="", digest=OTHER, layout="l1"))
+    store.peer.send(Resident(digest=OTHER, extents=(Extent(0, 4096),), image_bytes=4096))
+    told = await manager.take(PlacementUpdate, lambda m: m.truth.digest == OTHER and len(m.truth.placements) == 2)
+    assert (told.truth.architecture, told.truth.kv_token_bytes) == ("LlamaForCausalLM", 32)
+    assert [(p.tier, p.state) for p in told.truth.placements] == [
+        (Tier.DISK, TierState.RESIDENT), (Tier.DRAM, TierState.RESIDENT)
+    ]  # fmt: skip
+
+
+async def test_a_fetch_that_nobody_asked_this_agent_for_is_given_up_and_keeps_what_came(node: Node) -> None:
+    manager = await node.manager()
+    manager.send(Fetch(op="op_1", digest=OTHER, url="s3://b/c"))
+    await node.stores[0].until(lambda: bool(node.stores[0].fetches))
+    node.store_fetching = ("op_1", "op_0")
+    node.stores[0].kill()
+    await node.until(lambda: len(node.stores) == 2)
+    store = node.stores[1]
+    await store.until(lambda: bool(store.fetches))
+    assert (store.cancelled, store.kept) == (["op_0"], ["op_0"])
 
 
 def start_of_other() -> StartInstance:

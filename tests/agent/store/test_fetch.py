@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
+import select
 import shutil
 import signal
 import subprocess
@@ -291,6 +293,66 @@ def test_a_cancel_in_the_middle_leaves_nothing(
     assert time.monotonic() - begun < 5
     assert bench.answers == {}
     bench.close()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_fetch_that_follows_a_cancelled_one_waits_until_that_has_let_go(
+    tmp_path: Path, source: tuple[str, Path, bytes], web: WebServer, keep: bool
+) -> None:
+    digest, _, image = source
+    with contextlib.closing(FetchBench(tmp_path / "data", chunks=32)) as bench:
+        web.pause_s = 0.03
+        bench.fetches.begin("one", digest, web.url, in_memory=True, users=1)
+        bench.until(lambda: bench.progress and bench.progress[-1][1] > len(image) // 3)
+        bench.fetches.cancel("one", keep=keep)
+        bench.fetches.begin("never", digest, web.url)
+        bench.fetches.cancel("never")
+        before, web.pause_s = web.sent_bytes, 0.0
+        bench.fetches.begin("two", digest, web.url, in_memory=True, users=1)
+        bench.until(lambda: "two" in bench.answers)
+        assert bench.answers == {"two": None}
+        assert_there(bench, digest, image)
+        (resident,) = bench.store.residents()
+        assert (resident.users, read_image(bench.arena.descriptor, resident)) == (1, image)
+        assert (web.sent_bytes - before < len(image) * 0.9) is keep
+
+
+def test_who_uses_a_fetched_image_is_whoever_was_told_of_last(
+    tmp_path: Path, source: tuple[str, Path, bytes], web: WebServer
+) -> None:
+    digest, _, _ = source
+    with contextlib.closing(FetchBench(tmp_path / "data", chunks=32)) as bench:
+        web.pause_s = 0.005
+        for told_early in (True, False):
+            bench.fetches.begin(f"{told_early}", digest, web.url, in_memory=True, users=1)
+            if not told_early:
+                bench.until(lambda: bench.fetches.ops() and bench.store.arena.used_bytes)
+            bench.store.hold(digest, 0)
+            bench.until(lambda told_early=told_early: f"{told_early}" in bench.answers)
+            (resident,) = bench.store.residents()
+            assert resident.users == 0
+            assert bench.told.resident.pop("").digest == digest, "it is announced, though nobody asked a fill for it"
+            bench.store.drop(digest)
+            shutil.rmtree(bench.data / "checkpoints")
+
+
+def test_a_fetch_that_was_whole_before_its_cancel_is_told_to_nobody_in_particular(
+    tmp_path: Path, source: tuple[str, Path, bytes]
+) -> None:
+    digest, _, image = source
+    with contextlib.closing(FetchBench(tmp_path / "data", chunks=32)) as bench:
+        bench.fetches.begin("op", digest, f"file://{tmp_path}/remote", in_memory=True)
+        deadline = time.monotonic() + 20
+        while not (bench.data / "checkpoints" / digest / "exec1").exists():  # the store looks only after that
+            assert select.select([bench._event], [], [], deadline - time.monotonic())[0]
+            os.eventfd_read(bench._event)
+            if not bench.store.arena.used_bytes:
+                bench.fetches.pump()
+        bench.fetches.cancel("op")
+        bench.until(lambda: bench.answers)
+        assert (bench.answers, bench.layouts) == ({"": None}, {"": "exec1"})
+        assert_there(bench, digest, image)
+        assert bench.told.resident[""].digest == digest
 
 
 def test_a_store_that_ends_keeps_what_came(tmp_path: Path, source: tuple[str, Path, bytes], web: WebServer) -> None:
