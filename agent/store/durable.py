@@ -1,12 +1,19 @@
-"""What a checkpoint's files need to outlive a power loss, and to find their room before they are written."""
+"""What a checkpoint's files need to outlive a power loss, to find their room before they are written, and to fail in words."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
-__all__ = ["reserve", "sync"]
+from schema.errors import OutOfSpace, SllmError
+
+__all__ = ["disk_errors", "reserve", "sync"]
+
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sync(path: Path) -> None:
@@ -27,3 +34,14 @@ def reserve(descriptor: int, size: int) -> None:
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
+
+
+@contextlib.contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Turns a full disk into OutOfSpace, any other disk error into SllmError, naming ``what`` was being done."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise OutOfSpace(f"{what}: {error.strerror}; free some of the disk and try again") from error
+        raise SllmError(f"{what}: {error.strerror or error}") from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from agent.store import catalog
-from agent.store.durable import sync
+from agent.store.durable import disk_errors, sync
 from agent.store.index import encode_index, read_index
 from agent.store.ingest.files import SourceDirectory
 from agent.store.ingest.headers import Sources, SourceTensor, parse_json
@@ -20,7 +20,7 @@ from agent.store.ingest.inplace import sum_files
 from agent.store.ingest.model import ModelFacts, check_runnable, read_facts
 from agent.store.ingest.order import execution_key, find_ties
 from agent.store.ingest.text import read_text_side, write_assets
-from agent.store.ingest.writer import CHUNK_BYTES, disk_errors, same_bytes, write_partition
+from agent.store.ingest.writer import CHUNK_BYTES, same_bytes, write_partition
 from agent.store.layers import layer_ends
 from agent.store.temporary import kept_directory, temporary_directory
 from schema.checkpoint import (

@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Final
 
-from agent.store.ingest.writer import disk_errors
+from agent.store.durable import disk_errors
 from schema.errors import InvalidCheckpoint, NotFound, OutOfSpace, SllmError, Unauthorised, Unreachable
 from schema.spec import HubSource
 

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from agent.store.durable import reserve
+from agent.store.durable import disk_errors, reserve
 from agent.store.ingest.headers import Sources, SourceTensor
 from agent.store.ingest.journal import Journal
 from agent.store.ingest.order import fused_group
 from agent.store.ingest.pipeline import CHUNK_BYTES, Tile, fill, find_chunks
 from schema.checkpoint import ALIGN_BYTES, PAD_BYTES, Partition, TensorEntry
-from schema.errors import InvalidCheckpoint, OutOfSpace, SllmError
+from schema.errors import InvalidCheckpoint
 
-__all__ = ["CHUNK_BYTES", "Written", "disk_errors", "same_bytes", "write_partition"]
+__all__ = ["CHUNK_BYTES", "Written", "same_bytes", "write_partition"]
 
 _BLOCK_BYTES: Final = 8 << 20
-_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +32,6 @@ class Written:
     partition: Partition
     tensors: tuple[TensorEntry, ...]
     sha256: dict[str, bytes]
-
-
-@contextlib.contextmanager
-def disk_errors(what: str) -> Iterator[None]:
-    """Turns a full disk into OutOfSpace, any other disk error into SllmError, naming ``what`` was being done."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise OutOfSpace(f"{what}: {error.strerror}; free some of the disk and ingest again, nothing was kept") from error
-        raise SllmError(f"{what}: {error.strerror or error}") from error
 
 
 def write_partition(

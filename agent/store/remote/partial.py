@@ -14,8 +14,7 @@ from pathlib import Path
 
 from agent.store import catalog
 from agent.store.budget import claim_room
-from agent.store.durable import reserve, sync
-from agent.store.ingest.writer import disk_errors
+from agent.store.durable import disk_errors, reserve, sync
 from agent.store.temporary import hold, newest
 from schema.checkpoint import Manifest
 from schema.errors import Conflict

@@ -301,6 +301,8 @@ def test_a_fetch_goes_to_disk_and_memory_and_on_after_a_kill(agent: Agent, tmp_p
         assert (done.op, done.fault, done.layout) == ("f1", None, "exec1")
         assert web.sent_bytes - sent < len(image)
         assert (agent.config.checkpoints_path / digest / "exec1" / "partition_0.bin").read_bytes() == image
+        told = agent.next(Resident)
+        assert (told.op, told.digest, told.users) == ("", digest, 1)
         agent.send(FillArena(op="f2", digest=digest, directory=f"{digest}/exec1"))
         resident = agent.next(Resident)
         assert resident.read_bytes == 0
