@@ -9,8 +9,9 @@ import msgspec
 from msgspec import Meta
 
 from schema.errors import InvalidInput
+from schema.remote import check_remote_url
 
-__all__ = ["EngineSpec", "HubSource", "ModelSpec", "PathSource", "ScaleSpec", "Source", "parse_spec", "source_of"]
+__all__ = ["EngineSpec", "HubSource", "ModelSpec", "PathSource", "ScaleSpec", "Source", "UrlSource", "parse_spec", "source_of"]
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 Seconds = Annotated[float, Meta(ge=0, le=86400 * 365)]
@@ -34,7 +35,13 @@ class HubSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fie
     revision: Annotated[str, Meta(pattern=r"^[\w./-]+$", max_length=200)] = "main"
 
 
-Source = PathSource | HubSource
+class UrlSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="url"):
+    """A Hugging Face directory behind any HTTP server that honours Range requests; credentials are the node's own."""
+
+    url: Annotated[str, Meta(pattern=r"^https?://[^/]", max_length=1024)]
+
+
+Source = PathSource | HubSource | UrlSource
 
 
 class ScaleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -83,16 +90,23 @@ def parse_spec(value: Any) -> ModelSpec:
     except msgspec.ValidationError as error:
         match = re.search(r" - at `\$\.?(.*)`$", str(error))
         raise InvalidInput(f"model spec: {error}", match.group(1) if match else None) from error
+    if isinstance(spec.source, UrlSource):
+        check_remote_url(spec.source.url)
     if spec.scale.min > spec.scale.max:
         raise InvalidInput(f"model spec: scale.min {spec.scale.min} is above scale.max {spec.scale.max}", "scale.min")
     return spec
 
 
 def source_of(text: str) -> Source | None:
-    """The source that a command-line word means, or None if it is none: ``/abs/path``, ``NODE:/abs/path``, ``org/name``."""
+    """The source that a command-line word means, or None if it is none: ``/abs/path``, ``NODE:/abs/path``, ``org/name``, a URL.
+
+    Raises InvalidInput for a URL that is none, or may hold a credential.
+    """
     if text.startswith("/"):
         return PathSource(text)
-    if match := re.fullmatch(r"([A-Za-z0-9][\w.-]*):(/.*)", text):
+    if re.match(r"https?://", text):
+        return UrlSource(check_remote_url(text))
+    if match := re.fullmatch(r"([A-Za-z0-9][\w.-]*):(/(?!/).*)", text):
         return PathSource(match.group(2), match.group(1))
     if match := re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?", text):
         return HubSource(match.group(1), match.group(2) or "main")

@@ -94,8 +94,8 @@ def add(
 ) -> None:
     """Add a model under NAME and ingest its SOURCE.
 
-    SOURCE is a Hugging Face directory on this machine (PATH), one on a node (NODE:/PATH), or a model of the hub
-    (ORG/NAME, or ORG/NAME@REVISION).
+    SOURCE is a Hugging Face directory on this machine (PATH), one on a node (NODE:/PATH), one behind a web server
+    (https://HOST/PATH), or a model of the hub (ORG/NAME, or ORG/NAME@REVISION).
 
     \b
     Examples:
@@ -292,7 +292,8 @@ def _source(text: str, in_place: bool) -> Source:
         raise click.BadParameter(f"{text[:200]} cannot be looked at: {reason}", param_hint="SOURCE") from error
     source = source_of(text)
     if source is None or (isinstance(source, PathSource) and not source.node):
-        hint = "" if source else "; a model of the hub is written ORG/NAME, a directory of a node NODE:/PATH"
+        forms = "a model of the hub is written ORG/NAME, a directory of a node NODE:/PATH, one of a server https://HOST/PATH"
+        hint = "" if source else f"; {forms}"
         raise click.BadParameter(f"there is no directory {path}{hint}", param_hint="SOURCE")
     if in_place:
         if not isinstance(source, PathSource):

@@ -76,11 +76,13 @@ def _instances(model: ModelView) -> str:
 
 
 def _source(source: Source) -> str:
-    from schema.spec import PathSource
+    from schema.spec import PathSource, UrlSource
 
     if isinstance(source, PathSource):
         where = f"{source.node}:{source.path}" if source.node else source.path
         return f"{where} (in place)" if source.in_place else where
+    if isinstance(source, UrlSource):
+        return source.url
     return f"{source.repo}@{source.revision}"
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from schema.errors import InvalidInput
-from schema.spec import HubSource, PathSource, parse_spec, source_of
+from schema.spec import HubSource, PathSource, UrlSource, parse_spec, source_of
 
 MINIMAL = {"name": "docs", "source": {"kind": "path", "path": "/models/docs"}}
 
@@ -42,6 +42,9 @@ def test_an_unknown_key_is_named() -> None:
         ("gpu-1:/models/a", PathSource("/models/a", "gpu-1")),
         ("Qwen/Qwen3-0.6B", HubSource("Qwen/Qwen3-0.6B")),
         ("Qwen/Qwen3-0.6B@v1", HubSource("Qwen/Qwen3-0.6B", "v1")),
+        ("https://models.example/a/b/", UrlSource("https://models.example/a/b")),
+        ("http://10.0.0.1:8000/m", UrlSource("http://10.0.0.1:8000/m")),
+        ("ftp://models.example/a", None),
         ("just-a-name", None),
         ("a/b/c", None),
         ("", None),
@@ -49,3 +52,13 @@ def test_an_unknown_key_is_named() -> None:
 )
 def test_words_of_the_command_line_become_sources(word: str, source: object) -> None:
     assert source_of(word) == source
+
+
+@pytest.mark.parametrize(
+    "url", ["https://user:secret@host/m", "https://host/m?token=secret", "https://host/a/../b", "https:///m"]
+)
+def test_a_url_with_a_credential_or_a_climbing_path_is_no_source(url: str) -> None:
+    for take in (lambda: source_of(url), lambda: parse_spec(MINIMAL | {"source": {"kind": "url", "url": url}})):
+        with pytest.raises(InvalidInput) as caught:
+            take()
+        assert "secret" not in str(caught.value)

@@ -20,9 +20,10 @@ from agent.store.budget import claim_room
 from agent.store.ingest.convert import convert
 from agent.store.ingest.hub import fetch
 from agent.store.ingest.report import Reporter
+from agent.store.ingest.web import fetch_directory
 from agent.store.temporary import kept_directory, sweep
 from schema.errors import Cancelled, Fault, InvalidInput, SllmError
-from schema.spec import HubSource, Source
+from schema.spec import HubSource, PathSource, Source, UrlSource
 
 __all__ = ["main"]
 
@@ -67,29 +68,50 @@ def _ingest(config: NodeConfig, source: str | bytes, reporter: Reporter) -> tupl
     for name in sweep(temporary, config.remote.keep_partial_s):
         _log.info("deleted %s, which a killed process had left", name)
     notes: list[str] = []
+    stage = "ingest"
 
     def claim(need_bytes: int, begun: Path) -> contextlib.AbstractContextManager[None]:
         return claim_room(config.disk_bytes, data, need_bytes, "the checkpoint", but=begun)
 
     def written(done_bytes: int, total_bytes: int) -> None:
-        reporter.progress("ingest, resumed" if notes else "ingest", done_bytes, total_bytes)
+        reporter.progress(stage, done_bytes, total_bytes)
 
     def resumed(spared_bytes: int) -> None:
+        nonlocal stage
         if spared_bytes:
+            stage = "ingest, resumed"
             notes.append(f"{spared_bytes} bytes were there of an ingest that had been broken off")
 
     def converted(directory: Path, *, in_place: bool = False) -> str:
         return convert(directory, config.checkpoints_path, temporary, written, claim=claim, in_place=in_place, resumed=resumed)
 
-    if isinstance(wanted, HubSource):
-        with kept_directory(temporary, "fetch", hashlib.sha256(msgspec.json.encode(wanted)).hexdigest()[:32]) as directory:
-            _interruptible(lambda: fetch(wanted, directory, lambda done, total: reporter.progress("fetch", done, total)))
-            digest = converted(directory)
-    else:
+    if isinstance(wanted, PathSource):
         digest = converted(Path(wanted.path), in_place=wanted.in_place)
+    else:
+        with kept_directory(temporary, "fetch", hashlib.sha256(msgspec.json.encode(wanted)).hexdigest()[:32]) as directory:
+            _interruptible(lambda: _download(config, wanted, directory, reporter, notes))
+            digest = converted(directory)
     for note in notes:
         _log.info("%s", note)
     return digest, "; ".join(notes)
+
+
+def _download(config: NodeConfig, source: HubSource | UrlSource, directory: Path, reporter: Reporter, notes: list[str]) -> None:
+    stage = "fetch"
+
+    def fetched(done_bytes: int, total_bytes: int) -> None:
+        reporter.progress(stage, done_bytes, total_bytes)
+
+    def resumed(spared_bytes: int) -> None:
+        nonlocal stage
+        if spared_bytes:
+            stage = "fetch, resumed"
+            notes.append(f"{spared_bytes} bytes were there of a download that had been broken off")
+
+    if isinstance(source, HubSource):
+        fetch(source, directory, fetched)
+    else:
+        fetch_directory(source, directory, config.remote, fetched, resumed)
 
 
 def _interruptible(work: Callable[[], None]) -> None:

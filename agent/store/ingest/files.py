@@ -10,9 +10,9 @@ from typing import Final
 
 from schema.errors import InvalidCheckpoint, NotFound
 
-__all__ = ["SourceDirectory"]
+__all__ = ["PLAIN_NAME", "SourceDirectory"]
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,254}")
+PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,254}")
 _SMALL_BYTES: Final = 128 << 20
 
 
@@ -33,7 +33,7 @@ class SourceDirectory:
 
     def names(self) -> list[str]:
         """Names of the files in the directory that could be opened."""
-        return sorted(path.name for path in self.path.iterdir() if _NAME.fullmatch(path.name))
+        return sorted(path.name for path in self.path.iterdir() if PLAIN_NAME.fullmatch(path.name))
 
     def has(self, name: str) -> bool:
         """True when there is something of this name, whatever it is."""
@@ -41,7 +41,7 @@ class SourceDirectory:
 
     def open(self, name: str) -> tuple[int, int]:
         """A descriptor of the file, and its size in bytes. Raises InvalidCheckpoint when it is missing or not allowed."""
-        if _NAME.fullmatch(name) is None:
+        if PLAIN_NAME.fullmatch(name) is None:
             raise InvalidCheckpoint(f"{self.path}: {name!r} is no plain file name; names that leave the directory are refused")
         real = Path(os.path.realpath(self.path / name))
         if not any(real.is_relative_to(allowed) for allowed in self._allowed):

@@ -6,6 +6,7 @@ import contextlib
 import netrc
 from base64 import b64encode
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from urllib.parse import quote, urlsplit
 
 from agent.store.remote.api import Body, Source
@@ -36,8 +37,8 @@ class WebRemote:
         with self._wire.range(url, self.where(path), self._headers, offset, length, total_bytes, deadline) as body:
             yield body
 
-    def read(self, path: str, limit_bytes: int) -> bytes:
-        return read_whole(self._wire, self._address(path), self.where(path), self._headers, limit_bytes)
+    def read(self, path: str, limit_bytes: int, deadline: float | None = None) -> bytes:
+        return read_whole(self._wire, self._address(path), self.where(path), self._headers, limit_bytes, deadline)
 
     def size(self, path: str) -> int | None:
         try:
@@ -45,6 +46,38 @@ class WebRemote:
                 return answer.total_bytes or 0
         except NotFound:
             return None
+
+    def look(self, path: str) -> tuple[int, str]:
+        """A file's size, and its version (`Answer`). Raises InvalidInput where the server does not honour Range requests."""
+        where = self.where(path)
+        with contextlib.ExitStack() as stack:
+            try:
+                answer = stack.enter_context(
+                    self._wire.request("GET", self._address(path), where, {**self._headers, "Range": "bytes=0-0"}, None)
+                )
+            except InvalidCheckpoint as error:  # there is no first byte
+                raise InvalidCheckpoint(f"{where} is empty") from error
+            if answer.status != HTTPStatus.PARTIAL_CONTENT or answer.total_bytes is None:
+                raise InvalidInput(
+                    f"{where}: the server ignores Range requests, so parts of it cannot be fetched; serve it with one that "
+                    "honours them"
+                )
+            return answer.total_bytes, answer.body.version
+
+    @contextlib.contextmanager
+    def open_version(self, path: str, version: str, offset: int, length: int, deadline: float | None = None) -> Iterator[Body]:
+        """As `open`, of the file that `look` has seen. Raises InvalidCheckpoint when it is another one now."""
+        changed = InvalidCheckpoint(f"{self.where(path)} was changed while it was fetched")
+        with contextlib.ExitStack() as stack:
+            try:
+                body = stack.enter_context(
+                    self._wire.range(self._address(path), self.where(path), self._headers, offset, length, None, deadline)
+                )
+            except InvalidCheckpoint as error:  # it is shorter
+                raise changed from error
+            if body.version != version:
+                raise changed
+            yield body
 
     def children(self, path: str) -> list[str]:
         raise InvalidInput(f"{self.url} is an HTTP server, which cannot be asked what it has; name the layout")
@@ -62,11 +95,13 @@ class WebRemote:
         return f"{self._base}/{quote(path)}"
 
 
-def read_whole(wire: Wire, url: str, where: str, headers: dict[str, str], limit_bytes: int) -> bytes:
+def read_whole(
+    wire: Wire, url: str, where: str, headers: dict[str, str], limit_bytes: int, deadline: float | None = None
+) -> bytes:
     """All of a small file, whether or not the server says how long it is."""
     data = bytearray()
     block = memoryview(bytearray(1 << 16))
-    with wire.request("GET", url, where, headers, None) as answer:
+    with wire.request("GET", url, where, headers, deadline) as answer:
         while count := answer.body.some(block):
             data += block[:count]
             if len(data) > limit_bytes:

@@ -31,7 +31,10 @@ _Origin = tuple[str, str, int]
 
 @dataclass(slots=True)
 class Answer:
-    """A response whose body is yet to be read. ``total_bytes`` is the file's size, None where the server does not say."""
+    """A response whose body is yet to be read. ``total_bytes`` is the file's size, None where the server does not say.
+
+    ``body.version`` is what tells this file from a later one at the same address, as far as the server says.
+    """
 
     status: int
     length: int | None
@@ -194,7 +197,10 @@ class Wire:
 
 
 class _WireBody:
-    """A response's body, read by `fill`. ``started`` is where a partial one begins in the file, -1 where it does not say."""
+    """A response's body, read by `fill`. ``started`` is where a partial one begins in the file, -1 where it does not say.
+
+    ``version``: the file's size, and its ETag or else when it was last changed.
+    """
 
     def __init__(
         self,
@@ -212,6 +218,8 @@ class _WireBody:
         self._deadline = deadline
         self._read_s = read_s
         self._read_bytes = 0
+        tag = response.getheader("ETag") or response.getheader("Last-Modified", "")
+        self.version = f"{_total(response)} {tag}"
         match = _CONTENT_RANGE.fullmatch(response.getheader("Content-Range", ""))
         self.started = int(match[1]) if match and response.status == HTTPStatus.PARTIAL_CONTENT else -1
 

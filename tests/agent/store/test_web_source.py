@@ -1,0 +1,256 @@
+"""Models from a web server that is no hub: what lies there comes, in parts, resumable, and each failure has its name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.store.ingest.pipeline import CHUNK_BYTES
+from agent.store.ingest.web import fetch_directory
+from schema.errors import InvalidCheckpoint, InvalidInput, NotFound, SllmError, Unauthorised, Unreachable
+from schema.remote import RemoteSettings
+from schema.spec import PathSource, UrlSource
+from tests.agent.store.test_ingest_process import Node
+from tests.checkpoints import make_llama_dir, write_safetensors
+from tests.remotes import WebServer, cut, web_server
+
+QUICK = RemoteSettings(attempts=3, longest_delay_s=0.01, read_s=0.3, connect_s=5, part_bytes=CHUNK_BYTES, streams=3, part_s=20)
+SIZE = 5 * CHUNK_BYTES + 1234
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A model of one large file, and things beside it that are not asked for."""
+    root = make_llama_dir(tmp_path / "root" / "m")
+    write_safetensors(root / "model.safetensors", {"a": ("U8", (SIZE,), os.urandom(SIZE))})
+    (root / "pytorch_model.bin").write_bytes(b"not this")
+    (root / "README.md").write_text("nor this")
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def web(root: Path) -> Iterator[WebServer]:
+    with web_server(root) as server:
+        yield server
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    (tmp_path / "to").mkdir()
+    return tmp_path / "to"
+
+
+def fetch(web: WebServer, directory: Path, settings: RemoteSettings = QUICK) -> tuple[int, list[int]]:
+    spared: list[int] = []
+    heard: list[int] = []
+    fetch_directory(UrlSource(f"{web.url}/m"), directory, settings, lambda done, _: heard.append(done), spared.append)
+    return spared[0], heard
+
+
+def same(root: Path, directory: Path) -> bool:
+    return all(
+        (directory / name).read_bytes() == (root / "m" / name).read_bytes()
+        for name in ("config.json", "model.safetensors", "tokenizer.json", "generation_config.json")
+    )
+
+
+def test_only_what_ingest_reads_comes_and_it_is_the_same(web: WebServer, root: Path, directory: Path) -> None:
+    assert fetch(web, directory)[0] == 0
+    assert same(root, directory)
+    assert not (directory / "README.md").exists()
+    assert not any("pytorch" in path or "README" in path for path in web.gets)
+
+
+def test_shards_by_their_index_and_pickled_weights_where_there_are_no_others(
+    web: WebServer, root: Path, directory: Path
+) -> None:
+    (root / "m" / "model.safetensors").unlink()
+    fetch(web, directory)
+    assert (directory / "pytorch_model.bin").read_bytes() == b"not this"
+    make_llama_dir(root / "m", shards=3)
+    fetch(web, directory)
+    assert not (directory / "pytorch_model.bin").exists()
+    for path in (root / "m").glob("model-*"):
+        assert (directory / path.name).read_bytes() == path.read_bytes()
+    assert len(list(directory.glob("model-*"))) == 3
+
+
+def test_a_fetch_that_broke_off_goes_on(web: WebServer, root: Path, directory: Path) -> None:
+    web.fault = lambda handler, path, count: path.endswith("safetensors") and count > 4 and fail(handler, 503)
+    with pytest.raises(Unreachable, match="503"):
+        fetch(web, directory)
+    web.fault = None
+    web.sent_bytes = 0
+    spared, heard = fetch(web, directory)
+    assert spared >= CHUNK_BYTES
+    assert heard[0] >= spared
+    assert web.sent_bytes < SIZE - spared + CHUNK_BYTES
+    assert same(root, directory)
+    before = (directory / "model.safetensors").stat()
+    assert fetch(web, directory)[0] == before.st_size
+    assert (directory / "model.safetensors").stat().st_mtime_ns == before.st_mtime_ns, (
+        "an ingest that reads it would begin anew"
+    )
+
+
+def test_what_has_come_is_believed_by_its_checksum_alone(web: WebServer, root: Path, directory: Path) -> None:
+    fetch(web, directory)
+    with (directory / "model.safetensors").open("r+b") as file:
+        file.seek(CHUNK_BYTES + 7)
+        file.write(b"rot")
+    assert fetch(web, directory)[0] == (root / "m" / "model.safetensors").stat().st_size - CHUNK_BYTES
+    assert same(root, directory)
+
+
+def test_another_file_at_the_same_address_begins_anew(web: WebServer, root: Path, directory: Path) -> None:
+    fetch(web, directory)
+    write_safetensors(root / "m" / "model.safetensors", {"a": ("U8", (SIZE + 1,), os.urandom(SIZE + 1))})
+    assert fetch(web, directory)[0] == 0
+    assert same(root, directory)
+
+
+def test_a_short_body_is_gone_on_with(web: WebServer, root: Path, directory: Path) -> None:
+    def short(handler: Any, path: str, count: int) -> bool:
+        if not path.endswith("safetensors") or count not in (2, 3):
+            return False
+        start = int(handler.headers["Range"].removeprefix("bytes=").split("-")[0])
+        total = (root / path).stat().st_size
+        data = (root / path).read_bytes()[start : start + 1000]
+        cut(handler, 206, min(CHUNK_BYTES, total - start), data, total)
+        return True
+
+    web.fault = short
+    fetch(web, directory)
+    assert same(root, directory)
+
+
+def fail(handler: Any, status: int) -> bool:
+    handler.answer(status, b"")
+    return True
+
+
+def silent(handler: Any, path: str, count: int) -> bool:
+    if path.endswith("safetensors") and count > 1:
+        time.sleep(0.6)
+        handler.close_connection = True
+        return True
+    return False
+
+
+def redirected(target: str) -> Callable[[Any, str, int], bool]:
+    def fault(handler: Any, path: str, count: int) -> bool:
+        if not path.startswith("m/"):
+            return False
+        handler.send_response(302)
+        handler.send_header("Location", target + path.removeprefix("m/"))
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+        return True
+
+    return fault
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "match"),
+    [
+        (
+            lambda handler, path, count: fail(handler, 404),
+            NotFound,
+            r"config\.json does not exist; give the URL of a directory",
+        ),
+        (lambda handler, path, count: fail(handler, 401), Unauthorised, "access is refused"),
+        (lambda handler, path, count: "model" in path and fail(handler, 404), NotFound, "but neither model.safetensors nor"),
+        (lambda handler, path, count: fail(handler, 500), Unreachable, r"500 \(tried 3 times\)"),
+        (silent, Unreachable, "tried 3 times"),
+        (redirected("ftp://elsewhere/"), Unreachable, "neither http nor https"),
+        (redirected("/m/again/"), Unreachable, "redirected more than"),
+    ],
+    ids=["404", "401", "no weights", "500", "silent", "ftp", "loop"],
+)
+def test_each_failure_has_its_name(web: WebServer, directory: Path, fault: Any, error: type[SllmError], match: str) -> None:
+    web.fault = fault
+    with pytest.raises(error, match=match):
+        fetch(web, directory)
+
+
+def test_a_redirect_is_followed(web: WebServer, root: Path, directory: Path) -> None:
+    (root / "m").rename(root / "moved")
+    web.fault = redirected("/moved/")
+    fetch(web, directory)
+    (root / "moved").rename(root / "m")
+    assert same(root, directory)
+
+
+def test_a_server_that_ignores_ranges(web: WebServer, directory: Path) -> None:
+    web.honour_ranges = False
+    with pytest.raises(InvalidInput, match="ignores Range requests"):
+        fetch(web, directory)
+
+
+def test_a_file_that_is_changed_meanwhile(web: WebServer, root: Path, directory: Path) -> None:
+    def change(handler: Any, path: str, count: int) -> bool:
+        if path.endswith("safetensors") and count == 4:
+            os.truncate(root / path, 2 * CHUNK_BYTES)
+        return False
+
+    web.fault = change
+    with pytest.raises(InvalidCheckpoint, match="was changed while it was fetched"):
+        fetch(web, directory, RemoteSettings(part_bytes=CHUNK_BYTES, streams=1))
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ('{"weight_map": {"a": "../model.safetensors"}}', "no plain name"),
+        ('{"weight_map": {"a": "/etc/model.safetensors"}}', "no plain name"),
+        ('{"weight_map": {"a": "config.json"}}', "no plain name"),
+        ('{"weight_map": {"a": "model-1.safetensors"}}', "does not exist, although the index names it"),
+        ('{"weight_map": {}}', "has no weight_map"),
+        ("{", "is not readable JSON"),
+    ],
+)
+def test_an_index_that_is_hostile_or_wrong(web: WebServer, root: Path, directory: Path, content: str, match: str) -> None:
+    (root / "m" / "model.safetensors.index.json").write_text(content)
+    with pytest.raises((InvalidCheckpoint, NotFound), match=match):
+        fetch(web, directory)
+    assert {path.name for path in directory.parent.iterdir()} == {"root", "to"}
+
+
+@pytest.mark.slow
+def test_the_whole_way_killed_in_between(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    model = make_llama_dir(root / "m", hidden=512, heads=8, layers=6, vocab=4000, shards=2)
+    node = Node()
+    try:
+        node.configure(remote=RemoteSettings(part_bytes=CHUNK_BYTES, streams=2))
+        with web_server(root) as web:
+            source = UrlSource(f"{web.url}/m")
+            web.block_bytes, web.pause_s = 1 << 20, 0.05
+            child = node.start(source)
+            until(child, node.data, "fetch+*/.*.journal", 3)
+            child.send_signal(signal.SIGKILL)
+            child.communicate()
+            web.pause_s = 0
+            code, _, done = node.finish(node.start(source))
+        assert (code, done.fault) == (0, None)
+        assert "of a download that had been broken off" in done.note
+        assert node.finish(node.start(PathSource(str(model))))[2].digest == done.digest
+        assert list((node.data / "tmp").iterdir()) == []
+    finally:
+        node.close()
+
+
+def until(child: subprocess.Popen[bytes], data: Path, pattern: str, lines: int) -> None:
+    deadline = time.monotonic() + 60
+    while child.poll() is None and time.monotonic() < deadline:
+        if any(path.read_bytes().count(b"\n") >= lines for path in (data / "tmp").glob(pattern)):
+            return
+        time.sleep(0.01)
+    raise AssertionError("it was over before it could be killed")
