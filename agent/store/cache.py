@@ -159,6 +159,10 @@ class ArenaStore:
         else:
             source.do_without()
 
+    def has_sound(self, digest: str) -> bool:
+        """True when an image lies here that nothing speaks against, whatever has become of the copy on the disk."""
+        return digest in self._residents and digest not in self._condemned
+
     def announce(self, digest: str) -> None:
         """Say that an image lies here that nobody asked a fill for: it came with a fetch."""
         if (occupant := self._residents.get(digest)) is not None:

@@ -275,7 +275,7 @@ class DeviceStore:
             entry = catalog.read_entry(asked.directory)
             if entry.digest != asked.digest:
                 raise InvalidCheckpoint(f"{asked.directory} holds checkpoint {entry.digest}, not {asked.digest}")
-            if entry.quarantined is not None:
+            if entry.quarantined is not None and not self._arena.has_sound(asked.digest):
                 raise InvalidCheckpoint(f"{asked.directory} is quarantined: {entry.quarantined}")
         except SllmError as error:
             self._fail(asked.digest, tuple(devices), error)

@@ -309,6 +309,28 @@ def test_a_read_that_does_not_come_back_ends_the_load_and_keeps_its_slots(tmp_pa
     node.close()
 
 
+def test_a_good_image_of_a_copy_in_quarantine_is_used_and_only_that(node: Devices, tmp_path: Path) -> None:
+    made = commit(tmp_path, 1, 5 * MIB)
+    node.bench.store.fill("image", made[0], made[1], users=0)
+    node.bench.wait("image")
+    catalog.quarantine(made[1], "a test")
+    node.fill("a", made)
+    node.wait("a")
+    assert (node.answers["a"].source, node.answers["a"].read_bytes) == (Tier.DRAM, 0)
+    assert node.content(node.answers["a"].weights[0]) == made[2]
+    node.bench.store.hold(made[0], 1, condemned="the image is wrong too")
+    node.fill("b", made, 1)
+    node.wait("b")
+    assert node.faults["b"].code == "invalid_checkpoint"
+    node.bench.store.hold(made[0], 0)
+    assert node.bench.store.residents() == ()
+    node.fill("c", made, 1)
+    node.wait("c")
+    assert "quarantined: a test" in node.faults["c"].message
+    node.quiet()
+    node.check_unwound()
+
+
 def test_a_wrong_byte_puts_the_copy_in_quarantine(tmp_path: Path) -> None:
     node = Devices(arena_bytes=2 * CHUNK)
     made = commit(tmp_path, 1, 9 * MIB)
