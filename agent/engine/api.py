@@ -62,6 +62,6 @@ class Engine(Protocol):
     def step(self) -> StepOutput:
         """Run one batch: admit, prefill or decode, sample. Returns at once and empty when there is nothing to do.
 
-        A failure that belongs to one sequence (NaN logits) ends that one with an error; one that belongs to the whole
-        step ends all of the step's sequences with an error and leaves the engine usable.
+        A failure ends the sequences that it belongs to with an error, and leaves the others and the engine as they were:
+        what fails together, for want of memory say, is computed again one by one.
         """

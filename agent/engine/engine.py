@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
 
@@ -16,12 +17,14 @@ from agent.engine.runner import Runner
 from agent.engine.sampler import BROKEN, sample
 from agent.engine.scheduler import Plan, Scheduler
 from agent.engine.sequence import Sequence
-from schema.errors import ContextOverflow, Fault, InvalidCheckpoint, InvalidInput, SllmError
+from schema.errors import ContextOverflow, Fault, InvalidCheckpoint, InvalidInput, OutOfSpace, SllmError
 from schema.ids import Epoch
 from schema.link import Ended, SamplingParams, Submit, TokenRun
 from schema.states import EndReason
 
 __all__ = ["BatchEngine"]
+
+_log = logging.getLogger(__name__)
 
 
 class BatchEngine:
@@ -90,7 +93,7 @@ class BatchEngine:
             raise InvalidCheckpoint(f"{len(attended)} layers attended through the engine, the KV geometry has {layers}")
 
     def submit(self, submit: Submit) -> None:
-        if submit.attempt in self._known:
+        if submit.attempt in self._known or any(end.attempt == submit.attempt for end in self._ends):
             return
         sequence = Sequence(submit, prefix_salt(self._model, submit.tenant))
         try:
@@ -119,16 +122,38 @@ class BatchEngine:
             output.ends.append(sequence.ended(EndReason.LENGTH))
         if plan.empty:
             return output
-        try:
-            logits, sequences = self._runner.forward(plan)
-            logprobs = LogprobTable(logits, sequences)
-            tokens = sample(logits, sequences) if sequences else []
-            records = logprobs.records(tokens)
-        except Exception as error:
-            self._fail(plan, error, output)
-            return output
-        self._take(sequences, tokens, records, output)
+        self._run(plan, output)
         return output
+
+    def _run(self, plan: Plan, output: StepOutput) -> None:
+        """Compute a plan. What fails together is computed again one by one, so that only who cannot be computed alone ends."""
+        try:
+            sequences, tokens, records = self._compute(plan)
+        except Exception as error:
+            parts = plan.parts()
+            if len(parts) > 1:
+                _log.warning("a step of %d sequences failed, and is computed one by one: %s", len(parts), error)
+                for part in parts:
+                    self._run(part, output)
+                return
+            _log.exception("a sequence cannot be computed")
+            for sequence in plan.sequences():
+                self._end(sequence, EndReason.ERROR, _fault(error), output.ends, spoiled=True)
+            return
+        self._take(sequences, tokens, records, output)
+
+    def _compute(self, plan: Plan) -> tuple[list[Sequence], list[int], Mapping[int, bytes]]:
+        """Whose tokens are all computed, and the next of each with its record of log-probabilities by index."""
+        logits, sequences = self._runner.forward(plan)
+        if not sequences:
+            return [], [], {}
+        try:
+            logprobs = LogprobTable(logits, sequences)
+            tokens = sample(logits, sequences)
+            return sequences, tokens, logprobs.records(tokens)
+        except Exception:
+            plan.undo()
+            raise
 
     def _take(self, sequences: Items[Sequence], tokens: list[int], records: Mapping[int, bytes], output: StepOutput) -> None:
         for index, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
@@ -142,12 +167,6 @@ class BatchEngine:
             output.runs.append(TokenRun(sequence.attempt, sequence.position, (token,), records.get(index, b"")))
             if (reason := sequence.append(token)) is not None:
                 self._end(sequence, reason, None, output.ends)
-
-    def _fail(self, plan: Plan, error: Exception, output: StepOutput) -> None:
-        """End all of a step's sequences; what they wrote is not known to be sound."""
-        fault = Fault.of(error)
-        for sequence in [*plan.decodes, *(sequence for sequence, _ in plan.prefills)]:
-            self._end(sequence, EndReason.ERROR, fault, output.ends, spoiled=True)
 
     def _end(
         self, sequence: Sequence, reason: EndReason, fault: Fault | None, ends: list[Ended], spoiled: bool = False
@@ -182,3 +201,10 @@ class BatchEngine:
                 f"{present} tokens do not fit this instance's KV memory of {self._blocks.total * BLOCK_TOKENS} tokens; "
                 "shorten the prompt, or give the model more kv_bytes"
             )
+
+
+def _fault(error: Exception) -> Fault:
+    """Why a sequence could not be computed; torch has no error of its own for memory that a CPU has not."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return Fault.of(OutOfSpace(f"there is not enough memory to compute this sequence: {error}"))
+    return Fault.of(error)

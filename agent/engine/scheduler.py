@@ -30,6 +30,21 @@ class Plan:
     def empty(self) -> bool:
         return not self.decodes and not self.prefills
 
+    def sequences(self) -> list[Sequence]:
+        """All that compute something."""
+        return [*self.decodes, *(sequence for sequence, _ in self.prefills)]
+
+    def parts(self) -> list[Plan]:
+        """The same work, each sequence's by itself."""
+        return [Plan(decodes=[sequence]) for sequence in self.decodes] + [Plan(prefills=[each]) for each in self.prefills]
+
+    def undo(self) -> None:
+        """Nothing of it counts as cached any more."""
+        for sequence in self.decodes:
+            sequence.cached -= 1
+        for sequence, size in self.prefills:
+            sequence.cached -= size
+
 
 class Scheduler:
     """Admits in turns (`FairQueue`). Out of blocks, the newest sequence gives its own back and waits again, first in line.

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 from typing import Any
 
 import msgspec
 import pytest
 import torch
 
+import agent.engine.engine as engine_module
 from agent.engine.api import StepOutput
 from agent.engine.build import build_engine
 from agent.engine.engine import BatchEngine
+from agent.engine.scheduler import Plan
 from schema.errors import InvalidCheckpoint, OutOfSpace
 from schema.ids import Epoch
 from schema.link import Ended, EngineOptions, Submit
@@ -278,6 +281,71 @@ def test_a_failed_step_ends_its_sequences_and_leaves_the_engine_usable() -> None
     failing = False
     assert drive(engine, [submit_of(3, prompts()[1], 6)]).tokens[3] == reference(model, prompts()[1], 6)
     handle.remove()
+
+
+@pytest.mark.parametrize("where", ["forward", "sample"])
+def test_what_fails_together_is_computed_one_by_one_and_only_the_culprit_ends(
+    llama: Any, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submits = [submit_of(i + 1, prompt, 9, seed=i, temperature=i % 2 * 0.9) for i, prompt in enumerate(prompts())]
+    submits = [msgspec.structs.replace(s, params=msgspec.structs.replace(s.params, logprobs=1)) for s in submits]
+    quiet = drive(engine_of(llama), submits)
+    engine = engine_of(llama)
+    culprit, forward, draw = submits[3].attempt, engine._runner.forward, engine_module.sample
+
+    def short_of_memory(plan: Plan) -> Any:
+        if any(each.attempt == culprit and each.position > 2 for each in plan.sequences()):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+        return forward(plan)
+
+    def broken(logits: torch.Tensor, rows: Any) -> list[int]:
+        logits += 1  # whatever it has done by then
+        if any(each.attempt == culprit and each.position > 2 for each in rows):
+            raise MemoryError("no more of it")
+        return draw(logits, rows)
+
+    if where == "forward":
+        monkeypatch.setattr(engine._runner, "forward", short_of_memory)
+    else:
+        monkeypatch.setattr(engine_module, "sample", broken)
+    outcome = drive(engine, submits)
+    fault = outcome.ends[culprit].fault
+    assert fault is not None
+    assert (fault.code, outcome.ends[culprit].position) == ("out_of_space", 3)
+    assert "not enough memory" in fault.message
+    for submit in submits:
+        if submit.attempt != culprit:
+            assert outcome.tokens[submit.attempt] == quiet.tokens[submit.attempt]
+            assert len(outcome.logprobs[submit.attempt]) == 9
+
+
+def test_every_attempt_has_one_end_whatever_is_asked_and_cancelled(llama: Any) -> None:
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    rng = random.Random(seed)
+    engine = engine_of(llama, tokens=160, concurrency=3, prefill_tokens=24)
+    ends: dict[int, EndReason] = {}
+    position: dict[int, int] = {}
+    for number in range(1, 41):
+        wishes = rng.choice([{}, {"tenant": "a"}, {"presence_penalty": 9.0}, {"logprobs": 2}, {"stop_token_ids": (3, 9)}])
+        prompt = [rng.randrange(VOCAB + (rng.random() < 0.05)) for _ in range(rng.choice([0, 1, 15, 16, 17, 60]))]
+        submit = submit_of(number, prompt, rng.randint(1, 40), seed=number, temperature=rng.choice([0.0, 1.5]), **wishes)  # type: ignore[arg-type]
+        for _ in range(rng.randint(1, 2)):
+            engine.submit(submit)
+        if rng.random() < 0.3:
+            engine.cancel(Epoch(rng.randint(1, number)))
+        for _ in range(rng.randint(0, 4) if number < 40 else 2_000):
+            output = engine.step()
+            for run in output.runs:
+                assert run.attempt not in ends
+                assert run.start == position.get(run.attempt, 0)
+                position[run.attempt] = run.start + len(run.ids)
+            for end in output.ends:
+                assert end.attempt not in ends
+                assert end.position == position.get(end.attempt, 0)
+                ends[end.attempt] = end.reason
+    assert sorted(ends) == list(range(1, 41))
+    assert (engine.running, engine.waiting, engine.kv_used_tokens) == (0, 0, 0)
 
 
 def test_timing_is_filled_in(llama: Any) -> None:

@@ -34,7 +34,7 @@ class _Drive:
         self.steps += 1
         plan = self.scheduler.plan()
         tokens = sum(size for _, size in plan.prefills)
-        assert tokens <= max(self.budget - len(plan.decodes), self.budget // 4)
+        assert tokens <= max(self.budget - len(plan.decodes), self.budget // 4, 1)
         assert all(size > 0 for _, size in plan.prefills)
         assert len({*plan.decodes, *(sequence for sequence, _ in plan.prefills)}) == len(plan.decodes) + len(plan.prefills)
         for sequence, size in [*((decode, 1) for decode in plan.decodes), *plan.prefills]:
