@@ -26,7 +26,8 @@ class LoadRow(msgspec.Struct, frozen=True):
 
 
 class LoadReport(msgspec.Struct, frozen=True):
-    """The rows, and what bounds a start. ``bound`` is "disk", "memory" or "attach", ``verdict`` says it in a sentence.
+    """The rows, and what bounds a start. ``bound`` is "disk", "memory" or "attach", or "size" of a model that is too small to
+    tell; ``verdict`` says it in a sentence.
 
     ``cold`` is False where the file system would not let its pages go: then no row is of the disk. ``reader`` is how the store
     reads here, ``pages`` of which kind its memory is.

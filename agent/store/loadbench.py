@@ -49,6 +49,8 @@ FIRST: Final = "tensors, first pass"
 _STEPS: Final = (RAW, COLD, CHECKED, WARM, ATTACH, FIRST)
 _STILL_CACHED: Final = 0.01
 _NEAR: Final = 0.85
+_LEAST_BYTES: Final = 128 << 20
+"""A fast disk reads so much in some hundredths of a second: of less a rate is mostly of what comes before the first byte."""
 """A load that reaches this share of the raw disk is bound by it."""
 
 
@@ -171,7 +173,9 @@ def measure(
         )
         for row in rows
     )
-    bound, verdict = _verdict({row.step: row for row in results}, is_cold)
+    if image_bytes < _LEAST_BYTES:
+        results = tuple(msgspec.structs.replace(row, of_limit=None) for row in results)
+    bound, verdict = _verdict({row.step: row for row in results}, is_cold, image_bytes)
     return LoadReport(
         digest=entry.digest, directory=str(entry.directory), image_bytes=image_bytes, tensors=len(index),
         rounds=rounds, reader=reader, pages=pages, cold=is_cold, rows=results, bound=bound, verdict=verdict,
@@ -211,9 +215,12 @@ def _attach(store: TrialStore, index: TensorIndex, resident: Resident) -> tuple[
     return Timing(seconds, seconds), Timing(touched, touched)
 
 
-def _verdict(rows: dict[str, LoadRow], is_cold: bool) -> tuple[str, str]:
+def _verdict(rows: dict[str, LoadRow], is_cold: bool, image_bytes: int) -> tuple[str, str]:
     """What a start waits for, cold and with its pages cached."""
     cold, warm, attach = rows[COLD], rows[WARM], rows[ATTACH]
+    if image_bytes < _LEAST_BYTES:
+        text = f"{image_bytes / 2**20:.1f} MiB are too small to judge by: opening files and waking threads take the time"
+        return "size", f"{text}, not the disk; measure a model of at least {_LEAST_BYTES >> 20} MiB"
     if not is_cold:
         return "memory", "this file system keeps its pages in memory, so that no row is of a disk"
     share = cold.of_limit or 0.0

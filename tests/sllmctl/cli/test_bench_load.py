@@ -41,8 +41,9 @@ def test_the_report_as_json_by_digest_and_by_directory(sllmctl: Sllmctl, checkpo
         report = json.loads(said.out)
         assert (report["digest"], report["image_bytes"], report["rounds"]) == (digest, 6 * CHUNK, 1)
         assert all(row["seconds"] > 0 and row["low"] <= row["seconds"] <= row["high"] for row in report["rows"])
-        assert report["bound"] in ("disk", "memory", "attach")
-        assert report["verdict"]
+        assert report["bound"] == "size"
+        assert "12.0 MiB are too small to judge" in report["verdict"]
+        assert [row["of_limit"] for row in report["rows"]] == [None] * len(report["rows"]), "a share of the disk says nothing"
 
 
 def test_a_hugging_face_directory_beside_other_loaders(sllmctl: Sllmctl, tmp_path: Path) -> None:
