@@ -81,7 +81,8 @@ class LoadView(_View, frozen=True, kw_only=True):
 
 
 class NodeView(_View, frozen=True, kw_only=True):
-    """``device_used_bytes``, by device of the inventory: what instances were promised, and weights that nobody uses now."""
+    """``seen_at``: when its link came up or broke, whichever came last; one that is ready is heard all the time.
+    ``device_used_bytes``, by device of the inventory: what instances were promised, and weights that nobody uses now."""
 
     id: str
     name: str

@@ -119,7 +119,8 @@ def verify(
 def pin(invocation: Invocation, reference: str, node: str | None, tier: str | None, form: Format) -> None:
     """Keep a checkpoint where it lies: it is never put out there to make room, nor removed.
 
-    With --node and --tier it is kept there once it has come.
+    With --node and --tier it is also kept where it has yet to come, from another tier of that node: the node must have it on
+    one. A pin brings nothing; `sllmctl checkpoint prefetch` and `fetch` do.
     """
     _change_pin(invocation, reference, node, tier, form, pinned=True)
 
@@ -214,16 +215,25 @@ def fetch(
 @command.command("forget")
 @click.argument("reference", metavar="DIGEST|MODEL")
 @click.argument("url", required=False)
+@yes_option
 @output_option
 @pass_invocation
-def forget(invocation: Invocation, reference: str, url: str | None, form: Format) -> None:
+def forget(invocation: Invocation, reference: str, url: str | None, yes: bool, form: Format) -> None:
     """Forget that a checkpoint lies on a remote, or on any. What is there is left as it is.
 
-    Then `rm` takes it for no copy any more, and no start fetches from there.
+    Then `rm` takes it for no copy any more, and no start fetches from there. Asks when it is the last place that is known.
     """
     from sllmctl import client
-    from sllmctl.cli.diagnostics import note
+    from sllmctl.cli.diagnostics import confirm, note
 
+    if not yes:
+        with invocation.admin() as admin:
+            found = admin.ask(client.checkpoint(reference))
+        if not _sound(found) and (going := _forgotten(found, url)):
+            where = ", ".join(going)
+            what = f"{found.digest[:16]} ({', '.join(found.models) or 'no model uses it'}, {size(found.image_bytes)})"
+            again = f"`sllmctl checkpoint fetch {found.digest} --from {going[0]}`"
+            confirm(f"No disk has a sound copy; only {again} brings it back. Forget that checkpoint {what} is on {where}?", yes)
     with invocation.admin() as admin:
         item = admin.ask(client.forget_checkpoint(reference, url))
     left = ", ".join(each.url for each in item.publications)
@@ -270,9 +280,20 @@ def remove(
         finish_operations(admin, form, begun, wait=not no_wait, timeout_s=wait_s)
 
 
+def _sound(found: CheckpointView) -> set[str]:
+    """The nodes with a sound copy on their disk."""
+    return {each.node for each in found.placements if each.tier == "disk" and each.state == "resident"}
+
+
+def _forgotten(found: CheckpointView, url: str | None) -> list[str]:
+    """The remotes that a `forget` takes away, if none is left then."""
+    remotes = [each.url for each in found.publications]
+    return remotes if all(url is None or each == url.rstrip("/") for each in remotes) else []
+
+
 def _last(found: CheckpointView, node: str | None, tier: str | None) -> str:
     """What to know before the last sound copy on a disk goes, "" where it is not that."""
-    sound = {each.node for each in found.placements if each.tier == "disk" and each.state == "resident"}
+    sound = _sound(found)
     if tier not in (None, "disk") or not sound or sound - ({node} if node is not None else sound):
         return ""
     if not found.publications:

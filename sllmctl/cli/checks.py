@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from schema.errors import SllmError
+from sllmctl.cli.cluster_checks import check_cluster
 from sllmctl.cli.findings import Finding, meminfo, read_text
 from sllmctl.cli.format import age, size
 from sllmctl.cli.store_checks import check_store
@@ -64,6 +65,8 @@ def check_machine(settings: Settings) -> Iterator[Finding]:
     yield _disk(Path(settings.node.data_dir))
     yield _clock(settings.state_dir)
     yield from check_store(settings, running=manager == "answers")
+    if manager == "answers":
+        yield from check_cluster(settings)
 
 
 def socket_state(path: Path) -> Literal["absent", "stale", "answers", "denied", "odd"]:

@@ -69,7 +69,7 @@ def _fields(node: NodeView) -> list[tuple[str, str]]:
         ("Id", node.id),
         ("Address", node.address),
         ("State", _state(node)),
-        ("Seen", f"{_seen(node, now())} ago" if node.seen_at else "never"),
+        ("Seen", _seen_at_length(node)),
         ("Instances", str(node.instances)),
     ]
     if (means := node.inventory) is None:
@@ -93,7 +93,17 @@ def _state(node: NodeView) -> str:
 
 
 def _seen(node: NodeView, moment: float) -> str:
+    """A node whose link is up was heard within its heartbeat; of another it is known when that broke."""
+    if node.state == "ready":
+        return "now"
     return age(moment - node.seen_at) if node.seen_at else "never"
+
+
+def _seen_at_length(node: NodeView) -> str:
+    seen = _seen(node, now())
+    if seen == "now":
+        return f"now; linked for {age(now() - node.seen_at)}"
+    return f"{seen} ago" if node.seen_at else seen
 
 
 def _devices(node: NodeView) -> str:

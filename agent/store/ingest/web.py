@@ -21,12 +21,11 @@ from typing import Final, TypeVar
 
 import xxhash
 
-from agent.store.durable import reserve
+from agent.store.durable import disk_errors, reserve
 from agent.store.ingest.files import PLAIN_NAME
 from agent.store.ingest.headers import parse_json
 from agent.store.ingest.journal import Journal
 from agent.store.ingest.pipeline import CHUNK_BYTES, find_chunks
-from agent.store.ingest.writer import disk_errors
 from agent.store.remote.api import Interrupted, Patience
 from agent.store.remote.web import WebRemote
 from schema.errors import InvalidCheckpoint, NotFound, OutOfSpace, SllmError

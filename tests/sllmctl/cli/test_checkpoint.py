@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from schema.admin import PinView, PublicationView
-from schema.states import Tier
+from schema.states import Tier, TierState
 from tests.sllmctl.cli.conftest import Sllmctl
 from tests.sllmctl.fake_manager import CHECKPOINTS, OPERATIONS, FakeManager
 
@@ -102,6 +102,29 @@ def test_a_removal_tells_what_becomes_of_the_last_sound_copy(sllmctl: Sllmctl, m
         assert said.code == 2
         assert told in said.err
         assert ("last sound copy" in said.err) == bool(told)
+
+
+def test_the_last_known_place_is_not_forgotten_unasked(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    remotes = tuple(PublicationView(url=f"s3://b/{name}", layout="exec1", published_at=0) for name in "pq")
+    on_disk = msgspec.structs.replace(CHECKPOINTS[0], publications=remotes)
+    bad = msgspec.structs.replace(on_disk.placements[0], state=TierState.QUARANTINED)
+    alone = msgspec.structs.replace(on_disk, placements=(bad, *on_disk.placements[1:]))
+    last = msgspec.structs.replace(alone, publications=remotes[:1])
+    for found, arguments, asks in (
+        (alone, (), True),
+        (last, ("s3://b/p/",), True),
+        (last, ("s3://b/p", "-y"), False),
+        (alone, ("s3://b/p",), False),
+        (last, ("s3://b/q",), False),
+        (on_disk, (), False),
+    ):
+        manager.forget()
+        manager.answer("GET checkpoints/qwen", 200, found)
+        manager.answer("POST checkpoints/qwen/forget", 200, found)
+        said = sllmctl("checkpoint", "forget", "qwen", *arguments)
+        assert said.code == (2 if asks else 0), said.err
+        assert (f"fetch {found.digest} --from s3://b/p` brings it back" in said.err) is asks
+        assert any(one[0] == "POST" for one in manager.asked) is not asks
 
 
 def test_what_a_publish_has_mended_is_told(sllmctl: Sllmctl, manager: FakeManager) -> None:

@@ -15,15 +15,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
+from schema.errors import Fault
+from schema.states import InstanceState, TierState
 from sllmctl.cli import checks, store_checks
 from sllmctl.cli.checks import Finding, check_machine, check_python, socket_state
 from sllmctl.cli.main import run
 from sllmctl.cli.store_checks import disk_start
 from sllmctl.config import Settings
 from tests.sllmctl.cli.conftest import Sllmctl
-from tests.sllmctl.fake_manager import CHECKPOINTS, MODELS, NODES, STATUS, FakeManager
+from tests.sllmctl.fake_manager import CHECKPOINTS, INSTANCES, MODELS, NODES, STATUS, FakeManager
 
 
 @pytest.fixture
@@ -66,6 +69,25 @@ def test_a_manager_that_answers_is_described(state: Path, manager: FakeManager) 
     assert f"pid {STATUS.pid}, 1 of 2 nodes ready" in found["manager"].message
     assert "port" not in found, "the port is the manager's own"
     assert found["agent"].level == "fault", "a manager runs, its agent does not"
+
+
+def test_copies_in_quarantine_and_failed_instances_are_named(state: Path, manager: FakeManager) -> None:
+    settings = _settings(state, admin_socket=str(manager.socket))
+    found = _found(settings)
+    assert found["quarantine"].level == "ok"
+    assert "1 failed: " in found["instances"].message, "it is about to be tried again"
+    (one, *rest) = CHECKPOINTS
+    bad = msgspec.structs.replace(one.placements[0], state=TierState.QUARANTINED, reason="partition_0.bin is wrong")
+    failed = msgspec.structs.replace(INSTANCES[0], state=InstanceState.FAILED, fault=Fault("invalid_checkpoint", "it is wrong"))
+    items = [msgspec.structs.replace(one, placements=(bad, *one.placements[1:])), *rest]
+    manager.answer("GET checkpoints", 200, {"items": items})
+    manager.answer("GET instances", 200, {"items": [failed] * 7})
+    found = _found(settings)
+    assert found["quarantine"].level == "warn"
+    assert f"{one.digest[:12]} (qwen) on local:disk: partition_0.bin is wrong" in found["quarantine"].message
+    assert found["instances"].level == "warn"
+    assert "7 failed: inst_1 of qwen on local (failed): it is wrong" in found["instances"].message
+    assert "and 2 more" in found["instances"].message
 
 
 def test_a_manager_that_answers_nonsense_or_is_not_ready(state: Path, manager: FakeManager) -> None:

@@ -1,0 +1,68 @@
+"""What `sllmctl doctor` looks at in the cluster: copies that must not be used, and instances that do not run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from schema.errors import SllmError
+from sllmctl.cli.findings import Finding
+from sllmctl.cli.format import short_digest
+
+if TYPE_CHECKING:
+    from schema.admin import CheckpointView, InstanceView
+    from sllmctl.config import Settings
+
+__all__ = ["check_cluster", "failed_instances", "quarantined_copies"]
+
+_NAMED = 5
+"""So many are named; the commands that the advice names list all."""
+
+
+def check_cluster(settings: Settings) -> Iterator[Finding]:
+    """Findings of what a manager that answers knows of its nodes."""
+    from sllmctl import client
+    from sllmctl.client import AdminClient
+
+    try:
+        with AdminClient(settings.admin_socket, settings.client) as admin:
+            found = admin.ask(client.checkpoints()), admin.ask(client.instances())
+    except SllmError:
+        return  # the manager's own finding says so
+    yield quarantined_copies(found[0])
+    yield failed_instances(found[1])
+
+
+def quarantined_copies(checkpoints: Sequence[CheckpointView]) -> Finding:
+    """Copies that are wrong: nothing starts from them, and they take their room all the same."""
+    bad = [(each, copy) for each in checkpoints for copy in each.placements if copy.state == "quarantined"]
+    if not bad:
+        return Finding("quarantine", "ok", "no copy of a checkpoint is in quarantine")
+    texts = [
+        f"{short_digest(each.digest)} ({', '.join(each.models) or 'no model uses it'}) on {copy.node}:{copy.tier}"
+        + (f": {copy.reason}" if copy.reason else "")
+        for each, copy in bad
+    ]
+    advice = (
+        "fetch or ingest it again, `sllmctl checkpoint verify` if its files are right again, or `sllmctl checkpoint rm`; "
+        "`sllmctl checkpoint ls` lists all"
+    )
+    return Finding("quarantine", "warn", f"{len(bad)} in quarantine: {_some(texts)}", advice)
+
+
+def failed_instances(instances: Sequence[InstanceView]) -> Finding:
+    """Instances that were tried as often as allowed, or are about to be tried again."""
+    bad = [each for each in instances if each.state in ("failed", "backoff")]
+    if not bad:
+        return Finding("instances", "ok", "no instance has failed")
+    texts = [
+        f"{each.id} of {each.model} on {each.node} ({each.state})" + (f": {each.fault.message}" if each.fault else "")
+        for each in bad
+    ]
+    advice = "`sllmctl instance show` says more; mend what it names, then `sllmctl instance stop` lets the model start anew"
+    return Finding("instances", "warn", f"{len(bad)} failed: {_some(texts)}", advice)
+
+
+def _some(texts: Sequence[str]) -> str:
+    more = f" and {len(texts) - _NAMED} more" if len(texts) > _NAMED else ""
+    return "; ".join(texts[:_NAMED]) + more
