@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from schema.admin import ModelView
-from schema.spec import HubSource
+from schema.spec import HubSource, UrlSource
 from tui.feed import Cluster
 from tui.format import MUTED, WARN, Cell, Span, age, count, seconds, state
 from tui.grid import Column
@@ -53,6 +53,8 @@ def _source(model: ModelView) -> str:
     source = model.spec.source
     if isinstance(source, HubSource):
         return source.repo
+    if isinstance(source, UrlSource):
+        return source.url
     return f"{source.node}:{source.path}" if source.node else source.path
 
 
