@@ -349,11 +349,11 @@ class Dispatcher:
 
     def _drain(self, queue: ModelQueue) -> None:
         while queue.waiting:
-            sequence = next(iter(queue.waiting))
+            sequence = queue.waiting.first()
             journal = len(sequence.prompt) + len(sequence.tokens)
             route = self.pick(queue, len(sequence.prompt), len(sequence.tokens), sequence.request.params)
             if route is not None:
-                queue.take(sequence)
+                queue.take(sequence, journal + queue.expected_tokens(sequence.request.params))
                 self._start(queue, route, sequence)
             elif not sequence.tokens and 0 < (limit := self.routes.limit(queue.name)) <= journal:
                 message = f"the prompt has {journal} tokens; the instances of model {queue.name!r} take {limit}, reply included"

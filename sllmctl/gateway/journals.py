@@ -37,7 +37,7 @@ class LiveJournals:
         if queue is None or not queue.waiting:
             return 0.0
         running, began_sum_s = self._core.routes.busy(model)
-        expected = queue.expected_tokens(next(iter(queue.waiting)).request.params)
+        expected = queue.expected_tokens(queue.waiting.first().request.params)
         return queue.pace.wait_s(len(queue.waiting), running, expected, began_sum_s, self._core.clock())
 
     def _running(self, instance: str) -> list[Attempt]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from schema.spec import ModelSpec
 from schema.states import ModelState
 from sllmctl.control.effects import DemandChanged, Event
 from sllmctl.gateway.journal import Request, Sequence, Timer
+from sllmctl.gateway.line import Line
 from sllmctl.gateway.pace import Pace
 from sllmctl.gateway.router_settings import RouterSettings
 
@@ -39,7 +39,7 @@ class ModelQueue:
     def __init__(self, name: str, settings: RouterSettings, post: Callable[[Event], None], call_later: CallLater) -> None:
         self.name = name
         self.model: RoutedModel | None = None
-        self.waiting: OrderedDict[Sequence, None] = OrderedDict()
+        self.waiting = Line()
         self.unarmed: list[Sequence] = []
         self.waiting_requests = 0
         self.live = 0
@@ -55,20 +55,18 @@ class ModelQueue:
         self._demand_timer: Timer | None = None
 
     def put(self, sequence: Sequence, *, front: bool = False) -> None:
-        """Let a sequence wait: at the end, or at the front when it ran already."""
-        self.waiting[sequence] = None
-        if front:
-            self.waiting.move_to_end(sequence, last=False)
+        """Let a sequence wait: last of its tenant's, or at the front when it ran already."""
+        self.waiting.add(sequence, front=front)
         self.unarmed.append(sequence)
         sequence.request.waiting += 1
         if sequence.request.waiting == 1:
             self.waiting_requests += 1
 
-    def take(self, sequence: Sequence) -> bool:
-        """Let it wait no more; False if it did not."""
+    def take(self, sequence: Sequence, served_tokens: int = 0) -> bool:
+        """Let it wait no more; False if it did not. ``served_tokens`` are charged to its tenant."""
         if sequence not in self.waiting:
             return False
-        del self.waiting[sequence]
+        self.waiting.remove(sequence, served_tokens)
         if sequence.timer is not None:
             sequence.timer.cancel()
             sequence.timer = None
