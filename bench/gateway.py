@@ -98,12 +98,12 @@ def engine_alone(checkpoints: str, concurrency: int, each: int) -> list[tuple[fl
 
     from agent.engine.build import build_engine
     from agent.engine.image import image_tensors
-    from agent.store.catalog import scan
+    from agent.store.catalog import partition_path, scan
     from agent.store.index import read_index
 
     torch.set_num_threads(1)
     (entry,) = scan(Path(checkpoints)).values()
-    image = bytearray(b"".join((entry.directory / part.file).read_bytes() for part in entry.manifest.partitions))
+    image = bytearray(b"".join(partition_path(entry.directory, part).read_bytes() for part in entry.manifest.partitions))
     options = EngineOptions(kv_bytes=KV_BYTES, max_concurrency=128)
     engine = build_engine(
         entry.manifest, image_tensors(read_index(entry.directory, entry.manifest), memoryview(image)), options

@@ -13,7 +13,7 @@ from typing import Final
 
 from agent.store.durable import sync
 from agent.store.remote.api import Body, Interrupted, Source, left_s, nothing_there
-from schema.errors import Cancelled, InvalidCheckpoint, NotFound, OutOfSpace, SllmError, Unauthorised
+from schema.errors import Cancelled, InvalidCheckpoint, NotFound, OutOfSpace, SllmError, TimedOut, Unauthorised
 
 __all__ = ["DirectoryRemote"]
 
@@ -149,7 +149,10 @@ class _FileBody:
         where = self._remote.where(self._path)
         while view:
             self._remote.check_stop()
-            left_s(self._deadline, 1.0, f"{where} at byte {self._offset}")
+            try:
+                left_s(self._deadline, 1.0, f"{where} at byte {self._offset}")
+            except TimedOut as error:  # as with other remotes, it may pass
+                raise Interrupted(str(error)) from error
             try:
                 count = os.preadv(self._descriptor, [view[:_BLOCK_BYTES]], self._offset)
             except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
@@ -27,6 +28,7 @@ from agent.store.trial import TrialStore
 from schema.checkpoint import IN_PLACE, PAD_BYTES, decode_manifest, encode_manifest
 from schema.errors import InvalidCheckpoint, InvalidInput, SllmError
 from schema.remote import RemoteSettings
+from tests.agent.store.fetching import FetchBench
 from tests.checkpoints import make_llama_dir
 
 
@@ -266,6 +268,20 @@ def test_such_a_layout_neither_goes_to_a_remote_nor_comes_from_one(tmp_path: Pat
     with pytest.raises(InvalidInput, match="not published"):
         publish(entry, remote, settings, lambda done, total: None)
     assert list((tmp_path / "remote").iterdir()) == []
+
+
+def test_files_in_their_place_on_another_machine_are_not_fetched(tmp_path: Path) -> None:
+    entry = entry_of(add(make_llama_dir(tmp_path / "model"), tmp_path), tmp_path)
+    remote = tmp_path / "remote" / entry.digest / IN_PLACE
+    remote.mkdir(parents=True)
+    for file in entry.directory.iterdir():
+        shutil.copy(file, remote)
+    with contextlib.closing(FetchBench(tmp_path / "node")) as bench:
+        fault = bench.get(entry.digest, f"file://{tmp_path}/remote")
+        assert fault is not None
+        assert (fault.code, "names files of another machine" in fault.message) == ("invalid_checkpoint", True)
+        assert bench.leftovers == []
+        assert not (bench.data / "checkpoints").exists()
 
 
 def test_manifests_that_point_at_files_elsewhere_under_another_layout(tmp_path: Path) -> None:

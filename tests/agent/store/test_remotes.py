@@ -178,6 +178,14 @@ def test_a_server_that_trickles_cannot_outlast_the_deadline(web: WebServer) -> N
     remote.close()
 
 
+def test_a_share_that_is_slow_may_be_tried_again(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(DATA[:5000])
+    remote = open_remote(f"file://{tmp_path}", SETTINGS)
+    with pytest.raises(Interrupted, match="in time"), remote.open("file", 0, 5000, deadline=time.monotonic() - 1) as body:
+        body.fill(memoryview(bytearray(5000)))
+    remote.close()
+
+
 def test_an_abort_wakes_what_waits_for_a_silent_server() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         remote = open_remote(f"http://127.0.0.1:{listener.getsockname()[1]}", RemoteSettings(read_s=100))
