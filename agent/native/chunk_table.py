@@ -21,7 +21,9 @@ __all__ = ["ChunkTable", "Geometry", "Occupant", "table_bytes"]
 
 _MAGIC: Final = b"sllmctl arena\x00\r\n"
 _VERSION: Final = 1
-_FREE, _FILLING, _RESIDENT = 0, 1, 2
+_FREE, _FILLING, _RESIDENT, _STALLED = 0, 1, 2, 3
+_CONDEMNED_AT: Final = 1
+"""A byte of a slot outside of its checksum: its image was found wrong."""
 
 _HEADER = struct.Struct("<16sI4x32sQQQQ")  # magic, version, id, chunk bytes, chunks, slots, data offset
 _HEADER_BYTES: Final = 4096
@@ -57,6 +59,7 @@ class Occupant:
     generation: int
     users: int = 0
     stamp: int = 0
+    condemned: bool = False
 
 
 def table_bytes(chunks: int, slots: int) -> int:
@@ -74,6 +77,9 @@ class ChunkTable:
         self._slots_at = _HEADER_BYTES
         self._chunks_at = _HEADER_BYTES + geometry.slots * _SLOT_BYTES
         self._generation = 0
+        self.stalled_slots: frozenset[int] = frozenset()
+        self.stalled_chunks: frozenset[int] = frozenset()
+        """What an earlier life was reading into when it ended, by a read that had not come back: it may yet be written."""
 
     @classmethod
     def create(cls, memory: memoryview, arena: str, geometry: Geometry) -> ChunkTable:
@@ -104,17 +110,25 @@ class ChunkTable:
         return _HEADER.pack(_MAGIC, _VERSION, arena.encode().ljust(32, b"0"), *shape)
 
     def recover(self) -> list[Occupant]:
-        """What lies whole in the arena; everything else is marked free. For a new life, before its first `begin`."""
+        """What lies whole in the arena; everything else is marked free, but for what a read may yet write into. For a new life,
+        before its first `begin`."""
+        stalled: set[int] = set()
         owned: dict[int, dict[int, tuple[int, int]]] = {}
         chunks_end = self._chunks_at + self.geometry.chunks * _CHUNK.size
         for chunk, entry in enumerate(_CHUNK.iter_unpack(self._memory[self._chunks_at : chunks_end])):
             state, slot, index, generation = entry
             self._generation = max(self._generation, min(generation, 1 << 62))
+            if state == _STALLED:
+                stalled.add(chunk)
             if state == _RESIDENT and slot < self.geometry.slots:
                 owned.setdefault(slot, {})[index] = (chunk, generation)
         occupants: dict[str, Occupant] = {}
+        stalled_slots = set()
         for slot in range(self.geometry.slots):
             if self._memory[self._slot(slot)] == _FREE:
+                continue
+            if self._memory[self._slot(slot)] == _STALLED:
+                stalled_slots.add(slot)
                 continue
             occupant = self._read_slot(slot, owned.get(slot, {}))
             if occupant is None or occupant.digest in occupants:
@@ -122,8 +136,9 @@ class ChunkTable:
             else:
                 occupants[occupant.digest] = occupant
         kept = {chunk for occupant in occupants.values() for chunk in occupant.chunks}
+        self.stalled_slots, self.stalled_chunks = frozenset(stalled_slots), frozenset(stalled - kept)
         for chunk in range(self.geometry.chunks):
-            if chunk not in kept:
+            if chunk not in kept and chunk not in stalled:
                 self._memory[self._chunk(chunk)] = _FREE
         return list(occupants.values())
 
@@ -131,6 +146,7 @@ class ChunkTable:
         """Give free chunks to a slot, as being filled: a life that ends now leaves them free."""
         self._generation += 1
         occupant = Occupant(slot, digest, image_bytes, tuple(chunks), self._generation)
+        self._memory[self._slot(slot) + _CONDEMNED_AT] = 0
         self._memory[self._slot(slot)] = _FILLING
         for index, chunk in enumerate(chunks):
             at = self._chunk(chunk)
@@ -141,6 +157,17 @@ class ChunkTable:
         self._memory[at : at + len(body)] = body
         _CHECK.pack_into(self._memory, at + len(body), xxhash.xxh3_64_intdigest(body))
         return occupant
+
+    def stall(self, occupant: Occupant) -> None:
+        """A read into these chunks does not come back: until it does no life may give them to another."""
+        for chunk in occupant.chunks:
+            self._memory[self._chunk(chunk)] = _STALLED
+        self._memory[self._slot(occupant.slot)] = _STALLED
+
+    def condemn(self, occupant: Occupant) -> None:
+        """Its image was found wrong, which every later life must know."""
+        occupant.condemned = True
+        self._memory[self._slot(occupant.slot) + _CONDEMNED_AT] = 1
 
     def commit(self, occupant: Occupant) -> None:
         """The occupant's bytes are whole: from here on it survives the store."""
@@ -181,7 +208,8 @@ class ChunkTable:
         if _chunks_check(chunks) != chunks_check:
             return None
         users, stamp = _SLOT_HINTS.unpack_from(self._memory, at + _SLOT_HINTS_AT)
-        return Occupant(slot, digest.hex(), image_bytes, tuple(chunks), generation, users, stamp)
+        condemned = self._memory[at + _CONDEMNED_AT] != 0
+        return Occupant(slot, digest.hex(), image_bytes, tuple(chunks), generation, users, stamp, condemned)
 
     def _slot(self, slot: int) -> int:
         return self._slots_at + slot * _SLOT_BYTES

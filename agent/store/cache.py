@@ -33,6 +33,7 @@ from schema.link import ArenaInfo, Resident
 __all__ = ["ArenaStore", "FillSource"]
 
 _PROGRESS_S: Final = 0.1
+_CONDEMNED_BEFORE: Final = "its image in memory was found wrong before the store was started"
 _UNIT_BYTES: Final = 16 << 20
 """What is read as one where no checksum is looked at, so that blocks may be as long as a disk wants them."""
 _log = logging.getLogger(__name__)
@@ -98,11 +99,14 @@ class ArenaStore:
         self._verifier = Verifier(self._pool, self._woken)
         self._unheard: set[str] = set()  # verifications that nobody waits for any more
         self._verify_told_at = 0.0
-        self._condemned: dict[str, str] = {}
+        self._condemned = {each.digest: _CONDEMNED_BEFORE for each in arena.occupants if each.condemned}
         self._pinned: frozenset[str] = frozenset()
         self._borrowed: Counter[str] = Counter()
-        self._free = FreeChunks(arena.chunks, (chunk for occupant in arena.occupants for chunk in occupant.chunks))
-        self._free_slots = set(range(arena.slots)) - {occupant.slot for occupant in arena.occupants}
+        table, taken = arena.table, [chunk for occupant in arena.occupants for chunk in occupant.chunks]
+        self._free = FreeChunks(arena.chunks, (*taken, *table.stalled_chunks))
+        self._free_slots = set(range(arena.slots)) - {each.slot for each in arena.occupants} - table.stalled_slots
+        if table.stalled_chunks:
+            _log.warning("%d chunks stay unused: a read into them had not come back", len(table.stalled_chunks))
         self._stamp = max((occupant.stamp for occupant in arena.occupants), default=0)
 
     @property
@@ -222,7 +226,7 @@ class ArenaStore:
         if (occupant := self._residents.get(digest)) is not None:
             self._use(occupant)
             if condemned:
-                self._condemned[digest] = condemned
+                self._condemn(occupant, condemned)
             self._drop_condemned(occupant)
         for fill in (self._fills.get(digest), self._waiting.get(digest)):
             if fill is not None and not fill.given_up and users == 0 and fill.source is None and not fill.sinks:
@@ -279,7 +283,8 @@ class ArenaStore:
         self._verifier.close()
         self._pool.close()
         for fill in self._fills.values():
-            if fill.occupant is not None:
+            under_way = fill.stalled and fill.job is not None and not fill.job.finished
+            if fill.occupant is not None and not under_way:
                 self._release(fill.occupant)
         self._fills.clear()
         self._waiting.clear()
@@ -365,7 +370,7 @@ class ArenaStore:
             _mark(catalog.unmark_verified, verdict.directory)
         occupant = self._residents.get(digest)
         if verdict.image_error is not None and occupant is not None:
-            self._condemned[digest] = str(verdict.image_error)
+            self._condemn(occupant, str(verdict.image_error))
         # An earlier verdict may have left it, since it was still being looked at.
         if occupant is not None and not self._drop_condemned(occupant) and verdict.image_error is not None:
             self._listener.condemned(self._resident(occupant))
@@ -374,6 +379,10 @@ class ArenaStore:
             return
         fault = error or verdict.image_error
         self._listener.verified(verdict.op, digest, Fault.of(fault) if fault is not None else None)
+
+    def _condemn(self, occupant: Occupant, why: str) -> None:
+        self._condemned[occupant.digest] = why
+        self._arena.table.condemn(occupant)
 
     def _drop_condemned(self, occupant: Occupant) -> bool:
         """Free an image that was found wrong, if nobody uses it any more."""
@@ -435,6 +444,8 @@ class ArenaStore:
         if fill.stalled:
             return
         fill.stalled = fill.given_up = True
+        if fill.occupant is not None:
+            self._arena.table.stall(fill.occupant)
         self._arena.hold_prefault(any(not other.stalled for other in self._fills.values()))
         self._fail(fill, error)
         fill.ops, fill.sinks = [], ()

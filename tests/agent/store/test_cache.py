@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -286,6 +287,12 @@ def test_a_disk_that_stalls_is_answered_for_and_keeps_only_its_own_chunks(
     assert read_image(bench.arena.descriptor, bench.told.resident["d"]) == next_one[2]
     assert bench.store.arena.used_bytes == 8 * CHUNK
     bench.store.hold(next_one[0], 0)
+    # A store that starts now must not give away what the read may yet write into.
+    with next_life(bench) as later:
+        assert [resident.digest for resident in later.store.residents()] == [next_one[0]]
+        later.store.fill("big", big[0], big[1])
+        assert later.told.faults["big"].code == "out_of_space"
+        assert later.store.arena.used_bytes == 8 * CHUNK
     leave.set()
     while bench.store.arena.used_bytes > 5 * CHUNK:
         bench.turn()
@@ -293,6 +300,37 @@ def test_a_disk_that_stalls_is_answered_for_and_keeps_only_its_own_chunks(
     bench.wait("e")
     assert read_image(bench.arena.descriptor, bench.told.resident["e"]) == stuck[2]
     bench.close()
+
+
+def test_an_image_that_was_found_wrong_is_wrong_for_every_later_store(tmp_path: Path) -> None:
+    digest, directory, _ = commit(tmp_path, 1, 2 * CHUNK)
+    with contextlib.closing(Bench(Arena.create(4 * CHUNK, CHUNK))) as bench:
+        bench.store.fill("a", digest, directory)
+        bench.wait("a")
+        bench.store.hold(digest, 1, condemned="a byte is wrong")
+        with next_life(bench) as later:
+            (resident,) = later.store.residents()
+            assert resident.condemned
+            later.store.fill("b", digest, directory)
+            assert later.told.faults["b"].code == "invalid_checkpoint"
+            later.store.hold(digest, 0)
+            assert later.told.gone == [digest]
+            later.store.fill("c", digest, directory)
+            later.wait("c")
+            assert not later.told.resident["c"].condemned
+        with next_life(bench) as last:
+            assert [resident.condemned for resident in last.store.residents()] == [""]
+
+
+@contextlib.contextmanager
+def next_life(bench: Bench) -> Iterator[Bench]:
+    """The store that takes over the arena of one that was killed."""
+    arena = bench.arena
+    later = Bench(Arena.adopt(os.dup(arena.descriptor), arena.chunks * arena.chunk_bytes, arena.chunk_bytes))
+    try:
+        yield later
+    finally:
+        later.close()
 
 
 class Budget(RuleBasedStateMachine):
