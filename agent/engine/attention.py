@@ -69,7 +69,8 @@ class DecodeGroup:
     """Sequences of similar length that compute one token each: tokens [start, end) of the batch.
 
     ``blocks`` are their tables one after another, padded to the longest's ``width``; ``lengths`` counts each one's tokens, the
-    new one included. Masks are made once per step and window, and serve all layers.
+    new one included, the longest first. ``run`` is the first block of a single sequence whose blocks lie in order, else -1.
+    Masks are made once per step and window, and serve all layers.
     """
 
     start: int
@@ -77,24 +78,25 @@ class DecodeGroup:
     width: int
     blocks: Tensor
     lengths: list[int]
-    masks: dict[int, Tensor | None] = field(default_factory=dict)
+    run: int = -1
+    masks: dict[int, Tensor] = field(default_factory=dict)
 
-    def mask(self, window: int, dtype: torch.dtype) -> Tensor | None:
-        """[sequences, 1, 1, columns]; None where every column is to be seen."""
-        if window not in self.masks:
-            self.masks[window] = self._mask(window, dtype)
-        return self.masks[window]
+    @property
+    def even(self) -> bool:
+        """Whether all see equally many keys, so that columns are cut off and nothing need be masked."""
+        return self.lengths[0] == self.lengths[-1]
 
-    def _mask(self, window: int, dtype: torch.dtype) -> Tensor | None:
-        columns = self.width * BLOCK_TOKENS
-        if self.lengths[-1] == columns and not 0 < window < columns:
-            return None
-        lengths = torch.tensor(self.lengths, device=self.blocks.device).unsqueeze(1)
-        column = torch.arange(columns, device=self.blocks.device)
-        hidden = column >= lengths
-        if window:
-            hidden |= column < lengths - window
-        return _additive(hidden, dtype)[:, None, None, :]
+    def mask(self, window: int, dtype: torch.dtype) -> Tensor:
+        """[sequences, 1, 1, columns]."""
+        mask = self.masks.get(window)
+        if mask is None:
+            lengths = torch.tensor(self.lengths, device=self.blocks.device).unsqueeze(1)
+            column = torch.arange(self.width * BLOCK_TOKENS, device=self.blocks.device)
+            hidden = column >= lengths
+            if window:
+                hidden |= column < lengths - window
+            mask = self.masks[window] = _additive(hidden, dtype)[:, None, None, :]
+        return mask
 
 
 @dataclass(slots=True)

@@ -35,9 +35,17 @@ class SdpaAttention:
     def _decode(self, pool: KvPool, group: DecodeGroup, query: Tensor, how: LayerAttention) -> Tensor:
         size, heads, kv_heads = group.end - group.start, query.shape[1], pool.kv_heads
         rows = query[group.start : group.end].view(size, kv_heads, heads // kv_heads, pool.head_dim)
-        stored = self._gather(pool.layers[how.layer], group.blocks).view(size, -1, 2 * kv_heads, pool.head_dim).transpose(1, 2)
-        mask = group.mask(how.window, query.dtype)
-        out = attend_rows(rows, stored[:, :kv_heads], stored[:, kv_heads:], mask, how, grouped=True)
+        layer = pool.layers[how.layer]
+        stored = self._gather(layer, group.blocks) if group.run < 0 else layer[group.run : group.run + group.width]
+        stored = stored.view(size, -1, 2 * kv_heads, pool.head_dim).transpose(1, 2)
+        mask, first = None, 0
+        if group.even:
+            last = group.lengths[0]
+            first = max(0, last - how.window) if how.window else 0
+            stored = stored[:, :, first:last]
+        else:
+            mask = group.mask(how.window, query.dtype)
+        out = attend_rows(rows, stored[:, :kv_heads], stored[:, kv_heads:], mask, how, grouped=True, first=first)
         return out.reshape(size, heads, pool.head_dim)
 
     def _prefill(self, pool: KvPool, chunk: Prefill, query: Tensor, fresh: Tensor, how: LayerAttention) -> Tensor:

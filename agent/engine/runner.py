@@ -126,8 +126,10 @@ class Runner(ABC):
                 if waste > self._most_waste:
                     break
                 end += 1
-            blocks = self._tensor(self._blocks.tables[rows[start:end], :width].reshape(-1))
-            groups.append(DecodeGroup(start, end, width, blocks, [position + 1 for position in positions[start:end]]))
+            tables = self._blocks.tables[rows[start:end], :width].reshape(-1)
+            run = int(tables[0]) if end == start + 1 and bool((np.diff(tables) == 1).all()) else -1
+            lengths = [position + 1 for position in positions[start:end]]
+            groups.append(DecodeGroup(start, end, width, self._tensor(tables), lengths, run))
             start = end
         return groups
 
