@@ -47,16 +47,26 @@ class _Product:
     bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if len(self.weights) == 1:
-            return linear(x, self.weights[0], self.bias)
-        out = torch.cat([linear(x, weight) for weight in self.weights], dim=1)
+        if _is_vector(x):
+            parts = [torch.mv(weight, x[0]).unsqueeze(0) for weight in self.weights]
+        else:
+            parts = [linear(x, weight) for weight in self.weights]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return out if self.bias is None else out.add_(self.bias)
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         """residual += x W^T + b."""
         if self.bias is not None:
             residual.add_(self.bias)
-        residual.addmm_(x, self.weights[0].t())
+        if _is_vector(x):
+            residual[0].addmv_(self.weights[0], x[0])
+        else:
+            residual.addmm_(x, self.weights[0].t())
+
+
+def _is_vector(x: Tensor) -> bool:
+    """One token in bfloat16 on a CPU, where torch's product with a vector takes half the time of that with a matrix."""
+    return x.shape[0] == 1 and x.dtype == torch.bfloat16 and x.device.type == "cpu"
 
 
 @dataclass(frozen=True, slots=True)
