@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from agent.store.durable import sync
 from schema.checkpoint import IN_PLACE, Manifest, Partition, SourceFile, decode_manifest
 from schema.errors import InvalidCheckpoint, NotFound, SllmError
 
@@ -29,6 +30,7 @@ __all__ = [
     "Found",
     "changed_source",
     "check_assets",
+    "commit",
     "is_sound",
     "is_verified",
     "look",
@@ -195,6 +197,35 @@ def check_assets(directory: Path, manifest: Manifest) -> None:
             raise InvalidCheckpoint(
                 f"{path}: its {size} bytes are not what was ingested (sha256 {found}, expected {asset.sha256})"
             )
+
+
+def commit(new: Path, target: Path, replaced: Path) -> bool:
+    """Make a finished layout durable, then visible at ``target``; False when a sound copy lies there, which is kept.
+
+    Files first, their directory, the rename, and the directories that it happened in. What lay there and was not sound is
+    moved to ``replaced``, which is the caller's to delete. All must be of one file system. Raises OSError.
+    """
+    for file in new.iterdir():
+        sync(file)
+    sync(new)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    replaced.parent.mkdir(parents=True, exist_ok=True)
+    placed = False
+    for number in range(2):
+        if is_sound(target):
+            break
+        if target.exists():
+            target.rename(replaced if not number else replaced.with_name(f"{replaced.name}-again"))
+        try:
+            new.rename(target)
+            placed = True
+            break
+        except OSError as error:  # whoever fetches or ingests the same may have committed it just now: look again
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    sync(target.parent)
+    sync(target.parent.parent)
+    return placed
 
 
 def remove(entry: CatalogEntry | DamagedCopy) -> None:

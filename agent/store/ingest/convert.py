@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from agent.store import catalog
-from agent.store.durable import disk_errors, sync
+from agent.store.durable import disk_errors
 from agent.store.index import encode_index, read_index
 from agent.store.ingest.files import SourceDirectory
 from agent.store.ingest.headers import Sources, SourceTensor, parse_json
@@ -124,7 +123,7 @@ def convert(
         data = encode_manifest(manifest)
         read_index(new, decode_manifest(data))  # what cannot be read back must never be committed
         (new / catalog.MANIFEST_FILE).write_bytes(data)
-        _commit(new, checkpoints / manifest.digest, staging / "replaced")
+        catalog.commit(new, checkpoints / manifest.digest / layout, staging / "replaced")
         return manifest.digest
 
 
@@ -152,26 +151,3 @@ def _elements(tensor: SourceTensor) -> int:
     for dimension in tensor.shape:
         count *= dimension
     return count
-
-
-def _commit(new: Path, checkpoint: Path, replaced: Path) -> None:
-    """Durable first, then visible: files, their directory, the rename, and the directory that it happened in."""
-    for file in new.iterdir():
-        sync(file)
-    sync(new)
-    checkpoint.mkdir(parents=True, exist_ok=True)
-    target = checkpoint / new.name
-    for _ in range(2):
-        if catalog.is_sound(target):
-            return
-        if target.exists():
-            target.rename(replaced)
-        try:
-            new.rename(target)
-            break
-        except OSError as error:
-            # Another ingest of the same model may have committed it just now: look again.
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-    sync(checkpoint)
-    sync(checkpoint.parent)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from agent.store import catalog
 from agent.store.budget import claim_room
-from agent.store.durable import disk_errors, reserve, sync
+from agent.store.durable import disk_errors, reserve
 from agent.store.temporary import hold, newest
 from schema.checkpoint import Manifest
 from schema.errors import Conflict
@@ -95,34 +95,11 @@ class Partial:
         """Every byte was found right: make it durable, then visible. A copy in quarantine is replaced, a sound one is kept."""
         with disk_errors(f"committing checkpoint {self.manifest.digest}"):
             catalog.mark_verified(self.path)
-            for child in self.path.iterdir():
-                sync(child)
-            sync(self.path)
-            self.target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                if not self._place():
+                if not catalog.commit(self.path, self.target, self._trash):
                     shutil.rmtree(self.path)
             finally:
                 shutil.rmtree(self._trash, ignore_errors=True)
-            sync(self.target.parent)
-            sync(self.target.parent.parent)
-
-    def _place(self) -> bool:
-        """Rename into place; False when a sound copy has come there meanwhile."""
-        for _ in range(2):
-            if catalog.is_sound(self.target):
-                return False
-            if self.target.exists():
-                self._trash.parent.mkdir(parents=True, exist_ok=True)
-                self.target.rename(self._trash)
-            try:
-                self.path.rename(self.target)
-            except OSError as error:  # an ingest of the same model may have committed it just now: look again
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-            else:
-                return True
-        return False
 
     def close(self, *, keep: bool = True) -> None:
         """Let go of it; what was not committed stays for the next try, or goes."""

@@ -85,6 +85,20 @@ def test_a_damaged_copy_is_replaced_by_a_fetch(tmp_path: Path, source: tuple[str
         assert_there(bench, digest, image)
 
 
+def test_a_commit_keeps_what_is_sound_and_replaces_the_rest(tmp_path: Path, source: tuple[str, Path, bytes]) -> None:
+    digest, target, _ = source
+    replaced = tmp_path / "tmp" / "replaced"
+    _, new, _ = make_source(tmp_path / "new")
+    inode = target.stat().st_ino
+    assert not catalog.commit(new, target, replaced)
+    assert (target.stat().st_ino, new.exists(), replaced.exists()) == (inode, True, False)
+    cut(target / "manifest.json")
+    inode = new.stat().st_ino
+    assert catalog.commit(new, target, replaced)
+    assert (target.stat().st_ino, new.exists(), replaced.exists()) == (inode, False, True)
+    assert catalog.look(target.parent.parent).entries[digest].quarantined is None
+
+
 def test_small_files_are_compared_with_their_checksums(source: tuple[str, Path, bytes]) -> None:
     _, directory, _ = source
     entry = catalog.read_entry(directory)
