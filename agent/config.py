@@ -71,6 +71,10 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     def checkpoints_path(self) -> Path:
         return Path(self.data_dir) / "checkpoints"
 
+    @property
+    def skeletons_path(self) -> Path:
+        return Path(self.data_dir) / "skeletons"
+
     def lock_path(self, role: str) -> Path:
         return Path(self.run_dir) / f"{role}.lock"
 

@@ -325,7 +325,7 @@ class StartPhases(_Part, frozen=True, kw_only=True, omit_defaults=False):
 
     ``load_s``: until the weights were in DRAM, or on their device where there is one; ``loaded_from`` is the tier that they
     came from, ``loaded_bytes`` is what was read from disk. ``fork_s``: until the worker's process ran. ``build_s``: the model's
-    skeleton. ``attach_s``: tensors over the store's memory. ``warm_s``: the engine's first step.
+    skeleton. ``attach_s``: tensors over the store's memory. ``warm_s``: KV memory, and on a device the engine's first step.
     """
 
     load_s: float = 0.0

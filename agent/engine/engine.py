@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Items
 
 import torch
+from torch import Tensor
 
 from agent.engine.api import EngineCapacity, StepOutput
 from agent.engine.attention import KvPool
@@ -52,6 +53,7 @@ class BatchEngine:
         self._vocabulary = vocabulary
         self._context_tokens = context_tokens
         self._scheduler = Scheduler(blocks, prefill_tokens)
+        self._proven = False
         self._known: dict[Epoch, Sequence] = {}
         self._ends: list[Ended] = []
 
@@ -71,9 +73,14 @@ class BatchEngine:
     def kv_used_tokens(self) -> int:
         return self._blocks.used_tokens
 
+    @property
+    def proven(self) -> bool:
+        """True once a step has shown that every layer attends through this engine, exactly once."""
+        return self._proven
+
     @torch.inference_mode()
     def warm(self) -> None:
-        """Run one prefill that nobody sees, before anything is submitted.
+        """Run one prefill that nobody sees, while nothing runs: what a first step costs once is then paid.
 
         Raises InvalidCheckpoint when not every layer attends through this engine, exactly once.
         """
@@ -84,13 +91,21 @@ class BatchEngine:
         sequence = Sequence(submit)
         self._blocks.admit(sequence, reserve=0)
         try:
-            logits, sequences = self._runner.forward(Plan(prefills=[(sequence, 2)]))
+            logits, sequences = self._forward(Plan(prefills=[(sequence, 2)]))
             sample(logits, sequences)
         finally:
             self._blocks.release(sequence, spoiled=True)
-        attended, layers = self._runner.attended_layers, len(self._pool.layers)
-        if attended != list(range(layers)):
-            raise InvalidCheckpoint(f"{len(attended)} layers attended through the engine, the KV geometry has {layers}")
+
+    def _forward(self, plan: Plan) -> tuple[Tensor, list[Sequence]]:
+        """The model over a plan. The first time it must attend as the KV geometry says; raises InvalidCheckpoint otherwise."""
+        logits, sequences = self._runner.forward(plan)
+        if not self._proven:
+            attended, layers = self._runner.attended_layers, len(self._pool.layers)
+            if attended != list(range(layers)):
+                plan.undo()
+                raise InvalidCheckpoint(f"{len(attended)} layers attended through the engine, the KV geometry has {layers}")
+            self._proven = True
+        return logits, sequences
 
     def submit(self, submit: Submit) -> None:
         if submit.attempt in self._known or any(end.attempt == submit.attempt for end in self._ends):
@@ -144,7 +159,7 @@ class BatchEngine:
 
     def _compute(self, plan: Plan) -> tuple[list[Sequence], list[int], Mapping[int, bytes]]:
         """Whose tokens are all computed, and the next of each with its record of log-probabilities by index."""
-        logits, sequences = self._runner.forward(plan)
+        logits, sequences = self._forward(plan)
         if not sequences:
             return [], [], {}
         try:

@@ -24,7 +24,7 @@ from agent.engine.api import EngineCapacity
 from agent.engine.build import assemble
 from agent.engine.engine import BatchEngine
 from agent.engine.image import image_tensors
-from agent.engine.skeleton import build_skeleton
+from agent.engine.kept import SkeletonCache
 from agent.engine.weights import attach
 from agent.native.device import open_driver
 from agent.native.dlpack import bytes_capsule
@@ -66,6 +66,8 @@ _SOFTWARE: Final = f"sllmctl-worker {VERSION}"
 _LOAD_EVERY_S: Final = 0.1
 _IDLE_S: Final = 1.0
 """How often an idle worker looks whether it still has an agent; messages wake it at once."""
+_WARM_AFTER_S: Final = 0.25
+"""An instance that is started for a request has it by then."""
 _BLOCKED_S: Final = 0.005
 """How soon it looks again whether a full socket has taken what was queued."""
 _log = logging.getLogger(__name__)
@@ -104,6 +106,7 @@ class Worker:
         self._failed = False
         self._load = (0, 0, 0)
         self._load_at = 0.0
+        self._warm_at = 0.0
 
     def run(self) -> int:
         """Serve to the end. Returns the exit code: 0 when told to stop or left alone, 1 after a failed start or a refusal."""
@@ -115,6 +118,8 @@ class Worker:
                 return 1
             if self._busy:
                 self._step()
+            elif self._warm_due_s == 0.0:
+                self._warm()
             self._tell()
             code = self._ended()
             if code is not None:
@@ -128,6 +133,8 @@ class Worker:
     def _wait_s(self) -> float:
         wait_s = _IDLE_S
         now = time.monotonic()
+        if (due_s := self._warm_due_s) is not None:
+            wait_s = min(wait_s, due_s)
         if self._stop_at is not None:
             wait_s = min(wait_s, max(0.0, self._stop_at - now))
         if not self._channel.connected:
@@ -137,6 +144,21 @@ class Worker:
         elif self._load != self._current_load():
             wait_s = min(wait_s, max(0.0, self._load_at + _LOAD_EVERY_S - now))
         return wait_s
+
+    @property
+    def _warm_due_s(self) -> float | None:
+        """Seconds until a first step that nobody sees is due; None when there was a first step."""
+        if self._engine is None or self._engine.proven or self._failed or self._stop_at is not None:
+            return None
+        return max(0.0, self._warm_at - time.monotonic())
+
+    def _warm(self) -> None:
+        """No request has come yet: let the first one find pages mapped and kernels made."""
+        assert self._engine is not None
+        try:
+            self._engine.warm()
+        except Exception as error:
+            self._fail(error)
 
     def _step(self) -> None:
         assert self._engine is not None
@@ -281,7 +303,7 @@ class Worker:
         torch.set_num_threads(start.options.threads or self._config.threads or len(os.sched_getaffinity(0)))
         try:
             self._manifest = self._read_manifest(message)
-            self._model = build_skeleton(self._manifest)
+            self._model = SkeletonCache(self._config.skeletons_path).skeleton(self._manifest)
             self._index = read_index(self._config.checkpoints_path / message.directory, self._manifest)
         except Exception as error:
             self._fail(error)
@@ -299,7 +321,10 @@ class Worker:
         return manifest
 
     def _attach(self, message: Attach) -> None:
-        """Weights over the store's memory, KV memory, and a first step."""
+        """Weights over the store's memory, and KV memory.
+
+        On a processor nobody waits for a first step: it costs as much as the step that a cold request is waiting for.
+        """
         if self._failed or self._attached is not None or self._model is None or self._start is None:
             return
         if self._manifest is None or self._index is None:
@@ -318,7 +343,8 @@ class Worker:
             attach(self._model, self._manifest, image_tensors(self._index, image), device)
             attached_s = time.monotonic()
             engine = assemble(self._model, self._manifest, options, device)
-            engine.warm()
+            if message.weights is not None:
+                engine.warm()
         except Exception as error:
             self._fail(error)
             return
@@ -332,6 +358,7 @@ class Worker:
             self._phases, attach_s=attached_s - began_s, warm_s=now - attached_s, total_s=now - self._began_s
         )
         self._engine = engine
+        self._warm_at = now + _WARM_AFTER_S
         self._become_ready(engine.capacity)
 
     def _map(self, message: Attach) -> tuple[Any, str]:

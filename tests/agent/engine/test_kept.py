@@ -1,0 +1,75 @@
+"""Skeletons kept on disk: what is read back runs as what was built, and nothing is read that others may have written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from agent.engine import kept
+from agent.engine.build import assemble
+from agent.engine.kept import SkeletonCache
+from agent.engine.weights import attach
+from schema.checkpoint import Manifest
+from tests.agent.engine.models import kv_options, make_model, manifest_of, submit_of, tensors_of
+from tests.agent.engine.test_engine import drive, reference
+
+PROMPT = [3, 7, 11, 7]
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Digests of the manifests of which a skeleton was built, and not read."""
+    built: list[str] = []
+
+    def build(manifest: Manifest, real: object = kept.build_skeleton) -> nn.Module:
+        built.append(manifest.architecture)
+        model: nn.Module = real(manifest)  # type: ignore[operator]
+        return model
+
+    monkeypatch.setattr(kept, "build_skeleton", build)
+    return built
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "mistral-window", "qwen3_moe"])
+def test_a_skeleton_that_is_read_runs_as_one_that_is_built(name: str, tmp_path: Path, builds: list[str]) -> None:
+    model = make_model(name)
+    manifest = manifest_of(model)
+    SkeletonCache(tmp_path / "kept").skeleton(manifest)
+    skeleton = SkeletonCache(tmp_path / "kept").skeleton(manifest)
+    assert len(builds) == 1
+    assert all(tensor.is_meta for tensor in skeleton.state_dict().values())
+    attach(skeleton, manifest, tensors_of(model), "cpu")
+    outcome = drive(assemble(skeleton, manifest, kv_options(manifest, 64)), [submit_of(1, PROMPT, 12)])
+    assert outcome.tokens[1] == reference(model, PROMPT, 12)
+
+
+def test_what_cannot_be_trusted_or_read_is_built_anew(tmp_path: Path, builds: list[str]) -> None:
+    manifest = manifest_of(make_model("llama"))
+    cache = SkeletonCache(tmp_path / "kept")
+    cache.skeleton(manifest)
+    (path,) = (tmp_path / "kept").iterdir()
+    path.write_bytes(path.read_bytes()[:-100])
+    cache.skeleton(manifest)
+    assert len(builds) == 2
+    path.chmod(0o620)
+    cache.skeleton(manifest)
+    assert len(builds) == 3
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.parent.chmod(0o777)
+    cache.skeleton(manifest)
+    assert len(builds) == 4
+    path.parent.chmod(0o700)
+    cache.skeleton(manifest)
+    assert len(builds) == 4
+
+
+def test_a_full_disk_keeps_nothing_and_harms_nothing(tmp_path: Path, builds: list[str]) -> None:
+    manifest = manifest_of(make_model("llama"))
+    (tmp_path / "kept").write_text("a file in the directory's place")
+    cache = SkeletonCache(tmp_path / "kept")
+    assert isinstance(cache.skeleton(manifest), nn.Module)
+    assert next(cache.skeleton(manifest).parameters()).device == torch.device("meta")
+    assert len(builds) == 2
