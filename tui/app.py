@@ -14,7 +14,7 @@ from textual import on
 from textual.app import App, ComposeResult, SystemCommand
 from textual.binding import Binding
 from textual.containers import Horizontal, VerticalScroll
-from textual.events import Key, Resize
+from textual.events import Click, Key, Resize
 from textual.screen import Screen
 from textual.suggester import SuggestFromList
 from textual.timer import Timer
@@ -23,7 +23,7 @@ from textual.widgets import Input, Static
 from schema.errors import SllmError
 from schema.states import RequestState
 from sllmctl.client import AsyncAdminClient, Call
-from tui.chrome import footer_line, status_line, tabs_line, title_line
+from tui.chrome import footer_line, status_line, tab_at, tabs_line, title_line
 from tui.commands import COMMANDS, Command, called, for_key, of_view
 from tui.dialogs import Choice, Field, Form, Help
 from tui.feed import Cluster, Follower
@@ -179,9 +179,6 @@ class Dashboard(App[Ending]):
 
     # --- moving about
 
-    def action_jump(self, view: str) -> None:
-        self.jump(view)
-
     def jump(self, view: str) -> None:
         """Go to a view, whole."""
         self._go(_Place(view))
@@ -227,6 +224,12 @@ class Dashboard(App[Ending]):
     def do_sort_turn(self) -> None:
         key, down = self._sorts[self.view.name]
         self._sort(key, not down)
+
+    @on(Click, "#tabs")
+    def _tab_clicked(self, event: Click) -> None:
+        name = tab_at(event.x, self._place.view, self.size.width)
+        if name is not None:
+            self.jump(name)
 
     @on(Grid.HeaderClicked)
     def _head_clicked(self, event: Grid.HeaderClicked) -> None:

@@ -11,7 +11,7 @@ from tui.feed import Cluster
 from tui.format import ACCENT, BAD, GOOD, MUTED, PLAIN, WARN, age, count, printable
 from tui.views import VIEWS, Scope
 
-__all__ = ["footer_line", "status_line", "tabs_line", "title_line"]
+__all__ = ["footer_line", "status_line", "tab_at", "tabs_line", "title_line"]
 
 _WHOLE_TABS = 116
 
@@ -53,15 +53,30 @@ def status_line(cluster: Cluster, width: int, read_only: bool) -> Text:
 
 
 def tabs_line(current: str, width: int) -> Text:
-    """The views with their numbers; a click on one goes there."""
+    """The views with their numbers."""
     text = Text(" ", no_wrap=True)
-    for number, kind in enumerate(VIEWS, 1):
-        here, begin = kind.name == current, text.cell_len
+    for number, (name, label) in enumerate(_labels(current, width), 1):
+        here = name == current
         style = f"bold #0d1117 on {ACCENT}" if here else PLAIN
         text.append(f" {number} ", style=style if here else MUTED)
-        text.append(f"{kind.name if here or width >= _WHOLE_TABS else kind.name[:4]} ", style=style)
-        text.apply_meta({"@click": f"app.jump('{kind.name}')"}, begin, text.cell_len)
+        text.append(f"{label} ", style=style)
     return text
+
+
+def tab_at(x: int, current: str, width: int) -> str | None:
+    """The view whose tab is at ``x``."""
+    begin = 1
+    for name, label in _labels(current, width):
+        end = begin + len(label) + 4
+        if begin <= x < end:
+            return name
+        begin = end
+    return None
+
+
+def _labels(current: str, width: int) -> list[tuple[str, str]]:
+    whole = width >= _WHOLE_TABS
+    return [(kind.name, kind.name if whole or kind.name == current else kind.name[:4]) for kind in VIEWS]
 
 
 def title_line(view: str, scope: Scope | None, filter_: str, at: int, shown: int, total: int, sort: tuple[str, bool]) -> Text:

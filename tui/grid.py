@@ -198,6 +198,9 @@ class Grid(Widget, can_focus=True):
         return len(self._rows) + 1
 
     def render_line(self, y: int) -> Strip:
+        return self._drawn(y).apply_style(self.rich_style)
+
+    def _drawn(self, y: int) -> Strip:
         width = self.size.width
         if y == 0:
             return self._line(width - 1, [self._head(column) for column, _ in self._layout(width)], _HEAD).extend_cell_length(

@@ -32,6 +32,8 @@ __all__ = ["EventsPort", "Feed", "LivePort"]
 
 _AGAIN = 500
 """So many busy instances are looked at in one turn; the others in the next."""
+_AT_ONCE = 250
+"""So many things of a kind are looked at before tokens and others get the event loop again."""
 
 
 class LivePort(LiveNumbers, Protocol):
@@ -194,7 +196,7 @@ class Feed(logging.Handler):
             self._events.clear()
             for event in await self._database.events(limit=self._settings.keep):
                 picture.put("events", event.id, event)
-            # Nothing is awaited from here on, so no change can fall between the picture and its first turn.
+            # From here on `committed` marks what changes, so no change can fall between the picture and its first turn.
             self._picture, self._busy, self._moving = picture, {}, []
             view = self._view
             everything: tuple[tuple[StreamKind, Iterable[str]], ...] = (
@@ -205,7 +207,7 @@ class Feed(logging.Handler):
             )
             for kind, names in everything:
                 self._touched[kind] = dict.fromkeys(names)
-            self._look(picture)
+            await self._look_at_all(picture)
             self._ticker = asyncio.create_task(self._tick(picture), name="event stream")
             return picture
 
@@ -214,7 +216,7 @@ class Feed(logging.Handler):
         while self._readers or loop.time() - self._left_at < self._settings.linger_s:
             await asyncio.sleep(self._settings.every_s)
             before = picture.cursor
-            self._look(picture)
+            await self._look_at_all(picture)
             if picture.cursor != before:
                 self._wake()
         self._picture = None
@@ -225,8 +227,15 @@ class Feed(logging.Handler):
         self._news.set()
         self._news = asyncio.Event()
 
-    def _look(self, picture: Picture) -> None:
-        """One turn: what was touched, and what is live."""
+    async def _look_at_all(self, picture: Picture) -> None:
+        """One turn: what is live, and what was touched, a part at a time."""
+        self._look_at_live(picture)
+        self._look(picture)
+        while any(self._touched.values()):
+            await asyncio.sleep(0)
+            self._look(picture)
+
+    def _look_at_live(self, picture: Picture) -> None:
         self._look_at_requests(picture)
         moving = self._live.moving()
         for op, where in {*moving, *self._moving}:
@@ -239,6 +248,20 @@ class Feed(logging.Handler):
         for busy in list(itertools.islice(self._busy, _AGAIN)):
             del self._busy[busy]
             self._touch("instances", busy)
+        for operation in self._view.operations.values():
+            picture.put("operations", operation.id, operation_view(self._view, self._live, operation))
+        for name in [name for name in picture.views("operations") if name not in self._view.operations]:
+            picture.drop("operations", name)
+        while self._events:
+            event = self._events.popleft()
+            picture.put("events", event.id, event)
+        known = picture.views("logs")
+        for line in list(self._lines):
+            if line.id not in known:
+                picture.put("logs", line.id, line)
+
+    def _look(self, picture: Picture) -> None:
+        """Some of what was touched."""
         view, live = self._view, self._live
         for name in _taken(self._touched["instances"]):
             instance = view.instances.get(name)
@@ -251,24 +274,13 @@ class Feed(logging.Handler):
                 self._busy[name] = None
         for name in _taken(self._touched["models"]):
             model = view.models.get(name)
-            _place_view(picture, "models", name, model and model_view(view, live, model))
+            _show(picture, "models", name, model and model_view(view, live, model))
         for name in _taken(self._touched["nodes"]):
             node = view.nodes.get(name)
-            _place_view(picture, "nodes", name, node and node_view(view, live, node))
+            _show(picture, "nodes", name, node and node_view(view, live, node))
         for name in _taken(self._touched["checkpoints"]):
             checkpoint = view.checkpoints.get(name)
-            _place_view(picture, "checkpoints", name, checkpoint and checkpoint_view(view, checkpoint))
-        for operation in view.operations.values():
-            picture.put("operations", operation.id, operation_view(view, live, operation))
-        for name in [name for name in picture.views("operations") if name not in view.operations]:
-            picture.drop("operations", name)
-        while self._events:
-            event = self._events.popleft()
-            picture.put("events", event.id, event)
-        known = picture.views("logs")
-        for line in list(self._lines):
-            if line.id not in known:
-                picture.put("logs", line.id, line)
+            _show(picture, "checkpoints", name, checkpoint and checkpoint_view(view, checkpoint))
 
     def _look_at_requests(self, picture: Picture) -> None:
         known = picture.views("requests")
@@ -290,7 +302,7 @@ def _place(cursor: str | None, picture: Picture) -> int | None:
     return int(number) if name == picture.name and number.isascii() and number.isdigit() else None
 
 
-def _place_view(picture: Picture, kind: StreamKind, name: str, view: object | None) -> None:
+def _show(picture: Picture, kind: StreamKind, name: str, view: object | None) -> None:
     if view is None:
         picture.drop(kind, name)
     else:
@@ -298,6 +310,7 @@ def _place_view(picture: Picture, kind: StreamKind, name: str, view: object | No
 
 
 def _taken(touched: dict[str, None]) -> list[str]:
-    names = list(touched)
-    touched.clear()
+    names = list(itertools.islice(touched, _AT_ONCE))
+    for name in names:
+        del touched[name]
     return names

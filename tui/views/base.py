@@ -64,7 +64,8 @@ class Detail:
     """The text of the detail pane, built a line at a time."""
 
     def __init__(self, title: str) -> None:
-        self.text = Text(printable(title), style=f"bold {PLAIN}")
+        self.text = Text(style=PLAIN)
+        self.text.append(printable(title), style="bold")
         self.text.append("\n")
 
     def field(self, label: str, value: str | Span | Sequence[Span]) -> Detail:

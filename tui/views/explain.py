@@ -25,7 +25,7 @@ class Explain(View[NodeVerdictView]):
             Column("node", "NODE", 14, self._node, lambda one: one.node),
             Column("devices", "DEV", 5, _of(lambda one: ",".join(map(str, one.devices))), None),
             Column(
-                "source", "SOURCE", 8, _of(lambda one: one.source), lambda one: one.candidate.source if one.candidate else "~"
+                "source", "SOURCE", 12, _of(lambda one: one.source), lambda one: one.candidate.source if one.candidate else "~"
             ),
             Column("queue", "QUEUE", 6, _of(lambda one: seconds(one.queue_s)), None, right=True, since=92),
             Column("load", "LOAD", 6, _of(lambda one: seconds(one.load_s)), None, right=True, since=92),

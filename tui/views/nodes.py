@@ -52,7 +52,8 @@ class Nodes(View[NodeView]):
 
     def detail(self, row: NodeView, cluster: Cluster) -> Detail:
         detail = Detail(row.name).field("state", _state(row)).field("address", row.address)
-        detail.field("seen", f"{age(cluster.now() - row.seen_at)} ago").field("instances", str(row.instances))
+        linked = "connected" if row.state is NodeState.READY else "last seen"
+        detail.field(linked, f"{age(cluster.now() - row.seen_at)} ago").field("instances", str(row.instances))
         means = row.inventory
         if means is None:
             return detail.line(Span("it has not stated its means yet", MUTED))
@@ -67,7 +68,7 @@ class Nodes(View[NodeView]):
         for name, (used, budget) in (("DRAM", _dram(row)), ("disk", _disk(row))):
             part = used / budget if budget else 0.0
             detail.line(f"{name:<8}", *bar(part, 14), f" {size(used)}/{size(budget)}" if budget else f" {size(used)}, no limit")
-        detail.field("\npages", means.arena.pages).field("disk reads", rate(means.disk_read_bps) or "not measured")
+        detail.line().field("pages", means.arena.pages).field("disk reads", rate(means.disk_read_bps) or "not measured")
         detail.field("copies", rate(means.device_copy_bps))
         if samples := cluster.tokens.get(row.name):
             detail.head("tokens per second").line(history(samples, 30)).line(
@@ -88,7 +89,9 @@ class Nodes(View[NodeView]):
         return samples[-1] if samples else 0.0
 
     def _seen(self, node: NodeView) -> Cell:
-        return Span(age(self._cluster.now() - node.seen_at), MUTED) if self._cluster is not None else ""
+        if node.state is NodeState.READY or self._cluster is None:
+            return Span("now", MUTED)
+        return Span(age(self._cluster.now() - node.seen_at), WARN)
 
 
 def _state(node: NodeView) -> Span:
