@@ -63,7 +63,7 @@ class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
     ``kv_bytes``: memory for the KV cache of one instance. ``max_context_tokens``: below the model's own limit.
     ``threads``: CPU threads of a worker on a CPU device. ``deterministic``: the same bits in every batch, chunk and
-    migration on one kind of device, at about half the speed.
+    migration on one kind of device, at half the speed or less.
     """
 
     kv_bytes: Annotated[int, Meta(ge=1 << 16)] | None = None
