@@ -248,6 +248,14 @@ class Dispatcher:
                 sequence.wake()
             self._retire(request)
 
+    def complete(self, sequence: Sequence) -> None:
+        """End it where it stands, since no more of it is wanted; nothing happens when it has ended."""
+        if not sequence.done:
+            self.queue(sequence.request.model).take(sequence)
+            if sequence.attempt is not None:
+                self._abandon(sequence.attempt)
+            self._finish(sequence, EndReason.STOP)
+
     def fail(self, request: Request, error: SllmError) -> None:
         """End it with an error: one choice that cannot be had fails the whole request."""
         if request.live:

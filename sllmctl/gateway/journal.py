@@ -80,6 +80,10 @@ class Sequence:
     def done(self) -> bool:
         return self.finish is not None or self.failure is not None
 
+    def complete(self) -> None:
+        """End it as it stands: its text is complete. Its request goes on; after the end nothing happens."""
+        self.request.complete(self)
+
     async def wait(self, position: int) -> None:
         """Return when there are more than ``position`` tokens, or ``finish`` is set.
 
@@ -121,7 +125,7 @@ class Request:
     """One request of a client, or one found on a node without a client (``orphaned``). Times are the router's clock."""
 
     __slots__ = (
-        "_cancel", "attempts", "cancelled", "cold", "ended_at", "engine", "first_token_at", "id", "instance",
+        "_cancel", "attempts", "cancelled", "cold", "complete", "ended_at", "engine", "first_token_at", "id", "instance",
         "live", "model", "orphaned", "params", "received_at", "routed_at", "sequences", "start", "tenant", "timer",
         "waiting",
     )  # fmt: skip
@@ -134,6 +138,7 @@ class Request:
         received_at: float,
         cancel: Callable[[Request], None],
         *,
+        complete: Callable[[Sequence], None] = lambda _: None,
         tenant: str = "",
         orphaned: bool = False,
     ) -> None:
@@ -157,6 +162,7 @@ class Request:
         self.engine: EngineTiming | None = None
         self.timer: Timer | None = None
         self._cancel = cancel
+        self.complete = complete
 
     def cancel(self) -> None:
         """End it for good: nothing more is delivered. May be called again, and after the end."""

@@ -39,6 +39,9 @@ class SequencePort(Protocol):
     @property
     def finish(self) -> EndReason | None: ...
 
+    def complete(self) -> None:
+        """No more of it is wanted: it ends as it stands, and its request goes on. After its end it does nothing."""
+
     async def wait(self, position: int) -> None:
         """Return once there are more than ``position`` tokens or an end; raise the SllmError of a failed request."""
 

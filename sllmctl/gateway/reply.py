@@ -89,6 +89,7 @@ class Reply:
             parts.append(text if stop is None or self.position <= self._least else stop.push(text))
             if stop is not None and stop.matched:
                 self.reason = "stop"
+                self._sequence.complete()
                 break
         if self.reason is None and finish in _REASONS:
             self.reason = _REASONS[finish]

@@ -226,7 +226,9 @@ class Router:
             raise refusal
         assert queue is not None
         self._check(queue, prompt, params)
-        request = Request(self._ids("req"), model, params, self._core.clock(), self._cancel, tenant=tenant)
+        request = Request(
+            self._ids("req"), model, params, self._core.clock(), self._cancel, complete=self._complete, tenant=tenant
+        )
         for choice in range(choices):
             request.sequences.append(Sequence(request, choice, prompt))
         self._core.register(request)
@@ -359,6 +361,10 @@ class Router:
 
     def _cancel(self, request: Request) -> None:
         self._core.cancel(request)
+        self._core.settle()
+
+    def _complete(self, sequence: Sequence) -> None:
+        self._core.complete(sequence)
         self._core.settle()
 
     def _flush(self, node: str, link: NodeLink) -> None:

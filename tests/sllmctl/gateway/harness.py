@@ -61,6 +61,7 @@ class FakeSequence:
         self.finish: EndReason | None = None
         self.error: SllmError | None = None
         self.waits = 0
+        self.completed = asyncio.Event()
         self._changed = asyncio.Event()
 
     async def wait(self, position: int) -> None:
@@ -78,6 +79,10 @@ class FakeSequence:
             self.logprobs += b"".join(struct.pack("<if", token + at - 1, 0.75 - at) for at in (1, *range(1, (tops or 0) + 1)))
         self.finish = finish
         self._changed.set()
+
+    def complete(self) -> None:
+        self.finish = self.finish or EndReason.STOP
+        self.completed.set()
 
     def fail(self, error: SllmError) -> None:
         self.error = error

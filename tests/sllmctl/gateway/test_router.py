@@ -418,3 +418,22 @@ def test_models_of_one_cluster_do_not_share_instances() -> None:
     assert bench.take(Submit) == []
     assert [model.name for model in bench.router.models()] == ["m", "other"]
     assert bench.router.model_counts("other") == (1, 0)
+
+
+def test_a_choice_of_which_no_more_is_wanted_ends_alone() -> None:
+    bench = Bench()
+    bench.warm()
+    request = bench.router.submit("m", (1,), params(9), choices=2)
+    first, second = bench.take(Submit)
+    bench.tokens(run(first, 4, 5), run(second, 6))
+    request.sequences[0].complete()
+    request.sequences[0].complete()
+    assert [cancel.attempt for cancel in bench.take(Cancel)] == [first.attempt]
+    assert (request.sequences[0].finish, request.sequences[1].finish) == (EndReason.STOP, None)
+    assert request.state == RequestState.RUNNING
+    bench.tokens(run(first, 7, start=2), end(first, 3, EndReason.CANCELLED), run(second, 8, start=1), end(second, 2))
+    assert (request.sequences[0].tokens, request.sequences[1].tokens) == ([4, 5], [6, 8])
+    assert request.state == RequestState.FINISHED
+    waiting = bench.router.submit("m", (1,), params(9))
+    waiting.sequences[0].complete()
+    assert (waiting.state, bench.router.live) == (RequestState.FINISHED, 0)
