@@ -18,7 +18,7 @@ from sllmctl.gateway.metrics import Metrics
 from sllmctl.gateway.ports import AssetsPort, RequestPort, RoutedModelPort, RouterPort
 from sllmctl.gateway.reply import Reply
 from sllmctl.gateway.settings import GatewaySettings
-from sllmctl.gateway.sse import DONE, ReplyHead, Shape, Usage
+from sllmctl.gateway.sse import DONE, PromptDetails, ReplyHead, Shape, Usage
 from sllmctl.gateway.text import TextModel, TextService
 
 __all__ = ["Gateway", "Job"]
@@ -116,14 +116,16 @@ class Gateway:
         name = (b"x-request-id", request.id.encode())
         try:
             if job.stream:
-                await self._stream(job, exchange, shape, replies, name)
+                await self._stream(job, exchange, shape, request, replies, name)
             else:
-                await self._whole(job, exchange, shape, replies, name)
+                await self._whole(job, exchange, shape, request, replies, name)
         finally:
             _end(request)
             metrics.ended(job.model, request.timeline(), sum(reply.position for reply in replies))
 
-    async def _whole(self, job: Job, exchange: Exchange, shape: Shape, replies: list[Reply], name: tuple[bytes, bytes]) -> None:
+    async def _whole(
+        self, job: Job, exchange: Exchange, shape: Shape, request: RequestPort, replies: list[Reply], name: tuple[bytes, bytes]
+    ) -> None:
         pieces = await _together([reply.all(job.params.max_tokens) for reply in replies])
         choices = [
             shape.choice(piece.text, reply.reason or "stop", reply.index, None if job.params.logprobs is None else piece.scores)
@@ -131,16 +133,16 @@ class Gateway:
         ]
         tokens = sum(reply.position for reply in replies)
         self._counter(job.model).inc(tokens)
-        await exchange.answer(200, shape.whole(choices, _usage(job, tokens)), name)
+        await exchange.answer(200, shape.whole(choices, _usage(job, request, tokens)), name)
 
     async def _stream(
-        self, job: Job, exchange: Exchange, shape: Shape, replies: list[Reply], name: tuple[bytes, bytes]
+        self, job: Job, exchange: Exchange, shape: Shape, request: RequestPort, replies: list[Reply], name: tuple[bytes, bytes]
     ) -> None:
         stream = _Stream(exchange, name, self.metrics, len(replies))
         try:
             data = b"".join(await _together([self._stream_choice(job, shape, reply, stream) for reply in replies]))
             if job.include_usage:
-                data += shape.usage(_usage(job, sum(reply.position for reply in replies)))
+                data += shape.usage(_usage(job, request, sum(reply.position for reply in replies)))
             await stream.write(data + DONE, more=False)
         finally:
             stream.close()
@@ -195,5 +197,7 @@ def _end(request: RequestPort) -> None:
         request.cancel()
 
 
-def _usage(job: Job, tokens: int) -> Usage:
-    return Usage(len(job.prompt), tokens, len(job.prompt) + tokens)
+def _usage(job: Job, request: RequestPort, tokens: int) -> Usage:
+    engine = request.timeline().engine if job.choices == 1 else None
+    details = None if engine is None else PromptDetails(min(engine.cached_tokens, len(job.prompt)))
+    return Usage(len(job.prompt), tokens, len(job.prompt) + tokens, details)

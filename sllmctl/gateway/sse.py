@@ -13,7 +13,7 @@ import msgspec
 
 from sllmctl.gateway.logprobs import ScoredToken, Spell, chat_logprobs, completion_logprobs
 
-__all__ = ["DONE", "ChatShape", "CompletionShape", "ReplyHead", "Shape", "Usage"]
+__all__ = ["DONE", "ChatShape", "CompletionShape", "PromptDetails", "ReplyHead", "Shape", "Usage"]
 
 DONE = b"data: [DONE]\n\n"
 
@@ -29,12 +29,19 @@ class ReplyHead(NamedTuple):
     fingerprint: str
 
 
-class Usage(msgspec.Struct, frozen=True):
-    """Tokens of a whole request."""
+class PromptDetails(msgspec.Struct, frozen=True):
+    """How many tokens of a prompt needed no computing."""
+
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Tokens of a whole request; details where they are known."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails | None = None
 
 
 class Shape(ABC):

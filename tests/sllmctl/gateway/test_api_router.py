@@ -8,7 +8,7 @@ import struct
 import msgspec
 
 from schema.ids import epoch_of
-from schema.link import Cancel, Ended, Submit, TokenRun
+from schema.link import Cancel, Ended, EngineTiming, Submit, TokenRun
 from schema.states import EndReason, InstanceState
 from tests.sllmctl.gateway.harness import END, WAIT_S, Serving, chat_body, http_post, ids_of, serving
 from tests.sllmctl.gateway.routing import Bench
@@ -35,7 +35,7 @@ async def test_a_stream_goes_on_over_the_loss_of_its_instance() -> None:
     bench.warm()
     async with serving(router=bench.router) as here:
         reader, writer = await here.raw()
-        writer.write(http_post(_CHAT, chat_body(model="m", stream=True, seed=3)))
+        writer.write(http_post(_CHAT, chat_body(model="m", stream=True, seed=3, stream_options={"include_usage": True})))
         first = await _submitted(bench, here)
         bench.tokens(TokenRun(first.attempt, 0, tuple(ids_of("before "))))
         await asyncio.wait_for(reader.readuntil(b"before "), WAIT_S)
@@ -47,11 +47,17 @@ async def test_a_stream_goes_on_over_the_loss_of_its_instance() -> None:
         ids = (*ids_of("after"), END)
         bench.tokens(
             TokenRun(second.attempt, start, ids),
-            Ended(attempt=second.attempt, position=start + len(ids), reason=EndReason.STOP),
+            Ended(
+                attempt=second.attempt,
+                position=start + len(ids),
+                reason=EndReason.STOP,
+                timing=EngineTiming(cached_tokens=3),
+            ),
         )
         data = await asyncio.wait_for(reader.readuntil(b"[DONE]"), WAIT_S)
         assert b'"content":"after"' in data
         assert b'"finish_reason":"stop"' in data
+        assert b'"prompt_tokens_details":{"cached_tokens":3}' in data
         writer.close()
     assert bench.router.live == 0
 
