@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from agent.store.ingest.files import SourceDirectory
+from agent.store.ingest.reading import SourceReader
 from agent.store.ingest.torchfile import find_tensors
 from schema.checkpoint import DTYPE_BITS, DTYPE_BYTES, tensor_bytes
 from schema.errors import InvalidCheckpoint
@@ -58,6 +59,7 @@ class Sources:
         self.pickled = False
         self._directory = directory
         self._descriptors: dict[str, int] = {}
+        self._readers: dict[str, SourceReader] = {}
         try:
             self._load()
         except BaseException:
@@ -72,6 +74,9 @@ class Sources:
 
     def close(self) -> None:
         """Close the files."""
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
@@ -109,12 +114,9 @@ class Sources:
             target[:] = self._gather(tensor, tensor.strides, start, len(target))
             return
         at = tensor.offset_bytes + start
-        while target:
-            count = os.preadv(self._descriptors[tensor.file], [target], at)
-            if not count:
-                raise InvalidCheckpoint(f"{self._directory.path / tensor.file} ended at byte {at} while it was read")
-            target = target[count:]
-            at += count
+        count = self._readers[tensor.file].read_into(at, target)
+        if count < len(target):
+            raise InvalidCheckpoint(f"{self._directory.path / tensor.file} ended at byte {at + count} while it was read")
 
     def _gather(self, tensor: SourceTensor, strides: tuple[int, ...], start: int, size: int) -> bytes:
         """Bytes of a view in the order of its elements; both ends lie between elements. The file's pages are the memory."""
@@ -165,6 +167,7 @@ class Sources:
         descriptor, size = self._directory.open(file)
         self._descriptors[file] = descriptor
         os.set_blocking(descriptor, True)
+        self._readers[file] = SourceReader(descriptor)
         for tensor in (_read_pickled if self.pickled else _read_header)(descriptor, file, size):
             if tensor.name in self.tensors:
                 raise InvalidCheckpoint(f"tensor {tensor.name!r} is in {self.tensors[tensor.name].file} and in {file}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import threading
@@ -17,6 +18,7 @@ from safetensors import deserialize
 from agent.store.ingest.files import SourceDirectory
 from agent.store.ingest.headers import Sources, SourceTensor
 from agent.store.ingest.pipeline import CHUNK_BYTES
+from agent.store.ingest.reading import SourceReader
 from agent.store.ingest.writer import Written, write_partition
 from schema.checkpoint import DTYPE_BITS, PAD_BYTES, tensor_bytes
 from schema.errors import InvalidCheckpoint, OutOfSpace, SllmError
@@ -146,3 +148,42 @@ def test_a_caller_that_gives_up_ends_every_thread(tmp_path: Path, sources: Sourc
     with pytest.raises(GivenUp):
         write(tmp_path / "p.bin", sources, stop)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ingest")]
+
+
+@pytest.mark.parametrize("way", ["past the cache", "out of the cache", "no direct reads", "cut short"])
+def test_a_source_is_read_the_same_in_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    data = np.random.default_rng(SEED).bytes(2 * CHUNK_BYTES + 12345)
+    file = tmp_path / "file"
+    file.write_bytes(data)
+    real = os.preadv
+    direct: list[int] = []
+
+    def preadv(descriptor: int, buffers: list[memoryview], at: int) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            direct.append(at)
+            if way == "no direct reads":
+                raise OSError(errno.EINVAL, "no")
+            if way == "cut short":
+                return real(descriptor, [buffers[0][:8192]], at)
+        return real(descriptor, buffers, at)
+
+    descriptor = os.open(file, os.O_RDONLY)
+    reader = SourceReader(descriptor)
+    try:
+        if way != "out of the cache":
+            os.fsync(descriptor)
+            monkeypatch.setattr(reader, "_in_cache", lambda at, length: False)
+        monkeypatch.setattr(os, "preadv", preadv)
+        for start, size in ((0, len(data)), (777, CHUNK_BYTES), (4096, 300_000), (1, 5), (len(data) - 270_001, 270_001)):
+            target = bytearray(size)
+            assert reader.read_into(start, memoryview(target)) == size
+            assert target == data[start : start + size]
+        beyond = bytearray(CHUNK_BYTES)
+        assert reader.read_into(len(data) - 300_000, memoryview(beyond)) == 300_000
+        assert beyond[:300_000] == data[-300_000:]
+        assert reader.read_into(len(data) + 5, memoryview(beyond)) == 0
+    finally:
+        reader.close()
+        os.close(descriptor)
+    if way in ("past the cache", "cut short") and reader._direct >= 0:
+        assert direct
