@@ -11,16 +11,27 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from schema.admin import OperationKind
-from schema.errors import Fault
-from schema.ids import Epoch
-from schema.link import DeviceInfo, Inventory, StartPhases
-from schema.spec import ModelSpec
-from schema.states import InstanceState, ModelState, NodeState, Tier, TierState
+from schema.link import DeviceInfo, Inventory
+from schema.states import InstanceState, NodeState, Tier, TierState
+from sllmctl.control.records import (
+    HOLDING,
+    LEAVING,
+    LIVE,
+    STANDING,
+    Checkpoint,
+    Instance,
+    Model,
+    Node,
+    Operation,
+    PinKey,
+    PlacementKey,
+    PlacementRecord,
+    Publication,
+)
 from sllmctl.control.room import RoomIndex
 
 if TYPE_CHECKING:
-    from sllmctl.planner.plans import Plan
+    pass
 
 __all__ = [
     "HOLDING",
@@ -36,178 +47,8 @@ __all__ = [
     "PinKey",
     "PlacementKey",
     "PlacementRecord",
+    "Publication",
 ]
-
-PlacementKey = tuple[str, str, Tier, int]
-"""(digest, node, tier, device)."""
-
-PinKey = tuple[str, str, Tier]
-"""(digest, node, tier)."""
-
-LIVE = frozenset({InstanceState.STARTING, InstanceState.READY, InstanceState.DRAINING, InstanceState.STOPPING})
-"""States in which a node has, or may have, a life of the instance."""
-
-LEAVING = frozenset({InstanceState.DRAINING, InstanceState.STOPPING})
-"""States of those on their way out: what they were promised is still theirs."""
-
-STANDING = LIVE | {InstanceState.BACKOFF}
-"""States whose room on the devices is really theirs; a planned instance begins once these leave it room."""
-
-HOLDING = LIVE | {InstanceState.PLANNED, InstanceState.BACKOFF}
-"""States that keep device memory and arena room for the instance, so that a restart never finds its place taken."""
-
-
-@dataclass(slots=True)
-class Node:
-    """``inventory`` is known since the first truth. ``unreachable_since`` is set while it is unreachable."""
-
-    id: str
-    name: str
-    address: str
-    state: NodeState
-    cordoned: bool
-    created_at: float
-    seen_at: float
-    inventory: Inventory | None = None
-    unreachable_since: float | None = None
-
-
-@dataclass(slots=True)
-class Checkpoint:
-    digest: str
-    architecture: str
-    image_bytes: int
-    kv_token_bytes: int
-    max_context_tokens: int
-    created_at: float
-
-
-@dataclass(slots=True)
-class PlacementRecord:
-    """``users`` is live: loads and instances that hold it, as the node counts them. So is ``reason``, of a quarantine.
-
-    ``used_at``: when it came, or when an instance or a load last began from it.
-    """
-
-    digest: str
-    node: str
-    tier: Tier
-    device: int
-    state: TierState
-    size_bytes: int
-    users: int = 0
-    reason: str = ""
-    used_at: float = 0.0
-
-    @property
-    def key(self) -> PlacementKey:
-        return (self.digest, self.node, self.tier, self.device)
-
-
-@dataclass(slots=True)
-class Operation:
-    """Something long that an operator asked for, all of it live. ``ended_at`` is None while it goes on."""
-
-    id: str
-    ticket: int
-    kind: OperationKind
-    digest: str
-    node: str
-    tier: Tier
-    size_bytes: int
-    began_at: float
-    ended_at: float | None = None
-    fault: Fault | None = None
-    read_bytes: int = 0
-    made_room: bool = False
-    url: str = ""
-    layout: str = ""
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Publication:
-    """A checkpoint lies on the remote at ``url``."""
-
-    digest: str
-    url: str
-    layout: str
-    published_at: float
-
-
-@dataclass(slots=True)
-class Model:
-    """``waiting`` and ``running`` are the router's last word; ``waiting_since`` is when the first of those waiting came.
-
-    ``refusal`` is why the planner found no place, "" if it found one or was not asked; while it is not "", the model is looked
-    at again whenever room appears (`ClusterView.set_refusal`). ``heat`` counts recent calls that found the model idle or
-    without an instance, decaying since ``heat_at``: what a reload would be paid for. ``made_room``: so often
-    copies were put out of a disk for its ingest. ``ingested`` holds the digest of an ingest
-    that is done while its checkpoint has not been stated yet.
-    """
-
-    spec: ModelSpec
-    state: ModelState
-    digest: str | None
-    op: str | None
-    node: str | None
-    fault: Fault | None
-    created_at: float
-    changed_at: float
-    waiting: int = 0
-    running: int = 0
-    waiting_since: float | None = None
-    refusal: str = ""
-    ingested: str | None = None
-    made_room: int = 0
-    heat: float = 0.0
-    heat_at: float = 0.0
-
-    @property
-    def name(self) -> str:
-        return self.spec.name
-
-
-@dataclass(slots=True)
-class Instance:
-    """One replica. ``epoch`` is its present or last life.
-
-    Live only: what its engine can take, ``pid``, ``running`` sequences, ``idle_since`` (None while busy or not ready),
-    ``life_at`` (when this life was begun or its stop was asked for), ``ready_at`` of this life, ``plan`` (the decision that
-    made it, None after a restart of the manager), ``served`` (a sequence has reached it since it was made), ``grace_s`` (what
-    its sequences get when it drains, None for drain_s), ``moving`` (its sequences are to go to another instance, which
-    takes its place: its model does not count it any more), ``source`` and ``expected_s`` (where this life's weights come from,
-    and how long from its begin until it should be ready; None for one that another manager began).
-    """
-
-    id: str
-    model: str
-    node: str
-    digest: str
-    epoch: Epoch
-    state: InstanceState
-    devices: tuple[int, ...]
-    kv_bytes: int
-    restarts: int
-    retry_at: float | None
-    fault: Fault | None
-    phases: StartPhases | None
-    reason: str
-    created_at: float
-    changed_at: float
-    kv_capacity_tokens: int = 0
-    max_context_tokens: int = 0
-    pid: int = 0
-    running: int = 0
-    idle_since: float | None = None
-    life_at: float = 0.0
-    ready_at: float | None = None
-    plan: Plan | None = None
-    served: bool = False
-    grace_s: float | None = None
-    moving: bool = False
-    source: Tier = Tier.DISK
-    expected_s: float | None = None
 
 
 _NO_PLACEMENTS: Mapping[PlacementKey, PlacementRecord] = {}
