@@ -11,6 +11,7 @@ from sllmctl.cli.context import Invocation, output_option, pass_invocation, yes_
 from sllmctl.cli.format import age, short_digest, size
 from sllmctl.cli.operations import finish_operations
 from sllmctl.cli.output import Column, Format, now, show_item, show_items
+from sllmctl.cli.watch import watch_items, watch_option
 
 if TYPE_CHECKING:
     from schema.admin import CheckpointView, PlacementView, PublicationView
@@ -27,11 +28,15 @@ def command() -> None:
 
 @command.command("ls")
 @output_option
+@watch_option
 @pass_invocation
-def ls(invocation: Invocation, form: Format) -> None:
+def ls(invocation: Invocation, form: Format, watch: bool) -> None:
     """List the checkpoints."""
     from sllmctl import client
 
+    if watch:
+        watch_items(invocation, "checkpoints", form, _columns, lambda checkpoint: checkpoint.digest)
+        return
     with invocation.admin() as admin:
         items = admin.ask(client.checkpoints())
     show_items(form, items, _columns(), lambda checkpoint: checkpoint.digest)

@@ -9,6 +9,7 @@ import click
 from sllmctl.cli.context import Invocation, output_option, pass_invocation
 from sllmctl.cli.format import age
 from sllmctl.cli.output import Column, Format, now, show_items
+from sllmctl.cli.watch import watch_items, watch_option
 
 if TYPE_CHECKING:
     from schema.admin import EventView
@@ -26,11 +27,23 @@ def command() -> None:
 @click.option("--object", "name", help="Only of the thing of this name or id.")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=100, show_default=True, help="So many, the newest.")
 @output_option
+@watch_option
 @pass_invocation
-def ls(invocation: Invocation, kind: str | None, name: str | None, limit: int, form: Format) -> None:
+def ls(invocation: Invocation, kind: str | None, name: str | None, limit: int, form: Format, watch: bool) -> None:
     """List events, the newest last."""
     from sllmctl import client
 
+    if watch:
+        watch_items(
+            invocation,
+            "events",
+            form,
+            _columns,
+            lambda event: event.id,
+            wanted=lambda event: kind in (None, event.kind) and name in (None, event.object),
+            limit=limit,
+        )
+        return
     with invocation.admin() as admin:
         items = admin.ask(client.events(kind, name, limit))
     show_items(form, items, _columns(), lambda event: event.id)

@@ -10,6 +10,7 @@ from sllmctl.cli.context import Invocation, output_option, pass_invocation, yes_
 from sllmctl.cli.format import age, duration, size
 from sllmctl.cli.output import Column, Format, now, show_item, show_items
 from sllmctl.cli.phases import progress_text, start_text
+from sllmctl.cli.watch import watch_items, watch_option
 
 if TYPE_CHECKING:
     from schema.admin import InstanceView
@@ -24,11 +25,15 @@ def command() -> None:
 
 @command.command("ls")
 @output_option
+@watch_option
 @pass_invocation
-def ls(invocation: Invocation, form: Format) -> None:
+def ls(invocation: Invocation, form: Format, watch: bool) -> None:
     """List the instances."""
     from sllmctl import client
 
+    if watch:
+        watch_items(invocation, "instances", form, _columns, lambda instance: instance.id)
+        return
     with invocation.admin() as admin:
         items = admin.ask(client.instances())
     show_items(form, items, _columns(), lambda instance: instance.id)

@@ -10,6 +10,7 @@ import click
 
 from sllmctl.cli.context import Invocation, output_option, pass_invocation, yes_option
 from sllmctl.cli.output import Format, show_item, show_items
+from sllmctl.cli.watch import watch_items, watch_option
 
 if TYPE_CHECKING:
     from schema.spec import ScaleSpec, Source
@@ -223,12 +224,16 @@ def rm(invocation: Invocation, names: tuple[str, ...], yes: bool, wait: bool, ti
 
 @command.command("ls")
 @output_option
+@watch_option
 @pass_invocation
-def ls(invocation: Invocation, form: Format) -> None:
+def ls(invocation: Invocation, form: Format, watch: bool) -> None:
     """List the models."""
     from sllmctl import client
     from sllmctl.cli.model_views import columns
 
+    if watch:
+        watch_items(invocation, "models", form, columns, lambda model: model.name)
+        return
     with invocation.admin() as admin:
         items = admin.ask(client.models())
     show_items(form, items, columns(), lambda model: model.name)

@@ -10,6 +10,7 @@ from sllmctl.cli.context import Invocation, output_option, pass_invocation
 from sllmctl.cli.format import age, bandwidth, size
 from sllmctl.cli.output import Column, Format, now, show_item, show_items
 from sllmctl.cli.phases import progress_text
+from sllmctl.cli.watch import watch_items, watch_option
 
 if TYPE_CHECKING:
     from schema.admin import NodeView
@@ -25,11 +26,15 @@ def command() -> None:
 
 @command.command("ls")
 @output_option
+@watch_option
 @pass_invocation
-def ls(invocation: Invocation, form: Format) -> None:
+def ls(invocation: Invocation, form: Format, watch: bool) -> None:
     """List the nodes."""
     from sllmctl import client
 
+    if watch:
+        watch_items(invocation, "nodes", form, _columns, lambda node: node.name, key=lambda node: node.id)
+        return
     with invocation.admin() as admin:
         items = admin.ask(client.nodes())
     show_items(form, items, _columns(), lambda node: node.name)

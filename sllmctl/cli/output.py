@@ -18,6 +18,7 @@ __all__ = [
     "Column",
     "Format",
     "ReportFormat",
+    "Watch",
     "now",
     "read_line",
     "show_item",
@@ -96,15 +97,65 @@ def show_item(form: Format, item: T, fields: Callable[[T], Sequence[tuple[str, s
                 write(f"{'':<{width}}{printable(line)}")
 
 
+class Watch(Generic[T]):
+    """A list that goes on. ``columns`` are asked for anew each time, since ages are reckoned from when they are made.
+
+    A table's columns only become wider; JSON is an object a line, YAML a document each.
+    """
+
+    def __init__(self, form: Format, columns: Callable[[], Sequence[Column[T]]], name: Callable[[T], str]) -> None:
+        self._form, self._columns, self._name = form, columns, name
+        self._widths: list[int] | None = None
+
+    def show(self, items: Sequence[T]) -> None:
+        """Items that are new, or have changed."""
+        if self._form in ("json", "yaml"):
+            for item in items:
+                self._document(item)
+        elif self._form == "name":
+            for item in items:
+                write(printable(self._name(item)))
+        else:
+            columns = [column for column in self._columns() if self._form == "wide" or not column.wide]
+            rows = [[printable(column.cell(item)) for column in columns] for item in items]
+            if self._widths is None and rows:
+                rows.insert(0, [column.header for column in columns])
+                self._widths = [0] * len(columns)
+            widths = [max([width, *(len(row[index]) for row in rows)]) for index, width in enumerate(self._widths or [])]
+            for row in rows:
+                write(_line(columns, row, widths))
+            self._widths = widths or None
+
+    def gone(self, name: str) -> None:
+        """Something is there no more."""
+        if self._form in ("json", "yaml"):
+            self._document({"gone": name})
+        elif self._form != "name":
+            write(f"{printable(name)} is gone")
+
+    def _document(self, value: Any) -> None:
+        import msgspec
+
+        if self._form == "json":
+            write(msgspec.json.encode(value).decode())
+        else:
+            write("---")
+            _write_struct(self._form, value)
+
+
+def _line(columns: Sequence[Column[T]], row: Sequence[str], widths: Sequence[int]) -> str:
+    cells = [
+        f"{text:>{width}}" if column.right else f"{text:<{width}}"
+        for column, text, width in zip(columns, row, widths, strict=True)
+    ]
+    return "  ".join(cells).rstrip()
+
+
 def _write_table(columns: Sequence[Column[T]], items: Sequence[T]) -> None:
     rows = [[column.header for column in columns], *([printable(column.cell(item)) for column in columns] for item in items)]
     widths = [max(len(row[index]) for row in rows) for index in range(len(columns))]
     for row in rows:
-        cells = [
-            f"{text:>{width}}" if column.right else f"{text:<{width}}"
-            for column, text, width in zip(columns, row, widths, strict=True)
-        ]
-        write("  ".join(cells).rstrip())
+        write(_line(columns, row, widths))
 
 
 def _write_struct(form: Format, value: Any) -> None:

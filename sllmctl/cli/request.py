@@ -10,6 +10,7 @@ from sllmctl.cli.context import Invocation, output_option, pass_invocation
 from sllmctl.cli.format import age, duration
 from sllmctl.cli.output import Column, Format, now, show_item, show_items
 from sllmctl.cli.phases import engine_text, start_text, timeline_text
+from sllmctl.cli.watch import watch_items, watch_option
 
 if TYPE_CHECKING:
     from schema.admin import RequestView
@@ -24,11 +25,15 @@ def command() -> None:
 
 @command.command("ls")
 @output_option
+@watch_option
 @pass_invocation
-def ls(invocation: Invocation, form: Format) -> None:
+def ls(invocation: Invocation, form: Format, watch: bool) -> None:
     """List the requests that run, and the latest that ended."""
     from sllmctl import client
 
+    if watch:
+        watch_items(invocation, "requests", form, _columns, lambda request: request.id)
+        return
     with invocation.admin() as admin:
         items = admin.ask(client.requests())
     show_items(form, items, _columns(), lambda request: request.id)

@@ -41,6 +41,7 @@ from schema.admin import (
     RequestTimeline,
     RequestView,
     StatusView,
+    StreamFrame,
 )
 from schema.errors import Fault
 from schema.link import ArenaInfo, DeviceInfo, EngineTiming, Inventory, StartPhases
@@ -386,6 +387,8 @@ class FakeManager:
     hold: bool = False
     gone: threading.Event = field(default_factory=threading.Event)
     chat_error: tuple[int, bytes] | None = None
+    frames: list[StreamFrame] = field(default_factory=list)
+    """What the event stream tells before it ends."""
 
     def forget(self) -> None:
         """Be as new, for the next test."""
@@ -408,6 +411,9 @@ class FakeManager:
         if queue := self.answers.get(f"{request.method} {path}"):
             status, content = queue.pop(0) if len(queue) > 1 else queue[0]
             return Response(content, status, media_type="application/json")
+        if path == "stream":
+            events = b"".join(b"data: " + msgspec.json.encode(frame) + b"\n\n" for frame in self.frames)
+            return Response(events, media_type="text/event-stream")
         return self._view(path)
 
     def _view(self, path: str) -> Response:

@@ -1,0 +1,61 @@
+"""``ls --watch``: a list that goes on, told by the manager's event stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from sllmctl.cli.context import Invocation
+from sllmctl.cli.output import Column, Format, Watch
+
+if TYPE_CHECKING:
+    from schema.admin import StreamKind
+
+__all__ = ["watch_items", "watch_option"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def watch_option(command: F) -> F:
+    """``-w``, given to the command as ``watch``."""
+    return click.option(
+        "-w",
+        "--watch",
+        is_flag=True,
+        help="Go on and print what changes; under -o json an object a line, {gone: NAME} at its end.",
+    )(command)
+
+
+def watch_items(
+    invocation: Invocation,
+    kind: StreamKind,
+    form: Format,
+    columns: Callable[[], Sequence[Column[Any]]],
+    name: Callable[[Any], str],
+    *,
+    key: Callable[[Any], str] | None = None,
+    wanted: Callable[[Any], bool] = lambda _: True,
+    limit: int | None = None,
+) -> None:
+    """Print the list, then each item that is new or has changed, until interrupted; of the first list the last ``limit``.
+
+    ``key`` is what the stream knows an item by, else its name. Raises Unreachable when the manager goes away.
+    """
+    shown = Watch(form, columns, name)
+    names: dict[str, str] = {}
+    first: list[Any] | None = []
+    with invocation.admin() as admin:
+        for frame in admin.follow(kinds=(kind,)):
+            items = [item for item in getattr(frame, kind) if wanted(item)]
+            names.update({(key or name)(item): name(item) for item in items})
+            if first is not None:
+                first += items
+                if frame.more:
+                    continue
+                items, first = first[-limit:] if limit else first, None
+            shown.show(items)
+            for gone in frame.gone.get(kind, ()):
+                if gone in names:
+                    shown.gone(names.pop(gone))

@@ -1,0 +1,68 @@
+"""``ls --watch``: the list, then what changes, in every format, until the manager goes away."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from msgspec.structs import replace
+
+from schema.admin import StreamFrame
+from schema.states import InstanceState
+from tests.sllmctl.cli.conftest import Sllmctl
+from tests.sllmctl.fake_manager import CHECKPOINTS, EVENTS, INSTANCES, MODELS, NODES, NOW, REQUESTS, FakeManager
+
+
+@pytest.fixture(autouse=True)
+def _frames(manager: FakeManager) -> None:
+    first = StreamFrame(
+        cursor="",
+        at=NOW,
+        fresh=True,
+        more=True,
+        nodes=NODES,
+        models=MODELS,
+        instances=INSTANCES[:1],
+        requests=REQUESTS,
+        checkpoints=CHECKPOINTS,
+        events=EVENTS,
+    )
+    rest = StreamFrame(cursor="p-1", at=NOW, instances=INSTANCES[1:])
+    change = StreamFrame(
+        cursor="p-2",
+        at=NOW,
+        instances=(replace(INSTANCES[0], state=InstanceState.DRAINING),),
+        gone={"instances": ("inst_2",), "nodes": ("node_2",)},
+    )
+    manager.frames = [first, rest, change]
+
+
+def test_a_table_is_followed_by_what_changed_in_its_columns(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    said = sllmctl("instance", "ls", "--watch")
+    lines = said.out.splitlines()
+    assert (said.code, manager.asked[-1][1]) == (3, "stream?kinds=instances")
+    assert [line.split()[0] for line in lines] == ["ID", "inst_1", "inst_2", "inst_1", "inst_2"]
+    assert lines[3].index("draining") == lines[0].index("STATE")
+    assert lines[4] == "inst_2 is gone"
+    assert "ended the event stream" in said.err
+    assert lines[:3] == sllmctl("instance", "ls").out.splitlines()
+
+
+def test_json_is_an_object_a_line(sllmctl: Sllmctl) -> None:
+    objects = [json.loads(line) for line in sllmctl("instance", "ls", "-w", "-o", "json").out.splitlines()]
+    assert [one.get("state") for one in objects] == ["ready", "backoff", "draining", None]
+    assert objects[-1] == {"gone": "inst_2"}
+    assert sllmctl("node", "ls", "-w", "-o", "json").out.splitlines()[-1] == '{"gone":"gpu1"}'
+    assert sllmctl("instance", "ls", "-w", "-o", "yaml").out.count("---\n") == 4
+
+
+@pytest.mark.parametrize("noun", ["node", "model", "request", "checkpoint", "event"])
+def test_every_noun_can_be_watched(sllmctl: Sllmctl, noun: str) -> None:
+    watched = sllmctl(noun, "ls", "--watch", "-o", "name").out
+    assert watched == sllmctl(noun, "ls", "-o", "name").out
+
+
+def test_events_are_watched_of_one_thing_and_from_so_many_on(sllmctl: Sllmctl) -> None:
+    assert sllmctl("event", "ls", "-w", "-o", "name", "--kind", "model").out == "ev_1\n"
+    assert sllmctl("event", "ls", "-w", "-o", "name", "--object", "inst_2").out == "ev_2\n"
+    assert sllmctl("event", "ls", "-w", "-o", "name", "--limit", "1").out == "ev_2\n"
