@@ -28,6 +28,8 @@ _MAX_FLYING: Final = 64
 """Batches queued on the devices at once; a driver's own queue would block at about a thousand copies."""
 _STREAMS: Final = 2
 _POLL_S: Final = 0.0005
+_AHEAD_S: Final = 0.25
+"""How often memory that is to be pinned ahead of need is looked at, until its pages are there."""
 _MARK_TRIES: Final = 100
 """How often a stream that refuses an event is asked again before what was queued on it counts as lost with its device."""
 _WEIGHTS: Final = (64, 8, 1)
@@ -241,7 +243,7 @@ class Copier:
             over = any(not job._flying and (job.error or (job._last and not job._queued)) for job in self._jobs)
             if over or self._closed or (queued and len(self._flights) < _MAX_FLYING):
                 return
-            self._condition.wait(_POLL_S if self._flights else None)
+            self._condition.wait(_POLL_S if self._flights else _AHEAD_S if self._host.waiting else None)
 
     def _take(self) -> tuple[CopyJob, list[_Piece]] | None:
         """A batch of the job whose turn it is: by weight of priority, so that a prefetch never starves."""

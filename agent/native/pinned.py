@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import mmap
 from collections.abc import Iterator
@@ -11,11 +12,14 @@ from agent.native.address import address_of
 from agent.native.device import Driver
 from schema.errors import SllmError
 
-__all__ = ["STEP_BYTES", "HostMemory", "Ring"]
+__all__ = ["STEP_BYTES", "HostMemory", "Ring", "is_present"]
 
 STEP_BYTES: Final = 256 << 20
 """What one registration pins. A load that meets an unpinned step pays for this much at most: 10 ms where pages were touched."""
 _log = logging.getLogger(__name__)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
 
 
 class HostMemory:
@@ -32,6 +36,11 @@ class HostMemory:
         self._waiting: list[tuple[int, int]] = []
         self.refused = False
         """The system would not pin; nothing more is tried."""
+
+    @property
+    def waiting(self) -> bool:
+        """True while something could be pinned ahead of need, once its pages are there."""
+        return bool(self._waiting) and not self.refused
 
     def add(self, address: int, size_bytes: int) -> None:
         """Whole pages that copies will come from."""
@@ -60,11 +69,15 @@ class HostMemory:
             self._register(at, min(self._step_bytes, start + size - at))
 
     def pin_next(self) -> bool:
-        """Pin one more step ahead of need; False when all are."""
-        while self._waiting and not self.refused:
-            at, size = self._waiting.pop(0)
-            if at not in self._pinned:
-                self._register(at, size)
+        """Pin one more step ahead of need; False when there is none whose pages are there: pinning would take them all, and how
+        many may be taken ahead of need is not for this to say."""
+        self._waiting = [(at, size) for at, size in self._waiting if at not in self._pinned]
+        if self.refused:
+            return False
+        for step in self._waiting:
+            if is_present(*step):
+                self._waiting.remove(step)
+                self._register(*step)
                 return True
         return False
 
@@ -87,6 +100,14 @@ class HostMemory:
             if start <= address < start + size:
                 return start, size
         raise ValueError(f"address {address:#x} is not in memory that copies may come from")
+
+
+def is_present(address: int, size_bytes: int) -> bool:
+    """True when every page of a range of this process's memory is there, by mincore."""
+    present = ctypes.create_string_buffer(-(-size_bytes // mmap.PAGESIZE))
+    if _libc.mincore(address, size_bytes, present):
+        return False
+    return all(byte & 1 for byte in present.raw)
 
 
 class Ring:

@@ -59,6 +59,22 @@ class Bench:
         assert not self.driver.registered
 
 
+def test_only_pages_that_are_there_are_pinned_ahead_of_need() -> None:
+    driver = FakeDriver((64 << 20,))
+    host = HostMemory(driver, STEP)
+    with mmap.mmap(-1, 3 * STEP) as area, memoryview(area) as view:
+        host.add(address := address_of(view), len(area))
+        view[:STEP] = view[2 * STEP :] = bytes([1]) * STEP
+        view[STEP] = 1  # one page of the second step
+        assert [host.pin_next() for _ in range(3)] == [True, True, False]
+        assert driver.registered == {address: STEP, address + 2 * STEP: STEP}
+        assert host.waiting
+        view[STEP : 2 * STEP] = bytes([1]) * STEP
+        assert host.pin_next()
+        assert not host.waiting
+        host.close()
+
+
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_every_byte_arrives_once_whatever_the_runs_and_shards(data: st.DataObject) -> None:
