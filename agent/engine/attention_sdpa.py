@@ -14,9 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from agent.engine.attention import AttentionBatch, DecodeGroup, KvPool, LayerAttention, Prefill
 
-__all__ = ["SdpaAttention", "attend_rows"]
+__all__ = ["KEPT_BYTES", "SdpaAttention", "attend_rows"]
 
-_KEPT_BYTES: Final = 64 << 20
+KEPT_BYTES: Final = 64 << 20
 
 
 class SdpaAttention:
@@ -64,10 +64,10 @@ class SdpaAttention:
     def _gather(self, layer: Tensor, blocks: Tensor) -> Tensor:
         shape = (blocks.shape[0], *layer.shape[1:])
         needed = shape[0] * layer[0].numel()
-        if needed * layer.itemsize > _KEPT_BYTES:
+        if needed * layer.itemsize > KEPT_BYTES:
             return layer.index_select(0, blocks)
         if self._gathered is None or self._gathered.dtype != layer.dtype:
-            self._gathered = torch.empty(_KEPT_BYTES // layer.itemsize, dtype=layer.dtype, device=layer.device)
+            self._gathered = torch.empty(KEPT_BYTES // layer.itemsize, dtype=layer.dtype, device=layer.device)
         return torch.index_select(layer, 0, blocks, out=self._gathered[:needed].view(shape))
 
 

@@ -11,12 +11,12 @@ from agent.engine.attention import KvPool
 from agent.engine.blocks import BLOCK_TOKENS, BlockManager
 from agent.engine.dtypes import torch_dtype
 from agent.engine.engine import BatchEngine
+from agent.engine.memory import free_bytes, plan_memory
 from agent.engine.native_runner import NativeRunner, is_native
 from agent.engine.skeleton import build_skeleton
 from agent.engine.transformers_runner import TransformersRunner
 from agent.engine.weights import attach
 from schema.checkpoint import Manifest
-from schema.errors import OutOfSpace
 from schema.link import EngineOptions
 
 __all__ = ["PREFILL_TOKENS", "assemble", "build_engine"]
@@ -52,12 +52,13 @@ def assemble(
     prefill_tokens: int = PREFILL_TOKENS,
     share_prefixes: bool = True,
 ) -> BatchEngine:
-    """KV memory and scheduling around a model that has its weights. Raises OutOfSpace when ``kv_bytes`` hold no block."""
+    """KV memory and scheduling around a model that has its weights.
+
+    Raises OutOfSpace when ``kv_bytes`` hold no block, or when they, activations and logits are more than the device has free.
+    """
     geometry = manifest.kv
-    block_bytes = geometry.token_bytes * BLOCK_TOKENS
-    count = options.kv_bytes // block_bytes - 1  # one more is allocated, the zero block that pads tables
-    if count < 1:
-        raise OutOfSpace(f"kv_bytes {options.kv_bytes} hold no KV block; this model needs at least {2 * block_bytes}")
+    memory = plan_memory(model, manifest, options, prefill_tokens, free_bytes(device))
+    count = memory.blocks
     context = manifest.max_context_tokens
     if options.max_context_tokens:
         context = min(context, options.max_context_tokens)

@@ -200,6 +200,11 @@ def test_what_cannot_start_says_why_and_ends(here: Node) -> None:
     assert fault_of(worker)[0] == "out_of_space"
 
     _, worker = here.fork(zygote)
+    here.begin(worker, kv_bytes=1 << 50)  # more than any machine has
+    here.attach(worker)
+    assert fault_of(worker)[0] == "out_of_space"
+
+    _, worker = here.fork(zygote)
     here.begin(worker)
     here.attach(worker, image_bytes=4096)
     assert fault_of(worker)[0] == "invalid_checkpoint"

@@ -1,0 +1,128 @@
+"""How an instance's memory is divided: weights, KV blocks, a step's activations and its logits, all of it before anything runs.
+
+What a step needs beside the KV cache is bounded by the model's shapes, so nothing is run to find it out. A start whose memory
+cannot be had fails with all of these numbers, rather than an engine in the middle of its work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import nn
+
+from agent.engine.attention_sdpa import KEPT_BYTES
+from agent.engine.blocks import BLOCK_TOKENS
+from agent.engine.dtypes import torch_dtype
+from schema.checkpoint import Manifest
+from schema.errors import OutOfSpace
+from schema.link import EngineOptions
+
+__all__ = ["MemoryPlan", "free_bytes", "plan_memory"]
+
+_SAMPLED_AT_ONCE: Final = 1 << 21
+_NOISE_BYTES: Final = 128
+"""What the sampler holds for each logit that it draws from: noise is made of 64-bit words, several at a time."""
+_CGROUP: Final = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """``blocks`` of ``block_bytes`` each, the zero block that pads tables not counted; what else a step takes at most."""
+
+    blocks: int
+    block_bytes: int
+    activation_bytes: int
+    logits_bytes: int
+
+    @property
+    def kv_bytes(self) -> int:
+        return (self.blocks + 1) * self.block_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """All but the weights, which lie in the store's memory."""
+        return self.kv_bytes + self.activation_bytes + self.logits_bytes
+
+
+def plan_memory(
+    model: nn.Module, manifest: Manifest, options: EngineOptions, prefill_tokens: int, free: int | None
+) -> MemoryPlan:
+    """Blocks within ``options.kv_bytes``, and what a step takes beside them. ``free``: bytes that are there, weights taken off.
+
+    Raises OutOfSpace when ``kv_bytes`` hold no block, or when what is free does not suffice for all of it; None is not checked.
+    """
+    block_bytes = manifest.kv.token_bytes * BLOCK_TOKENS
+    blocks = options.kv_bytes // block_bytes - 1
+    if blocks < 1:
+        raise OutOfSpace(f"kv_bytes {options.kv_bytes} hold no KV block; this model needs at least {2 * block_bytes}")
+    item = torch_dtype(manifest.kv.dtype).itemsize
+    tokens = prefill_tokens + options.max_concurrency
+    # Attention gathers the blocks of one layer, padded; a chunk of a prompt has a mask over all that is before it.
+    context = min(manifest.max_context_tokens, blocks * BLOCK_TOKENS)
+    attention = max(KEPT_BYTES, 2 * (blocks + 1) * block_bytes // manifest.kv.layers) + 2 * item * prefill_tokens * context
+    sampled = options.max_concurrency * manifest.vocab_size
+    plan = MemoryPlan(
+        blocks=blocks,
+        block_bytes=block_bytes,
+        activation_bytes=tokens * _token_bytes(model, item) + attention,
+        logits_bytes=sampled * (item + 4) + min(sampled, max(_SAMPLED_AT_ONCE, manifest.vocab_size)) * _NOISE_BYTES,
+    )
+    if free is not None and plan.total_bytes > free:
+        raise OutOfSpace(
+            f"this instance needs {plan.total_bytes} bytes beside its weights ({plan.kv_bytes} for the KV cache, "
+            f"{plan.activation_bytes} for activations, {plan.logits_bytes} for logits) and {free} are free; give it fewer "
+            "kv_bytes, or fewer sequences (max_concurrency)"
+        )
+    return plan
+
+
+def free_bytes(device: str) -> int | None:
+    """Memory that this process may still take on a device; None where the system does not say."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(torch.device(device))[0])
+    found = [value for value in (_available(), _cgroup_left()) if value is not None]
+    return min(found) if found else None
+
+
+def _token_bytes(model: nn.Module, item: int) -> int:
+    """Activations of one token: what all products of the widest layer give, twice, and the residual stream in float32."""
+    chosen = int(getattr(model.config, "num_experts_per_tok", None) or 1)
+    widths: dict[str, int] = {}
+    hidden = 0
+    for name, parameter in model.named_parameters():
+        shape = parameter.shape
+        layer = _layer_of(name)
+        if parameter.dim() == 1 and layer:
+            hidden = max(hidden, shape[0])
+        if parameter.dim() == 2 and layer:
+            widths[layer] = widths.get(layer, 0) + max(shape)
+        elif parameter.dim() == 3:
+            widths[layer] = widths.get(layer, 0) + chosen * max(shape[1:])
+    return 2 * item * max(widths.values(), default=0) + 8 * hidden
+
+
+def _layer_of(name: str) -> str:
+    """The layer a parameter belongs to: its name up to the first number; empty outside of layers."""
+    parts = name.split(".")
+    at = next((index for index, part in enumerate(parts) if part.isdigit()), None)
+    return "" if at is None else ".".join(parts[: at + 1])
+
+
+def _available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024
+    except (OSError, StopIteration):
+        return None
+
+
+def _cgroup_left() -> int | None:
+    """What the container's limit leaves, where there is one."""
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        return None if limit == "max" else max(0, int(limit) - int((_CGROUP / "memory.current").read_text()))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,86 @@
+"""An instance's memory is divided before anything runs: no step takes more beside the KV cache than was planned."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from agent.engine.attention_sdpa import KEPT_BYTES
+from agent.engine.build import build_engine
+from agent.engine.memory import free_bytes, plan_memory
+from schema.errors import OutOfSpace
+from schema.link import EngineOptions
+from tests.agent.engine.models import kv_options, make_model, manifest_of, submit_of, tensors_of
+from tests.agent.engine.test_engine import prompts
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of the storages that were made under it and live at once, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = self._now = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        old = {t.untyped_storage().data_ptr() for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor) and (pointer := tensor.untyped_storage().data_ptr()) not in old | self._seen:
+                size = tensor.untyped_storage().nbytes()
+                if size == KEPT_BYTES:  # attention's own, made once
+                    continue
+                self._seen.add(pointer)
+                self._now += size
+                self.most = max(self.most, self._now)
+                weakref.finalize(tensor.untyped_storage(), self._gone, pointer, size)
+        return out
+
+    def _gone(self, pointer: int, size: int) -> None:
+        self._seen.discard(pointer)
+        self._now -= size
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "qwen3_moe"])
+def test_no_step_takes_more_than_was_planned(name: str) -> None:
+    model = make_model(name)
+    manifest = manifest_of(model)
+    options = kv_options(manifest, 2048, concurrency=8)
+    engine = build_engine(manifest, tensors_of(model), options, prefill_tokens=64)
+    plan = plan_memory(model, manifest, options, 64, None)
+    for index, prompt in enumerate(prompts()):
+        engine.submit(submit_of(index + 1, prompt, 24, temperature=1.0, top_p=0.9))
+    most = 0
+    while engine.running or engine.waiting:
+        with Peak() as peak:
+            engine.step()
+        most = max(most, peak.most)
+    assert 0 < most <= plan.activation_bytes - KEPT_BYTES + plan.logits_bytes
+
+
+def test_memory_that_cannot_be_had_is_told_with_its_parts() -> None:
+    manifest = manifest_of(make_model("llama"))
+    tensors = tensors_of(make_model("llama"))
+    with pytest.raises(OutOfSpace, match=r"for the KV cache, \d+ for activations, \d+ for logits\) and \d+ are free"):
+        build_engine(manifest, tensors, EngineOptions(kv_bytes=1 << 50))
+    with pytest.raises(OutOfSpace, match="hold no KV block"):
+        build_engine(manifest, tensors, EngineOptions(kv_bytes=manifest.kv.token_bytes))
+    free = free_bytes("cpu")
+    assert free is not None
+    assert free > 0
+
+
+def test_what_is_planned_fits_what_is_free_to_the_byte() -> None:
+    model = make_model("llama")
+    manifest = manifest_of(model)
+    options = kv_options(manifest, 256)
+    plan = plan_memory(model, manifest, options, 512, None)
+    assert plan.kv_bytes <= options.kv_bytes < plan.kv_bytes + plan.block_bytes
+    assert plan_memory(model, manifest, options, 512, plan.total_bytes) == plan
+    with pytest.raises(OutOfSpace):
+        plan_memory(model, manifest, options, 512, plan.total_bytes - 1)
