@@ -63,14 +63,6 @@ def _addmm_in_place(_: Any, residual: Tensor, x: Tensor, weight: Tensor) -> Tens
     return residual.add_(_tiled(x, lambda tile: torch.mm(tile, weight)))
 
 
-def _mv(_: Any, weight: Tensor, x: Tensor) -> Tensor:
-    return _tiled(x.unsqueeze(0), lambda tile: linear(tile, weight))[0]
-
-
-def _addmv_in_place(_: Any, residual: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-    return residual.add_(_tiled(x.unsqueeze(0), lambda tile: torch.mm(tile, weight.t()))[0])
-
-
 def _matmul(function: Any, left: Tensor, right: Tensor) -> Any:
     """By a matrix of weights; or the outer product of positions and frequencies, in which nothing is summed."""
     if left.shape[-1] == 1:
@@ -116,7 +108,7 @@ def _cumsum(function: Any, x: Tensor, *args: Any, **named: Any) -> Any:
 
 _INSTEAD: Final[dict[str, Callable[..., Any]]] = {
     "linear": _linear, "addmm": _addmm, "addmm_": _addmm_in_place, "matmul": _matmul, "__matmul__": _matmul,
-    "mv": _mv, "addmv_": _addmv_in_place, "cumsum": _cumsum, "silu": _silu, "pow": _pow, "__pow__": _pow,
+    "cumsum": _cumsum, "silu": _silu, "pow": _pow, "__pow__": _pow,
     **dict.fromkeys(("cos", "exp", "expm1", "gelu", "log", "sigmoid", "sin", "softmax", "softplus", "tanh"), _row_by_row),
 }  # fmt: skip
 """By name, what takes a function's place; it is handed the function and its arguments."""
