@@ -189,6 +189,8 @@ class Fetches:
         """Take the next step of a fetch; True when it is over."""
         if not fetch.prepared:
             return False
+        if fetch.thread is not None:
+            fetch.thread.join()  # it has nothing left to do
         if fetch.error is not None:
             return True
         if not fetch.begun:
