@@ -55,12 +55,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
-    """A committed checkpoint: its layout's directory and its checked manifest. ``quarantined`` says why, or is None."""
+    """A committed checkpoint: its layout's directory and its checked manifest. ``quarantined`` says why, or is None;
+    ``changed`` what of the user's files is not as it was, which is one reason."""
 
     digest: str
     directory: Path
     manifest: Manifest
     quarantined: str | None = None
+    changed: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +145,8 @@ def read_entry(directory: Path) -> CatalogEntry:
             _check_size(directory / partition.file, partition.size_bytes)
     for asset in manifest.assets:
         _check_size(directory / asset.file, asset.size_bytes)
-    return CatalogEntry(manifest.digest, directory, manifest, changed_source(manifest) or quarantine_reason(directory))
+    changed = changed_source(manifest)
+    return CatalogEntry(manifest.digest, directory, manifest, changed or quarantine_reason(directory), changed)
 
 
 def is_sound(directory: Path) -> bool:

@@ -145,10 +145,12 @@ class Verifier:
             _check_cancel(asked)
             entry = catalog.read_entry(asked.directory)
             manifest = entry.manifest
-            if (changed := catalog.changed_source(manifest)) is not None:
-                raise InvalidCheckpoint(changed)
+            if entry.changed is not None:
+                raise InvalidCheckpoint(entry.changed)
             catalog.check_assets(asked.directory, manifest)
             self._verify_disk(asked, manifest)
+            if (changed := catalog.changed_source(manifest)) is not None:  # while they were read
+                raise InvalidCheckpoint(changed)
         except SllmError as failure:
             error = failure
         except Exception as failure:  # this thread has no caller: whatever it is, it is the verification's end
