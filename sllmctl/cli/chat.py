@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sllmctl.cli.completion import names
 from sllmctl.cli.context import Invocation, pass_invocation
 from sllmctl.cli.diagnostics import note
 from sllmctl.cli.format import duration
@@ -23,7 +24,7 @@ _COMMANDS = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C ca
 
 @click.command("chat")
 @click.argument("prompt", required=False)
-@click.option("-m", "--model", help="The model; may be left out if only one is deployed.")
+@click.option("-m", "--model", help="The model; may be left out if only one is deployed.", shell_complete=names("model"))
 @click.option("-s", "--system", help="A system message.")
 @click.option("--max-tokens", type=click.IntRange(1), help="The reply's length at most.")
 @click.option("--temperature", type=click.FloatRange(0, 2), help="0 takes the likeliest token always.")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from sllmctl.cli.completion import names
 from sllmctl.cli.context import Invocation, output_option, pass_invocation, yes_option
 from sllmctl.cli.format import age, short_digest, size
 from sllmctl.cli.operations import finish_operations
@@ -43,7 +44,7 @@ def ls(invocation: Invocation, form: Format, watch: bool) -> None:
 
 
 @command.command("show")
-@click.argument("digest", metavar="DIGEST|MODEL")
+@click.argument("digest", metavar="DIGEST|MODEL", shell_complete=names("checkpoint"))
 @output_option
 @pass_invocation
 def show(invocation: Invocation, digest: str, form: Format) -> None:
@@ -71,7 +72,7 @@ def _tier_option(*tiers: str) -> Callable[[F], F]:
 
 
 @command.command("prefetch")
-@click.argument("reference", metavar="DIGEST|MODEL")
+@click.argument("reference", metavar="DIGEST|MODEL", shell_complete=names("checkpoint"))
 @click.option("--node", metavar="NODE", help="Bring it into the memory of this node.")
 @click.option("--tier", type=click.Choice(["dram"]), default="dram", show_default=True, help="Where to bring it.")
 @_wait_options
@@ -95,7 +96,7 @@ def prefetch(
 
 
 @command.command("verify")
-@click.argument("reference", metavar="DIGEST|MODEL")
+@click.argument("reference", metavar="DIGEST|MODEL", shell_complete=names("checkpoint"))
 @_node_option
 @_wait_options
 @output_option
@@ -116,7 +117,7 @@ def verify(
 
 
 @command.command("pin")
-@click.argument("reference", metavar="DIGEST|MODEL")
+@click.argument("reference", metavar="DIGEST|MODEL", shell_complete=names("checkpoint"))
 @_node_option
 @_tier_option("dram", "disk")
 @output_option
@@ -131,7 +132,7 @@ def pin(invocation: Invocation, reference: str, node: str | None, tier: str | No
 
 
 @command.command("unpin")
-@click.argument("reference", metavar="DIGEST|MODEL")
+@click.argument("reference", metavar="DIGEST|MODEL", shell_complete=names("checkpoint"))
 @_node_option
 @_tier_option("dram", "disk")
 @output_option
@@ -158,7 +159,7 @@ def _change_pin(
 
 
 @command.command("publish")
-@click.argument("reference", metavar="DIGEST|MODEL")
+@click.argument("reference", metavar="DIGEST|MODEL", shell_complete=names("checkpoint"))
 @click.argument("url", required=False)
 @click.option("--node", metavar="NODE", help="Publish the copy of this node.")
 @_wait_options
@@ -187,7 +188,7 @@ def publish(
 
 
 @command.command("fetch")
-@click.argument("reference", metavar="DIGEST|MODEL")
+@click.argument("reference", metavar="DIGEST|MODEL", shell_complete=names("checkpoint"))
 @click.option("--from", "url", metavar="URL", help="Fetch it from this remote.")
 @click.option("--node", metavar="NODE", help="Fetch it to this node.")
 @click.option("--tier", type=click.Choice(["disk", "dram"]), default="disk", show_default=True, help="dram: memory as well.")
@@ -218,7 +219,7 @@ def fetch(
 
 
 @command.command("forget")
-@click.argument("reference", metavar="DIGEST|MODEL")
+@click.argument("reference", metavar="DIGEST|MODEL", shell_complete=names("checkpoint"))
 @click.argument("url", required=False)
 @yes_option
 @output_option
@@ -248,7 +249,7 @@ def forget(invocation: Invocation, reference: str, url: str | None, yes: bool, f
 
 
 @command.command("rm")
-@click.argument("reference", metavar="DIGEST|MODEL")
+@click.argument("reference", metavar="DIGEST|MODEL", shell_complete=names("checkpoint"))
 @_node_option
 @_tier_option("device", "dram", "disk")
 @_wait_options

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sllmctl.cli.completion import names
 from sllmctl.cli.context import Invocation, pass_invocation, report_option
 from sllmctl.cli.format import age, duration
 from sllmctl.cli.output import Column, ReportFormat, now, show_item, show_items, write
@@ -23,7 +24,7 @@ _Fields = list[tuple[str, str]]
 
 
 @click.command("explain")
-@click.argument("model", required=False)
+@click.argument("model", required=False, shell_complete=names("model"))
 @click.option("--request", "request_id", metavar="ID", help="What was decided for this request.")
 @report_option
 @pass_invocation

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sllmctl.cli.completion import names
 from sllmctl.cli.context import Invocation, output_option, pass_invocation, yes_option
 from sllmctl.cli.format import age, duration, size
 from sllmctl.cli.output import Column, Format, now, show_item, show_items
@@ -40,7 +41,7 @@ def ls(invocation: Invocation, form: Format, watch: bool) -> None:
 
 
 @command.command("show")
-@click.argument("instance_id", metavar="ID")
+@click.argument("instance_id", metavar="ID", shell_complete=names("instance"))
 @output_option
 @pass_invocation
 def show(invocation: Invocation, instance_id: str, form: Format) -> None:
@@ -53,7 +54,7 @@ def show(invocation: Invocation, instance_id: str, form: Format) -> None:
 
 
 @command.command("stop")
-@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+@click.argument("ids", metavar="ID...", nargs=-1, required=True, shell_complete=names("instance"))
 @yes_option
 @pass_invocation
 def stop(invocation: Invocation, ids: tuple[str, ...], yes: bool) -> None:

@@ -47,6 +47,7 @@ _COMMANDS = {
     "demo": _entry(_RUN, "demo", "See a cold start and a warm request on the bundled model."),
     "chat": _entry(_RUN, "chat", "Talk to a model."),
     "doctor": _entry(_RUN, "doctor", "Check this machine, and say what to do."),
+    "completion": _entry(_RUN, "completion", "Print the script for completion by bash, zsh or fish."),
     "version": _entry(_RUN, "version", "Print the version."),
     "model": _entry(_LOOK, "model", "Models: add, deploy, scale, stop, remove."),
     "node": _entry(_LOOK, "node", "Nodes: the machines that run instances."),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from sllmctl.cli import completion
 from sllmctl.cli.context import Invocation, output_option, pass_invocation, yes_option
 from sllmctl.cli.output import Format, show_item, show_items
 from sllmctl.cli.watch import watch_items, watch_option
@@ -139,7 +140,7 @@ def add(
 
 
 @command.command("deploy")
-@click.argument("name")
+@click.argument("name", shell_complete=completion.names("model"))
 @_scale_options
 @_wait_options
 @pass_invocation
@@ -158,7 +159,7 @@ def deploy(invocation: Invocation, /, name: str, wait: bool, timeout: float | No
 
 
 @command.command("scale")
-@click.argument("name")
+@click.argument("name", shell_complete=completion.names("model"))
 @_scale_options
 @_wait_options
 @pass_invocation
@@ -183,7 +184,7 @@ def scale(invocation: Invocation, /, name: str, wait: bool, timeout: float | Non
 
 
 @command.command("stop")
-@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=completion.names("model"))
 @yes_option
 @_wait_options
 @pass_invocation
@@ -203,7 +204,7 @@ def stop(invocation: Invocation, names: tuple[str, ...], yes: bool, wait: bool, 
 
 
 @command.command("rm")
-@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=completion.names("model"))
 @yes_option
 @_wait_options
 @pass_invocation
@@ -240,7 +241,7 @@ def ls(invocation: Invocation, form: Format, watch: bool) -> None:
 
 
 @command.command("show")
-@click.argument("name")
+@click.argument("name", shell_complete=completion.names("model"))
 @output_option
 @pass_invocation
 def show(invocation: Invocation, name: str, form: Format) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sllmctl.cli.completion import names
 from sllmctl.cli.context import Invocation, output_option, pass_invocation
 from sllmctl.cli.format import age, bandwidth, size
 from sllmctl.cli.output import Column, Format, now, show_item, show_items
@@ -41,7 +42,7 @@ def ls(invocation: Invocation, form: Format, watch: bool) -> None:
 
 
 @command.command("show")
-@click.argument("name")
+@click.argument("name", shell_complete=names("node"))
 @output_option
 @pass_invocation
 def show(invocation: Invocation, name: str, form: Format) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sllmctl.cli.completion import names
 from sllmctl.cli.context import Invocation, output_option, pass_invocation
 from sllmctl.cli.format import age, duration
 from sllmctl.cli.output import Column, Format, now, show_item, show_items
@@ -40,7 +41,7 @@ def ls(invocation: Invocation, form: Format, watch: bool) -> None:
 
 
 @command.command("show")
-@click.argument("request_id", metavar="ID")
+@click.argument("request_id", metavar="ID", shell_complete=names("request"))
 @output_option
 @pass_invocation
 def show(invocation: Invocation, request_id: str, form: Format) -> None:
@@ -53,7 +54,7 @@ def show(invocation: Invocation, request_id: str, form: Format) -> None:
 
 
 @command.command("cancel")
-@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+@click.argument("ids", metavar="ID...", nargs=-1, required=True, shell_complete=names("request"))
 @pass_invocation
 def cancel(invocation: Invocation, ids: tuple[str, ...]) -> None:
     """Cancel requests: their streams end, and their tokens are generated no further."""

@@ -1,0 +1,44 @@
+"""What a shell completes: commands, and the names of what lives; and that a manager that is away is no error."""
+
+from __future__ import annotations
+
+import pytest
+from click.shell_completion import ShellComplete
+
+from sllmctl.cli.main import root
+from tests.sllmctl.cli.conftest import Sllmctl
+from tests.sllmctl.fake_manager import CHECKPOINTS
+
+
+def _completed(words: str, begin: str = "") -> list[str]:
+    shell = ShellComplete(root, {}, "sllmctl", "_SLLMCTL_COMPLETE")
+    return [item.value for item in shell.get_completions(words.split(), begin)]
+
+
+@pytest.mark.parametrize(
+    ("words", "begin", "completed"),
+    [
+        ("", "ver", ["version"]),
+        ("model", "st", ["stop"]),
+        ("model show", "", ["qwen", "broken", "coming"]),
+        ("model stop qwen", "", ["broken", "coming"]),
+        ("model add", "", []),
+        ("node show", "g", ["gpu1"]),
+        ("instance stop", "inst_", ["inst_1", "inst_2"]),
+        ("request cancel", "req_2", ["req_2"]),
+        ("checkpoint verify", "", ["qwen", CHECKPOINTS[0].digest[:12]]),
+        ("explain", "q", ["qwen"]),
+        ("chat -m", "b", ["broken"]),
+    ],
+)
+def test_names_are_those_that_live(sllmctl: Sllmctl, words: str, begin: str, completed: list[str]) -> None:
+    assert _completed(words, begin) == completed
+
+
+def test_without_a_manager_nothing_is_completed(sllmctl: Sllmctl, tmp_path: object) -> None:
+    assert _completed(f"--socket {tmp_path}/none.sock model show") == []
+
+
+def test_each_shell_has_its_script(sllmctl: Sllmctl) -> None:
+    for shell in ("bash", "zsh", "fish"):
+        assert "_SLLMCTL_COMPLETE" in sllmctl("completion", shell).out
