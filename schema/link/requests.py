@@ -1,0 +1,136 @@
+"""Requests on their way to an engine, and their tokens on the way back."""
+
+from __future__ import annotations
+
+import msgspec
+
+from schema.errors import Fault
+from schema.ids import Epoch
+from schema.link.base import Count, Message, Part
+from schema.sampling import SamplingParams, TokenIds
+from schema.states import EndReason
+
+__all__ = [
+    "Acked",
+    "AttemptTruth",
+    "Cancel",
+    "Ended",
+    "EngineTiming",
+    "InstanceLoad",
+    "Submit",
+    "TokenRun",
+    "Tokens",
+    "TruthEnd",
+]
+
+
+class Submit(Message, frozen=True, kw_only=True, tag="submit"):
+    """Run one attempt of a sequence on an instance, from its journal: ``prompt`` and the ``generated`` tokens so far.
+
+    The first new token has position ``len(generated)``. A known attempt is ignored; an instance that is unknown, of
+    another epoch or not ready ends it as lost. ``request`` and ``model`` travel so that a restarted manager can rebuild
+    the journal from what agents hold. ``tenant`` is whom the request is for: tenants take turns, and share no cached prefixes.
+    """
+
+    attempt: Epoch
+    instance: str
+    instance_epoch: Epoch
+    request: str
+    model: str
+    tenant: str = ""
+    choice: int = 0
+    prompt: TokenIds
+    generated: TokenIds = ()
+    params: SamplingParams
+
+
+class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
+    """End an attempt early; answered by its `Ended` (cancelled, or how it ended just before). Unknown ones are ignored."""
+
+    attempt: Epoch
+
+
+class TokenRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """New tokens of one attempt; ``start`` is the position in the sequence of the first of ``ids``.
+
+    ``logprobs`` has one record of equal size for each of them where they were asked for (`schema.sampling.read_logprobs`).
+    """
+
+    attempt: Epoch
+    start: Count
+    ids: TokenIds
+    logprobs: bytes = b""
+
+    def since(self, position: int) -> TokenRun:
+        """The part of it from ``position`` of the sequence on, which is not before its start."""
+        skipped = position - self.start
+        size = len(self.logprobs) // len(self.ids) if self.ids else 0
+        return TokenRun(self.attempt, position, self.ids[skipped:], self.logprobs[skipped * size :])
+
+
+class EngineTiming(Part, frozen=True, kw_only=True, omit_defaults=False):
+    """What an attempt spent inside the engine, in seconds; ``first_token_s`` is from arrival to its first new token.
+    ``cached_tokens`` at its beginning needed no computing: their keys and values were found in the prefix cache."""
+
+    queued_s: float = 0.0
+    prefill_s: float = 0.0
+    first_token_s: float = 0.0
+    total_s: float = 0.0
+    steps: int = 0
+    cached_tokens: int = 0
+
+
+class Ended(Part, frozen=True, kw_only=True):
+    """The one end of an attempt, after ``position`` tokens of the sequence (those it was resumed from included)."""
+
+    attempt: Epoch
+    position: Count
+    reason: EndReason
+    fault: Fault | None = None
+    timing: EngineTiming | None = None
+
+
+class Tokens(Message, frozen=True, kw_only=True, tag="tokens"):
+    """All new tokens and ends of one engine step (or of several, coalesced). ``frame`` counts from 1 per connection."""
+
+    frame: Count
+    runs: tuple[TokenRun, ...] = ()
+    ends: tuple[Ended, ...] = ()
+
+
+class Acked(Message, frozen=True, kw_only=True, tag="acked"):
+    """Credit and acknowledgement: all `Tokens` up to ``frame`` were taken in; the ``ends`` need not be kept any more."""
+
+    frame: Count
+    ends: tuple[Epoch, ...] = ()
+
+
+class AttemptTruth(Message, frozen=True, kw_only=True, tag="attempt"):
+    """Part of a truth: an attempt as the speaker holds it: how it was asked for, its new tokens since with their
+    ``logprobs`` (as in `TokenRun`), and its end if it has one."""
+
+    submit: Submit
+    new_ids: TokenIds = ()
+    logprobs: bytes = b""
+    end: Ended | None = None
+
+    @property
+    def run(self) -> TokenRun:
+        """Its new tokens as a run."""
+        return TokenRun(self.submit.attempt, len(self.submit.generated), self.new_ids, self.logprobs)
+
+
+class TruthEnd(Message, frozen=True, kw_only=True, tag="truthend"):
+    """The truth is complete; ``attempts`` were stated."""
+
+    attempts: int
+
+
+class InstanceLoad(Message, frozen=True, kw_only=True, tag="load"):
+    """How busy an instance is, for people to see; said when it changed, at most every 100 ms."""
+
+    instance: str
+    epoch: Epoch
+    running: int
+    waiting: int
+    kv_used_tokens: int

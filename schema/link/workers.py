@@ -1,0 +1,70 @@
+"""What the agent says to zygote and workers, and they to it."""
+
+from __future__ import annotations
+
+from schema.errors import Fault
+from schema.ids import Epoch
+from schema.link.base import Message
+from schema.link.commands import StartInstance
+from schema.link.handshake import DeviceWeights
+from schema.link.node import InstanceTruth
+from schema.link.store import Extent
+
+__all__ = ["Attach", "ChildExited", "Fork", "Forked", "StartWorker", "WorkerTruth", "ZygoteTruth"]
+
+
+class Fork(Message, frozen=True, kw_only=True, tag="fork"):
+    """Agent -> zygote: fork a worker that dials the agent as this instance, with this nonce in its `Hello`."""
+
+    instance: str
+    epoch: Epoch
+    nonce: int
+
+
+class Forked(Message, frozen=True, kw_only=True, tag="forked"):
+    """Zygote -> agent: the worker's pid, or why there is none."""
+
+    nonce: int
+    pid: int = 0
+    fault: Fault | None = None
+
+
+class ChildExited(Message, frozen=True, kw_only=True, tag="exited"):
+    """Zygote -> agent: a worker is gone; ``status`` is its exit code, negative for the signal that killed it."""
+
+    pid: int
+    status: int
+
+
+class ZygoteTruth(Message, frozen=True, kw_only=True, tag="zygotetruth"):
+    """``pids`` of living children; ``threads`` of the zygote itself, which must be 1 for a safe fork."""
+
+    pids: tuple[int, ...]
+    threads: int
+
+
+class StartWorker(Message, frozen=True, kw_only=True, tag="startworker"):
+    """Agent -> worker: build the model of the checkpoint in ``directory``. Its weights follow with `Attach`."""
+
+    start: StartInstance
+    directory: str
+
+
+class Attach(Message, frozen=True, kw_only=True, tag="attach"):
+    """Agent -> worker: the whole image now lies in the arena at ``extents``; map it read-only and serve. With ``weights`` it
+    lies on a device instead, and ``arena`` is ""."""
+
+    arena: str = ""
+    extents: tuple[Extent, ...] = ()
+    image_bytes: int
+    weights: DeviceWeights | None = None
+
+
+class WorkerTruth(Message, frozen=True, kw_only=True, tag="workertruth"):
+    """Worker -> agent: what it is, empty before `StartWorker`. Its `AttemptTruth` messages and `TruthEnd` follow."""
+
+    truth: InstanceTruth | None = None
+    start: StartInstance | None = None
+    arena: str = ""
+    extents: tuple[Extent, ...] = ()
+    weights: DeviceWeights | None = None
