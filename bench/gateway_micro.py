@@ -47,8 +47,10 @@ class TurnRouter(FakeRouter):
         self.turn = asyncio.Event()
         self.bare = 0
 
-    def submit(self, model: str, prompt: tuple[int, ...], params: SamplingParams, choices: int = 1) -> FakeRequest:
-        request = FakeRequest(len(self.requests), model, prompt, params)
+    def submit(
+        self, model: str, prompt: tuple[int, ...], params: SamplingParams, choices: int = 1, tenant: str = ""
+    ) -> FakeRequest:
+        request = FakeRequest(len(self.requests), model, prompt, params, choices, tenant)
         if params.max_tokens <= 2:
             request.sequence.emit(_TOKENS[: params.max_tokens], EndReason.LENGTH)
         else:
