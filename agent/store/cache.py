@@ -10,66 +10,33 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 
 from agent.native.arena import Arena
 from agent.native.calibration import Tuning
 from agent.native.chunk_table import Occupant
-from agent.native.reader import Priority, ReadJob, ReadPool, Unit
+from agent.native.reader import Priority, ReadJob, ReadPool
 from agent.store import catalog
 from agent.store.api import FillSink, StoreListener
+from agent.store.fills import Fill, FillSource, changed_meanwhile, fill_units, mark
 from agent.store.room import FreeChunks
 from agent.store.verify import Verdict, Verifier
 from schema.checkpoint import Manifest
 from schema.errors import Cancelled, Conflict, Fault, InvalidCheckpoint, NotFound, OutOfSpace, SllmError
 from schema.link import ArenaInfo, Resident
 
-__all__ = ["ArenaStore", "FillSource"]
+__all__ = ["ArenaStore"]
 
 _PROGRESS_S: Final = 0.1
 _CONDEMNED_BEFORE: Final = "its image in memory was found wrong before the store was started"
 _UNIT_BYTES: Final = 16 << 20
 """What is read as one where no checksum is looked at, so that blocks may be as long as a disk wants them."""
 _log = logging.getLogger(__name__)
-
-
-class FillSource(Protocol):
-    """Where an image comes from that is not on the disk yet; its jobs are as those of a `ReadPool`."""
-
-    @property
-    def manifest(self) -> Manifest: ...
-
-    def submit(self, units: Sequence[Unit], changed: Callable[[ReadJob], None], *, priority: Priority) -> ReadJob: ...
-
-    def do_without(self) -> None:
-        """There is no memory for the image now, or it is there already."""
-
-
-@dataclass(slots=True)
-class _Fill:
-    """A checkpoint on its way in, for all ``ops`` that asked. ``occupant`` and ``job`` are there once it is being read."""
-
-    digest: str
-    directory: Path
-    ops: list[str]
-    priority: Priority
-    source: FillSource | None = None
-    occupant: Occupant | None = None
-    job: ReadJob | None = None
-    manifest: Manifest | None = None
-    image_bytes: int = 0
-    verifying: bool = False
-    given_up: bool = False
-    stalled: bool = False
-    sinks: tuple[FillSink, ...] = ()
-    told_at: float = 0.0
-    told_bytes: int = -1
 
 
 class ArenaStore:
@@ -94,8 +61,8 @@ class ArenaStore:
         self._pool = pool or ReadPool(reader_threads)
         self._residents = {occupant.digest: occupant for occupant in arena.occupants}
         self._users = {occupant.digest: occupant.users for occupant in arena.occupants if occupant.users}
-        self._fills: dict[str, _Fill] = {}
-        self._waiting: dict[str, _Fill] = {}
+        self._fills: dict[str, Fill] = {}
+        self._waiting: dict[str, Fill] = {}
         self._verifier = Verifier(self._pool, self._woken)
         self._unheard: set[str] = set()  # verifications that nobody waits for any more
         self._verify_told_at = 0.0
@@ -139,11 +106,11 @@ class ArenaStore:
         if known is not None and known.given_up:
             known = self._waiting.get(digest)
             if known is None:
-                self._waiting[digest] = _Fill(digest, directory, [op], priority)
+                self._waiting[digest] = Fill(digest, directory, [op], priority)
                 return
         known = known or self._waiting.get(digest)
         if known is None:
-            self._begin(_Fill(digest, directory, [op], priority))
+            self._begin(Fill(digest, directory, [op], priority))
             return
         known.priority = min(known.priority, priority)
         if known.job is not None:
@@ -159,7 +126,7 @@ class ArenaStore:
             with contextlib.suppress(OutOfSpace):
                 room = self._make_room(source.manifest.image_bytes)
         if room:
-            self._start(_Fill(digest, directory, [], Priority.REQUEST, source), source.manifest)
+            self._start(Fill(digest, directory, [], Priority.REQUEST, source), source.manifest)
         else:
             source.do_without()
 
@@ -190,11 +157,11 @@ class ArenaStore:
         if known is not None and known.given_up:
             known = None
             if digest not in self._waiting:
-                self._waiting[digest] = _Fill(digest, directory, [], priority, sinks=(sink,))
+                self._waiting[digest] = Fill(digest, directory, [], priority, sinks=(sink,))
                 return
         known = known or self._waiting.get(digest)
         if known is None:
-            self._begin(_Fill(digest, directory, [], priority, sinks=(sink,)))
+            self._begin(Fill(digest, directory, [], priority, sinks=(sink,)))
             return
         known.sinks += (sink,)
         known.priority = min(known.priority, priority)
@@ -289,7 +256,7 @@ class ArenaStore:
         self._fills.clear()
         self._waiting.clear()
 
-    def _begin(self, fill: _Fill) -> None:
+    def _begin(self, fill: Fill) -> None:
         occupant = self._residents.get(fill.digest)
         if occupant is not None and (why := self._condemned.get(fill.digest)) is not None:
             self._fail(fill, InvalidCheckpoint(f"{why}; {occupant.users} users still have it, stop them first"))
@@ -314,13 +281,13 @@ class ArenaStore:
             return
         self._start(fill, entry.manifest)
 
-    def _start(self, fill: _Fill, manifest: Manifest) -> None:
+    def _start(self, fill: Fill, manifest: Manifest) -> None:
         fill.image_bytes, fill.manifest = manifest.image_bytes, manifest
         fill.verifying = not catalog.is_verified(fill.directory)
         chunks = self._free.take(self._arena.chunks_for(fill.image_bytes))
         fill.occupant = self._arena.table.begin(self._free_slots.pop(), fill.digest, fill.image_bytes, chunks)
         trusted = not fill.verifying and fill.source is None
-        units = list(self._units(fill.directory, manifest, chunks, fill.verifying, _UNIT_BYTES if trusted else 0))
+        units = list(fill_units(self._arena, fill.directory, manifest, chunks, fill.verifying, _UNIT_BYTES if trusted else 0))
         self._fills[fill.digest] = fill
         self._tell(fill, time.monotonic(), 0)
         self._arena.hold_prefault(True)
@@ -328,26 +295,7 @@ class ArenaStore:
         if fill.source is not None:  # sinks get it when it is whole
             fill.job = fill.source.submit(units, self._changed, priority=fill.priority)
         else:
-            fill.job = self._pool.submit(units, self._changed, priority=fill.priority, unit_done=partial(_arrived, fill))
-
-    def _units(
-        self, directory: Path, manifest: Manifest, chunks: list[int], verifying: bool, least_bytes: int
-    ) -> Iterator[Unit]:
-        """The checksums' chunks, or as many of them together as make ``least_bytes``, where none is looked at."""
-        together = max(1, least_bytes // manifest.chunk_bytes)
-        step = together * manifest.chunk_bytes
-        for partition in manifest.partitions:
-            file = catalog.partition_path(directory, partition)
-            for number in range(0, len(partition.chunk_xxh3), together):
-                offset = number * manifest.chunk_bytes
-                length = min(step, partition.size_bytes - offset)
-                yield Unit(
-                    file,
-                    partition.size_bytes,
-                    offset,
-                    tuple(self._arena.views(chunks, partition.start_bytes + offset, length)),
-                    partition.chunk_xxh3[number] if verifying else None,
-                )
+            fill.job = self._pool.submit(units, self._changed, priority=fill.priority, unit_done=fill.arrived)
 
     def _pump_verifier(self, now: float) -> None:
         for verdict in self._verifier.take():
@@ -363,11 +311,11 @@ class ArenaStore:
         """Act on how a verification ended, then tell it."""
         error, digest = verdict.error, verdict.digest
         if error is None:
-            _mark(catalog.release, verdict.directory)
+            mark(catalog.release, verdict.directory)
         elif isinstance(error, InvalidCheckpoint):
-            _mark(catalog.quarantine, verdict.directory, str(error))
+            mark(catalog.quarantine, verdict.directory, str(error))
         elif not isinstance(error, Cancelled):
-            _mark(catalog.unmark_verified, verdict.directory)
+            mark(catalog.unmark_verified, verdict.directory)
         occupant = self._residents.get(digest)
         if verdict.image_error is not None and occupant is not None:
             self._condemn(occupant, str(verdict.image_error))
@@ -408,22 +356,22 @@ class ArenaStore:
             self._woken_at = now
             self._wake()
 
-    def _tell(self, fill: _Fill, now: float, done_bytes: int) -> None:
+    def _tell(self, fill: Fill, now: float, done_bytes: int) -> None:
         fill.told_at, fill.told_bytes = now, done_bytes
         for op in fill.ops:
             self._listener.progress(op, done_bytes, fill.image_bytes)
 
-    def _end(self, fill: _Fill, job: ReadJob) -> None:
+    def _end(self, fill: Fill, job: ReadJob) -> None:
         assert fill.occupant is not None
         del self._fills[fill.digest]
         self._arena.hold_prefault(any(not other.stalled for other in self._fills.values()))
-        error = job.error or _changed_meanwhile(fill)
+        error = job.error or changed_meanwhile(fill)
         if error is None:
             self._arena.table.commit(fill.occupant)
             self._residents[fill.digest] = fill.occupant
             self._use(fill.occupant)
             if fill.verifying:
-                _mark(catalog.mark_verified, fill.directory)
+                mark(catalog.mark_verified, fill.directory)
             self._tell(fill, time.monotonic(), fill.image_bytes)
             for op in fill.ops:
                 self._listener.filled(op, self._resident(fill.occupant, op, fill.image_bytes))
@@ -433,13 +381,13 @@ class ArenaStore:
         else:
             self._release(fill.occupant)
             if job.corrupt:
-                _mark(catalog.quarantine, fill.directory, str(job.error))
+                mark(catalog.quarantine, fill.directory, str(job.error))
             elif fill.source is None and not isinstance(error, Cancelled):
-                _mark(catalog.unmark_verified, fill.directory)
+                mark(catalog.unmark_verified, fill.directory)
             self._fail(fill, error)
         self._begin_waiting()
 
-    def _stall(self, fill: _Fill, error: SllmError) -> None:
+    def _stall(self, fill: Fill, error: SllmError) -> None:
         """A read does not come back: all who wait are answered, and the chunks stay taken until it does."""
         if fill.stalled:
             return
@@ -462,7 +410,7 @@ class ArenaStore:
             else:
                 self._begin(other)
 
-    def _give_up(self, fill: _Fill) -> None:
+    def _give_up(self, fill: Fill) -> None:
         if fill.job is None:
             del self._waiting[fill.digest]
             self._fail(fill, Cancelled(f"nobody waits for checkpoint {fill.digest} any more"))
@@ -470,13 +418,13 @@ class ArenaStore:
             fill.given_up = True
             self._pool.cancel(fill.job)
 
-    def _fail(self, fill: _Fill, error: SllmError) -> None:
+    def _fail(self, fill: Fill, error: SllmError) -> None:
         for op in fill.ops:
             self._listener.failed(op, fill.digest, Fault.of(error))
         for sink in fill.sinks:
             sink.failed(error)
 
-    def _lend(self, fill: _Fill, read_bytes: int) -> None:
+    def _lend(self, fill: Fill, read_bytes: int) -> None:
         for sink in fill.sinks:
             self._borrowed[fill.digest] += 1
             sink.filled(read_bytes)
@@ -541,24 +489,3 @@ class ArenaStore:
             read_bytes=read_bytes,
             condemned=self._condemned.get(occupant.digest, ""),
         )
-
-
-def _arrived(fill: _Fill, job: ReadJob, unit: Unit) -> None:
-    """On a reader's thread: bytes that lie in the arena now go on to whoever wants them."""
-    for sink in fill.sinks:
-        sink.arrived(unit)
-
-
-def _mark(write: Callable[..., None], directory: Path, *reason: str) -> None:
-    """A marker that cannot be written costs a second look later, not the load."""
-    try:
-        write(directory, *reason)
-    except OSError as error:
-        _log.warning("cannot write a marker in %s: %s", directory, error)
-
-
-def _changed_meanwhile(fill: _Fill) -> SllmError | None:
-    """A user's file that was written to while it was loaded: what has come may be of neither state."""
-    if fill.source is not None or fill.manifest is None or (changed := catalog.changed_source(fill.manifest)) is None:
-        return None
-    return InvalidCheckpoint(changed)

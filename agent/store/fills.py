@@ -1,0 +1,94 @@
+"""One checkpoint on its way into the arena: who asked, what is read to where, and what its end says of the copy on disk."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from agent.native.arena import Arena
+from agent.native.chunk_table import Occupant
+from agent.native.reader import Priority, ReadJob, Unit
+from agent.store import catalog
+from agent.store.api import FillSink
+from schema.checkpoint import Manifest
+from schema.errors import InvalidCheckpoint, SllmError
+
+__all__ = ["Fill", "FillSource", "changed_meanwhile", "fill_units", "mark"]
+
+_log = logging.getLogger(__name__)
+
+
+class FillSource(Protocol):
+    """Where an image comes from that is not on the disk yet; its jobs are as those of a `ReadPool`."""
+
+    @property
+    def manifest(self) -> Manifest: ...
+
+    def submit(self, units: Sequence[Unit], changed: Callable[[ReadJob], None], *, priority: Priority) -> ReadJob: ...
+
+    def do_without(self) -> None:
+        """There is no memory for the image now, or it is there already."""
+
+
+@dataclass(slots=True)
+class Fill:
+    """A checkpoint on its way in, for all ``ops`` that asked. ``occupant`` and ``job`` are there once it is being read."""
+
+    digest: str
+    directory: Path
+    ops: list[str]
+    priority: Priority
+    source: FillSource | None = None
+    occupant: Occupant | None = None
+    job: ReadJob | None = None
+    manifest: Manifest | None = None
+    image_bytes: int = 0
+    verifying: bool = False
+    given_up: bool = False
+    stalled: bool = False
+    sinks: tuple[FillSink, ...] = ()
+    told_at: float = 0.0
+    told_bytes: int = -1
+
+    def arrived(self, job: ReadJob, unit: Unit) -> None:
+        """On a reader's thread: bytes that lie in the arena now go on to whoever wants them."""
+        for sink in self.sinks:
+            sink.arrived(unit)
+
+
+def fill_units(
+    arena: Arena, directory: Path, manifest: Manifest, chunks: list[int], verifying: bool, least_bytes: int
+) -> Iterator[Unit]:
+    """The checksums' chunks, or as many of them together as make ``least_bytes``, where none is looked at."""
+    together = max(1, least_bytes // manifest.chunk_bytes)
+    step = together * manifest.chunk_bytes
+    for partition in manifest.partitions:
+        file = catalog.partition_path(directory, partition)
+        for number in range(0, len(partition.chunk_xxh3), together):
+            offset = number * manifest.chunk_bytes
+            length = min(step, partition.size_bytes - offset)
+            yield Unit(
+                file,
+                partition.size_bytes,
+                offset,
+                tuple(arena.views(chunks, partition.start_bytes + offset, length)),
+                partition.chunk_xxh3[number] if verifying else None,
+            )
+
+
+def mark(write: Callable[..., None], directory: Path, *reason: str) -> None:
+    """A marker that cannot be written costs a second look later, not the load."""
+    try:
+        write(directory, *reason)
+    except OSError as error:
+        _log.warning("cannot write a marker in %s: %s", directory, error)
+
+
+def changed_meanwhile(fill: Fill) -> SllmError | None:
+    """A user's file that was written to while it was loaded: what has come may be of neither state."""
+    if fill.source is not None or fill.manifest is None or (changed := catalog.changed_source(fill.manifest)) is None:
+        return None
+    return InvalidCheckpoint(changed)
