@@ -35,9 +35,8 @@ class Subject:
 
     def ready(self) -> None:
         if not self._is_ready:
-            line = self._line()
-            if line != "ready\n":
-                raise SubjectFailed(self._why(line))
+            if not self._line("ready\n"):
+                raise SubjectFailed(self._why())
             self._is_ready = True
 
     def ask(self, request: str) -> dict[str, Any]:
@@ -47,10 +46,10 @@ class Subject:
             self._process.stdin.write(request + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise SubjectFailed(self._why("")) from None
-        line = self._line()
+            raise SubjectFailed(self._why()) from None
+        line = self._line("{")
         if not line:
-            raise SubjectFailed(self._why(line))
+            raise SubjectFailed(self._why())
         return dict(json.loads(line))
 
     def close(self) -> None:
@@ -61,18 +60,19 @@ class Subject:
         self._process.communicate()
         self._log.close()
 
-    def _line(self) -> str:
+    def _line(self, begins: str) -> str:
+        """The next line that begins so; what libraries print there is passed over. Empty when there is none."""
         assert self._process.stdout is not None
         timer = threading.Timer(_LIMIT_S, self._process.kill)
         timer.start()
         try:
-            return self._process.stdout.readline()
+            return next((line for line in self._process.stdout if line.startswith(begins)), "")
         finally:
             timer.cancel()
 
-    def _why(self, line: str) -> str:
+    def _why(self) -> str:
         self._process.kill()
         self._process.wait()
         self._log.seek(0)
         told = [each.strip() for each in self._log.read().splitlines() if each.strip()]
-        return line.strip() or (told[-1] if told else f"it ended with {self._process.returncode} and said nothing")
+        return told[-1] if told else f"it ended with {self._process.returncode} and said nothing"
