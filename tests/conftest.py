@@ -61,7 +61,8 @@ def _left_behind() -> list[str]:
 
 
 def _processes() -> list[tuple[int, str]]:
-    """Other processes that carry the mark of this run, but its zombies."""
+    """Other processes that carry the mark of this run, but its zombies, and the helper that Python itself keeps beside whoever
+    uses multiprocessing, until that one ends."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
@@ -71,6 +72,6 @@ def _processes() -> list[tuple[int, str]]:
             command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
         except OSError:
             continue
-        if marked and command:
+        if marked and command and "from multiprocessing.resource_tracker import main" not in command:
             found.append((int(entry.name), command[:200]))
     return found
