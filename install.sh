@@ -334,7 +334,12 @@ run_tests() {
     check ruff format --check .
     check mypy
     check lint-imports
-    check python -m pytest "$@"
+    if (($#)); then
+        check python -m pytest "$@"
+    else
+        check python -m pytest -n 2 --dist loadfile -m "not alone"
+        check python -m pytest -m alone
+    fi
     if ((${#failed[@]})); then die "failed: ${failed[*]}"; fi
     say "All checks passed"
 }

@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,14 +27,23 @@ def pytest_configure() -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    left = _left_behind()
+    left = _left_behind() if not _distributes(session.config) else []
     deadline = time.monotonic() + _GRACE_S
     while left and time.monotonic() < deadline:
         time.sleep(0.1)
         left = _left_behind()
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["left_behind"] = left
+    session.config.stash[_KEY] = left = left + session.config.stash.get(_KEY, [])
     if left:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        session.config.stash[_KEY] = left
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """One of several processes of tests has ended (pytest-xdist), and says what it left."""
+    stash = node.config.stash
+    stash[_KEY] = stash.get(_KEY, []) + getattr(node, "workeroutput", {}).get("left_behind", [])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -46,6 +56,11 @@ def pytest_unconfigure() -> None:
     for pid, _ in _processes():
         os.kill(pid, signal.SIGKILL)
     faulthandler.dump_traceback_later(_EXIT_S, exit=True, file=sys.__stderr__)
+
+
+def _distributes(config: pytest.Config) -> bool:
+    """Whether other processes run the tests of this run."""
+    return not hasattr(config, "workerinput") and bool(getattr(config.option, "numprocesses", None))
 
 
 def _left_behind() -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.reality import MODELS, Observed, Reality, arrivals
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 REQUESTS = 40
 RATE = 1.0
