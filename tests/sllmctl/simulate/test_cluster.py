@@ -86,7 +86,12 @@ POLICIES = [
 ]
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def _called(policy: Policy) -> str:
+    how = [name for name, is_so in (("exclusive", policy.exclusive), ("batching", policy.batching)) if is_so]
+    return "-".join([*policy.name.split(), *how])
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=_called)
 def test_every_request_ends_once(policy: Policy) -> None:
     arrivals = drawn(400, 0.7)
     record = simulate(scenario(), policy, iter(arrivals))
@@ -95,7 +100,7 @@ def test_every_request_ends_once(policy: Policy) -> None:
     assert record.evictions
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("policy", POLICIES, ids=_called)
 def test_one_seed_gives_one_history(policy: Policy) -> None:
     arrivals = drawn(200, 0.7, seed=4)
     records = [simulate(scenario(), policy, iter(arrivals)) for _ in range(2)]
