@@ -27,7 +27,8 @@ from schema.states import InstanceState, ModelState, NodeState, RequestState
 from sllmctl.client import AsyncAdminClient
 from sllmctl.config import ClientSettings, StreamSettings
 from sllmctl.control.effects import PutInstance
-from sllmctl.control.view import Checkpoint, ClusterView, Instance, Model, Node
+from sllmctl.control.records import Checkpoint, Instance, Model, Node
+from sllmctl.control.view import ClusterView
 from sllmctl.gateway.feed import Feed
 from sllmctl.gateway.picture import KINDS
 from tui.app import Dashboard

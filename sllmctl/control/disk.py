@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from schema.states import ModelState, NodeState, Tier, TierState
 from sllmctl.control import drops
+from sllmctl.control.records import PlacementRecord
 from sllmctl.control.turn import Core, Turn
-from sllmctl.control.view import PlacementRecord
 
 __all__ = ["make_room", "victims"]
 

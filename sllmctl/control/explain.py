@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from schema.admin import CandidateView, DecisionView, ExplainView, NodeVerdictView, RequestExplainView, RequestView
-from sllmctl.control.view import ClusterView, Model
+from sllmctl.control.records import Model
+from sllmctl.control.view import ClusterView
 from sllmctl.planner.plans import Candidate, Decision, Move, Plan, Rejection, Wait
 
 __all__ = ["DecisionsPort", "ExplainerPort", "MadePort", "decision_view", "explain", "explain_request"]

@@ -8,8 +8,8 @@ from schema.link import EngineOptions, InstanceTruth, RemoteCopy, StartInstance,
 from schema.states import InstanceState, ModelState, NodeState, Tier, can_become
 from sllmctl.control import disk, learning
 from sllmctl.control.effects import RouteChanged, StopInstanceNow
+from sllmctl.control.records import HOLDING, LIVE, Instance, Model
 from sllmctl.control.turn import Turn
-from sllmctl.control.view import HOLDING, LIVE, Instance, Model
 from sllmctl.planner.memory import context_tokens
 from sllmctl.planner.plans import Plan
 

@@ -10,8 +10,8 @@ from schema.spec import PathSource
 from schema.states import InstanceState, ModelState, NodeState, Tier, can_become
 from sllmctl.control import disk, drops, instances, operations, prefetch
 from sllmctl.control.effects import AddModel, DeployModel, ModelChanged, RejectWaiting, RemoveModel, StopModel
+from sllmctl.control.records import Model, Node
 from sllmctl.control.turn import Turn
-from sllmctl.control.view import Model, Node
 from sllmctl.planner.memory import context_tokens
 
 __all__ = [

@@ -9,8 +9,8 @@ from schema.link import CancelOperation, CheckpointTruth, Ingest, NodeTruth
 from schema.states import InstanceState, ModelState, NodeState, Tier, TierState, can_become
 from sllmctl.control import drops, instances, models, operations, pins, prefetch
 from sllmctl.control.effects import AddNode, CheckpointKnown, Connect, Log, NodeLost
+from sllmctl.control.records import LIVE, Checkpoint, Node, PlacementKey, PlacementRecord
 from sllmctl.control.turn import Turn
-from sllmctl.control.view import LIVE, Checkpoint, Node, PlacementKey, PlacementRecord
 
 __all__ = ["add", "check", "lost", "move", "take_checkpoint", "take_truth"]
 

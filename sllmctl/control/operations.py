@@ -21,9 +21,9 @@ from schema.link import (
 from schema.states import NodeState, Tier, TierState
 from sllmctl.control import disk, remotes
 from sllmctl.control.effects import Operate
+from sllmctl.control.records import Checkpoint, Node, Operation, PlacementRecord
 from sllmctl.control.references import checkpoint_called, node_called
 from sllmctl.control.turn import Turn
-from sllmctl.control.view import Checkpoint, Node, Operation, PlacementRecord
 
 __all__ = ["begin", "done", "restate"]
 

@@ -6,9 +6,9 @@ from schema.errors import Conflict, InvalidInput, NotFound
 from schema.link import PinTo, SetPins
 from schema.states import Tier
 from sllmctl.control.effects import Pin
+from sllmctl.control.records import Checkpoint, Node, PinKey
 from sllmctl.control.references import checkpoint_called, node_called
 from sllmctl.control.turn import Turn
-from sllmctl.control.view import Checkpoint, Node, PinKey
 
 __all__ = ["change", "state"]
 

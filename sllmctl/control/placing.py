@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from schema.states import InstanceState, NodeState, Tier, TierState
 from sllmctl.control import drops, instances
 from sllmctl.control.effects import Migrate
+from sllmctl.control.records import LEAVING, STANDING, Instance, Model, Node
 from sllmctl.control.turn import Moving, Turn
-from sllmctl.control.view import LEAVING, STANDING, Instance, Model, Node
 from sllmctl.planner.plans import Candidate, Move, Plan
 
 __all__ = ["carry_out", "follow", "give_up", "settle"]

@@ -12,8 +12,8 @@ from heapq import nlargest
 from schema.link import LoadCheckpoint
 from schema.states import ModelState, NodeState, Tier
 from sllmctl.control.demand import heat
+from sllmctl.control.records import Node
 from sllmctl.control.turn import Turn
-from sllmctl.control.view import Node
 from sllmctl.planner.estimates import Channel
 
 __all__ = ["done", "look", "lost"]

@@ -6,7 +6,8 @@ import re
 
 from schema.errors import Conflict, InvalidInput, NotFound
 from schema.states import NodeState
-from sllmctl.control.view import Checkpoint, ClusterView, Node
+from sllmctl.control.records import Checkpoint, Node
+from sllmctl.control.view import ClusterView
 
 __all__ = ["LEAST_DIGITS", "checkpoint_called", "node_called"]
 

@@ -11,9 +11,9 @@ from schema.errors import Conflict, InvalidInput, NotFound
 from schema.remote import check_remote_url
 from schema.states import NodeState, Tier
 from sllmctl.control.effects import Forget, Operate
+from sllmctl.control.records import Checkpoint, Node, Operation, Publication
 from sllmctl.control.references import checkpoint_called
 from sllmctl.control.turn import Turn
-from sllmctl.control.view import Checkpoint, Node, Operation, Publication
 
 __all__ = ["address", "called", "fetcher", "forget", "note", "publisher"]
 

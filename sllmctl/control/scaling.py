@@ -14,8 +14,8 @@ from schema.errors import Fault, Unschedulable
 from schema.states import InstanceState, ModelState, NodeState
 from sllmctl.control import instances, placing
 from sllmctl.control.effects import RejectWaiting
+from sllmctl.control.records import Instance, Model
 from sllmctl.control.turn import Turn
-from sllmctl.control.view import Instance, Model
 from sllmctl.planner.plans import Plan, Refusal, Wait
 
 __all__ = ["look_around", "place_aged", "place_refused", "scale"]

@@ -36,18 +36,9 @@ from sllmctl.control.effects import (
     Step,
     WakeAt,
 )
+from sllmctl.control.records import Checkpoint, Instance, Model, Node, PinKey, PlacementKey, PlacementRecord, Publication
 from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import (
-    Checkpoint,
-    ClusterView,
-    Instance,
-    Model,
-    Node,
-    PinKey,
-    PlacementKey,
-    PlacementRecord,
-    Publication,
-)
+from sllmctl.control.view import ClusterView
 from sllmctl.planner.plans import Journals, Planner
 
 if TYPE_CHECKING:

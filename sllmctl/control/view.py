@@ -9,14 +9,13 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from schema.link import DeviceInfo, Inventory
 from schema.states import InstanceState, NodeState, Tier, TierState
 from sllmctl.control.records import (
     HOLDING,
     LEAVING,
-    LIVE,
     STANDING,
     Checkpoint,
     Instance,
@@ -30,25 +29,7 @@ from sllmctl.control.records import (
 )
 from sllmctl.control.room import RoomIndex
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = [
-    "HOLDING",
-    "LEAVING",
-    "LIVE",
-    "STANDING",
-    "Checkpoint",
-    "ClusterView",
-    "Instance",
-    "Model",
-    "Node",
-    "Operation",
-    "PinKey",
-    "PlacementKey",
-    "PlacementRecord",
-    "Publication",
-]
+__all__ = ["ClusterView"]
 
 
 _NO_PLACEMENTS: Mapping[PlacementKey, PlacementRecord] = {}

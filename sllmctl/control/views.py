@@ -21,7 +21,8 @@ from schema.admin import (
 )
 from schema.link import InstanceLoad, Inventory
 from schema.states import Tier
-from sllmctl.control.view import Checkpoint, ClusterView, Instance, Model, Node, Operation
+from sllmctl.control.records import Checkpoint, Instance, Model, Node, Operation
+from sllmctl.control.view import ClusterView
 
 __all__ = [
     "LiveNumbers",

@@ -15,8 +15,8 @@ import msgspec
 from schema.link import Inventory, StartPhases
 from schema.states import Tier
 from sllmctl.control.effects import PutEstimate
+from sllmctl.control.records import Checkpoint, Node
 from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import Checkpoint, Node
 from sllmctl.planner.coefficients import Line, Window
 from sllmctl.planner.loads import ChannelKey, Loads, Record
 

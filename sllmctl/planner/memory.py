@@ -14,8 +14,8 @@ from __future__ import annotations
 import msgspec
 
 from schema.spec import ModelSpec
+from sllmctl.control.records import Checkpoint
 from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import Checkpoint
 
 __all__ = ["KvNeed", "context_tokens", "kv_given_bytes", "kv_need"]
 

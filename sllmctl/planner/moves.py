@@ -23,8 +23,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from schema.states import Tier
+from sllmctl.control.records import Instance, Node
 from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import ClusterView, Instance, Node
+from sllmctl.control.view import ClusterView
 from sllmctl.planner.assignment import Lot, Partial, Victim, keep, kind_of, told
 from sllmctl.planner.estimates import Estimates
 from sllmctl.planner.packing import Packer, Start, Tenant

@@ -16,8 +16,9 @@ only the soonest few targets of a victim, and only so many nodes, are worked out
 from __future__ import annotations
 
 from schema.states import Tier
+from sllmctl.control.records import Model
 from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import ClusterView, Model
+from sllmctl.control.view import ClusterView
 from sllmctl.planner.estimates import Estimates
 from sllmctl.planner.inquiry import Inquiry, PlannerOptions
 from sllmctl.planner.memory import KvNeed, kv_given_bytes

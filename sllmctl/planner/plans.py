@@ -14,7 +14,7 @@ import msgspec
 from schema.states import Tier
 
 if TYPE_CHECKING:
-    from sllmctl.control.view import Model
+    from sllmctl.control.records import Model
 
 __all__ = [
     "Abilities",

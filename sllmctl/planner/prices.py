@@ -10,8 +10,9 @@ from __future__ import annotations
 from math import exp
 
 from schema.states import ModelState, Tier
+from sllmctl.control.records import Instance, Node
 from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import ClusterView, Instance, Node
+from sllmctl.control.view import ClusterView
 from sllmctl.planner.estimates import Channel, Estimates
 
 __all__ = ["Prices"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sllmctl.control.view import ClusterView, Model
+from sllmctl.control.records import Model
+from sllmctl.control.view import ClusterView
 from sllmctl.planner.plans import Candidate, Refusal, Rejection
 
 __all__ = ["plan_reason", "refusal", "wait_reason"]

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from schema.link import Inventory
 from schema.states import NodeState, Tier, TierState
+from sllmctl.control.records import HOLDING, Checkpoint, Model, Node
 from sllmctl.control.room import RoomIndex
 from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import HOLDING, Checkpoint, ClusterView, Model, Node
+from sllmctl.control.view import ClusterView
 from sllmctl.planner.memory import kv_need
 from sllmctl.planner.plans import Rejection
 

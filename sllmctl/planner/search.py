@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from schema.states import Tier
-from sllmctl.control.view import Node
+from sllmctl.control.records import Node
 from sllmctl.planner.estimates import Channel
 from sllmctl.planner.inquiry import CHEAP, Inquiry
 from sllmctl.planner.plans import Rejection

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from schema.states import Tier
-from sllmctl.control.view import Node
+from sllmctl.control.records import Node
 from sllmctl.planner.arena import clear_arena
 from sllmctl.planner.cover import pick, spared
 from sllmctl.planner.estimates import Startup

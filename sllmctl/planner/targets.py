@@ -13,8 +13,9 @@ from heapq import nsmallest
 from itertools import chain, islice
 
 from schema.states import InstanceState, Tier
+from sllmctl.control.records import LEAVING, Instance, Model, Node
 from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import LEAVING, ClusterView, Instance, Model, Node
+from sllmctl.control.view import ClusterView
 from sllmctl.planner.packing import Packer, Start
 from sllmctl.planner.plans import Abilities, Journals
 from sllmctl.planner.rooms import Ask, Fleet, ask, ground

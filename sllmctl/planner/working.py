@@ -7,7 +7,7 @@ from itertools import combinations
 from math import comb
 
 from schema.states import InstanceState
-from sllmctl.control.view import Instance, Node
+from sllmctl.control.records import Instance, Node
 from sllmctl.planner.cover import choose, pick
 from sllmctl.planner.inquiry import Inquiry
 from sllmctl.planner.moves import Movers

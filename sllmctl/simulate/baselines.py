@@ -15,8 +15,9 @@ from random import Random
 from typing import Protocol, runtime_checkable
 
 from schema.states import Tier
+from sllmctl.control.records import HOLDING, LEAVING, Instance, Model, Node
 from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import HOLDING, LEAVING, ClusterView, Instance, Model, Node
+from sllmctl.control.view import ClusterView
 from sllmctl.planner.cover import choose
 from sllmctl.planner.estimates import Estimates, Startup
 from sllmctl.planner.memory import KvNeed, kv_given_bytes

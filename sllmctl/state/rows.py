@@ -45,7 +45,8 @@ from sllmctl.control.effects import (
     RemovePublication,
     RowChange,
 )
-from sllmctl.control.view import Checkpoint, ClusterView, Instance, Model, Node, PlacementRecord, Publication
+from sllmctl.control.records import Checkpoint, Instance, Model, Node, PlacementRecord, Publication
+from sllmctl.control.view import ClusterView
 
 __all__ = ["apply", "read_estimates", "read_view"]
 

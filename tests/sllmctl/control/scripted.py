@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 from schema.states import Tier
-from sllmctl.control.view import Model
+from sllmctl.control.records import Model
 from sllmctl.planner.plans import Candidate, Decision, Move, Plan, Refusal, Rejection
 from tests.sllmctl.control.agents import MIB
 

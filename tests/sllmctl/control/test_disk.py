@@ -11,8 +11,8 @@ from schema.link import DropCheckpoint, Ingest
 from schema.states import InstanceState, ModelState, NodeState, Tier, TierState
 from sllmctl.control.disk import victims
 from sllmctl.control.effects import AddModel, Operate, Pin
+from sllmctl.control.records import Operation, PlacementRecord, Publication
 from sllmctl.control.turn import Drop
-from sllmctl.control.view import Operation, PlacementRecord, Publication
 from tests.sllmctl.control.conftest import MakeWorld
 from tests.sllmctl.control.world import MIB, Agent, World, digest_of, spec
 

@@ -12,7 +12,8 @@ from schema.ids import Epoch
 from schema.spec import ModelSpec, PathSource
 from schema.states import InstanceState, ModelState, NodeState, RequestState, Tier
 from sllmctl.control.explain import decision_view, explain, explain_request
-from sllmctl.control.view import ClusterView, Instance, Model, Node
+from sllmctl.control.records import Instance, Model, Node
+from sllmctl.control.view import ClusterView
 from sllmctl.planner.plans import Candidate, Decision, Move, Plan, Refusal, Rejection, Wait
 
 _SMALL, _LOST = "5" * 64, "9" * 64

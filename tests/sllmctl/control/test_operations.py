@@ -10,7 +10,7 @@ from schema.errors import Fault
 from schema.link import CheckpointTruth, DropCheckpoint, LoadCheckpoint, Placement, PlacementUpdate, VerifyCheckpoint
 from schema.states import InstanceState, Tier, TierState
 from sllmctl.control.effects import FromNode, Operate
-from sllmctl.control.view import Operation
+from sllmctl.control.records import Operation
 from tests.sllmctl.control.conftest import MakeWorld
 from tests.sllmctl.control.world import Agent, World, digest_of, spec
 

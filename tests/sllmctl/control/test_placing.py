@@ -10,8 +10,8 @@ from schema.errors import Fault
 from schema.link import DropCheckpoint, OperationDone, StartInstance, StopInstance
 from schema.states import InstanceState, Tier, TierState
 from sllmctl.control.effects import DemandChanged, DeployModel, FromNode, InstanceActivity, Send, StopModel
+from sllmctl.control.records import Instance
 from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import Instance
 from sllmctl.planner.plans import Abilities
 from tests.sllmctl.control.conftest import MakeWorld
 from tests.sllmctl.control.scripted import ScriptedPlanner, move, place

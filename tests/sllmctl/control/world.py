@@ -49,8 +49,9 @@ from sllmctl.control.effects import (
     WakeAt,
 )
 from sllmctl.control.loop import ControlLoop
+from sllmctl.control.records import Instance
 from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import ClusterView, Instance
+from sllmctl.control.view import ClusterView
 from sllmctl.planner.estimates import Estimates
 from sllmctl.planner.planner import LocalityPlanner
 from sllmctl.planner.plans import Abilities, Journals, NoJournals, Planner

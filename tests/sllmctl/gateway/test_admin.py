@@ -26,7 +26,8 @@ from sllmctl import client
 from sllmctl.client import AsyncAdminClient
 from sllmctl.config import AdminSettings, ClientSettings
 from sllmctl.control.effects import AddModel, DeployModel, Event, Operate, RemoveModel, StopInstanceNow, StopModel
-from sllmctl.control.view import Checkpoint, ClusterView, Instance, Model, Node, Operation, PlacementRecord
+from sllmctl.control.records import Checkpoint, Instance, Model, Node, Operation, PlacementRecord
+from sllmctl.control.view import ClusterView
 from sllmctl.gateway.admin import admin_app
 from sllmctl.gateway.explanations import Explanations
 from sllmctl.planner.plans import Candidate, Decision, Refusal, Rejection, Wait

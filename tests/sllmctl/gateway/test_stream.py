@@ -23,7 +23,8 @@ from schema.states import InstanceState, ModelState, NodeState, RequestState, Ti
 from sllmctl.client import AdminClient, AsyncAdminClient
 from sllmctl.config import ClientSettings, StreamSettings
 from sllmctl.control.effects import PutInstance, PutPlacement, RemoveInstance
-from sllmctl.control.view import Checkpoint, ClusterView, Instance, Model, Node, PlacementRecord
+from sllmctl.control.records import Checkpoint, Instance, Model, Node, PlacementRecord
+from sllmctl.control.view import ClusterView
 from sllmctl.gateway.admin import admin_app
 from sllmctl.gateway.feed import Feed
 from sllmctl.gateway.picture import KINDS, Picture

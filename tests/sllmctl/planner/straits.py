@@ -11,7 +11,7 @@ import msgspec
 from hypothesis import strategies as st
 
 from schema.states import InstanceState, Tier
-from sllmctl.control.view import Instance
+from sllmctl.control.records import Instance
 from sllmctl.planner.estimates import Estimates
 from sllmctl.planner.plans import Candidate
 from sllmctl.planner.rounds import rounds_s

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schema.states import InstanceState, Tier
-from sllmctl.control.view import Model
+from sllmctl.control.records import Model
 from sllmctl.planner import moves as moves_module
 from sllmctl.planner.estimates import Estimates
 from sllmctl.planner.plans import Abilities, Move, Plan, Refusal

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 
 from schema.states import InstanceState, Tier
-from sllmctl.control.view import HOLDING, LEAVING, Model
+from sllmctl.control.records import HOLDING, LEAVING, Model
 from sllmctl.planner import PlannerOptions
 from sllmctl.planner.estimates import Estimates
 from sllmctl.planner.plans import Abilities, Candidate, Plan, Refusal, Rejection, Wait

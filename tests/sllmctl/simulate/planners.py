@@ -6,8 +6,9 @@ from random import Random
 
 from schema.link import DeviceInfo
 from schema.states import InstanceState, NodeState, Tier, TierState
+from sllmctl.control.records import Instance, Model, Node
 from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import ClusterView, Instance, Model, Node
+from sllmctl.control.view import ClusterView
 from sllmctl.planner.estimates import Estimates
 from sllmctl.planner.plans import Abilities, Candidate, Decision, Journals, Move, Plan, Planner, Refusal, Rejection
 from sllmctl.simulate.policies import Policy
