@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from schema.admin import CheckpointBody, DeployBody, EventView, OperationKind, RemoteBody, RequestView, StatusView
+from schema.admin import CheckpointBody, DeployBody, OperationKind, RemoteBody, RequestView, StatusView
 from schema.errors import Conflict, InvalidInput, SllmError, Unauthorised
 from schema.spec import parse_spec
 from schema.states import InstanceState, ModelState
@@ -55,9 +55,10 @@ from sllmctl.gateway.answers import (
 from sllmctl.gateway.errors import BodyTooLarge, UnsupportedMediaType
 from sllmctl.gateway.explanations import Explanations
 from sllmctl.gateway.feed import Feed
+from sllmctl.gateway.ports import EventsPort
 from sllmctl.gateway.stream import Stream
 
-__all__ = ["DatabasePort", "RequestsPort", "RunnerPort", "admin_app"]
+__all__ = ["RequestsPort", "RunnerPort", "admin_app"]
 
 _PREFIX = "/admin/v1/"
 _HOSTS = frozenset({"sllmctl", "localhost"})
@@ -68,16 +69,6 @@ _UNTIL = ("ingested", "ready", "stopped", "gone")
 class RunnerPort(Protocol):
     async def ask(self, make: Callable[[int], Event]) -> None:
         """Have the control loop take in an event; raises its refusal."""
-
-
-class DatabasePort(Protocol):
-    async def events(
-        self,
-        kind: str | None = None,
-        object: str | None = None,  # noqa: A002 - the name that an event has it by
-        limit: int = 100,
-        after: str | None = None,
-    ) -> list[EventView]: ...
 
 
 class RequestsPort(LiveNumbers, Protocol):
@@ -92,7 +83,7 @@ def admin_app(
     *,
     runner: RunnerPort,
     view: ClusterView,
-    database: DatabasePort,
+    database: EventsPort,
     router: RequestsPort,
     status: Callable[[], StatusView],
     settings: AdminSettings | None = None,
@@ -167,7 +158,7 @@ class _Admin:
         self,
         runner: RunnerPort,
         view: ClusterView,
-        database: DatabasePort,
+        database: EventsPort,
         router: RequestsPort,
         status: Callable[[], StatusView],
         settings: AdminSettings,

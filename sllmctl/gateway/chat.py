@@ -7,10 +7,10 @@ from typing import Annotated, Any, Final
 import msgspec
 from msgspec import Meta
 
-from schema.errors import ContextOverflow, InvalidInput
+from schema.errors import InvalidInput
 from sllmctl.gateway.errors import UnsupportedParameter
 from sllmctl.gateway.generate import Gateway, Job
-from sllmctl.gateway.openai import BodyDecoder, Common, check_stream_options, sampling_params, stop_strings
+from sllmctl.gateway.openai import BodyDecoder, Common, check_stream_options, make_job, stop_strings
 from sllmctl.gateway.sse import ChatShape
 
 __all__ = ["chat_job"]
@@ -84,23 +84,17 @@ async def chat_job(gateway: Gateway, data: bytes) -> Job:
     messages = [_plain(message, at) for at, message in enumerate(body.messages)]
     model, text = await gateway.prepare(body.model)
     prompt = await gateway.text.encode_chat(text, messages, model.max_context_tokens)
-    try:
-        params = sampling_params(
-            body, text, len(prompt), model.max_context_tokens, max_tokens=_max_tokens(body), logprobs=_logprobs(body)
-        )
-    except ContextOverflow as error:
-        raise ContextOverflow(error.message, error.param or "messages") from error
-    return Job(
-        model=body.model,
-        text=text,
-        prompt=tuple(prompt),
-        params=params,
-        choices=body.n or 1,
-        tenant=body.user or "",
+    return make_job(
+        body,
+        text,
+        prompt,
+        model.max_context_tokens,
+        max_tokens=_max_tokens(body),
+        logprobs=_logprobs(body),
         stops=stops,
-        stream=bool(body.stream),
         include_usage=include_usage,
         shape=ChatShape,
+        where="messages",
     )
 
 

@@ -6,10 +6,10 @@ from typing import Annotated, Final
 
 from msgspec import Meta
 
-from schema.errors import ContextOverflow, InvalidInput
+from schema.errors import InvalidInput
 from sllmctl.gateway.errors import UnsupportedParameter
 from sllmctl.gateway.generate import Gateway, Job
-from sllmctl.gateway.openai import BodyDecoder, Common, check_stream_options, sampling_params, stop_strings
+from sllmctl.gateway.openai import BodyDecoder, Common, check_stream_options, make_job, stop_strings
 from sllmctl.gateway.sse import CompletionShape
 
 __all__ = ["completion_job"]
@@ -54,21 +54,17 @@ async def completion_job(gateway: Gateway, data: bytes) -> Job:
         raise InvalidInput("prompt: it is empty, and this model begins no text by itself", "prompt")
     room = model.max_context_tokens - len(prompt)
     asked = body.max_tokens if body.max_tokens is not None else min(_DEFAULT_TOKENS, max(room, 1))
-    try:
-        params = sampling_params(body, text, len(prompt), model.max_context_tokens, max_tokens=asked, logprobs=body.logprobs)
-    except ContextOverflow as error:
-        raise ContextOverflow(error.message, error.param or "prompt") from error
-    return Job(
-        model=body.model,
-        text=text,
-        prompt=tuple(prompt),
-        params=params,
-        choices=body.n or 1,
-        tenant=body.user or "",
+    return make_job(
+        body,
+        text,
+        prompt,
+        model.max_context_tokens,
+        max_tokens=asked,
+        logprobs=body.logprobs,
         stops=stops,
-        stream=bool(body.stream),
         include_usage=include_usage,
         shape=CompletionShape,
+        where="prompt",
     )
 
 

@@ -27,8 +27,9 @@ from sllmctl.control.effects import RowChange
 from sllmctl.control.view import ClusterView
 from sllmctl.control.views import LiveNumbers, checkpoint_view, instance_view, model_view, node_view, operation_view
 from sllmctl.gateway.picture import KINDS, Picture
+from sllmctl.gateway.ports import EventsPort
 
-__all__ = ["EventsPort", "Feed", "LivePort"]
+__all__ = ["Feed", "LivePort"]
 
 _AGAIN = 500
 """So many busy instances are looked at in one turn; the others in the next."""
@@ -39,16 +40,6 @@ _AT_ONCE = 250
 class LivePort(LiveNumbers, Protocol):
     def requests(self) -> list[RequestView]: ...
     def moving(self) -> list[tuple[str, str]]: ...
-
-
-class EventsPort(Protocol):
-    async def events(
-        self,
-        kind: str | None = None,
-        object: str | None = None,  # noqa: A002 - the name that an event has it by
-        limit: int = 100,
-        after: str | None = None,
-    ) -> list[EventView]: ...
 
 
 class Feed(logging.Handler):

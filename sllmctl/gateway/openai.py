@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
@@ -17,10 +17,12 @@ from msgspec import Meta
 from schema.errors import ContextOverflow, InvalidInput
 from schema.link import SamplingParams
 from sllmctl.gateway.errors import UnknownParameter, UnsupportedParameter
+from sllmctl.gateway.generate import Job
 from sllmctl.gateway.settings import GatewaySettings
+from sllmctl.gateway.sse import Shape
 from sllmctl.gateway.text import TextModel
 
-__all__ = ["BodyDecoder", "Common", "StreamOptions", "check_stream_options", "sampling_params", "stop_strings"]
+__all__ = ["BodyDecoder", "Common", "StreamOptions", "check_stream_options", "make_job", "stop_strings"]
 
 _SEED_MASK = (1 << 63) - 1
 
@@ -141,13 +143,48 @@ def stop_strings(body: Common, settings: GatewaySettings) -> tuple[str, ...]:
     return stops
 
 
-def sampling_params(
+def make_job(
+    body: Common,
+    text: TextModel,
+    prompt: Sequence[int],
+    context_tokens: int,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    stops: tuple[str, ...],
+    include_usage: bool,
+    shape: type[Shape],
+    where: str,
+) -> Job:
+    """The job of a body whose prompt was made tokens; ``where`` names the parameter that a prompt came in.
+
+    Raises ContextOverflow when prompt and reply do not fit, InvalidInput for what is out of range.
+    """
+    try:
+        params = _sampling_params(body, text, len(prompt), context_tokens, max_tokens, logprobs)
+    except ContextOverflow as error:
+        raise ContextOverflow(error.message, error.param or where) from error
+    return Job(
+        model=body.model,
+        text=text,
+        prompt=tuple(prompt),
+        params=params,
+        choices=body.n or 1,
+        tenant=body.user or "",
+        stops=stops,
+        stream=bool(body.stream),
+        include_usage=include_usage,
+        shape=shape,
+    )
+
+
+def _sampling_params(
     body: Common,
     text: TextModel,
     prompt_tokens: int,
     context_tokens: int,
-    max_tokens: int | None = None,
-    logprobs: int | None = None,
+    max_tokens: int | None,
+    logprobs: int | None,
 ) -> SamplingParams:
     """How tokens are chosen: by the body, else by the model's own defaults, else by OpenAI's.
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence as AbstractSequence
 from pathlib import Path
 from typing import Protocol
 
-from schema.admin import RequestTimeline
+from schema.admin import EventView, RequestTimeline
 from schema.checkpoint import Manifest
 from schema.link import SamplingParams
 from schema.spec import ModelSpec
 from schema.states import EndReason, ModelState
 
-__all__ = ["AssetsPort", "RequestPort", "RoutedModelPort", "RouterPort", "SequencePort", "TextAssetsPort"]
+__all__ = ["AssetsPort", "EventsPort", "RequestPort", "RoutedModelPort", "RouterPort", "SequencePort", "TextAssetsPort"]
 
 
 class RoutedModelPort(Protocol):
@@ -80,3 +80,15 @@ class TextAssetsPort(Protocol):
 class AssetsPort(Protocol):
     async def get(self, digest: str, timeout_s: float) -> TextAssetsPort:
         """The text assets of a checkpoint, once they are here. Raises TimedOut, Unschedulable."""
+
+
+class EventsPort(Protocol):
+    """The database, as far as events are read from it."""
+
+    async def events(
+        self,
+        kind: str | None = None,
+        object: str | None = None,  # noqa: A002 - the name that an event has it by
+        limit: int = 100,
+        after: str | None = None,
+    ) -> list[EventView]: ...
