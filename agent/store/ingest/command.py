@@ -57,6 +57,24 @@ def main(run_dir: str | Path, op: str, source: str | bytes) -> int:
     return 0
 
 
+class _Stage:
+    """A part of the work as it is reported: its name says, and ``notes`` too, when it goes on with what had been broken off."""
+
+    def __init__(self, name: str, what: str, reporter: Reporter, notes: list[str]) -> None:
+        self._name = self._stage = name
+        self._what = what
+        self._reporter = reporter
+        self._notes = notes
+
+    def progress(self, done_bytes: int, total_bytes: int) -> None:
+        self._reporter.progress(self._stage, done_bytes, total_bytes)
+
+    def resumed(self, spared_bytes: int) -> None:
+        if spared_bytes:
+            self._stage = f"{self._name}, resumed"
+            self._notes.append(f"{spared_bytes} bytes were there of {self._what} that had been broken off")
+
+
 def _ingest(config: NodeConfig, source: str | bytes, reporter: Reporter) -> tuple[str, str]:
     """The digest, and what is to be said of how it was made."""
     try:
@@ -68,22 +86,15 @@ def _ingest(config: NodeConfig, source: str | bytes, reporter: Reporter) -> tupl
     for name in sweep(temporary, config.remote.keep_partial_s):
         _log.info("deleted %s, which a killed process had left", name)
     notes: list[str] = []
-    stage = "ingest"
+    stage = _Stage("ingest", "an ingest", reporter, notes)
 
     def claim(need_bytes: int, begun: Path) -> contextlib.AbstractContextManager[None]:
         return claim_room(config.disk_bytes, data, need_bytes, "the checkpoint", but=begun)
 
-    def written(done_bytes: int, total_bytes: int) -> None:
-        reporter.progress(stage, done_bytes, total_bytes)
-
-    def resumed(spared_bytes: int) -> None:
-        nonlocal stage
-        if spared_bytes:
-            stage = "ingest, resumed"
-            notes.append(f"{spared_bytes} bytes were there of an ingest that had been broken off")
-
     def converted(directory: Path, *, in_place: bool = False) -> str:
-        return convert(directory, config.checkpoints_path, temporary, written, claim=claim, in_place=in_place, resumed=resumed)
+        return convert(
+            directory, config.checkpoints_path, temporary, stage.progress, claim=claim, in_place=in_place, resumed=stage.resumed
+        )
 
     if isinstance(wanted, PathSource):
         digest = converted(Path(wanted.path), in_place=wanted.in_place)
@@ -97,21 +108,11 @@ def _ingest(config: NodeConfig, source: str | bytes, reporter: Reporter) -> tupl
 
 
 def _download(config: NodeConfig, source: HubSource | UrlSource, directory: Path, reporter: Reporter, notes: list[str]) -> None:
-    stage = "fetch"
-
-    def fetched(done_bytes: int, total_bytes: int) -> None:
-        reporter.progress(stage, done_bytes, total_bytes)
-
-    def resumed(spared_bytes: int) -> None:
-        nonlocal stage
-        if spared_bytes:
-            stage = "fetch, resumed"
-            notes.append(f"{spared_bytes} bytes were there of a download that had been broken off")
-
+    stage = _Stage("fetch", "a download", reporter, notes)
     if isinstance(source, HubSource):
-        fetch(source, directory, fetched)
+        fetch(source, directory, stage.progress)
     else:
-        fetch_directory(source, directory, config.remote, fetched, resumed)
+        fetch_directory(source, directory, config.remote, stage.progress, stage.resumed)
 
 
 def _interruptible(work: Callable[[], None]) -> None:
