@@ -7,6 +7,7 @@ have left.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -68,7 +69,7 @@ class _Place:
     free: int
 
 
-class _Baseline:
+class _Baseline(ABC):
     """What both have in common: which places there are on a node, and how a place is told."""
 
     def __init__(
@@ -110,8 +111,8 @@ class _Baseline:
     def reload_s(self, model: Model, now: float) -> float:
         return self._reloads.reload_s(model, now)
 
-    def _find(self, asked: Ask, open_: Fleet) -> Candidate | None:
-        raise NotImplementedError
+    @abstractmethod
+    def _find(self, asked: Ask, open_: Fleet) -> Candidate | None: ...
 
     def _open(self) -> Fleet:
         if self._fleet is None or self._fleet.means != self._view.means:

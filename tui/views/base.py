@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -28,7 +29,7 @@ class Scope(NamedTuple):
         return f"{self.field} {self.value}"
 
 
-class View(Generic[T]):
+class View(ABC, Generic[T]):
     """``name`` and ``aliases`` are what ``:`` takes; ``sort`` is the column that it begins with. ``empty`` is said when there
     is nothing. With ``follows_end`` the newest row is at the end, and a cursor there goes on with it."""
 
@@ -39,21 +40,21 @@ class View(Generic[T]):
     sort: ClassVar[tuple[str, bool]] = ("", False)
     follows_end: ClassVar[bool] = False
 
-    def columns(self, cluster: Cluster) -> Sequence[Column[T]]:
-        raise NotImplementedError
+    @abstractmethod
+    def columns(self, cluster: Cluster) -> Sequence[Column[T]]: ...
 
-    def rows(self, cluster: Cluster) -> Iterable[T]:
-        raise NotImplementedError
+    @abstractmethod
+    def rows(self, cluster: Cluster) -> Iterable[T]: ...
 
-    def key(self, row: T) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def key(self, row: T) -> str: ...
 
+    @abstractmethod
     def words(self, row: T) -> str:
         """What the filter looks in."""
-        raise NotImplementedError
 
-    def detail(self, row: T, cluster: Cluster) -> Detail:
-        raise NotImplementedError
+    @abstractmethod
+    def detail(self, row: T, cluster: Cluster) -> Detail: ...
 
     def drill(self, row: T) -> tuple[str, Scope] | None:
         """Where Enter leads: another view, and what of it."""
