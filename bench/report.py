@@ -6,12 +6,13 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["Report"]
+__all__ = ["Report", "commit", "machine"]
 
 
 class Report:
@@ -40,6 +41,18 @@ class Report:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"title": self.title, "machine": self.machine, "rows": self.rows}, indent=1) + "\n")
         print(f"# written to {path}", file=sys.stderr)
+
+
+def machine() -> str:
+    """The processor, its cores, the kernel and Python, on one line."""
+    return f"{_cpu_name()}, {os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}"
+
+
+def commit() -> str:
+    """What is measured, as git names it."""
+    root = Path(__file__).parent.parent
+    answer = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return answer.stdout.strip() or "unknown"
 
 
 def _cpu_name() -> str:

@@ -30,8 +30,8 @@ from bench.engine.prepare import VLLM, VLLM_PEER, Model, prepare_model, prepare_
 from bench.engine.results import markdown
 from bench.engine.subject import Subject, SubjectFailed
 from bench.engine.work import WORKLOADS, Workload
-from bench.load.__main__ import _commit, _machine
 from bench.load.results import replace_tables
+from bench.report import commit, machine
 
 MORE = ("cold", "prefix", "schedule", "diverged", "vllm")
 SCHEDULED = 64
@@ -171,7 +171,7 @@ def main() -> int:
 def _measure(work: Path, threads: int, rounds: int, only: Sequence[str], vllm: Path | None, why: str) -> dict[str, Any]:
     began = time.monotonic()
     result: dict[str, Any] = {
-        "title": "the engine against its peers", "machine": _machine(), "date": time.strftime("%Y-%m-%d"), "commit": _commit(),
+        "title": "the engine against its peers", "machine": machine(), "date": time.strftime("%Y-%m-%d"), "commit": commit(),
         "rounds": rounds, "threads": threads, "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
     bench = Bench(work, threads, vllm)

@@ -16,7 +16,6 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from typing import Any
 from agent.native.cold import forget, remember
 from bench.load.prepare import HERE, PEERS, Checkpoint, Prepared, data_sum, prepare
 from bench.load.results import figures, markdown, replace_tables
+from bench.report import commit, machine
 
 ROOT = HERE.parents[1]
 BLOCK = str(4 << 20)
@@ -229,18 +229,6 @@ def _await_huge_pages() -> None:
     print(f"# only {free} huge pages are free: others on this machine have taken some", flush=True)
 
 
-def _machine() -> str:
-    name = next(
-        line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    )
-    return f"{name}, {os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}"
-
-
-def _commit() -> str:
-    answer = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return answer.stdout.strip() or "unknown"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("/var/tmp/sllmctl-bench-load"), help="kept between runs")
@@ -276,7 +264,7 @@ def main() -> int:
         ingest = bench.ingest(min(given.rounds, INGESTS))
     tensors = next(run["tensors"] for run in bench.runs if run["subject"] == "tensors")
     result = {
-        "title": "loading against peers", "machine": _machine(), "date": time.strftime("%Y-%m-%d"), "commit": _commit(),
+        "title": "loading against peers", "machine": machine(), "date": time.strftime("%Y-%m-%d"), "commit": commit(),
         "rounds": given.rounds, "bytes": sum(path.stat().st_size for path in prepared.main.shards), "tensors": tensors,
         "peers": (HERE / "peers.txt").read_text().splitlines()[1:], "unsupported": bench.unsupported, "runs": bench.runs,
         "attach": attach, "ingest": ingest,
