@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import tempfile
 import threading
@@ -23,13 +24,14 @@ class SubjectFailed(Exception):
 
 
 class Subject:
-    """Started at once; `ready` waits. Idle it uses no processor, so several may stand by while another is measured."""
+    """Started at once; `ready` waits. It is halted until it is asked: OpenMP's threads may spin for minutes when idle."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed by `close`
+        environment = {**os.environ, "PYTHONPATH": str(_ROOT), "TOKENIZERS_PARALLELISM": "false", **environment}
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, cwd=_ROOT,
-            env={**os.environ, "PYTHONPATH": str(_ROOT), "TOKENIZERS_PARALLELISM": "false", **environment},
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, cwd=_ROOT, env=environment,
+            start_new_session=True,
         )  # fmt: skip
         self._is_ready = False
 
@@ -38,10 +40,12 @@ class Subject:
             if not self._line("ready\n"):
                 raise SubjectFailed(self._why())
             self._is_ready = True
+            self._signal(signal.SIGSTOP)
 
     def ask(self, request: str) -> dict[str, Any]:
         self.ready()
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         try:
             self._process.stdin.write(request + "\n")
             self._process.stdin.flush()
@@ -50,15 +54,21 @@ class Subject:
         line = self._line("{")
         if not line:
             raise SubjectFailed(self._why())
+        self._signal(signal.SIGSTOP)
         return dict(json.loads(line))
 
     def close(self) -> None:
+        self._signal(signal.SIGCONT)
         with contextlib.suppress(subprocess.TimeoutExpired, BrokenPipeError):
             self._process.communicate(timeout=5)
-        if self._process.poll() is None:
-            self._process.kill()
+        self._signal(signal.SIGKILL)
         self._process.communicate()
         self._log.close()
+
+    def _signal(self, number: int) -> None:
+        """To it and to every process it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
 
     def _line(self, begins: str) -> str:
         """The next line that begins so; what libraries print there is passed over. Empty when there is none."""
