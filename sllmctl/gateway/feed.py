@@ -31,8 +31,11 @@ from sllmctl.gateway.ports import EventsPort
 
 __all__ = ["Feed", "LivePort"]
 
+_log = logging.getLogger(__name__)
+
 _AGAIN = 500
 """So many busy instances are looked at in one turn; the others in the next."""
+_CURSOR_DIGITS = 20
 _AT_ONCE = 250
 """So many things of a kind are looked at before tokens and others get the event loop again."""
 
@@ -78,7 +81,7 @@ class Feed(logging.Handler):
         """A log line, from any thread."""
         try:
             message = record.getMessage()
-        except (TypeError, ValueError):
+        except Exception:  # whatever an argument's own __str__ raises; a line that cannot be told must not fail who logs it
             self.handleError(record)
             return
         self._lines.append(
@@ -136,12 +139,12 @@ class Feed(logging.Handler):
     # --- what it tells
 
     async def read(self, cursor: str | None, kinds: frozenset[StreamKind]) -> AsyncGenerator[StreamFrame | None, None]:
-        """Frames from ``cursor`` on, the first at once; None is a sign of life. Ends with `close_feed`.
+        """Frames from ``cursor`` on, the first at once; None is a sign of life. Ends with `close_feed`, and when the picture
+        cannot be kept up to date: whoever then reads again gets a fresh one.
 
         Raises Overloaded when too many read, Unreachable when the manager is stopping.
         """
-        if self._closed:
-            raise Unreachable("the manager is stopping; try again when it serves")
+        self._check_open()
         if self._readers >= self._settings.readers:
             raise Overloaded(f"{self._readers} readers follow the event stream, as many as may (admin.stream.readers)", 5.0)
         self._readers += 1
@@ -149,10 +152,7 @@ class Feed(logging.Handler):
             picture = await self._drawn()
             place = _place(cursor, picture)
             shown: StatusView | None = None
-            while not self._closed:
-                assert self._ticker is not None
-                if self._ticker.done():
-                    self._ticker.result()
+            while not self._closed and picture is self._picture:
                 news, status, wake = picture.since(place, kinds), self._status(), self._news
                 if news.entries or news.fresh or news.gap or status != shown:
                     for frame in news.frames(picture.name, self._clock(), self._settings.part):
@@ -169,7 +169,7 @@ class Feed(logging.Handler):
             self._left_at = asyncio.get_running_loop().time()
 
     async def close_feed(self) -> None:
-        """End all readers, and the work for them."""
+        """End all readers, and the work for them; one whose picture is just being drawn is told that it ends."""
         self._closed = True
         self._wake()
         if self._ticker is not None:
@@ -178,10 +178,15 @@ class Feed(logging.Handler):
 
     # --- keeping the picture up to date
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Unreachable("the manager is stopping; try again when it serves")
+
     async def _drawn(self) -> Picture:
-        """The picture, made anew unless it is kept up to date already."""
+        """The picture, made anew unless there is one. Raises Unreachable when the feed was closed meanwhile."""
         async with self._drawing:
-            if self._picture is not None and self._ticker is not None and not self._ticker.done():
+            self._check_open()
+            if self._picture is not None:
                 return self._picture
             picture = Picture(secrets.token_hex(4), keep=self._settings.keep, gone=self._settings.gone)
             self._events.clear()
@@ -189,30 +194,48 @@ class Feed(logging.Handler):
                 picture.put("events", event.id, event)
             # From here on `committed` marks what changes, so no change can fall between the picture and its first turn.
             self._picture, self._busy, self._moving = picture, {}, []
-            view = self._view
-            everything: tuple[tuple[StreamKind, Iterable[str]], ...] = (
-                ("nodes", view.nodes),
-                ("checkpoints", view.checkpoints),
-                ("models", view.models),
-                ("instances", view.instances),
-            )
-            for kind, names in everything:
-                self._touched[kind] = dict.fromkeys(names)
-            await self._look_at_all(picture)
+            try:
+                await self._draw(picture)
+                self._check_open()
+            except BaseException:
+                self._forget()
+                raise
             self._ticker = asyncio.create_task(self._tick(picture), name="event stream")
             return picture
 
+    async def _draw(self, picture: Picture) -> None:
+        view = self._view
+        everything: tuple[tuple[StreamKind, Iterable[str]], ...] = (
+            ("nodes", view.nodes),
+            ("checkpoints", view.checkpoints),
+            ("models", view.models),
+            ("instances", view.instances),
+        )
+        for kind, names in everything:
+            self._touched[kind] = dict.fromkeys(names)
+        await self._look_at_all(picture)
+
     async def _tick(self, picture: Picture) -> None:
+        """Keep the picture up to date for as long as somebody reads it; then, or when that fails, it is no more."""
         loop = asyncio.get_running_loop()
-        while self._readers or loop.time() - self._left_at < self._settings.linger_s:
-            await asyncio.sleep(self._settings.every_s)
-            before = picture.cursor
-            await self._look_at_all(picture)
-            if picture.cursor != before:
-                self._wake()
+        try:
+            while self._readers or loop.time() - self._left_at < self._settings.linger_s:
+                await asyncio.sleep(self._settings.every_s)
+                before = picture.cursor
+                await self._look_at_all(picture)
+                if picture.cursor != before:
+                    self._wake()
+        except Exception:
+            _log.exception("the event stream cannot be kept up to date; its readers begin anew")
+        finally:
+            self._forget()
+
+    def _forget(self) -> None:
+        """There is no picture any more, and nothing is noted for one; its readers end."""
         self._picture = None
         for touched in self._touched.values():
             touched.clear()
+        self._wake()
 
     def _wake(self) -> None:
         self._news.set()
@@ -290,7 +313,9 @@ class Feed(logging.Handler):
 def _place(cursor: str | None, picture: Picture) -> int | None:
     """The number in a cursor of this picture, else None: a reader with one that means nothing any more begins anew."""
     name, _, number = (cursor or "").partition("-")
-    return int(number) if name == picture.name and number.isascii() and number.isdigit() else None
+    if name != picture.name or not (number.isascii() and number.isdigit()) or len(number) > _CURSOR_DIGITS:
+        return None
+    return int(number)
 
 
 def _show(picture: Picture, kind: StreamKind, name: str, view: object | None) -> None:

@@ -12,6 +12,7 @@ from contextlib import aclosing
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from schema.admin import StreamFrame, StreamKind
 from schema.errors import InvalidInput
@@ -39,14 +40,25 @@ class Stream:
         kinds = _kinds(read_query(request, "kinds").get("kinds"))
         frames = self._feed.read(request.headers.get("last-event-id"), kinds)
         first = await anext(frames)  # so that a refusal is an answer of its own
-        return StreamingResponse(_events(first, frames), media_type="text/event-stream", headers={"cache-control": "no-store"})
+        return _Frames(first, frames)
+
+
+class _Frames(StreamingResponse):
+    """The response; its reader is counted out when it ends, however that comes, even before its first event was sent."""
+
+    def __init__(self, first: StreamFrame | None, frames: AsyncGenerator[StreamFrame | None, None]) -> None:
+        super().__init__(_events(first, frames), media_type="text/event-stream", headers={"cache-control": "no-store"})
+        self._frames = frames
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._frames):
+            await super().__call__(scope, receive, send)
 
 
 async def _events(first: StreamFrame | None, frames: AsyncGenerator[StreamFrame | None, None]) -> AsyncIterator[bytes]:
-    async with aclosing(frames):
-        yield _event(first)
-        async for frame in frames:
-            yield _event(frame)
+    yield _event(first)
+    async for frame in frames:
+        yield _event(frame)
 
 
 def _event(frame: StreamFrame | None) -> bytes:

@@ -228,7 +228,7 @@ async def test_a_reader_resumes_after_its_cursor_and_begins_anew_when_that_has_e
             assert (await _until(frames, "instances")).instances[0].id == f"inst_{number}"
             rig.remove(f"inst_{number}")
             assert (await _until(frames, "gone")).gone == {"instances": (f"inst_{number}",)}
-    for expired in (cursor, "0badcafe-1", "nonsense", "-", f"{cursor}9999"):
+    for expired in (cursor, "0badcafe-1", "nonsense", "-", f"{cursor}9999", cursor + "9" * 5000):
         async with _reading(rig, expired) as frames:
             assert (await _next(frames)).fresh, expired
     await rig.feed.close_feed()
@@ -286,6 +286,68 @@ async def test_without_a_reader_nothing_is_looked_at() -> None:
         assert len((await _next(frames)).instances) == 3
     assert rig.live.asked_for > looked
     await rig.feed.close_feed()
+
+
+class _Unspeakable:
+    def __str__(self) -> str:
+        raise AttributeError("no words")
+
+
+def test_a_line_that_cannot_be_told_does_not_fail_who_logs_it(capsys: pytest.CaptureFixture[str]) -> None:
+    rig = _Rig()
+    rig.feed.handle(logging.LogRecord("x", logging.INFO, "", 1, "%s", (_Unspeakable(),), None))
+    assert "no words" in capsys.readouterr().err
+    assert not rig.feed._lines
+
+
+async def test_when_it_cannot_be_kept_up_to_date_the_readers_begin_anew(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig = _Rig(idle_s=60.0)
+    async with _reading(rig) as frames:
+        name = (await _next(frames)).cursor
+        with monkeypatch.context() as broken:
+            broken.setattr(rig.live, "moving", lambda: [][0])
+            with pytest.raises(StopAsyncIteration):
+                await asyncio.wait_for(anext(frames), 5)
+    assert "cannot be kept up to date" in caplog.text
+    rig.commit(rig.add_instance("inst_9"))
+    assert not any(rig.feed._touched.values())
+    async with _reading(rig, name) as frames:
+        frame = await _next(frames)
+        assert (frame.fresh, len(frame.instances)) == (True, 3)
+    await rig.feed.close_feed()
+
+
+async def test_a_reader_whose_picture_cannot_be_drawn_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = _Rig()
+    with monkeypatch.context() as broken:
+        broken.setattr(rig.live, "moving", lambda: [][0])
+        with pytest.raises(IndexError):
+            await anext(rig.feed.read(None, _ALL))
+    assert rig.feed._picture is None
+    async with _reading(rig) as frames:
+        assert (await _next(frames)).fresh
+    await rig.feed.close_feed()
+
+
+async def test_closing_while_the_first_picture_is_drawn_is_told_to_its_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = _Rig()
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slowly(*_: Any, **__: Any) -> list[EventView]:
+        asked.set()
+        await go_on.wait()
+        return []
+
+    monkeypatch.setattr(rig.live, "events", slowly)
+    reading = asyncio.ensure_future(anext(rig.feed.read(None, _ALL)))
+    await asyncio.wait_for(asked.wait(), 5)
+    await rig.feed.close_feed()
+    go_on.set()
+    with pytest.raises(Unreachable, match="stopping"):
+        await asyncio.wait_for(reading, 5)
+    assert rig.feed._ticker is None
 
 
 def test_a_picture_keeps_the_newest_events_and_says_what_was_left_out() -> None:
