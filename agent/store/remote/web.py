@@ -118,7 +118,8 @@ def _authorisation(url: str) -> dict[str, str]:
     if split.scheme != "https":
         return {}
     try:
-        found = netrc.netrc().authenticators(split.hostname or "")
+        # Only what is meant for this host: the file's `default` entry would go to whatever host a URL names.
+        found = netrc.netrc().hosts.get(split.hostname or "")
     except (OSError, netrc.NetrcParseError):
         return {}
     if found is None:

@@ -243,6 +243,11 @@ def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path: Path) -> Non
             assert view == DATA[100:1100]
             assert seen == ["Basic bWU6bWluZQ=="]
             remote.close()
+            netrc.write_text("default login me password mine\n")
+            remote = open_remote(url, SETTINGS)
+            read_into(remote, "file", 0, memoryview(bytearray(10)))
+            assert seen[1:] == [None], "what is meant for no host in particular would go to any"
+            remote.close()
 
 
 def test_no_credential_is_in_what_s3_says(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
