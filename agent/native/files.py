@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import stat
 from pathlib import Path
 
@@ -12,10 +13,16 @@ from agent.native.cachestat import cached_pages
 from agent.native.jobs import Unit
 from schema.errors import InvalidCheckpoint, SllmError, TimedOut
 
-__all__ = ["DIRECT_ALIGN_BYTES", "OpenFile", "stalled", "wrong_checksum"]
+__all__ = ["DIRECT_ALIGN_BYTES", "OpenFile", "allow_open_files", "stalled", "wrong_checksum"]
 
 DIRECT_ALIGN_BYTES = 4096
 """Direct reads begin and end at multiples of this, in the file and in memory."""
+
+
+def allow_open_files() -> None:
+    """Let this process open as many files as the system allows it: a checkpoint of 200 shards takes 400 while it is read."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class OpenFile:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import resource
 import signal
 import sys
 import time
@@ -24,6 +23,7 @@ from agent.native.address import address_of
 from agent.native.arena import Arena
 from agent.native.device import budget_bytes, find_devices
 from agent.native.disk_record import record_path, remembered
+from agent.native.files import allow_open_files
 from agent.native.reader import Priority
 from agent.store.cache import ArenaStore
 from agent.store.devices import DeviceStore
@@ -87,8 +87,7 @@ def main(run_dir: str | Path) -> int:
         sys.stderr.write(f"store: {error}\n")
         return 2
     sys.setswitchinterval(_SWITCH_S)
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a checkpoint of 200 shards takes 400 while it is read
+    allow_open_files()
     logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format="%(asctime)s store %(levelname)s %(message)s")
     lock = os.open(config.lock_path("store"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

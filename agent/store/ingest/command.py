@@ -16,6 +16,7 @@ from types import FrameType
 import msgspec
 
 from agent.config import NodeConfig, load_config
+from agent.native.files import allow_open_files
 from agent.store.budget import claim_room
 from agent.store.ingest.convert import convert
 from agent.store.ingest.hub import fetch
@@ -40,6 +41,7 @@ def main(run_dir: str | Path, op: str, source: str | bytes) -> int:
     SIGTERM cancels. What was written so far stays for the next ingest of the same source, as after a kill.
     """
     reporter = Reporter(_own_stdout(), op)
+    allow_open_files()
     logging.basicConfig(stream=sys.stderr, level="INFO", format="%(asctime)s ingest %(levelname)s %(message)s")
     try:
         with _cancel_on_sigterm():

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
 from pathlib import Path
 from typing import Final
 
-from schema.errors import InvalidCheckpoint, NotFound
+from schema.errors import InvalidCheckpoint, NotFound, SllmError
 
 __all__ = ["PLAIN_NAME", "SourceDirectory"]
 
 PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,254}")
 _SMALL_BYTES: Final = 128 << 20
+_PASSING: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
+"""Of the machine's state, not of the model."""
 
 
 class SourceDirectory:
@@ -40,7 +43,10 @@ class SourceDirectory:
         return os.path.lexists(self.path / name)
 
     def open(self, name: str) -> tuple[int, int]:
-        """A descriptor of the file, and its size in bytes. Raises InvalidCheckpoint when it is missing or not allowed."""
+        """A descriptor of the file, and its size in bytes.
+
+        Raises InvalidCheckpoint when it is missing or not allowed, SllmError when the system fails to open it.
+        """
         if PLAIN_NAME.fullmatch(name) is None:
             raise InvalidCheckpoint(f"{self.path}: {name!r} is no plain file name; names that leave the directory are refused")
         real = Path(os.path.realpath(self.path / name))
@@ -50,7 +56,8 @@ class SourceDirectory:
             # NONBLOCK: a FIFO in a file's place must not hold us up before it is recognised.
             descriptor = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError as error:
-            raise InvalidCheckpoint(f"cannot open {self.path / name}: {error.strerror}") from error
+            kind = SllmError if error.errno in _PASSING else InvalidCheckpoint
+            raise kind(f"cannot open {self.path / name}: {error.strerror}") from error
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             os.close(descriptor)
