@@ -6,16 +6,14 @@ The format: https://github.com/huggingface/safetensors#format. As there, the ten
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import struct
 from dataclasses import dataclass
 from typing import Any, Final
 
-import numpy as np
-
 from agent.store.ingest.files import SourceDirectory
 from agent.store.ingest.reading import SourceReader
+from agent.store.ingest.strided import gather
 from agent.store.ingest.torchfile import find_tensors
 from schema.checkpoint import DTYPE_BITS, DTYPE_BYTES, tensor_bytes
 from schema.errors import InvalidCheckpoint
@@ -95,45 +93,28 @@ class Sources:
 
     def read(self, tensor: SourceTensor, start: int, size: int) -> bytes:
         """``size`` bytes of a tensor from ``start``. Raises InvalidCheckpoint when the file has become shorter."""
-        if tensor.strides is not None:
-            return self._gather(tensor, tensor.strides, start, size)
-        at = tensor.offset_bytes + start
-        data = os.pread(self._descriptors[tensor.file], size, at)
-        while len(data) < size:
-            more = os.pread(self._descriptors[tensor.file], size - len(data), at + len(data))
-            if not more:
-                raise InvalidCheckpoint(
-                    f"{self._directory.path / tensor.file} ended at byte {at + len(data)} while it was read"
-                )
-            data += more
-        return data
+        data = bytearray(size)
+        self.read_into(tensor, start, memoryview(data))
+        return bytes(data)
 
     def read_into(self, tensor: SourceTensor, start: int, target: memoryview) -> None:
-        """Fill ``target`` with a tensor's bytes from ``start``, on any thread. Raises as `read` does."""
-        if tensor.strides is not None:
-            target[:] = self._gather(tensor, tensor.strides, start, len(target))
-            return
-        at = tensor.offset_bytes + start
-        count = self._readers[tensor.file].read_into(at, target)
-        if count < len(target):
-            raise InvalidCheckpoint(f"{self._directory.path / tensor.file} ended at byte {at + count} while it was read")
+        """Fill ``target`` with a tensor's bytes from ``start``, on any thread. Raises as `read` does.
 
-    def _gather(self, tensor: SourceTensor, strides: tuple[int, ...], start: int, size: int) -> bytes:
-        """Bytes of a view in the order of its elements; both ends lie between elements. The file's pages are the memory."""
+        Of a view with strides both ends lie between elements.
+        """
+        if tensor.strides is None:
+            self._read_at(tensor.file, tensor.offset_bytes + start, target)
+            return
         item = DTYPE_BYTES[tensor.dtype]
-        last = sum((count - 1) * stride for count, stride in zip(tensor.shape, strides, strict=True))
-        end = tensor.offset_bytes + (last + 1) * item
-        descriptor = self._descriptors[tensor.file]
-        if os.fstat(descriptor).st_size < end:  # a mapping of what is not there would end the process
-            raise InvalidCheckpoint(f"{self._directory.path / tensor.file} became shorter while it was read")
-        base = tensor.offset_bytes // mmap.PAGESIZE * mmap.PAGESIZE
-        with mmap.mmap(descriptor, end - base, prot=mmap.PROT_READ, offset=base) as mapped:
-            view: np.ndarray[Any, Any] = np.ndarray(
-                tensor.shape, f"V{item}", mapped, tensor.offset_bytes - base, tuple(stride * item for stride in strides)
-            )
-            data = view.flat[start // item : (start + size) // item].tobytes()
-            del view  # or the mapping could not be closed
-        return data
+        target[:] = gather(
+            lambda at, memory: self._read_at(tensor.file, at, memory),
+            tensor.offset_bytes, item, tensor.shape, tensor.strides, start // item, len(target) // item,
+        )  # fmt: skip
+
+    def _read_at(self, file: str, at: int, target: memoryview) -> None:
+        count = self._readers[file].read_into(at, target)
+        if count < len(target):
+            raise InvalidCheckpoint(f"{self._directory.path / file} ended at byte {at + count} while it was read")
 
     def _load(self) -> None:
         if self._directory.has(_INDEX):
