@@ -1,4 +1,4 @@
-"""A pickle of tensors, read without running anything: an interpreter of the few opcodes that torch.save writes.
+"""A pickle of tensors, read without running anything: an interpreter of the few opcodes that torch.save writes for them.
 
 Nothing is imported, looked up or called. What a pickle names stays a name; only the functions that rebuild a tensor mean
 something, and they make a `PickledTensor`, which says where its bytes are. The opcodes: Lib/pickletools.py of CPython.
@@ -6,6 +6,7 @@ something, and they make a `PickledTensor`, which says where its bytes are. The 
 
 from __future__ import annotations
 
+import pickletools
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ class _Machine:
                 return value
             step = _STEPS.get(code)
             if step is None:
-                raise self._refused(f"uses the opcode {bytes((code,))!r}, which torch.save does not write for tensors")
+                raise self._refused(f"uses {_opcode(code)}, which is not needed for tensors")
             step(self)
         raise self._refused(f"takes more than {_MAX_STEPS} steps to read")
 
@@ -140,6 +141,16 @@ class _Machine:
 
     def name(self) -> None:
         self._stack.append(_Name(self._line(), self._line()))
+
+    def name_of_texts(self) -> None:
+        name, module = self._stack.pop(), self._stack.pop()
+        for each in (module, name):
+            if type(each) is not str or len(each) > _MAX_NAME or not each.isprintable():
+                raise ValueError
+        self._stack.append(_Name(module, name))
+
+    def memoize(self) -> None:
+        self._memo[len(self._memo)] = self._stack[-1]
 
     def put(self, form: str) -> None:
         self._memo[self._number(form)] = self._stack[-1]
@@ -235,6 +246,11 @@ def _shown(value: Any) -> str:
     return str(value) if type(value) is _Name else "something nameless"  # a nested value could be told without an end
 
 
+def _opcode(code: int) -> str:
+    known = {each.code: each.name for each in pickletools.opcodes}
+    return f"the opcode {known.get(chr(code), hex(code))}"
+
+
 def _counts(values: Any) -> bool:
     return type(values) is tuple and all(type(each) is int and 0 <= each < 1 << 50 for each in values)
 
@@ -257,6 +273,8 @@ _STEPS: Final[dict[int, Callable[[_Machine], None]]] = {
     ord("G"): lambda machine: machine.push(">d"),
     0x8A: _Machine.long,
     ord("c"): _Machine.name,
+    0x93: _Machine.name_of_texts,  # from protocol 4 on, as is the next
+    0x94: _Machine.memoize,
     ord("q"): lambda machine: machine.put("<B"),
     ord("r"): lambda machine: machine.put("<I"),
     ord("h"): lambda machine: machine.get("<B"),

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from agent.store.ingest.convert import convert
 from agent.store.ingest.files import SourceDirectory
 from agent.store.ingest.headers import Sources
+from agent.store.ingest.strided import gather
 from agent.store.ingest.torchfile import find_tensors
 from schema.errors import InvalidCheckpoint
 from tests.checkpoints import make_llama_dir
@@ -35,8 +37,8 @@ def ingest(source: Path, data: Path, **options: Any) -> str:
     return convert(source, data / "checkpoints", data / "tmp", lambda done, total: None, **options)
 
 
-def save(value: Any, path: Path, *, zipped: bool = True) -> None:
-    torch.save(value, path, _use_new_zipfile_serialization=zipped)
+def save(value: Any, path: Path, *, zipped: bool = True, protocol: int = 2) -> None:
+    torch.save(value, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
@@ -99,6 +101,49 @@ def test_every_tensor_as_torch_loads_it(tmp_path: Path, zipped: bool) -> None:
             assert target == bytes_of(theirs[name])[middle:], name
         assert sources.tensors["transposed"].strides == (1, 70)
         assert sources.tensors["rows"].strides is None
+
+
+@FORMATS
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_other_protocols_of_pickle(tmp_path: Path, zipped: bool, protocol: int) -> None:
+    tensors = collections.OrderedDict(
+        a=torch.ones(2, 3), b=torch.zeros(4, dtype=torch.int64), c=torch.nn.Parameter(torch.ones(5))
+    )
+    save(tensors, tmp_path / "x.bin", zipped=zipped, protocol=protocol)
+    assert [(each.name, each.dtype, each.shape) for each in find(tmp_path / "x.bin")] == [
+        ("a", "F32", (2, 3)), ("b", "I64", (4,)), ("c", "F32", (5,)),
+    ]  # fmt: skip
+
+
+def test_any_view_is_read_in_order_from_anywhere(tmp_path: Path) -> None:
+    random = np.random.default_rng(23)
+    base = random.integers(0, 1 << 16, 5000, np.uint16)
+    for _ in range(300):
+        shape = tuple(map(int, random.integers(1, 6, random.integers(0, 5))))
+        strides = tuple(int(random.choice([0, 1, 2, 5, 6, 30, 120, 700])) for _ in shape)
+        if sum((count - 1) * stride for count, stride in zip(shape, strides, strict=True)) >= 4000:
+            continue
+        offset, size = int(random.integers(0, 900)), int(np.prod(shape, dtype=int))
+        first = int(random.integers(0, size))
+        count = int(random.integers(1, size - first + 1))
+        view = np.lib.stride_tricks.as_strided(base[offset:], shape, tuple(2 * stride for stride in strides))
+
+        def read(at: int, memory: memoryview) -> None:
+            memory[:] = base.view(np.uint8)[at : at + len(memory)].data
+
+        found = gather(read, 2 * offset, 2, shape, strides, first, count)
+        assert bytes(found) == view.flatten()[first : first + count].tobytes(), (shape, strides, first, count)
+
+
+def test_a_file_that_is_cut_short_while_a_view_is_read_is_named_with_the_byte(tmp_path: Path) -> None:
+    save({"turned": torch.ones(300, 200).t(), "odd": torch.ones(300, 200)[:, ::2]}, tmp_path / "pytorch_model.bin")
+    with Sources(SourceDirectory(tmp_path)) as sources:
+        for tensor in sources.tensors.values():
+            os.truncate(tmp_path / "pytorch_model.bin", tensor.offset_bytes + 150_001)
+            with pytest.raises(
+                InvalidCheckpoint, match=rf"pytorch_model\.bin ended at byte {tensor.offset_bytes + 150_001} while"
+            ):
+                sources.read(tensor, 0, tensor.size_bytes)
 
 
 @pytest.mark.parametrize(("shards", "zipped", "tie"), [(1, True, False), (3, True, True), (2, False, False)])
@@ -250,11 +295,12 @@ def test_cut_anywhere_or_changed_anywhere_it_is_refused_or_read_but_never_fails_
         (b"\x80\x02" + b"(" * 9 + b"K\x01" + b"t" * 9 + b"}\x85K\x01s.", "damaged"),
         (b"\x80\x02" + b")" + b"\x85" * 100_000 + b"}q\x00h\x00K\x01s.", "damaged"),
         (b"\x80\x02" + b"]" * 100_000 + b"Q.", "no storage"),
-        (b"\x80\x02\x8b\xff\xff\xff\x7f", "opcode"),
+        (b"\x80\x02\x8b\xff\xff\xff\x7f", "uses the opcode LONG4, which is not needed"),
+        (b"\x80\x02\xff", "uses the opcode 0xff"),
         (b"cposix\nsystem\nX\x04\x00\x00\x00true\x85R.", "posix.system, which is never run"),
         (pickle.dumps(1 << 90, 2) * 2, "no file of torch.save"),
     ],
-    ids=["memo", "tuples", "deep", "persistent", "long", "call", "number"],
+    ids=["memo", "tuples", "deep", "persistent", "long", "unknown", "call", "number"],
 )
 def test_pickles_that_aim_at_the_reader(tmp_path: Path, pickled: bytes, match: str) -> None:
     (tmp_path / "x.bin").write_bytes(pickled)
