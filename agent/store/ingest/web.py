@@ -8,6 +8,7 @@ which broke off goes on, if the server still has the same file by its size and E
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -26,7 +27,7 @@ from agent.store.ingest.files import PLAIN_NAME
 from agent.store.ingest.headers import parse_json
 from agent.store.ingest.journal import Journal
 from agent.store.ingest.pipeline import CHUNK_BYTES, find_chunks
-from agent.store.remote.api import Interrupted, Patience
+from agent.store.remote.api import Forbidden, Interrupted, Patience
 from agent.store.remote.web import WebRemote
 from schema.errors import InvalidCheckpoint, NotFound, OutOfSpace, SllmError
 from schema.remote import RemoteSettings, check_remote_url
@@ -46,19 +47,31 @@ _WEIGHTS: Final = (
     ("pytorch_model.bin.index.json", "pytorch_model.bin", r".*\.bin"),
 )
 _MAX_SMALL_BYTES: Final = 64 << 20
+_MAX_SMALL_SUM_BYTES: Final = 128 << 20
+"""Small files are in memory until the weights are known to be there."""
 _MAX_SHARDS: Final = 10_000
 _TICK_S: Final = 0.1
+_log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class _Weights:
-    """One file of weights on its way."""
+    """One file of weights on its way, open from its first part to its last: few of many shards are open at a time."""
 
     name: str
     size_bytes: int
     version: str
-    descriptor: int
-    journal: Journal
+    parts: list[tuple[int, int]] = field(default_factory=list)
+    """The ranges to fetch."""
+    parts_left: int = 0
+    descriptor: int = -1
+    journal: Journal | None = None
+
+    def close(self) -> None:
+        if self.journal is not None:
+            os.close(self.descriptor)
+            self.journal.close()
+        self.descriptor, self.journal = -1, None
 
 
 def fetch_directory(
@@ -100,29 +113,48 @@ class _Fetch:
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._done_bytes = 0
+        self._small_bytes = 0
+        self._readable = False
+        self._refused: dict[str, Forbidden] = {}
 
     def run(self) -> None:
         config = self._small("config.json")
         if config is None:
             where = self._remote.where("config.json")
             raise NotFound(f"{where} does not exist; give the URL of a directory that has a model's config.json and weights")
+        self._readable = True
         small = {"config.json": config}
         small |= {name: data for name in _SMALL if (data := self._small(name)) is not None}
         index, names = self._weight_files()
         small |= index
+        found = self._look(names)
         self._tidy(names)
         for name, data in small.items():
             (self._directory / name).write_bytes(data)
-        self._weights(names)
+        for name in self._refused:
+            _log.warning("%s may not be read (403), and is taken for absent", self._remote.where(name))
+        self._fetch_weights(found)
 
     def _small(self, name: str) -> bytes | None:
-        return self._ask(lambda: self._remote.read(name, _MAX_SMALL_BYTES, time.monotonic() + self._settings.part_s))
+        limit = min(_MAX_SMALL_BYTES, _MAX_SMALL_SUM_BYTES - self._small_bytes)
+        data = self._ask(name, lambda: self._remote.read(name, limit, time.monotonic() + self._settings.part_s))
+        self._small_bytes += len(data or b"")
+        return data
 
-    def _ask(self, question: Callable[[], T]) -> T | None:
-        """The answer, asked for as often as the settings allow; None where there is no such file."""
+    def _ask(self, name: str, question: Callable[[], T]) -> T | None:
+        """The answer about a file, asked for as often as the settings allow; None where there is no such file.
+
+        S3 answers 403 for what is not there, unless the bucket may be listed. So a file that is refused counts as absent, once
+        another one could be read.
+        """
         try:
             return Patience(self._settings, self._stopped).ask(question)
         except NotFound:
+            return None
+        except Forbidden as error:
+            if not self._readable:
+                raise
+            self._refused[name] = error
             return None
 
     def _weight_files(self) -> tuple[dict[str, bytes], list[str]]:
@@ -137,9 +169,24 @@ class _Fetch:
                     if PLAIN_NAME.fullmatch(name) is None or re.fullmatch(pattern, name) is None:
                         raise InvalidCheckpoint(f"{self._remote.where(index)}: {name[:80]!r} is no plain name of such a file")
                 return {index: data}, names
-            if self._ask(lambda single=single: self._remote.look(single)) is not None:  # type: ignore[misc]
+            if self._ask(single, lambda single=single: self._remote.look(single)) is not None:  # type: ignore[misc]
                 return {}, [single]
+        for _, single, _ in _WEIGHTS:
+            if (refused := self._refused.get(single)) is not None:
+                raise refused
         raise NotFound(f"{self._remote.where('')} has a config.json, but neither {_WEIGHTS[0][1]} nor {_WEIGHTS[1][1]}")
+
+    def _look(self, names: list[str]) -> list[_Weights]:
+        """The files of weights, all of which must be there before anything of an earlier fetch goes."""
+        found = []
+        for name in names:
+            look = self._ask(name, lambda name=name: self._remote.look(name))  # type: ignore[misc]
+            if look is None:
+                raise self._refused.get(name) or NotFound(
+                    f"{self._remote.where(name)} does not exist, although the index names it"
+                )
+            found.append(_Weights(name, *look))
+        return found
 
     def _tidy(self, names: list[str]) -> None:
         """Leave of an earlier fetch only what this one goes on with."""
@@ -148,43 +195,48 @@ class _Fetch:
             if path.name not in wanted:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def _weights(self, names: list[str]) -> None:
-        found = {name: self._ask(lambda name=name: self._remote.look(name)) for name in names}  # type: ignore[misc]
-        looks: dict[str, tuple[int, str]] = {}
-        for name, look in found.items():
-            if look is None:
-                raise NotFound(f"{self._remote.where(name)} does not exist, although the index names it")
-            looks[name] = look
-        total = sum(size for size, _ in looks.values())
-        lie = sum(path.stat().st_blocks * 512 for name in names if (path := self._directory / name).exists())
+    def _fetch_weights(self, found: list[_Weights]) -> None:
+        total = sum(weights.size_bytes for weights in found)
+        lie = sum(path.stat().st_blocks * 512 for each in found if (path := self._directory / each.name).exists())
         if (free := shutil.disk_usage(self._directory).free + lie) < total:
             raise OutOfSpace(f"{self._remote.url} has {total} bytes of weights; {self._directory} has {free} free")
-        opened: list[_Weights] = []
+        for weights in found:
+            self._begin(weights)
+        self._resumed(self._done_bytes)
         try:
-            parts: list[tuple[_Weights, int, int]] = []
-            for name, (size, version) in looks.items():
-                weights = self._open(name, size, version)
-                opened.append(weights)
-                there = find_chunks(self._directory / name, size, weights.journal.chunks)
-                self._done_bytes += sum(min(CHUNK_BYTES, size - number * CHUNK_BYTES) for number in there)
-                parts += [(weights, *part) for part in self._missing(size, there)]
-            self._resumed(self._done_bytes)
-            self._fetch_parts(iter(parts), total)
+            self._fetch_parts(found, total)
         finally:
-            for weights in opened:
-                os.close(weights.descriptor)
-                weights.journal.close()
+            for weights in found:
+                weights.close()
 
-    def _open(self, name: str, size: int, version: str) -> _Weights:
-        identity = hashlib.sha256(f"{self._remote.where(name)} {version} {CHUNK_BYTES}".encode()).hexdigest()
-        journal = Journal(self._directory / _journal_name(name), identity)
-        descriptor = os.open(self._directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        if journal.fresh or os.fstat(descriptor).st_size != size:
-            journal.forget()
-            os.ftruncate(descriptor, 0)
-            reserve(descriptor, size)
-            os.ftruncate(descriptor, size)
-        return _Weights(name, size, version, descriptor, journal)
+    def _begin(self, weights: _Weights) -> None:
+        """Take the disk's room for a file, and find out what of it is there."""
+        size = weights.size_bytes
+        journal = self._open(weights)
+        try:
+            if journal.fresh or os.fstat(weights.descriptor).st_size != size:
+                journal.forget()
+                os.ftruncate(weights.descriptor, 0)
+                reserve(weights.descriptor, size)
+                os.ftruncate(weights.descriptor, size)
+            there = find_chunks(self._directory / weights.name, size, journal.chunks)
+        finally:
+            weights.close()
+        self._done_bytes += sum(min(CHUNK_BYTES, size - number * CHUNK_BYTES) for number in there)
+        weights.parts = list(self._missing(size, there))
+        weights.parts_left = len(weights.parts)
+
+    def _open(self, weights: _Weights) -> Journal:
+        known = f"{self._remote.where(weights.name)} {weights.version} {CHUNK_BYTES}"
+        journal = Journal(self._directory / _journal_name(weights.name), hashlib.sha256(known.encode()).hexdigest())
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            weights.descriptor = os.open(self._directory / weights.name, flags, 0o666)
+        except OSError:
+            journal.close()
+            raise
+        weights.journal = journal
+        return journal
 
     def _missing(self, size: int, there: dict[int, int]) -> Iterator[tuple[int, int]]:
         """Runs of bytes of chunks that are not there, none longer than a part."""
@@ -197,15 +249,24 @@ class _Fetch:
                     yield first * CHUNK_BYTES, min(size, number * CHUNK_BYTES)
                 first = number + 1 if number in there else number
 
-    def _fetch_parts(self, parts: Iterator[tuple[_Weights, int, int]], total: int) -> None:
+    def _fetch_parts(self, found: list[_Weights], total: int) -> None:
+        parts = iter([(weights, *part) for weights in found for part in weights.parts])
+
         def work() -> None:
             memory = memoryview(bytearray(CHUNK_BYTES))
             while not self._stopped.is_set():
                 with self._lock:
                     part = next(parts, None)
-                if part is None:
-                    return
+                    if part is None:
+                        return
+                    weights = part[0]
+                    if weights.journal is None:
+                        self._open(weights)
                 self._fetch_part(*part, memory)
+                with self._lock:
+                    weights.parts_left -= 1
+                    if not weights.parts_left:
+                        weights.close()
 
         with ThreadPoolExecutor(self._settings.streams, thread_name_prefix="fetch") as pool:
             pending = {pool.submit(work) for _ in range(self._settings.streams)}
@@ -245,10 +306,11 @@ class _Fetch:
         while data:
             count = os.pwrite(weights.descriptor, data, at)
             data, at = data[count:], at + count
+        assert weights.journal is not None
         weights.journal.chunk(start // CHUNK_BYTES, xxh3)
         with self._lock:
             self._done_bytes += len(view)
 
 
 def _journal_name(name: str) -> str:
-    return f".{name}.journal"
+    return f".{hashlib.sha256(name.encode()).hexdigest()[:32]}.journal"  # a name as long as it may be leaves no room for more

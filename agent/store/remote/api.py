@@ -13,10 +13,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Final, Protocol, TypeVar
 
-from schema.errors import Cancelled, NotFound, TimedOut, Unreachable
+from schema.errors import Cancelled, NotFound, TimedOut, Unauthorised, Unreachable
 from schema.remote import RemoteSettings
 
-__all__ = ["Body", "Interrupted", "Patience", "Remote", "Source", "read_into"]
+__all__ = ["Body", "Forbidden", "Interrupted", "Patience", "Remote", "Source", "read_into"]
 
 T = TypeVar("T")
 
@@ -26,6 +26,10 @@ Source = Callable[[int, int], memoryview]
 
 class Interrupted(Unreachable):
     """A remote failed in a way that may pass: a 5xx, a timeout, a connection that broke, a body that was short."""
+
+
+class Forbidden(Unauthorised):
+    """A remote answers 403: it may not be read. S3 says so of what is not there, too, unless the bucket may be listed."""
 
 
 class Body(Protocol):

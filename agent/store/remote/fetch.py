@@ -22,7 +22,7 @@ import xxhash
 
 from agent.native.jobs import Priority, ReadJob, Unit, cancelled
 from agent.store.catalog import MANIFEST_FILE
-from agent.store.remote.api import Body, Interrupted, Patience, Remote
+from agent.store.remote.api import Body, Forbidden, Interrupted, Patience, Remote
 from agent.store.remote.partial import Partial
 from schema.checkpoint import LAYOUT, Manifest, Partition, decode_manifest
 from schema.errors import Cancelled, InvalidCheckpoint, InvalidInput, NotFound, OutOfSpace, SllmError
@@ -188,13 +188,17 @@ class Fetch:
         patience = Patience(self._settings, self._stopped)
         try:
             names = patience.ask(lambda: self._remote.children(self._digest))
-        except InvalidInput:
+        except (InvalidInput, Forbidden):
             names = list(_LAYOUTS)
+        refused: Forbidden | None = None
         for name in sorted(names, key=lambda name: _LAYOUTS.index(name) if name in _LAYOUTS else len(_LAYOUTS)):
             path = f"{self._digest}/{name}/{MANIFEST_FILE}"
-            if patience.ask(lambda path=path: self._remote.size(path)) is not None:  # type: ignore[misc]
-                return name
-        raise NotFound(f"{self._remote.url} has no checkpoint {self._digest}; publish it there first")
+            try:
+                if patience.ask(lambda path=path: self._remote.size(path)) is not None:  # type: ignore[misc]
+                    return name
+            except Forbidden as error:  # it may only not be there
+                refused = error
+        raise refused or NotFound(f"{self._remote.url} has no checkpoint {self._digest}; publish it there first")
 
     def _ask(self, path: str, limit_bytes: int) -> bytes:
         return Patience(self._settings, self._stopped).ask(lambda: self._remote.read(path, limit_bytes))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, Final
 
-from agent.store.remote.api import Body, Interrupted, Source, nothing_there
+from agent.store.remote.api import Body, Forbidden, Interrupted, Source, nothing_there
 from agent.store.remote.web import read_whole
 from agent.store.remote.wire import Wire
 from schema.errors import Cancelled, InvalidInput, NotFound, OutOfSpace, SllmError, Unauthorised, Unreachable
@@ -27,7 +27,8 @@ _PARTS: Final = 9_000
 """Below the 10,000 that S3 allows; a larger file has larger parts."""
 _UPLOADS: Final = 4
 _SIGNED_S: Final = 3600
-_DENIED: Final = ("AccessDenied", "403", "401", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
+_FORBIDDEN: Final = ("AccessDenied", "403", "Forbidden")
+_DENIED: Final = ("401", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
 _MISSING: Final = ("NoSuchKey", "NoSuchBucket", "404", "NotFound")
 
 
@@ -195,6 +196,11 @@ def _status(response: dict[str, Any]) -> int:
 def _explain(code: str, status: int, where: str) -> SllmError:
     if code in _MISSING or status == 404:
         return nothing_there(where)
+    if code in _FORBIDDEN:
+        return Forbidden(
+            f"{where}: access is refused ({code}); give the node's agent credentials that may use it and list the bucket, "
+            "without which S3 also refuses what is not there"
+        )
     if code in _DENIED or status in (401, 403):
         return Unauthorised(f"{where}: access is refused ({code or status}); give the node's agent credentials that may use it")
     if code in ("QuotaExceeded", "XMinioStorageFull", "EntityTooLarge"):

@@ -17,7 +17,7 @@ from http import HTTPStatus
 from typing import Final
 from urllib.parse import urljoin, urlsplit
 
-from agent.store.remote.api import Interrupted, left_s, nothing_there
+from agent.store.remote.api import Forbidden, Interrupted, left_s, nothing_there
 from schema.errors import Cancelled, InvalidCheckpoint, InvalidInput, SllmError, TimedOut, Unauthorised, Unreachable
 from schema.remote import RemoteSettings
 
@@ -286,7 +286,8 @@ def _check_status(status: int, where: str) -> None:
     if status in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE):
         raise nothing_there(where)
     if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
-        raise Unauthorised(f"{where}: access is refused ({status}); give the node's agent credentials that may read it")
+        kind = Forbidden if status == HTTPStatus.FORBIDDEN else Unauthorised
+        raise kind(f"{where}: access is refused ({status}); give the node's agent credentials that may read it")
     if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
         raise InvalidCheckpoint(f"{where} is shorter than its manifest says (416)")
     if status >= HTTPStatus.INTERNAL_SERVER_ERROR or status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.REQUEST_TIMEOUT):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -114,6 +116,73 @@ def test_another_file_at_the_same_address_begins_anew(web: WebServer, root: Path
     write_safetensors(root / "m" / "model.safetensors", {"a": ("U8", (SIZE + 1,), os.urandom(SIZE + 1))})
     assert fetch(web, directory)[0] == 0
     assert same(root, directory)
+
+
+def shard(root: Path, names: list[str], size: int = 10) -> None:
+    """Weights in files of these names, by an index."""
+    (root / "m" / "model.safetensors").unlink(missing_ok=True)
+    for name in names:
+        (root / "m" / name).write_bytes(os.urandom(size))
+    index = {"weight_map": {f"tensor {number}": name for number, name in enumerate(names)}}
+    (root / "m" / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_few_of_many_shards_are_open_at_a_time(web: WebServer, root: Path, directory: Path) -> None:
+    names = [f"model-{number}.safetensors" for number in range(60)]
+    shard(root, names)
+    used = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 40, limits[1]))
+    try:
+        fetch(web, directory)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    for name in names:
+        assert (directory / name).read_bytes() == (root / "m" / name).read_bytes()
+
+
+def test_a_shard_whose_name_is_as_long_as_it_may_be(web: WebServer, root: Path, directory: Path) -> None:
+    name = "m" * (255 - len(".safetensors")) + ".safetensors"
+    shard(root, [name])
+    fetch(web, directory)
+    assert (directory / name).read_bytes() == (root / "m" / name).read_bytes()
+
+
+def test_nothing_of_an_earlier_fetch_goes_before_the_weights_were_looked_at(
+    web: WebServer, root: Path, directory: Path
+) -> None:
+    shard(root, ["model-1.safetensors", "model-2.safetensors"], SIZE)
+    web.fault = lambda handler, path, count: path.endswith("model-2.safetensors") and count > 2 and fail(handler, 503)
+    with pytest.raises(Unreachable, match="503"):
+        fetch(web, directory)
+    web.fault = None
+    index = root / "m" / "model.safetensors.index.json"
+    right = index.read_text()
+    index.write_text(right.replace("model-", "other-"))
+    with pytest.raises(NotFound, match="although the index names it"):
+        fetch(web, directory)
+    index.write_text(right)
+    assert fetch(web, directory)[0] >= CHUNK_BYTES
+
+
+def test_small_files_are_bounded_together(web: WebServer, root: Path, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {path.name: path.stat().st_size for path in (root / "m").glob("*.json")}
+    monkeypatch.setattr("agent.store.ingest.web._MAX_SMALL_SUM_BYTES", sum(sizes.values()) - 1)
+    with pytest.raises(InvalidCheckpoint, match=f"has more than {sizes['tokenizer_config.json'] - 1} bytes"):
+        fetch(web, directory)
+
+
+def test_a_server_that_refuses_what_is_not_there(web: WebServer, root: Path, directory: Path) -> None:
+    web.fault = lambda handler, path, count: not (root / path).is_file() and fail(handler, 403)
+    fetch(web, directory)
+    assert same(root, directory)
+    (root / "m" / "model.safetensors").unlink()
+    (root / "m" / "pytorch_model.bin").unlink()
+    with pytest.raises(Unauthorised, match=r"model\.safetensors: access is refused \(403\)"):
+        fetch(web, directory)
+    (root / "m" / "config.json").unlink()
+    with pytest.raises(Unauthorised, match=r"config\.json: access is refused"):
+        fetch(web, directory)
 
 
 def test_a_short_body_is_gone_on_with(web: WebServer, root: Path, directory: Path) -> None:
