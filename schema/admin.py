@@ -8,7 +8,7 @@ POST checkpoints/{reference}/prefetch, .../verify, .../drop (CheckpointBody; ans
 .../publish, .../fetch (RemoteBody; answered likewise), .../pin, .../unpin (CheckpointBody), .../forget (RemoteBody; answered by
 the CheckpointView).
 DELETE models/{name}. Lists are ``{"items": [...]}``.
-An error's body is ``{"error": {"message", "type", "param", "code"}}`` with the status of its class.
+An error's body is ``{"error": {"code", "message", "param"}}`` with the status of its class. ``GET /openapi.json`` says it all.
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol, TypeVar, get_args
 
+from msgspec import Meta
 from msgspec.structs import replace
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -20,9 +21,34 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from schema.admin import CheckpointBody, DeployBody, OperationKind, RemoteBody, RequestView, StatusView
-from schema.errors import Conflict, InvalidInput, SllmError, Unauthorised
-from schema.spec import parse_spec
+from schema.admin import (
+    CheckpointBody,
+    CheckpointView,
+    DeployBody,
+    EventView,
+    InstanceView,
+    ModelView,
+    NodeView,
+    OperationKind,
+    OperationView,
+    RemoteBody,
+    RequestView,
+    StatusView,
+)
+from schema.errors import (
+    Conflict,
+    InvalidCheckpoint,
+    InvalidInput,
+    NotFound,
+    OutOfSpace,
+    Overloaded,
+    SllmError,
+    TimedOut,
+    Unauthorised,
+    Unreachable,
+    Unschedulable,
+)
+from schema.spec import ModelSpec, parse_spec
 from schema.states import InstanceState, ModelState
 from sllmctl.config import AdminSettings
 from sllmctl.control.effects import AddModel, DeployModel, Event, Forget, Operate, Pin, RemoveModel, StopInstanceNow, StopModel
@@ -41,6 +67,8 @@ from sllmctl.control.views import (
     operation_view,
 )
 from sllmctl.gateway.answers import (
+    Items,
+    RefusalBody,
     broken,
     decode,
     error_answer,
@@ -52,18 +80,27 @@ from sllmctl.gateway.answers import (
     read_query,
     refuse,
 )
-from sllmctl.gateway.errors import BodyTooLarge, UnsupportedMediaType
+from sllmctl.gateway.errors import ALL_KINDS, BodyTooLarge, UnsupportedMediaType
 from sllmctl.gateway.explanations import Explanations
 from sllmctl.gateway.feed import Feed
+from sllmctl.gateway.openapi import Query, document, operation
 from sllmctl.gateway.ports import EventsPort
 from sllmctl.gateway.stream import Stream
 
 __all__ = ["RequestsPort", "RunnerPort", "admin_app"]
 
+H = TypeVar("H", bound=Callable[..., Any])
+
 _PREFIX = "/admin/v1/"
+_TITLE = "sllmctl: admin API"
+_ABOUT = "What an operator sees and asks of the cluster. Served on the manager's unix socket, for the host `sllmctl`."
 _HOSTS = frozenset({"sllmctl", "localhost"})
 _EVENTS_LIMIT = 10_000
-_UNTIL = ("ingested", "ready", "stopped", "gone")
+_UNTIL = Literal["ingested", "ready", "stopped", "gone"]
+_TIMEOUT = Query("timeout", Annotated[float, Meta(ge=0)], "Seconds to be held at most; the manager's own limit if not given.")
+_COMMAND = (NotFound, Conflict, InvalidCheckpoint, Overloaded, Unschedulable, Unreachable, TimedOut, OutOfSpace)
+"""What the control loop may refuse a command with."""
+_BODY = (BodyTooLarge, UnsupportedMediaType)
 
 
 class RunnerPort(Protocol):
@@ -124,8 +161,17 @@ def admin_app(
         **({} if explanations is None else explanations.routes()),
         **({} if feed is None else Stream(feed).routes()),
     }
+    table = [(method, _PREFIX + path, endpoint) for (method, path), endpoint in routes.items()]
+    said = document(_TITLE, _ABOUT, table, error=RefusalBody, always=(InvalidInput, Unauthorised, SllmError))
+
+    async def describe(request: Request) -> Response:
+        return Response(said, media_type="application/json")
+
     app = Starlette(
-        routes=[Route(_PREFIX + path, endpoint, methods=[method]) for (method, path), endpoint in routes.items()],
+        routes=[
+            Route("/openapi.json", describe, methods=["GET"]),
+            *(Route(path, endpoint, methods=[method]) for method, path, endpoint in table),
+        ],
         exception_handlers={SllmError: refuse, HTTPException: no_route, Exception: broken},
     )
     app.router.redirect_slashes = False
@@ -153,6 +199,16 @@ class _Door:
         await self._app(scope, receive, send)
 
 
+def _operates(summary: str, body: type) -> Callable[[H], H]:
+    """A handler that begins operations."""
+    return operation(summary, Items[OperationView], body=body, body_required=False, errors=(*_COMMAND, *_BODY))
+
+
+def _changes(summary: str, body: type) -> Callable[[H], H]:
+    """A handler that changes what is wanted of a checkpoint."""
+    return operation(summary, CheckpointView, body=body, body_required=False, errors=(*_COMMAND, *_BODY))
+
+
 class _Admin:
     def __init__(
         self,
@@ -168,59 +224,84 @@ class _Admin:
 
     # --- reads ---
 
+    @operation("The manager itself.", StatusView)
     async def get_status(self, request: Request) -> Response:
         read_query(request)
         return json_answer(self._status())
 
+    @operation("All nodes.", Items[NodeView])
     async def list_nodes(self, request: Request) -> Response:
         read_query(request)
         return item_answer(node_views(self._view, self._router))
 
+    @operation("A node, by its name or id.", NodeView, errors=(NotFound,))
     async def get_node(self, request: Request) -> Response:
         read_query(request)
         name = request.path_params["name"]
         node = self._view.node_named(name) or self._view.nodes.get(name)
         return json_answer(node_view(self._view, self._router, known("node", name, node)))
 
+    @operation("All models.", Items[ModelView])
     async def list_models(self, request: Request) -> Response:
         read_query(request)
         return item_answer(model_views(self._view, self._router))
 
+    @operation(
+        "A model; held until it is as waited for, and answered 202 when the time ran out before.",
+        {200: ModelView, 202: ModelView},
+        query=(Query("wait", _UNTIL, "What to wait for."), _TIMEOUT),
+        errors=ALL_KINDS,
+    )
     async def get_model(self, request: Request) -> Response:
-        query = read_query(request, "wait", "timeout")
+        query = read_query(request)
         name, until = request.path_params["name"], query.get("wait")
         if until is None:
             return self._model(name)
-        if until not in _UNTIL:
-            raise InvalidInput(f"wait: {until!r} is none of {', '.join(_UNTIL)}", "wait")
+        if until not in get_args(_UNTIL):
+            raise InvalidInput(f"wait: {until!r} is none of {', '.join(get_args(_UNTIL))}", "wait")
         timeout_s = min(read_number(query, "timeout", self._settings.wait_limit_s), self._settings.wait_limit_s)
         done = await self._wait(request, lambda: _reached(self._view, name, until), timeout_s)
         return self._model(name, 200 if done else 202)
 
+    @operation("All instances.", Items[InstanceView])
     async def list_instances(self, request: Request) -> Response:
         read_query(request)
         return item_answer(instance_views(self._view, self._router))
 
+    @operation("An instance, by its id.", InstanceView, errors=(NotFound,))
     async def get_instance(self, request: Request) -> Response:
         read_query(request)
         wanted = request.path_params["id"]
         instance = known("instance", wanted, self._view.instances.get(wanted))
         return json_answer(instance_view(self._view, self._router, instance))
 
+    @operation("All checkpoints.", Items[CheckpointView])
     async def list_checkpoints(self, request: Request) -> Response:
         read_query(request)
         return item_answer(checkpoint_views(self._view))
 
+    @operation(
+        "A checkpoint, by its digest, the beginning of that, or the name of a model.",
+        CheckpointView,
+        errors=(NotFound, Conflict),
+    )
     async def get_checkpoint(self, request: Request) -> Response:
         read_query(request)
         return json_answer(checkpoint_view(self._view, checkpoint_called(self._view, request.path_params["reference"])))
 
+    @operation("Long operations, those that ended lately too.", Items[OperationView])
     async def list_operations(self, request: Request) -> Response:
         read_query(request)
         return item_answer([operation_view(self._view, self._router, each) for each in self._view.operations.values()])
 
+    @operation(
+        "An operation; held until it has ended, and answered 202 when the time ran out before.",
+        {200: OperationView, 202: OperationView},
+        query=(Query("wait", Literal["ended"], "What to wait for."), _TIMEOUT),
+        errors=(NotFound,),
+    )
     async def get_operation(self, request: Request) -> Response:
-        query = read_query(request, "wait", "timeout")
+        query = read_query(request)
         name, until = request.path_params["id"], query.get("wait")
         if until not in (None, "ended"):
             raise InvalidInput(f"wait: {until!r} is not ended", "wait")
@@ -233,16 +314,28 @@ class _Admin:
         operation = known("operation", name, self._view.operations.get(name))
         return json_answer(operation_view(self._view, self._router, operation), 200 if done else 202)
 
+    @operation("Requests that are live, and those that ended lately.", Items[RequestView])
     async def list_requests(self, request: Request) -> Response:
         read_query(request)
         return item_answer(self._router.requests())
 
+    @operation("A request, by its id.", RequestView, errors=(NotFound,))
     async def get_request(self, request: Request) -> Response:
         read_query(request)
         return json_answer(self._router.request(request.path_params["id"]))
 
+    @operation(
+        "The newest events, the oldest of them first.",
+        Items[EventView],
+        query=(
+            Query("kind", str, "Only those of this kind of thing."),
+            Query("object", str, "Only those of the thing of this name."),
+            Query("limit", Annotated[int, Meta(ge=1, le=_EVENTS_LIMIT)], "How many; 100 if not given."),
+            Query("after", str, "Only those after the event of this id."),
+        ),
+    )
     async def list_events(self, request: Request) -> Response:
-        query = read_query(request, "kind", "object", "limit", "after")
+        query = read_query(request)
         limit = read_number(query, "limit", 100)
         if not limit.is_integer() or not 1 <= limit <= _EVENTS_LIMIT:
             raise InvalidInput(f"limit: {query['limit']} is no number from 1 to {_EVENTS_LIMIT}", "limit")
@@ -250,12 +343,20 @@ class _Admin:
 
     # --- commands ---
 
+    @operation("Add a model; its ingest begins.", {201: ModelView}, body=ModelSpec, errors=(*_COMMAND, *_BODY))
     async def add_model(self, request: Request) -> Response:
         read_query(request)
         spec = parse_spec(decode(await self._body(request), Any))
         await self._runner.ask(lambda ticket: AddModel(ticket, spec))
         return self._model(spec.name, 201)
 
+    @operation(
+        "Deploy a model, or change how it is scaled.",
+        ModelView,
+        body=DeployBody,
+        body_required=False,
+        errors=(*_COMMAND, *_BODY),
+    )
     async def deploy_model(self, request: Request) -> Response:
         read_query(request)
         name, body = request.path_params["name"], await self._body(request)
@@ -265,33 +366,41 @@ class _Admin:
         await self._runner.ask(lambda ticket: DeployModel(ticket, name, scale))
         return self._model(name)
 
+    @operation("Stop a model: its instances end, its checkpoint stays.", ModelView, errors=_COMMAND)
     async def stop_model(self, request: Request) -> Response:
         read_query(request)
         name = request.path_params["name"]
         await self._runner.ask(lambda ticket: StopModel(ticket, name))
         return self._model(name)
 
+    @operation("Remove a model.", {204: None}, errors=_COMMAND)
     async def remove_model(self, request: Request) -> Response:
         read_query(request)
         name = request.path_params["name"]
         await self._runner.ask(lambda ticket: RemoveModel(ticket, name))
         return Response(status_code=204)
 
+    @_operates("Bring a checkpoint to a tier of a node.", CheckpointBody)
     async def prefetch_checkpoint(self, request: Request) -> Response:
         return await self._operate(request, "prefetch")
 
+    @_operates("Read copies of a checkpoint and compare them with its manifest.", CheckpointBody)
     async def verify_checkpoint(self, request: Request) -> Response:
         return await self._operate(request, "verify")
 
+    @_operates("Remove copies of a checkpoint.", CheckpointBody)
     async def drop_checkpoint(self, request: Request) -> Response:
         return await self._operate(request, "drop")
 
+    @_operates("Write a checkpoint to a remote.", RemoteBody)
     async def publish_checkpoint(self, request: Request) -> Response:
         return await self._operate(request, "publish", RemoteBody)
 
+    @_operates("Bring a published checkpoint to nodes.", RemoteBody)
     async def fetch_checkpoint(self, request: Request) -> Response:
         return await self._operate(request, "fetch", RemoteBody)
 
+    @_changes("Forget where a checkpoint was published.", RemoteBody)
     async def forget_checkpoint(self, request: Request) -> Response:
         read_query(request)
         reference, body = request.path_params["reference"], await self._body(request)
@@ -302,18 +411,22 @@ class _Admin:
         now = checkpoint_view(self._view, known) if known is not None else replace(before, publications=())
         return json_answer(now)
 
+    @_changes("Keep a checkpoint on a tier of a node.", CheckpointBody)
     async def pin_checkpoint(self, request: Request) -> Response:
         return await self._pin(request, True)
 
+    @_changes("Keep a checkpoint there no more.", CheckpointBody)
     async def unpin_checkpoint(self, request: Request) -> Response:
         return await self._pin(request, False)
 
+    @operation("Stop an instance; its sequences go on elsewhere.", {204: None}, errors=_COMMAND)
     async def stop_instance(self, request: Request) -> Response:
         read_query(request)
         instance = request.path_params["id"]
         await self._runner.ask(lambda ticket: StopInstanceNow(ticket, instance))
         return Response(status_code=204)
 
+    @operation("End a request.", {204: None}, errors=(NotFound,))
     async def cancel_request(self, request: Request) -> Response:
         read_query(request)
         self._router.cancel(request.path_params["id"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 from starlette.exceptions import HTTPException
@@ -12,8 +12,11 @@ from starlette.responses import Response
 
 from schema.errors import InvalidInput, NotFound, SllmError
 from sllmctl.gateway.errors import MethodNotAllowed, NoSuchPath, http_status, retry_after
+from sllmctl.gateway.openapi import operation_of
 
 __all__ = [
+    "Items",
+    "RefusalBody",
     "broken",
     "decode",
     "error_answer",
@@ -29,8 +32,29 @@ __all__ = [
 V = TypeVar("V")
 
 
-def read_query(request: Request, *names: str) -> dict[str, str]:
-    """The query's parameters. Raises InvalidInput for one that this route does not know, or that is given twice."""
+class Refusal(msgspec.Struct, frozen=True):
+    """``code`` is the error's class; ``param`` names the parameter at fault, where there is one."""
+
+    code: str
+    message: str
+    param: str | None
+
+
+class RefusalBody(msgspec.Struct, frozen=True):
+    """The body of every refusal of the admin API."""
+
+    error: Refusal
+
+
+class Items(msgspec.Struct, Generic[V], frozen=True):
+    """A list of things."""
+
+    items: Sequence[V]
+
+
+def read_query(request: Request) -> dict[str, str]:
+    """The query's parameters. Raises InvalidInput for one that its `Operation` does not have, or that comes twice."""
+    names = [each.name for each in operation_of(request.scope["endpoint"]).query]
     found: dict[str, str] = {}
     for key, value in request.query_params.multi_items():
         if key not in names:
@@ -74,12 +98,12 @@ def json_answer(value: object, status: int = 200) -> Response:
 
 
 def item_answer(views: Sequence[object]) -> Response:
-    return json_answer({"items": views})
+    return json_answer(Items(views))
 
 
 def error_answer(error: SllmError) -> Response:
     param = error.param if isinstance(error, InvalidInput) else None
-    body = {"error": {"code": error.code, "message": error.message, "param": param}}
+    body = RefusalBody(Refusal(error.code, error.message, param))
     headers = {}
     if (wait := retry_after(error)) is not None:
         headers["retry-after"] = wait

@@ -13,15 +13,17 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from schema.admin import StatusView
-from schema.errors import NotFound, SllmError, Unreachable
+from schema.errors import InvalidInput, NotFound, SllmError, Unreachable
 from schema.states import ModelState
 from sllmctl.gateway.chat import chat_job
 from sllmctl.gateway.completions import completion_job
-from sllmctl.gateway.errors import NoSuchPath, answer_of
+from sllmctl.gateway.errors import ErrorBody, NoSuchPath, answer_of
 from sllmctl.gateway.exchange import ClientGone, Exchange
 from sllmctl.gateway.generate import Gateway, Job
 from sllmctl.gateway.metrics import CONTENT_TYPE, Metrics
+from sllmctl.gateway.openapi import document, operation
 from sllmctl.gateway.ports import AssetsPort, RoutedModelPort, RouterPort
+from sllmctl.gateway.replies import Health, ModelCard, ModelList, Readiness
 from sllmctl.gateway.settings import GatewaySettings
 from sllmctl.gateway.text import TextService
 
@@ -29,6 +31,9 @@ __all__ = ["api_app"]
 
 _log = logging.getLogger(__name__)
 _CLIENT_GONE = "499"
+_TITLE = "sllmctl: inference API"
+_ABOUT = "OpenAI's API, as far as this server has it; what it cannot honour is refused by name."
+_encode = msgspec.json.Encoder().encode
 _TEXT = (b"content-type", CONTENT_TYPE.encode())
 
 Answerer = Callable[[Scope, Exchange], Awaitable[None]]
@@ -48,32 +53,34 @@ def api_app(
     gateway = Gateway(router, assets, text, settings, metrics)
     created = int(time.time())
 
+    @operation("The models that are served.", ModelList)
     async def list_models(_: Scope, exchange: Exchange) -> None:
-        exchange.require_method("GET")
-        data = [_model(model, created) for model in router.models() if model.state == ModelState.DEPLOYED]
-        await exchange.answer(200, msgspec.json.encode({"object": "list", "data": data}))
+        data = [_card(model, created) for model in router.models() if model.state == ModelState.DEPLOYED]
+        await exchange.answer(200, _encode(ModelList(data=data)))
 
+    @operation("A model that is served.", ModelCard, errors=(NotFound,))
     async def one_model(scope: Scope, exchange: Exchange) -> None:
-        exchange.require_method("GET")
-        name = scope["path_params"]["name"]
+        name = scope["path_params"]["model"]
         model = router.model(name)
         if model.state != ModelState.DEPLOYED:
             raise NotFound(f"the model {name!r} is not deployed, it is {model.state.value}")
-        await exchange.answer(200, msgspec.json.encode(_model(model, created)))
+        await exchange.answer(200, _encode(_card(model, created)))
 
+    @operation("Whether the manager answers.", Health)
     async def health(_: Scope, exchange: Exchange) -> None:
-        exchange.require_method("GET")
-        await exchange.answer(200, b'{"status":"ok"}')
+        await exchange.answer(200, _encode(Health()))
 
+    @operation("Whether requests can be served.", {200: Readiness, 503: Readiness})
     async def ready(_: Scope, exchange: Exchange) -> None:
-        exchange.require_method("GET")
         now = status()
-        body = {"ready": now.ready, "nodes_ready": now.nodes_ready, "nodes": now.nodes}
-        await exchange.answer(200 if now.ready else 503, msgspec.json.encode(body))
+        await exchange.answer(200 if now.ready else 503, _encode(Readiness(now.ready, now.nodes_ready, now.nodes)))
 
+    @operation("Metrics in Prometheus' text format.", str, content="text/plain")
     async def scrape(_: Scope, exchange: Exchange) -> None:
-        exchange.require_method("GET")
         await exchange.answer(200, metrics.render(), content_type=_TEXT)
+
+    async def describe(_: Scope, exchange: Exchange) -> None:
+        await exchange.answer(200, said)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: object) -> AsyncIterator[None]:
@@ -83,25 +90,32 @@ def api_app(
         finally:
             await text.close()
 
+    endpoints: list[tuple[str, Answerer]] = [
+        ("/v1/models", list_models),
+        ("/v1/models/{model:path}", one_model),
+        ("/healthz", health),
+        ("/readyz", ready),
+        ("/metrics", scrape),
+    ]
+    generations = [("/v1/chat/completions", chat_job), ("/v1/completions", completion_job)]
+    table = [
+        *(("POST", path, make_job) for path, make_job in generations),
+        *(("GET", path, answerer) for path, answerer in endpoints),
+    ]
+    said = document(_TITLE, _ABOUT, table, error=ErrorBody, always=(InvalidInput, SllmError))
     return Router(
         [
-            Route("/v1/chat/completions", _Generation(gateway, chat_job)),
-            Route("/v1/completions", _Generation(gateway, completion_job)),
-            Route("/v1/models", _Endpoint(list_models)),
-            Route("/v1/models/{name:path}", _Endpoint(one_model)),
-            Route("/healthz", _Endpoint(health)),
-            Route("/readyz", _Endpoint(ready)),
-            Route("/metrics", _Endpoint(scrape)),
+            *(Route(path, _Generation(gateway, make_job)) for path, make_job in generations),
+            *(Route(path, _Endpoint(answerer)) for path, answerer in (*endpoints, ("/openapi.json", describe))),
         ],
         redirect_slashes=False,
-        default=_Endpoint(_no_such_path),
+        default=_Endpoint(_no_such_path, any_method=True),
         lifespan=lifespan,
     )
 
 
-def _model(model: RoutedModelPort, created: int) -> dict[str, str | int]:
-    """A model in OpenAI's shape; ``created`` is when this server began to serve it."""
-    return {"id": model.spec.name, "object": "model", "created": created, "owned_by": "sllmctl"}
+def _card(model: RoutedModelPort, created: int) -> ModelCard:
+    return ModelCard(id=model.spec.name, created=created)
 
 
 async def _no_such_path(scope: Scope, exchange: Exchange) -> None:
@@ -109,10 +123,10 @@ async def _no_such_path(scope: Scope, exchange: Exchange) -> None:
 
 
 class _Endpoint:
-    """A small answer as a plain ASGI application: whatever it raises becomes an error's body."""
+    """A small answer to GET as a plain ASGI application: whatever it raises becomes an error's body."""
 
-    def __init__(self, answerer: Answerer) -> None:
-        self._answerer = answerer
+    def __init__(self, answerer: Answerer, *, any_method: bool = False) -> None:
+        self._answerer, self._any_method = answerer, any_method
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -120,6 +134,8 @@ class _Endpoint:
             return
         exchange = Exchange(scope, receive, send)
         try:
+            if not self._any_method:
+                exchange.require_method("GET")
             await self._answerer(scope, exchange)
         except SllmError as error:
             await exchange.fail(error)

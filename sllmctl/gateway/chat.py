@@ -8,50 +8,59 @@ import msgspec
 from msgspec import Meta
 
 from schema.errors import InvalidInput
-from sllmctl.gateway.errors import UnsupportedParameter
+from sllmctl.gateway.errors import ALL_KINDS, UnsupportedParameter
 from sllmctl.gateway.generate import Gateway, Job
 from sllmctl.gateway.openai import BodyDecoder, Common, check_stream_options, make_job, stop_strings
+from sllmctl.gateway.openapi import operation
+from sllmctl.gateway.replies import ChatChunk, ChatReply
 from sllmctl.gateway.sse import ChatShape
 
 __all__ = ["chat_job"]
 
-_ROLES: Final = frozenset({"system", "developer", "user", "assistant"})
+_ROLES: Final = ("assistant", "developer", "system", "user")
+_NOT_TEXT: Final = ("image_url", "input_audio", "file", "refusal")
+_NOT_SAID: Final = ("refusal", "annotations", "audio", "function_call", "tool_calls", "tool_call_id")
+
+_Absent = Annotated[Any, Meta(extra_json_schema={"enum": [None]})]
+_Empty = Annotated[Any, Meta(extra_json_schema={"enum": [None, "", []]})]
 
 
-class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A part of a message; of those that are not text only the names are known, to refuse them by."""
 
-    type: str
+    type: Annotated[str, Meta(extra_json_schema={"enum": ["text"]})]
     text: str | None = None
-    image_url: Any = None
-    input_audio: Any = None
-    file: Any = None
-    refusal: Any = None
+    image_url: _Absent = None
+    input_audio: _Absent = None
+    file: _Absent = None
+    refusal: _Absent = None
 
 
-class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A message; what clients echo of an assistant's is accepted as long as it is empty."""
 
-    role: str
-    content: str | list[_Part] | None = None
+    role: Annotated[str, Meta(extra_json_schema={"enum": _ROLES})]
+    content: str | list[Part] | None = None
     name: str | None = None
-    refusal: Any = None
-    annotations: Any = None
-    audio: Any = None
-    function_call: Any = None
-    tool_calls: Any = None
-    tool_call_id: Any = None
+    refusal: _Empty = None
+    annotations: _Empty = None
+    audio: _Empty = None
+    function_call: _Empty = None
+    tool_calls: _Empty = None
+    tool_call_id: _Empty = None
 
 
-class _ChatBody(Common, frozen=True, kw_only=True):
-    messages: Annotated[list[_Message], Meta(min_length=1)]
+class ChatBody(Common, frozen=True, kw_only=True):
+    """The parameters of chat completions."""
+
+    messages: Annotated[list[Message], Meta(min_length=1)]
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
 
 
 _body = BodyDecoder(
-    _ChatBody,
+    ChatBody,
     {
         "audio": (),
         "function_call": ("none", "auto"),
@@ -76,6 +85,14 @@ _body = BodyDecoder(
 )
 
 
+@operation(
+    "Answer the messages of a chat.",
+    ChatReply,
+    body=ChatBody,
+    also=_body.also,
+    events=ChatChunk,
+    errors=ALL_KINDS,
+)
 async def chat_job(gateway: Gateway, data: bytes) -> Job:
     """The job that a body asks for. Raises InvalidInput and its kin, NotFound, ContextOverflow."""
     body = _body.decode(data)
@@ -98,7 +115,7 @@ async def chat_job(gateway: Gateway, data: bytes) -> Job:
     )
 
 
-def _logprobs(body: _ChatBody) -> int | None:
+def _logprobs(body: ChatBody) -> int | None:
     if body.logprobs:
         return body.top_logprobs or 0
     if body.top_logprobs:
@@ -106,13 +123,13 @@ def _logprobs(body: _ChatBody) -> int | None:
     return None
 
 
-def _max_tokens(body: _ChatBody) -> int | None:
+def _max_tokens(body: ChatBody) -> int | None:
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise InvalidInput("max_tokens and max_completion_tokens contradict each other; give one", "max_tokens")
     return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
 
 
-def _plain(message: _Message, at: int) -> dict[str, Any]:
+def _plain(message: Message, at: int) -> dict[str, Any]:
     """The message as templates read it, its text in one string."""
     where = f"messages[{at}]"
     if message.role not in _ROLES:
@@ -120,8 +137,8 @@ def _plain(message: _Message, at: int) -> dict[str, Any]:
             raise UnsupportedParameter(
                 f"{where}: messages of role {message.role!r} are not supported by this server", f"{where}.role"
             )
-        raise InvalidInput(f"{where}.role: {message.role!r} is none of {', '.join(sorted(_ROLES))}", f"{where}.role")
-    for name in ("refusal", "annotations", "audio", "function_call", "tool_calls", "tool_call_id"):
+        raise InvalidInput(f"{where}.role: {message.role!r} is none of {', '.join(_ROLES)}", f"{where}.role")
+    for name in _NOT_SAID:
         if getattr(message, name):
             raise UnsupportedParameter(f"{where}.{name} is not supported by this server", f"{where}.{name}")
     if message.content is None:
@@ -132,7 +149,7 @@ def _plain(message: _Message, at: int) -> dict[str, Any]:
     return plain
 
 
-def _text(content: str | list[_Part], where: str) -> str:
+def _text(content: str | list[Part], where: str) -> str:
     if isinstance(content, str):
         return content
     texts: list[str] = []
@@ -140,6 +157,9 @@ def _text(content: str | list[_Part], where: str) -> str:
         here = f"{where}.content[{at}]"
         if part.type != "text":
             raise UnsupportedParameter(f"{here}: parts of type {part.type!r} are not supported by this server", f"{here}.type")
+        for name in _NOT_TEXT:
+            if getattr(part, name) is not None:
+                raise UnsupportedParameter(f"{here}.{name} is not supported by this server", f"{here}.{name}")
         if part.text is None:
             raise InvalidInput(f"{here}.text is required", f"{here}.text")
         texts.append(part.text)

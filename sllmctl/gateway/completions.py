@@ -7,9 +7,11 @@ from typing import Annotated, Final
 from msgspec import Meta
 
 from schema.errors import InvalidInput
-from sllmctl.gateway.errors import UnsupportedParameter
+from sllmctl.gateway.errors import ALL_KINDS, UnsupportedParameter
 from sllmctl.gateway.generate import Gateway, Job
 from sllmctl.gateway.openai import BodyDecoder, Common, check_stream_options, make_job, stop_strings
+from sllmctl.gateway.openapi import operation
+from sllmctl.gateway.replies import CompletionChunk, CompletionReply
 from sllmctl.gateway.sse import CompletionShape
 
 __all__ = ["completion_job"]
@@ -20,14 +22,16 @@ _DEFAULT_TOKENS: Final = 16
 Prompt = str | list[str | int | list[int]]
 
 
-class _CompletionBody(Common, frozen=True, kw_only=True):
+class CompletionBody(Common, frozen=True, kw_only=True):
+    """The parameters of completions."""
+
     prompt: Prompt
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     best_of: int | None = None
 
 
 _body = BodyDecoder(
-    _CompletionBody,
+    CompletionBody,
     {
         "echo": (False,),
         "suffix": ("",),
@@ -35,6 +39,14 @@ _body = BodyDecoder(
 )
 
 
+@operation(
+    "Continue a text.",
+    CompletionReply,
+    body=CompletionBody,
+    also=_body.also,
+    events=CompletionChunk,
+    errors=ALL_KINDS,
+)
 async def completion_job(gateway: Gateway, data: bytes) -> Job:
     """The job that a body asks for. Raises InvalidInput and its kin, NotFound, ContextOverflow."""
     body = _body.decode(data)

@@ -25,14 +25,18 @@ from schema.errors import (
 )
 
 __all__ = [
+    "ALL_KINDS",
     "Answer",
     "BodyTooLarge",
+    "ErrorBody",
+    "ErrorDetail",
     "MethodNotAllowed",
     "NoSuchPath",
     "UnknownParameter",
     "UnsupportedMediaType",
     "UnsupportedParameter",
     "answer_of",
+    "answer_of_kind",
     "error_body",
     "http_status",
     "retry_after",
@@ -114,12 +118,36 @@ _ANSWERS: dict[type[SllmError], Answer] = {
 }
 
 
-def answer_of(error: SllmError) -> Answer:
-    """How this error is answered: as its own class is, or else as the nearest one above it."""
-    for kind in type(error).__mro__:
-        if (answer := _ANSWERS.get(kind)) is not None:
+ALL_KINDS: tuple[type[SllmError], ...] = tuple(_ANSWERS)
+"""Every kind of error that has an answer of its own."""
+
+
+class ErrorDetail(msgspec.Struct, frozen=True):
+    """``param`` names the parameter at fault, where there is one."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    """The body of every refusal, as OpenAI's clients read it."""
+
+    error: ErrorDetail
+
+
+def answer_of_kind(kind: type[SllmError]) -> Answer:
+    """How errors of a class are answered: as the class itself is, or else as the nearest one above it."""
+    for each in kind.__mro__:
+        if (answer := _ANSWERS.get(each)) is not None:
             return answer
-    raise TypeError(f"{type(error).__name__} is no SllmError")
+    raise TypeError(f"{kind.__name__} is no SllmError")
+
+
+def answer_of(error: SllmError) -> Answer:
+    """How this error is answered."""
+    return answer_of_kind(type(error))
 
 
 def http_status(error: SllmError) -> int:
@@ -133,8 +161,7 @@ def retry_after(error: SllmError) -> str | None:
 
 
 def error_body(error: SllmError) -> bytes:
-    """``{"error": {"message", "type", "param", "code"}}``, as OpenAI's clients read it."""
+    """An `ErrorBody` as JSON."""
     answer = answer_of(error)
     param = error.param if isinstance(error, InvalidInput) else None
-    detail = {"message": error.message, "type": answer.type, "param": param, "code": answer.code}
-    return msgspec.json.encode({"error": detail})
+    return msgspec.json.encode(ErrorBody(ErrorDetail(error.message, answer.type, param, answer.code)))

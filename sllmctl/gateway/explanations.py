@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Protocol
+from typing import Annotated, Protocol
 
+from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
-from schema.admin import EstimatesView, OutcomeView, RequestView
+from schema.admin import EstimatesView, ExplainView, OutcomeView, RequestExplainView, RequestView
+from schema.errors import NotFound
 from sllmctl.control.explain import DecisionsPort, ExplainerPort, explain, explain_request
 from sllmctl.control.view import ClusterView
 from sllmctl.gateway.answers import json_answer, known, read_number, read_query
+from sllmctl.gateway.openapi import Query, operation
 from sllmctl.planner.outcomes import summarise
 
 __all__ = ["EstimatesPort", "Explanations", "OutcomesPort", "RequestPort"]
@@ -59,20 +62,27 @@ class Explanations:
             ("GET", "estimates"): self.get_estimates,
         }
 
+    @operation("Where one more instance of a model would go now, and why.", ExplainView, errors=(NotFound,))
     async def explain_model(self, request: Request) -> Response:
         read_query(request)
         name = request.path_params["name"]
         model = known("model", name, self._view.models.get(name))
         return json_answer(explain(self._view, self._planner, self._decisions, model, self._clock()))
 
+    @operation("What was decided for a request's model while it waited.", RequestExplainView, errors=(NotFound,))
     async def explain_request(self, request: Request) -> Response:
         read_query(request)
         asked = self._router.request(request.path_params["id"])
         return json_answer(explain_request(self._view, self._decisions, asked))
 
+    @operation(
+        "How good the planner's estimates are.",
+        EstimatesView,
+        query=(Query("limit", Annotated[int, Meta(ge=0)], "Outcomes to show, of the newest; 100 if not given."),),
+    )
     async def get_estimates(self, request: Request) -> Response:
         """The errors are those of all outcomes that are kept; the outcomes shown are the newest."""
-        limit = int(read_number(read_query(request, "limit"), "limit", 100))
+        limit = int(read_number(read_query(request), "limit", 100))
         kept = await self._database.outcomes(_OUTCOMES_LIMIT)
         return json_answer(
             EstimatesView(

@@ -16,9 +16,10 @@ from schema.states import ModelState
 from sllmctl.gateway.exchange import BodyBudget, Exchange
 from sllmctl.gateway.metrics import Metrics
 from sllmctl.gateway.ports import AssetsPort, RequestPort, RoutedModelPort, RouterPort
+from sllmctl.gateway.replies import PromptDetails, Usage
 from sllmctl.gateway.reply import Reply
 from sllmctl.gateway.settings import GatewaySettings
-from sllmctl.gateway.sse import DONE, PromptDetails, ReplyHead, Shape, Usage
+from sllmctl.gateway.sse import DONE, ReplyHead, Shape
 from sllmctl.gateway.text import TextModel, TextService
 
 __all__ = ["Gateway", "Job"]

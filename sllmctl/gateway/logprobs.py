@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from sllmctl.gateway.replies import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
 
 __all__ = ["ScoredToken", "Spell", "chat_logprobs", "completion_logprobs"]
 
@@ -20,32 +22,28 @@ class ScoredToken(NamedTuple):
     top: list[tuple[int, float]]
 
 
-def chat_logprobs(tokens: Sequence[ScoredToken], spell: Spell) -> dict[str, Any]:
+def chat_logprobs(tokens: Sequence[ScoredToken], spell: Spell) -> ChatLogprobs:
     """The ``logprobs`` of a chat's choice or chunk. Bytes that are no whole characters are written as escapes."""
     content = []
     for scored in tokens:
-        entry = _entry(spell(scored.token), scored.logprob)
-        entry["top_logprobs"] = [_entry(spell(token), logprob) for token, logprob in scored.top]
-        content.append(entry)
-    return {"content": content, "refusal": None}
+        data = spell(scored.token)
+        top = [TopLogprob(_text(one), logprob, list(one)) for one, logprob in ((spell(token), p) for token, p in scored.top)]
+        content.append(TokenLogprob(_text(data), scored.logprob, list(data), top))
+    return ChatLogprobs(content)
 
 
-def completion_logprobs(tokens: Sequence[ScoredToken], spell: Spell) -> dict[str, Any]:
+def completion_logprobs(tokens: Sequence[ScoredToken], spell: Spell) -> CompletionLogprobs:
     """The ``logprobs`` of a completion's choice or chunk. The token that came is always among the most probable ones told."""
     spelt = [_text(spell(scored.token), "bytes:") for scored in tokens]
-    return {
-        "tokens": spelt,
-        "token_logprobs": [scored.logprob for scored in tokens],
-        "top_logprobs": [
+    return CompletionLogprobs(
+        tokens=spelt,
+        token_logprobs=[scored.logprob for scored in tokens],
+        top_logprobs=[
             {**{_text(spell(token), "bytes:"): logprob for token, logprob in scored.top}, text: scored.logprob}
             for text, scored in zip(spelt, tokens, strict=True)
         ],
-        "text_offset": [scored.offset for scored in tokens],
-    }
-
-
-def _entry(data: bytes, logprob: float) -> dict[str, Any]:
-    return {"token": _text(data), "logprob": logprob, "bytes": list(data)}
+        text_offset=[scored.offset for scored in tokens],
+    )
 
 
 def _text(data: bytes, mark: str = "") -> str:

@@ -27,6 +27,9 @@ __all__ = ["BodyDecoder", "Common", "StreamOptions", "check_stream_options", "ma
 _SEED_MASK = (1 << 63) - 1
 
 
+_Key = Annotated[str, Meta(max_length=64)]
+
+
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``include_obfuscation`` would pad events against traffic analysis; it can only be declined."""
 
@@ -52,7 +55,7 @@ class Common(msgspec.Struct, frozen=True, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, Meta(max_length=256)] | None = None
-    metadata: dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]] | None = None
+    metadata: Annotated[dict[_Key, Annotated[str, Meta(max_length=512)]], Meta(max_length=16)] | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
@@ -77,6 +80,11 @@ class BodyDecoder(Generic[B]):
         self._decoder = msgspec.json.Decoder(kind)
         self._fields = frozenset(field.encode_name for field in msgspec.structs.fields(kind))
         self._neutral = neutral
+
+    @property
+    def also(self) -> dict[str, dict[str, Any]]:
+        """The JSON Schemas of OpenAI's other parameters, as far as they are taken."""
+        return {name: {"enum": [None, *values]} for name, values in self._neutral.items()}
 
     def decode(self, data: bytes) -> B:
         """The body. Raises InvalidInput, UnsupportedParameter or UnknownParameter, naming the parameter at fault."""

@@ -11,12 +11,13 @@ from schema.sampling import read_logprobs
 from schema.states import EndReason
 from sllmctl.gateway.logprobs import ScoredToken
 from sllmctl.gateway.ports import SequencePort
+from sllmctl.gateway.replies import Finish
 from sllmctl.gateway.stop import StopMatcher
 from sllmctl.gateway.text import TextModel
 
 __all__ = ["Piece", "Reply"]
 
-_REASONS = {EndReason.STOP: "stop", EndReason.LENGTH: "length"}
+_REASONS: dict[EndReason, Finish] = {EndReason.STOP: "stop", EndReason.LENGTH: "length"}
 
 
 class Piece(NamedTuple):
@@ -36,7 +37,7 @@ class Reply:
     ) -> None:
         self.index = index
         self.position = 0
-        self.reason: str | None = None
+        self.reason: Finish | None = None
         self._sequence = sequence
         self._detokenizer = text.detokenizer()
         self._stop = StopMatcher(stops) if stops else None

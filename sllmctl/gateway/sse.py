@@ -12,8 +12,9 @@ from typing import Any, ClassVar, NamedTuple
 import msgspec
 
 from sllmctl.gateway.logprobs import ScoredToken, Spell, chat_logprobs, completion_logprobs
+from sllmctl.gateway.replies import ChatChoice, ChatMessage, ChatReply, CompletionChoice, CompletionReply, Finish, Usage
 
-__all__ = ["DONE", "ChatShape", "CompletionShape", "PromptDetails", "ReplyHead", "Shape", "Usage"]
+__all__ = ["DONE", "ChatShape", "CompletionShape", "ReplyHead", "Shape"]
 
 DONE = b"data: [DONE]\n\n"
 
@@ -29,21 +30,6 @@ class ReplyHead(NamedTuple):
     fingerprint: str
 
 
-class PromptDetails(msgspec.Struct, frozen=True):
-    """How many tokens of a prompt needed no computing."""
-
-    cached_tokens: int
-
-
-class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Tokens of a whole request; details where they are known."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptDetails | None = None
-
-
 class Shape(ABC):
     """How one endpoint writes a reply; the two subclasses say what differs.
 
@@ -53,20 +39,17 @@ class Shape(ABC):
 
     id_prefix: ClassVar[str]
     chunk_object: ClassVar[str]
-    whole_object: ClassVar[str]
-    form: ClassVar[Callable[[Sequence[ScoredToken], Spell], dict[str, Any]]]
-    """How log-probabilities are written."""
+    reply: ClassVar[Callable[..., ChatReply | CompletionReply]]
 
     def __init__(self, head: ReplyHead, spell: Spell, *, include_usage: bool) -> None:
         self._spell = spell
-        self._head = {
+        self._head: dict[str, Any] = {
             "id": self.id_prefix + head.id,
-            "object": self.chunk_object,
             "created": head.created,
             "model": head.model,
             "system_fingerprint": head.fingerprint,
         }
-        self._start = b"data: " + _encode(self._head)[:-1] + b',"choices":['
+        self._start = b"data: " + _encode({**self._head, "object": self.chunk_object})[:-1] + b',"choices":['
         self._end = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
 
     @abstractmethod
@@ -82,19 +65,18 @@ class Shape(ABC):
         """The event that says why a choice ended."""
 
     @abstractmethod
-    def choice(self, text: str, reason: str, index: int, scores: Sequence[ScoredToken] | None = None) -> dict[str, Any]:
+    def choice(
+        self, text: str, reason: Finish, index: int, scores: Sequence[ScoredToken] | None = None
+    ) -> ChatChoice | CompletionChoice:
         """A whole choice; ``scores`` are None where no log-probabilities were asked for."""
 
     def usage(self, usage: Usage) -> bytes:
         """The event of the usage, which has no choices."""
         return self._start + b'],"usage":' + _encode(usage) + b"}\n\n"
 
-    def whole(self, choices: list[dict[str, Any]], usage: Usage) -> bytes:
+    def whole(self, choices: Sequence[ChatChoice | CompletionChoice], usage: Usage) -> bytes:
         """The reply in one piece."""
-        return _encode({**self._head, "object": self.whole_object, "choices": choices, "usage": usage})
-
-    def _logprobs(self, scores: Sequence[ScoredToken] | None) -> dict[str, Any] | None:
-        return None if scores is None else type(self).form(scores, self._spell)
+        return _encode(self.reply(**self._head, choices=choices, usage=usage))
 
     def _event(self, index: int, tail: bytes) -> bytes:
         return b'%b{"index":%d,%b}%b' % (self._start, index, tail, self._end)
@@ -103,40 +85,38 @@ class Shape(ABC):
 class ChatShape(Shape):
     id_prefix = "chatcmpl-"
     chunk_object = "chat.completion.chunk"
-    whole_object = "chat.completion"
-    form = chat_logprobs
+    reply = ChatReply
 
     def opening(self, index: int) -> bytes:
         tail = b'"delta":{"role":"assistant","content":"","refusal":null},"logprobs":null,"finish_reason":null'
         return self._event(index, tail)
 
     def delta(self, text: str, index: int = 0, scores: Sequence[ScoredToken] = ()) -> bytes:
-        told = _encode(self._logprobs(scores)) if scores else b"null"
+        told = _encode(chat_logprobs(scores, self._spell)) if scores else b"null"
         return self._event(index, b'"delta":{"content":%b},"logprobs":%b,"finish_reason":null' % (_encode(text), told))
 
     def closing(self, reason: str, index: int) -> bytes:
         return self._event(index, b'"delta":{},"logprobs":null,"finish_reason":"%b"' % reason.encode())
 
-    def choice(self, text: str, reason: str, index: int, scores: Sequence[ScoredToken] | None = None) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": self._logprobs(scores), "finish_reason": reason}
+    def choice(self, text: str, reason: Finish, index: int, scores: Sequence[ScoredToken] | None = None) -> ChatChoice:
+        told = None if scores is None else chat_logprobs(scores, self._spell)
+        return ChatChoice(index, ChatMessage("assistant", text), told, reason)
 
 
 class CompletionShape(Shape):
     id_prefix = "cmpl-"
     chunk_object = "text_completion"
-    whole_object = "text_completion"
-    form = completion_logprobs
+    reply = CompletionReply
 
     def opening(self, index: int) -> bytes:
         return b""
 
     def delta(self, text: str, index: int = 0, scores: Sequence[ScoredToken] = ()) -> bytes:
-        told = _encode(self._logprobs(scores)) if scores else b"null"
+        told = _encode(completion_logprobs(scores, self._spell)) if scores else b"null"
         return self._event(index, b'"text":%b,"logprobs":%b,"finish_reason":null' % (_encode(text), told))
 
     def closing(self, reason: str, index: int) -> bytes:
         return self._event(index, b'"text":"","logprobs":null,"finish_reason":"%b"' % reason.encode())
 
-    def choice(self, text: str, reason: str, index: int, scores: Sequence[ScoredToken] | None = None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": self._logprobs(scores), "finish_reason": reason}
+    def choice(self, text: str, reason: Finish, index: int, scores: Sequence[ScoredToken] | None = None) -> CompletionChoice:
+        return CompletionChoice(index, text, None if scores is None else completion_logprobs(scores, self._spell), reason)

@@ -15,9 +15,10 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from schema.admin import StreamFrame, StreamKind
-from schema.errors import InvalidInput
+from schema.errors import InvalidInput, Overloaded, Unreachable
 from sllmctl.gateway.answers import read_query
 from sllmctl.gateway.feed import Feed
+from sllmctl.gateway.openapi import Query, operation
 from sllmctl.gateway.picture import KINDS
 
 __all__ = ["Stream"]
@@ -35,9 +36,17 @@ class Stream:
     def routes(self) -> dict[tuple[str, str], Callable[[Request], Awaitable[Response]]]:
         return {("GET", "stream"): self.get_stream}
 
+    @operation(
+        "What the cluster is like, and then each change.",
+        {200: None},
+        events=StreamFrame,
+        query=(Query("kinds", str, f"A list of those wanted, with commas between: {', '.join(KINDS)}. All if not given."),),
+        headers=(Query("Last-Event-ID", str, "The cursor of the last frame that was read: it goes on from there."),),
+        errors=(Overloaded, Unreachable),
+    )
     async def get_stream(self, request: Request) -> Response:
         """``?kinds=models,instances`` leaves the others out; a cursor that has expired gets a fresh picture."""
-        kinds = _kinds(read_query(request, "kinds").get("kinds"))
+        kinds = _kinds(read_query(request).get("kinds"))
         frames = self._feed.read(request.headers.get("last-event-id"), kinds)
         first = await anext(frames)  # so that a refusal is an answer of its own
         return _Frames(first, frames)

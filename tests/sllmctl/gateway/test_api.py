@@ -489,6 +489,11 @@ _REFUSED: list[tuple[dict[str, object], str, str]] = [
         "unsupported_parameter",
     ),
     (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "image_url": {}}]}]},
+        "messages[0].content[0].image_url",
+        "unsupported_parameter",
+    ),
+    (
         {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
         "messages[0].tool_calls",
         "unsupported_parameter",
