@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from agent.store.durable import disk_errors
+from agent.store.ingest.files import PLAIN_NAME
 from schema.errors import InvalidCheckpoint, NotFound, OutOfSpace, SllmError, Unauthorised, Unreachable
 from schema.spec import HubSource
 
@@ -39,18 +40,17 @@ def fetch(source: HubSource, directory: Path, progress: Callable[[int, int], Non
     what = f"{source.repo} at {source.revision}"
     try:
         info = HfApi().model_info(source.repo, revision=source.revision, files_metadata=True)
-        there = {each.rfilename: each.size or 0 for each in info.siblings or []}
+        there = {each.rfilename: each.size or 0 for each in info.siblings or [] if PLAIN_NAME.fullmatch(each.rfilename)}
         weights = next((kind for kind in (_SAFETENSORS, _PICKLED) if any(_matches(name, kind[:1]) for name in there)), None)
         if weights is None:
             raise InvalidCheckpoint(f"{what} has neither model*.safetensors nor pytorch_model*.bin")
-        wanted = (*_WANTED, *weights)
-        sizes = {name: size for name, size in there.items() if _matches(name, wanted)}
+        sizes = {name: size for name, size in there.items() if _matches(name, (*_WANTED, *weights))}
         total = sum(sizes.values())
-        if (free := shutil.disk_usage(directory).free) < total:
+        if (free := shutil.disk_usage(directory).free + _directory_bytes(directory)) < total:
             raise OutOfSpace(f"{what} has {total} bytes; {directory} has {free} free")
         with disk_errors(f"fetching {what}"), _Watch(directory, total, progress):
             snapshot_download(
-                source.repo, revision=info.sha or source.revision, local_dir=directory, allow_patterns=list(wanted)
+                source.repo, revision=info.sha or source.revision, local_dir=directory, allow_patterns=list(sizes)
             )
     except errors.GatedRepoError as error:
         raise Unauthorised(f"{what} is gated; accept its terms on the hub and set HF_TOKEN for the agent") from error

@@ -110,6 +110,7 @@ def test_what_would_pass_the_disks_budget_is_refused_with_what_is_missing(node: 
     assert done.fault.code == "out_of_space"
     assert need // 3 < done.fault.short_bytes < need
     assert steps == []
+    assert list((node.data / "tmp").iterdir()) == []
     assert len(catalog.scan(node.data / "checkpoints")) == 1
     node.configure(disk_bytes=need + need // 2 + done.fault.short_bytes + (1 << 20))
     assert node.finish(node.start(other))[2].fault is None
@@ -241,6 +242,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         self.requested.append(path)
         files = {file.name: file.read_bytes() for file in self.source.iterdir()}
+        files["model/../../../climbs.safetensors"] = b"not asked for"
         if path.startswith("/api/models/org/name/tree/"):
             entries = [
                 {"type": "file", "path": name, "size": len(data), "oid": sha256(data).hexdigest()[:40]}
