@@ -53,7 +53,8 @@ def temporary_directory(root: Path, kind: str) -> Iterator[Path]:
 def kept_directory(root: Path, kind: str, key: str) -> Iterator[Path]:
     """The directory of this key, with whatever an earlier process left in it; a fresh one while another process has it.
 
-    Gone at the end, and after an error that another try would meet again; after any other it waits for that try.
+    Gone at the end, and after an error that another try would meet again; after any other it waits for that try, as it does
+    when the budget was short of what making room would give.
     """
     root.mkdir(parents=True, exist_ok=True)
     with _locked(root):
@@ -67,10 +68,9 @@ def kept_directory(root: Path, kind: str, key: str) -> Iterator[Path]:
     keep = False
     try:
         yield path
-    except (InvalidInput, OutOfSpace):
-        raise
-    except BaseException:
-        keep = any(files for _, _, files in os.walk(path))
+    except BaseException as error:
+        final = isinstance(error, InvalidInput) or (isinstance(error, OutOfSpace) and not error.short_bytes)
+        keep = not final and any(files for _, _, files in os.walk(path))
         raise
     finally:
         with _locked(root):  # so that nobody opens what is just going

@@ -48,8 +48,8 @@ def write_partition(
 
     ``progress`` hears the bytes read so far. Memory stays far below 1 GiB, whatever the tensors' sizes (`pipeline.fill`).
     With a ``journal`` an earlier, broken-off call for the same tensors of unchanged files is gone on with: chunks that the
-    file has by their checksum are kept, and ``resumed`` hears how many bytes need not be read. ``claim`` is entered while the
-    disk's room is reserved.
+    file has by their checksum are kept, and ``resumed`` hears how many bytes need not be read. ``claim`` is entered before
+    anything is written and while the disk's room is reserved.
     Raises OutOfSpace before the first write when the disk has no room, InvalidCheckpoint when a source was changed meanwhile.
     """
     tensors, end = _lay_out(order)
@@ -61,14 +61,14 @@ def write_partition(
     with contextlib.ExitStack() as stack:
         stack.enter_context(disk_errors(f"writing {size} bytes to {path}"))
         done = None
-        if journal is not None:
-            done = Journal(journal, _identity(tensors, before))
-            stack.callback(done.close)
-        file = stack.enter_context(path.open("xb" if done is None else "ab", buffering=0))
-        if done is not None and (done.fresh or os.fstat(file.fileno()).st_size != size):
-            done.forget()
-            file.truncate(0)
         with claim or contextlib.nullcontext():
+            if journal is not None:
+                done = Journal(journal, _identity(tensors, before))
+                stack.callback(done.close)
+            file = stack.enter_context(path.open("xb" if done is None else "ab", buffering=0))
+            if done is not None and (done.fresh or os.fstat(file.fileno()).st_size != size):
+                done.forget()
+                file.truncate(0)
             reserve(file.fileno(), size)
         os.ftruncate(file.fileno(), size)
         there = find_chunks(path, size, done.chunks) if done is not None else {}

@@ -181,7 +181,13 @@ def count_lines(path: Path) -> int:
 
 @pytest.mark.parametrize(
     ("error", "stays"),
-    [(None, False), (InvalidCheckpoint("bad"), False), (OutOfSpace("full"), False), (KeyboardInterrupt(), True)],
+    [
+        (None, False),
+        (InvalidCheckpoint("bad"), False),
+        (OutOfSpace("full"), False),
+        (OutOfSpace("the budget is short", short_bytes=7), True),
+        (KeyboardInterrupt(), True),
+    ],
 )
 def test_what_another_try_could_use_stays(tmp_path: Path, error: BaseException | None, stays: bool) -> None:
     with contextlib.suppress(InvalidCheckpoint, OutOfSpace, KeyboardInterrupt), kept_directory(tmp_path, "ingest", "k") as path:
