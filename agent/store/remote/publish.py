@@ -77,7 +77,7 @@ class _Publish:
 
     def run(self) -> tuple[str, ...]:
         directory, manifest = self._entry.directory, self._manifest
-        data = (directory / MANIFEST_FILE).read_bytes()
+        data = self._local(directory / MANIFEST_FILE)
         same = self._same_manifest(data)
         for partition in manifest.partitions:
             if not self._is_right(partition):
@@ -85,7 +85,7 @@ class _Publish:
                     self._write(partition.file, partition.size_bytes, source, self._count)
         for asset in manifest.assets:
             if not self._has(asset.file, asset.size_bytes, asset.sha256):
-                content = (directory / asset.file).read_bytes()
+                content = self._local(directory / asset.file)
                 if hashlib.sha256(content).hexdigest() != asset.sha256:
                     raise self._bad(f"{directory / asset.file} is not what was ingested")
                 self._write(asset.file, len(content), _of(content), _ignore)
@@ -99,7 +99,7 @@ class _Publish:
         """True when this manifest lies there, False when none does, or one that nobody can fetch by."""
         path = f"{self._base}/{MANIFEST_FILE}"
         try:
-            found = self._patience.ask(lambda: self._remote.read(path, _MAX_MANIFEST_BYTES))
+            found = self._read(path, _MAX_MANIFEST_BYTES)
         except NotFound:
             return False
         except InvalidCheckpoint:  # too long to be one
@@ -173,11 +173,14 @@ class _Publish:
         """True when a small file lies there as it should."""
         if not self._is_of_size(file, size_bytes):
             return False
-        found = self._patience.ask(lambda: self._remote.read(f"{self._base}/{file}", size_bytes))
+        found = self._read(f"{self._base}/{file}", size_bytes)
         if hashlib.sha256(found).hexdigest() == sha256:
             return True
         self._mended.append(file)
         return False
+
+    def _read(self, path: str, limit_bytes: int) -> bytes:
+        return self._patience.ask(lambda: self._remote.read(path, limit_bytes, time.monotonic() + self._settings.part_s))
 
     def _is_of_size(self, file: str, size_bytes: int) -> bool:
         found = self._patience.ask(lambda: self._remote.size(f"{self._base}/{file}"))
@@ -211,7 +214,8 @@ class _Publish:
     @contextlib.contextmanager
     def _checked(self, path: Path, partition: Partition, chunk_bytes: int) -> Iterator[Source]:
         """A partition's bytes as a `Source`; every chunk that is read as a whole is compared with its checksum."""
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        with self._reading(path):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
 
         def read(offset: int, length: int) -> memoryview:
             # From a chunk's start to a chunk's end, so that whatever is handed on was compared.
@@ -220,7 +224,8 @@ class _Publish:
             data = memoryview(bytearray(end - start))
             position = 0
             while position < len(data):
-                count = os.preadv(descriptor, [data[position:]], start + position)
+                with self._reading(path, start + position):
+                    count = os.preadv(descriptor, [data[position:]], start + position)
                 if not count:
                     raise self._bad(f"{path} ends at byte {start + position}; its manifest says {partition.size_bytes}")
                 position += count
@@ -235,10 +240,23 @@ class _Publish:
 
         try:
             yield read
-        except OSError as error:
-            raise SllmError(f"cannot read {path}: {error.strerror}") from error
         finally:
             os.close(descriptor)
+
+    def _local(self, path: Path) -> bytes:
+        """A small file of the copy here."""
+        with self._reading(path):
+            return path.read_bytes()
+
+    @contextlib.contextmanager
+    def _reading(self, path: Path, at: int = 0) -> Iterator[None]:
+        """Tells an error of the disk here from one of the remote, which may be a disk too, and is tried again."""
+        try:
+            yield
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                catalog.unmark_verified(self._entry.directory)
+            raise SllmError(f"cannot read {path} at byte {at}: {error.strerror}") from error
 
     def _bad(self, reason: str) -> InvalidCheckpoint:
         """The copy here is wrong: nothing is to start from it either."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ from agent.store import catalog
 from agent.store.remote.api import Interrupted, Remote
 from agent.store.remote.open import open_remote
 from agent.store.remote.publish import publish
-from schema.errors import Conflict, InvalidCheckpoint
+from schema.errors import Conflict, InvalidCheckpoint, SllmError
 from schema.remote import RemoteSettings
 from tests.agent.store.fetching import PART, SETTINGS, FetchBench, assert_there, changed, image_of, make_source, rewrite, spoil
 from tests.agent.store.images import CHUNK, read_image
@@ -138,6 +140,21 @@ def test_comparing_outlasts_what_breaks_now_and_then(
 
     monkeypatch.setattr(share, "open", trouble)
     assert put(directory, share) == ((), [])
+
+
+def test_an_error_of_the_disk_here_is_not_taken_for_one_of_the_remote(
+    source: tuple[str, Path, bytes], share: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, directory, _ = source
+    catalog.mark_verified(directory)
+
+    def fails(descriptor: int, *_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fails)
+    with pytest.raises(SllmError, match=rf"^cannot read {directory}/{PART} at byte 0: Input/output error$"):
+        publish(catalog.read_entry(directory), share, SETTINGS, lambda done, total: None)
+    assert not catalog.is_verified(directory), "the next load looks at every byte"
 
 
 def test_a_manifest_is_written_last_and_only_what_is_right_leaves(
