@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -51,14 +52,14 @@ class DirectoryRemote:
         finally:
             os.close(descriptor)
 
-    def read(self, path: str, limit_bytes: int) -> bytes:
+    def read(self, path: str, limit_bytes: int, deadline: float | None = None) -> bytes:
         size = self.size(path)
         if size is None:
             raise nothing_there(self.where(path))
         if size > limit_bytes:
             raise InvalidCheckpoint(f"{self.where(path)} has {size} bytes; at most {limit_bytes} are read")
         data = bytearray(size)
-        with self.open(path, 0, size) as body:
+        with self.open(path, 0, size, deadline=deadline) as body:
             body.fill(memoryview(data))
         return bytes(data)
 
@@ -81,18 +82,20 @@ class DirectoryRemote:
     def write(self, path: str, size_bytes: int, source: Source, wrote: Callable[[int], None]) -> None:
         self._check_root()
         target = self._root / path
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+        # A name that no other node, writing the same to the same share, has too.
+        temporary = target.with_name(f".{secrets.token_hex(6)}.part")
         with self._errors(path):
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                with temporary.open("wb", buffering=0) as file:
+                with temporary.open("xb", buffering=0) as file:
                     for offset in range(0, size_bytes, _WRITE_BYTES):
                         data = source(offset, min(_WRITE_BYTES, size_bytes - offset))
                         self._write(file.fileno(), data)
                         wrote(len(data))
                     os.fsync(file.fileno())
                 temporary.rename(target)
-                sync(target.parent)
+                for directory in target.relative_to(self._root).parents:  # each may have been made just now
+                    sync(self._root / directory)
             finally:
                 temporary.unlink(missing_ok=True)
 
