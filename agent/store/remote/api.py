@@ -60,8 +60,8 @@ class Remote(Protocol):
         ``deadline`` is of the monotonic clock; what is not read by then raises Interrupted.
         """
 
-    def read(self, path: str, limit_bytes: int) -> bytes:
-        """A whole small file. Raises InvalidCheckpoint when it is longer than ``limit_bytes``."""
+    def read(self, path: str, limit_bytes: int, deadline: float | None = None) -> bytes:
+        """A whole small file. Raises InvalidCheckpoint when it is longer than ``limit_bytes``; ``deadline`` as in `open`."""
 
     def size(self, path: str) -> int | None:
         """A file's size, None where there is none."""

@@ -201,7 +201,10 @@ class Fetch:
         raise refused or NotFound(f"{self._remote.url} has no checkpoint {self._digest}; publish it there first")
 
     def _ask(self, path: str, limit_bytes: int) -> bytes:
-        return Patience(self._settings, self._stopped).ask(lambda: self._remote.read(path, limit_bytes))
+        def read() -> bytes:
+            return self._remote.read(path, limit_bytes, time.monotonic() + self._settings.part_s)
+
+        return Patience(self._settings, self._stopped).ask(read)
 
     def _judge(self, data: bytes, layout: str) -> Manifest:
         where = self._remote.where(f"{self._digest}/{layout}/{MANIFEST_FILE}")

@@ -53,8 +53,8 @@ class S3Remote:
         with self._wire.range(self._signed(path), self.where(path), {}, offset, length, total_bytes, deadline) as body:
             yield body
 
-    def read(self, path: str, limit_bytes: int) -> bytes:
-        return read_whole(self._wire, self._signed(path), self.where(path), {}, limit_bytes)
+    def read(self, path: str, limit_bytes: int, deadline: float | None = None) -> bytes:
+        return read_whole(self._wire, self._signed(path), self.where(path), {}, limit_bytes, deadline)
 
     def size(self, path: str) -> int | None:
         try:

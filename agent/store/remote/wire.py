@@ -25,7 +25,7 @@ __all__ = ["Answer", "Wire"]
 
 _REDIRECTS: Final = 5
 _REDIRECT: Final = (301, 302, 303, 307, 308)
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)")
 _Origin = tuple[str, str, int]
 
 
@@ -277,7 +277,7 @@ def _total(response: http.client.HTTPResponse) -> int | None:
         match = _CONTENT_RANGE.fullmatch(response.getheader("Content-Range", ""))
         return int(match[3]) if match and match[3] != "*" else None
     length = response.getheader("Content-Length", "")
-    return int(length) if length.isdecimal() else None
+    return int(length) if re.fullmatch(r"\d{1,18}", length) else None
 
 
 def _check_status(status: int, where: str) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -141,6 +142,18 @@ def test_statuses_bodies_and_ranges_that_are_wrong(web: WebServer) -> None:
     web.fault = lambda handler, path, count: cut(handler, 206, 600, DATA[:600], len(DATA)) is None
     with pytest.raises(Interrupted, match="600 of the 1000 bytes"):
         read_into(remote, "a/file", 0, view)
+
+    def absurd(handler: Any, path: str, count: int) -> bool:
+        handler.send_response(206)
+        handler.send_header("Content-Range", f"bytes 0-999/{'9' * 5000}")  # more digits than int() takes
+        handler.send_header("Content-Length", "1000")
+        handler.end_headers()
+        handler.close_connection = True
+        return True
+
+    web.fault = absurd
+    with pytest.raises(InvalidInput, match="another range"):
+        read_into(remote, "a/file", 0, view)
     web.fault = None
     read_into(remote, "a/file", 0, view)
     assert view == DATA[:1000]
@@ -174,6 +187,10 @@ def test_a_server_that_trickles_cannot_outlast_the_deadline(web: WebServer) -> N
     begun = time.monotonic()
     with pytest.raises(Interrupted, match="in time"), remote.open("a/file", 0, 1 << 20, deadline=begun + 0.4) as body:
         body.fill(memoryview(bytearray(1 << 20)))
+    assert time.monotonic() - begun < 3
+    begun = time.monotonic()
+    with pytest.raises(Interrupted, match="in time"):
+        remote.read("a/file", len(DATA), begun + 0.2)
     assert time.monotonic() - begun < 3
     remote.close()
 
@@ -282,6 +299,20 @@ def test_s3_without_credentials_or_server_says_so(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(Interrupted):
         read_into(remote, "a", 0, memoryview(bytearray(10)))
     remote.close()
+
+
+def test_nodes_that_write_the_same_to_a_share_do_not_meet(tmp_path: Path) -> None:
+    """As two nodes whose processes have the same number."""
+    first, second = (open_remote(f"file://{tmp_path}", SETTINGS) for _ in range(2))
+
+    def source(offset: int, length: int) -> memoryview:
+        if length == 5000:
+            second.write("a/b/file", 4999, lambda offset, length: memoryview(DATA)[:length], lambda count: None)
+        return memoryview(DATA)[offset : offset + length]
+
+    first.write("a/b/file", 5000, source, lambda count: None)
+    assert (tmp_path / "a/b/file").read_bytes() == DATA[:5000]
+    assert [path.name for path in (tmp_path / "a/b").iterdir()] == ["file"]
 
 
 def test_a_share_that_is_not_mounted_is_no_empty_one(tmp_path: Path) -> None:
