@@ -14,11 +14,13 @@ usage: ./install.sh [command]
   uninstall [--purge]  undo that, and hugepages; --purge also removes the manager's state without asking
   hugepages [SIZE] [-y]  set aside memory in huge pages for a node's arena, now and at each boot (root; asks, -y answers).
                        SIZE is the arena's, node.arena_bytes: 1G if nothing is said; 0 undoes it
+  bundle [FILE]        build one executable file, dist/sllmctl if nothing is said: the manager and all commands, for a machine
+                       with the Python that built it (SLLM_PYTHON) and nothing else; it runs no models itself
   demo [--keep]        the whole path in a scratch directory: ingest, deploy, a cold and a warm request
   test [ARGS...]       ruff, mypy, import-linter and pytest; ARGS go to pytest
   help                 this text
 
-demo and test use an environment in .venv of the checkout, or where SLLM_VENV says.
+demo, bundle and test use an environment in .venv of the checkout, or where SLLM_VENV says.
 SLLM_PYTHON names the Python (3.11 to 3.13) to use.
 TEXT
 }
@@ -66,6 +68,8 @@ fitting() { # fitting PYTHON: is it there, and of a version that will do?
     command -v -- "$1" >/dev/null 2>&1 && "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
 }
 
+minor() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
+
 on_debian() { command -v apt-get >/dev/null 2>&1; }
 
 apt_install() {
@@ -89,7 +93,7 @@ find_python() { # sets PYTHON
         [[ -n $PYTHON ]] || die "there is no Python 3.11, 3.12 or 3.13; on Debian or Ubuntu: sudo apt-get install python3 python3-venv"
     fi
     "$PYTHON" -c 'import venv, ensurepip' 2>/dev/null && return
-    version=$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    version=$(minor "$PYTHON")
     if on_debian && ((EUID == 0)); then
         say "$PYTHON lacks the venv module; installing python$version-venv"
         apt_install "python$version-venv"
@@ -99,6 +103,11 @@ find_python() { # sets PYTHON
 }
 
 make_venv() { # make_venv DIRECTORY: an environment there whose Python runs
+    local has wants
+    if [[ -n ${SLLM_PYTHON:-} ]] && fitting "$1/bin/python" && fitting "$SLLM_PYTHON"; then
+        has=$(minor "$1/bin/python") wants=$(minor "$SLLM_PYTHON")
+        [[ $has == "$wants" ]] || die "$1 has Python $has and SLLM_PYTHON is $wants; remove that directory, or name another in SLLM_VENV"
+    fi
     if ! fitting "$1/bin/python" || ! "$1/bin/python" -m pip --version >/dev/null 2>&1; then
         find_python
         mkdir -p -- "$(dirname -- "$1")"
@@ -143,7 +152,7 @@ dependencies_digest() { (cd -- "$ROOT" && cat pyproject.toml constraints.txt ins
 sources_digest() {
     (
         cd -- "$ROOT"
-        find pyproject.toml constraints.txt install.sh README.md schema sllmctl agent -type f \
+        find pyproject.toml constraints.txt install.sh README.md schema sllmctl agent tui -type f \
             -not -path '*/__pycache__/*' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
     ) | digest
 }
@@ -160,6 +169,16 @@ install_editable() { # install_editable VENV EXTRAS: the checkout itself with it
     install_torch "$venv"
     step "Installing sllmctl [$extras] into $venv" pip_install "$venv" --editable "$ROOT[$extras]"
     printf '%s' "$want" >"$stamp"
+}
+
+scratch() { # sets SCRATCH: a directory that is gone with this script, however it ends
+    SCRATCH=$(mktemp -d)
+    trap 'rm -rf -- "$SCRATCH"' EXIT
+}
+
+copy_sources() { # copy_sources DIRECTORY: what the package is built from, without what earlier builds left
+    mkdir -p -- "$1"
+    (cd -- "$ROOT" && tar -c --exclude=__pycache__ pyproject.toml README.md LICENSE schema sllmctl agent tui) | tar -x -C "$1"
 }
 
 # --- The commands ----------------------------------------------------------------------------------------------------
@@ -190,12 +209,12 @@ install_user() {
     else
         install_torch "$venv"
         # Built from a copy: a build leaves its files in the directory it was made from, and the next one would pick them up.
-        copy=$(mktemp -d)
-        (cd -- "$ROOT" && cp -R -- pyproject.toml README.md LICENSE schema sllmctl agent "$copy")
+        scratch
+        copy=$SCRATCH/sources
+        copy_sources "$copy"
         step "Installing sllmctl into $venv" pip_install "$venv" "$copy[node]"
         # pip leaves an installed copy of the same version alone, however old its files are.
         step "Bringing its own files up to date" pip_install "$venv" --no-deps --force-reinstall "$copy"
-        rm -rf -- "$copy"
         printf '%s' "$want" >"$venv/.sllmctl"
     fi
     mkdir -p -- "$(dirname -- "$LINK")"
@@ -313,6 +332,40 @@ uninstall_user() {
     fi
 }
 
+build_wheels() { # build_wheels VENV SOURCES WHEELS: the package's own and those of all that the manager needs
+    export SOURCE_DATE_EPOCH=315532800 # the first moment that a zip file can name: the same sources make the same bytes
+    exec "$1/bin/python" -m pip wheel --quiet --disable-pip-version-check --no-input \
+        --constraint "$ROOT/constraints.txt" --wheel-dir "$3" "$2"
+}
+
+pack_wheels() { # pack_wheels VENV WHEELS FILE: one file that unpacks itself to a cache at its first start
+    local build version
+    build=$(cd -- "$2" && LC_ALL=C sha256sum -- *.whl | digest | cut -c1-12)
+    version=$(minor "$1/bin/python")
+    # tokenizers asks a hub only where it is told to, which the manager never does.
+    exec "$1/bin/python" -m pex sllmctl --pre-resolved-dists "$2" --exclude huggingface-hub --console-script sllmctl \
+        --venv --sh-boot --runtime-pex-root "~/.cache/sllmctl/bundle-$build" --interpreter-constraint "CPython==$version.*" \
+        --no-pre-install-wheels --disable-cache --output-file "$3"
+}
+
+build_bundle() {
+    local venv=${SLLM_VENV:-$ROOT/.venv} file=${1:-$ROOT/dist/sllmctl}
+    (($# < 2)) && [[ $file != -* ]] || { usage >&2; exit 2; }
+    [[ ! -d $file ]] || die "$file is a directory; name the file to build"
+    make_venv "$venv"
+    "$venv/bin/python" -c 'import pex' 2>/dev/null || step "Installing pex into $venv" pip_install "$venv" pex
+    scratch
+    copy_sources "$SCRATCH/sources"
+    step "Building the wheels" build_wheels "$venv" "$SCRATCH/sources" "$SCRATCH/wheels"
+    step "Packing them" pack_wheels "$venv" "$SCRATCH/wheels" "$SCRATCH/sllmctl"
+    mkdir -p -- "$(dirname -- "$file")"
+    # Into its directory first, then by rename: what runs from an older one, or is copied meanwhile, never sees half a file.
+    cp -- "$SCRATCH/sllmctl" "$file.new.$$"
+    mv -f -- "$file.new.$$" "$file"
+    say "Built $file: $(du -h -- "$file" | cut -f1), for Python $(minor "$venv/bin/python") on $(uname -m)"
+    say "Its first start unpacks it to ~/.cache/sllmctl (PEX_ROOT names another place). Next: $file serve"
+}
+
 run_demo() {
     local venv=${SLLM_VENV:-$ROOT/.venv}
     install_editable "$venv" node
@@ -351,6 +404,7 @@ main() {
         install) install_user ;;
         uninstall) uninstall_user "$@" ;;
         hugepages) set_huge_pages "$@" ;;
+        bundle) build_bundle "$@" ;;
         demo) run_demo "$@" ;;
         test) run_tests "$@" ;;
         help | -h | --help) usage ;;

@@ -141,7 +141,9 @@ def _measure(settings: Settings, digest: str, directory: Path | None, rounds: in
 
     from schema.errors import SllmError
     from schema.loadreport import LoadAnswer
+    from sllmctl.nodes.local import need_node_packages
 
+    need_node_packages("the measurement of loads")
     node = settings.node
     arguments = [
         "--checkpoints",

@@ -20,6 +20,7 @@ from sllmctl.cli.findings import Finding, meminfo, read_text
 from sllmctl.cli.format import age, size
 from sllmctl.cli.store_checks import check_store
 from sllmctl.config import Settings
+from sllmctl.nodes.local import missing_node_packages
 
 __all__ = ["Finding", "check_machine", "check_python", "socket_state"]
 
@@ -133,6 +134,9 @@ def _agent(path: Path, manager: str) -> Finding:
     match socket_state(path):
         case "answers":
             return Finding("agent", "ok", f"answers at {path}")
+        case "absent" if missing_node_packages():
+            text = "none runs; what a node needs is not installed with this sllmctl, so it is a manager alone"
+            return Finding("agent", "warn", text, "to run models on this machine install it with `./install.sh`")
         case "absent" if manager != "answers":
             return Finding("agent", "ok", "not running; the manager starts it")
         case "denied":

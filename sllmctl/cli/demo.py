@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import shlex
 import shutil
 import signal
@@ -29,6 +28,7 @@ from sllmctl.cli.scratch import ScratchManager
 from sllmctl.cli.waiting import wait_for
 from sllmctl.config import ClientSettings, parse_bytes
 from sllmctl.inference import ChatOptions, ChatStream, Turn
+from sllmctl.nodes.local import need_node_packages
 
 __all__ = ["command", "phases"]
 
@@ -51,7 +51,7 @@ def command(keep: bool, source: str | None, arena: str | None) -> int:
 
     All of it runs in a scratch directory and beside whatever else runs here; it is stopped and removed at the end.
     """
-    _needs_engine()
+    need_node_packages("the demo")
     try:
         arena_bytes = parse_bytes(arena) if arena else ARENA_BYTES
     except ValueError as error:
@@ -198,14 +198,6 @@ def _source(text: str | None) -> Source:
     if source is None:
         raise InvalidInput(f"--source: {text} is neither a directory here nor a hub id (organisation/name)", "source")
     return source
-
-
-def _needs_engine() -> None:
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InvalidInput(
-            f"the demo runs a node here, which needs {' and '.join(missing)}; run ./install.sh, or ./install.sh demo"
-        )
 
 
 @contextlib.contextmanager

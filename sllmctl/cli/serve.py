@@ -45,6 +45,9 @@ def command(
         log_level=log_level,
     )
     log_to_stderr(settings.log_level)
-    from sllmctl import serve
+    from sllmctl import bundle, serve
 
+    root = bundle.unpacked_root()
+    if root is not None:
+        bundle.remove_old_builds(root)
     return serve.run(settings)

@@ -26,7 +26,10 @@ from schema.link import ManagerMessage, Shutdown
 from sllmctl.config import NodeSettings
 from sllmctl.nodes.settings import LocalSettings
 
-__all__ = ["LocalAgent"]
+__all__ = ["LocalAgent", "missing_node_packages", "need_node_packages"]
+
+_NODE_PACKAGES = ("numpy", "torch", "transformers", "xxhash")
+"""What the processes of a node import beside the manager's own packages; a single-file build holds none of them."""
 
 log = logging.getLogger("sllmctl.local")
 
@@ -43,7 +46,7 @@ class LocalAgent:
         self.failure: str | None = None
         self._node = node
         self._settings = settings or LocalSettings()
-        self._command = command or (sys.executable, "-m", "agent", "agent")
+        self._command = command
         self._lock_path = Path(node.run_dir) / "agent.lock"
         self._roster_path = Path(node.run_dir) / "roster.json"
         self._log_path = Path(node.data_dir) / "log" / "agent.log"
@@ -124,8 +127,9 @@ class LocalAgent:
         return False
 
     def _failed(self, why: str) -> None:
+        if why != self.failure:
+            log.error("%s", why)
         self.failure = why
-        log.error("%s", why)
 
     def _delay(self) -> None:
         """The first death costs no wait: it is the one that a running stream is waiting for."""
@@ -138,12 +142,13 @@ class LocalAgent:
 
     def _spawn(self) -> int:
         """Start the agent in a session of its own, so that it outlives this manager; its pid. Raises OSError, SllmError."""
+        command = self._command or _installed_agent()
         self._log_path.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
         config = msgspec.json.encode(self._node).decode()
         append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         return os.posix_spawn(
-            self._command[0],
-            [*self._command, "--config-json", config],
+            command[0],
+            [*command, "--config-json", config],
             _environment(),
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
@@ -190,6 +195,21 @@ class _Roster(msgspec.Struct, frozen=True):
     processes: tuple[_RosterEntry, ...] = ()
 
 
+def missing_node_packages() -> list[str]:
+    """Those that the processes of a node import, and that are not installed beside this manager."""
+    return [name for name in _NODE_PACKAGES if importlib.util.find_spec(name) is None]
+
+
+def need_node_packages(who: str) -> None:
+    """Raises InvalidInput, saying what ``who`` lacks, unless all of them are installed."""
+    missing = missing_node_packages()
+    if missing:
+        raise InvalidInput(
+            f"{who} needs {', '.join(missing)}, not installed with this sllmctl, which is a manager alone; "
+            "./install.sh installs all that a node needs"
+        )
+
+
 def is_locked(path: Path) -> bool:
     """True while some process holds the flock on ``path``."""
     try:
@@ -203,6 +223,12 @@ def is_locked(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+def _installed_agent() -> tuple[str, ...]:
+    """The command of the agent beside this manager. Raises InvalidInput when what its processes need is not installed."""
+    need_node_packages("a node on this machine")
+    return sys.executable, "-m", "agent", "agent"
 
 
 def _environment() -> dict[str, str]:
