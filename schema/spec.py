@@ -1,86 +1,130 @@
-"""The deployment spec: what an operator says of a model, validated; unknown keys are errors that name their place."""
+"""The deployment spec: what an operator says of a model, validated; unknown keys are errors that name their place.
+
+Descriptions, bounds and patterns are those of the published JSON Schema too (`sllmctl.specs.published`), so patterns mean the
+same to Python and to ECMAScript.
+"""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import Meta
 
 from schema.errors import InvalidInput
+from schema.names import did_you_mean
 from schema.remote import check_remote_url
 
-__all__ = ["EngineSpec", "HubSource", "ModelSpec", "PathSource", "ScaleSpec", "Source", "UrlSource", "parse_spec", "source_of"]
+__all__ = [
+    "EngineSpec",
+    "HubSource",
+    "ModelSpec",
+    "PathSource",
+    "ScaleSpec",
+    "Source",
+    "UrlSource",
+    "check_spec",
+    "parse_spec",
+    "source_of",
+]
 
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
-Seconds = Annotated[float, Meta(ge=0, le=86400 * 365)]
+# Without its lookahead, Python's $ would let a line break pass at the end.
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$(?!\n)"
+_YEAR_S: Final = 86400 * 365
 
 
 class PathSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="path"):
-    """A Hugging Face directory at an absolute ``path`` on ``node``; an empty node is the manager's own machine.
+    """A Hugging Face directory on a node."""
 
-    With ``in_place`` its safetensors files are loaded as they lie there, and no second copy is made.
-    """
-
-    path: Annotated[str, Meta(pattern=r"^/[^\0]*$", max_length=4096)]
-    node: str = ""
-    in_place: bool = False
+    path: Annotated[str, Meta(pattern=r"^/[^\0]*$", max_length=4096, description="The directory, absolute.")]
+    node: Annotated[str, Meta(description="The node that has it; empty for the manager's own machine.")] = ""
+    in_place: Annotated[bool, Meta(description="Load its safetensors files as they lie there, and make no second copy.")] = (
+        False
+    )
 
 
 class HubSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="hub"):
-    """A model of a Hugging Face hub: ``organisation/name`` and a revision."""
+    """A model of a Hugging Face hub."""
 
-    repo: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$", max_length=200)]
-    revision: Annotated[str, Meta(pattern=r"^[\w./-]+$", max_length=200)] = "main"
+    repo: Annotated[
+        str,
+        Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+$(?!\n)", max_length=200, description="ORGANISATION/NAME."),
+    ]
+    revision: Annotated[
+        str, Meta(pattern=r"^[A-Za-z0-9_./-]+$(?!\n)", max_length=200, description="A branch, a tag or a commit.")
+    ] = "main"
 
 
 class UrlSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="url"):
     """A Hugging Face directory behind any HTTP server that honours Range requests; credentials are the node's own."""
 
-    url: Annotated[str, Meta(pattern=r"^https?://[^/]", max_length=1024)]
+    url: Annotated[
+        str, Meta(pattern=r"^https?://[^/]", max_length=1024, description="http(s)://HOST/PATH, without credentials.")
+    ]
 
 
 Source = PathSource | HubSource | UrlSource
 
 
 class ScaleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How many instances, and when. ``max_concurrency`` sequences run on one instance; ``queue_limit`` requests wait.
+    """How many instances, and when."""
 
-    With ``min`` 0 the last instance stops ``keep_alive_s`` after its last request ended; None derives it from what a reload
-    would cost.
-    """
-
-    min: Annotated[int, Meta(ge=0, le=10_000)] = 0
-    max: Annotated[int, Meta(ge=1, le=10_000)] = 1
-    keep_alive_s: Seconds | None = None
-    max_concurrency: Annotated[int, Meta(ge=1, le=4096)] = 64
-    queue_limit: Annotated[int, Meta(ge=0, le=1_000_000)] = 256
+    min: Annotated[int, Meta(ge=0, le=10_000, description="Instances kept at least; 0 scales to zero.")] = 0
+    max: Annotated[int, Meta(ge=1, le=10_000, description="Instances at most.")] = 1
+    keep_alive_s: Annotated[
+        Annotated[float, Meta(ge=0, le=_YEAR_S)] | None,
+        Meta(
+            description="With min 0, the last instance stops so many seconds after its last request ended; "
+            "null derives it from what a reload would cost."
+        ),
+    ] = None
+    max_concurrency: Annotated[int, Meta(ge=1, le=4096, description="Sequences that run on one instance at once.")] = 64
+    queue_limit: Annotated[int, Meta(ge=0, le=1_000_000, description="Requests that may wait.")] = 256
 
 
 class EngineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What is asked of the engine. None leaves the choice to it.
+    """What is asked of the engine. None (null) leaves the choice to it."""
 
-    ``kv_bytes``: memory for the KV cache of one instance. ``max_context_tokens``: below the model's own limit.
-    ``threads``: CPU threads of a worker on a CPU device. ``deterministic``: the same bits in every batch, chunk and
-    migration on one kind of device, at half the speed or less.
-    """
-
-    kv_bytes: Annotated[int, Meta(ge=1 << 16)] | None = None
-    max_context_tokens: Annotated[int, Meta(ge=8)] | None = None
-    threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
-    deterministic: bool = False
+    kv_bytes: Annotated[
+        Annotated[int, Meta(ge=1 << 16)] | None, Meta(description="Bytes for the KV cache of one instance.")
+    ] = None
+    max_context_tokens: Annotated[
+        Annotated[int, Meta(ge=8)] | None, Meta(description="A shorter context than the model's own.")
+    ] = None
+    threads: Annotated[
+        Annotated[int, Meta(ge=1, le=1024)] | None, Meta(description="CPU threads of a worker on a CPU device.")
+    ] = None
+    deterministic: Annotated[
+        bool,
+        Meta(description="The same bits in every batch, chunk and migration on one kind of device, at half the speed or less."),
+    ] = False
 
 
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A model under its deployed name. ``devices`` is how many devices one instance spans."""
+    """A model under its deployed name."""
 
-    name: Annotated[str, Meta(pattern=_NAME)]
-    source: Source
-    devices: Annotated[int, Meta(ge=1, le=64)] = 1
+    name: Annotated[str, Meta(pattern=_NAME, description="What requests call it.")]
+    source: Annotated[Source, Meta(description="Where it comes from.")]
+    devices: Annotated[int, Meta(ge=1, le=64, description="Devices that one instance spans.")] = 1
     scale: ScaleSpec = ScaleSpec()
     engine: EngineSpec = EngineSpec()
-    cold_start_timeout_s: Seconds = 120.0
+    cold_start_timeout_s: Annotated[
+        float, Meta(ge=0, le=_YEAR_S, description="A request waits for a start no longer, in seconds.")
+    ] = 120.0
+
+
+_FORMS: Final = {
+    "name": "1 to 63 letters, digits, '.', '_' and '-', a letter or digit first",
+    "source.path": "an absolute path",
+    "source.repo": "ORGANISATION/NAME",
+    "source.revision": "a branch, tag or commit",
+    "source.url": "http(s)://HOST/PATH",
+}
+"""What a pattern means, in words."""
+
+_SOURCES: Final[dict[str, type[msgspec.Struct]]] = {"path": PathSource, "hub": HubSource, "url": UrlSource}
 
 
 def parse_spec(value: Any) -> ModelSpec:
@@ -88,13 +132,64 @@ def parse_spec(value: Any) -> ModelSpec:
     try:
         spec = msgspec.convert(value, ModelSpec)
     except msgspec.ValidationError as error:
-        match = re.search(r" - at `\$\.?(.*)`$", str(error))
-        raise InvalidInput(f"model spec: {error}", match.group(1) if match else None) from error
+        key, what = _explained(str(error), value)
+        raise InvalidInput(f"model spec: {key}: {what}" if key else f"model spec: {what}", key or None) from error
+    return check_spec(spec)
+
+
+def check_spec(spec: ModelSpec) -> ModelSpec:
+    """The spec, if what no type says holds too. Raises InvalidInput naming the key at fault."""
     if isinstance(spec.source, UrlSource):
-        check_remote_url(spec.source.url)
+        try:
+            check_remote_url(spec.source.url)
+        except InvalidInput as error:
+            raise InvalidInput(f"model spec: source.url: {error}", "source.url") from error
     if spec.scale.min > spec.scale.max:
-        raise InvalidInput(f"model spec: scale.min {spec.scale.min} is above scale.max {spec.scale.max}", "scale.min")
+        raise InvalidInput(f"model spec: scale.min: {spec.scale.min} is above scale.max, {spec.scale.max}", "scale.min")
     return spec
+
+
+def _explained(text: str, value: Any) -> tuple[str, str]:
+    """The dotted key at fault, "" for the whole, and what is wrong with it, from msgspec's message."""
+    what, _, place = text.rpartition(" - at `$")
+    if not what:
+        what, place = text, ""
+    key = place.rstrip("`").lstrip(".")
+    if found := re.fullmatch(r"Object contains unknown field `(.*)`", what, re.DOTALL):
+        name = found.group(1)
+        return _below(key, name), f"unknown key{_meant(key, name, value)}"
+    if found := re.fullmatch(r"Object missing required field `(.*)`", what):
+        return _below(key, found.group(1)), "it is missing"
+    if "matching regex" in what and key in _FORMS:
+        return key, f"expected {_FORMS[key]}"
+    if key == "source.kind":
+        return key, f"expected one of {', '.join(_SOURCES)}"
+    what = what.replace("`", "")
+    given = _at(value, key)
+    if ", got " in what and isinstance(given, str | int | float):
+        what += f" {given if isinstance(given, int | float) else repr(given[:80])}"
+    return key, what[:1].lower() + what[1:]
+
+
+def _below(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _at(value: Any, key: str) -> Any:
+    for name in key.split(".") if key else ():
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def _meant(key: str, name: str, value: Any) -> str:
+    """A key that is like the unknown one where it stands, or the same in another place."""
+    places: dict[str, type[msgspec.Struct]] = {"": ModelSpec, "scale": ScaleSpec, "engine": EngineSpec}
+    places["source"] = _SOURCES.get(str(_at(value, "source.kind")), PathSource)
+    keys = {place: [field.name for field in msgspec.structs.fields(kind)] for place, kind in places.items()}
+    if near := did_you_mean(name, keys.get(key, [])):
+        return near
+    elsewhere = [_below(place, name) for place, known in keys.items() if name in known]
+    return f"; did you mean {elsewhere[0]!r}?" if elsewhere else ""
 
 
 def source_of(text: str) -> Source | None:

@@ -16,7 +16,7 @@ def test_a_minimal_spec_scales_to_zero() -> None:
     [
         ({"scale": {"min": -1}}, "scale.min"),
         ({"scale": {"min": 3, "max": 2}}, "scale.min"),
-        ({"scale": {"maximum": 2}}, "scale"),
+        ({"scale": {"maximum": 2}}, "scale.maximum"),
         ({"engine": {"threads": "two"}}, "engine.threads"),
         ({"source": {"kind": "hub", "repo": "../escape"}}, "source.repo"),
         ({"source": {"kind": "path", "path": "relative"}}, "source.path"),

@@ -1,0 +1,15 @@
+"""What a word that is not known was probably meant to be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = ["did_you_mean"]
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """``; did you mean 'scale'?``, or "" when none of ``words`` is like it."""
+    import difflib
+
+    near = difflib.get_close_matches(word[:200], list(words), 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
