@@ -4,6 +4,7 @@ Routes (all under ``/admin/v1``): GET nodes, nodes/{name}, models, models/{name}
 instances/{id}, checkpoints, checkpoints/{reference}, operations, operations/{id}, requests, requests/{id},
 requests/{id}/explain, estimates, events, status, stream (server-sent events, each a StreamFrame);
 POST models (ModelSpec), models/{name}/deploy (DeployBody), models/{name}/stop, instances/{id}/stop, requests/{id}/cancel;
+POST apply (ApplyBody; answered by a list of AppliedView), all of it or nothing;
 POST checkpoints/{reference}/prefetch, .../verify, .../drop (CheckpointBody; answered by a list of OperationView),
 .../publish, .../fetch (RemoteBody; answered likewise), .../pin, .../unpin (CheckpointBody), .../forget (RemoteBody; answered by
 the CheckpointView).
@@ -23,7 +24,11 @@ from schema.spec import ModelSpec, ScaleSpec
 from schema.states import InstanceState, ModelState, NodeState, RequestState, Tier, TierState
 
 __all__ = [
+    "AppliedAction",
+    "AppliedView",
+    "ApplyBody",
     "CandidateView",
+    "ChangeView",
     "CheckpointBody",
     "CheckpointView",
     "DecisionView",
@@ -398,6 +403,39 @@ class RemoteBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     url: str | None = None
     node: str | None = None
     tier: Tier | None = None
+
+
+class ApplyBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The specs that ``models`` are to have, and the names of those to ``remove``; others are left as they are.
+
+    ``deploy``: serve them too, a new one as soon as it has been ingested. ``dry_run``: only tell what would change.
+    """
+
+    models: tuple[ModelSpec, ...] = ()
+    remove: tuple[str, ...] = ()
+    deploy: bool = True
+    dry_run: bool = False
+
+
+class ChangeView(_View, frozen=True, kw_only=True):
+    """A dotted key of a spec, or ``state``; None is also what is not there."""
+
+    key: str
+    old: str | int | float | bool | None
+    new: str | int | float | bool | None
+
+
+AppliedAction = Literal["created", "configured", "unchanged", "removed", "refused"]
+
+
+class AppliedView(_View, frozen=True, kw_only=True):
+    """What becomes of a model. ``restarts``: so many instances end for it. ``fault`` is why it is refused."""
+
+    name: str
+    action: AppliedAction
+    changes: tuple[ChangeView, ...] = ()
+    restarts: int = 0
+    fault: Fault | None = None
 
 
 class DeployBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -119,7 +119,7 @@ class PublicationRow(Base):
 class ModelRow(Base):
     """A model under its deployed name: its spec (JSON of schema.spec.ModelSpec), the checkpoint once ingested, its state.
 
-    While it is being ingested, ``op`` and ``node`` say by which operation and where.
+    While it is being ingested, ``op`` and ``node`` say by which operation and where; ``deploy_next``: then it is served.
     """
 
     __tablename__ = "models"
@@ -133,6 +133,7 @@ class ModelRow(Base):
     fault: Mapped[str | None] = mapped_column(Text, default=None)
     created_at: Mapped[float] = mapped_column(Float)
     changed_at: Mapped[float] = mapped_column(Float)
+    deploy_next: Mapped[bool] = mapped_column(default=False, server_default="0")
 
 
 class InstanceRow(Base):

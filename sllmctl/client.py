@@ -24,6 +24,8 @@ import httpx
 import msgspec
 
 from schema.admin import (
+    AppliedView,
+    ApplyBody,
     CheckpointBody,
     CheckpointView,
     DeployBody,
@@ -53,6 +55,7 @@ __all__ = [
     "Until",
     "Waited",
     "add_model",
+    "apply_models",
     "cancel_request",
     "checkpoint",
     "checkpoints",
@@ -70,6 +73,7 @@ __all__ = [
     "models",
     "node",
     "nodes",
+    "operation",
     "operations",
     "pin_checkpoint",
     "prefetch_checkpoint",
@@ -167,6 +171,14 @@ def add_model(spec: ModelSpec) -> Call[ModelView]:
     return Call("POST", "models", _reader(ModelView), body=msgspec.json.encode(spec))
 
 
+def apply_models(
+    specs: Sequence[ModelSpec], remove: Sequence[str] = (), *, deploy: bool = True, dry_run: bool = False
+) -> Call[tuple[AppliedView, ...]]:
+    """Make models as specs say and forget those to ``remove``, all or nothing; ``dry_run``: only tell what would change."""
+    body = ApplyBody(models=tuple(specs), remove=tuple(remove), deploy=deploy, dry_run=dry_run)
+    return Call("POST", "apply", _items(AppliedView), body=msgspec.json.encode(body))
+
+
 def deploy_model(name: str, scale: ScaleSpec | None = None) -> Call[ModelView]:
     """Serve a model that has been ingested, or change how it is scaled."""
     body = msgspec.json.encode(DeployBody(scale=scale))
@@ -255,6 +267,10 @@ def pin_checkpoint(
 def operations() -> Call[tuple[OperationView, ...]]:
     """What operators asked for lately, oldest first."""
     return _list("operations", OperationView)
+
+
+def operation(operation_id: str) -> Call[OperationView]:
+    return _get(f"operations/{_segment(operation_id)}", OperationView)
 
 
 def wait_operation(operation_id: str, hold_s: float) -> Call[OperationView]:

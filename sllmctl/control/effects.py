@@ -25,6 +25,7 @@ from schema.states import InstanceState, ModelState, NodeState, Tier, TierState
 __all__ = [
     "AddModel",
     "AddNode",
+    "ApplyModels",
     "CheckpointKnown",
     "Connect",
     "DemandChanged",
@@ -112,6 +113,20 @@ class DeployModel:
     ticket: int
     model: str
     scale: ScaleSpec | None
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyModels:
+    """Make models as ``specs`` say, and forget those to ``remove``: all of it or nothing. Answered by an AppliedView each.
+
+    ``deploy``: serve them too, a new one as soon as it has been ingested. ``dry_run``: only tell what would change.
+    """
+
+    ticket: int
+    specs: tuple[ModelSpec, ...]
+    remove: tuple[str, ...] = ()
+    deploy: bool = True
+    dry_run: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,8 +223,8 @@ class Tick:
 
 
 Event = (
-    AddNode | FromNode | NodeLost | AddModel | DeployModel | StopModel | RemoveModel | StopInstanceNow | Operate | Pin | Forget
-    | DemandChanged | InstanceActivity | PrefillTimed | Tick
+    AddNode | FromNode | NodeLost | AddModel | ApplyModels | DeployModel | StopModel | RemoveModel | StopInstanceNow | Operate
+    | Pin | Forget | DemandChanged | InstanceActivity | PrefillTimed | Tick
 )  # fmt: skip
 
 # --- Rows to commit -----------------------------------------------------------------------------------------------
@@ -294,6 +309,7 @@ class PutModel:
     fault: Fault | None
     created_at: float
     changed_at: float
+    deploy_next: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,10 +370,11 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The answer to an operator's event: a ``fault``, or None for done."""
+    """The answer to an operator's event: a ``fault``, or None for done; ``result`` is what the event says that it tells."""
 
     ticket: int
     fault: Fault | None = None
+    result: object = None
 
 
 @dataclass(frozen=True, slots=True)

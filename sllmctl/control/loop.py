@@ -9,6 +9,7 @@ from schema.ids import EpochCounter, IdSource
 from schema.link import InstanceUpdate, NodeTruth, OperationDone, PlacementUpdate
 from schema.states import InstanceState, ModelState, NodeState
 from sllmctl.control import (
+    applying,
     demand,
     drops,
     instances,
@@ -26,6 +27,7 @@ from sllmctl.control.decisions import Decisions
 from sllmctl.control.effects import (
     AddModel,
     AddNode,
+    ApplyModels,
     Connect,
     DemandChanged,
     DeployModel,
@@ -154,14 +156,19 @@ class ControlLoop:
         return turn.finish()
 
     def _command(
-        self, turn: Turn, event: AddModel | DeployModel | StopModel | RemoveModel | StopInstanceNow | Operate | Pin | Forget
+        self,
+        turn: Turn,
+        event: AddModel | ApplyModels | DeployModel | StopModel | RemoveModel | StopInstanceNow | Operate | Pin | Forget,
     ) -> None:
         """What an operator asks for is checked before anything is changed, and answered with what became of it."""
         fault: Fault | None = None
+        result: object = None
         try:
             match event:
                 case AddModel():
                     models.add(turn, event)
+                case ApplyModels():
+                    result = applying.apply(turn, event)
                 case DeployModel():
                     models.deploy(turn, event)
                 case StopModel():
@@ -178,7 +185,7 @@ class ControlLoop:
                     remotes.forget(turn, event)
         except SllmError as error:
             fault = Fault.of(error)
-        turn.do(Reply(event.ticket, fault))
+        turn.do(Reply(event.ticket, fault, result))
 
     def _from_node(self, turn: Turn, event: FromNode) -> None:
         node = self.view.nodes.get(event.node)

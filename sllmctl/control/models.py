@@ -6,7 +6,7 @@ import msgspec
 
 from schema.errors import Conflict, Fault, InvalidInput, NotFound
 from schema.link import CancelOperation, Ingest, OperationDone, OperationsAcked
-from schema.spec import PathSource
+from schema.spec import ModelSpec, PathSource, ScaleSpec, check_spec
 from schema.states import InstanceState, ModelState, NodeState, Tier, can_become
 from sllmctl.control import disk, drops, instances, operations, prefetch
 from sllmctl.control.effects import AddModel, DeployModel, ModelChanged, RejectWaiting, RemoveModel, StopModel
@@ -21,6 +21,7 @@ __all__ = [
     "finish_ingest",
     "finish_removal",
     "forget_checkpoint",
+    "ingest_node",
     "operation_done",
     "remove",
     "say",
@@ -57,20 +58,18 @@ def _known(turn: Turn, name: str) -> Model:
 
 def add(turn: Turn, event: AddModel) -> None:
     """Register a model, or try a failed ingest again. Raises Conflict for a name that is taken, NotFound for its node."""
-    spec = event.spec
-    if spec.scale.min > spec.scale.max:
-        raise InvalidInput(f"scale.min {spec.scale.min} is above scale.max {spec.scale.max}", "scale.min")
+    spec = check_spec(event.spec)
     model = turn.view.models.get(spec.name)
     if model is not None and model.state is not _M.FAILED:
         raise Conflict(f"model {spec.name!r} exists already ({model.state.value}); remove it first or choose another name")
-    node = _ingest_node(turn, spec.source.node if isinstance(spec.source, PathSource) else None)
+    node = ingest_node(turn, spec)
     op = turn.core.ids("op")
     if model is None:
         model = Model(spec, _M.INGESTING, None, op, node.id, None, turn.now, turn.now)
         turn.view.add_model(model)
         turn.put_model(model)
     else:
-        model.spec, model.fault, model.ingested, model.made_room = spec, None, None, 0
+        model.spec, model.fault, model.ingested, model.made_room, model.deploy_next = spec, None, None, 0, False
         turn.view.set_operation(model, op, node.id)
         _move(turn, model, _M.INGESTING)
     turn.wake("model", model.name, turn.now + turn.settings.ingest_timeout_s)
@@ -79,8 +78,9 @@ def add(turn: Turn, event: AddModel) -> None:
     turn.send(node.id, Ingest(op=op, source=spec.source))
 
 
-def _ingest_node(turn: Turn, name: str | None) -> Node:
-    """The node on which a source lies; for a source on a hub (None) any that is connected, the local one first."""
+def ingest_node(turn: Turn, spec: ModelSpec) -> Node:
+    """The node on which a source lies; for one that is fetched any that is connected, the local one first. Raises NotFound."""
+    name = spec.source.node if isinstance(spec.source, PathSource) else None
     nodes = [node for node in turn.view.nodes.values() if node.state is not NodeState.REMOVED]
     local = turn.settings.local_node
     if name is not None:
@@ -146,6 +146,9 @@ def _ingested(turn: Turn, model: Model, digest: str, fault: Fault | None) -> Non
         turn.view.set_digest(model, digest)
         _move(turn, model, _M.STOPPED)
         turn.event("model", model.name, "Ingested", f"checkpoint {digest[:12]}")
+        if model.deploy_next:
+            _serve(turn, model, None)
+            return
     else:
         _move(turn, model, _M.FAILED)
         turn.event("model", model.name, "IngestFailed", fault.message, level="error")
@@ -177,21 +180,26 @@ def deploy(turn: Turn, event: DeployModel) -> None:
         raise Conflict(f"model {model.name!r} could not be ingested: {why}; add it again")
     if model.state not in (_M.STOPPED, _M.DEPLOYED):
         raise Conflict(f"model {model.name!r} is {model.state.value}; wait until it is stopped")
-    if event.scale is not None:
-        if event.scale.min > event.scale.max:
-            raise InvalidInput(f"scale.min {event.scale.min} is above scale.max {event.scale.max}", "scale.min")
-        model.spec = msgspec.structs.replace(model.spec, scale=event.scale)
+    if event.scale is not None and event.scale.min > event.scale.max:
+        raise InvalidInput(f"scale.min {event.scale.min} is above scale.max {event.scale.max}", "scale.min")
+    _serve(turn, model, event.scale)
+
+
+def _serve(turn: Turn, model: Model, scale: ScaleSpec | None) -> None:
+    """Serve a model that is ingested, with another scale or (None) its own."""
+    routed = scale is not None
+    scale = scale or model.spec.scale
+    model.spec, model.deploy_next = msgspec.structs.replace(model.spec, scale=scale), False
     if model.state is _M.STOPPED:
         _move(turn, model, _M.DEPLOYED)
     turn.put_model(model)
-    scale = model.spec.scale
     keep = "by reload cost" if scale.keep_alive_s is None else f"{scale.keep_alive_s:g} s"
     turn.event("model", model.name, "Deployed", f"{scale.min} to {scale.max} instances, keep-alive {keep}")
     say(turn, model)
     for instance in list(turn.view.instances_of(model.name).values()):
         if instance.state is InstanceState.FAILED:
             instances.stop(turn, instance, "Retried", f"model {model.name} was deployed again")
-        elif event.scale is not None:
+        elif routed:
             instances.route(turn, instance)
     turn.rescale[model.name] = None
 

@@ -139,7 +139,7 @@ class Model:
     at again whenever room appears (`ClusterView.set_refusal`). ``heat`` counts recent calls that found the model idle or
     without an instance, decaying since ``heat_at``: what a reload would be paid for. ``made_room``: so often
     copies were put out of a disk for its ingest. ``ingested`` holds the digest of an ingest
-    that is done while its checkpoint has not been stated yet.
+    that is done while its checkpoint has not been stated yet. ``deploy_next``: it is served as soon as it has been ingested.
     """
 
     spec: ModelSpec
@@ -156,6 +156,7 @@ class Model:
     refusal: str = ""
     ingested: str | None = None
     made_room: int = 0
+    deploy_next: bool = False
     heat: float = 0.0
     heat_at: float = 0.0
 

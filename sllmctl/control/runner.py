@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from schema.errors import SllmError, TimedOut, Unreachable
 from sllmctl.control.effects import Effect, Effects, Event, Reply, RowChange, Step, Tick, WakeAt
@@ -32,7 +33,7 @@ class Runner:
         self._arrived = asyncio.Event()
         self._wake_at: float | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._asks: dict[int, asyncio.Future[None]] = {}
+        self._asks: dict[int, asyncio.Future[Any]] = {}
         self._tickets = 0
         self._running = False
         self._stopping = False
@@ -43,19 +44,21 @@ class Runner:
         self._queue.append(event)
         self._arrived.set()
 
-    async def ask(self, make: Callable[[int], Event]) -> None:
-        """Post the event made for a new ticket and wait until it is answered, durably. Raises its fault as SllmError,
-        TimedOut after the settings' ``reply_timeout_s``, Unreachable when the manager is ending."""
+    async def ask(self, make: Callable[[int], Event]) -> Any:
+        """Post the event made for a new ticket and wait until it is answered, durably; returns what the answer tells.
+
+        Raises its fault as SllmError, TimedOut after ``reply_timeout_s``, Unreachable when the manager is ending.
+        """
         if self._stopping or self._ended.is_set():
             raise Unreachable("the manager is stopping; try again when it serves")
         self._tickets += 1
         ticket = self._tickets
-        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._asks[ticket] = answer
         limit_s = self._loop.settings.reply_timeout_s
         try:
             self.post(make(ticket))
-            await asyncio.wait_for(answer, limit_s)
+            return await asyncio.wait_for(answer, limit_s)
         except TimeoutError:
             raise TimedOut(f"the control loop did not answer within reply_timeout_s, {limit_s:g} s") from None
         finally:
@@ -110,12 +113,12 @@ class Runner:
 
     def _perform(self, effect: Effect) -> None:
         match effect:
-            case Reply(ticket, fault):
+            case Reply(ticket, fault, result):
                 answer = self._asks.get(ticket)
                 if answer is None or answer.done():
                     return
                 if fault is None:
-                    answer.set_result(None)
+                    answer.set_result(result)
                 else:
                     answer.set_exception(fault.to_error())
             case WakeAt(at):

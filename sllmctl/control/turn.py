@@ -337,7 +337,15 @@ def _placement_row(record: PlacementRecord) -> PutPlacement:
 
 def _model_row(model: Model) -> PutModel:
     return PutModel(
-        model.spec, model.state, model.digest, model.op, model.node, model.fault, model.created_at, model.changed_at
+        model.spec,
+        model.state,
+        model.digest,
+        model.op,
+        model.node,
+        model.fault,
+        model.created_at,
+        model.changed_at,
+        model.deploy_next,
     )
 
 

@@ -22,6 +22,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from schema.admin import (
+    AppliedView,
+    ApplyBody,
     CheckpointBody,
     CheckpointView,
     DeployBody,
@@ -51,7 +53,18 @@ from schema.errors import (
 from schema.spec import ModelSpec, parse_spec
 from schema.states import InstanceState, ModelState
 from sllmctl.config import AdminSettings
-from sllmctl.control.effects import AddModel, DeployModel, Event, Forget, Operate, Pin, RemoveModel, StopInstanceNow, StopModel
+from sllmctl.control.effects import (
+    AddModel,
+    ApplyModels,
+    DeployModel,
+    Event,
+    Forget,
+    Operate,
+    Pin,
+    RemoveModel,
+    StopInstanceNow,
+    StopModel,
+)
 from sllmctl.control.references import checkpoint_called
 from sllmctl.control.view import ClusterView
 from sllmctl.control.views import (
@@ -104,8 +117,8 @@ _BODY = (BodyTooLarge, UnsupportedMediaType)
 
 
 class RunnerPort(Protocol):
-    async def ask(self, make: Callable[[int], Event]) -> None:
-        """Have the control loop take in an event; raises its refusal."""
+    async def ask(self, make: Callable[[int], Event]) -> Any:
+        """Have the control loop take in an event, and return what it tells; raises its refusal."""
 
 
 class RequestsPort(LiveNumbers, Protocol):
@@ -135,6 +148,7 @@ def admin_app(
         ("GET", "nodes/{name}"): admin.get_node,
         ("GET", "models"): admin.list_models,
         ("POST", "models"): admin.add_model,
+        ("POST", "apply"): admin.apply,
         ("GET", "models/{name}"): admin.get_model,
         ("DELETE", "models/{name}"): admin.remove_model,
         ("POST", "models/{name}/deploy"): admin.deploy_model,
@@ -349,6 +363,18 @@ class _Admin:
         spec = parse_spec(decode(await self._body(request), Any))
         await self._runner.ask(lambda ticket: AddModel(ticket, spec))
         return self._model(spec.name, 201)
+
+    @operation(
+        "Make models as their specs say, all of it or nothing, or only tell what that would change.",
+        Items[AppliedView],
+        body=ApplyBody,
+        errors=(*_COMMAND, *_BODY),
+    )
+    async def apply(self, request: Request) -> Response:
+        read_query(request)
+        body = decode(await self._body(request), ApplyBody)
+        told = await self._runner.ask(lambda ticket: ApplyModels(ticket, body.models, body.remove, body.deploy, body.dry_run))
+        return item_answer(told)
 
     @operation(
         "Deploy a model, or change how it is scaled.",

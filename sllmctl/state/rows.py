@@ -112,6 +112,7 @@ def _values(change: RowChange) -> dict[str, Any]:
                 "fault": _json(change.fault),
                 "created_at": change.created_at,
                 "changed_at": change.changed_at,
+                "deploy_next": change.deploy_next,
             }
         case PutInstance():
             truth = change.truth
@@ -174,7 +175,7 @@ def read_view(connection: Connection) -> ClusterView:
         view.put_placement(PlacementRecord(**row))
     for row in connection.execute(select(*ModelRow.__table__.columns).order_by(ModelRow.name)).mappings():
         fault = None if row["fault"] is None else _faults.decode(row["fault"])
-        rest = {key: row[key] for key in ("state", "digest", "op", "node", "created_at", "changed_at")}
+        rest = {key: row[key] for key in ("state", "digest", "op", "node", "created_at", "changed_at", "deploy_next")}
         view.add_model(Model(spec=_specs.decode(row["spec"]), fault=fault, **rest))
     for row in connection.execute(select(*InstanceRow.__table__.columns).order_by(InstanceRow.id)).mappings():
         values = dict(row)

@@ -137,6 +137,7 @@ class World:
         self.models: dict[str, ModelChanged] = {}
         self.rejected: list[RejectWaiting] = []
         self.replies: dict[int, Fault | None] = {}
+        self.told: object = None
         self.known: list[CheckpointKnown] = []
         self.migrated: list[Migrate] = []
         self.dialled: list[str] = []
@@ -271,8 +272,8 @@ class World:
                         del self.models[effect.model]
                 case RejectWaiting():
                     self.rejected.append(effect)
-                case Reply(ticket, fault):
-                    self.replies[ticket] = fault
+                case Reply(ticket, fault, result):
+                    self.replies[ticket], self.told = fault, result
                 case Migrate():
                     assert self.abilities.migrate, "not asked for where it cannot be done"
                     self.migrated.append(effect)

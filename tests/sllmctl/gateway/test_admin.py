@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 import uvicorn
 
-from schema.admin import EventView, OutcomeView, ProgressView, RequestTimeline, RequestView, StatusView
+from schema.admin import AppliedView, EventView, OutcomeView, ProgressView, RequestTimeline, RequestView, StatusView
 from schema.errors import Conflict, Fault, InvalidCheckpoint, NotFound, Overloaded, SllmError
 from schema.ids import Epoch
 from schema.link import InstanceLoad
@@ -25,7 +26,7 @@ from schema.states import InstanceState, ModelState, NodeState, RequestState, Ti
 from sllmctl import client
 from sllmctl.client import AsyncAdminClient
 from sllmctl.config import AdminSettings, ClientSettings
-from sllmctl.control.effects import AddModel, DeployModel, Event, Operate, RemoveModel, StopInstanceNow, StopModel
+from sllmctl.control.effects import AddModel, ApplyModels, DeployModel, Event, Operate, RemoveModel, StopInstanceNow, StopModel
 from sllmctl.control.records import Checkpoint, Instance, Model, Node, Operation, PlacementRecord
 from sllmctl.control.view import ClusterView
 from sllmctl.gateway.admin import admin_app
@@ -61,11 +62,11 @@ class _Runner:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
-        self.then: Callable[[Any], None] = lambda _: None
+        self.then: Callable[[Any], Any] = lambda _: None
 
-    async def ask(self, make: Callable[[int], Event]) -> None:
+    async def ask(self, make: Callable[[int], Event]) -> Any:
         self.events.append(make(7))
-        self.then(self.events[-1])
+        return self.then(self.events[-1])
 
 
 class _Database:
@@ -218,6 +219,17 @@ async def test_what_there_is(http: httpx.AsyncClient) -> None:
     assert (await http.get("requests")).json()["items"] == [(await http.get("requests/req_1")).json()]
     assert (await http.get("status")).json()["generation"] == 1
     assert (await http.get(f"checkpoints/{_A}")).json()["models"] == ["tiny"]
+
+
+async def test_specs_are_applied_together_and_answered_one_by_one(manager: _Manager, http: httpx.AsyncClient) -> None:
+    spec = ModelSpec(name="new", source=PathSource("/m"))
+    manager.runner.then = lambda event: (AppliedView(name=event.specs[0].name, action="created"),)
+    body = {"models": [msgspec.to_builtins(spec)], "remove": ["tiny"], "deploy": False, "dry_run": True}
+    (told,) = (await http.post("apply", json=body)).json()["items"]
+    assert (told["name"], told["action"], told["changes"], told["fault"]) == ("new", "created", [], None)
+    assert manager.runner.events == [ApplyModels(7, (spec,), ("tiny",), False, True)]
+    assert _refusal(await http.post("apply", json={"models": [{"name": "new"}]}))[:2] == (400, "invalid_input")
+    assert _refusal(await http.post("apply", json={"model": []}))[:2] == (400, "invalid_input")
 
 
 async def test_a_checkpoint_is_found_by_the_beginning_of_its_digest(http: httpx.AsyncClient) -> None:

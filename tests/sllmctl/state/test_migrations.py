@@ -12,10 +12,12 @@ from alembic.migration import MigrationContext
 from sqlalchemy import create_engine
 
 from schema.errors import SllmError
-from schema.states import Tier, TierState
+from schema.spec import ModelSpec, PathSource
+from schema.states import ModelState, Tier, TierState
 from schema.tables import Base
 from sllmctl.control.effects import (
     PutEstimate,
+    PutModel,
     PutPin,
     PutPlacement,
     PutPublication,
@@ -52,6 +54,7 @@ def _make_first(path: Path) -> None:
     for table in ("estimates", "outcomes", "pins", "publications"):
         connection.execute(f"DROP TABLE {table}")
     connection.execute("ALTER TABLE placements DROP COLUMN used_at")
+    connection.execute("ALTER TABLE models DROP COLUMN deploy_next")
     connection.execute("UPDATE alembic_version SET version_num = '0001'")
     connection.commit()
     connection.close()
@@ -139,3 +142,9 @@ async def test_a_failing_migration_changes_nothing(
     assert connection.execute("SELECT count(*) FROM models").fetchone() == (1,)
     assert connection.execute("SELECT count(*) FROM events").fetchone() == (0,)
     connection.close()
+
+
+async def test_what_is_to_be_served_next_comes_back(database: Database) -> None:
+    spec = ModelSpec(name="next", source=PathSource("/m"))
+    await database.commit([PutModel(spec, ModelState.STOPPED, None, None, None, None, 1.0, 2.0, deploy_next=True)])
+    assert (await database.load()).models["next"].deploy_next
