@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
 from sllmctl.cli import completion
 from sllmctl.cli.context import Invocation, output_option, pass_invocation, yes_option
-from sllmctl.cli.output import Format, show_item, show_items
+from sllmctl.cli.output import Format, show_documents, show_item, show_items
 from sllmctl.cli.watch import watch_items, watch_option
 
 if TYPE_CHECKING:
@@ -252,6 +252,27 @@ def show(invocation: Invocation, name: str, form: Format) -> None:
     with invocation.admin() as admin:
         item = admin.ask(client.model(name))
     show_item(form, item, fields, lambda model: model.name)
+
+
+@command.command("spec")
+@click.argument("names", metavar="[NAME...]", nargs=-1, shell_complete=completion.names("model"))
+@click.option(
+    "-o", "--output", "form", type=click.Choice(["yaml", "json"]), default="yaml", show_default=True, help="How to print."
+)
+@pass_invocation
+def spec(invocation: Invocation, names: tuple[str, ...], form: Literal["yaml", "json"]) -> None:
+    """Print models, or all of them, as `sllmctl apply -f` takes them.
+
+    \b
+    Examples:
+      sllmctl model spec > models.yaml
+      sllmctl model spec qwen | sllmctl diff -f -
+    """
+    from sllmctl import client
+
+    with invocation.admin() as admin:
+        models = [admin.ask(client.model(name)) for name in dict.fromkeys(names)] if names else admin.ask(client.models())
+    show_documents(form, [model.spec for model in models])
 
 
 def _given_scale(options: dict[str, Any]) -> dict[str, Any]:

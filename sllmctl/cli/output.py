@@ -21,6 +21,7 @@ __all__ = [
     "Watch",
     "now",
     "read_line",
+    "show_documents",
     "show_item",
     "show_items",
     "stream",
@@ -95,6 +96,17 @@ def show_item(form: Format, item: T, fields: Callable[[T], Sequence[tuple[str, s
             write(f"{label + ':':<{width}}{printable(first)}".rstrip())
             for line in rest:
                 write(f"{'':<{width}}{printable(line)}")
+
+
+def show_documents(form: Literal["json", "yaml"], items: Sequence[object]) -> None:
+    """Things as a file has them: YAML documents; in JSON one as it is, or a list."""
+    if form == "json":
+        _write_struct(form, items[0] if len(items) == 1 else items)
+        return
+    for number, item in enumerate(items):
+        if number:
+            write("---")
+        _write_struct(form, item)
 
 
 class Watch(Generic[T]):
