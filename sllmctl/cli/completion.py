@@ -14,9 +14,9 @@ from sllmctl.cli.output import write
 if TYPE_CHECKING:
     from sllmctl.client import AdminClient
 
-__all__ = ["command", "names"]
+__all__ = ["Noun", "command", "living", "names"]
 
-Noun = Literal["model", "node", "instance", "request", "checkpoint"]
+Noun = Literal["model", "node", "instance", "request", "checkpoint", "operation"]
 _PATIENCE_S = 1.0
 _VARIABLE = "_SLLMCTL_COMPLETE"
 
@@ -40,17 +40,23 @@ def command(ctx: click.Context, shell: str) -> None:
 def names(noun: Noun) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
     """Completes an argument by the names of a noun; by none when no manager answers at once."""
 
-    def complete(ctx: click.Context, _: click.Parameter, begin: str) -> list[CompletionItem]:
-        from schema.errors import SllmError
+    return lambda ctx, _, begin: living(ctx, noun, begin)
 
-        try:
-            found = _asked(ctx, noun)
-        except SllmError:
-            return []
-        given = {name for value in ctx.params.values() if isinstance(value, tuple) for name in value}
-        return [CompletionItem(name, help=line) for name, line in found if name.startswith(begin) and name not in given]
 
-    return complete
+def living(ctx: click.Context, noun: Noun, begin: str, prefix: str = "") -> list[CompletionItem]:
+    """The names of a noun that begin so and were not given yet, each after ``prefix``."""
+    from schema.errors import SllmError
+
+    try:
+        found = _asked(ctx, noun)
+    except SllmError:
+        return []
+    given = {name for value in ctx.params.values() if isinstance(value, tuple) for name in value}
+    return [
+        CompletionItem(prefix + name, help=line)
+        for name, line in found
+        if name.startswith(begin) and prefix + name not in given
+    ]
 
 
 def _asked(ctx: click.Context, noun: Noun) -> list[tuple[str, str]]:
@@ -79,6 +85,8 @@ def _found(admin: AdminClient, noun: Noun) -> list[tuple[str, str]]:
             return [(one.id, f"{one.model}, {one.state.value}") for one in admin.ask(client.instances())]
         case "request":
             return [(one.id, f"{one.model}, {one.state.value}") for one in admin.ask(client.requests())]
+        case "operation":
+            return [(one.id, f"{one.kind} {one.digest[:12]}") for one in admin.ask(client.operations())]
         case "checkpoint":
             found = admin.ask(client.checkpoints())
             models = [(name, one.digest[:12]) for one in found for name in one.models]

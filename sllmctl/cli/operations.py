@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sllmctl.cli.diagnostics import ProgressLine, note
-from sllmctl.cli.format import bandwidth, duration, short_digest, size
-from sllmctl.cli.output import Column, Format, show_items
+from sllmctl.cli.format import age, bandwidth, duration, short_digest, size
+from sllmctl.cli.output import Column, Format, now, show_items
+from sllmctl.cli.phases import progress_text
 
 if TYPE_CHECKING:
     from schema.admin import OperationView
     from sllmctl.client import AdminClient
 
-__all__ = ["finish_operations"]
+__all__ = ["COLUMNS", "fields", "finish_operations"]
 
 _HOLD_TERMINAL_S, _HOLD_LOG_S = 0.3, 5.0
 _DOING = {"prefetch": "loading to", "verify": "verifying", "drop": "dropping from", "fetch": "fetching to"}
@@ -29,7 +30,7 @@ def finish_operations(
     Raises the first one's fault, TimedOut when they go on after ``timeout_s``.
     """
     ended = _wait(admin, operations, timeout_s) if wait else list(operations)
-    show_items(form, ended, _COLUMNS, lambda operation: operation.id)
+    show_items(form, ended, COLUMNS, lambda operation: operation.id)
     for operation in ended:
         if operation.note:
             note(f"{operation.url or operation.node}: {operation.note}")
@@ -60,6 +61,30 @@ def _wait(admin: AdminClient, operations: Sequence[OperationView], timeout_s: fl
     return ended
 
 
+def fields(operation: OperationView) -> list[tuple[str, str]]:
+    """One operation at length."""
+    pairs = [
+        ("Id", operation.id),
+        ("Operation", operation.kind),
+        ("Checkpoint", operation.digest),
+        ("Node", operation.node),
+        ("Tier", str(operation.tier)),
+        ("State", _state(operation)),
+        ("Size", size(operation.size_bytes)),
+        ("Began", f"{age(now() - operation.began_at)} ago"),
+    ]
+    if operation.ended_at is not None:
+        pairs.append(("Took", duration(_took(operation))))
+    if operation.progress is not None:
+        pairs.append(("Progress", progress_text(operation.progress)))
+    pairs += [("Rate", _rate(operation)), ("Url", operation.url or "-")]
+    if operation.note:
+        pairs.append(("Note", operation.note))
+    if operation.fault is not None:
+        pairs.append(("Fault", f"{operation.fault.message} ({operation.fault.code})"))
+    return pairs
+
+
 def _doing(operation: OperationView) -> str:
     if operation.kind == "publish":
         return f"publishing to {operation.url} from {operation.node}"
@@ -84,7 +109,7 @@ def _rate(operation: OperationView) -> str:
     return bandwidth(operation.read_bytes / _took(operation)) if _took(operation) > 0 else "-"
 
 
-_COLUMNS: list[Column[OperationView]] = [
+COLUMNS: list[Column[OperationView]] = [
     Column("OPERATION", lambda o: o.kind),
     Column("CHECKPOINT", lambda o: short_digest(o.digest)),
     Column("NODE", lambda o: o.node),

@@ -28,6 +28,11 @@ def _completed(words: str, begin: str = "") -> list[str]:
         ("request cancel", "req_2", ["req_2"]),
         ("checkpoint verify", "", ["qwen", CHECKPOINTS[0].digest[:12]]),
         ("explain", "q", ["qwen"]),
+        ("operation show", "op_2", ["op_2"]),
+        ("wait", "node/", ["node/local", "node/gpu1"]),
+        ("wait node/local", "nod", ["node/gpu1"]),
+        ("wait", "nothing/", []),
+        ("wait node/local --for", "re", ["ready", "removed"]),
         ("chat -m", "b", ["broken"]),
     ],
 )

@@ -1,0 +1,94 @@
+"""`wait --for`: what it waits for, what ends it, and how it exits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from schema.admin import PublicationView
+from schema.errors import Fault
+from schema.states import InstanceState, NodeState, RequestState, TierState
+from sllmctl.cli import wait
+from tests.sllmctl.cli.conftest import Sllmctl
+from tests.sllmctl.fake_manager import CHECKPOINTS, INSTANCES, MODELS, NODES, OPERATIONS, REQUESTS, FakeManager
+
+_CHECKPOINT = CHECKPOINTS[0]
+_WHOLE = replace(_CHECKPOINT, placements=tuple(replace(each, state=TierState.RESIDENT) for each in _CHECKPOINT.placements))
+_PUBLISHED = replace(_CHECKPOINT, publications=(PublicationView(url="file:///a", layout="exec1", published_at=1.0),))
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wait, "_LOOK_S", 0.001)
+
+
+@pytest.mark.parametrize(
+    ("target", "condition", "before", "after"),
+    [
+        ("node/gpu1", "ready", NODES[1], replace(NODES[1], state=NodeState.READY)),
+        ("node/local", "drained", NODES[0], replace(NODES[0], instances=0)),
+        ("node/local", "unreachable", NODES[0], NODES[1]),
+        ("node/local", "removed", NODES[0], None),
+        ("instance/inst_1", "ready", replace(INSTANCES[0], state=InstanceState.STARTING), INSTANCES[0]),
+        ("instance/inst_1", "stopped", INSTANCES[0], None),
+        ("checkpoint/qwen", "on=local:dram", _CHECKPOINT, _WHOLE),
+        ("checkpoint/qwen", "published", _CHECKPOINT, _PUBLISHED),
+        ("checkpoint/qwen", "removed", _CHECKPOINT, None),
+        ("operation/op_1", "ended", replace(OPERATIONS[0], ended_at=None), OPERATIONS[0]),
+        ("request/req_2", "running", replace(REQUESTS[1], state=RequestState.WAITING), REQUESTS[1]),
+        ("request/req_2", "ended", REQUESTS[1], REQUESTS[0]),
+    ],
+)
+def test_it_waits_until_it_is_so(
+    sllmctl: Sllmctl, manager: FakeManager, target: str, condition: str, before: Any, after: Any
+) -> None:
+    noun, _, name = target.partition("/")
+    path = f"GET {noun}s/{name}"
+    manager.answer(path, 200, before)
+    manager.answer(path, 200, before)
+    if after is None:
+        manager.refuse(path, 404, "not_found", "gone")
+    else:
+        manager.answer(path, 200, after)
+    said = sllmctl("wait", target, "--for", condition, "--timeout", "20")
+    assert (said.code, said.out, said.err) == (0, "", f"{target}: {condition}\n")
+    assert len(manager.asked) == 3
+
+
+def test_models_are_waited_for_one_after_the_other(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    manager.answer("GET models/coming", 202, MODELS[2])
+    manager.answer("GET models/coming", 200, MODELS[0])
+    assert sllmctl("wait", "model/qwen", "model/coming", "--for", "ready").code == 0
+    assert [path.split("&")[0] for _, path, _ in manager.asked] == [
+        "models/qwen?wait=ready",
+        "models/coming?wait=ready",
+        "models/coming?wait=ready",
+    ]
+    assert sllmctl("wait", "model/nobody", "--for", "removed").code == 0
+
+
+@pytest.mark.parametrize(
+    ("target", "condition", "code", "said"),
+    [
+        ("node/gpu1", "ready", 7, "node/gpu1 is not ready after 0.01 s"),
+        ("operation/op_9", "ended", 5, "there is no operation 'op_9'"),
+        ("operation/op_2", "ended", 1, "partition_0.bin"),
+        ("node/gpu1", "redy", 2, "did you mean 'ready'?"),
+        ("nodes/gpu1", "ready", 2, "did you mean 'node'?"),
+        ("node", "ready", 2, "write node/NAME"),
+        ("checkpoint/qwen", "on=local", 2, "wait for on=NODE:TIER, published, removed"),
+        ("checkpoint/qwen", "on=local:attic", 2, "wait for on=NODE:TIER, published, removed"),
+    ],
+)
+def test_what_cannot_come_ends_it(sllmctl: Sllmctl, target: str, condition: str, code: int, said: str) -> None:
+    ended = sllmctl("wait", target, "--for", condition, "--timeout", "0.01")
+    assert (ended.code, said in ended.err) == (code, True), ended.err
+
+
+def test_an_instance_that_failed_will_not_be_ready(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    fault = Fault("out_of_space", "no room")
+    manager.answer("GET instances/inst_1", 200, replace(INSTANCES[0], state=InstanceState.FAILED, fault=fault))
+    ended = sllmctl("wait", "instance/inst_1", "--for", "ready")
+    assert (ended.code, ended.err) == (1, "error: no room\n")
