@@ -352,7 +352,7 @@ async def test_a_full_queue_says_when_to_come_again(manager: _Manager, http: htt
         (
             "models",
             b'{"name": "a", "source": {"kind": "path", "path": "/m"}, "scale": {"mix": 1}}',
-            (400, "invalid_input", "scale"),
+            (400, "invalid_input", "scale.mix"),
         ),
         ("models/tiny/deploy", b'{"scale": {"min": 3, "max": 1}}', (400, "invalid_input", "scale.min")),
         ("models/tiny/deploy", b'{"scales": {}}', (400, "invalid_input", None)),
