@@ -7,7 +7,7 @@ same to Python and to ECMAScript.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -30,8 +30,7 @@ __all__ = [
     "source_of",
 ]
 
-# Without its lookahead, Python's $ would let a line break pass at the end.
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$(?!\n)"
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 _YEAR_S: Final = 86400 * 365
 
 
@@ -50,10 +49,10 @@ class HubSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fie
 
     repo: Annotated[
         str,
-        Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+$(?!\n)", max_length=200, description="ORGANISATION/NAME."),
+        Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+$", max_length=200, description="ORGANISATION/NAME."),
     ]
     revision: Annotated[
-        str, Meta(pattern=r"^[A-Za-z0-9_./-]+$(?!\n)", max_length=200, description="A branch, a tag or a commit.")
+        str, Meta(pattern=r"^[A-Za-z0-9_./-]+$", max_length=200, description="A branch, a tag or a commit.")
     ] = "main"
 
 
@@ -144,9 +143,19 @@ def check_spec(spec: ModelSpec) -> ModelSpec:
             check_remote_url(spec.source.url)
         except InvalidInput as error:
             raise InvalidInput(f"model spec: source.url: {error}", "source.url") from error
+    for key, text in _patterned(spec):
+        if text.endswith("\n"):  # Python's $ lets it pass
+            raise InvalidInput(f"model spec: {key}: expected {_FORMS[key]}", key)
     if spec.scale.min > spec.scale.max:
         raise InvalidInput(f"model spec: scale.min: {spec.scale.min} is above scale.max, {spec.scale.max}", "scale.min")
     return spec
+
+
+def _patterned(spec: ModelSpec) -> Iterator[tuple[str, str]]:
+    yield "name", spec.name
+    if isinstance(spec.source, HubSource):
+        yield "source.repo", spec.source.repo
+        yield "source.revision", spec.source.revision
 
 
 def _explained(text: str, value: Any) -> tuple[str, str]:

@@ -62,7 +62,7 @@ class _Runner:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
-        self.then: Callable[[Any], Any] = lambda _: None
+        self.then: Callable[[Any], Any] = lambda _: ()
 
     async def ask(self, make: Callable[[int], Event]) -> Any:
         self.events.append(make(7))

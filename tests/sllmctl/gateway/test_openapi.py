@@ -23,6 +23,7 @@ from schemathesis.specs.openapi.checks import (
 )
 from starlette.testclient import TestClient
 
+from schema.admin import AppliedView
 from schema.states import EndReason, ModelState, Tier
 from sllmctl.config import AdminSettings
 from sllmctl.control.effects import AddModel, Event
@@ -131,9 +132,10 @@ def test_the_admin_api_answers_whatever_comes_as_its_document_says() -> None:
     assert set(statuses) == reached
 
 
-def _added(manager: _Manager, event: Event) -> None:
+def _added(manager: _Manager, event: Event) -> tuple[AppliedView, ...]:
     if isinstance(event, AddModel):
         manager.view.add_model(Model(event.spec, ModelState.INGESTING, None, None, None, None, 1.0, 1.0))
+    return tuple(AppliedView(name=spec.name, action="unchanged") for spec in getattr(event, "specs", ()))
 
 
 def _stripped(value: Any) -> Any:
