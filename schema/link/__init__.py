@@ -20,7 +20,8 @@ Rules that every receiver keeps:
 * A dialler of truth sends nothing but its truth until it is complete, and the other side nothing but Ping, Pong and
   Shutdown until it has taken it in. Before an agent builds a truth for a new manager connection it has closed the older one.
 * A manager adopts attempts of older generations from a node's first truth in its life, the highest attempt of each (request,
-  choice); any other live attempt that it does not know it cancels, any unknown end it acknowledges. What it wants cancelled it
+  choice), ended ones too whose clients may retry; any other live attempt that it does not know it cancels, any other unknown
+  end it acknowledges. What it wants cancelled it
   cancels again after each truth.
 * Fills and forks name who asked (``op``, ``nonce``): only the latest asking is served. An agent attaches a worker only
   to extents from a `Resident` that answers its own `FillArena` on the store's present connection.
@@ -66,6 +67,7 @@ from schema.link.requests import (
     Ended,
     EngineTiming,
     InstanceLoad,
+    RetryKey,
     Submit,
     TokenRun,
     Tokens,
@@ -162,6 +164,7 @@ __all__ = [
     "RemoteCopy",
     "ReserveDevice",
     "Resident",
+    "RetryKey",
     "Role",
     "SamplingParams",
     "SetPins",

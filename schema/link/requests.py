@@ -17,6 +17,7 @@ __all__ = [
     "Ended",
     "EngineTiming",
     "InstanceLoad",
+    "RetryKey",
     "Submit",
     "TokenRun",
     "Tokens",
@@ -24,12 +25,22 @@ __all__ = [
 ]
 
 
+class RetryKey(Part, frozen=True, kw_only=True):
+    """How a client's retry of a request is known: digests of its Idempotency-Key and of what was asked with it, which had so
+    many ``choices``."""
+
+    key: str
+    body: str
+    choices: int = 1
+
+
 class Submit(Message, frozen=True, kw_only=True, tag="submit"):
     """Run one attempt of a sequence on an instance, from its journal: ``prompt`` and the ``generated`` tokens so far.
 
     The first new token has position ``len(generated)``. A known attempt is ignored; an instance that is unknown, of
     another epoch or not ready ends it as lost. ``request`` and ``model`` travel so that a restarted manager can rebuild
-    the journal from what agents hold. ``tenant`` is whom the request is for: tenants take turns, and share no cached prefixes.
+    the journal from what agents hold, and ``retry`` so that it knows whose retries may come for it. ``tenant`` is whom the
+    request is for: tenants take turns, and share no cached prefixes.
     """
 
     attempt: Epoch
@@ -42,6 +53,7 @@ class Submit(Message, frozen=True, kw_only=True, tag="submit"):
     prompt: TokenIds
     generated: TokenIds = ()
     params: SamplingParams
+    retry: RetryKey | None = None
 
 
 class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):

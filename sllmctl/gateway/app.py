@@ -20,6 +20,7 @@ from sllmctl.gateway.completions import completion_job
 from sllmctl.gateway.errors import ErrorBody, NoSuchPath, answer_of
 from sllmctl.gateway.exchange import ClientGone, Exchange
 from sllmctl.gateway.generate import Gateway, Job
+from sllmctl.gateway.keys import KEY_HEADER, retry_key
 from sllmctl.gateway.metrics import CONTENT_TYPE, Metrics
 from sllmctl.gateway.openapi import document, operation
 from sllmctl.gateway.ports import AssetsPort, RoutedModelPort, RouterPort
@@ -160,12 +161,14 @@ class _Generation:
         try:
             exchange.require_method("POST")
             data = await exchange.body(self._gateway.settings, bodies)
+            key = exchange.header(KEY_HEADER)
             async with exchange.while_connected() as client:
                 job = await self._make_job(self._gateway, data)
+                retry = None if key is None else retry_key(key, scope["path"], data, job)
                 del data
                 exchange.release(bodies)
                 model = job.model
-                await self._gateway.run(job, exchange)
+                await self._gateway.run(job, exchange, retry)
             gone = client.gone
         except ClientGone:
             gone = True

@@ -10,6 +10,7 @@ from msgspec import Meta
 from schema.errors import InvalidInput
 from sllmctl.gateway.errors import ALL_KINDS, UnsupportedParameter
 from sllmctl.gateway.generate import Gateway, Job
+from sllmctl.gateway.keys import IDEMPOTENCY_KEY
 from sllmctl.gateway.openai import BodyDecoder, Common, check_stream_options, make_job, stop_strings
 from sllmctl.gateway.openapi import operation
 from sllmctl.gateway.replies import ChatChunk, ChatReply
@@ -91,6 +92,7 @@ _body = BodyDecoder(
     body=ChatBody,
     also=_body.also,
     events=ChatChunk,
+    headers=(IDEMPOTENCY_KEY,),
     errors=ALL_KINDS,
 )
 async def chat_job(gateway: Gateway, data: bytes) -> Job:

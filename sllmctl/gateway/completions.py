@@ -9,6 +9,7 @@ from msgspec import Meta
 from schema.errors import InvalidInput
 from sllmctl.gateway.errors import ALL_KINDS, UnsupportedParameter
 from sllmctl.gateway.generate import Gateway, Job
+from sllmctl.gateway.keys import IDEMPOTENCY_KEY
 from sllmctl.gateway.openai import BodyDecoder, Common, check_stream_options, make_job, stop_strings
 from sllmctl.gateway.openapi import operation
 from sllmctl.gateway.replies import CompletionChunk, CompletionReply
@@ -45,6 +46,7 @@ _body = BodyDecoder(
     body=CompletionBody,
     also=_body.also,
     events=CompletionChunk,
+    headers=(IDEMPOTENCY_KEY,),
     errors=ALL_KINDS,
 )
 async def completion_job(gateway: Gateway, data: bytes) -> Job:

@@ -21,6 +21,7 @@ from sllmctl.control.effects import Event, InstanceActivity, PrefillTimed
 from sllmctl.gateway.journal import Attempt, Request, Sequence
 from sllmctl.gateway.queues import CallLater, ModelQueue
 from sllmctl.gateway.reconcile import NodeLink
+from sllmctl.gateway.retries import End, Retries
 from sllmctl.gateway.router_settings import RouterSettings
 from sllmctl.gateway.routes import Route, Routes
 
@@ -48,6 +49,7 @@ class Dispatcher:
         self.requests: dict[str, Request] = {}
         self.remembered: OrderedDict[str, RequestView] = OrderedDict()
         self.attempts: dict[Epoch, Attempt] = {}
+        self.retries = Retries(settings, call_later, self._release)
         self.journal_tokens = 0
         self._nodes: dict[str, NodeLink] = {}
         self._post = post
@@ -87,6 +89,21 @@ class Dispatcher:
         request.live = len(request.sequences)
         self.queue(request.model).live += 1
         self.journal_tokens += len(request.sequences[0].prompt) + request.generated
+        if request.retry is not None:
+            self.retries.add(request)
+
+    def _release(self, ends: list[End]) -> None:
+        """Acknowledge ends that were held for retries; a node that is away states them again, and is told then."""
+        for node, attempt in ends:
+            self.node(node).ends.append(attempt)
+        for node in {node for node, _ in ends}:
+            if self.routes.is_up(node):
+                self.flush(node, self.node(node))
+
+    def flush(self, node: str, link: NodeLink) -> None:
+        """Acknowledge what there is to a node."""
+        if (acked := link.take_acked()) is not None:
+            self.send(node, acked)
 
     # --- attempts
 
@@ -134,6 +151,7 @@ class Dispatcher:
                 prompt=sequence.prompt,
                 generated=tuple(sequence.tokens),
                 params=params,
+                retry=request.retry,
             ),
         )
 
@@ -180,10 +198,20 @@ class Dispatcher:
         sequence.wake()
 
     def end(self, node: str, end: Ended) -> None:
-        """Take in the end of an attempt; of an unknown one it means nothing. Raises LinkError when tokens are missing."""
+        """Take in the end of an attempt; of an unknown one it means nothing. It is acknowledged with the next flush, unless a
+        retry may come for the reply. Raises LinkError when tokens are missing."""
         attempt = self.attempts.get(end.attempt)
         if attempt is None or attempt.node != node:
+            if not self.retries.holds(end.attempt):
+                self.node(node).ends.append(end.attempt)
             return
+        sequence, wanted = attempt.sequence, attempt.wanted
+        self._end(attempt, node, end)
+        replied = wanted and end.reason in (EndReason.STOP, EndReason.LENGTH)
+        if not (replied and self.retries.hold(sequence.request, node, end.attempt)):
+            self.node(node).ends.append(end.attempt)
+
+    def _end(self, attempt: Attempt, node: str, end: Ended) -> None:
         sequence = attempt.sequence
         if attempt.wanted and end.position > len(sequence.tokens):
             raise LinkError(f"a sequence of {len(sequence.tokens)} tokens ended at {end.position}: those between are missing")
@@ -200,7 +228,7 @@ class Dispatcher:
             self._close(attempt)
         elif end.reason in (EndReason.STOP, EndReason.LENGTH):
             self._close(attempt)
-            self._finish(sequence, end.reason)
+            self.finish(sequence, end.reason)
         elif end.reason == EndReason.LOST:
             self.lose(attempt, end.fault or Fault("unreachable", f"instance {attempt.instance} went away"))
         else:
@@ -233,7 +261,7 @@ class Dispatcher:
         sequence = attempt.sequence
         # Its end may have been on its way when it was lost: then nothing is left to run.
         if (ended := _natural_end(sequence, attempt)) is not None:
-            self._finish(sequence, ended)
+            self.finish(sequence, ended)
         else:
             self._lost.append((sequence, fault))
 
@@ -254,7 +282,7 @@ class Dispatcher:
             self.queue(sequence.request.model).take(sequence)
             if sequence.attempt is not None:
                 self._abandon(sequence.attempt)
-            self._finish(sequence, EndReason.STOP)
+            self.finish(sequence, EndReason.STOP)
 
     def fail(self, request: Request, error: SllmError) -> None:
         """End it with an error: one choice that cannot be had fails the whole request."""
@@ -269,7 +297,8 @@ class Dispatcher:
         for request in list({sequence.request: None for sequence in queue.waiting}):
             self.fail(request, error)
 
-    def _finish(self, sequence: Sequence, reason: EndReason) -> None:
+    def finish(self, sequence: Sequence, reason: EndReason) -> None:
+        """End it with a reply."""
         sequence.finish = reason
         sequence.request.live -= 1
         sequence.wake()
@@ -299,6 +328,7 @@ class Dispatcher:
         queue.request_ended(request, request.ended_at)
         queue.live -= 1
         self.touch_model(request.model)
+        self.retries.ended(request)
         if len(self.remembered) > self._settings.remembered_requests:
             self.remembered.popitem(last=False)
 
@@ -345,7 +375,7 @@ class Dispatcher:
         queue = self.queue(request.model)
         if sequence.done:
             return
-        if request.orphaned:
+        if request.orphaned and request.retry is None:
             self.cancel(request)
         elif (refusal := queue.refusal()) is not None:
             self.fail(request, refusal)

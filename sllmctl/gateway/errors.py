@@ -30,6 +30,7 @@ __all__ = [
     "BodyTooLarge",
     "ErrorBody",
     "ErrorDetail",
+    "KeyReused",
     "MethodNotAllowed",
     "NoSuchPath",
     "UnknownParameter",
@@ -53,6 +54,12 @@ class UnknownParameter(InvalidInput):
     """A parameter that nobody knows; most likely a slip."""
 
     code = "unknown_parameter"
+
+
+class KeyReused(InvalidInput):
+    """The request's Idempotency-Key was used before, for something else."""
+
+    code = "idempotency_key_reused"
 
 
 class BodyTooLarge(InvalidInput):
@@ -100,6 +107,7 @@ _ANSWERS: dict[type[SllmError], Answer] = {
     ContextOverflow: Answer(400, _REQUEST, "context_length_exceeded"),
     UnsupportedParameter: Answer(400, _REQUEST, "unsupported_parameter"),
     UnknownParameter: Answer(400, _REQUEST, "unknown_parameter"),
+    KeyReused: Answer(422, _REQUEST, "idempotency_key_reused"),
     BodyTooLarge: Answer(413, _REQUEST, "body_too_large"),
     UnsupportedMediaType: Answer(415, _REQUEST, "unsupported_media_type"),
     MethodNotAllowed: Answer(405, _REQUEST, "method_not_allowed"),

@@ -7,11 +7,11 @@ from types import TracebackType
 
 from starlette.types import Receive, Scope, Send
 
-from schema.errors import Cancelled, Overloaded, SllmError, TimedOut
+from schema.errors import Cancelled, InvalidInput, Overloaded, SllmError, TimedOut
 from sllmctl.gateway.errors import BodyTooLarge, MethodNotAllowed, UnsupportedMediaType, answer_of, error_body, retry_after
 from sllmctl.gateway.settings import GatewaySettings
 
-__all__ = ["BodyBudget", "ClientGone", "Exchange", "WhileConnected"]
+__all__ = ["BodyBudget", "ClientGone", "Exchange", "Header", "WhileConnected"]
 
 _JSON = (b"content-type", b"application/json")
 _STREAM = (
@@ -65,6 +65,13 @@ class Exchange:
         """Raises MethodNotAllowed for any other; where GET is allowed, HEAD is."""
         if self._scope["method"] not in (method, "HEAD" if method == "GET" else method):
             raise MethodNotAllowed(f"{self._scope['method']} is not allowed on {self._scope['path']}; use {method}", method)
+
+    def header(self, name: bytes) -> bytes | None:
+        """The one header of a name, in small letters. Raises InvalidInput when it comes twice."""
+        found = [value for each, value in self._scope["headers"] if each == name]
+        if len(found) > 1:
+            raise InvalidInput(f"the header {name.decode()} is given twice", name.decode())
+        return found[0] if found else None
 
     async def body(self, settings: GatewaySettings, budget: BodyBudget) -> bytes:
         """The body, said to be JSON, and counted in ``budget`` until `release`.

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from prometheus_client import Counter
 
 from schema.errors import NotFound
-from schema.link import SamplingParams
+from schema.link import RetryKey, SamplingParams
 from schema.states import ModelState
-from sllmctl.gateway.exchange import BodyBudget, Exchange
+from sllmctl.gateway.exchange import BodyBudget, Exchange, Header
 from sllmctl.gateway.metrics import Metrics
 from sllmctl.gateway.ports import AssetsPort, RequestPort, RoutedModelPort, RouterPort
 from sllmctl.gateway.replies import PromptDetails, Usage
@@ -46,9 +45,9 @@ class Job:
 class _Stream:
     """The events of all choices of a reply on one exchange. ``open_choices`` have not said their last."""
 
-    def __init__(self, exchange: Exchange, name: tuple[bytes, bytes], metrics: Metrics, choices: int) -> None:
+    def __init__(self, exchange: Exchange, headers: list[Header], metrics: Metrics, choices: int) -> None:
         self._exchange = exchange
-        self._name = name
+        self._headers = headers
         self._metrics = metrics
         self._turn = asyncio.Lock()
         self._opened = False
@@ -61,7 +60,7 @@ class _Stream:
             if not self._opened:
                 self._opened = True
                 self._metrics.streams.inc()
-                await self._exchange.open_stream(self._name)
+                await self._exchange.open_stream(*self._headers)
 
     async def write(self, data: bytes, *, more: bool = True) -> None:
         async with self._turn:
@@ -82,13 +81,11 @@ class Gateway:
         text: TextService,
         settings: GatewaySettings,
         metrics: Metrics,
-        clock: Callable[[], float] = time.time,
     ) -> None:
         self.router = router
         self.text = text
         self.settings = settings
         self.metrics = metrics
-        self.clock = clock
         self.bodies = BodyBudget(settings.bodies_limit_bytes)
         self._assets = assets
         self._generated: dict[str, Counter] = {}
@@ -106,40 +103,48 @@ class Gateway:
             text = await self.text.load(await self._assets.get(model.digest, self.settings.assets_timeout_s))
         return model, text
 
-    async def run(self, job: Job, exchange: Exchange) -> None:
-        """Submit a job and write its reply; however this ends, the request has ended with it."""
-        request = self.router.submit(job.model, job.prompt, job.params, job.choices, job.tenant)
+    async def run(self, job: Job, exchange: Exchange, retry: RetryKey | None = None) -> None:
+        """Submit a job, or join the request that it is a retry of, and write its reply; with this the request has been left."""
+        request = None if retry is None else self.router.join(retry)
+        joined = request is not None
         metrics = self.metrics
-        metrics.prompt_tokens.labels(job.model).inc(len(job.prompt))
-        head = ReplyHead(request.id.rpartition("_")[2], int(self.clock()), job.model, f"fp_{job.text.digest[:12]}")
+        if request is None:
+            request = self.router.submit(job.model, job.prompt, job.params, job.choices, job.tenant, retry)
+            metrics.prompt_tokens.labels(job.model).inc(len(job.prompt))
+        head = ReplyHead(request.id.rpartition("_")[2], int(request.received_at), job.model, f"fp_{job.text.digest[:12]}")
         shape = job.shape(head, job.text.detokenizer.spell, include_usage=job.include_usage)
-        replies = [Reply(index, sequence, job.text, job.stops, job.params) for index, sequence in enumerate(request.sequences)]
-        name = (b"x-request-id", request.id.encode())
+        replies = [
+            Reply(index, sequence, job.text, job.stops, request.params) for index, sequence in enumerate(request.sequences)
+        ]
+        headers = [(b"x-request-id", request.id.encode())]
+        if joined:
+            headers.append((b"idempotent-replayed", b"true"))
         try:
             if job.stream:
-                await self._stream(job, exchange, shape, request, replies, name)
+                await self._stream(job, exchange, shape, request, replies, headers)
             else:
-                await self._whole(job, exchange, shape, request, replies, name)
+                await self._whole(job, exchange, shape, request, replies, headers)
         finally:
-            _end(request)
-            metrics.ended(job.model, request.timeline(), sum(reply.position for reply in replies))
+            request.leave()
+            if not joined:
+                metrics.ended(job.model, request.timeline(), sum(reply.position for reply in replies))
 
     async def _whole(
-        self, job: Job, exchange: Exchange, shape: Shape, request: RequestPort, replies: list[Reply], name: tuple[bytes, bytes]
+        self, job: Job, exchange: Exchange, shape: Shape, request: RequestPort, replies: list[Reply], headers: list[Header]
     ) -> None:
-        pieces = await _together([reply.all(job.params.max_tokens) for reply in replies])
+        pieces = await _together([reply.all(request.params.max_tokens) for reply in replies])
         choices = [
             shape.choice(piece.text, reply.reason or "stop", reply.index, None if job.params.logprobs is None else piece.scores)
             for reply, piece in zip(replies, pieces, strict=True)
         ]
         tokens = sum(reply.position for reply in replies)
         self._counter(job.model).inc(tokens)
-        await exchange.answer(200, shape.whole(choices, _usage(job, request, tokens)), name)
+        await exchange.answer(200, shape.whole(choices, _usage(job, request, tokens)), *headers)
 
     async def _stream(
-        self, job: Job, exchange: Exchange, shape: Shape, request: RequestPort, replies: list[Reply], name: tuple[bytes, bytes]
+        self, job: Job, exchange: Exchange, shape: Shape, request: RequestPort, replies: list[Reply], headers: list[Header]
     ) -> None:
-        stream = _Stream(exchange, name, self.metrics, len(replies))
+        stream = _Stream(exchange, headers, self.metrics, len(replies))
         try:
             data = b"".join(await _together([self._stream_choice(job, shape, reply, stream) for reply in replies]))
             if job.include_usage:
@@ -190,12 +195,6 @@ async def _together(choices: list[Coroutine[Any, Any, R]]) -> list[R]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _end(request: RequestPort) -> None:
-    """Give the request up unless it has run to its end: the client went away, a stop string came, an error."""
-    if any(sequence.finish is None for sequence in request.sequences):
-        request.cancel()
 
 
 def _usage(job: Job, request: RequestPort, tokens: int) -> Usage:

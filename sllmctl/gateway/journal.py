@@ -14,7 +14,7 @@ from typing import Protocol
 from schema.admin import RequestTimeline, RequestView
 from schema.errors import SllmError
 from schema.ids import Epoch
-from schema.link import EngineTiming, SamplingParams, StartPhases
+from schema.link import EngineTiming, RetryKey, SamplingParams, StartPhases
 from schema.states import EndReason, RequestState
 
 __all__ = ["Attempt", "Request", "Sequence", "Timer"]
@@ -122,12 +122,15 @@ class Sequence:
 
 
 class Request:
-    """One request of a client, or one found on a node without a client (``orphaned``). Times are the router's clock."""
+    """One request of a client, or one found on a node without a client (``orphaned``). Times are the router's clock.
+
+    ``readers`` counts the clients that want it: one, and those of its retries, which are known by ``retry``.
+    """
 
     __slots__ = (
-        "_cancel", "attempts", "cancelled", "cold", "complete", "ended_at", "engine", "first_token_at", "id", "instance",
-        "live", "model", "orphaned", "params", "received_at", "routed_at", "sequences", "start", "tenant", "timer",
-        "waiting",
+        "_cancel", "_leave", "attempts", "cancelled", "cold", "complete", "ended_at", "engine", "first_token_at", "id",
+        "instance", "live", "model", "orphaned", "params", "readers", "received_at", "retry", "routed_at", "sequences", "start",
+        "tenant", "timer", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -139,7 +142,9 @@ class Request:
         cancel: Callable[[Request], None],
         *,
         complete: Callable[[Sequence], None] = lambda _: None,
+        leave: Callable[[Request], None] = lambda _: None,
         tenant: str = "",
+        retry: RetryKey | None = None,
         orphaned: bool = False,
     ) -> None:
         self.id = id
@@ -147,7 +152,9 @@ class Request:
         self.params = params
         self.received_at = received_at
         self.tenant = tenant
+        self.retry = retry
         self.orphaned = orphaned
+        self.readers = 0
         self.sequences: list[Sequence] = []
         self.live = 0
         self.waiting = 0
@@ -162,11 +169,16 @@ class Request:
         self.engine: EngineTiming | None = None
         self.timer: Timer | None = None
         self._cancel = cancel
+        self._leave = leave
         self.complete = complete
 
     def cancel(self) -> None:
         """End it for good: nothing more is delivered. May be called again, and after the end."""
         self._cancel(self)
+
+    def leave(self) -> None:
+        """A client reads no more of it, which ends it unless it has ended, others read it, or a retry may come."""
+        self._leave(self)
 
     @property
     def failure(self) -> SllmError | None:

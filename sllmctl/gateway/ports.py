@@ -8,7 +8,7 @@ from typing import Protocol
 
 from schema.admin import EventView, RequestTimeline
 from schema.checkpoint import Manifest
-from schema.link import SamplingParams
+from schema.link import RetryKey, SamplingParams
 from schema.spec import ModelSpec
 from schema.states import EndReason, ModelState
 
@@ -50,12 +50,16 @@ class RequestPort(Protocol):
     @property
     def id(self) -> str: ...
     @property
+    def received_at(self) -> float: ...
+    @property
+    def params(self) -> SamplingParams: ...
+    @property
     def sequences(self) -> AbstractSequence[SequencePort]: ...
 
     def timeline(self) -> RequestTimeline: ...
 
-    def cancel(self) -> None:
-        """Give the request up; once more, or after its end, it does nothing."""
+    def leave(self) -> None:
+        """Read no more of it; said once. It ends with that, unless others read it or a retry may come."""
 
 
 class RouterPort(Protocol):
@@ -65,9 +69,18 @@ class RouterPort(Protocol):
     def models(self) -> AbstractSequence[RoutedModelPort]: ...
 
     def submit(
-        self, model: str, prompt: tuple[int, ...], params: SamplingParams, choices: int = 1, tenant: str = ""
+        self,
+        model: str,
+        prompt: tuple[int, ...],
+        params: SamplingParams,
+        choices: int = 1,
+        tenant: str = "",
+        retry: RetryKey | None = None,
     ) -> RequestPort:
         """Take a request in. Raises NotFound, Conflict, InvalidInput, ContextOverflow, Overloaded."""
+
+    def join(self, retry: RetryKey) -> RequestPort | None:
+        """The request that a retry is of, None if it is none. Raises KeyReused."""
 
 
 class TextAssetsPort(Protocol):

@@ -6,11 +6,19 @@ from typing import Final
 
 from schema.ids import Epoch, generation_of
 from schema.link import TOKEN_WINDOW_FRAMES, Acked, AttemptTruth
+from schema.states import EndReason
 
 __all__ = ["NodeLink"]
 
 _ACK_EVERY_FRAMES: Final = TOKEN_WINDOW_FRAMES // 8
 """Credit is given back in parts of the window: often enough that it never runs out, seldom enough to cost nothing."""
+
+
+_REPLIES: Final = (EndReason.STOP, EndReason.LENGTH)
+
+
+def _adoptable(truth: AttemptTruth) -> bool:
+    return truth.end is None or (truth.submit.retry is not None and truth.end.reason in _REPLIES)
 
 
 class NodeLink:
@@ -40,34 +48,36 @@ class NodeLink:
         self.frame = self._acked = 0
 
     def unknown(self, truth: AttemptTruth, generation: int) -> None:
-        """Sort an attempt that the router does not know: its end is acknowledged; in the first truth the highest live one
-        of an older generation is kept for adoption; any other is cancelled."""
-        epoch = truth.submit.attempt
-        if truth.end is not None:
-            self.ends.append(epoch)
-        elif self.first and generation_of(epoch) < generation:
-            key = (truth.submit.request, truth.submit.choice)
-            other = self._orphans.get(key)
-            if other is not None and other.submit.attempt > epoch:
-                self._cancels.append(epoch)
-                return
-            if other is not None:
-                self._cancels.append(other.submit.attempt)
-            self._orphans[key] = truth
+        """Sort an attempt that the router does not know: in the first truth the highest one of an older generation is kept for
+        adoption, if it is live or a retry may come for its reply; any other is refused."""
+        key = (truth.submit.request, truth.submit.choice)
+        other = self._orphans.get(key)
+        adoptable = self.first and generation_of(truth.submit.attempt) < generation and _adoptable(truth)
+        if not adoptable or (other is not None and other.submit.attempt > truth.submit.attempt):
+            self.refuse(truth)
         else:
-            self._cancels.append(epoch)
+            if other is not None:
+                self.refuse(other)
+            self._orphans[key] = truth
 
-    def complete(self) -> tuple[dict[str, list[AttemptTruth]], list[Epoch]]:
-        """End the comparison: the attempts to adopt, by request and in order of choice, and those to cancel."""
+    def refuse(self, truth: AttemptTruth) -> None:
+        """Nobody wants an attempt: its end is acknowledged, or it is to be cancelled."""
+        (self._cancels if truth.end is None else self.ends).append(truth.submit.attempt)
+
+    def complete(self) -> dict[str, list[AttemptTruth]]:
+        """End the comparison: the attempts to adopt, by request and in order of choice."""
         orphans: dict[str, list[AttemptTruth]] = {}
         for (request, _), truth in sorted(self._orphans.items()):
             orphans.setdefault(request, []).append(truth)
-        cancels = list(self._cancels)
         self.first = False
         self.seen.clear()
-        self._cancels.clear()
         self._orphans.clear()
-        return orphans, cancels
+        return orphans
+
+    def take_cancels(self) -> list[Epoch]:
+        """The attempts to cancel, once."""
+        cancels, self._cancels = self._cancels, []
+        return cancels
 
     @property
     def due(self) -> bool:

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from msgspec import structs
+
 from schema.admin import ProgressView, RequestView
 from schema.errors import ContextOverflow, Fault, InvalidInput, NotFound, Overloaded
 from schema.ids import Epoch, EpochCounter, IdSource
@@ -24,6 +26,7 @@ from schema.link import (
     ManagerMessage,
     NodeTruth,
     Progress,
+    RetryKey,
     SamplingParams,
     StartPhases,
     Tokens,
@@ -31,6 +34,7 @@ from schema.link import (
 )
 from sllmctl.control.effects import Event, ModelChanged, RejectWaiting, RouteChanged
 from sllmctl.gateway.dispatcher import Dispatcher
+from sllmctl.gateway.errors import KeyReused
 from sllmctl.gateway.journal import Attempt, Request, Sequence
 from sllmctl.gateway.journals import LiveJournals
 from sllmctl.gateway.progress import ProgressBoard
@@ -121,14 +125,14 @@ class Router:
         epoch = truth.submit.attempt
         attempt = self._core.attempts.get(epoch)
         if attempt is None or attempt.node != node:
-            link.unknown(truth, self._generation)
+            if not self._core.retries.holds(epoch):
+                link.unknown(truth, self._generation)
             return
         link.seen.add(epoch)
         if attempt.wanted:
             self._core.append(attempt.sequence, truth.run)
         if truth.end is not None:
             self._core.end(node, truth.end)
-            link.ends.append(epoch)
 
     def truth_ended(self, node: str, end: TruthEnd) -> None:
         """The truth is complete: what is not in it is lost, what is not known is cancelled, or adopted at first sight."""
@@ -136,14 +140,14 @@ class Router:
         for attempt in [attempt for attempt in self._core.attempts.values() if attempt.node == node]:
             if attempt.epoch not in link.seen and attempt.link < link.count:
                 self._core.lose(attempt, Fault("unreachable", f"node {node} does not have the sequence any more"))
-        orphans, cancels = link.complete()
         self._core.routes.node_up(node)
-        for truths in orphans.values():
-            cancels += self._adopt(node, truths)
+        for truths in link.complete().values():
+            self._adopt(node, link, truths)
+        cancels = link.take_cancels()
         cancels += [attempt.epoch for attempt in self._core.attempts.values() if attempt.node == node and not attempt.wanted]
         for epoch in cancels:
             self._core.send(node, Cancel(attempt=epoch))
-        self._flush(node, link)
+        self._core.flush(node, link)
         for route in self._core.routes.all():
             if route.change is not None and route.change.node == node:
                 self._core.touch_model(route.change.model)
@@ -160,7 +164,6 @@ class Router:
                     self._core.append(attempt.sequence, run)
             for end in tokens.ends:
                 self._core.end(node, end)
-                link.ends.append(end.attempt)
             link.frame = tokens.frame
         finally:
             if tokens.ends:
@@ -170,7 +173,7 @@ class Router:
         """All that came in one read was handed over: acknowledge what is due."""
         link = self._core.node(node)
         if link.due:
-            self._flush(node, link)
+            self._core.flush(node, link)
 
     def instance_load_changed(self, node: str, load: InstanceLoad) -> None:
         """The engine's own account of how busy it is; of an older life it is dropped."""
@@ -213,9 +216,17 @@ class Router:
         return [self.model(name) for name, queue in sorted(self._core.queues.items()) if queue.model is not None]
 
     def submit(
-        self, model: str, prompt: tuple[int, ...], params: SamplingParams, choices: int = 1, tenant: str = ""
+        self,
+        model: str,
+        prompt: tuple[int, ...],
+        params: SamplingParams,
+        choices: int = 1,
+        tenant: str = "",
+        retry: RetryKey | None = None,
     ) -> Request:
         """Take a request of a ``tenant`` in: its sequences run at once where there is room, and wait in line otherwise.
+
+        With ``retry`` its clients may come again, by `join`; the key must not be known.
 
         Raises NotFound or Conflict for a model that takes none, InvalidInput for an empty prompt, ContextOverflow, and
         Overloaded when the line or the journals' memory is full.
@@ -226,9 +237,8 @@ class Router:
             raise refusal
         assert queue is not None
         self._check(queue, prompt, params)
-        request = Request(
-            self._ids("req"), model, params, self._core.clock(), self._cancel, complete=self._complete, tenant=tenant
-        )
+        request = self._request(self._ids("req"), model, params, tenant, retry)
+        request.readers = 1
         for choice in range(choices):
             request.sequences.append(Sequence(request, choice, prompt))
         self._core.register(request)
@@ -236,6 +246,29 @@ class Router:
             queue.put(sequence)
         self._core.touch_model(model)
         self._core.settle()
+        return request
+
+    def join(self, retry: RetryKey) -> Request | None:
+        """The request of a key, from its beginning, with one more reader; None for a key that is not known.
+
+        Raises KeyReused when something else was asked with the key.
+        """
+        request = self._core.retries.get(retry)
+        if request is None:
+            return None
+        request.readers += 1
+        if request.live:
+            request.orphaned = False
+            if request.timer is not None:
+                request.timer.cancel()
+                request.timer = None
+            queue = self._core.queue(request.model)
+            for sequence in request.sequences:
+                # Of choices that no node spoke of after a restart, nothing is known to run.
+                if not sequence.done and sequence.attempt is None and sequence not in queue.waiting:
+                    queue.put(sequence)
+            self._core.touch_model(request.model)
+            self._core.settle()
         return request
 
     # --- for the admin API
@@ -326,38 +359,97 @@ class Router:
         )
         return min(limit for limit in known if limit)
 
-    def _adopt(self, node: str, truths: list[AttemptTruth]) -> list[Epoch]:
-        """Make a request of what a node runs since before this manager began; without a client it is cancelled in time.
+    def _adopt(self, node: str, link: NodeLink, truths: list[AttemptTruth]) -> None:
+        """Make a request of what a node holds since before this manager began; without a client it is cancelled in time.
 
-        Returns the attempts that cannot be adopted: of a request that another node was first to speak of.
+        What cannot be adopted is refused: of a request that another node was first to speak of, unless its client may retry;
+        then choices come from several nodes, and a retry that came before them gets what it waits for from them.
         """
         asked = truths[0].submit
-        if asked.request in self._core.requests:
-            return [truth.submit.attempt for truth in truths]
-        request = Request(
-            asked.request, asked.model, asked.params, self._core.clock(), self._cancel, tenant=asked.tenant, orphaned=True
-        )
+        retry = asked.retry
+        try:
+            request = self._core.requests.get(asked.request) if retry is None else self._core.retries.get(retry)
+            fits = request is None or retry is not None
+        except KeyReused:
+            fits = False
+        if not fits:
+            for truth in truths:
+                link.refuse(truth)
+            return
+        if request is None:
+            request = self._request(asked.request, asked.model, asked.params, asked.tenant, retry)
+            request.orphaned = True
+            choices = [truth.submit.choice for truth in truths] if retry is None else range(retry.choices)
+            request.sequences += [Sequence(request, choice, asked.prompt) for choice in choices]
+            self._core.register(request)
+            request.timer = self._core.call_later(self._settings.orphan_grace_s, request.cancel)
+        by_choice = {sequence.choice: sequence for sequence in request.sequences}
         for truth in truths:
-            submit = truth.submit
-            sequence = Sequence(request, submit.choice, submit.prompt)
-            sequence.tokens.extend((*submit.generated, *truth.new_ids))
-            request.sequences.append(sequence)
-            attempt = Attempt(
-                epoch=submit.attempt,
-                sequence=sequence,
-                node=node,
-                instance=submit.instance,
-                instance_epoch=submit.instance_epoch,
-                link=self._core.node(node).count,
-                began_at=self._core.clock(),
-                start=len(submit.generated),
-                kv_tokens=len(submit.prompt) + len(sequence.tokens),
-                max_tokens=submit.params.max_tokens,
-            )
-            self._core.place(attempt, self._core.routes.make(submit.instance))
-        self._core.register(request)
-        request.timer = self._core.call_later(self._settings.orphan_grace_s, request.cancel)
-        return []
+            sequence = by_choice.get(truth.submit.choice)
+            if sequence is None or not self._fits(truth, sequence):
+                link.refuse(truth)
+                continue
+            request.params = truth.submit.params
+            self._core.queue(request.model).take(sequence)
+            self._take_over(node, link, sequence, truth)
+
+    def _fits(self, truth: AttemptTruth, sequence: Sequence) -> bool:
+        """Whether what a node holds is this sequence's, which has nothing yet."""
+        request, submit = sequence.request, truth.submit
+        if sequence.done or sequence.tokens or sequence.attempt is not None or sequence.prompt != submit.prompt:
+            return False
+        if submit.params.logprobs is not None and submit.generated and request.retry is not None:
+            return False  # the log-probabilities of what it went on from are nowhere any more
+        untouched = all(not each.done and not each.tokens and each.attempt is None for each in request.sequences)
+        # A retry that came first has drawn a seed of its own, if its client gave none.
+        seed = submit.params.seed if untouched else request.params.seed
+        return structs.replace(request.params, seed=seed) == submit.params
+
+    def _take_over(self, node: str, link: NodeLink, sequence: Sequence, truth: AttemptTruth) -> None:
+        """Go on with a sequence as a node has it."""
+        submit, core = truth.submit, self._core
+        sequence.tokens.extend((*submit.generated, *truth.new_ids))
+        sequence.logprobs += truth.logprobs
+        core.journal_tokens += len(sequence.tokens)
+        if truth.end is not None:
+            core.finish(sequence, truth.end.reason)
+            if not core.retries.hold(sequence.request, node, submit.attempt):
+                link.refuse(truth)
+            return
+        attempt = Attempt(
+            epoch=submit.attempt,
+            sequence=sequence,
+            node=node,
+            instance=submit.instance,
+            instance_epoch=submit.instance_epoch,
+            link=link.count,
+            began_at=core.clock(),
+            start=len(submit.generated),
+            kv_tokens=len(submit.prompt) + len(sequence.tokens),
+            max_tokens=submit.params.max_tokens,
+        )
+        core.place(attempt, core.routes.make(submit.instance))
+        sequence.wake()
+
+    def _request(self, name: str, model: str, params: SamplingParams, tenant: str, retry: RetryKey | None) -> Request:
+        return Request(
+            name,
+            model,
+            params,
+            self._core.clock(),
+            self._cancel,
+            complete=self._complete,
+            leave=self._leave,
+            tenant=tenant,
+            retry=retry,
+        )
+
+    def _leave(self, request: Request) -> None:
+        request.readers -= 1
+        if request.retry is None or not self._settings.retry_grace_s:
+            request.cancel()
+        elif request.live and request.readers == 0:
+            request.timer = self._core.call_later(self._settings.retry_grace_s, request.cancel)
 
     def _cancel(self, request: Request) -> None:
         self._core.cancel(request)
@@ -366,7 +458,3 @@ class Router:
     def _complete(self, sequence: Sequence) -> None:
         self._core.complete(sequence)
         self._core.settle()
-
-    def _flush(self, node: str, link: NodeLink) -> None:
-        if (acked := link.take_acked()) is not None:
-            self._core.send(node, acked)

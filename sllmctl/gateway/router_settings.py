@@ -24,6 +24,9 @@ class RouterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     replies have taught better. ``reply_smoothing``: the weight of the newest reply in a model's averages.
 
     ``orphan_grace_s``: how long a sequence found on a node at the manager's start runs without a client.
+    ``retry_grace_s``: how long a request with an Idempotency-Key, whose client went away, runs on for a retry to come.
+    ``replies_kept_s``: how long a retry gets its reply once it has ended; at most ``replies_kept`` of them, of
+    ``replies_kept_tokens`` together, prompts included.
     ``demand_interval_s``: how often the control loop hears of a changed queue. ``prefill_interval_s``: how soon after the time
     of one prefill it hears of another of the same instance; twice as long each time, up to ``prefill_longest_s``.
     ``first_retry_after_s``: what a refused client is told before a model's pace is known; ``longest_retry_after_s``: at most.
@@ -36,6 +39,10 @@ class RouterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     max_sequence_tokens: _Count = 4_000_000
     expected_reply_tokens: _Count = 256
     orphan_grace_s: _Seconds = 30.0
+    retry_grace_s: _Seconds = 30.0
+    replies_kept_s: _Seconds = 300.0
+    replies_kept: _Count = 1000
+    replies_kept_tokens: _Count = 2_000_000
     demand_interval_s: _Seconds = 0.1
     prefill_interval_s: _Seconds = 1.0
     prefill_longest_s: _Seconds = 60.0

@@ -183,6 +183,9 @@ class Routes:
         self._up.add(node)
         self._version += 1
 
+    def is_up(self, node: str) -> bool:
+        return node in self._up
+
     def node_down(self, node: str) -> None:
         self._up.discard(node)
         self._version += 1

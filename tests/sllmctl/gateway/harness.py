@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from schema.admin import RequestTimeline, StatusView
 from schema.checkpoint import KvGeometry, Manifest, TextDefaults
 from schema.errors import NotFound, SllmError
-from schema.link import SamplingParams
+from schema.link import RetryKey, SamplingParams
 from schema.spec import ModelSpec, PathSource
 from schema.states import EndReason, ModelState
 from sllmctl.gateway.app import api_app
@@ -116,8 +116,9 @@ class FakeRequest:
     def timeline(self) -> RequestTimeline:
         return RequestTimeline(cold=False, routed_s=0.001, first_token_s=0.01, ended_s=0.02)
 
-    def cancel(self) -> None:
-        self.cancelled.set()
+    def leave(self) -> None:
+        if any(sequence.finish is None for sequence in self.sequences):
+            self.cancelled.set()
 
 
 @dataclass
@@ -150,8 +151,17 @@ class FakeRouter:
     def models(self) -> list[FakeModel]:
         return list(self.routed.values())
 
+    def join(self, retry: RetryKey) -> FakeRequest | None:
+        return None
+
     def submit(
-        self, model: str, prompt: tuple[int, ...], params: SamplingParams, choices: int = 1, tenant: str = ""
+        self,
+        model: str,
+        prompt: tuple[int, ...],
+        params: SamplingParams,
+        choices: int = 1,
+        tenant: str = "",
+        retry: RetryKey | None = None,
     ) -> FakeRequest:
         if self.refuse is not None:
             raise self.refuse
