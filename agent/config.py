@@ -4,7 +4,8 @@ The run directory holds ``agent.sock``, ``agent.token`` (0600: what makes a dial
 ``roster.json`` (its processes, for the agent's next life), and a lock file per process (``agent.lock``, ``store.lock``,
 ``zygote.lock``), held with flock while the process lives. The data directory holds ``identity.json`` (name, cluster, newest
 generation seen), ``disk.json`` (how fast the checkpoints' disk reads), ``checkpoints/<digest>/<layout>/``, ``tmp/`` for what is
-being ingested or removed, ``partial/`` for what is being fetched, and ``log/``.
+being ingested or removed, ``partial/`` for what is being fetched, and ``log/`` with a file per process and, in its
+``instances/``, one per instance.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from schema.errors import InvalidInput
+from schema.logs import LogFormat
 from schema.remote import RemoteSettings
 
 __all__ = ["NodeConfig", "load_config", "parse_config"]
@@ -57,6 +59,7 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     start_s: _Seconds = 300.0
     hang_s: Annotated[float, Meta(gt=0)] = 300.0
     log_level: str = "info"
+    log_format: LogFormat = "console"
     remote: RemoteSettings = RemoteSettings()
 
     @property
@@ -74,6 +77,10 @@ class NodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     @property
     def skeletons_path(self) -> Path:
         return Path(self.data_dir) / "skeletons"
+
+    @property
+    def log_path(self) -> Path:
+        return Path(self.data_dir) / "log"
 
     def lock_path(self, role: str) -> Path:
         return Path(self.run_dir) / f"{role}.lock"

@@ -23,7 +23,7 @@ import uvicorn
 import uvloop
 
 from schema.errors import SllmError
-from schema.link import SamplingParams
+from schema.link import RetryKey, SamplingParams
 from schema.states import EndReason
 from sllmctl.gateway.app import api_app
 from sllmctl.gateway.metrics import Metrics
@@ -48,9 +48,16 @@ class TurnRouter(FakeRouter):
         self.bare = 0
 
     def submit(
-        self, model: str, prompt: tuple[int, ...], params: SamplingParams, choices: int = 1, tenant: str = ""
+        self,
+        model: str,
+        prompt: tuple[int, ...],
+        params: SamplingParams,
+        choices: int = 1,
+        tenant: str = "",
+        retry: RetryKey | None = None,
+        request_id: str = "",
     ) -> FakeRequest:
-        request = FakeRequest(len(self.requests), model, prompt, params, choices, tenant)
+        request = FakeRequest(request_id or f"req_{len(self.requests):026}", model, prompt, params, choices, tenant)
         if params.max_tokens <= 2:
             request.sequence.emit(_TOKENS[: params.max_tokens], EndReason.LENGTH)
         else:

@@ -39,6 +39,8 @@ __all__ = [
     "ExplainView",
     "InstanceView",
     "LoadView",
+    "LogFrame",
+    "LogLineView",
     "LogView",
     "ModelView",
     "NodeVerdictView",
@@ -388,6 +390,23 @@ class StreamFrame(_View, frozen=True, kw_only=True, omit_defaults=True):
     events: tuple[EventView, ...] = ()
     logs: tuple[LogView, ...] = ()
     gone: dict[StreamKind, tuple[str, ...]] = {}
+
+
+class LogLineView(_View, frozen=True, kw_only=True):
+    """A line that a worker or a process of a node wrote: ``source`` is the instance or the process, ``at`` is Unix seconds of
+    the node's clock, None for what does not say (output of a library, a part of a trace)."""
+
+    node: str
+    source: str
+    at: float | None
+    text: str
+
+
+class LogFrame(_View, frozen=True, kw_only=True):
+    """What ``GET .../logs?follow=1`` tells of at a time. ``lost``: nodes that cannot be asked just now, and why."""
+
+    items: tuple[LogLineView, ...] = ()
+    lost: dict[str, str] = {}
 
 
 class CheckpointBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

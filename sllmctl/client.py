@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -33,6 +34,8 @@ from schema.admin import (
     EventView,
     ExplainView,
     InstanceView,
+    LogFrame,
+    LogLineView,
     ModelView,
     NodeView,
     OperationView,
@@ -52,6 +55,7 @@ __all__ = [
     "AdminClient",
     "AsyncAdminClient",
     "Call",
+    "LogQuery",
     "Until",
     "Waited",
     "add_model",
@@ -69,6 +73,7 @@ __all__ = [
     "forget_checkpoint",
     "instance",
     "instances",
+    "logs",
     "model",
     "models",
     "node",
@@ -307,6 +312,32 @@ def events(kind: str | None = None, name: str | None = None, limit: int = 100) -
     return _list("events", EventView, {key: value for key, value in query.items() if value is not None})
 
 
+@dataclass(frozen=True, slots=True)
+class LogQuery:
+    """Whose logs are wanted, and from where on: the last ``tail`` lines of each source, at most ``since_s`` old (0: any age).
+    ``part`` is an instance of a model, or a process of a node."""
+
+    noun: Literal["model", "instance", "node"]
+    name: str
+    part: str | None = None
+    tail: int = 100
+    since_s: float = 0.0
+
+    @property
+    def path(self) -> str:
+        return f"{self.noun}s/{_segment(self.name)}/logs"
+
+    @property
+    def query(self) -> dict[str, str]:
+        part = {"process" if self.noun == "node" else "instance": self.part} if self.part is not None else {}
+        return {"tail": str(self.tail), "since": f"{self.since_s:g}", **part}
+
+
+def logs(wanted: LogQuery) -> Call[tuple[LogLineView, ...]]:
+    """What was written, in order of time."""
+    return _list(wanted.path, LogLineView, wanted.query)
+
+
 # --- Transports ------------------------------------------------------------------------------------------------------
 
 
@@ -342,10 +373,17 @@ class AdminClient:
         Never ends by itself. Raises Unreachable when the manager goes away or says nothing for long: follow again, from the
         last frame's cursor.
         """
+        return self._frames(_following(cursor, kinds, self._settings), StreamFrame)
+
+    def follow_logs(self, wanted: LogQuery) -> Iterator[LogFrame]:
+        """The lines that are there, then those that are written. Ends and raises as `follow` does."""
+        return self._frames(_log_following(wanted, self._settings), LogFrame)
+
+    def _frames(self, arguments: dict[str, Any], kind: type[V]) -> Iterator[V]:
         _knock(self._socket)
-        lines = _Lines()
+        lines = _Lines(kind)
         try:
-            with self._http.stream(**_following(cursor, kinds, self._settings)) as answer:
+            with self._http.stream(**arguments) as answer:
                 if answer.status_code >= 400:
                     answer.read()
                     raise _problem(answer, self._socket)
@@ -387,10 +425,21 @@ class AsyncAdminClient:
 
     async def follow(self, cursor: str | None = None, kinds: Sequence[StreamKind] = ()) -> AsyncGenerator[StreamFrame, None]:
         """As `AdminClient.follow`."""
+        async with aclosing(self._frames(_following(cursor, kinds, self._settings), StreamFrame)) as frames:
+            async for frame in frames:
+                yield frame
+
+    async def follow_logs(self, wanted: LogQuery) -> AsyncGenerator[LogFrame, None]:
+        """As `AdminClient.follow_logs`."""
+        async with aclosing(self._frames(_log_following(wanted, self._settings), LogFrame)) as frames:
+            async for frame in frames:
+                yield frame
+
+    async def _frames(self, arguments: dict[str, Any], kind: type[V]) -> AsyncGenerator[V, None]:
         _knock(self._socket)
-        lines = _Lines()
+        lines = _Lines(kind)
         try:
-            async with self._http.stream(**_following(cursor, kinds, self._settings)) as answer:
+            async with self._http.stream(**arguments) as answer:
                 if answer.status_code >= 400:
                     await answer.aread()
                     raise _problem(answer, self._socket)
@@ -405,13 +454,14 @@ class AsyncAdminClient:
         await self._http.aclose()
 
 
-class _Lines:
+class _Lines(Generic[V]):
     """Server-sent events out of bytes as they come. Raises LinkError for what is no frame, or is longer than any."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[V]) -> None:
+        self._kind = kind
         self._rest = bytearray()
 
-    def take(self, chunk: bytes) -> Iterator[StreamFrame]:
+    def take(self, chunk: bytes) -> Iterator[V]:
         seen = max(0, len(self._rest) - 1)
         self._rest += chunk
         while (end := self._rest.find(b"\n\n", seen)) >= 0:
@@ -420,7 +470,7 @@ class _Lines:
             seen = 0
             for line in event.split(b"\n"):
                 if line.startswith(b"data: "):
-                    frame: StreamFrame = _decode(line[6:], StreamFrame)
+                    frame: V = _decode(line[6:], self._kind)
                     yield frame
         if len(self._rest) > _EVENT_BYTES:
             raise LinkError(f"an event of the manager's stream is longer than {_EVENT_BYTES} bytes")
@@ -433,6 +483,15 @@ def _following(cursor: str | None, kinds: Sequence[StreamKind], settings: Client
         "params": {"kinds": ",".join(kinds)} if kinds else {},
         "headers": {"last-event-id": cursor} if cursor else {},
         "timeout": httpx.Timeout(settings.silence_s, connect=settings.connect_s),
+    }
+
+
+def _log_following(wanted: LogQuery, settings: ClientSettings) -> dict[str, Any]:
+    return {
+        "method": "GET",
+        "url": wanted.path,
+        "params": {**wanted.query, "follow": "1"},
+        "timeout": httpx.Timeout(max(settings.silence_s, settings.answer_s), connect=settings.connect_s),
     }
 
 

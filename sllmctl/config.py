@@ -20,6 +20,7 @@ import msgspec
 from msgspec import Meta
 
 from schema.errors import InvalidInput
+from schema.logs import LogFormat
 from schema.remote import RemoteSettings
 from sllmctl.control.settings import ControlSettings
 from sllmctl.gateway.router_settings import RouterSettings
@@ -31,6 +32,7 @@ __all__ = [
     "AdminSettings",
     "ApiSettings",
     "ClientSettings",
+    "LogSettings",
     "NodeSettings",
     "ServeSettings",
     "Settings",
@@ -77,6 +79,15 @@ class StreamSettings(msgspec.Struct, frozen=True, kw_only=True):
     linger_s: _Seconds = 30.0
 
 
+class LogSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Logs of nodes, followed over the admin API: by so many ``followers`` at once, looked at every ``every_s``; ``idle_s``: a
+    sign of life when nothing is written."""
+
+    followers: Annotated[int, Meta(ge=1, le=1000)] = 32
+    every_s: Annotated[float, Meta(gt=0, le=60)] = 0.4
+    idle_s: Annotated[float, Meta(gt=0, le=60)] = 3.0
+
+
 class AdminSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The admin API: how long a GET that waits is held at most, how often it looks, and the largest body."""
 
@@ -84,6 +95,7 @@ class AdminSettings(msgspec.Struct, frozen=True, kw_only=True):
     wait_look_s: Annotated[float, Meta(gt=0, le=10)] = 0.05
     body_bytes: _Bytes = 1 << 20
     stream: StreamSettings = StreamSettings()
+    logs: LogSettings = LogSettings()
 
 
 class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,11 +141,13 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
     start_s: _Seconds = 300.0
     hang_s: Annotated[float, Meta(gt=0)] = 300.0
     log_level: LogLevel = "info"
+    log_format: LogFormat = "console"
     remote: RemoteSettings = RemoteSettings()
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole tree. What depends on ``state_dir`` (database, sockets, the node's directories) follows it unless set."""
+    """The whole tree. What depends on ``state_dir`` (database, sockets, the node's directories) follows it unless set, and the
+    node's ``log_format`` follows the manager's."""
 
     state_dir: Path
     database_url: str
@@ -150,6 +164,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     local: LocalSettings = LocalSettings()
     assets: AssetSettings = AssetSettings()
     log_level: LogLevel = "info"
+    log_format: LogFormat = "console"
 
     @classmethod
     def load(cls, flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None = None) -> Settings:
@@ -165,6 +180,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         state = found.setdefault("state_dir", _default_state_dir(environ))
         found.setdefault("database_url", f"sqlite+aiosqlite:///{state}/state.db")
         found.setdefault("admin_socket", state / "admin.sock")
+        if "log_format" in found:
+            found.setdefault("node.log_format", found["log_format"])
         found.setdefault("node.run_dir", str(state / "node"))
         found.setdefault("node.data_dir", str(state / "node"))
         settings = msgspec.convert(_nest(found), cls, dec_hook=_as_path)

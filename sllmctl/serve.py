@@ -26,15 +26,17 @@ from schema.ids import EpochCounter, system_ids
 from schema.states import NodeState
 from sllmctl import __version__
 from sllmctl.control.effects import AddNode
-from sllmctl.control.gauges import cluster_gauges
+from sllmctl.control.gauges import cluster_gauges, decision_counts
 from sllmctl.control.live import LiveEffects
 from sllmctl.control.loop import ControlLoop
 from sllmctl.control.runner import Runner
+from sllmctl.control.starts import StartMeter
 from sllmctl.control.watched import WatchedDatabase
 from sllmctl.gateway.admin import admin_app
 from sllmctl.gateway.app import api_app
 from sllmctl.gateway.explanations import Explanations
 from sllmctl.gateway.feed import Feed
+from sllmctl.gateway.logs import Logs
 from sllmctl.gateway.metrics import Metrics
 from sllmctl.gateway.router import Router
 from sllmctl.gateway.server import server_config
@@ -164,9 +166,13 @@ class Manager:
         )
         metrics = Metrics()
         self._feed = Feed(view=view, live=self._router, database=database, status=self.status, settings=settings.admin.stream)
-        rows = WatchedDatabase(database, metrics.estimated, self._feed.committed)
+        starts = StartMeter(view, cluster.generation, metrics)
+        rows = WatchedDatabase(database, metrics.estimated, self._feed.committed, starts.committed, timed=metrics.committed)
         self._runner = Runner(loop, LiveEffects(rows, self._links, self._router, self._assets, log))
         metrics.add(lambda: cluster_gauges(view, self._router))
+        metrics.add(lambda: decision_counts(loop.decisions.counts))
+        metrics.add(lambda: self._router.engines.families(view.models))
+        metrics.add(self._links.families)
         api = api_app(
             router=self._router,
             assets=self._assets,
@@ -175,6 +181,7 @@ class Manager:
             status=self.status,
             metrics=metrics,
         )
+        self._logs = Logs(view, self._links, settings.admin.logs)
         admin = admin_app(
             runner=self._runner,
             view=view,
@@ -191,6 +198,7 @@ class Manager:
                 database=database,
             ),
             feed=self._feed,
+            logs=self._logs,
         )
         self._api_server = _Server(server_config(api, settings.gateway, metrics))
         self._admin_server = _Server(server_config(admin, settings.gateway, lifespan=False))
@@ -272,6 +280,7 @@ class Manager:
         await self._assets.close()
         await self._links.close()
         await self._feed.close_feed()
+        self._logs.close()
         self._admin_server.should_exit = self._admin_server.force_exit = True
         await asyncio.gather(*parts, return_exceptions=True)
 

@@ -23,6 +23,7 @@ from agent.daemon.ingest import IngestCommand, ingest_command
 from agent.daemon.instances import Instances
 from agent.daemon.inventory import devices, inventory
 from agent.daemon.life import Life
+from agent.daemon.logs import NodeLogs
 from agent.daemon.managerlink import ManagerLink
 from agent.daemon.operations import Operations
 from agent.daemon.roster import Roster, RosterEntry
@@ -51,6 +52,7 @@ from schema.link import (
     Progress,
     Publish,
     ReadFile,
+    ReadLog,
     Role,
     SetPins,
     Shutdown,
@@ -97,6 +99,7 @@ class Agent:
         self._server = Server(config.socket_path, self._admit)
         self._inventory = inventory(config, None)
         self._disk = DiskSpeed(config, self._busy)
+        self._logs = NodeLogs(config)
         self._devices = {device.index for device in found}
         self._admission = asyncio.Lock()
         self._saving = asyncio.Lock()
@@ -110,6 +113,7 @@ class Agent:
 
     async def run(self) -> None:
         """Serve until `shut_down` is called, then end everything. Raises SllmError when it cannot begin or a part fails."""
+        await asyncio.to_thread(self._logs.tidy)
         await self._checkpoints.scan()
         self._checkpoints.pins.load()
         self._store.pin(self._checkpoints.pins.on(Tier.DRAM))
@@ -282,11 +286,16 @@ class Agent:
                 self._operations.acked(message.ops)
             case ReadFile():
                 self._operations.read_file(message)
+            case ReadLog():
+                self._own(self._read_log(message), f"read a log for {message.op}")
             case Shutdown():
                 _log.info("the manager tells this agent to shut down")
                 self.shut_down(message.grace_s)
             case _:
                 raise LinkError(f"a manager has no {type(message).__name__} to say")
+
+    async def _read_log(self, message: ReadLog) -> None:
+        self._manager.tell(await asyncio.to_thread(self._logs.read, message))
 
     def _pin(self, message: SetPins) -> None:
         self._checkpoints.pins.set(message.pins)

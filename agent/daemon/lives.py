@@ -18,6 +18,7 @@ import msgspec
 from agent.config import NodeConfig
 from agent.daemon.attempts import Journal
 from agent.daemon.life import Life
+from agent.daemon.logs import NodeLogs
 from agent.daemon.process import Process, describe_status
 from agent.daemon.roster import Roster
 from agent.daemon.storelink import StoreLink
@@ -95,6 +96,7 @@ class Lives:
         self._current: dict[str, Life] = {}
         self._lives: set[Life] = set()
         self._exits: dict[int, int] = {}
+        self._logs = NodeLogs(config)
         self._finished = asyncio.Event()
 
     def _begin(self, life: Life) -> None:
@@ -227,7 +229,8 @@ class Lives:
     def _fork(self, life: Life) -> None:
         life.nonce = secrets.randbits(52) + 1
         self._roster.put(life.entry())
-        self._fork_door(Fork(instance=life.start.instance, epoch=life.start.epoch, nonce=life.nonce))
+        log = str(self._logs.of_instance(life.start))
+        self._fork_door(Fork(instance=life.start.instance, epoch=life.start.epoch, nonce=life.nonce, log=log))
 
     def _own_pid(self, life: Life, pid: int) -> None:
         process = Process.open(pid)

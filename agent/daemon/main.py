@@ -8,7 +8,6 @@ import os
 import secrets
 import signal
 import stat
-import sys
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +17,7 @@ from agent.config import NodeConfig
 from agent.daemon.agent import Agent
 from agent.daemon.files import FileLock, private_directory, write_atomic
 from agent.daemon.process import become_subreaper, reap_orphans
+from agent.logs import begin_log
 from schema.errors import Conflict, InvalidInput, SllmError
 
 __all__ = ["main", "read_or_make_token"]
@@ -28,11 +28,7 @@ _log = logging.getLogger(__name__)
 
 def main(config: NodeConfig) -> int:
     """Run the agent of a node until it is told to end. Returns an exit code: 0, 1 failed, 2 settings, 6 another one runs."""
-    logging.basicConfig(
-        level=config.log_level.upper() if config.log_level.upper() in logging.getLevelNamesMapping() else "INFO",
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    begin_log("agent", config.log_path / "agent.log", config)
     try:
         _make_directories(config)
         lock = FileLock.take(config.lock_path("agent"), "agent")
@@ -71,7 +67,7 @@ def read_or_make_token(path: Path) -> str:
 def _make_directories(config: NodeConfig) -> None:
     private_directory(Path(config.run_dir))
     private_directory(Path(config.data_dir))
-    for path in (config.checkpoints_path, Path(config.data_dir) / "tmp", Path(config.data_dir) / "log"):
+    for path in (config.checkpoints_path, Path(config.data_dir) / "tmp", config.log_path, config.log_path / "instances"):
         private_directory(path)
 
 

@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 
 def log_path(config: NodeConfig, name: str) -> Path:
-    return Path(config.data_dir) / "log" / f"{name}.log"
+    return config.log_path / f"{name}.log"
 
 
 def spawn_process(args: list[str], log: Path) -> int:

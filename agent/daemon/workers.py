@@ -29,6 +29,7 @@ from schema.link import (
     WorkerMessage,
     WorkerTruth,
 )
+from schema.logs import about
 from schema.states import EndReason, InstanceState
 
 __all__ = ["Relay", "RelayOwner"]
@@ -92,6 +93,9 @@ class Relay:
         elif life.worker is not None:
             attempt.carried = life.worker.serial
             life.worker.send(message)
+            _log.info(
+                "handed to its worker", extra=about(request=message.request, attempt=message.attempt, instance=message.instance)
+            )
 
     def cancel(self, message: Cancel) -> None:
         """Cancel an attempt; unknown and ended ones are ignored. While its worker's link is down, it waits for its truth."""
@@ -267,10 +271,12 @@ class _WorkerLink:
             self._journal.append(run)
         unknown = []
         for end in message.ends:
-            if self._journal.get(end.attempt) is None:
+            if (attempt := self._journal.get(end.attempt)) is None:
                 unknown.append(end.attempt)
             else:
                 self._journal.end(end)
+                fields = about(request=attempt.submit.request, attempt=end.attempt, reason=end.reason.value)
+                _log.info("ended by its worker", extra=fields)
         self._relay.owner.attempts_changed()
         if unknown or self._frame - self._acked_frame >= _ACK_FRAMES:
             self.acknowledge(unknown)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from schema.ids import Epoch
-from schema.link import Ended, Submit, TokenRun
+from schema.link import Ended, EngineCounts, Submit, TokenRun
 
 __all__ = ["Engine", "EngineCapacity", "StepOutput"]
 
@@ -51,6 +51,10 @@ class Engine(Protocol):
 
     @property
     def kv_used_tokens(self) -> int: ...
+
+    @property
+    def counts(self) -> EngineCounts:
+        """What it has done so far."""
 
     def submit(self, submit: Submit) -> None:
         """Queue an attempt. What cannot run (empty prompt, ids beyond the vocabulary, context over the limit) ends with

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
 
@@ -18,9 +19,10 @@ from agent.engine.runner import Runner
 from agent.engine.sampler import BROKEN, sample
 from agent.engine.scheduler import Plan, Scheduler
 from agent.engine.sequence import Sequence
+from agent.engine.tally import Tally
 from schema.errors import ContextOverflow, Fault, InvalidCheckpoint, InvalidInput, OutOfSpace, SllmError
 from schema.ids import Epoch
-from schema.link import Ended, SamplingParams, Submit, TokenRun
+from schema.link import Ended, EngineCounts, SamplingParams, Submit, TokenRun
 from schema.states import EndReason
 
 __all__ = ["BatchEngine"]
@@ -53,6 +55,7 @@ class BatchEngine:
         self._vocabulary = vocabulary
         self._context_tokens = context_tokens
         self._scheduler = Scheduler(blocks, prefill_tokens)
+        self._tally = Tally(self._scheduler)
         self._proven = False
         self._known: dict[Epoch, Sequence] = {}
         self._ends: list[Ended] = []
@@ -72,6 +75,10 @@ class BatchEngine:
     @property
     def kv_used_tokens(self) -> int:
         return self._blocks.used_tokens
+
+    @property
+    def counts(self) -> EngineCounts:
+        return self._tally.counts()
 
     @property
     def proven(self) -> bool:
@@ -137,7 +144,9 @@ class BatchEngine:
             output.ends.append(sequence.ended(EndReason.LENGTH))
         if plan.empty:
             return output
+        began_s = time.perf_counter()
         self._run(plan, output)
+        self._tally.stepped(plan, time.perf_counter() - began_s)
         return output
 
     def _run(self, plan: Plan, output: StepOutput) -> None:

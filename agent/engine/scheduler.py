@@ -59,6 +59,7 @@ class Scheduler:
         self.waiting = FairQueue()
         self.running: list[Sequence] = []
         """In the order of admission: the last one is the newest."""
+        self.admitted_tokens = self.cached_tokens = self.preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.join(sequence)
@@ -97,6 +98,7 @@ class Scheduler:
             while sequence.row >= 0 and not self._blocks.extend(sequence, len(sequence.tokens)):
                 newest = self.running.pop()
                 self._blocks.release(newest)
+                self.preemptions += 1
                 if self.running:
                     self.waiting.back(newest)
                 else:
@@ -117,6 +119,8 @@ class Scheduler:
                 return
             self.waiting.take(sequence)
             self.running.append(sequence)
+            self.admitted_tokens += len(sequence.tokens)
+            self.cached_tokens += sequence.cached
             sequence.admitted()
 
     def _share_out(self, prefilling: list[Sequence], budget: int, plan: Plan) -> None:

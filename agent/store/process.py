@@ -19,6 +19,7 @@ import msgspec
 
 from agent.channel import Channel
 from agent.config import NodeConfig, load_config
+from agent.logs import begin_log
 from agent.native.address import address_of
 from agent.native.arena import Arena
 from agent.native.device import budget_bytes, find_devices
@@ -88,7 +89,7 @@ def main(run_dir: str | Path) -> int:
         return 2
     sys.setswitchinterval(_SWITCH_S)
     allow_open_files()
-    logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format="%(asctime)s store %(levelname)s %(message)s")
+    begin_log("store", config.log_path / "store.log", config)
     lock = os.open(config.lock_path("store"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

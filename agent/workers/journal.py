@@ -58,6 +58,10 @@ class Journal:
         self._entries[submit.attempt] = _Entry(submit)
         return True
 
+    def request_of(self, attempt: Epoch) -> str:
+        """The id of the request that an attempt is for."""
+        return self._entries[attempt].submit.request
+
     def take(self, output: StepOutput) -> None:
         """Tokens and ends of one engine step."""
         for run in output.runs:

@@ -26,6 +26,7 @@ from agent.engine.engine import BatchEngine
 from agent.engine.image import image_tensors
 from agent.engine.kept import SkeletonCache
 from agent.engine.weights import attach
+from agent.logs import OutputFile
 from agent.native.device import open_driver
 from agent.native.dlpack import bytes_capsule
 from agent.native.mapping import ImageMapping
@@ -39,6 +40,8 @@ from schema.link import (
     Attach,
     Cancel,
     Descriptors,
+    Ended,
+    EngineTiming,
     Fork,
     Hello,
     InstanceLoad,
@@ -57,6 +60,7 @@ from schema.link import (
     Welcome,
     WorkerTruth,
 )
+from schema.logs import about
 from schema.states import InstanceState
 from schema.version import VERSION
 
@@ -74,9 +78,10 @@ _log = logging.getLogger(__name__)
 
 
 class Worker:
-    """``fork`` says which instance this is, ``began_s`` (monotonic) when its process began."""
+    """``fork`` says which instance this is, ``began_s`` (monotonic) when its process began, ``output`` is where it logs."""
 
-    def __init__(self, config: NodeConfig, fork: Fork, began_s: float) -> None:
+    def __init__(self, config: NodeConfig, fork: Fork, began_s: float, output: OutputFile) -> None:
+        self._output = output
         self._config = config
         self._fork = fork
         self._began_s = began_s
@@ -163,7 +168,10 @@ class Worker:
     def _step(self) -> None:
         assert self._engine is not None
         self._handed_in = False
-        self._journal.take(self._engine.step())
+        output = self._engine.step()
+        self._journal.take(output)
+        for end in output.ends:
+            self._log_end(end)
 
     def _tell(self) -> None:
         """Tokens when the socket has taken all before them, and the load when it changed."""
@@ -175,10 +183,16 @@ class Worker:
         now = time.monotonic()
         if load != self._load and now >= self._load_at + _LOAD_EVERY_S:
             self._load, self._load_at = load, now
+            self._output.turn()
             running, waiting, used = load
             self._channel.send(
                 InstanceLoad(
-                    instance=self._fork.instance, epoch=self._fork.epoch, running=running, waiting=waiting, kv_used_tokens=used
+                    instance=self._fork.instance,
+                    epoch=self._fork.epoch,
+                    running=running,
+                    waiting=waiting,
+                    kv_used_tokens=used,
+                    counts=None if self._engine is None else self._engine.counts,
                 )
             )
 
@@ -265,6 +279,31 @@ class Worker:
             return
         self._engine.submit(submit)
         self._handed_in = True
+        fields = about(
+            request=submit.request,
+            attempt=submit.attempt,
+            choice=submit.choice or None,
+            prompt_tokens=len(submit.prompt),
+            resumed_at=len(submit.generated) or None,
+        )
+        _log.info("begun", extra=fields)
+
+    def _log_end(self, end: Ended) -> None:
+        timing = end.timing or EngineTiming()
+        fields = about(
+            request=self._journal.request_of(end.attempt),
+            attempt=end.attempt,
+            reason=end.reason.value,
+            why=end.fault.message if end.fault is not None else None,
+            position=end.position,
+            queued_s=timing.queued_s,
+            prefill_s=timing.prefill_s,
+            first_token_s=timing.first_token_s,
+            total_s=timing.total_s,
+            steps=timing.steps,
+            cached_tokens=timing.cached_tokens,
+        )
+        _log.info("ended", extra=fields)
 
     def _stop(self, grace_s: float) -> None:
         at = time.monotonic() + grace_s
@@ -359,6 +398,10 @@ class Worker:
         )
         self._engine = engine
         self._warm_at = now + _WARM_AFTER_S
+        _log.info(
+            "ready",
+            extra=about(model=self._start.start.model, after_s=self._phases.total_s, kv_tokens=engine.capacity.kv_tokens),
+        )
         self._become_ready(engine.capacity)
 
     def _map(self, message: Attach) -> tuple[Any, str]:

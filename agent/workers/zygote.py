@@ -7,9 +7,11 @@ torch only after the environment is set, in `main`.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import fcntl
 import gc
 import importlib
+import io
 import logging
 import os
 import signal
@@ -20,6 +22,7 @@ from typing import Final
 
 from agent.channel import Channel
 from agent.config import NodeConfig, load_config
+from agent.logs import OutputFile, begin_log, write_to
 from agent.workers.kin import kin_token
 from schema.errors import Fault, SllmError
 from schema.link import ChildExited, Fork, Forked, Hello, Ping, Pong, Role, Shutdown, ToZygote, Welcome, ZygoteTruth
@@ -42,7 +45,6 @@ _ARCHITECTURES: Final = (
 )  # fmt: skip
 """Model families whose code is imported ahead; any other is imported by the worker that needs it, in tenths of a second."""
 _IDLE_S: Final = 1.0
-_LOG_FORMAT: Final = "%(asctime)s %(name)s %(levelname)s %(message)s"
 _log = logging.getLogger(__name__)
 
 
@@ -54,7 +56,7 @@ def main(run_dir: str | Path) -> int:
     except SllmError as error:
         sys.stderr.write(f"zygote: {error}\n")
         return 2
-    logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format=_LOG_FORMAT)
+    begin_log("zygote", config.log_path / "zygote.log", config)
     lock = os.open(config.lock_path("zygote"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -161,9 +163,10 @@ class _Zygote:
             self._channel.abandon()
             for descriptor in (self._lock, self._wake_read, self._wake_write):
                 os.close(descriptor)
+            output = self._begin_log(fork)
             from agent.workers.worker import Worker
 
-            code = Worker(self._config, fork, began_s).run()
+            code = Worker(self._config, fork, began_s, output).run()
         except BaseException:
             _log.critical("the worker of instance %s failed", fork.instance, exc_info=True)
         finally:
@@ -171,6 +174,16 @@ class _Zygote:
                 sys.stdout.flush()
                 sys.stderr.flush()
         return code
+
+    def _begin_log(self, fork: Fork) -> OutputFile:
+        """A file of the worker's own, for its lines, what libraries print, and the stack of a crash."""
+        path = Path(fork.log) if fork.log else self._config.log_path / "zygote.log"
+        if fork.log:
+            write_to(path)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(line_buffering=True)
+        faulthandler.enable()
+        return begin_log("worker", path, self._config, instance=fork.instance, epoch=fork.epoch)
 
     def _reap(self) -> None:
         """Say how children ended, as often as one did."""

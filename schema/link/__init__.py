@@ -58,16 +58,20 @@ from schema.link.commands import (
 )
 from schema.link.frames import FrameDecoder, encode_frame
 from schema.link.handshake import Descriptors, DeviceWeights, Hello, Ping, Pong, Refused, Role, Welcome
+from schema.link.logs import LogChunk, LogLine, ReadLog
 from schema.link.node import ArenaInfo, CheckpointTruth, DeviceInfo, InstanceTruth, Inventory, Placement, StartPhases
 from schema.link.reports import FileChunk, InstanceUpdate, NodeTruth, OperationDone, PlacementUpdate, Progress
 from schema.link.requests import (
+    STEP_BOUNDS_S,
     Acked,
     AttemptTruth,
     Cancel,
     Ended,
+    EngineCounts,
     EngineTiming,
     InstanceLoad,
     RetryKey,
+    StepCounts,
     Submit,
     TokenRun,
     Tokens,
@@ -102,6 +106,7 @@ __all__ = [
     "MAX_FRAME_BYTES",
     "PROTOCOL",
     "PROTOCOL_OLDEST",
+    "STEP_BOUNDS_S",
     "TOKEN_WINDOW_FRAMES",
     "Acked",
     "AgentMessage",
@@ -122,6 +127,7 @@ __all__ = [
     "DropDevice",
     "DropResident",
     "Ended",
+    "EngineCounts",
     "EngineOptions",
     "EngineTiming",
     "Evicted",
@@ -144,6 +150,8 @@ __all__ = [
     "InstanceUpdate",
     "Inventory",
     "LoadCheckpoint",
+    "LogChunk",
+    "LogLine",
     "ManagerMessage",
     "Message",
     "NodeTruth",
@@ -159,6 +167,7 @@ __all__ = [
     "Progress",
     "Publish",
     "ReadFile",
+    "ReadLog",
     "Refused",
     "ReleasedDevice",
     "RemoteCopy",
@@ -172,6 +181,7 @@ __all__ = [
     "StartInstance",
     "StartPhases",
     "StartWorker",
+    "StepCounts",
     "StopInstance",
     "StoreMessage",
     "StoreTruth",
@@ -194,13 +204,13 @@ __all__ = [
 
 ManagerMessage = (
     Ping | Pong | StartInstance | StopInstance | Ingest | LoadCheckpoint | DropCheckpoint | VerifyCheckpoint | SetPins
-    | Publish | Fetch | CancelOperation | OperationsAcked | ReadFile | Submit | Cancel | Acked | Shutdown
+    | Publish | Fetch | CancelOperation | OperationsAcked | ReadFile | ReadLog | Submit | Cancel | Acked | Shutdown
 )  # fmt: skip
 """What a manager says to an agent after its Hello."""
 
 AgentMessage = (
     Welcome | Refused | Ping | Pong | NodeTruth | AttemptTruth | TruthEnd | InstanceUpdate | PlacementUpdate | Progress
-    | OperationDone | FileChunk | Tokens | InstanceLoad
+    | OperationDone | FileChunk | LogChunk | Tokens | InstanceLoad
 )  # fmt: skip
 """What an agent says to a manager."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from schema.errors import Fault
@@ -11,18 +13,24 @@ from schema.sampling import SamplingParams, TokenIds
 from schema.states import EndReason
 
 __all__ = [
+    "STEP_BOUNDS_S",
     "Acked",
     "AttemptTruth",
     "Cancel",
     "Ended",
+    "EngineCounts",
     "EngineTiming",
     "InstanceLoad",
     "RetryKey",
+    "StepCounts",
     "Submit",
     "TokenRun",
     "Tokens",
     "TruthEnd",
 ]
+
+STEP_BOUNDS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12)
+"""The upper bounds by which `StepCounts` sorts steps; the last of its counts is of those beyond."""
 
 
 class RetryKey(Part, frozen=True, kw_only=True):
@@ -138,11 +146,37 @@ class TruthEnd(Message, frozen=True, kw_only=True, tag="truthend"):
     attempts: int
 
 
+class StepCounts(Part, frozen=True, kw_only=True):
+    """Steps of one kind since the instance became ready: how many took up to each of `STEP_BOUNDS_S`, and how long all took."""
+
+    by_duration: tuple[int, ...] = ()
+    total_s: float = 0.0
+
+
+class EngineCounts(Part, frozen=True, kw_only=True):
+    """What an engine has done since its instance became ready; each number only grows.
+
+    ``decode`` are the steps in which every sequence computed one token, ``prefill`` those with a prompt among them.
+    ``sequences`` is the sum of their batch sizes. Of ``prompt_tokens``, those of admitted sequences, ``cached_tokens`` were
+    found in the prefix cache; ``preemptions`` gave their KV cache back for want of room.
+    """
+
+    decode: StepCounts = StepCounts()
+    prefill: StepCounts = StepCounts()
+    sequences: int = 0
+    decode_tokens: int = 0
+    prefill_tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
+
+
 class InstanceLoad(Message, frozen=True, kw_only=True, tag="load"):
-    """How busy an instance is, for people to see; said when it changed, at most every 100 ms."""
+    """How busy an instance is, for people to see; said when it changed, at most every 100 ms. ``counts`` come along."""
 
     instance: str
     epoch: Epoch
     running: int
     waiting: int
     kv_used_tokens: int
+    counts: EngineCounts | None = None

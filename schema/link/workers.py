@@ -14,11 +14,13 @@ __all__ = ["Attach", "ChildExited", "Fork", "Forked", "StartWorker", "WorkerTrut
 
 
 class Fork(Message, frozen=True, kw_only=True, tag="fork"):
-    """Agent -> zygote: fork a worker that dials the agent as this instance, with this nonce in its `Hello`."""
+    """Agent -> zygote: fork a worker that dials the agent as this instance, with this nonce in its `Hello`. What it prints goes
+    to the file ``log``, if that is set."""
 
     instance: str
     epoch: Epoch
     nonce: int
+    log: str = ""
 
 
 class Forked(Message, frozen=True, kw_only=True, tag="forked"):

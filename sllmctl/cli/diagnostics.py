@@ -21,6 +21,7 @@ import click
 
 if TYPE_CHECKING:
     from schema.admin import ProgressView
+    from schema.logs import LogFormat
 
 __all__ = [
     "DOCTOR_FAULT",
@@ -111,12 +112,13 @@ def _give_up(stream: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def log_to_stderr(level: str) -> None:
+def log_to_stderr(level: str, form: LogFormat) -> None:
     """The log of a command that serves: a line each, from ``level`` ("debug" to "error") up; of libraries, what is wrong."""
     import logging
 
-    logging.basicConfig(stream=sys.stderr, level="WARNING", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("sllmctl").setLevel(level.upper())
+    from schema.logs import LineFormatter, install
+
+    install(logging.StreamHandler(sys.stderr), LineFormatter("manager", form), level, libraries="WARNING")
 
 
 def confirm(question: str, yes: bool) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sllmctl.cli.completion import names
 from sllmctl.cli.context import Invocation, output_option, pass_invocation, yes_option
 from sllmctl.cli.format import age, duration, size
+from sllmctl.cli.logs import log_options, show_logs
 from sllmctl.cli.output import Column, Format, now, show_item, show_items
 from sllmctl.cli.phases import progress_text, start_text
 from sllmctl.cli.watch import watch_items, watch_option
@@ -51,6 +52,15 @@ def show(invocation: Invocation, instance_id: str, form: Format) -> None:
     with invocation.admin() as admin:
         item = admin.ask(client.instance(instance_id))
     show_item(form, item, _fields, lambda instance: instance.id)
+
+
+@command.command("logs")
+@click.argument("instance_id", metavar="ID", shell_complete=names("instance"))
+@log_options
+@pass_invocation
+def logs(invocation: Invocation, /, instance_id: str, **options: Any) -> None:
+    """Print what an instance's workers wrote, also when they are dead or the instance is gone."""
+    show_logs(invocation, "instance", instance_id, None, **options)
 
 
 @command.command("stop")

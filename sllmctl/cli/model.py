@@ -10,6 +10,7 @@ import click
 
 from sllmctl.cli import completion
 from sllmctl.cli.context import Invocation, output_option, pass_invocation, yes_option
+from sllmctl.cli.logs import log_options, show_logs
 from sllmctl.cli.output import Format, show_documents, show_item, show_items
 from sllmctl.cli.watch import watch_items, watch_option
 
@@ -273,6 +274,22 @@ def spec(invocation: Invocation, names: tuple[str, ...], form: Literal["yaml", "
     with invocation.admin() as admin:
         models = [admin.ask(client.model(name)) for name in dict.fromkeys(names)] if names else admin.ask(client.models())
     show_documents(form, [model.spec for model in models])
+
+
+@command.command("logs")
+@click.argument("name", shell_complete=completion.names("model"))
+@click.option("--instance", metavar="ID", help="Of this instance alone.", shell_complete=completion.names("instance"))
+@log_options
+@pass_invocation
+def logs(invocation: Invocation, /, name: str, instance: str | None, **options: Any) -> None:
+    """Print what the workers of a model's instances wrote, those that died too.
+
+    Each line says whose it is. A search for a request's id (the header x-request-id) finds what became of it there:
+
+    \b
+    sllmctl model logs docs --since 1h | grep req_01k...
+    """
+    show_logs(invocation, "model", name, instance, **options)
 
 
 def _given_scale(options: dict[str, Any]) -> dict[str, Any]:

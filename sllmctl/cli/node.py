@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sllmctl.cli.completion import names
 from sllmctl.cli.context import Invocation, output_option, pass_invocation
 from sllmctl.cli.format import age, bandwidth, size
+from sllmctl.cli.logs import log_options, show_logs
 from sllmctl.cli.output import Column, Format, now, show_item, show_items
 from sllmctl.cli.phases import progress_text
 from sllmctl.cli.watch import watch_items, watch_option
@@ -52,6 +53,22 @@ def show(invocation: Invocation, name: str, form: Format) -> None:
     with invocation.admin() as admin:
         item = admin.ask(client.node(name))
     show_item(form, item, _fields, lambda node: node.name)
+
+
+@command.command("logs")
+@click.argument("name", shell_complete=names("node"))
+@click.option(
+    "--process",
+    type=click.Choice(["agent", "store", "zygote", "ingest", "publish"]),
+    default="agent",
+    show_default=True,
+    help="Which of its processes; workers' lines are their instances'.",
+)
+@log_options
+@pass_invocation
+def logs(invocation: Invocation, /, name: str, process: str, **options: Any) -> None:
+    """Print what the processes of a node wrote."""
+    show_logs(invocation, "node", name, process, **options)
 
 
 def _columns() -> list[Column[NodeView]]:

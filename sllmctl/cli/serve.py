@@ -17,6 +17,7 @@ __all__ = ["command"]
 @click.option("--threads", type=click.IntRange(0), help="CPU threads of an instance; 0 is all cores.")
 @click.option("--stop-agent/--keep-agent", default=None, help="Whether this machine's node ends with it [default: it does].")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[default: info]")
+@click.option("--log-format", type=click.Choice(["console", "json"]), help="Of its node's logs too [default: console].")
 @pass_invocation
 def command(
     invocation: Invocation,
@@ -27,6 +28,7 @@ def command(
     threads: int | None,
     stop_agent: bool | None,
     log_level: str | None,
+    log_format: str | None,
 ) -> int:
     """Run the manager until SIGTERM or Ctrl-C, and the node of this machine with it.
 
@@ -43,8 +45,9 @@ def command(
         node__threads=threads,
         serve__stop_agent=stop_agent,
         log_level=log_level,
+        log_format=log_format,
     )
-    log_to_stderr(settings.log_level)
+    log_to_stderr(settings.log_level, settings.log_format)
     from sllmctl import bundle, serve
 
     root = bundle.unpacked_root()

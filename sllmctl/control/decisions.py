@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sllmctl.planner.plans import Decision, Plan
+from sllmctl.planner.plans import Decision, Plan, kind_of
 
 __all__ = ["Decisions", "Made"]
 
@@ -23,10 +23,12 @@ class Made:
 
 
 class Decisions:
-    """The latest ``keep`` decisions. A wait or refusal of a model is not repeated while the next one is of the same kind and,
-    for a refusal, the same reason: a model that waits is looked at again and again."""
+    """The latest ``keep`` decisions, and how many of each kind there were (``counts``). A wait or refusal of a model is not
+    repeated while the next one is of the same kind and, for a refusal, the same reason: a model that waits is looked at again
+    and again."""
 
     def __init__(self, keep: int) -> None:
+        self.counts: Counter[str] = Counter()
         self._made: deque[Made] = deque(maxlen=keep)
         self._last: dict[str, tuple[type[Decision], str]] = {}
 
@@ -49,6 +51,7 @@ class Decisions:
             if self._last.get(model) == what:
                 return
             self._last[model] = what
+        self.counts[kind_of(decision)] += 1
         self._made.append(Made(at, model, instance, waiting, decision))
 
     def forget(self, model: str) -> None:

@@ -8,7 +8,7 @@ from typing import Protocol
 from schema.admin import CandidateView, DecisionView, ExplainView, NodeVerdictView, RequestExplainView, RequestView
 from sllmctl.control.records import Model
 from sllmctl.control.view import ClusterView
-from sllmctl.planner.plans import Candidate, Decision, Move, Plan, Rejection, Wait
+from sllmctl.planner.plans import Candidate, Decision, Move, Plan, Rejection, Wait, kind_of
 
 __all__ = ["DecisionsPort", "ExplainerPort", "MadePort", "decision_view", "explain", "explain_request"]
 
@@ -84,15 +84,15 @@ def _decision_view(
 ) -> DecisionView:
     candidates: tuple[Candidate, ...]
     if isinstance(decision, Plan):
-        kind, candidates = "start", (decision.best, *decision.others)
+        candidates = (decision.best, *decision.others)
     elif isinstance(decision, Wait):
-        kind, candidates = "wait", (decision.best,)
+        candidates = (decision.best,)
     else:
-        kind, candidates = "refused", ()
+        candidates = ()
     return DecisionView(
         at=at,
         model=model,
-        kind=kind,
+        kind=kind_of(decision),
         instance=instance,
         waiting=waiting,
         reason=decision.reason,

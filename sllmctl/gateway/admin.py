@@ -96,6 +96,7 @@ from sllmctl.gateway.answers import (
 from sllmctl.gateway.errors import ALL_KINDS, BodyTooLarge, UnsupportedMediaType
 from sllmctl.gateway.explanations import Explanations
 from sllmctl.gateway.feed import Feed
+from sllmctl.gateway.logs import Logs
 from sllmctl.gateway.openapi import Query, document, operation
 from sllmctl.gateway.ports import EventsPort
 from sllmctl.gateway.stream import Stream
@@ -139,6 +140,7 @@ def admin_app(
     settings: AdminSettings | None = None,
     explanations: Explanations | None = None,
     feed: Feed | None = None,
+    logs: Logs | None = None,
 ) -> ASGIApp:
     """The application; it holds no state of its own."""
     admin = _Admin(runner, view, database, router, status, settings or AdminSettings())
@@ -174,6 +176,7 @@ def admin_app(
         ("GET", "events"): admin.list_events,
         **({} if explanations is None else explanations.routes()),
         **({} if feed is None else Stream(feed).routes()),
+        **({} if logs is None else logs.routes()),
     }
     table = [(method, _PREFIX + path, endpoint) for (method, path), endpoint in routes.items()]
     said = document(_TITLE, _ABOUT, table, error=RefusalBody, always=(InvalidInput, Unauthorised, SllmError))

@@ -14,7 +14,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from schema.admin import StatusView
 from schema.errors import InvalidInput, NotFound, SllmError, Unreachable
+from schema.ids import system_ids
+from schema.logs import about
 from schema.states import ModelState
+from sllmctl.gateway import story
 from sllmctl.gateway.chat import chat_job
 from sllmctl.gateway.completions import completion_job
 from sllmctl.gateway.errors import ErrorBody, NoSuchPath, answer_of
@@ -78,6 +81,7 @@ def api_app(
 
     @operation("Metrics in Prometheus' text format.", str, content="text/plain")
     async def scrape(_: Scope, exchange: Exchange) -> None:
+        metrics.forget_models({model.spec.name for model in router.models()})
         await exchange.answer(200, metrics.render(), content_type=_TEXT)
 
     async def describe(_: Scope, exchange: Exchange) -> None:
@@ -176,11 +180,15 @@ class _Generation:
             # The server has waited long enough for what still runs and ends: the client is told, and the task is over.
             await exchange.fail(Unreachable("the manager is stopping; the request was given up"))
         except SllmError as error:
-            metrics.errors.labels(answer_of(error).code or error.code).inc()
+            code = answer_of(error).code or error.code
+            metrics.errors.labels(code).inc()
+            exchange.request_id = exchange.request_id or system_ids("req")
+            story.refused(exchange.request_id, model, code)
             await exchange.fail(error)
         except Exception:
             metrics.errors.labels("internal").inc()
-            await exchange.fail(_internal(scope))
+            exchange.request_id = exchange.request_id or system_ids("req")
+            await exchange.fail(_internal(scope, exchange.request_id))
         finally:
             exchange.release(bodies)
             metrics.live.dec()
@@ -188,7 +196,7 @@ class _Generation:
             metrics.requests.labels(model, _CLIENT_GONE if gone else str(exchange.status)).inc()
 
 
-def _internal(scope: Scope) -> SllmError:
+def _internal(scope: Scope, request: str | None = None) -> SllmError:
     """The answer to an error of ours, whose details are for the log."""
-    _log.exception("%s %s failed", scope["method"], scope["path"])
+    _log.exception("%s %s failed", scope["method"], scope["path"], extra=about(request=request))
     return SllmError("an internal error; the manager's log has the details")

@@ -18,6 +18,7 @@ from schema.ids import Epoch, EpochCounter
 from schema.link import Cancel, Ended, EngineTiming, ManagerMessage, SamplingParams, Submit, TokenRun
 from schema.states import EndReason
 from sllmctl.control.effects import Event, InstanceActivity, PrefillTimed
+from sllmctl.gateway import story
 from sllmctl.gateway.journal import Attempt, Request, Sequence
 from sllmctl.gateway.queues import CallLater, ModelQueue
 from sllmctl.gateway.reconcile import NodeLink
@@ -138,6 +139,7 @@ class Dispatcher:
             request.routed_at = attempt.began_at
             if request.cold and route.phases_epoch == change.epoch:
                 request.start = route.phases
+        story.placed(attempt)
         self.send(
             change.node,
             Submit(
@@ -195,6 +197,7 @@ class Dispatcher:
         self.journal_tokens += len(new.ids)
         if sequence.request.first_token_at is None:
             sequence.request.first_token_at = self.clock()
+            story.first_token(sequence.request)
         sequence.wake()
 
     def end(self, node: str, end: Ended) -> None:
@@ -323,6 +326,7 @@ class Dispatcher:
             request.timer = None
         del self.requests[request.id]
         view = self.remembered[request.id] = request.view()
+        story.ended(request)
         self.journal_tokens -= view.prompt_tokens + view.generated_tokens
         queue = self.queue(request.model)
         queue.request_ended(request, request.ended_at)
@@ -382,6 +386,7 @@ class Dispatcher:
         elif sequence.fruitless >= self._settings.max_attempts:
             self.fail(request, fault.to_error())
         else:
+            story.moved(request, fault)
             queue.put(sequence, front=True)
             self.touch_model(request.model)
 

@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 from schema.errors import Cancelled, InvalidInput, Overloaded, SllmError, TimedOut
 from sllmctl.gateway.errors import BodyTooLarge, MethodNotAllowed, UnsupportedMediaType, answer_of, error_body, retry_after
 from sllmctl.gateway.settings import GatewaySettings
+from sllmctl.gateway.story import is_id
 
 __all__ = ["BodyBudget", "ClientGone", "Exchange", "Header", "WhileConnected"]
 
@@ -48,9 +49,10 @@ class BodyBudget:
 
 
 class Exchange:
-    """A request being answered. ``status`` is what was answered, 0 before."""
+    """A request being answered. ``status`` is what was answered, 0 before. ``request_id`` goes back as ``x-request-id``: the
+    client's own until another is set, "" for none."""
 
-    __slots__ = ("_budgeted", "_complete", "_receive", "_scope", "_send", "status", "streaming")
+    __slots__ = ("_budgeted", "_complete", "_receive", "_scope", "_send", "request_id", "status", "streaming")
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope = scope
@@ -60,6 +62,16 @@ class Exchange:
         self._complete = scope["method"] in ("GET", "HEAD")
         self.status = 0
         self.streaming = False
+        self.request_id = self._asked_id()
+
+    def _asked_id(self) -> str:
+        """The id that the client gave its request, if it may be called so."""
+        asked = [value for name, value in self._scope["headers"] if name == b"x-request-id"]
+        text = asked[0].decode("latin-1") if len(asked) == 1 else ""
+        return text if is_id(text) else ""
+
+    def _id_header(self) -> list[Header]:
+        return [(b"x-request-id", self.request_id.encode())] if self.request_id else []
 
     def require_method(self, method: str) -> None:
         """Raises MethodNotAllowed for any other; where GET is allowed, HEAD is."""
@@ -123,14 +135,16 @@ class Exchange:
         """Send a whole response."""
         self.status = status
         length = (b"content-length", str(len(body)).encode())
-        await self._send({"type": "http.response.start", "status": status, "headers": [content_type, length, *headers]})
+        found = [content_type, length, *self._id_header(), *headers]
+        await self._send({"type": "http.response.start", "status": status, "headers": found})
         await self._send({"type": "http.response.body", "body": body})
 
     async def open_stream(self, *headers: Header) -> None:
         """Begin a response of server-sent events."""
         self.status = 200
         self.streaming = True
-        await self._send({"type": "http.response.start", "status": 200, "headers": [*_STREAM, *headers]})
+        found = [*_STREAM, *self._id_header(), *headers]
+        await self._send({"type": "http.response.start", "status": 200, "headers": found})
 
     async def write(self, data: bytes, *, more: bool = True) -> None:
         """Send events; waits while the client has much unread."""

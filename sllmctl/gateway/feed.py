@@ -26,6 +26,7 @@ from sllmctl.control import effects
 from sllmctl.control.effects import RowChange
 from sllmctl.control.view import ClusterView
 from sllmctl.control.views import LiveNumbers, checkpoint_view, instance_view, model_view, node_view, operation_view
+from sllmctl.gateway import story
 from sllmctl.gateway.picture import KINDS, Picture
 from sllmctl.gateway.ports import EventsPort
 
@@ -59,6 +60,7 @@ class Feed(logging.Handler):
         clock: Callable[[], float] = time.time,
     ) -> None:
         super().__init__(logging.DEBUG)
+        self.addFilter(lambda record: record.name != story.LOGGER)  # requests have a table of their own
         self._view, self._live, self._database, self._status = view, live, database, status
         self._settings, self._clock = settings, clock
         self._picture: Picture | None = None

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
-
-from prometheus_client import Counter
 
 from schema.errors import NotFound
 from schema.link import RetryKey, SamplingParams
@@ -88,7 +87,6 @@ class Gateway:
         self.metrics = metrics
         self.bodies = BodyBudget(settings.bodies_limit_bytes)
         self._assets = assets
-        self._generated: dict[str, Counter] = {}
 
     async def prepare(self, name: str) -> tuple[RoutedModelPort, TextModel]:
         """A model that is served, and its text side. Raises NotFound, and what waiting for its assets raises."""
@@ -109,16 +107,16 @@ class Gateway:
         joined = request is not None
         metrics = self.metrics
         if request is None:
-            request = self.router.submit(job.model, job.prompt, job.params, job.choices, job.tenant, retry)
+            asked = exchange.request_id
+            request = self.router.submit(job.model, job.prompt, job.params, job.choices, job.tenant, retry, asked)
             metrics.prompt_tokens.labels(job.model).inc(len(job.prompt))
+        exchange.request_id = request.id
         head = ReplyHead(request.id.rpartition("_")[2], int(request.received_at), job.model, f"fp_{job.text.digest[:12]}")
         shape = job.shape(head, job.text.detokenizer.spell, include_usage=job.include_usage)
         replies = [
             Reply(index, sequence, job.text, job.stops, request.params) for index, sequence in enumerate(request.sequences)
         ]
-        headers = [(b"x-request-id", request.id.encode())]
-        if joined:
-            headers.append((b"idempotent-replayed", b"true"))
+        headers = [(b"idempotent-replayed", b"true")] if joined else []
         try:
             if job.stream:
                 await self._stream(job, exchange, shape, request, replies, headers)
@@ -138,7 +136,7 @@ class Gateway:
             for reply, piece in zip(replies, pieces, strict=True)
         ]
         tokens = sum(reply.position for reply in replies)
-        self._counter(job.model).inc(tokens)
+        self.metrics.generated(job.model).inc(tokens)
         await exchange.answer(200, shape.whole(choices, _usage(job, request, tokens)), *headers)
 
     async def _stream(
@@ -157,11 +155,11 @@ class Gateway:
         """Write one choice as it comes; what the last one has to say in the end is left to go out with the stream's end."""
         piece = await reply.next()
         await stream.open()
-        counter = self._counter(job.model)
         data = shape.opening(reply.index)
         counted = 0
+        said_at, longest_s = time.perf_counter(), 0.0
         while True:
-            counter.inc(reply.position - counted)
+            self.metrics.generated(job.model).inc(reply.position - counted)
             counted = reply.position
             if piece.text or piece.scores:
                 data += shape.delta(piece.text, reply.index, piece.scores)
@@ -171,17 +169,16 @@ class Gateway:
                 await stream.write(data)
             data = b""
             piece = await reply.next()
+            now = time.perf_counter()
+            said_at, longest_s = now, max(longest_s, now - said_at)
+        if longest_s:
+            self.metrics.longest_gap.labels(job.model).observe(longest_s)
         data += shape.closing(reply.reason, reply.index)
         stream.open_choices -= 1
         if stream.open_choices:
             await stream.write(data)
             data = b""
         return data
-
-    def _counter(self, model: str) -> Counter:
-        if (counter := self._generated.get(model)) is None:
-            counter = self._generated[model] = self.metrics.generated_tokens.labels(model)
-        return counter
 
 
 async def _together(choices: list[Coroutine[Any, Any, R]]) -> list[R]:

@@ -5,20 +5,36 @@ Counters and histograms are touched once per request; only the count of generate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from schema.admin import OutcomeView, RequestTimeline
+from schema.link import StartPhases
+from schema.states import Tier
+from schema.version import VERSION
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
+# A second series of every counter, of which Prometheus makes nothing in this format.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 _WAITS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _TOKEN_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28)
+_STARTS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+_COMMITS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+_PHASES = ("load", "fork", "build", "attach", "warm")
 _ERRORS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96)
 _RATIOS = (0.1, 0.25, 0.5, 0.67, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
 
@@ -70,12 +86,53 @@ class Metrics:
             buckets=_TOKEN_S,
             registry=registry,
         )
+        self.longest_gap = Histogram(
+            "sllm_longest_token_gap_seconds",
+            "The longest that a streamed response stood still between two of its pieces, a move to another instance included.",
+            ("model",),
+            buckets=_WAITS_S,
+            registry=registry,
+        )
         self.streams = Gauge("sllm_live_streams", "Responses being streamed now.", registry=registry)
         self.live = Gauge("sllm_live_requests", "Requests being served now.", registry=registry)
         self.dropped = Counter(
             "sllm_connections_dropped", "Connections that the gateway broke off, by reason.", ("reason",), registry=registry
         )
 
+        self.starts = Histogram(
+            "sllm_start_seconds",
+            "From an instance's start to ready, by model and the tier that its weights came from.",
+            ("model", "source"),
+            buckets=_STARTS_S,
+            registry=registry,
+        )
+        self.phases = Histogram(
+            "sllm_start_phase_seconds",
+            "What the phases of a start took; they overlap: load (weights), fork, build (skeleton), attach, warm.",
+            ("phase",),
+            buckets=_STARTS_S,
+            registry=registry,
+        )
+        self.loads = Histogram(
+            "sllm_load_seconds",
+            "What bringing an instance's weights to their tier took, by the tiers that they came from and went to.",
+            ("source", "target"),
+            buckets=_STARTS_S,
+            registry=registry,
+        )
+        self.loaded = Counter(
+            "sllm_loaded_bytes", "What those loads read of the disk.", ("source", "target"), registry=registry
+        )
+        self.faults = Counter(
+            "sllm_instance_faults", "Lives of instances that ended with a fault, by its code.", ("code",), registry=registry
+        )
+        self.commits = Histogram(
+            "sllm_commit_seconds",
+            "What a commit to the manager's database took, until it was durable.",
+            buckets=_COMMITS_S,
+            registry=registry,
+        )
+        self.rows = Counter("sllm_committed_rows", "Rows of those commits.", registry=registry)
         self.estimate_error = Histogram(
             "sllm_estimate_error_seconds",
             "By how much an estimate of the planner missed, whichever way; by kind (start, prefill) and source of the weights.",
@@ -90,10 +147,57 @@ class Metrics:
             buckets=_RATIOS,
             registry=registry,
         )
+        build = Gauge("sllm_build_info", "Always 1; the manager's version is its label.", ("version",), registry=registry)
+        build.labels(VERSION).set(1)
+        ProcessCollector(registry=registry)
+        self._by_model: tuple[tuple[Counter | Histogram, tuple[str, ...]], ...] = (
+            (self.requests, ("model", "status")),
+            (self.prompt_tokens, ("model",)),
+            (self.generated_tokens, ("model",)),
+            (self.queued, ("model", "cold")),
+            (self.first_token, ("model", "cold")),
+            (self.token_time, ("model",)),
+            (self.longest_gap, ("model",)),
+            (self.starts, ("model", "source")),
+        )
+        self._generated: dict[str, Counter] = {}
 
     def add(self, collect: Callable[[], Iterable[Metric]]) -> None:
         """Have ``collect`` called at every scrape, on the event loop; it returns metric families made on the spot."""
         self._registry.register(_Callback(collect))
+
+    def forget_models(self, known: Collection[str]) -> None:
+        """Leave out the series of all models but these; of requests for none ("") they stay."""
+        self._generated = {model: counter for model, counter in self._generated.items() if model in known}
+        for metric, names in self._by_model:
+            series = {tuple(sample.labels[name] for name in names) for each in metric.collect() for sample in each.samples}
+            for labels in series:
+                if labels[0] and labels[0] not in known:
+                    metric.remove(*labels)
+
+    def generated(self, model: str) -> Counter:
+        """The counter of a model's tokens, found without looking at labels."""
+        if (counter := self._generated.get(model)) is None:
+            counter = self._generated[model] = self.generated_tokens.labels(model)
+        return counter
+
+    def committed(self, took_s: float, rows: int) -> None:
+        """Take in what a commit took."""
+        self.commits.observe(took_s)
+        self.rows.inc(rows)
+
+    def started(self, model: str, target: Tier, phases: StartPhases) -> None:
+        """Take in where the time of a start went."""
+        source = phases.loaded_from.value if phases.loaded_from is not None else target.value
+        self.starts.labels(model, source).observe(phases.total_s)
+        for phase in _PHASES:
+            self.phases.labels(phase).observe(getattr(phases, f"{phase}_s"))
+        self.loads.labels(source, target.value).observe(phases.load_s)
+        self.loaded.labels(source, target.value).inc(phases.loaded_bytes)
+
+    def faulted(self, code: str) -> None:
+        """Take in how a life of an instance ended."""
+        self.faults.labels(code).inc()
 
     def ended(self, model: str, timeline: RequestTimeline, tokens: int) -> None:
         """Take in where the time of a request went that generated ``tokens``."""
@@ -116,6 +220,10 @@ class Metrics:
     def value(self, name: str, labels: dict[str, str] | None = None) -> float:
         """One sample by its name; 0 for one that was never touched."""
         return self._registry.get_sample_value(name, labels or {}) or 0.0
+
+    def families(self) -> Iterable[Metric]:
+        """All metrics as they are now."""
+        return self._registry.collect()
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""

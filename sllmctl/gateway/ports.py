@@ -76,8 +76,10 @@ class RouterPort(Protocol):
         choices: int = 1,
         tenant: str = "",
         retry: RetryKey | None = None,
+        request_id: str = "",
     ) -> RequestPort:
-        """Take a request in. Raises NotFound, Conflict, InvalidInput, ContextOverflow, Overloaded."""
+        """Take a request in, by the id that its client gave it if that can be. Raises NotFound, Conflict, InvalidInput,
+        ContextOverflow, Overloaded."""
 
     def join(self, retry: RetryKey) -> RequestPort | None:
         """The request that a retry is of, None if it is none. Raises KeyReused."""

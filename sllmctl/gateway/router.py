@@ -18,10 +18,11 @@ from msgspec import structs
 
 from schema.admin import ProgressView, RequestView
 from schema.errors import ContextOverflow, Fault, InvalidInput, NotFound, Overloaded
-from schema.ids import Epoch, EpochCounter, IdSource
+from schema.ids import Epoch, EpochCounter, IdSource, generation_of
 from schema.link import (
     AttemptTruth,
     Cancel,
+    EngineCounts,
     InstanceLoad,
     ManagerMessage,
     NodeTruth,
@@ -33,7 +34,9 @@ from schema.link import (
     TruthEnd,
 )
 from sllmctl.control.effects import Event, ModelChanged, RejectWaiting, RouteChanged
+from sllmctl.gateway import story
 from sllmctl.gateway.dispatcher import Dispatcher
+from sllmctl.gateway.engines import EngineTotals
 from sllmctl.gateway.errors import KeyReused
 from sllmctl.gateway.journal import Attempt, Request, Sequence
 from sllmctl.gateway.journals import LiveJournals
@@ -48,7 +51,7 @@ __all__ = ["Request", "RoutedModel", "Router", "Sequence"]
 
 class Router:
     """``send`` says something to a node, ``post`` tells the control loop; neither may call back before it returns.
-    ``journals`` is what the planner may ask."""
+    ``journals`` is what the planner may ask, ``engines`` what the engines have done so far."""
 
     def __init__(
         self,
@@ -74,6 +77,7 @@ class Router:
         self._settings = settings
         self._progress = ProgressBoard(settings.remembered_progress)
         self.journals = LiveJournals(self._core)
+        self.engines = EngineTotals()
 
     # --- from the control loop's effects
 
@@ -178,8 +182,14 @@ class Router:
     def instance_load_changed(self, node: str, load: InstanceLoad) -> None:
         """The engine's own account of how busy it is; of an older life it is dropped."""
         route = self._core.routes.get(load.instance)
-        if route is not None and (route.load is None or route.load.epoch <= load.epoch):
-            route.load = load
+        if route is None or (route.load is not None and route.load.epoch > load.epoch):
+            return
+        if load.counts is not None and route.change is not None:
+            before = route.load.counts if route.load is not None and route.load.epoch == load.epoch else None
+            if before is None:  # what it did for an earlier manager is not counted again
+                before = load.counts if generation_of(load.epoch) < self._generation else EngineCounts()
+            self.engines.add(route.change.model, load.counts, before)
+        route.load = load
 
     def progressed(self, node: str, progress: Progress) -> None:
         """How far an operation or a start has come."""
@@ -223,8 +233,10 @@ class Router:
         choices: int = 1,
         tenant: str = "",
         retry: RetryKey | None = None,
+        request_id: str = "",
     ) -> Request:
         """Take a request of a ``tenant`` in: its sequences run at once where there is room, and wait in line otherwise.
+        Its id is ``request_id``, unless that is "" or another's.
 
         With ``retry`` its clients may come again, by `join`; the key must not be known.
 
@@ -237,15 +249,19 @@ class Router:
             raise refusal
         assert queue is not None
         self._check(queue, prompt, params)
-        request = self._request(self._ids("req"), model, params, tenant, retry)
+        taken = not request_id or request_id in self._core.requests or request_id in self._core.remembered
+        request = self._request(self._ids("req") if taken else request_id, model, params, tenant, retry)
         request.readers = 1
         for choice in range(choices):
             request.sequences.append(Sequence(request, choice, prompt))
         self._core.register(request)
+        story.accepted(request)
         for sequence in request.sequences:
             queue.put(sequence)
         self._core.touch_model(model)
         self._core.settle()
+        if request.waiting:
+            story.queued(request, queue.waiting_requests, cold=request.cold)
         return request
 
     def join(self, retry: RetryKey) -> Request | None:

@@ -18,6 +18,7 @@ from schema.link import (
     Hello,
     InstanceLoad,
     InstanceUpdate,
+    LogChunk,
     Message,
     NodeTruth,
     OperationDone,
@@ -38,7 +39,7 @@ __all__ = ["Connection", "ConnectionOwner", "LinkListener", "News"]
 
 log = logging.getLogger("sllmctl.links")
 
-News = InstanceUpdate | PlacementUpdate | OperationDone | Progress | FileChunk | InstanceLoad
+News = InstanceUpdate | PlacementUpdate | OperationDone | Progress | FileChunk | LogChunk | InstanceLoad
 """What an agent says after its truth, other than tokens."""
 
 
@@ -77,11 +78,13 @@ class ConnectionOwner(Protocol):
 
 
 class Connection(asyncio.Protocol):
-    """Tokens go from here straight to the router, each frame in one call. ``closed`` gets why it ended, and never raises."""
+    """Tokens go from here straight to the router, each frame in one call. ``closed`` gets why it ended, and never raises.
+    ``round_trip_s`` is what the last heartbeat's answer took."""
 
     def __init__(self, node: str, hello: Hello, owner: ConnectionOwner, router: LinkListener, settings: LinkSettings) -> None:
         self.closed: asyncio.Future[Fault] = asyncio.get_running_loop().create_future()
         self.refusal: Fault | None = None
+        self.round_trip_s: float | None = None
         self._node = node
         self._hello = hello
         self._owner = owner
@@ -93,6 +96,7 @@ class Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._heard_at = 0.0
         self._pings = 0
+        self._asked_at = 0.0
         self._fault: Fault | None = None
         self._welcomed = False
         self._truth: NodeTruth | None = None
@@ -159,8 +163,9 @@ class Connection(asyncio.Protocol):
         match message:
             case Ping(nonce=nonce):
                 self.send(Pong(nonce=nonce))
-            case Pong():
-                pass
+            case Pong(nonce=nonce):
+                if nonce == self._pings:
+                    self.round_trip_s = self._loop.time() - self._asked_at
             case Refused(fault=fault):
                 self.refusal = fault
                 self.fail(fault.to_error())
@@ -176,9 +181,9 @@ class Connection(asyncio.Protocol):
                 self._router.attempt_truth(self._node, message)
             case TruthEnd(attempts=attempts) if self._truth is not None and not self._steady:
                 self._complete(self._truth, message, attempts)
-            case InstanceUpdate() | PlacementUpdate() | OperationDone() | Progress() | FileChunk() | InstanceLoad() if (
-                self._steady
-            ):
+            case (
+                InstanceUpdate() | PlacementUpdate() | OperationDone() | Progress() | FileChunk() | LogChunk() | InstanceLoad()
+            ) if self._steady:
                 self._owner.news(message)
             case _:
                 raise LinkError(f"node {self._node} said a {type(message).__name__} out of turn")
@@ -203,7 +208,7 @@ class Connection(asyncio.Protocol):
         if silent_s >= self._settings.heartbeat_timeout_s:
             self.fail(Unreachable(f"node {self._node} has been silent for {silent_s:.1f} s (heartbeat_timeout_s)"))
             return
-        if silent_s >= self._settings.heartbeat_s / 2:
-            self._pings += 1
-            self.send(Ping(nonce=self._pings))
+        self._pings += 1
+        self._asked_at = self._loop.time()
+        self.send(Ping(nonce=self._pings))
         self._timer = self._loop.call_later(self._settings.heartbeat_s, self._beat)

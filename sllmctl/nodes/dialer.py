@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
+from typing import Any
 
 from schema.errors import Fault, TimedOut, Unreachable
 from schema.link import (
@@ -14,11 +15,13 @@ from schema.link import (
     InstanceLoad,
     InstanceTruth,
     InstanceUpdate,
+    LogChunk,
     ManagerMessage,
     NodeTruth,
     OperationDone,
     Progress,
     ReadFile,
+    ReadLog,
     TruthEnd,
 )
 from schema.states import InstanceState
@@ -33,7 +36,8 @@ log = logging.getLogger("sllmctl.links")
 
 
 class Dialer:
-    """``steady`` is the connection that is up, None while there is none; ``why`` then says why. ``local``: the agent of this
+    """``steady`` is the connection that is up, None while there is none; ``why`` then says why. ``times_up``: so often there
+    was one. ``local``: the agent of this
     machine, when that is who is dialled."""
 
     def __init__(
@@ -53,12 +57,13 @@ class Dialer:
         self.steady: Connection | None = None
         self.refusal: Fault | None = None
         self.why = "it was not dialled yet"
+        self.times_up = 0
         self._hello = hello
         self._router = router
         self._post = post
         self._settings = settings
         self._local = local
-        self._asked: dict[str, asyncio.Future[FileChunk]] = {}
+        self._asked: dict[str, asyncio.Future[Any]] = {}
         self._changed = asyncio.Event()
         self._delay_s = settings.redial_first_s
         self._down_since = loop.time()
@@ -84,9 +89,18 @@ class Dialer:
         except TimeoutError:
             raise TimedOut(f"node {self.node} was not there within {timeout_s:g} s: {self.why}") from None
 
-    async def ask(self, message: ReadFile) -> FileChunk:
+    async def ask_file(self, message: ReadFile) -> FileChunk:
         """One part of a file. Raises TimedOut, or Unreachable when the link goes down."""
-        answer: asyncio.Future[FileChunk] = asyncio.get_running_loop().create_future()
+        chunk: FileChunk = await self._ask(message, f"a part of {message.file}")
+        return chunk
+
+    async def ask_log(self, message: ReadLog) -> LogChunk:
+        """A page of a log. Raises as `ask_file`."""
+        chunk: LogChunk = await self._ask(message, "a page of its log")
+        return chunk
+
+    async def _ask(self, message: ReadFile | ReadLog, what: str) -> Any:
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._asked[message.op] = answer
         limit_s = self._settings.read_file_timeout_s
         try:
@@ -96,7 +110,7 @@ class Dialer:
             async with asyncio.timeout(limit_s):
                 return await answer
         except TimeoutError:
-            raise TimedOut(f"node {self.node} did not send a part of {message.file} within {limit_s:g} s") from None
+            raise TimedOut(f"node {self.node} did not send {what} within {limit_s:g} s") from None
         finally:
             del self._asked[message.op]
 
@@ -106,6 +120,7 @@ class Dialer:
         """The control loop is told of the truth before the router acts on it, so that both know the same."""
         log.info("node %s is linked", self.node)
         self.steady = connection
+        self.times_up += 1
         self.refusal, self._told = None, None
         self._delay_s = self._settings.redial_first_s
         if self._local is not None:
@@ -119,7 +134,7 @@ class Dialer:
             self._router.instance_load_changed(self.node, news)
         elif isinstance(news, Progress):
             self._router.progressed(self.node, news)
-        elif isinstance(news, FileChunk):
+        elif isinstance(news, FileChunk | LogChunk):
             answer = self._asked.get(news.op)
             if answer is not None and not answer.done():
                 answer.set_result(news)

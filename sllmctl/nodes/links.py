@@ -12,10 +12,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+
+import msgspec
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
 
 from schema.errors import InvalidInput, LinkError, Unreachable
-from schema.link import Hello, ManagerMessage, ReadFile, Role
+from schema.link import Hello, LogChunk, ManagerMessage, ReadFile, ReadLog, Role
 from sllmctl.control.effects import Event
 from sllmctl.nodes.connection import LinkListener
 from sllmctl.nodes.dialer import Dialer
@@ -121,7 +125,7 @@ class Links:
         data = bytearray()
         while True:
             op = f"read-{next(self._ops)}"
-            chunk = await link.ask(ReadFile(op=op, digest=digest, file=file, offset_bytes=len(data)))
+            chunk = await link.ask_file(ReadFile(op=op, digest=digest, file=file, offset_bytes=len(data)))
             if chunk.fault is not None:
                 raise chunk.fault.to_error()
             limit = self._settings.max_file_bytes
@@ -132,6 +136,30 @@ class Links:
                 return bytes(data)
             if not chunk.data or chunk.offset_bytes + len(chunk.data) != len(data) or len(data) > chunk.size_bytes:
                 raise LinkError(f"node {node} answered for {file} with a part that does not fit: it changed meanwhile")
+
+    async def read_log(self, node: str, wanted: ReadLog) -> LogChunk:
+        """A page of a log of a node; ``wanted`` needs no ``op``. Raises as `read_file`."""
+        link = self._links.get(node)
+        if link is None or link.steady is None:
+            raise Unreachable(f"the link to node {node} is down")
+        chunk = await link.ask_log(msgspec.structs.replace(wanted, op=f"log-{next(self._ops)}"))
+        if chunk.fault is not None:
+            raise chunk.fault.to_error()
+        return chunk
+
+    def families(self) -> Iterable[Metric]:
+        """The links as Prometheus metrics."""
+        up = GaugeMetricFamily("sllm_link_up", "1 while the link to a node is up.", labels=("node",))
+        taken = CounterMetricFamily("sllm_link_connections", "How often the link to a node came up.", labels=("node",))
+        trip = GaugeMetricFamily(
+            "sllm_link_round_trip_seconds", "What the last heartbeat of a node's link took there and back.", labels=("node",)
+        )
+        for node, link in self._links.items():
+            up.add_metric((node,), float(link.steady is not None))
+            taken.add_metric((node,), link.times_up)
+            if link.steady is not None and link.steady.round_trip_s is not None:
+                trip.add_metric((node,), link.steady.round_trip_s)
+        return (up, taken, trip)
 
     async def close(self) -> None:
         """Close every link and wait until their tasks have ended."""

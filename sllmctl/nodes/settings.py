@@ -17,8 +17,8 @@ class LinkSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Links to agents.
 
     ``dial_timeout_s``: until connected; ``truth_timeout_s``: from there until the truth is complete (an agent may wait
-    for its own processes first). ``heartbeat_s``: an idle link is asked so often; ``heartbeat_timeout_s``: one silent for
-    so long is closed. ``redial_first_s`` to ``redial_longest_s``: the back-off, jittered; ``redial_local_s``
+    for its own processes first). ``heartbeat_s``: a link is asked for a sign of life so often; ``heartbeat_timeout_s``: one
+    silent for so long is closed. ``redial_first_s`` to ``redial_longest_s``: the back-off, jittered; ``redial_local_s``
     is the longest for the agent of this machine. ``refused_retry_s``: between dials
     while an agent refuses this manager. ``unreachable_after_s``: dialling in vain for so long is told to the control loop.
     ``read_file_timeout_s``: for each part of a file; ``max_file_bytes``: a larger text asset is refused.

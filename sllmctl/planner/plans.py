@@ -28,6 +28,7 @@ __all__ = [
     "Refusal",
     "Rejection",
     "Wait",
+    "kind_of",
 ]
 
 
@@ -140,6 +141,11 @@ class Refusal(msgspec.Struct, frozen=True):
 
 
 Decision = Plan | Wait | Refusal
+
+
+def kind_of(decision: Decision) -> str:
+    """The kind of a decision in a word."""
+    return "start" if isinstance(decision, Plan) else "wait" if isinstance(decision, Wait) else "refused"
 
 
 class Abilities(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,7 +7,6 @@ import hashlib
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from types import FrameType
 import msgspec
 
 from agent.config import NodeConfig, load_config
+from agent.logs import begin_log
 from agent.native.files import allow_open_files
 from agent.store.budget import claim_room
 from agent.store.ingest.convert import convert
@@ -42,10 +42,11 @@ def main(run_dir: str | Path, op: str, source: str | bytes) -> int:
     """
     reporter = Reporter(_own_stdout(), op)
     allow_open_files()
-    logging.basicConfig(stream=sys.stderr, level="INFO", format="%(asctime)s ingest %(levelname)s %(message)s")
     try:
         with _cancel_on_sigterm():
-            digest, note = _ingest(load_config(Path(run_dir)), source, reporter)
+            config = load_config(Path(run_dir))
+            begin_log("ingest", config.log_path / "ingest.log", config, operation=op)
+            digest, note = _ingest(config, source, reporter)
     except _Stopped:
         reporter.done("", Fault.of(Cancelled("the ingest was cancelled; another one of the same source goes on from there")))
         logging.shutdown()

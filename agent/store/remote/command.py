@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import threading
 from pathlib import Path, PurePosixPath
 from types import FrameType
 
-from agent.config import load_config
+from agent.config import NodeConfig, load_config
+from agent.logs import begin_log
 from agent.store import catalog
 from agent.store.ingest.report import Reporter
 from agent.store.remote.open import open_remote
@@ -30,9 +30,10 @@ def main(run_dir: str | Path, op: str, directory: str, url: str) -> int:
     own = os.dup(1)
     os.dup2(2, 1)  # whatever a library prints goes to standard error from here on
     reporter = Reporter(own, op)
-    logging.basicConfig(stream=sys.stderr, level="INFO", format="%(asctime)s publish %(levelname)s %(message)s")
     try:
-        entry, mended = _publish(Path(run_dir), directory, url, reporter)
+        config = load_config(Path(run_dir))
+        begin_log("publish", config.log_path / "publish.log", config, operation=op)
+        entry, mended = _publish(config, directory, url, reporter)
     except Exception as error:  # the agent must hear of every end
         if not isinstance(error, SllmError):
             _log.exception("publish failed")
@@ -46,8 +47,7 @@ def main(run_dir: str | Path, op: str, directory: str, url: str) -> int:
     return 0
 
 
-def _publish(run_dir: Path, directory: str, url: str, reporter: Reporter) -> tuple[catalog.CatalogEntry, tuple[str, ...]]:
-    config = load_config(run_dir)
+def _publish(config: NodeConfig, directory: str, url: str, reporter: Reporter) -> tuple[catalog.CatalogEntry, tuple[str, ...]]:
     relative = PurePosixPath(directory)
     if relative.is_absolute() or ".." in relative.parts:
         raise InvalidInput(f"the directory {directory!r} is not one within the node's checkpoints")

@@ -92,10 +92,10 @@ class FakeSequence:
 
 class FakeRequest:
     def __init__(
-        self, number: int, model: str, prompt: tuple[int, ...], params: SamplingParams, choices: int, tenant: str
+        self, name: str, model: str, prompt: tuple[int, ...], params: SamplingParams, choices: int, tenant: str
     ) -> None:
         self.tenant = tenant
-        self.id = f"req_{number:026}"
+        self.id = name
         self.model = model
         self.params = params
         self.received_at = time.time()
@@ -162,10 +162,11 @@ class FakeRouter:
         choices: int = 1,
         tenant: str = "",
         retry: RetryKey | None = None,
+        request_id: str = "",
     ) -> FakeRequest:
         if self.refuse is not None:
             raise self.refuse
-        request = FakeRequest(len(self.requests), model, prompt, params, choices, tenant)
+        request = FakeRequest(request_id or f"req_{len(self.requests):026}", model, prompt, params, choices, tenant)
         self.requests.append(request)
         if self.reply is not None:
             self.reply(request)
