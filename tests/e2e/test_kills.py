@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -170,6 +172,39 @@ def test_a_killed_manager_comes_back_to_warm_instances_and_ends_orphans(cluster:
         "orphaned sequences have ended",
         30,
     )
+
+
+def _keyed(cluster: Cluster, pieces: int | None = None) -> tuple[str, httpx.Headers]:
+    """The text of a completion without a seed, under one Idempotency-Key; all of it, or so many pieces."""
+    body = {"model": "docs", "prompt": "sllmctl is", "max_tokens": 1000, "temperature": 1, "stream": True}
+    text = ""
+    with httpx.stream(
+        "POST", f"{cluster.url}/v1/completions", json=body, headers={"Idempotency-Key": "once"}, timeout=90
+    ) as answer:
+        assert answer.status_code == 200
+        events = (line.removeprefix("data: ") for line in answer.iter_lines() if line)
+        for event in itertools.islice(events, pieces):
+            if event != "[DONE]":
+                text += json.loads(event)["choices"][0]["text"]
+        if pieces is not None:
+            cluster.kill_manager()
+        return text, answer.headers
+
+
+def test_a_retry_gets_its_tokens_over_a_killed_manager_and_its_reply_over_another(cluster: Cluster) -> None:
+    begun, _ = _keyed(cluster, 20)
+    cluster.start()
+    whole, headers = _keyed(cluster)
+    assert headers["idempotent-replayed"] == "true"
+    assert whole.startswith(begun)
+    assert len(whole) > len(begun) > 0
+    assert cluster.get(f"/requests/{headers['x-request-id']}")["attempts"] == 1
+    cluster.kill_manager()
+    cluster.start()
+    again, headers = _keyed(cluster)
+    assert (again, headers["idempotent-replayed"]) == (whole, "true")
+    (instance,) = cluster.instances()
+    assert (instance["restarts"], instance["running"]) == (0, 0)
 
 
 def test_a_client_that_disconnects_cancels_down_to_the_engine(cluster: Cluster, undisturbed: str) -> None:
