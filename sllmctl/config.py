@@ -204,6 +204,12 @@ class _Leaf:
         return self.kind is Path or self.key in ("node.run_dir", "node.data_dir")
 
 
+def config_file(environ: Mapping[str, str], file: Path | None = None) -> tuple[Path, bool]:
+    """Where the settings' file is looked for, and whether somebody named it."""
+    asked = file or (Path(environ["SLLM_CONFIG"]).expanduser() if environ.get("SLLM_CONFIG") else None)
+    return asked or _config_dir(environ) / "sllmctl" / "config.toml", asked is not None
+
+
 def parse_bytes(text: str) -> int:
     """The bytes that ``4096``, ``1GiB`` (1024s) or ``500MB`` (1000s) mean. Raises ValueError for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B|B)?", text.strip())
@@ -223,12 +229,11 @@ def _leaves(kind: type[msgspec.Struct], above: tuple[str, ...]) -> Iterator[_Lea
 
 
 def _from_file(leaves: Mapping[str, _Leaf], environ: Mapping[str, str], file: Path | None) -> Iterator[tuple[str, Any]]:
-    asked = file or (Path(environ["SLLM_CONFIG"]).expanduser() if environ.get("SLLM_CONFIG") else None)
-    path = asked or _config_dir(environ) / "sllmctl" / "config.toml"
+    path, asked = config_file(environ, file)
     try:
         table = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        if asked is not None:
+        if asked:
             raise InvalidInput(f"there is no configuration file {path}") from None
         return
     except OSError as error:

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.metadata
 import os
 import shutil
 import socket
 import stat
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from schema.admin import StatusView
 from schema.errors import SllmError
+from schema.version import VERSION
+from sllmctl.cli.clock_checks import check_clock
 from sllmctl.cli.cluster_checks import check_cluster
-from sllmctl.cli.findings import Finding, meminfo, read_text
-from sllmctl.cli.format import age, size
+from sllmctl.cli.findings import Finding, existing, meminfo
+from sllmctl.cli.format import size
+from sllmctl.cli.machine_checks import cuda, cuda_facts, listeners, port, port_error
+from sllmctl.cli.process_checks import check_processes, group_of, process_facts
+from sllmctl.cli.state_checks import check_state
 from sllmctl.cli.store_checks import check_store
 from sllmctl.config import Settings
-from sllmctl.nodes.local import missing_node_packages
+from sllmctl.nodes.local import missing_node_packages, node_processes
 
 __all__ = ["Finding", "check_machine", "check_python", "socket_state"]
 
@@ -29,7 +33,6 @@ _NODE_PACKAGES = ("torch", "transformers", "huggingface-hub", "numpy", "xxhash")
 _DISK_FAULT_BYTES, _DISK_WARN_BYTES = 1 << 30, 10 << 30
 _SHM = Path("/dev") / "shm"
 _SHM_WARN_BYTES = 64 << 20
-_CLOCK_SLACK_S = 60.0
 _PROBE_S = 1.0
 
 
@@ -53,18 +56,30 @@ def check_python() -> Iterator[Finding]:
         yield Finding("packages", "ok", ", ".join(found))
 
 
-def check_machine(settings: Settings) -> Iterator[Finding]:
-    """Everything else: the state directory, the manager, the node, memory, disk, clock."""
+def check_machine(settings: Settings, file: Path | None = None) -> Iterator[Finding]:
+    """Everything else: the state directory, the manager, the node, its processes, memory, disk, clock.
+
+    ``file`` is the configuration that was read, if any. What only a manager knows is left out where none answers.
+    """
     yield _state_dir(settings.state_dir)
     manager = socket_state(settings.admin_socket)
-    yield _manager(settings, manager)
+    view = _status(settings) if manager == "answers" else None
+    status = view if isinstance(view, StatusView) else None
+    yield _manager(settings, manager, view)
+    if status is not None:
+        yield _versions(status.version)
     yield _agent(Path(settings.node.run_dir) / "agent.sock", manager)
     if manager != "answers":
-        yield _port(settings.api.host, settings.api.port)
+        number = settings.api.port
+        yield port(settings.api.host, number, port_error(settings.api.host, number), listeners(number) if number else ())
+    yield from check_state(settings, file, running=manager == "answers")
     yield _memory(settings.node.arena_bytes)
     yield _shared_memory()
+    ours = [("manager", status.pid)] if status is not None else []
+    yield from check_processes(process_facts([*ours, *node_processes(Path(settings.node.run_dir))]))
+    yield cuda(cuda_facts())
     yield _disk(Path(settings.node.data_dir))
-    yield _clock(settings.state_dir)
+    yield from check_clock(settings.state_dir, (status.pid, status.started_at) if status is not None else None)
     yield from check_store(settings, running=manager == "answers")
     if manager == "answers":
         yield from check_cluster(settings)
@@ -90,9 +105,7 @@ def socket_state(path: Path) -> Literal["absent", "stale", "answers", "denied", 
 
 
 def _state_dir(path: Path) -> Finding:
-    above = path
-    while not above.exists() and above != above.parent:
-        above = above.parent
+    above = existing(path)
     if above.exists() and not above.is_dir():
         return Finding("state_dir", "fault", f"{above} is not a directory", "move it away, or set state_dir")
     if not os.access(above, os.W_OK | os.X_OK):
@@ -106,7 +119,7 @@ def _state_dir(path: Path) -> Finding:
     return Finding("state_dir", "ok", f"{path} ({mode:o})")
 
 
-def _manager(settings: Settings, state: str) -> Finding:
+def _manager(settings: Settings, state: str, view: StatusView | SllmError | None) -> Finding:
     path = settings.admin_socket
     match state:
         case "absent":
@@ -117,17 +130,31 @@ def _manager(settings: Settings, state: str) -> Finding:
             return Finding("manager", "fault", f"{path} is another user's", "run sllmctl as the user that runs the manager")
         case "odd":
             return Finding("manager", "fault", f"{path} is no socket that answers", "move it away, then `sllmctl serve`")
-    from sllmctl.client import AdminClient, status
-
-    try:
-        with AdminClient(path, settings.client) as admin:
-            view = admin.ask(status())
-    except SllmError as error:
-        return Finding("manager", "fault", str(error), "see its log; restart it if it stays so")
+    if isinstance(view, SllmError):
+        return Finding("manager", "fault", str(view), "see its log; restart it if it stays so")
+    assert view is not None
     text = f"version {view.version}, pid {view.pid}, {view.nodes_ready} of {view.nodes} nodes ready, API at {view.api_url}"
     if not view.ready:
         return Finding("manager", "warn", f"not ready: {text}", "`sllmctl node ls` and `sllmctl event ls` say why")
     return Finding("manager", "ok", text)
+
+
+def _status(settings: Settings) -> StatusView | SllmError:
+    from sllmctl.client import AdminClient, status
+
+    try:
+        with AdminClient(settings.admin_socket, settings.client) as admin:
+            return admin.ask(status())
+    except SllmError as error:
+        return error
+
+
+def _versions(manager: str) -> Finding:
+    """Commands of another version may ask for what this manager does not know."""
+    if manager != VERSION:
+        text = f"the manager runs version {manager}, these commands are version {VERSION}"
+        return Finding("versions", "warn", text, "restart the manager with this build, or call the build that it runs from")
+    return Finding("versions", "ok", f"manager and commands are version {VERSION}")
 
 
 def _agent(path: Path, manager: str) -> Finding:
@@ -148,22 +175,11 @@ def _agent(path: Path, manager: str) -> Finding:
     return Finding("agent", "fault", "the agent of this machine does not run", "see `sllmctl event ls` and the manager's log")
 
 
-def _port(host: str, port: int) -> Finding:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            return Finding("port", "fault", f"{host}:{port} is taken", "stop what holds it, or set api.port (--port)")
-        return Finding("port", "fault", f"cannot listen on {host}:{port}: {error.strerror}", "set api.host and api.port")
-    return Finding("port", "ok", f"{host}:{port} is free")
-
-
 def _memory(arena_bytes: int) -> Finding:
-    available = meminfo().get("MemAvailable", 0)
-    room = min(available, _cgroup_room())
+    room = meminfo().get("MemAvailable", 0)
+    group = group_of(os.getpid()).memory_room_bytes
+    if group is not None:
+        room = min(room, group)
     if room < arena_bytes:
         text = f"{size(room)} of memory available, less than the arena's {size(arena_bytes)}"
         return Finding("memory", "warn", text, "set node.arena_bytes lower, or free memory (an arena in use counts as taken)")
@@ -181,8 +197,7 @@ def _shared_memory() -> Finding:
 
 
 def _disk(path: Path) -> Finding:
-    while not path.exists() and path != path.parent:
-        path = path.parent
+    path = existing(path)
     free = shutil.disk_usage(path).free
     text = f"{size(free)} free for checkpoints at {path}"
     if free < _DISK_FAULT_BYTES:
@@ -190,21 +205,3 @@ def _disk(path: Path) -> Finding:
     if free < _DISK_WARN_BYTES:
         return Finding("disk", "warn", text, "models of a few billion parameters will not fit")
     return Finding("disk", "ok", text)
-
-
-def _clock(state_dir: Path) -> Finding:
-    """A clock behind what was already written would put new ids and events before old ones."""
-    written = (
-        path.stat().st_mtime for path in (state_dir, state_dir / "state.db", state_dir / "state.db-wal") if path.exists()
-    )
-    ahead_s = max(written, default=0.0) - time.time()
-    if ahead_s > _CLOCK_SLACK_S:
-        text = f"the state was written {age(ahead_s)} in the future"
-        return Finding("clock", "fault", text, "set the clock (timedatectl set-ntp true) before starting the manager")
-    return Finding("clock", "ok", time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()))
-
-
-def _cgroup_room() -> int:
-    """What a container's memory limit leaves, in bytes; without a limit, more than any machine has."""
-    limit, used = (read_text(Path("/sys/fs/cgroup") / name).strip() for name in ("memory.max", "memory.current"))
-    return max(0, int(limit) - int(used or 0)) if limit.isdigit() else sys.maxsize

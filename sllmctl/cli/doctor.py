@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from sllmctl.cli.context import Invocation, output_option, pass_invocation
@@ -15,9 +17,13 @@ __all__ = ["command"]
 @output_option
 @pass_invocation
 def command(invocation: Invocation, form: Format) -> int:
-    """Check this machine: what sllmctl needs, what runs, what is in the way. Exits with 8 if something must be mended."""
+    """Check this machine: what sllmctl needs, what runs, what is in the way. Exits with 8 if something must be mended.
+
+    It changes nothing, and needs neither root nor a manager, though each may show it more. docs/doctor.md lists the checks.
+    """
     from schema.errors import InvalidInput
     from sllmctl.cli.checks import Finding, check_machine, check_python
+    from sllmctl.config import config_file
 
     try:
         settings = invocation.settings()
@@ -27,7 +33,7 @@ def command(invocation: Invocation, form: Format) -> int:
         findings = [
             *check_python(),
             Finding("config", "ok", f"settings are sound; state in {settings.state_dir}"),
-            *check_machine(settings),
+            *check_machine(settings, config_file(os.environ, invocation.file)[0]),
         ]
     columns: list[Column[Finding]] = [
         Column("CHECK", lambda f: f.check),

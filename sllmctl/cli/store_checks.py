@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from schema.errors import SllmError
-from sllmctl.cli.findings import Finding, read_text
+from sllmctl.cli.findings import Finding, existing, read_text
 from sllmctl.cli.format import bandwidth, duration, size
 
 if TYPE_CHECKING:
     from schema.admin import CheckpointView, ModelView, NodeView
     from sllmctl.config import Settings
 
-__all__ = ["check_store", "disk_start", "huge_pages_needed"]
+__all__ = ["check_store", "disk_start", "huge_pages_needed", "load_times"]
 
 _HUGE_BYTES = 2 << 20
 _POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
@@ -28,6 +28,7 @@ _URING_DISABLED = Path("/proc/sys/kernel/io_uring_disabled")
 _SYS_IO_URING_SETUP = 425
 _URING_PARAMS_BYTES = 120
 _FULL = 0.9
+_NAMED = 5
 _HUGEPAGES = "`./install.sh hugepages` sets the pool to the arena's size, after asking"
 
 
@@ -42,6 +43,7 @@ def check_store(settings: Settings, *, running: bool) -> Iterator[Finding]:
     yield _disk_budget(settings.node.disk_bytes, Path(settings.node.data_dir), local)
     if local is not None:
         yield disk_start(local, models, checkpoints, learned, settings.control.start_base_s)
+        yield load_times(local, models, checkpoints, learned, settings.control.start_base_s)
 
 
 def huge_pages_needed(arena_bytes: int) -> int:
@@ -134,7 +136,7 @@ def _io_uring() -> Finding:
 
 def _direct_reads(data: Path) -> Finding:
     """Whether the file system of the checkpoints reads past the page cache; a nameless file leaves nothing behind."""
-    path = _existing(data)
+    path = existing(data)
     try:
         os.close(os.open(path, os.O_TMPFILE | os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC, 0o600))
     except OSError as error:
@@ -150,7 +152,7 @@ def _disk_budget(limit_bytes: int, data: Path, local: NodeView | None) -> Findin
     """What checkpoints have of the disk, and may have."""
     means = local.inventory if local is not None else None
     used = means.disk_used_bytes if means is not None else 0
-    free = shutil.disk_usage(_existing(data)).free
+    free = shutil.disk_usage(existing(data)).free
     if not limit_bytes:
         return Finding("disk_budget", "ok", f"no budget is set (node.disk_bytes); checkpoints have {size(used)}")
     text = f"checkpoints have {size(used)} of {size(limit_bytes)}"
@@ -176,16 +178,11 @@ def disk_start(
     if not deployed:
         return Finding("disk_start", "ok", "no model is deployed that could be held against the disk's speed")
     largest = max(deployed, key=lambda checkpoint: (checkpoint.image_bytes, checkpoint.digest))
-    measured = local.inventory.disk_read_bps if local.inventory is not None else 0.0
-    rate = learned.get(f"bps/{local.id}/disk", measured)
+    rate = _disk_rate(local, learned)
     what = f"{names[largest.digest]} ({size(largest.image_bytes)})"
     if not rate:
         return Finding("disk_start", "ok", f"the disk was not measured yet; the largest deployed model is {what}")
-    kind = local.inventory.devices[0].kind if local.inventory is not None and local.inventory.devices else "cpu"
-    worker_s = sum(
-        learned.get(f"{part}/{largest.digest}/{kind}", learned.get(f"{part}//{kind}", base))
-        for part, base in (("build", start_base_s), ("finish", 0.0))
-    )
+    worker_s = _worker_s(local, largest, learned, start_base_s)
     load_s = largest.image_bytes / rate
     text = f"{what} takes {duration(load_s)} from disk at {bandwidth(rate)}, its worker {duration(worker_s)}"
     if load_s <= worker_s:
@@ -194,7 +191,47 @@ def disk_start(
     return Finding("disk_start", "warn", f"{text}: the disk is the bottleneck of a cold start", advice)
 
 
-def _existing(path: Path) -> Path:
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path
+def load_times(
+    local: NodeView,
+    models: Sequence[ModelView],
+    checkpoints: Sequence[CheckpointView],
+    learned: Mapping[str, float],
+    start_base_s: float,
+) -> Finding:
+    """Each deployed model's start from this disk, load and worker side by side, against what its requests wait at most."""
+    rate = _disk_rate(local, learned)
+    images = {checkpoint.digest: checkpoint for checkpoint in checkpoints}
+    deployed = [(model, images[model.digest]) for model in models if model.state == "deployed" and model.digest in images]
+    if not rate or not deployed:
+        return Finding("load_times", "ok", "no model is deployed, or the disk was not measured yet")
+    starts = sorted(
+        ((max(image.image_bytes / rate, _worker_s(local, image, learned, start_base_s)), model) for model, image in deployed),
+        key=lambda start: (-start[0] / start[1].spec.cold_start_timeout_s, start[1].name),
+    )
+    late = [(seconds, model) for seconds, model in starts if seconds > model.spec.cold_start_timeout_s]
+    shown = "; ".join(
+        f"{model.name} {duration(seconds)} of {duration(model.spec.cold_start_timeout_s)}" for seconds, model in starts[:_NAMED]
+    )
+    text = f"from disk at {bandwidth(rate)}, of what a request waits at most: {shown}"
+    if len(starts) > _NAMED:
+        text += f"; and {len(starts) - _NAMED} more that are less near"
+    if late:
+        names = ", ".join(model.name for _, model in late)
+        pin = f"`sllmctl checkpoint pin {late[0][1].name} --tier dram`"
+        advice = f"{pin}, a higher cold_start_timeout_s in the spec, or a faster disk"
+        return Finding("load_times", "fault", f"requests give up before {names} can be loaded; {text}", advice)
+    return Finding("load_times", "ok", text)
+
+
+def _disk_rate(local: NodeView, learned: Mapping[str, float]) -> float:
+    """Bytes per second, as the planner reckons; 0 where nothing was measured."""
+    measured = local.inventory.disk_read_bps if local.inventory is not None else 0.0
+    return learned.get(f"bps/{local.id}/disk", measured)
+
+
+def _worker_s(local: NodeView, checkpoint: CheckpointView, learned: Mapping[str, float], start_base_s: float) -> float:
+    kind = local.inventory.devices[0].kind if local.inventory is not None and local.inventory.devices else "cpu"
+    return sum(
+        learned.get(f"{part}/{checkpoint.digest}/{kind}", learned.get(f"{part}//{kind}", base))
+        for part, base in (("build", start_base_s), ("finish", 0.0))
+    )

@@ -26,7 +26,7 @@ from schema.link import ManagerMessage, Shutdown
 from sllmctl.config import NodeSettings
 from sllmctl.nodes.settings import LocalSettings
 
-__all__ = ["LocalAgent", "missing_node_packages", "need_node_packages"]
+__all__ = ["LocalAgent", "missing_node_packages", "need_node_packages", "node_processes"]
 
 _NODE_PACKAGES = ("numpy", "torch", "transformers", "xxhash")
 """What the processes of a node import beside the manager's own packages; a single-file build holds none of them."""
@@ -193,6 +193,17 @@ class _RosterEntry(msgspec.Struct, frozen=True):
 
 class _Roster(msgspec.Struct, frozen=True):
     processes: tuple[_RosterEntry, ...] = ()
+
+
+def node_processes(run_dir: Path) -> list[tuple[str, int]]:
+    """Role and pid of the node's processes that are alive, by what its agent has written down."""
+    found = []
+    for entry in _read_roster(run_dir / "roster.json"):
+        handle = _open_process(entry)
+        if handle is not None:
+            os.close(handle)
+            found.append((entry.role, entry.pid))
+    return found
 
 
 def missing_node_packages() -> list[str]:

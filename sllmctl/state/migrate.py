@@ -19,7 +19,7 @@ import schema.migrations
 from schema.errors import Conflict, SllmError
 from sllmctl.state.engines import write_engine
 
-__all__ = ["migrate"]
+__all__ = ["migrate", "revisions"]
 
 
 async def migrate(url: URL, path: Path, backup_dir: Path) -> Path | None:
@@ -27,11 +27,8 @@ async def migrate(url: URL, path: Path, backup_dir: Path) -> Path | None:
 
     Raises Conflict for a newer schema, naming both revisions, and for a database of something else.
     """
-    config = Config()
-    config.set_main_option("script_location", str(Path(schema.migrations.__file__).parent).replace("%", "%%"))
-    scripts = ScriptDirectory.from_config(config)
-    head = scripts.get_current_head()
-    known = {script.revision for script in scripts.walk_revisions()}
+    config = _config()
+    head, known = revisions()
     backup: Path | None = None
     engine = write_engine(url, foreign_keys=False)
     try:
@@ -53,6 +50,18 @@ async def migrate(url: URL, path: Path, backup_dir: Path) -> Path | None:
     finally:
         await engine.dispose()
     return backup
+
+
+def revisions() -> tuple[str | None, set[str]]:
+    """This build's newest schema revision, and all that it knows."""
+    scripts = ScriptDirectory.from_config(_config())
+    return scripts.get_current_head(), {script.revision for script in scripts.walk_revisions()}
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(schema.migrations.__file__).parent).replace("%", "%%"))
+    return config
 
 
 def _revision(connection: Connection) -> tuple[str | None, bool]:

@@ -20,6 +20,7 @@ import pytest
 
 from schema.errors import Fault
 from schema.states import InstanceState, TierState
+from schema.version import VERSION
 from sllmctl.cli import checks, store_checks
 from sllmctl.cli.checks import Finding, check_machine, check_python, socket_state
 from sllmctl.cli.main import run
@@ -64,11 +65,21 @@ def test_a_machine_on_which_nothing_runs_yet(state: Path) -> None:
 
 
 def test_a_manager_that_answers_is_described(state: Path, manager: FakeManager) -> None:
-    found = _found(_settings(state, admin_socket=str(manager.socket)))
+    settings = _settings(state, admin_socket=str(manager.socket))
+    found = _found(settings)
     assert found["manager"].level == "ok"
     assert f"pid {STATUS.pid}, 1 of 2 nodes ready" in found["manager"].message
     assert "port" not in found, "the port is the manager's own"
     assert found["agent"].level == "fault", "a manager runs, its agent does not"
+    assert found["versions"].level == ("ok" if STATUS.version == VERSION else "warn")
+    manager.answer("GET status", 200, msgspec.structs.replace(STATUS, version="0.0.1"))
+    assert "0.0.1" in _found(settings)["versions"].message
+
+
+def test_a_manager_alone_is_no_fault(state: Path, manager: FakeManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "missing_node_packages", lambda: ["torch"])
+    found = _found(_settings(state, admin_socket=str(manager.socket)))
+    assert (found["agent"].level, "manager alone" in found["agent"].message) == ("warn", True)
 
 
 def test_copies_in_quarantine_and_failed_instances_are_named(state: Path, manager: FakeManager) -> None:
@@ -230,7 +241,7 @@ def test_pythons_and_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_command_exits_with_8_for_a_fault_only(sllmctl: Sllmctl, monkeypatch: pytest.MonkeyPatch) -> None:
     def findings(level: str) -> Any:
-        return lambda _: [Finding("disk", level, "3 bytes free", "free some")]  # type: ignore[arg-type]
+        return lambda *_: [Finding("disk", level, "3 bytes free", "free some")]  # type: ignore[arg-type]
 
     monkeypatch.setattr(checks, "check_machine", findings("warn"))
     assert sllmctl("doctor").code == 0

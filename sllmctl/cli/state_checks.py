@@ -1,0 +1,290 @@
+"""What `sllmctl doctor` looks at in what lies on the disk: the database, who may reach what, and what was left behind."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sqlite3
+import stat
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from sllmctl.cli.findings import Finding, existing, read_text
+from sllmctl.cli.format import age, size
+
+if TYPE_CHECKING:
+    from sllmctl.config import Settings
+
+__all__ = [
+    "Database",
+    "Leftover",
+    "Reach",
+    "check_state",
+    "database",
+    "database_facts",
+    "generation",
+    "leftover_facts",
+    "leftovers",
+    "permissions",
+    "reach",
+    "schema_revision",
+    "state_disk",
+    "wal",
+]
+
+_CHECK_S = 5.0
+_CHECK_STEPS = 10_000
+_WAL_WARN_BYTES = 64 << 20
+_STATE_FAULT_BYTES, _STATE_WARN_BYTES = 64 << 20, 1 << 30
+_FEW_FILES = 0.01
+_LEFT_WARN_BYTES = 1 << 30
+_FRESH_S = 3600.0
+_NAMED = 5
+
+
+class Database(msgspec.Struct, frozen=True):
+    """``fault``: why it cannot be read, or what SQLite finds damaged. ``whole`` is None where the check took too long."""
+
+    path: Path
+    exists: bool = True
+    fault: str = ""
+    whole: bool | None = True
+    revision: str | None = None
+    cluster: str = ""
+    generation: int = 0
+    size_bytes: int = 0
+    wal_bytes: int = 0
+    backup: Path | None = None
+
+
+class Reach(msgspec.Struct, frozen=True):
+    """Who may reach a file of ours: its owner, and the rights of others that the directories above it let through."""
+
+    path: Path
+    owner: int
+    others: int
+    secret: bool
+
+
+class Leftover(msgspec.Struct, frozen=True):
+    """``held``: a process works on it."""
+
+    path: Path
+    size_bytes: int
+    age_s: float
+    held: bool
+
+
+class _Identity(msgspec.Struct, frozen=True):
+    cluster: str = ""
+    generation: int = 0
+
+
+def check_state(settings: Settings, file: Path | None, *, running: bool) -> Iterator[Finding]:
+    """Findings of the state directory and the node's directories; ``file`` is the configuration that was read, if any."""
+    from sllmctl.bundle import old_builds, unpacked_root
+    from sllmctl.state.engines import database_path
+    from sllmctl.state.migrate import revisions
+
+    _, path = database_path(settings.database_url)
+    facts = database_facts(path, settings.state_dir / "backups")
+    head, known = revisions()
+    yield database(facts)
+    yield schema_revision(facts, head, known, running=running)
+    yield wal(facts)
+    run, data = Path(settings.node.run_dir), Path(settings.node.data_dir)
+    yield generation(facts, data / "identity.json", _identity(data / "identity.json"))
+    secrets = (settings.admin_socket, run / "agent.sock", run / "agent.token", run / "node.json", path)
+    found = [reach(each, secret=True) for each in secrets]
+    found += [reach(each, secret=False) for each in (settings.state_dir, run, data, *([file] if file else []))]
+    yield permissions([each for each in found if each is not None], os.geteuid())
+    yield state_disk(existing(path.parent), os.statvfs(existing(path.parent)))
+    root = unpacked_root()
+    builds = [] if root is None else [_leftover(each, set()) for each in old_builds(root)]
+    yield leftovers([*leftover_facts(data), *builds], settings.node.remote.keep_partial_s)
+
+
+def database_facts(path: Path, backups: Path) -> Database:
+    """Read without a lock that a manager would wait for.
+
+    Without a write-ahead log nobody has it open, and it is read as a file that stands still: else SQLite would make one.
+    """
+    if not path.exists():
+        return Database(path, exists=False)
+    log = path.with_name(path.name + "-wal")
+    kept = sorted(backups.glob("*.db"), key=lambda each: each.stat().st_mtime) if backups.is_dir() else []
+    facts = Database(
+        path,
+        size_bytes=path.stat().st_size,
+        wal_bytes=log.stat().st_size if log.exists() else 0,
+        backup=kept[-1] if kept else None,
+    )
+    deadline = time.monotonic() + _CHECK_S
+    try:
+        how = "mode=ro" if log.exists() else "immutable=1"
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?{how}", uri=True, timeout=_CHECK_S)) as connection:
+            (revision,) = connection.execute("SELECT version_num FROM alembic_version").fetchone() or (None,)
+            cluster = connection.execute("SELECT uuid, generation FROM cluster").fetchone() or ("", 0)
+            facts = msgspec.structs.replace(facts, revision=revision, cluster=cluster[0], generation=cluster[1])
+            connection.set_progress_handler(lambda: time.monotonic() > deadline, _CHECK_STEPS)
+            (damage,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.Error as error:
+        if str(error) == "interrupted":
+            return msgspec.structs.replace(facts, whole=None)
+        return msgspec.structs.replace(facts, whole=False, fault=str(error))
+    return facts if damage == "ok" else msgspec.structs.replace(facts, whole=False, fault=damage)
+
+
+def database(facts: Database) -> Finding:
+    """SQLite's own quick check, as far as it comes within its time."""
+    if not facts.exists:
+        return Finding("database", "ok", f"{facts.path} is made at the first start")
+    if facts.whole is None:
+        text = f"{facts.path} ({size(facts.size_bytes)}) could not be looked through within {_CHECK_S:g} s; no damage so far"
+        return Finding("database", "warn", text, f'`sqlite3 {_quoted(facts.path)} "PRAGMA quick_check"` takes its time')
+    if not facts.whole:
+        advice = "stop the manager, keep a copy of it, and put a backup in its place"
+        if facts.backup is not None:
+            advice += f": `cp {_quoted(facts.backup)} {_quoted(facts.path)}` is the newest"
+        return Finding("database", "fault", f"{facts.path} is damaged, or no database of ours: {facts.fault}", advice)
+    return Finding("database", "ok", f"{facts.path} is whole, {size(facts.size_bytes)}")
+
+
+def schema_revision(facts: Database, head: str | None, known: set[str], *, running: bool) -> Finding:
+    """An older one is migrated, after a backup, by the next start; a newer one is refused."""
+    if facts.revision is None or facts.revision == head:
+        return Finding("schema", "ok", f"schema revision {facts.revision or head}")
+    if facts.revision not in known:
+        text = f"the database has schema revision {facts.revision}, which this build (revision {head}) does not know"
+        advice = "run the newer sllmctl that wrote it"
+        if facts.backup is not None:
+            advice += f", or stop it and `cp {_quoted(facts.backup)} {_quoted(facts.path)}`"
+        return Finding("schema", "fault", text, advice)
+    text = f"schema revision {facts.revision} is older than this build's {head}"
+    if running:
+        return Finding("schema", "warn", f"{text}: an older manager runs", "restart it with this build: `sllmctl serve`")
+    return Finding("schema", "ok", f"{text}; the next start migrates it, after a backup")
+
+
+def wal(facts: Database) -> Finding:
+    """It grows while a reader stays in one transaction, and is folded in when the manager ends."""
+    if facts.wal_bytes <= _WAL_WARN_BYTES:
+        return Finding("wal", "ok", f"the write-ahead log has {size(facts.wal_bytes)}")
+    text = f"the write-ahead log of {facts.path} has grown to {size(facts.wal_bytes)}"
+    advice = f"end what keeps reading it (`sudo fuser -v {_quoted(facts.path)}-wal`), then restart the manager"
+    return Finding("wal", "warn", text, advice)
+
+
+def generation(facts: Database, path: Path, identity: _Identity | None) -> Finding:
+    """A node takes no manager of another cluster, and none older than the newest that it has seen: a restored database is."""
+    if identity is None or not identity.cluster or not facts.cluster:
+        return Finding("generation", "ok", "the node has met no manager yet")
+    if identity.cluster != facts.cluster:
+        text = f"the node in {path.parent} belongs to cluster {identity.cluster}, the database to {facts.cluster}"
+        return Finding("generation", "fault", text, f"`rm {_quoted(path)}` gives it to this cluster, or set node.data_dir")
+    if identity.generation > facts.generation:
+        text = f"the node has seen manager generation {identity.generation}, the database is at {facts.generation}"
+        advice = f"an older database was put back? Then stop node and manager, and `rm {_quoted(path)}`"
+        return Finding("generation", "fault", f"{text}: it takes no older manager", advice)
+    return Finding("generation", "ok", f"manager generation {facts.generation}; the node has seen {identity.generation}")
+
+
+def permissions(found: Sequence[Reach], user: int) -> Finding:
+    """What others can read or write that steers the manager or opens the node, and what is not this user's."""
+    foreign = [each for each in found if each.owner not in (user, 0) and user != 0]
+    if foreign:
+        text = ", ".join(f"{each.path} (user {each.owner})" for each in foreign)
+        paths = _quoted(*(each.path for each in foreign))
+        return Finding(
+            "permissions", "fault", f"not this user's: {text}", f"`sudo chown -R {user} {paths}`, or run as that user"
+        )
+    open_to = [each for each in found if each.others & (0o066 if each.secret else 0o022)]
+    if open_to:
+        text = ", ".join(f"{each.path} ({each.others:03o})" for each in open_to)
+        paths = _quoted(*(each.path for each in open_to))
+        steered = any(each.secret or each.others & 0o002 for each in open_to)
+        return Finding("permissions", "fault" if steered else "warn", f"others can reach: {text}", f"`chmod go-rwx {paths}`")
+    return Finding("permissions", "ok", f"{len(found)} files and directories, reached by their owner alone")
+
+
+def reach(path: Path, *, secret: bool) -> Reach | None:
+    """The facts of one path; None where there is nothing, or nothing that may be looked at."""
+    try:
+        status = path.stat()
+        others = stat.S_IMODE(status.st_mode) & 0o077
+        for above in path.resolve().parents:
+            mode = above.stat().st_mode
+            others &= (0o070 if mode & 0o010 else 0) | (0o007 if mode & 0o001 else 0)
+    except OSError:
+        return None
+    return Reach(path, status.st_uid, others, secret)
+
+
+def state_disk(path: Path, figures: os.statvfs_result) -> Finding:
+    """Without room the manager can write no intent, and so starts nothing."""
+    free = figures.f_bavail * figures.f_frsize
+    text = f"{size(free)} free for the database at {path}"
+    advice = f"free some (`du -xh {_quoted(path)} | sort -h | tail` names the largest), or set state_dir"
+    if free < _STATE_FAULT_BYTES:
+        return Finding("state_disk", "fault", text, advice)
+    if figures.f_files and figures.f_favail < _FEW_FILES * figures.f_files:
+        text = f"{figures.f_favail} of {figures.f_files} files (inodes) are left at {path}"
+        return Finding("state_disk", "fault" if not figures.f_favail else "warn", text, "remove what made so many files")
+    return Finding("state_disk", "warn" if free < _STATE_WARN_BYTES else "ok", text, advice if free < _STATE_WARN_BYTES else "")
+
+
+def leftover_facts(data: Path) -> list[Leftover]:
+    """What lies in the node's directories of things under way, and whether a process holds it (flock, by /proc/locks)."""
+    held = {line.split()[5].rpartition(":")[2] for line in read_text(Path("/proc/locks")).splitlines() if "FLOCK" in line}
+    found = []
+    for directory in (data / "tmp", data / "partial"):
+        if directory.is_dir():
+            found += [_leftover(path, held) for path in sorted(directory.iterdir()) if path.is_dir() and not path.is_symlink()]
+    return found
+
+
+def leftovers(found: Sequence[Leftover], keep_s: float) -> Finding:
+    """What was broken off: kept to be gone on with, then swept by the next ingest or fetch, which may never come."""
+    left = [each for each in found if not each.held and each.age_s > _FRESH_S]
+    total = sum(each.size_bytes for each in left)
+    if not left:
+        return Finding("leftovers", "ok", "nothing was left behind")
+    shown = ", ".join(f"{each.path} ({size(each.size_bytes)}, {age(each.age_s)})" for each in left[:_NAMED])
+    text = f"{size(total)} left behind: {shown}" + (f" and {len(left) - _NAMED} more" if len(left) > _NAMED else "")
+    if total < _LEFT_WARN_BYTES and all(each.age_s < keep_s for each in left):
+        return Finding("leftovers", "ok", f"{text}; the same ingest or fetch goes on with it")
+    paths = _quoted(*(each.path for each in left))
+    return Finding("leftovers", "warn", text, f"ingest or fetch it again, which goes on with it, or `rm -r {paths}`")
+
+
+def _quoted(*paths: Path) -> str:
+    return shlex.join(str(path) for path in paths)
+
+
+def _leftover(path: Path, held: set[str]) -> Leftover:
+    total, newest = 0, 0.0
+    for directory, _, files in os.walk(path):
+        for each in (directory, *(os.path.join(directory, name) for name in files)):  # noqa: PTH118
+            try:
+                status = os.lstat(each)
+            except OSError:
+                continue  # it is going just now
+            total += status.st_blocks * 512
+            newest = max(newest, status.st_mtime)
+    try:
+        inode = str(path.stat().st_ino)
+    except OSError:
+        inode = ""
+    return Leftover(path, total, max(0.0, time.time() - newest), inode in held)
+
+
+def _identity(path: Path) -> _Identity | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Identity)
+    except (OSError, msgspec.DecodeError):
+        return None
