@@ -1,0 +1,202 @@
+"""Two thin transports that carry any `Call` over the manager's unix socket: for commands, and for an event loop."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+
+from schema.admin import LogFrame, StreamFrame, StreamKind
+from schema.errors import Unauthorised, Unreachable
+from sllmctl.client.answers import problem
+from sllmctl.client.calls import Call, LogQuery
+from sllmctl.client.stream import Frames
+from sllmctl.config import ClientSettings
+
+__all__ = ["AdminClient", "AsyncAdminClient"]
+
+T = TypeVar("T")
+_BASE_URL = "http://sllmctl/admin/v1/"
+
+
+class AdminClient:
+    """Asks the manager at a unix socket and waits for the answer."""
+
+    def __init__(self, path: Path, settings: ClientSettings) -> None:
+        self._socket, self._settings, self._knocked = path, settings, False
+        self._http = httpx.Client(
+            transport=httpx.HTTPTransport(uds=str(path)), base_url=_BASE_URL, trust_env=False, follow_redirects=False
+        )
+
+    def __enter__(self) -> AdminClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def ask(self, call: Call[T]) -> T:
+        """The answer. Raises Unreachable, Unauthorised (the socket is another user's), or what the answer's body says."""
+        if not self._knocked:
+            _knock(self._socket)
+            self._knocked = True
+        try:
+            answer = self._http.request(**_arguments(call, self._settings))
+        except httpx.TransportError as error:
+            raise _unanswered(self._socket, error) from error
+        return _result(call, answer, self._socket)
+
+    def follow(self, cursor: str | None = None, kinds: Sequence[StreamKind] = ()) -> Iterator[StreamFrame]:
+        """The event stream from ``cursor`` on (a frame's), or with a whole picture first; of these ``kinds``, else of all.
+
+        Never ends by itself. Raises Unreachable when the manager goes away or says nothing for long: follow again, from the
+        last frame's cursor.
+        """
+        return self._frames(_following(cursor, kinds, self._settings), StreamFrame)
+
+    def follow_logs(self, wanted: LogQuery) -> Iterator[LogFrame]:
+        """The lines that are there, then those that are written. Ends and raises as `follow` does."""
+        return self._frames(_log_following(wanted, self._settings), LogFrame)
+
+    def _frames(self, arguments: dict[str, Any], kind: type[T]) -> Iterator[T]:
+        _knock(self._socket)
+        frames = Frames(kind)
+        try:
+            with self._http.stream(**arguments) as answer:
+                if answer.status_code >= 400:
+                    answer.read()
+                    raise problem(answer, self._socket)
+                for chunk in answer.iter_raw():
+                    yield from frames.take(chunk)
+        except httpx.TransportError as error:
+            raise _unanswered(self._socket, error) from error
+        raise Unreachable(f"the manager at {self._socket} ended the event stream; it is stopping")
+
+    def close(self) -> None:
+        self._http.close()
+
+
+class AsyncAdminClient:
+    """The same for code that runs on an event loop; any number of calls may be under way at once."""
+
+    def __init__(self, path: Path, settings: ClientSettings) -> None:
+        self._socket, self._settings, self._knocked = path, settings, False
+        self._http = httpx.AsyncClient(
+            transport=httpx.AsyncHTTPTransport(uds=str(path)), base_url=_BASE_URL, trust_env=False, follow_redirects=False
+        )
+
+    async def __aenter__(self) -> AsyncAdminClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def ask(self, call: Call[T]) -> T:
+        """The answer; raises as `AdminClient.ask` does."""
+        if not self._knocked:
+            _knock(self._socket)
+            self._knocked = True
+        try:
+            answer = await self._http.request(**_arguments(call, self._settings))
+        except httpx.TransportError as error:
+            raise _unanswered(self._socket, error) from error
+        return _result(call, answer, self._socket)
+
+    async def follow(self, cursor: str | None = None, kinds: Sequence[StreamKind] = ()) -> AsyncGenerator[StreamFrame, None]:
+        """As `AdminClient.follow`."""
+        async with aclosing(self._frames(_following(cursor, kinds, self._settings), StreamFrame)) as frames:
+            async for frame in frames:
+                yield frame
+
+    async def follow_logs(self, wanted: LogQuery) -> AsyncGenerator[LogFrame, None]:
+        """As `AdminClient.follow_logs`."""
+        async with aclosing(self._frames(_log_following(wanted, self._settings), LogFrame)) as frames:
+            async for frame in frames:
+                yield frame
+
+    async def _frames(self, arguments: dict[str, Any], kind: type[T]) -> AsyncGenerator[T, None]:
+        _knock(self._socket)
+        frames = Frames(kind)
+        try:
+            async with self._http.stream(**arguments) as answer:
+                if answer.status_code >= 400:
+                    await answer.aread()
+                    raise problem(answer, self._socket)
+                async for chunk in answer.aiter_raw():
+                    for frame in frames.take(chunk):
+                        yield frame
+        except httpx.TransportError as error:
+            raise _unanswered(self._socket, error) from error
+        raise Unreachable(f"the manager at {self._socket} ended the event stream; it is stopping")
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+
+def _following(cursor: str | None, kinds: Sequence[StreamKind], settings: ClientSettings) -> dict[str, Any]:
+    return {
+        "method": "GET",
+        "url": "stream",
+        "params": {"kinds": ",".join(kinds)} if kinds else {},
+        "headers": {"last-event-id": cursor} if cursor else {},
+        "timeout": httpx.Timeout(settings.silence_s, connect=settings.connect_s),
+    }
+
+
+def _log_following(wanted: LogQuery, settings: ClientSettings) -> dict[str, Any]:
+    return {
+        "method": "GET",
+        "url": wanted.path,
+        "params": {**wanted.query, "follow": "1"},
+        "timeout": httpx.Timeout(max(settings.silence_s, settings.answer_s), connect=settings.connect_s),
+    }
+
+
+def _arguments(call: Call[Any], settings: ClientSettings) -> dict[str, Any]:
+    timeout = httpx.Timeout(settings.answer_s + call.hold_s, connect=settings.connect_s)
+    headers = {"content-type": "application/json"} if call.body is not None else {}
+    return {
+        "method": call.method,
+        "url": call.path,
+        "params": dict(call.query),
+        "content": call.body,
+        "headers": headers,
+        "timeout": timeout,
+    }
+
+
+def _result(call: Call[T], answer: httpx.Response, path: Path) -> T:
+    if answer.status_code >= 400:
+        raise problem(answer, path)
+    return call.read(answer.status_code, answer.content)
+
+
+def _knock(path: Path) -> None:
+    """See who is behind the socket. The system's own error tells a dead manager from another user's; httpx's does not."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as door:
+        door.setblocking(False)
+        try:
+            door.connect(str(path))
+        except BlockingIOError:
+            return
+        except PermissionError as error:
+            raise Unauthorised(
+                f"the manager's socket {path} is another user's; run this as the user that runs the manager"
+            ) from error
+        except OSError as error:
+            raise Unreachable(_nobody(path)) from error
+
+
+def _nobody(path: Path) -> str:
+    return f"no manager answers at {path}; start it with `sllmctl serve`"
+
+
+def _unanswered(path: Path, error: httpx.TransportError) -> Unreachable:
+    if isinstance(error, httpx.ConnectError):
+        return Unreachable(_nobody(path))
+    if isinstance(error, httpx.TimeoutException):
+        return Unreachable(f"the manager at {path} did not answer in time; see its log, and `sllmctl doctor`")
+    return Unreachable(f"the manager at {path} broke off before it answered ({error or type(error).__name__}); ask again")
