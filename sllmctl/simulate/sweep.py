@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
@@ -110,10 +110,20 @@ _stop: Event
 
 
 def _begin(said: Queue[tuple[int, int]], stop: Event) -> None:
-    """In each process: an interrupt is the parent's to hear of; it says so by ``stop``."""
+    """In each process, before its first simulation."""
     global _said, _stop
     _said, _stop = said, stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes that are started in here never hear an interrupt, from their first instruction on: it is their parent's to
+    hear of, which says so by ``_stop``. One that comes meanwhile is heard afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(number: int, run: Run) -> Record | Fault:
@@ -138,7 +148,8 @@ def _side_by_side(asked: Sequence[Run], jobs: int, progress: Callable[[int], Non
     ended = [0] * len(asked)
     with ProcessPoolExecutor(min(jobs, len(asked)), context, _begin, (said, stop)) as pool:
         try:
-            futures: list[Future[Record | Fault]] = [pool.submit(_work, number, run) for number, run in enumerate(asked)]
+            with _deaf():
+                futures: list[Future[Record | Fault]] = [pool.submit(_work, number, run) for number, run in enumerate(asked)]
             for future in futures:
                 while not future.done():
                     wait([future], timeout=_POLL_S)
