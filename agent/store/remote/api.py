@@ -109,12 +109,15 @@ class Patience:
             raise Cancelled("the transfer was cancelled")
 
     def ask(self, question: Callable[[], T]) -> T:
-        """The answer to a question that may be asked again."""
+        """The answer to a question that may be asked again; having one is progress."""
         while True:
             try:
-                return question()
+                answer = question()
             except Interrupted as error:
                 self.failed(error)
+            else:
+                self.progress()
+                return answer
 
 
 def left_s(deadline: float | None, limit_s: float, what: str) -> float:

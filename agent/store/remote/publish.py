@@ -209,7 +209,6 @@ class _Publish:
                 raise
 
         self._patience.ask(attempt)
-        self._patience.progress()
 
     @contextlib.contextmanager
     def _checked(self, path: Path, partition: Partition, chunk_bytes: int) -> Iterator[Source]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -129,17 +131,19 @@ def test_comparing_outlasts_what_breaks_now_and_then(
 ) -> None:
     _, directory, _ = source
     put(directory, share)
-    real, lock, tries = share.open, threading.Lock(), [0]
+    real, lock, tries = share.open, threading.Lock(), Counter[tuple[str, int]]()
 
-    def trouble(*given: object, **named: object) -> object:
+    def trouble(path: str, start: int, *rest: Any, **named: Any) -> Any:
+        """Each part breaks off as often as it may and is right at its last attempt, whoever else reads meanwhile."""
         with lock:
-            tries[0] += 1
-            if tries[0] % 2:
+            tries[path, start] += 1
+            if tries[path, start] < SETTINGS.attempts:
                 raise Interrupted("the share is away")
-        return real(*given, **named)  # type: ignore[arg-type]
+        return real(path, start, *rest, **named)
 
     monkeypatch.setattr(share, "open", trouble)
     assert put(directory, share) == ((), [])
+    assert set(tries.values()) == {SETTINGS.attempts}
 
 
 def test_an_error_of_the_disk_here_is_not_taken_for_one_of_the_remote(
