@@ -97,10 +97,10 @@ class Channel(Generic[T]):
             ready = dict(poller.poll(self._wait_ms(deadline)))
             messages: list[T] = []
             if self._socket is not None and (state := ready.get(self._socket.fileno(), 0)):
-                if state & select.POLLOUT:
-                    self._flush()
                 if state & ~select.POLLOUT:
                     messages = self._read()
+                if state & select.POLLOUT:
+                    self._flush()
             if messages or any(descriptor in ready for descriptor in wake):
                 return messages
             if deadline is not None and time.monotonic() >= deadline:
@@ -156,6 +156,10 @@ class Channel(Generic[T]):
                 sent = socket.send_fds(self._socket, [view], list(descriptors))
             except (BlockingIOError, InterruptedError):
                 return
+            except (BrokenPipeError, ConnectionResetError):
+                # The agent is gone, but what it said last has not been read: reading comes to the end of that by itself.
+                self._drop_outbox()
+                return
             except OSError:
                 self._lose()
                 return
@@ -205,10 +209,13 @@ class Channel(Generic[T]):
             self._socket.close()
             self._socket = None
             self._back_off()
+        self._drop_outbox()
+        while self._descriptors:
+            os.close(self._descriptors.popleft())
+
+    def _drop_outbox(self) -> None:
         for _, descriptors in self._outbox:
             for descriptor in descriptors:
                 with contextlib.suppress(OSError):
                     os.close(descriptor)
         self._outbox.clear()
-        while self._descriptors:
-            os.close(self._descriptors.popleft())
