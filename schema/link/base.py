@@ -7,7 +7,19 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-__all__ = ["MAX_FRAME_BYTES", "PROTOCOL", "PROTOCOL_OLDEST", "TOKEN_WINDOW_FRAMES", "Count", "Message", "Part"]
+from schema.ids import Epoch
+
+__all__ = [
+    "MAX_FRAME_BYTES",
+    "PROTOCOL",
+    "PROTOCOL_OLDEST",
+    "TOKEN_WINDOW_FRAMES",
+    "Count",
+    "Finite",
+    "Life",
+    "Message",
+    "Part",
+]
 
 PROTOCOL: Final = 1
 """The newest version of these messages that this build speaks."""
@@ -18,7 +30,14 @@ MAX_FRAME_BYTES: Final = 32 << 20
 TOKEN_WINDOW_FRAMES: Final = 256
 """How many `Tokens` frames an agent sends ahead of the manager's `Acked`; then runs coalesce at the agent."""
 
-Count = Annotated[int, Meta(ge=0)]
+_MAX_INT: Final = (1 << 63) - 1
+
+Count = Annotated[int, Meta(ge=0, le=_MAX_INT)]
+"""A number of things or bytes, or the index of one; a database takes it."""
+Life = Annotated[Epoch, Meta(ge=0, le=_MAX_INT)]
+"""The epoch of an instance's life, as its node states it."""
+Finite = Annotated[float, Meta(ge=-1e18, le=1e18)]
+"""Seconds, or bytes per second: no NaN and no infinity, which would spread through every estimate, and have no JSON."""
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True, tag_field="t"):

@@ -49,7 +49,7 @@ class FrameDecoder(Generic[T]):
             body = bytes(self._buffer[start + _HEADER.size : start + _HEADER.size + length])
             try:
                 messages.append(self._decode(body))
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise LinkError(f"a frame of {length} bytes is not a message of this link: {error}") from error
             start += _HEADER.size + length
         del self._buffer[:start]

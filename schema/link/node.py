@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from schema.errors import Fault
-from schema.ids import Epoch
-from schema.link.base import Part
+from schema.link.base import Count, Finite, Life, Part
 from schema.states import InstanceState, Tier, TierState
 
-__all__ = ["ArenaInfo", "CheckpointTruth", "DeviceInfo", "InstanceTruth", "Inventory", "Placement", "StartPhases"]
+__all__ = [
+    "ArenaInfo",
+    "CheckpointTruth",
+    "DeviceInfo",
+    "InstanceTruth",
+    "Inventory",
+    "Placement",
+    "StartPhases",
+    "check_stated",
+]
 
 
 class DeviceInfo(Part, frozen=True, kw_only=True):
     """``kind`` is "cpu" or "cuda"; ``memory_bytes`` is what instances may use of it, KV caches included."""
 
-    index: int
+    index: Count
     kind: str
     name: str
-    memory_bytes: int
+    memory_bytes: Count
 
 
 class ArenaInfo(Part, frozen=True, kw_only=True):
@@ -27,11 +37,11 @@ class ArenaInfo(Part, frozen=True, kw_only=True):
     """
 
     id: str
-    budget_bytes: int
-    chunk_bytes: int
-    used_bytes: int = 0
+    budget_bytes: Count
+    chunk_bytes: Count
+    used_bytes: Count = 0
     pages: str = "small"
-    faulted_bytes: int = 0
+    faulted_bytes: Count = 0
     reader: str = ""
 
 
@@ -42,14 +52,14 @@ class Inventory(Part, frozen=True, kw_only=True):
     """
 
     hostname: str
-    cpus: int
-    memory_bytes: int
+    cpus: Count
+    memory_bytes: Count
     devices: tuple[DeviceInfo, ...]
     arena: ArenaInfo
-    disk_budget_bytes: int = 0
-    disk_used_bytes: int = 0
-    disk_read_bps: float = 0.0
-    device_copy_bps: float = 0.0
+    disk_budget_bytes: Count = 0
+    disk_used_bytes: Count = 0
+    disk_read_bps: Finite = 0.0
+    device_copy_bps: Finite = 0.0
 
 
 class Placement(Part, frozen=True, kw_only=True):
@@ -60,9 +70,9 @@ class Placement(Part, frozen=True, kw_only=True):
 
     tier: Tier
     state: TierState
-    size_bytes: int = 0
-    users: int = 0
-    device: int = 0
+    size_bytes: Count = 0
+    users: Count = 0
+    device: Count = 0
     reason: str = ""
 
 
@@ -71,9 +81,9 @@ class CheckpointTruth(Part, frozen=True, kw_only=True):
 
     digest: str
     architecture: str
-    image_bytes: int
-    kv_token_bytes: int
-    max_context_tokens: int
+    image_bytes: Count
+    kv_token_bytes: Count
+    max_context_tokens: Count
     placements: tuple[Placement, ...] = ()
 
 
@@ -85,26 +95,38 @@ class StartPhases(Part, frozen=True, kw_only=True, omit_defaults=False):
     skeleton. ``attach_s``: tensors over the store's memory. ``warm_s``: KV memory, and on a device the engine's first step.
     """
 
-    load_s: float = 0.0
+    load_s: Finite = 0.0
     loaded_from: Tier | None = None
-    loaded_bytes: int = 0
-    fork_s: float = 0.0
-    build_s: float = 0.0
-    attach_s: float = 0.0
-    warm_s: float = 0.0
-    total_s: float = 0.0
+    loaded_bytes: Count = 0
+    fork_s: Finite = 0.0
+    build_s: Finite = 0.0
+    attach_s: Finite = 0.0
+    warm_s: Finite = 0.0
+    total_s: Finite = 0.0
 
 
 class InstanceTruth(Part, frozen=True, kw_only=True):
     """An instance on a node: its life (``epoch``), state, and, once ready, what it can take."""
 
     instance: str
-    epoch: Epoch
+    epoch: Life
     digest: str
     state: InstanceState
-    devices: tuple[int, ...] = (0,)
-    kv_capacity_tokens: int = 0
-    max_context_tokens: int = 0
+    devices: tuple[Count, ...] = (0,)
+    kv_capacity_tokens: Count = 0
+    max_context_tokens: Count = 0
     phases: StartPhases | None = None
     fault: Fault | None = None
-    pid: int = 0
+    pid: Count = 0
+
+
+_STATED: Final = frozenset(
+    {InstanceState.STARTING, InstanceState.READY, InstanceState.DRAINING, InstanceState.STOPPING, InstanceState.STOPPED}
+)
+
+
+def check_stated(*truths: InstanceTruth) -> None:
+    """Raises ValueError for a state that is not a node's to state: planned, backoff and failed are the manager's."""
+    for truth in truths:
+        if truth.state not in _STATED:
+            raise ValueError(f"instance {truth.instance} is said to be {truth.state.value}, which is not a node's to say")

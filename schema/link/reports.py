@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from schema.errors import Fault
-from schema.link.base import Message
-from schema.link.node import CheckpointTruth, InstanceTruth, Inventory
+from schema.link.base import Count, Finite, Message
+from schema.link.node import CheckpointTruth, InstanceTruth, Inventory, check_stated
 from schema.states import Tier
 
 __all__ = ["FileChunk", "InstanceUpdate", "NodeTruth", "OperationDone", "PlacementUpdate", "Progress"]
@@ -23,11 +23,17 @@ class NodeTruth(Message, frozen=True, kw_only=True, tag="truth"):
     ops: tuple[str, ...] = ()
     done: tuple[OperationDone, ...] = ()
 
+    def __post_init__(self) -> None:
+        check_stated(*self.instances)
+
 
 class InstanceUpdate(Message, frozen=True, kw_only=True, tag="instance"):
     """An instance changed: starting, ready, draining, stopping or stopped. Backoff, failed and restarts are the manager's."""
 
     truth: InstanceTruth
+
+    def __post_init__(self) -> None:
+        check_stated(self.truth)
 
 
 class PlacementUpdate(Message, frozen=True, kw_only=True, tag="placement"):
@@ -45,10 +51,10 @@ class Progress(Message, frozen=True, kw_only=True, tag="progress"):
 
     op: str
     stage: str
-    done_bytes: int
-    total_bytes: int
+    done_bytes: Count
+    total_bytes: Count
     source: Tier | None = None
-    bps: float = 0.0
+    bps: Finite = 0.0
 
 
 class OperationDone(Message, frozen=True, kw_only=True, tag="done"):
@@ -60,7 +66,7 @@ class OperationDone(Message, frozen=True, kw_only=True, tag="done"):
     op: str
     digest: str = ""
     fault: Fault | None = None
-    read_bytes: int = 0
+    read_bytes: Count = 0
     layout: str = ""
     note: str = ""
 
@@ -70,7 +76,7 @@ class FileChunk(Message, frozen=True, kw_only=True, tag="filechunk"):
 
     op: str
     file: str
-    offset_bytes: int
-    size_bytes: int
+    offset_bytes: Count
+    size_bytes: Count
     data: bytes
     fault: Fault | None = None

@@ -8,7 +8,7 @@ import msgspec
 
 from schema.errors import Fault
 from schema.ids import Epoch
-from schema.link.base import Count, Message, Part
+from schema.link.base import Count, Finite, Message, Part
 from schema.sampling import SamplingParams, TokenIds
 from schema.states import EndReason
 
@@ -57,7 +57,7 @@ class Submit(Message, frozen=True, kw_only=True, tag="submit"):
     request: str
     model: str
     tenant: str = ""
-    choice: int = 0
+    choice: Count = 0
     prompt: TokenIds
     generated: TokenIds = ()
     params: SamplingParams
@@ -92,12 +92,12 @@ class EngineTiming(Part, frozen=True, kw_only=True, omit_defaults=False):
     """What an attempt spent inside the engine, in seconds; ``first_token_s`` is from arrival to its first new token.
     ``cached_tokens`` at its beginning needed no computing: their keys and values were found in the prefix cache."""
 
-    queued_s: float = 0.0
-    prefill_s: float = 0.0
-    first_token_s: float = 0.0
-    total_s: float = 0.0
-    steps: int = 0
-    cached_tokens: int = 0
+    queued_s: Finite = 0.0
+    prefill_s: Finite = 0.0
+    first_token_s: Finite = 0.0
+    total_s: Finite = 0.0
+    steps: Count = 0
+    cached_tokens: Count = 0
 
 
 class Ended(Part, frozen=True, kw_only=True):
@@ -143,7 +143,7 @@ class AttemptTruth(Message, frozen=True, kw_only=True, tag="attempt"):
 class TruthEnd(Message, frozen=True, kw_only=True, tag="truthend"):
     """The truth is complete; ``attempts`` were stated."""
 
-    attempts: int
+    attempts: Count
 
 
 class StepCounts(Part, frozen=True, kw_only=True):
@@ -176,7 +176,7 @@ class InstanceLoad(Message, frozen=True, kw_only=True, tag="load"):
 
     instance: str
     epoch: Epoch
-    running: int
-    waiting: int
-    kv_used_tokens: int
+    running: Count
+    waiting: Count
+    kv_used_tokens: Count
     counts: EngineCounts | None = None

@@ -1,3 +1,4 @@
+import math
 import struct
 
 import msgspec
@@ -15,6 +16,7 @@ from schema.link import (
     Hello,
     ManagerMessage,
     Ping,
+    Progress,
     Role,
     SamplingParams,
     Submit,
@@ -91,6 +93,48 @@ def test_a_message_that_is_not_of_the_link_is_refused(body: object) -> None:
     encoded = msgspec.msgpack.encode(body)
     with pytest.raises(LinkError, match="not a message"):
         FrameDecoder[ManagerMessage](ManagerMessage).feed(struct.pack(">I", len(encoded)) + encoded)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300])
+def test_what_is_no_time_and_no_rate_is_refused(value: float) -> None:
+    with pytest.raises(LinkError, match="not a message"):
+        FrameDecoder[AgentMessage](AgentMessage).feed(
+            encode_frame(Progress(op="o", stage="s", done_bytes=0, total_bytes=0, bps=value))
+        )
+
+
+@pytest.mark.parametrize("value", [-1, 1 << 63, (1 << 64) - 1])
+@pytest.mark.parametrize("field", ["epoch", "kv_capacity_tokens", "pid"])
+def test_what_no_database_takes_is_refused(field: str, value: int) -> None:
+    truth = {"instance": "i", "epoch": 1, "digest": "d", "state": "ready", field: value}
+    body = msgspec.msgpack.encode({"t": "instance", "truth": truth})
+    with pytest.raises(LinkError, match=f"truth.{field}"):
+        FrameDecoder[AgentMessage](AgentMessage).feed(struct.pack(">I", len(body)) + body)
+
+
+@pytest.mark.parametrize("state", ["planned", "backoff", "failed"])
+def test_a_state_that_is_the_managers_to_give_is_refused_from_a_node(state: str) -> None:
+    truth = {"instance": "i", "epoch": 1, "digest": "d", "state": state}
+    arena = {"id": "a", "budget_bytes": 1, "chunk_bytes": 1}
+    means = {"hostname": "h", "cpus": 1, "memory_bytes": 1, "devices": (), "arena": arena}
+    for said in ({"t": "instance", "truth": truth}, {"t": "truth", "node": "n", "inventory": means, "instances": [truth]}):
+        body = msgspec.msgpack.encode(said)
+        with pytest.raises(LinkError, match=f"{state}, which is not a node's to say"):
+            FrameDecoder[AgentMessage](AgentMessage).feed(struct.pack(">I", len(body)) + body)
+
+
+@pytest.mark.parametrize("kind", [Hello, AgentMessage, ManagerMessage])
+def test_a_body_that_nests_deeper_than_a_stack_is_refused(kind: object) -> None:
+    body = b"\x82\xa1t\xa5hello\xa4more" + b"\x91" * 200_000 + b"\xc0"
+    with pytest.raises(LinkError, match="not a message"):
+        FrameDecoder[object](kind).feed(struct.pack(">I", len(body)) + body)
+
+
+@pytest.mark.parametrize("header", [b"\xdd", b"\xdf"])
+def test_a_list_that_announces_billions_takes_no_memory(header: bytes) -> None:
+    body = b"\x82\xa1t\xa5acked\xa4ends" + header + b"\xff\xff\xff\xff"
+    with pytest.raises(LinkError, match="not a message"):
+        FrameDecoder[ManagerMessage](ManagerMessage).feed(struct.pack(">I", len(body)) + body)
 
 
 def test_a_newer_builds_handshake_is_readable() -> None:
