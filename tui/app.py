@@ -27,6 +27,7 @@ from tui.chrome import footer_line, status_line, tab_at, tabs_line, title_line
 from tui.commands import COMMANDS, Command, called, for_key, of_view
 from tui.dialogs import Choice, Field, Form, Help
 from tui.feed import Cluster, Follower
+from tui.format import printable
 from tui.grid import Grid
 from tui.views import VIEWS, Scope, View, filtered, made
 
@@ -297,9 +298,8 @@ class Dashboard(App[Ending]):
         self.do_leave()
 
     def do_leave(self) -> None:
-        if isinstance(self.screen, Choice):
-            return
-        self.run_worker(self._leave(), name="leave", group="leave", exclusive=True)
+        if all(worker.is_finished for worker in self.workers if worker.group == "leave"):
+            self.run_worker(self._leave(), name="leave", group="leave")
 
     async def _leave(self) -> None:
         live = sum(one.state in (RequestState.WAITING, RequestState.RUNNING) for one in self.cluster.requests.values())
@@ -351,7 +351,8 @@ class Dashboard(App[Ending]):
         if self._prompting == "jump" and event.value.strip():
             command = called(event.value, COMMANDS)
             if command is None:
-                self.notify(f"no view or command is called {event.value.strip()!r}; ? lists them", severity="warning")
+                unknown = printable(event.value.strip())
+                self.notify(f"no view or command is called '{unknown}'; ? lists them", severity="warning", markup=False)
             else:
                 self.carry_out(command)
 
@@ -362,11 +363,16 @@ class Dashboard(App[Ending]):
 
     # --- what actions ask for
 
+    @property
+    def _is_asking(self) -> bool:
+        """Whether a question or a form lies there already: a key that was struck twice asks once."""
+        return isinstance(self.screen, (Choice, Form))
+
     async def confirm(self, question: str, verb: str) -> bool:
-        return await self.push_screen_wait(Choice(question, [("yes", verb)])) == "yes"
+        return not self._is_asking and await self.push_screen_wait(Choice(question, [("yes", verb)])) == "yes"
 
     async def fill_in(self, title: str, fields: list[Field], read: Callable[[Mapping[str, str]], T]) -> T | None:
-        return await self.push_screen_wait(Form(title, fields, read))
+        return None if self._is_asking else await self.push_screen_wait(Form(title, fields, read))
 
     async def ask(self, call: Call[T], done: str = "") -> T | None:
         """The manager's answer; a refusal is shown. An answer that is nothing comes back as True."""

@@ -113,14 +113,22 @@ class Cluster:
         self.told_at = self._clock()
         self._skew_s = frame.at - self.told_at
 
+    def lose(self, why: str) -> None:
+        """Nothing is told any more; a picture that was not here in whole never comes."""
+        self.lost = why
+        self._coming = None
+
     def sample(self) -> None:
-        """Add one sample to the histories: tokens per second since the last one."""
+        """Add one sample to the histories: tokens per second since the last one. A node that is gone has none."""
         now = self._clock()
+        there = {node.name for node in self.nodes.values()}
+        for name in self.tokens.keys() - there:
+            del self.tokens[name]
         elapsed_s = now - self._sampled_at if self._sampled_at is not None else 0.0
         if elapsed_s > 0:
-            for node in self.nodes.values():
-                samples = self.tokens.setdefault(node.name, deque(maxlen=_HISTORY))
-                samples.append(self._fresh_tokens.get(node.name, 0) / elapsed_s)
+            for name in there:
+                samples = self.tokens.setdefault(name, deque(maxlen=_HISTORY))
+                samples.append(self._fresh_tokens.get(name, 0) / elapsed_s)
         self._fresh_tokens.clear()
         self._sampled_at = now
 
@@ -152,7 +160,7 @@ class Follower:
                         self._changed()
                         wait_s = _FIRST_WAIT_S
             except SllmError as error:
-                self._cluster.lost = str(error)
+                self._cluster.lose(str(error))
                 self._changed()
             await asyncio.sleep(wait_s)
             wait_s = min(_LONGEST_WAIT_S, wait_s * 2)

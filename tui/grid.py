@@ -91,6 +91,8 @@ class Grid(Widget, can_focus=True):
         self._rows: Sequence[Any] = ()
         self._key: Callable[[Any], str] = str
         self._sorted: tuple[str, bool] = ("", False)
+        self._laid: list[tuple[Column[Any], int]] = []
+        self._laid_for: tuple[int, int] | None = None
         self._top = self._index = self._shift = 0
         self.cursor: str | None = None
         self.follow_end = False
@@ -108,7 +110,10 @@ class Grid(Widget, can_focus=True):
         """Replace what is shown. The cursor stays on its row, or where that row was when it is gone; with ``follow_end`` a
         cursor on the last row goes on to the new last one."""
         was_last = not self._rows or self._index >= len(self._rows) - 1
-        self._columns, self._rows, self._key, self._sorted = columns, rows, key, sorted_by
+        if columns is not self._columns:
+            self._columns, self._laid_for = columns, None
+            self.action_shift(0)
+        self._rows, self._key, self._sorted = rows, key, sorted_by
         self._place(len(rows) - 1 if self.follow_end and was_last else self._find(self.cursor))
         self.refresh()
 
@@ -259,11 +264,13 @@ class Grid(Widget, can_focus=True):
         return Segment("┃", _style(MUTED)) if begin <= y - 1 < begin + length else Segment("│", _style("#30363d"))
 
     def _layout(self, width: int) -> list[tuple[Column[Any], int]]:
-        return _laid_out(tuple(self._columns), width - 1, self._shift)
+        """Every line asks for it, so it is kept while neither columns nor width change."""
+        if self._laid_for != (width, self._shift):
+            self._laid, self._laid_for = _laid_out(self._columns, width - 1, self._shift), (width, self._shift)
+        return self._laid
 
 
-@lru_cache(maxsize=256)
-def _laid_out(columns: tuple[Column[Any], ...], width: int, shift: int) -> list[tuple[Column[Any], int]]:
+def _laid_out(columns: Sequence[Column[Any]], width: int, shift: int) -> list[tuple[Column[Any], int]]:
     """Which columns are shown in a width, and how wide each is."""
     shown = [column for column in columns if column.since <= width + 1 and not column.moves]
     left = width - sum(column.width + _GAP for column in shown)

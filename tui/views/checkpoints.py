@@ -8,7 +8,7 @@ from functools import partial
 from schema.admin import CheckpointView, PlacementView
 from schema.states import NodeState, Tier, TierState
 from tui.feed import Cluster
-from tui.format import ACCENT, BAD, GOOD, MUTED, WARN, Cell, Span, age, count, size, state
+from tui.format import ACCENT, BAD, GOOD, MUTED, WARN, Cell, Span, age, count, short, size, state
 from tui.grid import Column
 from tui.views.base import Detail, View
 
@@ -33,7 +33,8 @@ class Checkpoints(View[CheckpointView]):
         if nodes != self._nodes or not self._columns:
             self._nodes = nodes
             moving = (
-                Column(f"on {node}", node[:12], max(6, min(12, len(node))), partial(_on, node), moves=True) for node in nodes
+                Column(f"on {node}", short(node, 12), max(6, min(12, len(node))), partial(_on, node), moves=True)
+                for node in nodes
             )
             self._columns = (*_FIXED, *moving)
         return self._columns
