@@ -135,6 +135,7 @@ def _work(number: int, run: Run) -> Record | Fault:
             raise Cancelled("the simulation was interrupted")
 
     try:
+        progress(0)
         return _simulate(run, progress)
     except SllmError as error:
         return Fault.of(error)
@@ -164,7 +165,8 @@ def _side_by_side(asked: Sequence[Run], jobs: int, progress: Callable[[int], Non
                 yield result
         finally:
             stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            # What they share must outlast them, also one that is still being started.
+            pool.shutdown(wait=True, cancel_futures=True)
     _hear(said, ended)
 
 
