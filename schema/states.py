@@ -98,6 +98,7 @@ class InstanceState(StrEnum):
 
     ``planned``: a place is reserved; its node has not been asked for anything yet.
     ``starting``: weights are on their way and a worker is being made, side by side; written before the node is told.
+    ``ready``: takes requests. The last of its weights may still be coming; no token leaves it before they have.
     ``draining``: finishes what it has, takes nothing new. ``backoff``: says why it died and when it is tried again.
     ``failed``: tried as often as allowed, or can never start; waits for an operator.
     """

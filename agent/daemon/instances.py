@@ -193,7 +193,7 @@ class Instances(Lives):
 
     def worker_stated(self, life: Life, door: WorkerDoor, truth: WorkerTruth) -> None:
         """The worker's truth is complete: go on from where it stands."""
-        life.worker = door
+        life.worker, life.offered = door, None
         life.asked = truth.start is not None
         life.attached = bool(truth.arena) or truth.weights is not None
         if truth.truth is not None:
@@ -206,7 +206,8 @@ class Instances(Lives):
             return
         if life.state is not _State.STARTING:
             life.cancel_timer()
-            return
+            if life.attached:
+                return
         if life.fetch:
             life.cancel_timer()  # it is there, and waits
             return
@@ -233,13 +234,13 @@ class Instances(Lives):
         """The worker says how far it is."""
         if truth.state is _State.STOPPED:
             self._fail(life, truth.fault or Fault.of(SllmError("the worker stopped without saying why")))
-        elif truth.state is _State.READY and life.state is _State.STARTING and life.ending is None:
-            life.cancel_timer()
-            life.state = _State.READY
+        elif truth.state is _State.READY and life.ending is None and (life.state is _State.STARTING or not life.whole):
+            if life.state is _State.STARTING:
+                life.cancel_timer()
+                life.state = _State.READY
             life.kv_capacity_tokens = truth.kv_capacity_tokens
             life.max_context_tokens = truth.max_context_tokens
-            if not life.phases.total_s:
-                told = truth.phases or StartPhases()
+            if (told := truth.phases) is not None and not life.whole:
                 total_s = time.monotonic() - life.begun
                 life.phases = msgspec.structs.replace(
                     life.phases, build_s=told.build_s, attach_s=told.attach_s, warm_s=told.warm_s, total_s=total_s
@@ -256,6 +257,7 @@ class Instances(Lives):
     def store_lost(self) -> None:
         """Extents that no worker was told yet are void; they are asked for again."""
         for life in list(self._lives):
+            life.arriving = None
             if not life.attached and (life.resident or life.weights) and life.ending is None:
                 life.resident = life.weights = None
                 self._fill(life)

@@ -11,7 +11,7 @@ from agent.daemon.process import Process
 from agent.daemon.roster import RosterEntry
 from schema.errors import Fault
 from schema.ids import Epoch
-from schema.link import DeviceWeights, InstanceTruth, Message, Resident, StartInstance, StartPhases
+from schema.link import Arriving, DeviceWeights, Extent, InstanceTruth, Message, Resident, StartInstance, StartPhases
 from schema.states import InstanceState
 
 __all__ = ["Life", "WorkerDoor"]
@@ -38,7 +38,8 @@ class Life:
     ``after`` is the older life that must be dead before this one begins, ``before`` the newer one that waits for this one.
     ``quiet``: what ends it is not told as stopping, because nobody asked for it. ``asked`` and ``attached`` are what the
     worker has been given: `StartWorker` and `Attach`. On a node with devices it is ``weights`` that it attaches, else the
-    ``resident`` image. ``fill`` and ``fetch`` are ops that it waits for.
+    ``resident`` image; ``arriving`` is that image while it comes, ``offered`` the arena and extents that the worker was told of
+    it. ``fill`` and ``fetch`` are ops that it waits for.
     """
 
     start: StartInstance
@@ -54,6 +55,8 @@ class Life:
     fill: str = ""
     fetch: str = ""
     resident: Resident | None = None
+    arriving: Arriving | None = None
+    offered: tuple[str, tuple[Extent, ...]] | None = None
     weights: DeviceWeights | None = None
     kv_capacity_tokens: int = 0
     max_context_tokens: int = 0
@@ -77,7 +80,13 @@ class Life:
     def stopped(self) -> bool:
         return self.state is InstanceState.STOPPED
 
+    @property
+    def whole(self) -> bool:
+        """It serves and has all of its weights; before that it may be ready for requests."""
+        return self.phases.total_s > 0
+
     def truth(self) -> InstanceTruth:
+        early = self.state is InstanceState.READY and not self.whole
         return InstanceTruth(
             instance=self.start.instance,
             epoch=self.start.epoch,
@@ -86,7 +95,7 @@ class Life:
             devices=self.start.devices,
             kv_capacity_tokens=self.kv_capacity_tokens,
             max_context_tokens=self.max_context_tokens,
-            phases=self.phases if self.phases != StartPhases() else None,
+            phases=None if early or self.phases == StartPhases() else self.phases,
             fault=self.fault,
             pid=self.process.pid if self.process is not None and not self.stopped else 0,
         )
@@ -101,7 +110,7 @@ class Life:
             epoch=self.start.epoch,
             nonce=self.nonce,
             start=self.start,
-            phases=self.phases if self.phases.total_s else None,
+            phases=self.phases if self.whole else None,
             stop_grace_s=self.stop_grace_s,
         )
 

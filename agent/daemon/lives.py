@@ -25,12 +25,14 @@ from agent.daemon.storelink import StoreLink
 from agent.daemon.supervisor import KILL_S, TERM_S
 from schema.errors import Fault, InvalidCheckpoint, NotFound, SllmError, TimedOut, Unreachable
 from schema.link import (
+    Arriving,
     Attach,
     Descriptors,
     DeviceWeights,
     FetchStored,
     Fork,
     InstanceTruth,
+    LayersArrived,
     Message,
     OnDevice,
     OperationDone,
@@ -153,7 +155,7 @@ class Lives:
 
     def _fill(self, life: Life) -> None:
         def answered(answer: Resident | OnDevice | Fault) -> None:
-            life.fill = ""
+            life.fill, life.arriving = "", None
             if isinstance(answer, Fault):
                 self._fail(life, answer)
                 return
@@ -173,11 +175,18 @@ class Lives:
         def progressed(progress: Progress) -> None:
             self._owner.instance_progress(msgspec.structs.replace(progress, op=life.start.instance))
 
+        def arriving(message: Arriving | LayersArrived) -> None:
+            if isinstance(message, Arriving):
+                life.arriving = message
+            elif life.arriving is not None:
+                life.arriving = msgspec.structs.replace(life.arriving, layers=message.layers)
+            self._offer(life)
+
         start = life.start
         if self._on_device(life):
             life.fill = self._store.devices.fill(start.digest, life.directory, start.devices, answered, progressed)
         else:
-            life.fill = self._store.fill(start.digest, life.directory, answered, progressed)
+            life.fill = self._store.fill(start.digest, life.directory, answered, progressed, arriving=arriving)
 
     def _fetch(self, life: Life) -> None:
         """Its weights come from a remote, to the disk and into the arena at once; the worker waits for them."""
@@ -225,6 +234,7 @@ class Lives:
         elif life.resident is None and life.weights is None and not life.fill:
             self._fill(life)
         self._expect_attach(life)
+        self._offer(life)
 
     def _fork(self, life: Life) -> None:
         life.nonce = secrets.randbits(52) + 1
@@ -255,7 +265,8 @@ class Lives:
         """Give the worker its weights, as soon as both are there."""
         if life.worker is None or not life.asked or life.attached or life.ending is not None:
             return
-        life.cancel_timer()
+        if life.state is _State.STARTING:
+            life.cancel_timer()
         if life.weights is not None:
             self._attach_device(life, life.weights)
             return
@@ -273,7 +284,30 @@ class Lives:
         resident = life.resident
         life.attached = True
         life.worker.send(Attach(arena=self._store.arena.id, extents=resident.extents, image_bytes=resident.image_bytes))
-        self._expect(life, self._config.start_s, "its worker did not become ready")
+        if life.state is _State.STARTING:
+            self._expect(life, self._config.start_s, "its worker did not become ready")
+
+    def _offer(self, life: Life) -> None:
+        """Tell the worker where its weights come to lie and which layers have come: it may be ready before the last has."""
+        arriving, arena = life.arriving, self._store.arena
+        if life.worker is None or not life.asked or life.attached or life.ending is not None:
+            return
+        if arriving is None or arena is None or not self._store.ready:
+            return
+        place = arena.id, arriving.extents
+        if life.offered == place:
+            life.worker.send(LayersArrived(op=arriving.op, layers=arriving.layers))
+            return
+        try:
+            descriptor = self._store.reopen()
+        except (SllmError, OSError):
+            return  # `_expect_attach` says what that means, when all has come
+        try:
+            life.worker.send(Descriptors(what="arena-ro"), (descriptor,))
+        finally:
+            os.close(descriptor)
+        life.offered = place
+        life.worker.send(msgspec.structs.replace(arriving, arena=arena.id))
 
     def _attach_device(self, life: Life, weights: DeviceWeights) -> None:
         assert life.worker is not None

@@ -20,6 +20,7 @@ from schema.errors import Fault, LinkError, SllmError, Unreachable
 from schema.link import (
     ArenaInfo,
     ArenaState,
+    Arriving,
     CancelFetch,
     CancelVerify,
     Descriptors,
@@ -30,6 +31,7 @@ from schema.link import (
     FillArena,
     Hello,
     HoldCheckpoint,
+    LayersArrived,
     Message,
     OnDevice,
     OperationDone,
@@ -72,6 +74,7 @@ class _Fill:
     message: FillArena
     answered: Callable[[Resident | Fault], None]
     progress: Callable[[Progress], None]
+    arriving: Callable[[Arriving | LayersArrived], None]
     losses: int = 0
 
 
@@ -143,13 +146,17 @@ class StoreLink:
         op: str = "",
         *,
         priority: Priority = Priority.REQUEST,
+        arriving: Callable[[Arriving | LayersArrived], None] = lambda _: None,
     ) -> str:
-        """Ask for a checkpoint in the arena; answered once, now or later, unless it is withdrawn. Returns its op."""
+        """Ask for a checkpoint in the arena; answered once, now or later, unless it is withdrawn. Returns its op.
+
+        ``arriving`` hears where it comes to lie and which layers have come, until it is answered or the store is lost.
+        """
         self._count += 1
         op = op or f"fill-{os.getpid()}-{self._count}"
         users = self.holds.count(digest)
         message = FillArena(op=op, digest=digest, directory=directory, users=users, priority=priority)
-        fill = self._fills[op] = _Fill(message, answered, progress)
+        fill = self._fills[op] = _Fill(message, answered, progress, arriving)
         if self._stated:
             self._kin.send(fill.message)
         self._owner.placement_changed(digest)
@@ -233,6 +240,9 @@ class StoreLink:
                 self.arena = message.arena
             case _ if not self._stated:
                 raise LinkError(f"the store said {type(message).__name__} before its truth")
+            case Arriving() | LayersArrived():
+                if (fill := self._fills.get(message.op)) is not None:
+                    fill.arriving(message)
             case Resident():
                 self._resident(message)
             case OperationDone():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
@@ -13,13 +13,16 @@ from agent.engine.dtypes import torch_dtype
 from agent.engine.engine import BatchEngine
 from agent.engine.memory import free_bytes, plan_memory
 from agent.engine.native_runner import NativeRunner, is_native
+from agent.engine.runner import Runner
 from agent.engine.skeleton import build_skeleton
 from agent.engine.transformers_runner import TransformersRunner
 from agent.engine.weights import attach
+from agent.store.index import TensorIndex
+from agent.store.layers import Layers
 from schema.checkpoint import Manifest
 from schema.link import EngineOptions
 
-__all__ = ["PREFILL_TOKENS", "assemble", "build_engine"]
+__all__ = ["PREFILL_TOKENS", "assemble", "build_engine", "can_follow"]
 
 PREFILL_TOKENS = 512
 """Prompt tokens that one step computes at most, beside the sequences that decode."""
@@ -44,6 +47,16 @@ def build_engine(
     return engine
 
 
+def can_follow(model: nn.Module, manifest: Manifest, index: TensorIndex) -> bool:
+    """Whether a first step can go from layer to layer while weights are still coming: where no weight is read before that, to
+    be converted or to be used earlier than where it lies."""
+    if not is_native(model) or any(dtype != manifest.kv.dtype for dtype, _ in index.kinds):
+        return False
+    ends = Layers(manifest).ends
+    embeddings = [at for at, name in enumerate(index.names) if name.endswith("embed_tokens.weight")]
+    return len(ends) == manifest.kv.layers and all(index.starts[at] + index.sizes[at] <= ends[0] for at in embeddings)
+
+
 def assemble(
     model: nn.Module,
     manifest: Manifest,
@@ -51,8 +64,10 @@ def assemble(
     device: str = "cpu",
     prefill_tokens: int = PREFILL_TOKENS,
     share_prefixes: bool = True,
+    await_layer: Callable[[int], None] = lambda _: None,
 ) -> BatchEngine:
-    """KV memory and scheduling around a model that has its weights.
+    """KV memory and scheduling around a model that has its weights, or `can_follow` them: then ``await_layer`` is
+    `NativeRunner`'s.
 
     Raises OutOfSpace when ``kv_bytes`` hold no block, or when they, activations and logits are more than the device has free.
     """
@@ -65,10 +80,14 @@ def assemble(
     reach = min(context, count * BLOCK_TOKENS)
     pool = KvPool(geometry.layers, count, geometry.kv_heads, geometry.head_dim, torch_dtype(geometry.dtype), device)
     blocks = BlockManager(count, options.max_concurrency, BlockManager.needed(reach), pool.erase, share_prefixes)
-    runner = NativeRunner if is_native(model) else TransformersRunner
+    runner: Runner
+    if is_native(model):
+        runner = NativeRunner(model, pool, blocks, device, options.deterministic, await_layer)
+    else:
+        runner = TransformersRunner(model, pool, blocks, device, options.deterministic)
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     return BatchEngine(
-        runner=runner(model, pool, blocks, device, options.deterministic),
+        runner=runner,
         pool=pool,
         blocks=blocks,
         capacity=EngineCapacity(count * BLOCK_TOKENS, reach, options.max_concurrency),

@@ -92,28 +92,42 @@ class _Layer:
 
 
 class NativeRunner(Runner):
-    """``model`` is an attached skeleton of the family; its tensors are used where they lie."""
+    """``model`` is an attached skeleton of the family; its tensors are used where they lie.
 
-    def __init__(self, model: nn.Module, pool: KvPool, blocks: BlockManager, device: str, deterministic: bool = False) -> None:
+    ``await_layer`` returns once the weights of a layer, counted from 0, and of all before it are there; asked for as many as
+    there are layers, once all are. The first step asks before each layer, and nothing reads a weight before that.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pool: KvPool,
+        blocks: BlockManager,
+        device: str,
+        deterministic: bool = False,
+        await_layer: Callable[[int], None] = lambda _: None,
+    ) -> None:
         super().__init__(pool, blocks, device, deterministic)
         source: Any = model
         config, inner = source.config, source.model
         self._eps: float = config.rms_norm_eps
         self._embedding: Tensor = inner.embed_tokens.weight
         self._norm: Tensor = inner.norm.weight
-        narrow = _narrow(self._embedding, deterministic)
-        self._head = _product(narrow, source.lm_head)
+        self._narrow = _narrow(self._embedding, deterministic)
+        self._config, self._modules, self._head_module = config, list(inner.layers), source.lm_head
+        self._await_layer = await_layer
+        self._layers: list[_Layer] = []
+        self._head: _Product | None = None
         self._rotary = _Rotary(inner.rotary_emb, self._embedding.dtype)
         self._activation: Callable[[Tensor], Tensor] = inner.layers[0].mlp.act_fn
         self._in_place = isinstance(self._activation, nn.SiLU)
         self._kv_heads, self._head_dim = pool.kv_heads, pool.head_dim
-        self._layers = [_layer(index, module, config, narrow) for index, module in enumerate(inner.layers)]
         self._heads: int = config.num_attention_heads
         first = inner.layers[0].self_attn
         kv_heads = first.k_proj.weight.shape[0] // first.head_dim
-        if (len(self._layers), kv_heads, first.head_dim) != (len(pool.layers), pool.kv_heads, pool.head_dim):
+        if (len(self._modules), kv_heads, first.head_dim) != (len(pool.layers), pool.kv_heads, pool.head_dim):
             raise InvalidCheckpoint(
-                f"the model has {len(self._layers)} layers with {kv_heads} KV heads of {first.head_dim}, unlike the manifest"
+                f"the model has {len(self._modules)} layers with {kv_heads} KV heads of {first.head_dim}, unlike the manifest"
             )
 
     @property
@@ -121,12 +135,14 @@ class NativeRunner(Runner):
         return list(range(len(self._layers)))
 
     def _compute(self, batch: StepBatch) -> Tensor:
+        self._layer(0)
         x = self._embedding.index_select(0, batch.ids)
         cos, sin = self._rotary.at(batch.positions, batch.last_position)
         heads, kv_heads, head_dim = self._heads, self._kv_heads, self._head_dim
         rotated = heads + kv_heads
         tokens = x.shape[0]
-        for layer in self._layers:
+        for index in range(len(self._modules)):
+            layer = self._layer(index)
             states = layer.qkv(rms_norm(x, layer.input_norm, self._eps)).view(tokens, rotated + kv_heads, head_dim)
             self._rotate(states[:, :rotated], layer.head_norm, cos, sin)
             attended = self._attention(batch.attention, states[:, :heads], states[:, heads:], layer.how)
@@ -138,9 +154,25 @@ class NativeRunner(Runner):
             else:
                 gate, up = layer.gate_up(states).chunk(2, dim=1)
                 layer.down.add_to(x, self._gated(gate, up))
+        head = self._product_of_head()
         if batch.wanted is not None:
             x = x.index_select(0, batch.wanted)
-        return self._head(rms_norm(x, self._norm, self._eps))
+        return head(rms_norm(x, self._norm, self._eps))
+
+    def _layer(self, index: int) -> _Layer:
+        """A layer, made when it is first computed: small tensors of it are copied, so its weights must be there."""
+        if index == len(self._layers):
+            self._await_layer(index)
+            with _unwatched():
+                self._layers.append(_layer(index, self._modules[index], self._config, self._narrow))
+        return self._layers[index]
+
+    def _product_of_head(self) -> _Product:
+        if self._head is None:
+            self._await_layer(len(self._modules))
+            with _unwatched():
+                self._head = _product(self._narrow, self._head_module)
+        return self._head
 
     def _rotate(self, states: Tensor, norm: Tensor | None, cos: Tensor, sin: Tensor) -> None:
         """Turn query and key heads [tokens, heads, head_dim] by their positions, in place: x cos + (-x2, x1) sin."""
@@ -211,6 +243,11 @@ def _layer(index: int, module: Any, config: Any, narrow: int) -> _Layer:
         gate_up=_product(narrow, mlp.gate_proj, mlp.up_proj),
         down=_product(narrow, mlp.down_proj),
     )
+
+
+def _unwatched() -> Any:
+    """A context past `RowInvariant`, to which what is made of weights is no matter."""
+    return torch._C.DisableTorchFunction()
 
 
 def _narrow(weight: Tensor, deterministic: bool) -> int:

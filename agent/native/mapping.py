@@ -38,23 +38,28 @@ class ImageMapping:
 
     def __init__(self, descriptor: int, extents: Sequence[Extent], image_bytes: int) -> None:
         self.image_bytes = image_bytes
-        pieces = _cut(extents, image_bytes, os.fstat(descriptor).st_size)
+        _cut(extents, image_bytes, os.fstat(descriptor).st_size)  # raises before anything is reserved
         # Aligned to huge pages, as chunks are in the arena, so that those can be mapped whole.
         self._reserved_bytes = -(-image_bytes // HUGE_BYTES) * HUGE_BYTES + HUGE_BYTES
         self._reserved = _map(None, self._reserved_bytes, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
         self.address = -(-self._reserved // HUGE_BYTES) * HUGE_BYTES
         self._buffer: memoryview | None = None
-        at = self.address
-        # Without MAP_POPULATE: for 1.2 GB it would take 100 ms at once, where mapping takes 0.3 ms and the faults (64 KiB of
-        # neighbours each) cost the first pass over the weights 80 ms, shared by its threads.
         try:
-            for piece in pieces:
-                _map(at, piece.size_bytes, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor, piece.offset_bytes)
-                at += piece.size_bytes
-        except OutOfSpace:
+            self.remap(descriptor, extents)
+        except (LinkError, OutOfSpace):
             self.close()
             raise
         self._buffer = memoryview((ctypes.c_char * image_bytes).from_address(self.address)).cast("B").toreadonly()
+
+    def remap(self, descriptor: int, extents: Sequence[Extent]) -> None:
+        """Map these extents in the place of what is mapped, for an image that has come to lie elsewhere. Raises as the making
+        does; after OutOfSpace it is not defined which memory is seen."""
+        at = self.address
+        # Without MAP_POPULATE: for 1.2 GB it would take 100 ms at once, where mapping takes 0.3 ms and the faults (64 KiB of
+        # neighbours each) cost the first pass over the weights 80 ms, shared by its threads.
+        for piece in _cut(extents, self.image_bytes, os.fstat(descriptor).st_size):
+            _map(at, piece.size_bytes, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor, piece.offset_bytes)
+            at += piece.size_bytes
 
     @property
     def buffer(self) -> memoryview:

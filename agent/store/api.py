@@ -13,7 +13,7 @@ from typing import Protocol
 
 from agent.native.jobs import Priority, Unit
 from schema.errors import Fault, SllmError
-from schema.link import ArenaInfo, Resident
+from schema.link import ArenaInfo, Arriving, LayersArrived, Resident
 
 __all__ = ["FillSink", "Store", "StoreListener"]
 
@@ -22,6 +22,9 @@ class StoreListener(Protocol):
     """Who hears of background work. Every fill gets progress and then exactly one `filled` or `failed`."""
 
     def progress(self, op: str, done_bytes: int, total_bytes: int) -> None: ...
+
+    def arriving(self, message: Arriving | LayersArrived) -> None:
+        """So much of an image that soon is whole may be used: `Arriving` for each op, then `LayersArrived`."""
 
     def filled(self, op: str, resident: Resident) -> None: ...
 

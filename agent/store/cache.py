@@ -24,15 +24,18 @@ from agent.native.reader import Priority, ReadJob, ReadPool
 from agent.store import catalog
 from agent.store.api import FillSink, StoreListener
 from agent.store.fills import Fill, FillSource, changed_meanwhile, fill_units, mark
+from agent.store.layers import Layers
 from agent.store.room import FreeChunks
 from agent.store.verify import Verdict, Verifier
-from schema.checkpoint import Manifest
+from schema.checkpoint import IN_PLACE, Manifest
 from schema.errors import Cancelled, Conflict, Fault, InvalidCheckpoint, NotFound, OutOfSpace, SllmError
-from schema.link import ArenaInfo, Resident
+from schema.link import ArenaInfo, Arriving, LayersArrived, Resident
 
 __all__ = ["ArenaStore"]
 
 _PROGRESS_S: Final = 0.1
+_SOON_S: Final = 2.0
+"""An image that is whole within so long is offered layer by layer: whoever is sent to it waits that long at most."""
 _CONDEMNED_BEFORE: Final = "its image in memory was found wrong before the store was started"
 _UNIT_BYTES: Final = 16 << 20
 """What is read as one where no checksum is looked at, so that blocks may be as long as a disk wants them."""
@@ -142,6 +145,8 @@ class ArenaStore:
     def new_agent(self) -> None:
         """An agent has come that will say who uses what; of what lies here nothing is forgotten before it has."""
         self._users = {digest: users for digest, users in self._users.items() if digest in self._residents}
+        for fill in self._fills.values():
+            fill.offered.clear()
 
     @property
     def pool(self) -> ReadPool:
@@ -244,6 +249,8 @@ class ArenaStore:
                 self._stall(fill, fill.job.stalled)
             elif now - fill.told_at >= _PROGRESS_S and fill.told_bytes != fill.job.done_bytes:
                 self._tell(fill, now, fill.job.done_bytes)
+            if fill.digest in self._fills:
+                self._offer(fill, now)
         self._pump_verifier(now)
 
     def close(self) -> None:
@@ -289,13 +296,17 @@ class ArenaStore:
         trusted = not fill.verifying and fill.source is None
         units = list(fill_units(self._arena, fill.directory, manifest, chunks, fill.verifying, _UNIT_BYTES if trusted else 0))
         self._fills[fill.digest] = fill
-        self._tell(fill, time.monotonic(), 0)
+        fill.begun_at = time.monotonic()
+        self._tell(fill, fill.begun_at, 0)
         self._arena.hold_prefault(True)
         self._arena.hurry(chunks)
         if fill.source is not None:  # sinks get it when it is whole
             fill.job = fill.source.submit(units, self._changed, priority=fill.priority)
         else:
-            fill.job = self._pool.submit(units, self._changed, priority=fill.priority, unit_done=fill.arrived)
+            # A user's own files are not in this order, and are known not to have changed only when all is read.
+            fill.layers = Layers(manifest) if manifest.layout != IN_PLACE else None
+            changed = partial(self._layers_changed, fill)
+            fill.job = self._pool.submit(units, changed, priority=fill.priority, unit_done=fill.arrived)
 
     def _pump_verifier(self, now: float) -> None:
         for verdict in self._verifier.take():
@@ -355,6 +366,28 @@ class ArenaStore:
         if job.finished or job.stalled is not None or now - self._woken_at >= _PROGRESS_S:
             self._woken_at = now
             self._wake()
+
+    def _layers_changed(self, fill: Fill, job: ReadJob) -> None:
+        """On a reader's thread: the owner hears of each layer of an image that is offered."""
+        if fill.offered and fill.usable_layers > fill.told_layers:
+            self._wake()
+        self._changed(job)
+
+    def _offer(self, fill: Fill, now: float) -> None:
+        """Tell who waits where an image comes to lie that soon is whole, and then which of its layers have come."""
+        if not fill.layers or fill.given_up or fill.occupant is None:
+            return
+        before, fill.told_layers = fill.told_layers, fill.usable_layers
+        soon = bool(fill.offered) or fill.left_s(now) <= _SOON_S
+        for op in fill.ops if soon else ():
+            if op not in fill.offered:
+                fill.offered.add(op)
+                extents = self._arena.extents(fill.occupant.chunks)
+                self._listener.arriving(
+                    Arriving(op=op, digest=fill.digest, extents=extents, image_bytes=fill.image_bytes, layers=fill.told_layers)
+                )
+            elif fill.told_layers > before:
+                self._listener.arriving(LayersArrived(op=op, layers=fill.told_layers))
 
     def _tell(self, fill: Fill, now: float, done_bytes: int) -> None:
         fill.told_at, fill.told_bytes = now, done_bytes

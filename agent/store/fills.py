@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +14,7 @@ from agent.native.chunk_table import Occupant
 from agent.native.reader import Priority, ReadJob, Unit
 from agent.store import catalog
 from agent.store.api import FillSink
+from agent.store.layers import Layers
 from schema.checkpoint import Manifest
 from schema.errors import InvalidCheckpoint, SllmError
 
@@ -35,7 +37,11 @@ class FillSource(Protocol):
 
 @dataclass(slots=True)
 class Fill:
-    """A checkpoint on its way in, for all ``ops`` that asked. ``occupant`` and ``job`` are there once it is being read."""
+    """A checkpoint on its way in, for all ``ops`` that asked. ``occupant`` and ``job`` are there once it is being read.
+
+    ``layers`` are those of an image whose layers come in the order in which they are used; ``offered`` the ops that were told
+    where it comes to lie, and of ``told_layers``.
+    """
 
     digest: str
     directory: Path
@@ -50,8 +56,22 @@ class Fill:
     given_up: bool = False
     stalled: bool = False
     sinks: tuple[FillSink, ...] = ()
+    begun_at: float = 0.0
     told_at: float = 0.0
     told_bytes: int = -1
+    layers: Layers | None = None
+    told_layers: int = 0
+    offered: set[str] = field(default_factory=set)
+
+    @property
+    def usable_layers(self) -> int:
+        """How many layers, and all that is before them, are in memory and right."""
+        return 0 if self.layers is None or self.job is None else self.layers.usable(self.job.prefix_bytes)
+
+    def left_s(self, now: float) -> float:
+        """How long the rest takes, if it comes as fast as what has come."""
+        done = 0 if self.job is None else self.job.done_bytes
+        return inf if not done else (self.image_bytes - done) * (now - self.begun_at) / done
 
     def arrived(self, job: ReadJob, unit: Unit) -> None:
         """On a reader's thread: bytes that lie in the arena now go on to whoever wants them."""

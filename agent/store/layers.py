@@ -33,6 +33,11 @@ class Layers:
     def __init__(self, manifest: Manifest) -> None:
         self._ends = manifest.layer_ends or layer_ends(manifest.tensors, manifest.partitions)
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Up to which byte of the image each layer reaches."""
+        return self._ends
+
     def __len__(self) -> int:
         return len(self._ends)
 

@@ -33,6 +33,7 @@ from agent.store.remote.fetches import Fetches
 from schema.errors import Fault, InvalidInput, LinkError, SllmError
 from schema.link import (
     ArenaState,
+    Arriving,
     CancelFetch,
     CancelVerify,
     Descriptors,
@@ -47,6 +48,7 @@ from schema.link import (
     Hello,
     HoldCheckpoint,
     HoldDevice,
+    LayersArrived,
     OnDevice,
     OperationDone,
     Ping,
@@ -171,6 +173,9 @@ class StoreProcess:
         self._faulted = False
         if self._store is not None:
             self._say(ArenaState(arena=self._store.arena))
+
+    def arriving(self, message: Arriving | LayersArrived) -> None:
+        self._say(message)
 
     def filled(self, op: str, resident: Resident) -> None:
         self._rates.end(op)

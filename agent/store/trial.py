@@ -14,7 +14,7 @@ from agent.native.reader import ReadJob, ReadPool, Unit
 from agent.store.cache import ArenaStore
 from agent.store.catalog import CatalogEntry, partition_path
 from schema.errors import Fault, TimedOut
-from schema.link import Resident
+from schema.link import Arriving, LayersArrived, Resident
 
 __all__ = ["Timing", "TrialStore", "cpu_s"]
 
@@ -135,6 +135,9 @@ class TrialStore:
     # What an `ArenaStore` says: a StoreListener.
 
     def progress(self, op: str, done_bytes: int, total_bytes: int) -> None:
+        pass
+
+    def arriving(self, message: Arriving | LayersArrived) -> None:
         pass
 
     def filled(self, op: str, resident: Resident) -> None:

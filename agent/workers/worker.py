@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import time
+from collections import deque
 from functools import partial
 from typing import Any, Final
 
@@ -21,7 +22,7 @@ from torch.utils.dlpack import from_dlpack
 from agent.channel import Channel
 from agent.config import NodeConfig
 from agent.engine.api import EngineCapacity
-from agent.engine.build import assemble
+from agent.engine.build import assemble, can_follow
 from agent.engine.engine import BatchEngine
 from agent.engine.image import image_tensors
 from agent.engine.kept import SkeletonCache
@@ -31,12 +32,14 @@ from agent.native.device import open_driver
 from agent.native.dlpack import bytes_capsule
 from agent.native.mapping import ImageMapping
 from agent.store.index import TensorIndex, read_index
+from agent.workers.coming import Coming
 from agent.workers.journal import Journal
 from agent.workers.kin import kin_token
 from schema.checkpoint import Manifest, decode_manifest
-from schema.errors import Cancelled, Fault, InvalidCheckpoint, LinkError, NotFound, Unreachable
+from schema.errors import Cancelled, Fault, InvalidCheckpoint, LinkError, NotFound, SllmError, Unreachable
 from schema.link import (
     Acked,
+    Arriving,
     Attach,
     Cancel,
     Descriptors,
@@ -47,6 +50,7 @@ from schema.link import (
     InstanceLoad,
     InstanceTruth,
     InstanceUpdate,
+    LayersArrived,
     Ping,
     Pong,
     Role,
@@ -77,6 +81,10 @@ _BLOCKED_S: Final = 0.005
 _log = logging.getLogger(__name__)
 
 
+class _EndedError(BaseException):
+    """This life ends while a step waits for weights; what is computed in it is nobody's any more, so no engine may catch it."""
+
+
 class Worker:
     """``fork`` says which instance this is, ``began_s`` (monotonic) when its process began, ``output`` is where it logs."""
 
@@ -103,6 +111,8 @@ class Worker:
         self._descriptor = -1
         self._attached: Attach | None = None
         self._mapping: ImageMapping | None = None
+        self._coming: Coming | None = None
+        self._put_off: deque[Submit | Cancel | Acked] = deque()
         self._engine: BatchEngine | None = None
         self._truth: InstanceTruth | None = None
         self._phases = StartPhases()
@@ -116,6 +126,8 @@ class Worker:
     def run(self) -> int:
         """Serve to the end. Returns the exit code: 0 when told to stop or left alone, 1 after a failed start or a refusal."""
         while True:
+            while self._put_off:
+                self._handle(self._put_off.popleft())
             for message in self._channel.poll(0.0 if self._busy else self._wait_s()):
                 self._handle(message)
             if self._channel.refused:
@@ -152,8 +164,8 @@ class Worker:
 
     @property
     def _warm_due_s(self) -> float | None:
-        """Seconds until a first step that nobody sees is due; None when there was a first step."""
-        if self._engine is None or self._engine.proven or self._failed or self._stop_at is not None:
+        """Seconds until a first step that nobody sees is due; None when there was one, or while weights are coming."""
+        if self._engine is None or self._engine.proven or self._failed or self._stop_at is not None or self._attached is None:
             return None
         return max(0.0, self._warm_at - time.monotonic())
 
@@ -168,10 +180,29 @@ class Worker:
     def _step(self) -> None:
         assert self._engine is not None
         self._handed_in = False
-        output = self._engine.step()
+        try:
+            output = self._engine.step()
+        except _EndedError:
+            self._engine = None
+            return
         self._journal.take(output)
         for end in output.ends:
             self._log_end(end)
+
+    def _await_layer(self, layer: int) -> None:
+        """Within a step: serve the link until this layer has come. What is about requests waits for the end of the step.
+
+        Raises _EndedError when the weights will not come, or nobody wants them any more.
+        """
+        while self._coming is not None and not self._coming.has(layer):
+            for message in self._channel.poll(self._wait_s()):
+                if isinstance(message, Submit | Cancel | Acked):
+                    self._put_off.append(message)
+                else:
+                    self._handle(message)
+            self._tell()
+            if self._failed or self._channel.refused or self._ended() is not None:
+                raise _EndedError
 
     def _tell(self) -> None:
         """Tokens when the socket has taken all before them, and the load when it changed."""
@@ -239,8 +270,11 @@ class Worker:
                 self._take_descriptors(message)
             case StartWorker():
                 self._begin(message)
-            case Attach():
+            case Arriving() | Attach():
                 self._attach(message)
+            case LayersArrived():
+                if self._coming is not None:
+                    self._coming.layers = message.layers
             case StopInstance():
                 if (message.instance, message.epoch) == (self._fork.instance, self._fork.epoch):
                     self._stop(message.grace_s)
@@ -359,8 +393,8 @@ class Worker:
             raise InvalidCheckpoint(f"{path} is of checkpoint {manifest.digest}, not of {message.start.digest}")
         return manifest
 
-    def _attach(self, message: Attach) -> None:
-        """Weights over the store's memory, and KV memory.
+    def _attach(self, message: Arriving | Attach) -> None:
+        """Weights over the store's memory, where they are or are coming to be, and KV memory.
 
         On a processor nobody waits for a first step: it costs as much as the step that a cold request is waiting for.
         """
@@ -368,29 +402,32 @@ class Worker:
             return
         if self._manifest is None or self._index is None:
             return
+        if self._coming is not None:
+            self._follow(self._coming, message)
+            return
+        if isinstance(message, Arriving) and not can_follow(self._model, self._manifest, self._index):
+            return
         options = self._start.start.options
         began_s = time.monotonic()
         try:
             if self._descriptor < 0:
-                raise LinkError("Attach came without the memory's descriptor")
+                raise LinkError(f"{type(message).__name__} came without the memory's descriptor")
             if message.image_bytes != self._manifest.image_bytes:
                 raise InvalidCheckpoint(
                     f"the image has {message.image_bytes} bytes, the manifest says {self._manifest.image_bytes}"
                 )
             image, device = self._map(message)
-            self._attached = message
+            self._attached = message if isinstance(message, Attach) else None
             attach(self._model, self._manifest, image_tensors(self._index, image), device)
             attached_s = time.monotonic()
-            engine = assemble(self._model, self._manifest, options, device)
-            if message.weights is not None:
+            engine = assemble(self._model, self._manifest, options, device, await_layer=self._await_layer)
+            if device != "cpu":
                 engine.warm()
         except Exception as error:
             self._fail(error)
             return
         finally:
-            if self._descriptor >= 0:
-                os.close(self._descriptor)
-                self._descriptor = -1
+            self._close_descriptor()
         gc.freeze()
         now = time.monotonic()
         self._phases = msgspec.structs.replace(
@@ -404,8 +441,33 @@ class Worker:
         )
         self._become_ready(engine.capacity)
 
-    def _map(self, message: Attach) -> tuple[Any, str]:
-        """The image where the store has it, and the device of torch that it lies on."""
+    def _follow(self, coming: Coming, message: Arriving | Attach) -> None:
+        """More of the weights has come that the engine lies over already, or all."""
+        try:
+            coming.told(self._descriptor, message)
+        except SllmError as error:
+            self._fail(error)
+            return
+        finally:
+            self._close_descriptor()
+        if isinstance(message, Attach):
+            now = time.monotonic()
+            self._attached = message
+            self._warm_at = now + _WARM_AFTER_S
+            self._phases = msgspec.structs.replace(self._phases, total_s=now - self._began_s)
+            if self._engine is not None:
+                self._become_ready(self._engine.capacity)
+
+    def _close_descriptor(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _map(self, message: Arriving | Attach) -> tuple[Any, str]:
+        """The image where the store has it, or is bringing it, and the device of torch that it lies on."""
+        if isinstance(message, Arriving):
+            self._coming = Coming(self._descriptor, message)
+            return self._coming.mapping.buffer, "cpu"
         weights = message.weights
         if weights is None:
             self._mapping = ImageMapping(self._descriptor, message.extents, message.image_bytes)
@@ -423,7 +485,7 @@ class Worker:
             state=InstanceState.READY if self._stop_at is None else InstanceState.STOPPING,
             kv_capacity_tokens=capacity.kv_tokens,
             max_context_tokens=capacity.max_context_tokens,
-            phases=self._phases,
+            phases=None if self._attached is None else self._phases,
         )
         self._channel.send(InstanceUpdate(truth=self._truth))
 

@@ -79,6 +79,7 @@ from schema.link.requests import (
 )
 from schema.link.store import (
     ArenaState,
+    Arriving,
     CancelFetch,
     CancelVerify,
     DropDevice,
@@ -91,6 +92,7 @@ from schema.link.store import (
     FillDevice,
     HoldCheckpoint,
     HoldDevice,
+    LayersArrived,
     OnDevice,
     PinResidents,
     ReleasedDevice,
@@ -112,6 +114,7 @@ __all__ = [
     "AgentMessage",
     "ArenaInfo",
     "ArenaState",
+    "Arriving",
     "Attach",
     "AttemptTruth",
     "Cancel",
@@ -149,6 +152,7 @@ __all__ = [
     "InstanceTruth",
     "InstanceUpdate",
     "Inventory",
+    "LayersArrived",
     "LoadCheckpoint",
     "LogChunk",
     "LogLine",
@@ -220,6 +224,8 @@ StoreMessage = (
     | Descriptors
     | ArenaState
     | StoreTruth
+    | Arriving
+    | LayersArrived
     | Resident
     | Evicted
     | Progress
@@ -236,5 +242,6 @@ ZygoteMessage = Ping | Pong | ZygoteTruth | Forked | ChildExited
 ToZygote = Welcome | Refused | Ping | Pong | Descriptors | Fork | Shutdown
 WorkerMessage = Ping | Pong | WorkerTruth | AttemptTruth | TruthEnd | InstanceUpdate | InstanceLoad | Tokens
 ToWorker = (
-    Welcome | Refused | Ping | Pong | Descriptors | StartWorker | Attach | Submit | Cancel | Acked | StopInstance | Shutdown
-)
+    Welcome | Refused | Ping | Pong | Descriptors | StartWorker | Arriving | LayersArrived | Attach | Submit | Cancel | Acked
+    | StopInstance | Shutdown
+)  # fmt: skip

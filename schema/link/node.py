@@ -88,7 +88,8 @@ class CheckpointTruth(Part, frozen=True, kw_only=True):
 
 
 class StartPhases(Part, frozen=True, kw_only=True, omit_defaults=False):
-    """Where the time of one instance's start went, in seconds; phases overlap, so they need not add up to ``total_s``.
+    """Where the time of one instance's start went, in seconds; phases overlap, so they need not add up to ``total_s``. Told
+    when it has all its weights, which may be after it is ready: its first request then is being computed already.
 
     ``load_s``: until the weights were in DRAM, or on their device where there is one; ``loaded_from`` is the tier that they
     came from, ``loaded_bytes`` is what was read from disk. ``fork_s``: until the worker's process ran. ``build_s``: the model's

@@ -14,6 +14,7 @@ from schema.states import Tier
 
 __all__ = [
     "ArenaState",
+    "Arriving",
     "CancelFetch",
     "CancelVerify",
     "DropDevice",
@@ -26,6 +27,7 @@ __all__ = [
     "FillDevice",
     "HoldCheckpoint",
     "HoldDevice",
+    "LayersArrived",
     "OnDevice",
     "PinResidents",
     "ReleasedDevice",
@@ -72,6 +74,29 @@ class Resident(Message, frozen=True, kw_only=True, tag="resident"):
     op: str = ""
     read_bytes: int = 0
     condemned: str = ""
+
+
+class Arriving(Message, frozen=True, kw_only=True, tag="arriving"):
+    """Store -> agent -> worker: an image comes to lie in the arena at ``extents``, whole soon; its first ``layers`` layers,
+    with all that is before them, are there and right. What has not come is not to be read, and no result of it is to be told
+    before `Resident`. `LayersArrived` follows as more come. Said of no image that is there at once or has no known layers.
+
+    ``arena`` is what the agent adds.
+    """
+
+    op: str
+    digest: str
+    extents: tuple[Extent, ...]
+    image_bytes: int
+    layers: Count
+    arena: str = ""
+
+
+class LayersArrived(Message, frozen=True, kw_only=True, tag="layersarrived"):
+    """Store -> agent -> worker: so many layers of what is `Arriving` are there now."""
+
+    op: str
+    layers: Count
 
 
 class HoldCheckpoint(Message, frozen=True, kw_only=True, tag="hold"):

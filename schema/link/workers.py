@@ -53,8 +53,9 @@ class StartWorker(Message, frozen=True, kw_only=True, tag="startworker"):
 
 
 class Attach(Message, frozen=True, kw_only=True, tag="attach"):
-    """Agent -> worker: the whole image now lies in the arena at ``extents``; map it read-only and serve. With ``weights`` it
-    lies on a device instead, and ``arena`` is ""."""
+    """Agent -> worker: the whole image now lies in the arena at ``extents``; map it read-only and serve. `Arriving` may have
+    come before, upon which a worker is ready without its phases, and tells them now. With ``weights`` it lies on a device
+    instead, and ``arena`` is ""."""
 
     arena: str = ""
     extents: tuple[Extent, ...] = ()

@@ -316,7 +316,8 @@ def _take(turn: Turn, instance: Instance, truth: InstanceTruth) -> None:
     instance.pid = truth.pid
     instance.kv_capacity_tokens = truth.kv_capacity_tokens
     instance.max_context_tokens = truth.max_context_tokens
-    if truth.phases is not None and truth.phases != instance.phases:
+    told = truth.phases is not None and truth.phases != instance.phases
+    if told:
         instance.phases = truth.phases
         turn.put_instance(instance)
     if truth.state is not instance.state:
@@ -332,9 +333,11 @@ def _take(turn: Turn, instance: Instance, truth: InstanceTruth) -> None:
         turn.rescale[instance.model] = None
         if before[0] is not _I.READY:
             instance.fault = None
-            took = f" after {instance.phases.total_s:.2f} s" if instance.phases is not None else ""
-            learning.started(turn, instance)
-            turn.event("instance", instance.id, "Ready", f"it serves model {instance.model}{took}")
+            whole = instance.phases is not None and instance.phases.total_s
+            took = f"after {whole:.2f} s" if whole else "while the last of its weights come"
+            turn.event("instance", instance.id, "Ready", f"it serves model {instance.model} {took}")
+    if told and instance.state is _I.READY:
+        learning.started(turn, instance)
     if before != (instance.state, instance.kv_capacity_tokens, instance.max_context_tokens):
         route(turn, instance)
 

@@ -41,8 +41,8 @@ def _nearest(view: ClusterView, instance: Instance) -> Tier:
 
 
 def started(turn: Turn, instance: Instance) -> None:
-    """It is ready: what it took corrects the estimates. How long that was is known only of a life that this manager began, on a
-    node that it has not lost sight of since."""
+    """It is ready and has all its weights: what it took corrects the estimates. How long that was is known only of a life that
+    this manager began, on a node that it has not lost sight of since."""
     view, estimates = turn.view, turn.core.estimates
     estimates.ended(instance.id, turn.now)
     node, checkpoint = view.nodes[instance.node], view.checkpoints.get(instance.digest)

@@ -196,10 +196,15 @@ class Router:
         self._progress.take(progress, self._core.clock(), node)
 
     def instance_started(self, instance: str, epoch: Epoch, phases: StartPhases) -> None:
-        """An instance became ready; said before the control loop hears of it, so that those who wait get its phases."""
+        """An instance is ready and has all its weights; said before the control loop hears of it, so that those who wait get
+        its phases. It may have been given requests before."""
         route = self._core.routes.make(instance)
         if epoch >= route.phases_epoch:
             route.phases, route.phases_epoch = phases, epoch
+        for attempt in route.attempts.values():
+            request = attempt.sequence.request
+            if attempt.instance_epoch == epoch and request.cold and request.start is None:
+                request.start = phases
 
     def progress_ended(self, op: str) -> None:
         """An operation is done, or an instance's start over: its progress is not shown any more."""

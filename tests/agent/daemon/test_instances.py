@@ -11,9 +11,21 @@ import pytest
 
 from schema.errors import Fault, SllmError
 from schema.ids import epoch_of
-from schema.link import Forked, InstanceUpdate, OperationDone, Ping, PlacementUpdate, StopInstance, Submit
+from schema.link import (
+    Arriving,
+    Extent,
+    FillArena,
+    Forked,
+    InstanceUpdate,
+    LayersArrived,
+    OperationDone,
+    Ping,
+    PlacementUpdate,
+    StopInstance,
+    Submit,
+)
 from schema.states import EndReason, InstanceState, Tier, TierState
-from tests.agent.daemon.peers import DIGEST, Node, alive, make_checkpoint, start_instance, submit
+from tests.agent.daemon.peers import DIGEST, Manager, Node, Worker, alive, make_checkpoint, start_instance, submit
 
 
 async def test_an_instance_is_made_from_weights_and_worker(node: Node) -> None:
@@ -101,6 +113,69 @@ async def test_a_failed_load_stops_the_instance_and_its_worker(node: Node) -> No
     assert truth.fault == Fault("out_of_space", "the arena is full")
     await store.until(lambda: store.holds[DIGEST] == 0)
     await node.until(lambda: bool(node.workers) and not alive(node.workers[0].pid))
+
+
+async def arriving(node: Node, manager: Manager) -> tuple[FillArena, Worker]:
+    """A start whose weights have not come, and its worker, which was told where they will lie."""
+    store = node.stores[0]
+    store.answers = False
+    manager.send(start_instance())
+    await store.until(lambda: bool(store.fills))
+    fill = store.fills[0]
+    await node.until(lambda: bool(node.workers) and node.workers[0].start is not None)
+    store.peer.send(Arriving(op=fill.op, digest=DIGEST, extents=(Extent(0, 4096),), image_bytes=4096, layers=1))
+    worker = node.workers[0]
+    heard = await worker.hear(Arriving)
+    assert (heard.arena, heard.extents, heard.layers) == ("arena_1", (Extent(0, 4096),), 1)
+    assert worker.memory is not None
+    return fill, worker
+
+
+async def test_a_worker_may_serve_before_its_last_weights_have_come(node: Node) -> None:
+    manager = await node.manager()
+    fill, worker = await arriving(node, manager)
+    store = node.stores[0]
+    store.peer.send(LayersArrived(op=fill.op, layers=3))
+    assert (await worker.hear(LayersArrived)).layers == 3
+    worker.peer.send(InstanceUpdate(truth=msgspec.structs.replace(worker.truth(InstanceState.READY), phases=None)))
+    early = await manager.instance(InstanceState.READY)
+    assert early.phases is None
+    manager.send(submit(epoch_of(1, 9), start_instance()))
+    await worker.hear(Submit)
+    store.answer(fill)
+    whole = await manager.instance(InstanceState.READY)
+    assert worker.attach is not None
+    assert whole.phases is not None
+    assert (whole.phases.loaded_bytes, whole.phases.build_s) == (4096, 0.1)
+    assert whole.phases.total_s >= whole.phases.load_s > 0
+
+
+async def test_a_worker_that_dials_again_while_its_weights_come_hears_of_them_again(node: Node) -> None:
+    manager = await node.manager()
+    fill, worker = await arriving(node, manager)
+    worker.memory = None
+    await worker.redial()
+    assert (await worker.hear(Arriving)).layers == 1
+    assert worker.memory is not None
+    node.stores[0].answer(fill)
+    await manager.instance(InstanceState.READY)
+    assert worker.attach is not None
+
+
+async def test_a_load_that_fails_under_an_instance_that_serves_ends_it_and_loses_its_attempts(node: Node) -> None:
+    manager = await node.manager()
+    fill, worker = await arriving(node, manager)
+    worker.peer.send(InstanceUpdate(truth=msgspec.structs.replace(worker.truth(InstanceState.READY), phases=None)))
+    await manager.instance(InstanceState.READY)
+    manager.send(submit(epoch_of(1, 9), start_instance()))
+    await worker.hear(Submit)
+    fault = Fault("invalid_checkpoint", "a chunk is wrong")
+    node.stores[0].peer.send(OperationDone(op=fill.op, digest=DIGEST, fault=fault))
+    truth = await manager.instance(InstanceState.STOPPED)
+    assert truth.fault == fault
+    assert worker.attach is None
+    ids, end = await manager.tokens_until_end(epoch_of(1, 9))
+    assert (ids, end.reason) == ([], EndReason.LOST)
 
 
 async def test_a_failed_fork_stops_the_instance(node: Node) -> None:

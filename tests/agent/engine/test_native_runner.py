@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
 
-from agent.engine.build import build_engine
-from agent.engine.weights import fused_view
+from agent.engine.build import assemble, build_engine, can_follow
+from agent.engine.skeleton import build_skeleton
+from agent.engine.weights import attach, fused_view
+from agent.store.index import TensorIndex, index_of
+from schema.checkpoint import Manifest, Partition, TensorEntry
 from tests.agent.engine.models import kv_options, make_model, manifest_of, submit_of, tensors_of
 from tests.agent.engine.test_determinism import record
 from tests.agent.engine.test_engine import drive, prompts
@@ -41,3 +45,52 @@ def test_bfloat16_is_as_near_to_float32_in_every_way_to_multiply(name: str, coun
         for position in range(4):
             row = seen[submit.attempt, position].float()
             assert torch.cosine_similarity(row, wanted[len(submit.prompt) + position - 1], dim=0) > 0.998
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_first_step_reads_no_weight_before_it_has_come(deterministic: bool) -> None:
+    model = make_model("qwen3")
+    manifest = manifest_of(model)
+    options = msgspec.structs.replace(kv_options(manifest, 1024), deterministic=deterministic)
+    right = tensors_of(model)
+    submit = submit_of(1, prompts()[1], 6)
+    wanted = drive(build_engine(manifest, right, options), [submit]).tokens
+
+    coming = {name: torch.full_like(tensor, torch.nan) for name, tensor in right.items()}
+    asked: list[int] = []
+
+    def await_layer(layer: int) -> None:
+        asked.append(layer)
+        for name, tensor in right.items():
+            last = layer == manifest.kv.layers
+            if last or f"layers.{layer}." in name or "embed_tokens" in name:
+                coming[name].copy_(tensor)
+
+    skeleton = build_skeleton(manifest)
+    attach(skeleton, manifest, coming, "cpu")
+    engine = assemble(skeleton, manifest, options, await_layer=await_layer)
+    assert not asked
+    assert drive(engine, [submit]).tokens == wanted
+    assert asked == list(range(manifest.kv.layers + 1))
+
+
+def listed(manifest: Manifest, names: list[str], dtype: str = "F32") -> tuple[Manifest, TensorIndex]:
+    """A checkpoint of tensors of one size, in this order."""
+    entries = tuple(
+        TensorEntry(name, dtype, (64,), 0, at * 256, 256 if dtype == "F32" else 128) for at, name in enumerate(names)
+    )
+    whole = Partition("p0", 0, 4096, (0,))
+    manifest = msgspec.structs.replace(manifest, tensors=entries, partitions=(whole,))
+    return manifest, index_of(entries, manifest)
+
+
+def test_only_what_reads_its_weights_in_their_order_follows_them() -> None:
+    manifest = manifest_of(make_model("llama"))
+    skeleton = build_skeleton(manifest)
+    names = ["model.embed_tokens.weight", "model.layers.0.w", "model.layers.1.w", "model.norm.weight", "lm_head.weight"]
+    assert can_follow(skeleton, *listed(manifest, names))
+    assert not can_follow(skeleton, *listed(manifest, [*names[1:], names[0]])), "embeddings come last"
+    assert not can_follow(skeleton, *listed(manifest, names[:2] + names[3:])), "layers are not known by their names"
+    assert not can_follow(skeleton, *listed(manifest, names, "F16")), "weights are converted"
+    other = manifest_of(make_model("gpt2"))
+    assert not can_follow(build_skeleton(other), *listed(other, names)), "modules of others read as they like"

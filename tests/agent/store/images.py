@@ -5,25 +5,33 @@ from __future__ import annotations
 import os
 import select
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
 
 from agent.native.arena import Arena
 from agent.native.mapping import ImageMapping
-from agent.native.reader import ReadPool
+from agent.native.reader import Priority, ReadJob, ReadPool, Unit
 from agent.store.cache import ArenaStore
 from schema.checkpoint import FORMAT_VERSION, PAD_BYTES, KvGeometry, Manifest, Partition, TextDefaults, encode_manifest
-from schema.errors import Fault
-from schema.link import Resident
+from schema.errors import Fault, SllmError
+from schema.link import Arriving, LayersArrived, Resident
 
 CHUNK = 2 << 20
 
 
 def commit(
-    root: Path, number: int, size_bytes: int, *, partitions: int = 1, checksum_bytes: int = CHUNK
+    root: Path,
+    number: int,
+    size_bytes: int,
+    *,
+    partitions: int = 1,
+    checksum_bytes: int = CHUNK,
+    layer_ends: tuple[int, ...] = (),
 ) -> tuple[str, Path, bytes]:
     """A checkpoint of seeded bytes under ``root``; returns its digest, its directory and its image."""
     digest = f"{number:064x}"
@@ -42,7 +50,7 @@ def commit(
     manifest = Manifest(
         format_version=FORMAT_VERSION, digest=digest, layout="exec1", architecture="LlamaForCausalLM", parameters=0,
         vocab_size=1, max_context_tokens=1, chunk_bytes=checksum_bytes, partitions=tuple(entries), tensors=(), ties={},
-        kv=KvGeometry(1, 1, 1, "F32"), config={}, text=TextDefaults(), assets=(),
+        kv=KvGeometry(1, 1, 1, "F32"), config={}, text=TextDefaults(), assets=(), layer_ends=layer_ends,
     )  # fmt: skip
     (directory / "manifest.json").write_bytes(encode_manifest(manifest))
     return digest, directory, image
@@ -62,12 +70,17 @@ class Told:
     steps: list[tuple[str, int, int]] = field(default_factory=list)
     resident: dict[str, Resident] = field(default_factory=dict)
     faults: dict[str, Fault] = field(default_factory=dict)
+    coming: list[Arriving | LayersArrived] = field(default_factory=list)
     gone: list[str] = field(default_factory=list)
     verdicts: dict[str, Fault | None] = field(default_factory=dict)
     bad: list[Resident] = field(default_factory=list)
 
     def progress(self, op: str, done_bytes: int, total_bytes: int) -> None:
         self.steps.append((op, done_bytes, total_bytes))
+
+    def arriving(self, message: Arriving | LayersArrived) -> None:
+        assert message.op not in self.resident.keys() | self.faults.keys(), f"{message.op} was answered before"
+        self.coming.append(message)
 
     def filled(self, op: str, resident: Resident) -> None:
         assert not op or op not in self.resident.keys() | self.faults.keys(), f"{op} was answered twice"
@@ -89,6 +102,30 @@ class Told:
 
     def evicted(self, digest: str) -> None:
         self.gone.append(digest)
+
+
+class HandPool(ReadPool):
+    """A pool that reads nothing: a test says which units of a job have come, and the memory is as it was."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.jobs: list[ReadJob] = []
+        self._units: dict[int, list[Unit]] = {}
+
+    def submit(self, units: Sequence[Unit], changed: Callable[[ReadJob], None], **more: Any) -> ReadJob:
+        job = ReadJob(more.get("priority", Priority.REQUEST), changed, more.get("unit_done"))
+        self._units[id(job)] = list(units)
+        self.jobs.append(job)
+        return job
+
+    def arrive(self, job: ReadJob, *numbers: int) -> None:
+        for number in numbers:
+            job._arrived(number, self._units[id(job)][number].size_bytes)
+            job._changed(job)
+
+    def finish(self, job: ReadJob, error: SllmError | None = None) -> None:
+        job.error, job.finished = error, True
+        job._changed(job)
 
 
 class Bench:

@@ -20,8 +20,9 @@ from agent.native import threads
 from agent.native.arena import Arena
 from agent.native.reader import Priority, ReadJob, ReadPool
 from agent.store import catalog
-from schema.errors import Conflict, NotFound
-from tests.agent.store.images import CHUNK, Bench, commit, read_image
+from schema.errors import Conflict, NotFound, SllmError
+from schema.link import Arriving, LayersArrived
+from tests.agent.store.images import CHUNK, Bench, HandPool, commit, read_image
 
 
 @pytest.fixture
@@ -61,6 +62,65 @@ def test_two_ops_share_one_fill_and_a_third_reads_nothing(bench: Bench, tmp_path
     assert bench.told.resident["c"].read_bytes == 0
     assert bench.told.resident["c"].users == 3
     assert bench.store.arena.used_bytes == 2 * CHUNK
+
+
+@pytest.fixture
+def by_hand() -> Iterator[tuple[Bench, HandPool]]:
+    pool = HandPool()
+    bench = Bench(Arena.create(8 * CHUNK, CHUNK), pool=pool)
+    yield bench, pool
+    bench.close()
+
+
+def test_layers_are_offered_as_they_come_and_where_they_lie(by_hand: tuple[Bench, HandPool], tmp_path: Path) -> None:
+    bench, pool = by_hand
+    digest, directory, image = commit(tmp_path, 1, 4 * CHUNK, layer_ends=(2 * CHUNK, 3 * CHUNK))
+    bench.store.fill("a", digest, directory)
+    (job,) = pool.jobs
+    told = bench.told.coming
+    bench.store.pump()
+    assert not told, "nothing has come, so nobody knows when the rest will"
+    pool.arrive(job, 0)
+    bench.store.pump()
+    (first,) = told
+    assert isinstance(first, Arriving)
+    assert (first.op, first.digest, first.image_bytes, first.layers) == ("a", digest, len(image), 0)
+    pool.arrive(job, 2)  # not without a gap
+    bench.store.fill("b", digest, directory)
+    bench.store.pump()
+    second = told.pop()
+    assert isinstance(second, Arriving)
+    assert (second.op, second.extents, second.layers) == ("b", first.extents, 0)
+    pool.arrive(job, 1)
+    bench.store.pump()
+    assert told[1:] == [LayersArrived(op="a", layers=2), LayersArrived(op="b", layers=2)]
+    bench.store.pump()
+    assert len(told) == 3
+    pool.finish(job)
+    bench.store.pump()
+    assert bench.told.resident["a"].extents == first.extents
+    bench.store.fill("c", digest, directory)
+    assert "c" in bench.told.resident
+    assert len(told) == 3
+
+
+def test_what_is_not_soon_there_is_not_offered(
+    by_hand: tuple[Bench, HandPool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, pool = by_hand
+    digest, directory, _ = commit(tmp_path, 1, 4 * CHUNK, layer_ends=(CHUNK, 3 * CHUNK))
+    bench.store.fill("a", digest, directory)
+    monkeypatch.setattr("agent.store.cache._SOON_S", 0.0)
+    pool.arrive(pool.jobs[0], 0, 1)
+    bench.store.pump()
+    assert not bench.told.coming
+    monkeypatch.undo()
+    bench.store.pump()
+    assert [message.layers for message in bench.told.coming] == [1]
+    pool.finish(pool.jobs[0], SllmError("the disk has gone"))
+    bench.store.pump()
+    assert bench.told.faults["a"].message == "the disk has gone"
+    assert len(bench.told.coming) == 1
 
 
 def test_a_prefetch_that_a_start_waits_for_is_raised(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from schema.checkpoint import ALIGN_BYTES, Manifest, Partition, TensorEntry, enc
 from schema.errors import Fault
 from schema.ids import Epoch
 from schema.link import (
+    Arriving,
     Attach,
     AttemptTruth,
     Descriptors,
@@ -210,12 +211,27 @@ class Node:
         worker.send(StartWorker(start=start, directory=directory))
 
     def attach(self, worker: Peer, image_bytes: int | None = None) -> None:
-        descriptor = os.open(f"/proc/self/fd/{self._image}", os.O_RDONLY)
+        self._give(worker, self._image)
+        size = self.manifest.image_bytes if image_bytes is None else image_bytes
+        worker.send(Attach(arena="a", extents=self._extents, image_bytes=size))
+
+    def arrive(self, worker: Peer, memory: int, layers: int) -> None:
+        """Say that the image is coming to this memory, from its beginning on, and that so many layers have come."""
+        self._give(worker, memory)
+        size = self.manifest.image_bytes
+        worker.send(Arriving(op="o", digest=DIGEST, extents=(Extent(0, size),), image_bytes=size, layers=layers, arena="b"))
+
+    def image(self) -> bytes:
+        return b"".join(os.pread(self._image, extent.size_bytes, extent.offset_bytes) for extent in self._extents)
+
+    @property
+    def _extents(self) -> tuple[Extent, Extent]:
+        return Extent(8192, 4096), Extent(16384, self.manifest.image_bytes - 4096)
+
+    def _give(self, worker: Peer, memory: int) -> None:
+        descriptor = os.open(f"/proc/self/fd/{memory}", os.O_RDONLY)
         worker.send(Descriptors(what="arena-ro"), descriptors=(descriptor,))
         os.close(descriptor)
-        size = self.manifest.image_bytes
-        extents = (Extent(8192, 4096), Extent(16384, size - 4096))
-        worker.send(Attach(arena="a", extents=extents, image_bytes=size if image_bytes is None else image_bytes))
 
     def close(self) -> None:
         for process in self._processes:

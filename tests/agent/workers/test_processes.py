@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import torch
 
+from agent.store.layers import Layers
 from schema.ids import Epoch
 from schema.link import (
     Acked,
@@ -20,6 +21,7 @@ from schema.link import (
     ChildExited,
     InstanceLoad,
     InstanceUpdate,
+    LayersArrived,
     Ping,
     Pong,
     Role,
@@ -171,6 +173,79 @@ def test_fork_serve_reconnect_cancel_and_stop(here: Node) -> None:
     assert zygote.expect(ZygoteTruth).threads == 1
     os.kill(successor.pid, signal.SIGTERM)
     assert successor.wait(60) == 0
+
+
+def coming(here: Node, zygote: Peer, layers: int) -> tuple[int, Peer, int]:
+    """A worker that serves over memory to which so many layers have come; the rest of it is NaNs."""
+    pid, worker = here.fork(zygote)
+    image, memory = here.image(), os.memfd_create("coming")
+    os.pwrite(memory, b"\xff" * len(image), 0)
+    os.pwrite(memory, image[: Layers(here.manifest).ends[layers - 1] if layers else 0], 0)
+    here.begin(worker)
+    here.arrive(worker, memory, layers)
+    update = worker.expect(InstanceUpdate).truth
+    assert (update.state, update.phases) == (InstanceState.READY, None)
+    return pid, worker, memory
+
+
+def test_a_request_is_computed_while_its_weights_come(here: Node) -> None:
+    _, zygote, _ = here.zygote()
+    _, worker, memory = coming(here, zygote, 0)
+    image = here.image()
+    worker.send(submit_of(1, PROMPT, 12), submit_of(2, PROMPT[:3], 4))
+    for layers, end in enumerate(Layers(here.manifest).ends, 1):
+        os.pwrite(memory, image[:end], 0)
+        worker.send(LayersArrived(op="o", layers=layers), Ping(nonce=layers))
+        assert worker.expect(Pong).nonce == layers  # within its first step
+    load = worker.expect(InstanceLoad)
+    assert load.running + load.waiting > 0
+    os.pwrite(memory, image, 0)
+    worker.send(Cancel(attempt=Epoch(2)))  # heard when the step is over
+    here.attach(worker)
+    update = worker.expect(InstanceUpdate).truth
+    assert update.phases is not None
+    assert update.phases.total_s > 0
+    os.close(memory)
+    heard = Heard()
+    heard.until_ended(worker, 1, 2)
+    assert heard.tokens[1] == expected(here.model, 12)
+    assert heard.ends[2].reason is EndReason.CANCELLED
+    assert heard.tokens.get(2, []) == expected(here.model, 4, PROMPT[:3])[: len(heard.tokens.get(2, []))]
+    worker.close()
+    worker, _ = here.accept(Role.WORKER)
+    assert state(worker)[0].arena == "a"
+
+    # A store that was restarted begins anew elsewhere; the old memory may hold something else by then, and is not read again.
+    pid, worker, memory = coming(here, zygote, 1)
+    worker.send(submit_of(1, PROMPT, 12), Ping(nonce=1))
+    assert worker.expect(Pong).nonce == 1
+    assert "memfd:coming" in Path(f"/proc/{pid}/maps").read_text()
+    other = os.memfd_create("other")
+    os.pwrite(other, b"\xff" * here.manifest.image_bytes, 0)
+    worker.send(Ping(nonce=2))
+    here.arrive(worker, other, 0)
+    os.close(memory)
+    os.close(other)
+    here.attach(worker)
+    heard = Heard()
+    heard.until_ended(worker, 1)
+    assert heard.tokens[1] == expected(here.model, 12)
+    maps = Path(f"/proc/{pid}/maps").read_text()
+    assert "memfd:coming" not in maps
+    assert "memfd:other" not in maps
+
+    # Weights of which the last bytes never come: the worker can be stopped, and has told no token.
+    pid, worker, memory = coming(here, zygote, 2)
+    os.close(memory)
+    worker.send(submit_of(1, PROMPT, 12), Ping(nonce=1))
+    assert worker.expect(Pong).nonce == 1
+    worker.send(StopInstance(instance="i", epoch=Epoch(1)))
+    told = worker.expect(Tokens)
+    assert (told.runs, [(end.attempt, end.reason) for end in told.ends]) == ((), [(1, EndReason.LOST)])
+    while (exited := zygote.expect(ChildExited)).pid != pid:
+        pass
+    assert exited.status == 0
+    worker.expect_closed()
 
 
 def test_what_cannot_start_says_why_and_ends(here: Node) -> None:
