@@ -64,7 +64,7 @@ class Checkpoints:
     def directory(self, digest: str) -> str:
         """Its directory, relative to the checkpoints'. Raises NotFound, InvalidCheckpoint for one in quarantine.
 
-        A copy whose weights went bad can still be started from a good image in DRAM.
+        A copy whose weights went bad can still be started from a good image in DRAM, or where they lie on a device.
         """
         entry = self.entry(digest)
         if entry.quarantined is not None and not self._usable(entry):
@@ -103,9 +103,10 @@ class Checkpoints:
     def _usable(self, entry: CatalogEntry) -> bool:
         """True when weights and text can be had without the bytes for which a copy is in quarantine."""
         resident = self._store.residents.get(entry.digest)
+        lies = (resident is not None and not resident.condemned) or entry.digest in self._store.devices.digests
         reason = entry.quarantined or ""
         assets = (str(entry.directory / file) for file in (catalog.MANIFEST_FILE, *(a.file for a in entry.manifest.assets)))
-        return resident is not None and not resident.condemned and not any(asset in reason for asset in assets)
+        return lies and not any(asset in reason for asset in assets)
 
     async def remove(self, digest: str) -> None:
         """Take it from the disk for good. Raises NotFound, SllmError."""

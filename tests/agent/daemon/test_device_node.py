@@ -13,7 +13,16 @@ import msgspec
 import pytest
 
 from schema.ids import Epoch, epoch_of
-from schema.link import DropCheckpoint, NodeTruth, OperationDone, Placement, PlacementUpdate, StartInstance, StopInstance
+from schema.link import (
+    DropCheckpoint,
+    NodeTruth,
+    OperationDone,
+    Placement,
+    PlacementUpdate,
+    StartInstance,
+    StopInstance,
+    VerifyCheckpoint,
+)
 from schema.states import EndReason, InstanceState, Tier, TierState
 from tests.agent.daemon.peers import Manager
 from tests.agent.daemon.test_processes import ROOT, WAIT_S, Machine, Stream, ended, job
@@ -99,6 +108,17 @@ async def test_weights_on_a_device_outlive_everybody(machine: FakeMachine) -> No
     while (truth := await manager.instance_update(WAIT_S)).state is not InstanceState.STOPPED:
         pass
     assert truth.fault is not None
+    # And so it does when those on the device are the only ones left that are right.
+    await placed(manager, TierState.RESIDENT, 0)
+    manager.send(DropCheckpoint(op="op_a", digest=machine.digest, tier=Tier.DRAM))
+    assert (await manager.take(OperationDone, lambda m: m.op == "op_a", WAIT_S)).fault is None
+    (partition,) = machine.config.checkpoints_path.glob(f"{machine.digest}/*/partition_0.bin")
+    with partition.open("r+b") as file:
+        file.write(b"rot")
+    manager.send(VerifyCheckpoint(op="op_b", digest=machine.digest))
+    done = await manager.take(OperationDone, lambda m: m.op == "op_b", WAIT_S)
+    assert done.fault is not None
+    assert done.fault.code == "invalid_checkpoint"
     start = await machine.ready(manager, epoch_of(2, 1))
     assert await reply(manager, start, epoch_of(2, 1)) == tokens
 
