@@ -189,11 +189,12 @@ class OperationView(_View, frozen=True, kw_only=True):
 
 
 class PublicationView(_View, frozen=True, kw_only=True):
-    """A checkpoint lies on a remote, in this layout."""
+    """A checkpoint lies on a remote, in this layout; ``doubt`` is why a fetch did not find it there as it was published."""
 
     url: str
     layout: str
     published_at: float
+    doubt: str = ""
 
 
 class CheckpointView(_View, frozen=True, kw_only=True):

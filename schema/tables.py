@@ -106,7 +106,8 @@ class PinRow(Base):
 
 
 class PublicationRow(Base):
-    """A checkpoint lies on the remote at ``url``, in this layout. Credentials are the nodes' own, never here."""
+    """A checkpoint lies on the remote at ``url``, in this layout, unless there is a ``doubt``. Credentials are the nodes' own,
+    never here."""
 
     __tablename__ = "publications"
 
@@ -114,6 +115,7 @@ class PublicationRow(Base):
     url: Mapped[str] = mapped_column(Text, primary_key=True)
     layout: Mapped[str] = mapped_column(String(128))
     published_at: Mapped[float] = mapped_column(Float)
+    doubt: Mapped[str] = mapped_column(Text, default="")
 
 
 class ModelRow(Base):

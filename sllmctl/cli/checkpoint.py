@@ -302,9 +302,9 @@ def _last(found: CheckpointView, node: str | None, tier: str | None) -> str:
     sound = _sound(found)
     if tier not in (None, "disk") or not sound or sound - ({node} if node is not None else sound):
         return ""
-    if not found.publications:
+    remotes, digest = [each.url for each in found.publications if not each.doubt], found.digest[:16]
+    if not remotes:
         return "This is the last sound copy that is known. "
-    remotes, digest = [each.url for each in found.publications], found.digest[:16]
     return (
         f"This is the last sound copy on a disk; without it the checkpoint is on {', '.join(remotes)} alone. "
         f"`sllmctl checkpoint publish {digest} {remotes[0]}` compares what lies there; if that is gone, "
@@ -354,7 +354,8 @@ def _tier(placement: PlacementView, pinned: bool) -> str:
 
 
 def _publication(publication: PublicationView) -> str:
-    return f"{publication.url}  {publication.layout}  {age(now() - publication.published_at)} ago"
+    line = f"{publication.url}  {publication.layout}  {age(now() - publication.published_at)} ago"
+    return line + (f"  in doubt: {publication.doubt}" if publication.doubt else "")
 
 
 def _placement(placement: PlacementView) -> str:

@@ -54,7 +54,7 @@ def _may_go(core: Core, record: PlacementRecord) -> bool:
     deployed = [model for name in view.models_of(digest) if (model := view.models[name]).state is ModelState.DEPLOYED]
     if any(model.spec.scale.min for model in deployed):
         return False
-    return bool(view.publications_of(digest)) or any(
+    return bool(view.trusted_publications_of(digest)) or any(
         other != node and view.nodes[other].state is NodeState.READY and not _goes(core, other, digest)
         for other in view.nodes_with(digest, Tier.DISK)
     )

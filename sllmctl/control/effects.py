@@ -283,6 +283,7 @@ class PutPublication:
     url: str
     layout: str
     published_at: float
+    doubt: str = ""
 
 
 @dataclass(frozen=True, slots=True)

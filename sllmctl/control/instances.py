@@ -6,7 +6,7 @@ from schema.errors import Fault, InvalidCheckpoint, NotFound
 from schema.ids import Epoch
 from schema.link import EngineOptions, InstanceTruth, RemoteCopy, StartInstance, StopInstance
 from schema.states import InstanceState, ModelState, NodeState, Tier, can_become
-from sllmctl.control import disk, learning
+from sllmctl.control import disk, learning, remotes
 from sllmctl.control.effects import RouteChanged, StopInstanceNow
 from sllmctl.control.records import HOLDING, LIVE, Instance, Model
 from sllmctl.control.turn import Turn
@@ -213,6 +213,7 @@ def died(turn: Turn, instance: Instance, fault: Fault | None) -> None:
         return
     if instance.ready_at is not None and turn.now - instance.ready_at >= turn.settings.healthy_s:
         instance.restarts = 0
+    elsewhere = _doubt_remote(turn, instance, fault)
     instance.restarts += 1
     instance.fault = fault or Fault("unreachable", why)
     if instance.fault.short_bytes:  # a start from a remote would have passed the disk's budget
@@ -221,7 +222,7 @@ def died(turn: Turn, instance: Instance, fault: Fault | None) -> None:
     if instance.fault.code == InvalidCheckpoint.code and turn.view.has_bad_copy(instance):
         _acknowledge(turn, instance)
         retire(turn, instance, "Gone", "its weights were found wrong; it is planned anew", level="warning")
-    elif instance.restarts > turn.settings.restarts_max or instance.fault.code in _PERMANENT:
+    elif instance.restarts > turn.settings.restarts_max or (instance.fault.code in _PERMANENT and not elsewhere):
         _fail(turn, instance)
     else:
         _back_off(turn, instance)
@@ -389,11 +390,21 @@ def _remote_copy(turn: Turn, instance: Instance) -> RemoteCopy | None:
     view = turn.view
     if instance.node in view.nodes_with(instance.digest, Tier.DISK):
         return None
-    found = view.publications_of(instance.digest)
+    found = view.trusted_publications_of(instance.digest) or view.publications_of(instance.digest)
     if not found:
         return None
     one = found[instance.restarts % len(found)]
     return RemoteCopy(url=one.url, layout=one.layout)
+
+
+def _doubt_remote(turn: Turn, instance: Instance, fault: Fault | None) -> bool:
+    """Its life is over, perhaps by its remote's fault; True when that is in doubt now, and another remote is not."""
+    copy = _remote_copy(turn, instance) if instance.source is Tier.REMOTE else None
+    if copy is None or fault is None:
+        return False
+    remotes.doubt(turn, instance.digest, copy.url, fault)
+    trusted = [one.url for one in turn.view.trusted_publications_of(instance.digest)]
+    return bool(trusted) and copy.url not in trusted
 
 
 def _start_limit_s(turn: Turn, instance: Instance) -> float:

@@ -66,6 +66,8 @@ def done(turn: Turn, said: OperationDone) -> bool:
         _end(turn, operation, None if gone else said.fault)
         if operation.url and said.fault is None:
             remotes.note(turn, operation, said.layout)
+        elif operation.kind == "fetch" and said.fault is not None:
+            remotes.doubt(turn, operation.digest, operation.url, said.fault)
     return True
 
 
@@ -237,7 +239,7 @@ def _drop_places(turn: Turn, checkpoint: Checkpoint, node: Node | None, tier: Ti
     sound = left & set(view.nodes_with(digest, Tier.DISK))
     going = {record.node for record in records if record.tier is Tier.DISK}
     models = list(view.models_of(digest))
-    if models and going & sound and not sound - going and not view.publications_of(digest):
+    if models and going & sound and not sound - going and not view.trusted_publications_of(digest):
         raise Conflict(
             f"this is the last sound copy of checkpoint {digest[:16]}, which {', '.join(models)} needs; "
             f"publish it to a remote (`sllmctl checkpoint publish {digest[:16]} URL`), fetch a sound one from where it lies "

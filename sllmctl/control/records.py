@@ -123,12 +123,13 @@ class Operation:
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """A checkpoint lies on the remote at ``url``."""
+    """A checkpoint lies on the remote at ``url``; ``doubt`` is why a fetch did not find it there as it was published."""
 
     digest: str
     url: str
     layout: str
     published_at: float
+    doubt: str = ""
 
 
 @dataclass(slots=True)

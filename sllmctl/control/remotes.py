@@ -6,8 +6,9 @@ A checkpoint that lies on a remote stays known when no node holds it any more, a
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
-from schema.errors import Conflict, InvalidInput, NotFound
+from schema.errors import Conflict, Fault, InvalidCheckpoint, InvalidInput, NotFound
 from schema.remote import check_remote_url
 from schema.states import NodeState, Tier
 from sllmctl.control.effects import Forget, Operate
@@ -15,7 +16,7 @@ from sllmctl.control.records import Checkpoint, Node, Operation, Publication
 from sllmctl.control.references import checkpoint_called
 from sllmctl.control.turn import Turn
 
-__all__ = ["address", "called", "fetcher", "forget", "note", "publisher"]
+__all__ = ["address", "called", "doubt", "fetcher", "forget", "note", "publisher"]
 
 
 def called(turn: Turn, event: Operate) -> Checkpoint:
@@ -81,8 +82,18 @@ def fetcher(turn: Turn, checkpoint: Checkpoint, node: Node | None, tier: Tier | 
 def note(turn: Turn, operation: Operation, layout: str) -> None:
     """A checkpoint was published, or fetched, and so lies there."""
     known = turn.view.publications.get((operation.digest, operation.url))
-    if operation.digest in turn.view.checkpoints and layout and (known is None or known.layout != layout):
+    if operation.digest in turn.view.checkpoints and layout and (known is None or known.layout != layout or known.doubt):
         turn.put_publication(Publication(operation.digest, operation.url, layout, turn.now))
+
+
+def doubt(turn: Turn, digest: str, url: str, fault: Fault) -> None:
+    """A fetch has failed: what it did not find, or found to be wrong, counts as no copy until it was published or fetched."""
+    known = turn.view.publications.get((digest, url))
+    if known is None or fault.code not in (InvalidCheckpoint.code, NotFound.code):
+        return
+    if not known.doubt:
+        turn.event("checkpoint", digest, "RemoteDoubted", f"{url}: {fault.message}", level="warning")
+    turn.put_publication(replace(known, doubt=fault.message))
 
 
 def forget(turn: Turn, event: Forget) -> None:

@@ -297,7 +297,7 @@ class Turn:
         changes += [_model_row(model) for model in self._models.values()]
         changes += [_placement_row(record) for record in self._placements.values()]
         changes += [PutPin(*key, at) for key, at in self._pins.items()]
-        changes += [PutPublication(p.digest, p.url, p.layout, p.published_at) for p in self._publications.values()]
+        changes += [PutPublication(p.digest, p.url, p.layout, p.published_at, p.doubt) for p in self._publications.values()]
         changes += [_instance_row(instance) for instance in self._instances.values()]
         changes += sorted(self._gone, key=_removal_order)
         changes += self._events

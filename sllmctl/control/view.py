@@ -152,7 +152,7 @@ class ClusterView:
         record = self.placements.get((instance.digest, instance.node, Tier.DISK, 0))
         if record is None or record.state is not TierState.QUARANTINED:
             return False
-        return bool(self.nodes_with(instance.digest, Tier.DISK) or self.publications_of(instance.digest))
+        return bool(self.nodes_with(instance.digest, Tier.DISK) or self.trusted_publications_of(instance.digest))
 
     def keeps_arena(self, node: str, digest: str) -> bool:
         """True while this checkpoint stays in the node's arena: something uses it, or it lies there and is pinned."""
@@ -163,8 +163,13 @@ class ClusterView:
         return sorted((digest, tier) for digest, where, tier in self.pins if where == node)
 
     def publications_of(self, digest: str) -> list[Publication]:
-        """Where a checkpoint was published, the latest first."""
-        return sorted(self._published.get(digest, {}).values(), key=lambda each: (-each.published_at, each.url))
+        """Where a checkpoint was published, the latest first; what is in doubt last."""
+        found = self._published.get(digest, {}).values()
+        return sorted(found, key=lambda each: (bool(each.doubt), -each.published_at, each.url))
+
+    def trusted_publications_of(self, digest: str) -> list[Publication]:
+        """Those that nothing speaks against: what counts as a copy."""
+        return [each for each in self.publications_of(digest) if not each.doubt]
 
     def is_published(self, digest: str) -> bool:
         return digest in self._published

@@ -175,7 +175,7 @@ def checkpoint_view(view: ClusterView, checkpoint: Checkpoint) -> CheckpointView
             if digest == checkpoint.digest
         ),
         publications=tuple(
-            PublicationView(url=each.url, layout=each.layout, published_at=each.published_at)
+            PublicationView(url=each.url, layout=each.layout, published_at=each.published_at, doubt=each.doubt)
             for each in view.publications_of(checkpoint.digest)
         ),
     )

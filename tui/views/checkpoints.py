@@ -72,6 +72,8 @@ class Checkpoints(View[CheckpointView]):
                 detail.line(Span(f"  {place.reason}", BAD))
         for published in row.publications:
             detail.head("published").line(published.url).line(Span(f"{age(cluster.now() - published.published_at)} ago", MUTED))
+            if published.doubt:
+                detail.line(Span(f"in doubt: {published.doubt}", BAD))
         detail.head("legend").line(Span("D", ACCENT), " disk  ", Span("M", GOOD), " DRAM  ", Span("G", "#d2a8ff"), " device")
         return detail.line("small: on its way   ", _PIN, " pinned   ", Span("!", BAD), " in quarantine")
 

@@ -116,6 +116,27 @@ def test_the_last_copy_of_what_a_model_needs_may_leave_the_disks_once_it_is_publ
     world.check_rows()
 
 
+def test_a_remote_that_a_fetch_found_wrong_is_no_copy_until_it_was_published_or_fetched(make_world: MakeWorld) -> None:
+    world = two(make_world)
+    world.serve(spec())
+    ask(world, "publish", URL)
+    world.agents["far"].automatic = False
+    for fault, doubt in (("unreachable", ""), ("invalid_checkpoint", "bytes are wrong"), ("not_found", "it is gone")):
+        assert ask(world, "fetch", URL, "far") is None
+        (op,) = world.agents["far"].ops
+        world.tell("far", world.agents["far"].finish(op, Fault(fault, doubt)))
+        assert [each.doubt for each in world.view.publications_of(M)] == [doubt]
+        world.check_rows()
+    refused = ask(world, "drop", node="local", tier=Tier.DISK)
+    assert refused is not None
+    assert "the last sound copy" in refused.message
+    assert world.reasons("checkpoint").count("RemoteDoubted") == 1
+    ask(world, "publish", URL)
+    assert [each.doubt for each in world.view.publications_of(M)] == [""]
+    world.check_rows()
+    assert ask(world, "drop", node="local", tier=Tier.DISK) is None
+
+
 def test_the_last_trace_of_a_checkpoint_is_where_it_was_published(make_world: MakeWorld) -> None:
     world = two(make_world)
     ask(world, "publish", URL)
@@ -214,6 +235,29 @@ def test_a_start_whose_remote_is_down_tries_another(make_world: MakeWorld) -> No
     world.pass_time(1.0)
     starts = [one for one in world.agents["far"].heard if isinstance(one, StartInstance)]
     assert {one.remote.url for one in starts[:2] if one.remote is not None} == {URL, "file:///srv"}
+
+
+def test_a_start_whose_remote_is_wrong_tries_another_and_then_no_more(make_world: MakeWorld) -> None:
+    agents = Agent("local"), Agent("far")
+    agents[0].hold("m")
+    world = make_world(*agents, abilities=Abilities(published=True))
+    for agent in agents:
+        world.connect(agent.name)
+    world.serve(spec())
+    ask(world, "publish", URL)
+    ask(world, "publish", "file:///srv")
+    assert ask(world, "drop", tier=Tier.DISK) is None
+    world.lose("local")
+    world.agents["far"].automatic = False
+    world.demand("m", 1)
+    for tries in (1, 2):
+        world.crash(world.only(), Fault("invalid_checkpoint", "bytes are wrong"))
+        world.pass_time(1.0)
+        starts = [one for one in world.agents["far"].heard if isinstance(one, StartInstance)]
+        assert len(starts) == 2, "both remotes, once each"
+        assert sum(bool(each.doubt) for each in world.view.publications_of(M)) == tries
+    assert {one.remote.url for one in starts if one.remote is not None} == {URL, "file:///srv"}
+    world.check_rows()
 
 
 def test_a_start_where_the_weights_lie_fetches_nothing_and_one_of_what_lies_nowhere_is_refused(make_world: MakeWorld) -> None:

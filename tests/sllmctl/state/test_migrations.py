@@ -104,11 +104,11 @@ async def test_pins_and_uses_come_back_and_a_file_from_before_them_has_none(
 
 async def test_publications_come_back_and_go_with_their_checkpoint(database: Database, url: str, tmp_path: Path) -> None:
     one, other = PutPublication(rows.DIGEST, "s3://b/p", "exec1", 3.5), PutPublication(rows.DIGEST, "file:///a", "exec1", 4.5)
-    await database.commit([*rows.whole(), one, other, PutPublication(rows.DIGEST, "s3://b/p", "other", 5.5)])
+    await database.commit([*rows.whole(), one, other, PutPublication(rows.DIGEST, "s3://b/p", "other", 5.5, "gone")])
     view = await database.load()
-    assert [(each.url, each.layout) for each in view.publications_of(rows.DIGEST)] == [
-        ("s3://b/p", "other"),
-        ("file:///a", "exec1"),
+    assert [(each.url, each.layout, each.doubt) for each in view.publications_of(rows.DIGEST)] == [
+        ("file:///a", "exec1", ""),
+        ("s3://b/p", "other", "gone"),
     ]
     await database.commit([RemovePublication(rows.DIGEST, "s3://b/p")])
     assert [each.url for each in (await database.load()).publications_of(rows.DIGEST)] == ["file:///a"]
