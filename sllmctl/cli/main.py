@@ -76,6 +76,14 @@ class _Root(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in _COMMANDS and not args[0].startswith("-") and not ctx.resilient_parsing:
+            from schema.names import did_you_mean
+
+            near = did_you_mean(args[0], (name for name, entry in _COMMANDS.items() if entry.section))
+            raise click.UsageError(f"No such command {args[0]!r}{near or '; `sllmctl -h` shows what there is'}", ctx)
+        return super().resolve_command(ctx, args)
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         entry = _COMMANDS.get(cmd_name)
         if entry is None:

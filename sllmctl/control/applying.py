@@ -114,11 +114,16 @@ def _differing(old: dict[str, _Leaf], new: dict[str, _Leaf]) -> list[ChangeView]
 
 def _added(spec: ModelSpec) -> tuple[ChangeView, ...]:
     """What a new model has that is no default; its name is told already."""
-    usual = _leaves(ModelSpec(name=spec.name, source=PathSource("/")))
-    given = _leaves(spec)
-    source = [ChangeView(key=key, old=None, new=value) for key, value in given.items() if key.startswith("source.")]
-    rest = [key for key in given if not key.startswith("source.") and given[key] != usual[key]]
-    return (*source, *(ChangeView(key=key, old=None, new=given[key]) for key in rest))
+    usual = _leaves(ModelSpec(name=spec.name, source=msgspec.structs.replace(spec.source, **_defaults(spec.source))))
+    return tuple(
+        ChangeView(key=key, old=None, new=value)
+        for key, value in _leaves(spec).items()
+        if key in ("source.kind", "source.path", "source.repo", "source.url") or usual[key] != value
+    )
+
+
+def _defaults(struct: msgspec.Struct) -> dict[str, Any]:
+    return {each.name: each.default for each in msgspec.structs.fields(struct) if each.default is not msgspec.NODEFAULT}
 
 
 def _replaced(turn: Turn, model: Model, spec: ModelSpec) -> list[Instance]:

@@ -256,7 +256,8 @@ class _Admin:
         read_query(request)
         name = request.path_params["name"]
         node = self._view.node_named(name) or self._view.nodes.get(name)
-        return json_answer(node_view(self._view, self._router, known("node", name, node)))
+        names = (each.name for each in self._view.nodes.values())
+        return json_answer(node_view(self._view, self._router, known("node", name, node, names)))
 
     @operation("All models.", Items[ModelView])
     async def list_models(self, request: Request) -> Response:
@@ -464,7 +465,7 @@ class _Admin:
     # --- parts ---
 
     def _model(self, name: str, status: int = 200) -> Response:
-        model = known("model", name, self._view.models.get(name))
+        model = known("model", name, self._view.models.get(name), self._view.models)
         return json_answer(model_view(self._view, self._router, model), status)
 
     async def _pin(self, request: Request, pinned: bool) -> Response:
@@ -522,7 +523,7 @@ class _Admin:
 
 def _reached(view: ClusterView, name: str, until: str) -> bool:
     """Whether a model is as waited for. Raises NotFound, the model's fault, or Conflict when it can never be."""
-    model = known("model", name, view.models.get(name))
+    model = known("model", name, view.models.get(name), view.models)
     instances = view.instances_of(name).values()
     if until == "gone":
         return False

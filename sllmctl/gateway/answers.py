@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from schema.errors import InvalidInput, NotFound, SllmError
+from schema.names import did_you_mean
 from sllmctl.gateway.errors import MethodNotAllowed, NoSuchPath, http_status, retry_after
 from sllmctl.gateway.openapi import operation_of
 
@@ -76,10 +77,11 @@ def read_number(query: dict[str, str], key: str, default: float) -> float:
     return number
 
 
-def known(kind: str, name: str, found: V | None) -> V:
-    """What was looked for by its name. Raises NotFound for None."""
+def known(kind: str, name: str, found: V | None, names: Iterable[str] = ()) -> V:
+    """What was looked for by its name, which is one of ``names``. Raises NotFound for None."""
     if found is None:
-        raise NotFound(f"there is no {kind} {name!r}; `sllmctl {kind} ls` shows what there is")
+        near = did_you_mean(name, names)
+        raise NotFound(f"there is no {kind} {name!r}{near or f'; `sllmctl {kind} ls` shows what there is'}")
     return found
 
 

@@ -66,7 +66,7 @@ class Explanations:
     async def explain_model(self, request: Request) -> Response:
         read_query(request)
         name = request.path_params["name"]
-        model = known("model", name, self._view.models.get(name))
+        model = known("model", name, self._view.models.get(name), self._view.models)
         return json_answer(explain(self._view, self._planner, self._decisions, model, self._clock()))
 
     @operation("What was decided for a request's model while it waited.", RequestExplainView, errors=(NotFound,))

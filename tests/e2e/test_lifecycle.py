@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -136,3 +137,20 @@ def test_a_stopped_manager_starts_again_with_its_models(cluster: Cluster) -> Non
     after = ask(cluster, "What is a journal?")
     assert after.text == before.text
     assert cluster.get("/status")["generation"] == 2
+
+
+def test_specs_are_applied_and_another_engine_makes_other_instances(cluster: Cluster, talker: Path) -> None:
+    def applied(**engine: object) -> tuple[str, list[str]]:
+        spec = {"name": "filed", "source": {"kind": "path", "path": str(talker)}, "scale": {"min": 1}, "engine": engine}
+        (told,) = cluster.post("/apply", {"models": [spec]})["items"]
+        return told["action"], [change["key"] for change in told["changes"]]
+
+    def ready() -> dict[str, Any] | None:
+        return next((one for one in cluster.instances("filed") if one["state"] == "ready"), None)
+
+    assert applied()[0] == "created"
+    first = cluster.until(ready, "it is served once it has been ingested", 30)
+    assert applied() == ("unchanged", [])
+    assert applied(max_context_tokens=256) == ("configured", ["engine.max_context_tokens"])
+    cluster.until(lambda: (one := ready()) and one["id"] != first["id"], "another instance took its place", 30)
+    assert cluster.get("/models/filed")["spec"]["engine"]["max_context_tokens"] == 256

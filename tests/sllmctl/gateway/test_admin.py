@@ -232,6 +232,15 @@ async def test_specs_are_applied_together_and_answered_one_by_one(manager: _Mana
     assert _refusal(await http.post("apply", json={"model": []}))[:2] == (400, "invalid_input")
 
 
+async def test_what_is_not_there_is_answered_by_the_nearest_name(http: httpx.AsyncClient) -> None:
+    said = {path: (await http.get(path)).json()["error"]["message"] for path in ("models/tinny", "nodes/lokal", "models/x")}
+    assert said == {
+        "models/tinny": "there is no model 'tinny'; did you mean 'tiny'?",
+        "nodes/lokal": "there is no node 'lokal'; did you mean 'local'?",
+        "models/x": "there is no model 'x'; `sllmctl model ls` shows what there is",
+    }
+
+
 async def test_a_checkpoint_is_found_by_the_beginning_of_its_digest(http: httpx.AsyncClient) -> None:
     assert (await http.get("checkpoints/ababa")).json()["digest"] == _A
     assert (await http.get("checkpoints/abcd")).json()["digest"] == _B
