@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["age", "bandwidth", "duration", "printable", "short_digest", "size"]
+__all__ = ["age", "bandwidth", "cells", "duration", "padded", "printable", "short_digest", "size"]
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -51,3 +51,18 @@ def short_digest(digest: str | None) -> str:
 def printable(text: str, keep: str = "") -> str:
     """The text without control characters but those in ``keep``: what others wrote must not steer the terminal."""
     return "".join(c if c.isprintable() or c in keep else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def cells(text: str) -> int:
+    """How many columns of a terminal it takes: Chinese, Japanese and Korean letters take two."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def padded(text: str, width: int, *, right: bool = False) -> str:
+    """The text with spaces to ``width`` columns, set to the left or right."""
+    space = " " * (width - cells(text))
+    return space + text if right else text + space

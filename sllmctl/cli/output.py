@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 from sllmctl.cli.diagnostics import writing_stdout
-from sllmctl.cli.format import printable
+from sllmctl.cli.format import cells, padded, printable
 
 __all__ = [
     "FORMATS",
@@ -133,7 +133,7 @@ class Watch(Generic[T]):
             if self._widths is None and rows:
                 rows.insert(0, [column.header for column in columns])
                 self._widths = [0] * len(columns)
-            widths = [max([width, *(len(row[index]) for row in rows)]) for index, width in enumerate(self._widths or [])]
+            widths = [max([width, *(cells(row[index]) for row in rows)]) for index, width in enumerate(self._widths or [])]
             for row in rows:
                 write(_line(columns, row, widths))
             self._widths = widths or None
@@ -156,16 +156,13 @@ class Watch(Generic[T]):
 
 
 def _line(columns: Sequence[Column[T]], row: Sequence[str], widths: Sequence[int]) -> str:
-    cells = [
-        f"{text:>{width}}" if column.right else f"{text:<{width}}"
-        for column, text, width in zip(columns, row, widths, strict=True)
-    ]
-    return "  ".join(cells).rstrip()
+    texts = [padded(text, width, right=column.right) for column, text, width in zip(columns, row, widths, strict=True)]
+    return "  ".join(texts).rstrip()
 
 
 def _write_table(columns: Sequence[Column[T]], items: Sequence[T]) -> None:
     rows = [[column.header for column in columns], *([printable(column.cell(item)) for column in columns] for item in items)]
-    widths = [max(len(row[index]) for row in rows) for index in range(len(columns))]
+    widths = [max(cells(row[index]) for row in rows) for index in range(len(columns))]
     for row in rows:
         write(_line(columns, row, widths))
 

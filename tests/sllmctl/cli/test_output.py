@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from schema.admin import EstimatesView, RequestExplainView, RequestTimeline
+from schema.spec import ModelSpec, PathSource
 from tests.sllmctl.cli.conftest import Sllmctl
 from tests.sllmctl.fake_manager import (
     CHECKPOINTS,
@@ -147,3 +148,23 @@ def test_nothing_to_list_prints_nothing_but_an_empty_list_for_programs(sllmctl: 
 def test_the_events_filters_are_passed_on(sllmctl: Sllmctl, manager: FakeManager) -> None:
     sllmctl("event", "ls", "--kind", "model", "--object", "qwen", "--limit", "7")
     assert manager.asked == [("GET", "events?kind=model&object=qwen&limit=7", None)]
+
+
+def test_what_is_printed_depends_neither_on_the_terminals_width_nor_on_its_colours(
+    sllmctl: Sllmctl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = sllmctl("model", "ls", "-o", "wide").out
+    for name, value in (("COLUMNS", "20"), ("NO_COLOR", "1"), ("FORCE_COLOR", "1"), ("TERM", "dumb")):
+        monkeypatch.setenv(name, value)
+        assert sllmctl("model", "ls", "-o", "wide").out == plain
+    assert "\x1b" not in plain
+
+
+def test_letters_that_take_two_columns_keep_the_table_straight(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    spec = ModelSpec(name="a", source=PathSource("/模型/通义"))
+    wide, narrow = (msgspec.structs.replace(MODELS[0], name=name, spec=spec) for name in ("通义千问", "qwen"))
+    manager.answer("GET models", 200, {"items": [wide, narrow]})
+    header, first, second = sllmctl("model", "ls").out.splitlines()
+    assert header.startswith("NAME      STATE")
+    assert first.startswith("通义千问  deployed")
+    assert second.startswith("qwen      deployed")
