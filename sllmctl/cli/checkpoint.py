@@ -32,7 +32,12 @@ def command() -> None:
 @watch_option
 @pass_invocation
 def ls(invocation: Invocation, form: Format, watch: bool) -> None:
-    """List the checkpoints."""
+    """List the checkpoints.
+
+    \b
+    Examples:
+      sllmctl checkpoint ls -o wide
+    """
     from sllmctl import client
 
     if watch:
@@ -48,7 +53,13 @@ def ls(invocation: Invocation, form: Format, watch: bool) -> None:
 @output_option
 @pass_invocation
 def show(invocation: Invocation, digest: str, form: Format) -> None:
-    """Show one checkpoint, by its digest, a beginning of it, or a model's name."""
+    """Show one checkpoint, by its digest, a beginning of it, or a model's name.
+
+    \b
+    Examples:
+      sllmctl checkpoint show qwen
+      sllmctl checkpoint show 0123456789ab -o json
+    """
     from sllmctl import client
 
     with invocation.admin() as admin:
@@ -85,6 +96,10 @@ def prefetch(
 
     Without --node it goes to the node with the most free memory of those that have it on disk. It stays until the memory is
     needed; `sllmctl checkpoint pin --tier dram` keeps it.
+
+    \b
+    Examples:
+      sllmctl checkpoint prefetch qwen --node gpu1
     """
     from schema.states import Tier
     from sllmctl import client
@@ -107,6 +122,10 @@ def verify(
     """Compare the copies on disk, and what lies of them in memory, with their checksums.
 
     A bad copy goes into quarantine: nothing starts from it. One that is sound again comes out of it.
+
+    \b
+    Examples:
+      sllmctl checkpoint verify qwen
     """
     from sllmctl import client
 
@@ -127,6 +146,10 @@ def pin(invocation: Invocation, reference: str, node: str | None, tier: str | No
 
     With --node and --tier it is also kept where it has yet to come, from another tier of that node: the node must have it on
     one. A pin brings nothing; `sllmctl checkpoint prefetch` and `fetch` do.
+
+    \b
+    Examples:
+      sllmctl checkpoint pin qwen --node gpu1 --tier dram
     """
     _change_pin(invocation, reference, node, tier, form, pinned=True)
 
@@ -138,7 +161,12 @@ def pin(invocation: Invocation, reference: str, node: str | None, tier: str | No
 @output_option
 @pass_invocation
 def unpin(invocation: Invocation, reference: str, node: str | None, tier: str | None, form: Format) -> None:
-    """Keep a checkpoint no longer; it stays until its room is needed."""
+    """Keep a checkpoint no longer; it stays until its room is needed.
+
+    \b
+    Examples:
+      sllmctl checkpoint unpin qwen --node gpu1
+    """
     _change_pin(invocation, reference, node, tier, form, pinned=False)
 
 
@@ -178,6 +206,11 @@ def publish(
 
     Without a URL it goes to the one of the settings (control.remote). Credentials are the node's own. What is there already
     is compared with its checksums, and written anew where it differs; so a publish also tells whether a remote can be trusted.
+
+    \b
+    Examples:
+      sllmctl checkpoint publish qwen file:///mnt/models
+      sllmctl checkpoint publish qwen s3://models/sllmctl
     """
     from sllmctl import client
 
@@ -208,6 +241,11 @@ def fetch(
     """Bring a checkpoint from a remote to a node: file://, http(s):// or s3://.
 
     Without --from it comes from where it was last published. One that is not known here is named by its whole digest.
+
+    \b
+    Examples:
+      sllmctl checkpoint fetch qwen --node gpu2 --tier dram
+      sllmctl checkpoint fetch DIGEST --from s3://models/sllmctl
     """
     from schema.states import Tier
     from sllmctl import client
@@ -228,6 +266,10 @@ def forget(invocation: Invocation, reference: str, url: str | None, yes: bool, f
     """Forget that a checkpoint lies on a remote, or on any. What is there is left as it is.
 
     Then `rm` takes it for no copy any more, and no start fetches from there. Asks when it is the last place that is known.
+
+    \b
+    Examples:
+      sllmctl checkpoint forget qwen s3://models/sllmctl
     """
     from sllmctl import client
     from sllmctl.cli.diagnostics import confirm, note
@@ -269,6 +311,10 @@ def remove(
     """Take a checkpoint from devices, memory and disk, of a node or of all.
 
     Refused for what is in use or pinned, and for the last sound copy of what a model needs.
+
+    \b
+    Examples:
+      sllmctl checkpoint rm qwen --node gpu1 --tier dram
     """
     from schema.states import Tier
     from sllmctl import client

@@ -28,9 +28,10 @@ def command(ctx: click.Context, shell: str) -> None:
     """Print the script by which a shell completes commands, options, and the names of what lives in the cluster.
 
     \b
-    bash:  eval "$(sllmctl completion bash)"       in ~/.bashrc
-    zsh:   eval "$(sllmctl completion zsh)"        in ~/.zshrc
-    fish:  sllmctl completion fish | source        in ~/.config/fish/config.fish
+    Examples:
+      bash:  eval "$(sllmctl completion bash)"       in ~/.bashrc
+      zsh:   eval "$(sllmctl completion zsh)"        in ~/.zshrc
+      fish:  sllmctl completion fish | source        in ~/.config/fish/config.fish
     """
     kind = get_completion_class(shell)
     assert kind is not None

@@ -50,6 +50,11 @@ def command(keep: bool, source: str | None, arena: str | None) -> int:
     """See the whole path once: ingest, deploy scaled to zero, a cold start in its phases, a warm request.
 
     All of it runs in a scratch directory and beside whatever else runs here; it is stopped and removed at the end.
+
+    \b
+    Examples:
+      sllmctl demo --keep
+      sllmctl demo --source ./my-model --arena 4GiB
     """
     need_node_packages("the demo")
     try:

@@ -20,6 +20,11 @@ def command(invocation: Invocation, form: Format) -> int:
     """Check this machine: what sllmctl needs, what runs, what is in the way. Exits with 8 if something must be mended.
 
     It changes nothing, and needs neither root nor a manager, though each may show it more. docs/doctor.md lists the checks.
+
+    \b
+    Examples:
+      sllmctl doctor
+      sllmctl doctor -o json
     """
     from schema.errors import InvalidInput
     from sllmctl.cli.checks import Finding, check_machine, check_python

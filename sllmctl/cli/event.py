@@ -30,7 +30,13 @@ def command() -> None:
 @watch_option
 @pass_invocation
 def ls(invocation: Invocation, kind: str | None, name: str | None, limit: int, form: Format, watch: bool) -> None:
-    """List events, the newest last."""
+    """List events, the newest last.
+
+    \b
+    Examples:
+      sllmctl event ls --kind model --object qwen
+      sllmctl event ls --watch
+    """
     from sllmctl import client
 
     if watch:

@@ -30,7 +30,13 @@ def command() -> None:
 @watch_option
 @pass_invocation
 def ls(invocation: Invocation, form: Format, watch: bool) -> None:
-    """List the instances."""
+    """List the instances.
+
+    \b
+    Examples:
+      sllmctl instance ls -o wide
+      sllmctl instance ls --watch
+    """
     from sllmctl import client
 
     if watch:
@@ -46,7 +52,12 @@ def ls(invocation: Invocation, form: Format, watch: bool) -> None:
 @output_option
 @pass_invocation
 def show(invocation: Invocation, instance_id: str, form: Format) -> None:
-    """Show one instance: why it runs where it runs, and where the time of its start went."""
+    """Show one instance: why it runs where it runs, and where the time of its start went.
+
+    \b
+    Examples:
+      sllmctl instance show inst_01k9zj8x
+    """
     from sllmctl import client
 
     with invocation.admin() as admin:
@@ -59,7 +70,12 @@ def show(invocation: Invocation, instance_id: str, form: Format) -> None:
 @log_options
 @pass_invocation
 def logs(invocation: Invocation, /, instance_id: str, **options: Any) -> None:
-    """Print what an instance's workers wrote, also when they are dead or the instance is gone."""
+    """Print what an instance's workers wrote, also when they are dead or the instance is gone.
+
+    \b
+    Examples:
+      sllmctl instance logs inst_01k9zj8x --since 1h
+    """
     show_logs(invocation, "instance", instance_id, None, **options)
 
 
@@ -68,7 +84,12 @@ def logs(invocation: Invocation, /, instance_id: str, **options: Any) -> None:
 @yes_option
 @pass_invocation
 def stop(invocation: Invocation, ids: tuple[str, ...], yes: bool) -> None:
-    """Stop instances; what runs on them goes on elsewhere, and a model's scale may bring another."""
+    """Stop instances; what runs on them goes on elsewhere, and a model's scale may bring another.
+
+    \b
+    Examples:
+      sllmctl instance stop inst_01k9zj8x -y
+    """
     from sllmctl import client
     from sllmctl.cli.diagnostics import confirm, note
 

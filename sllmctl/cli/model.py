@@ -146,7 +146,13 @@ def add(
 @_wait_options
 @pass_invocation
 def deploy(invocation: Invocation, /, name: str, wait: bool, timeout: float | None, **scale: Any) -> None:
-    """Serve a model that has been ingested."""
+    """Serve a model that has been ingested.
+
+    \b
+    Examples:
+      sllmctl model deploy qwen --wait
+      sllmctl model deploy qwen --min 1 --max 4
+    """
     from sllmctl import client
     from sllmctl.cli.diagnostics import note
     from sllmctl.cli.waiting import wait_for
@@ -165,7 +171,13 @@ def deploy(invocation: Invocation, /, name: str, wait: bool, timeout: float | No
 @_wait_options
 @pass_invocation
 def scale(invocation: Invocation, /, name: str, wait: bool, timeout: float | None, **scale: Any) -> None:
-    """Change how a deployed model is scaled; what is not given stays."""
+    """Change how a deployed model is scaled; what is not given stays.
+
+    \b
+    Examples:
+      sllmctl model scale qwen --max 4
+      sllmctl model scale qwen --min 0 --keep-alive auto
+    """
     from schema.errors import Conflict
     from sllmctl import client
     from sllmctl.cli.diagnostics import note
@@ -190,7 +202,12 @@ def scale(invocation: Invocation, /, name: str, wait: bool, timeout: float | Non
 @_wait_options
 @pass_invocation
 def stop(invocation: Invocation, names: tuple[str, ...], yes: bool, wait: bool, timeout: float | None) -> None:
-    """Serve models no more; their instances drain and stop, their checkpoints stay."""
+    """Serve models no more; their instances drain and stop, their checkpoints stay.
+
+    \b
+    Examples:
+      sllmctl model stop qwen --wait
+    """
     from sllmctl import client
     from sllmctl.cli.diagnostics import confirm, note
     from sllmctl.cli.waiting import wait_for
@@ -210,7 +227,12 @@ def stop(invocation: Invocation, names: tuple[str, ...], yes: bool, wait: bool, 
 @_wait_options
 @pass_invocation
 def rm(invocation: Invocation, names: tuple[str, ...], yes: bool, wait: bool, timeout: float | None) -> None:
-    """Remove models, and the checkpoints that no other model uses."""
+    """Remove models, and the checkpoints that no other model uses.
+
+    \b
+    Examples:
+      sllmctl model rm qwen tiny -y --wait
+    """
     from sllmctl import client
     from sllmctl.cli.diagnostics import confirm, note
     from sllmctl.cli.waiting import wait_for
@@ -229,7 +251,13 @@ def rm(invocation: Invocation, names: tuple[str, ...], yes: bool, wait: bool, ti
 @watch_option
 @pass_invocation
 def ls(invocation: Invocation, form: Format, watch: bool) -> None:
-    """List the models."""
+    """List the models.
+
+    \b
+    Examples:
+      sllmctl model ls -o wide
+      sllmctl model ls --watch -o json
+    """
     from sllmctl import client
     from sllmctl.cli.model_views import columns
 
@@ -246,7 +274,13 @@ def ls(invocation: Invocation, form: Format, watch: bool) -> None:
 @output_option
 @pass_invocation
 def show(invocation: Invocation, name: str, form: Format) -> None:
-    """Show one model: its source, scale, and how it does."""
+    """Show one model: its source, scale, and how it does.
+
+    \b
+    Examples:
+      sllmctl model show qwen
+      sllmctl model show qwen -o yaml
+    """
     from sllmctl import client
     from sllmctl.cli.model_views import fields
 
@@ -287,7 +321,8 @@ def logs(invocation: Invocation, /, name: str, instance: str | None, **options: 
     Each line says whose it is. A search for a request's id (the header x-request-id) finds what became of it there:
 
     \b
-    sllmctl model logs docs --since 1h | grep req_01k...
+    Examples:
+      sllmctl model logs docs --since 1h | grep req_01k...
     """
     show_logs(invocation, "model", name, instance, **options)
 

@@ -31,7 +31,13 @@ def command() -> None:
 @watch_option
 @pass_invocation
 def ls(invocation: Invocation, form: Format, watch: bool) -> None:
-    """List the nodes."""
+    """List the nodes.
+
+    \b
+    Examples:
+      sllmctl node ls -o wide
+      sllmctl node ls --watch
+    """
     from sllmctl import client
 
     if watch:
@@ -47,7 +53,12 @@ def ls(invocation: Invocation, form: Format, watch: bool) -> None:
 @output_option
 @pass_invocation
 def show(invocation: Invocation, name: str, form: Format) -> None:
-    """Show one node: its devices, its memory, and its bandwidths where they were measured."""
+    """Show one node: its devices, its memory, and its bandwidths where they were measured.
+
+    \b
+    Examples:
+      sllmctl node show gpu1
+    """
     from sllmctl import client
 
     with invocation.admin() as admin:
@@ -67,7 +78,12 @@ def show(invocation: Invocation, name: str, form: Format) -> None:
 @log_options
 @pass_invocation
 def logs(invocation: Invocation, /, name: str, process: str, **options: Any) -> None:
-    """Print what the processes of a node wrote."""
+    """Print what the processes of a node wrote.
+
+    \b
+    Examples:
+      sllmctl node logs gpu1 -f
+    """
     show_logs(invocation, "node", name, process, **options)
 
 

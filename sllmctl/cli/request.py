@@ -29,7 +29,13 @@ def command() -> None:
 @watch_option
 @pass_invocation
 def ls(invocation: Invocation, form: Format, watch: bool) -> None:
-    """List the requests that run, and the latest that ended."""
+    """List the requests that run, and the latest that ended.
+
+    \b
+    Examples:
+      sllmctl request ls
+      sllmctl request ls --watch -o json
+    """
     from sllmctl import client
 
     if watch:
@@ -45,7 +51,12 @@ def ls(invocation: Invocation, form: Format, watch: bool) -> None:
 @output_option
 @pass_invocation
 def show(invocation: Invocation, request_id: str, form: Format) -> None:
-    """Show one request, and where its time went."""
+    """Show one request, and where its time went.
+
+    \b
+    Examples:
+      sllmctl request show req_01k9zj8x
+    """
     from sllmctl import client
 
     with invocation.admin() as admin:
@@ -57,7 +68,12 @@ def show(invocation: Invocation, request_id: str, form: Format) -> None:
 @click.argument("ids", metavar="ID...", nargs=-1, required=True, shell_complete=names("request"))
 @pass_invocation
 def cancel(invocation: Invocation, ids: tuple[str, ...]) -> None:
-    """Cancel requests: their streams end, and their tokens are generated no further."""
+    """Cancel requests: their streams end, and their tokens are generated no further.
+
+    \b
+    Examples:
+      sllmctl request cancel req_01k9zj8x
+    """
     from sllmctl import client
     from sllmctl.cli.diagnostics import note
 

@@ -34,6 +34,11 @@ def command(
 
     Everything else that can be set is set in the configuration file or by SLLM_* variables, as [gateway] body_limit_bytes or
     SLLM_GATEWAY_BODY_LIMIT_BYTES.
+
+    \b
+    Examples:
+      sllmctl serve --arena 8GiB
+      SLLM_GATEWAY_BODY_LIMIT_BYTES=1000000 sllmctl --config /etc/sllmctl/config.toml serve
     """
     from sllmctl.cli.diagnostics import log_to_stderr
 

@@ -32,6 +32,11 @@ def command(invocation: Invocation, read_only: bool) -> int:
     ?                 every command
 
     It needs a manager that answers; `sllmctl` alone starts one if there is none.
+
+    \b
+    Examples:
+      sllmctl tui
+      sllmctl tui --read-only
     """
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise click.UsageError("the dashboard needs a terminal; `sllmctl model ls`, `event ls` and the like need none")

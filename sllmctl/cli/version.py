@@ -13,7 +13,12 @@ __all__ = ["command"]
 
 @click.command("version")
 def command() -> None:
-    """Print the version of sllmctl and of its Python, and where a single-file build is unpacked."""
+    """Print the version of sllmctl and of its Python, and where a single-file build is unpacked.
+
+    \b
+    Examples:
+      sllmctl version
+    """
     from sllmctl import __version__
     from sllmctl.bundle import unpacked_root
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from schema.errors import (
@@ -28,7 +29,7 @@ from schema.errors import (
     Unschedulable,
 )
 from sllmctl.cli import diagnostics
-from sllmctl.cli.main import run
+from sllmctl.cli.main import root, run
 from tests.sllmctl.cli.conftest import Sllmctl
 from tests.sllmctl.fake_manager import MODELS, FakeManager
 
@@ -401,3 +402,32 @@ def test_a_state_directory_that_cannot_be_made_is_refused(alone: None, tmp_path:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: cannot make the state directory ")
+
+
+def _leaves(group: click.Group) -> Iterator[click.Command]:
+    for name in group.list_commands(click.Context(group)):
+        found = group.get_command(click.Context(group), name)
+        assert found is not None
+        if isinstance(found, click.Group):
+            yield from _leaves(found)
+        elif not found.hidden:
+            yield found
+
+
+def test_every_command_has_examples_that_its_options_bear_out() -> None:
+    for command in _leaves(root):
+        _, _, examples = (command.help or "").partition("Examples:")
+        assert examples.strip(), command.name
+        known = {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
+        lines = [line for line in examples.splitlines() if f"sllmctl {command.name}" in line]
+        used = {word for line in lines for word in line.split(" | ")[0].split() if word.startswith("--")}
+        assert used <= known | {"--config"}, command.name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(("modle", "ls"), "did you mean 'model'?"), (("xyzzy",), "`sllmctl -h` shows what there is"), (("stroe",), "shows what")],
+)
+def test_a_mistyped_command_is_answered_by_the_nearest(sllmctl: Sllmctl, arguments: tuple[str, ...], said: str) -> None:
+    refused = sllmctl(*arguments)
+    assert (refused.code, said in refused.err) == (2, True), refused.err
