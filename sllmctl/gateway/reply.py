@@ -51,11 +51,13 @@ class Reply:
         return await self._take()
 
     async def all(self, max_tokens: int) -> Piece:
-        """The whole reply, read once it is complete, so that tokens on the way wake nobody; with stop strings, as they come."""
+        """The whole reply, read once it is complete, so that tokens on the way wake nobody; with stop strings, as they come.
+
+        Raises the SllmError of a sequence that failed or was cancelled, however much of it was there.
+        """
         if self._stop is None:
             # A sequence never has more than max_tokens: this returns at its end.
             await self._sequence.wait(max_tokens)
-            return await self._take()
         pieces: list[Piece] = []
         while self.reason is None:
             pieces.append(await self.next())

@@ -26,7 +26,7 @@ class RouterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     ``orphan_grace_s``: how long a sequence found on a node at the manager's start runs without a client.
     ``retry_grace_s``: how long a request with an Idempotency-Key, whose client went away, runs on for a retry to come.
     ``replies_kept_s``: how long a retry gets its reply once it has ended; at most ``replies_kept`` of them, of
-    ``replies_kept_tokens`` together, prompts included.
+    ``replies_kept_tokens`` together, prompts included, a log-probability counted as a token.
     ``demand_interval_s``: how often the control loop hears of a changed queue. ``prefill_interval_s``: how soon after the time
     of one prefill it hears of another of the same instance; twice as long each time, up to ``prefill_longest_s``.
     ``first_retry_after_s``: what a refused client is told before a model's pace is known; ``longest_retry_after_s``: at most.

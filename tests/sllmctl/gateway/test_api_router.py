@@ -114,6 +114,13 @@ async def test_an_operators_cancel_and_a_cold_start_that_takes_too_long_are_told
         response = await waiting
         assert (response.status_code, response.json()["error"]["code"]) == (499, "cancelled")
 
+        waiting = asyncio.create_task(here.client.post(_CHAT, json=chat_body(model="m")))
+        submit = await _submitted(bench, here)
+        bench.tokens(TokenRun(submit.attempt, 0, tuple(ids_of("half of"))))
+        bench.router.cancel(submit.request)
+        response = await waiting
+        assert (response.status_code, response.json()["error"]["code"]) == (499, "cancelled")
+
         bench.instance(state=InstanceState.STOPPED)
         waiting = asyncio.create_task(here.client.post(_CHAT, json=chat_body(model="m")))
         async with asyncio.timeout(WAIT_S):

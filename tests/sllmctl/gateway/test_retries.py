@@ -257,6 +257,21 @@ async def test_a_client_that_goes_away_mid_stream_gets_all_of_it_again() -> None
         assert here.metric("sllm_prompt_tokens_total", model="m") == len(first.prompt)
 
 
+async def test_of_two_that_come_at_once_one_is_run() -> None:
+    bench = _bench()
+    async with serving(router=bench.router) as here:
+        both = [_post(here), _post(here)]
+        async with asyncio.timeout(WAIT_S):
+            while here.metric("sllm_live_requests") < 2:
+                await here.client.get("/healthz")
+        (submit,) = await _submitted(bench, here)
+        bench.tokens(TokenRun(submit.attempt, 0, (*ids_of("yes"), END)), end(submit, 4, EndReason.STOP))
+        one, other = [await answer for answer in both]
+        assert one.json() == other.json()
+        assert {"idempotent-replayed" in answer.headers for answer in (one, other)} == {True, False}
+    assert not bench.take(Submit)
+
+
 async def test_a_stop_string_ends_it_for_every_retry_alike() -> None:
     bench = _bench()
     async with serving(router=bench.router) as here:
