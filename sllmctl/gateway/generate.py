@@ -131,10 +131,11 @@ class Gateway:
         self, job: Job, exchange: Exchange, shape: Shape, request: RequestPort, replies: list[Reply], headers: list[Header]
     ) -> None:
         pieces = await _together([reply.all(request.params.max_tokens) for reply in replies])
-        choices = [
-            shape.choice(piece.text, reply.reason or "stop", reply.index, None if job.params.logprobs is None else piece.scores)
-            for reply, piece in zip(replies, pieces, strict=True)
-        ]
+        choices = []
+        for reply, piece in zip(replies, pieces, strict=True):
+            assert reply.reason is not None, "a whole reply has ended"
+            scores = None if job.params.logprobs is None else piece.scores
+            choices.append(shape.choice(piece.text, reply.reason, reply.index, scores))
         tokens = sum(reply.position for reply in replies)
         self.metrics.generated(job.model).inc(tokens)
         await exchange.answer(200, shape.whole(choices, _usage(job, request, tokens)), *headers)

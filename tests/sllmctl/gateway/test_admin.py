@@ -25,12 +25,13 @@ from schema.spec import ModelSpec, PathSource, ScaleSpec
 from schema.states import InstanceState, ModelState, NodeState, RequestState, Tier, TierState
 from sllmctl import client
 from sllmctl.client import AsyncAdminClient
-from sllmctl.config import AdminSettings, ClientSettings
+from sllmctl.config import AdminSettings, ClientSettings, LogSettings
 from sllmctl.control.effects import AddModel, ApplyModels, DeployModel, Event, Operate, RemoveModel, StopInstanceNow, StopModel
 from sllmctl.control.records import Checkpoint, Instance, Model, Node, Operation, PlacementRecord
 from sllmctl.control.view import ClusterView
 from sllmctl.gateway.admin import admin_app
 from sllmctl.gateway.explanations import Explanations
+from sllmctl.gateway.logs import Logs, LogsPort
 from sllmctl.planner.plans import Candidate, Decision, Refusal, Rejection, Wait
 
 _A, _B = "ab" * 32, "abcd" + "0" * 60
@@ -156,7 +157,7 @@ class _Router:
 
 
 class _Manager:
-    def __init__(self, settings: AdminSettings | None = None) -> None:
+    def __init__(self, settings: AdminSettings | None = None, links: LogsPort | None = None) -> None:
         self.view, self.runner, self.database, self.router = _view(), _Runner(), _Database(), _Router()
         self.broken = False
         self.decisions = deque([_Made(3.0, "tiny", None, 2, Refusal({Rejection.CORDONED: 1}, False, "no room"))], maxlen=9)
@@ -176,6 +177,7 @@ class _Manager:
             ),
             status=self.status,
             settings=settings or AdminSettings(wait_limit_s=5.0, wait_look_s=0.001, body_bytes=2000),
+            logs=None if links is None else Logs(self.view, links, LogSettings()),
         )
 
     def status(self) -> StatusView:

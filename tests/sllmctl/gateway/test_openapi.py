@@ -32,6 +32,7 @@ from sllmctl.gateway.openapi import operation_of
 from sllmctl.gateway.replies import ChatChunk, CompletionChunk
 from tests.sllmctl.gateway.harness import END, FakeRequest, Serving, chat_body, ids_of, serving
 from tests.sllmctl.gateway.test_admin import _Manager
+from tests.sllmctl.gateway.test_logs import FakeLinks
 
 _CHECKS = [
     not_a_server_error,
@@ -76,8 +77,10 @@ def _narrowed(raw: Any, names: dict[str, list[str]]) -> Any:
     for methods in raw["paths"].values():
         for said in methods.values():
             for place in said.get("parameters", ()):
-                if place["in"] == "path":
+                if place["name"] in names:
                     place["schema"] = {"enum": [*names[place["name"]], "nope", "or/g%20"]}
+                elif place["name"] == "follow":
+                    place["schema"] = {"enum": ["0", "maybe"]}  # what follows has no end
     for body in raw["components"]["schemas"].values():
         if "model" in body.get("properties", ()) and "model" in names:
             body["properties"]["model"] = {"enum": names["model"]}
@@ -121,11 +124,14 @@ def test_the_inference_api_answers_whatever_comes_as_its_document_says() -> None
 
 @pytest.mark.slow
 def test_the_admin_api_answers_whatever_comes_as_its_document_says() -> None:
-    manager = _Manager(AdminSettings(wait_limit_s=0.01, wait_look_s=0.001))
+    links = FakeLinks()
+    links.pages["node_1"] = []
+    manager = _Manager(AdminSettings(wait_limit_s=0.01, wait_look_s=0.001), links)
     manager.runner.then = lambda event: _added(manager, event)
     manager.view.operations["op_1"] = Operation("op_1", 7, "verify", "ab" * 32, "node_1", Tier.DISK, 4096, 30.0)
     with TestClient(manager.app, base_url="http://sllmctl") as client:
         names = {"name": ["tiny", "local"], "id": ["inst_1", "req_1", "op_1"], "reference": ["tiny", "ababa"]}
+        names["instance"] = ["inst_1"]
         raw = _narrowed(client.get("/openapi.json").json(), names)
         statuses = _fuzz(raw, lambda case: case.call(app=manager.app, headers={"Host": "sllmctl"}))
     reached = {label for label, those in statuses.items() if those & {200, 201, 204}}
