@@ -449,13 +449,14 @@ AppliedAction = Literal["created", "configured", "unchanged", "removed", "refuse
 
 
 class AppliedView(_View, frozen=True, kw_only=True):
-    """What becomes of a model. ``restarts``: so many instances end for it. ``fault`` is why it is refused."""
+    """What becomes of a model. ``restarts``: so many instances end for it. ``fault`` is why it is refused, for this ``key``."""
 
     name: str
     action: AppliedAction
     changes: tuple[ChangeView, ...] = ()
     restarts: int = 0
     fault: Fault | None = None
+    key: str = ""
 
 
 class DeployBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

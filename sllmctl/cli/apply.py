@@ -133,11 +133,11 @@ def _plan(admin: AdminClient, entries: Sequence[Entry], *, deploy: bool, prune: 
     from schema.errors import Fault
     from sllmctl import client
 
-    places = {entry.spec.name: entry.place for entry in entries}
-    going = [model.name for model in admin.ask(client.models()) if model.name not in places] if prune else []
+    by_name = {entry.spec.name: entry for entry in entries}
+    going = [model.name for model in admin.ask(client.models()) if model.name not in by_name] if prune else []
     specs = [entry.spec for entry in entries]
     told = admin.ask(client.apply_models(specs, going, deploy=deploy, dry_run=True))
-    faults = [(places.get(each.name, each.name), each.fault) for each in told if each.fault is not None]
+    faults = [(by_name[each.name].place(each.key), each.fault) for each in told if each.fault is not None]
     if faults:
         raise Fault(faults[0][1].code, "\n".join(f"{place}: {fault.message}" for place, fault in faults)).to_error()
     return told

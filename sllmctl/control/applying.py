@@ -22,6 +22,14 @@ _M = ModelState
 _Leaf = str | int | float | bool | None
 
 
+class _FixedKey(Conflict):
+    """What stands under a ``key`` cannot be changed."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
 def apply(turn: Turn, event: ApplyModels) -> tuple[AppliedView, ...]:
     """Make the models as the specs say, or only tell what that would change; the others are left as they are.
 
@@ -56,7 +64,8 @@ def _judged(turn: Turn, spec: ModelSpec, deploy: bool) -> AppliedView:
             return AppliedView(name=spec.name, action="created", changes=_added(spec))
         changes = _changes(turn, model, spec, deploy)
     except SllmError as error:
-        return AppliedView(name=spec.name, action="refused", fault=Fault(error.code, f"model {spec.name}: {error.message}"))
+        fault = Fault(error.code, f"model {spec.name}: {error.message}")
+        return AppliedView(name=spec.name, action="refused", fault=fault, key=getattr(error, "key", ""))
     restarts = len(_replaced(turn, model, spec))
     return AppliedView(
         name=spec.name, action="configured" if changes else "unchanged", changes=tuple(changes), restarts=restarts
@@ -77,9 +86,10 @@ def _changes(turn: Turn, model: Model, spec: ModelSpec, deploy: bool) -> list[Ch
     changes = _differing(_leaves(_stated(turn, model.spec)), _leaves(_stated(turn, spec)))
     source = next((change for change in changes if change.key.startswith("source.")), None)
     if source is not None and model.state is not _M.FAILED:
-        raise Conflict(
+        raise _FixedKey(
+            source.key,
             f"{source.key}: {source.old!r} cannot become {source.new!r}, since its checkpoint is another then; "
-            f"give that a name of its own, or remove this one first (`sllmctl model rm {model.name}`)"
+            f"give that a name of its own, or remove this one first (`sllmctl model rm {model.name}`)",
         )
     if model.state is _M.FAILED:
         changes.append(ChangeView(key="state", old=str(_M.FAILED), new=str(_M.INGESTING)))

@@ -206,9 +206,14 @@ def _serve(turn: Turn, model: Model, scale: ScaleSpec | None) -> None:
 
 
 def stop(turn: Turn, event: StopModel) -> None:
-    """Serve a model no more. Raises NotFound, Conflict."""
+    """Serve a model no more, or not as soon as it has been ingested. Raises NotFound, Conflict."""
     model = _known(turn, event.model)
     if model.state is _M.STOPPED:
+        return
+    if model.state is _M.INGESTING and model.deploy_next:
+        model.deploy_next = False
+        turn.put_model(model)
+        turn.event("model", model.name, "Stopped", "it is not served once it has been ingested")
         return
     if model.state is not _M.DEPLOYED:
         raise Conflict(f"model {model.name!r} is {model.state.value}, not deployed")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,11 +24,20 @@ class InvalidSpecs(InvalidInput):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A spec and where it stands. ``notes`` say what of it does not apply here, and why."""
+    """A spec and where it stands. ``notes`` say what of it does not apply here, and why.
+
+    ``keys`` are the keys of the document that those of the spec come from, where they are others.
+    """
 
     spec: ModelSpec
-    place: str
+    file: str
+    document: Document
     notes: tuple[str, ...] = ()
+    keys: Mapping[str, str] = field(default_factory=dict)
+
+    def place(self, key: str = "") -> str:
+        """``FILE:LINE`` of a key of the spec, else of where the spec begins."""
+        return f"{self.file}:{self.document.line_of(self.keys.get(key, key))}"
 
 
 def read_specs(names: Iterable[str]) -> list[Entry]:
@@ -45,7 +54,7 @@ def read_specs(names: Iterable[str]) -> list[Entry]:
             problems.append(f"{name}: there is no model spec in it")
     first: dict[str, Entry] = {}
     problems += [
-        f"{entry.place}: name: model {entry.spec.name!r} stands in {other.place} already"
+        f"{entry.place('name')}: name: model {entry.spec.name!r} stands in {other.place('name')} already"
         for entry in entries
         if (other := first.setdefault(entry.spec.name, entry)) is not entry
     ]
@@ -95,7 +104,7 @@ def _entry(name: str, document: Document) -> Entry:
             translated = foreign.from_serverlessllm(value)
             notes = [f"{name}:{document.line_of(key)}: {key}: {why}" for key, why in translated.unused]
             value, keys = translated.spec, translated.keys
-        return Entry(parse_spec(value), f"{name}:{document.line}", tuple(notes))
+        return Entry(parse_spec(value), name, document, tuple(notes), keys)
     except InvalidInput as error:
         key = error.param or ""
         raise Problem(document.line_of(keys.get(key, key)), str(error).removeprefix("model spec: ")) from error

@@ -89,10 +89,10 @@ def test_a_dry_run_does_nothing(sllmctl: Sllmctl, manager: FakeManager, file: st
 
 def test_a_refusal_names_the_place_that_asks_for_it(sllmctl: Sllmctl, manager: FakeManager, file: str) -> None:
     fault = Fault("conflict", "model new: source.path: '/a' cannot become '/m'")
-    manager.answer("POST apply", 200, {"items": [AppliedView(name="new", action="refused", fault=fault)]})
+    manager.answer("POST apply", 200, {"items": [AppliedView(name="new", action="refused", fault=fault, key="source.path")]})
     for verb in ("apply", "diff"):
         said = sllmctl(verb, "-f", file)
-        assert (said.code, said.err) == (6, f"error: {file}:1: {fault.message}\n")
+        assert (said.code, said.err) == (6, f"error: {file}:2: {fault.message}\n")
     assert all(body["dry_run"] for body in _bodies(manager))
 
 

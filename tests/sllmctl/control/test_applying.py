@@ -48,6 +48,16 @@ def test_new_models_are_ingested_and_then_served(world: World) -> None:
     world.check_rows()
 
 
+def test_what_is_stopped_before_it_was_served_is_not_served(world: World) -> None:
+    agent = world.agents["local"]
+    agent.automatic = False
+    _apply(world, spec("a"))
+    assert world.ask(lambda ticket: StopModel(ticket, "a")) is None
+    (op,) = agent.ops
+    world.tell("local", agent.finish(op))
+    assert world.view.models["a"].state is ModelState.STOPPED
+
+
 def test_without_deploying_they_stay_as_they_are(world: World) -> None:
     _apply(world, spec("a"), deploy=False)
     assert world.view.models["a"].state is ModelState.STOPPED
@@ -115,6 +125,7 @@ def test_a_dry_run_tells_it_all_and_changes_nothing(world: World) -> None:
     assert told[0].restarts == 1
     assert told[1].changes[1] == ChangeView(key="source.path", old=None, new="/models/c")
     assert told[2].fault is not None
+    assert told[2].key == "source.kind"
     assert "model b: source.kind: 'path' cannot become 'hub'" in told[2].fault.message
     assert [step.changes for _, _, step in world.history[history:]] == [[]]
 

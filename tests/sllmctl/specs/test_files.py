@@ -48,7 +48,7 @@ def test_documents_and_lists_hold_several_models(tmp_path: Path) -> None:
         ModelSpec(name="qwen", source=HubSource("Qwen/Qwen3-0.6B"), scale=scale),
         ModelSpec(name="NO", source=UrlSource("https://models.example/a"), scale=scale),
     ]
-    assert [entry.place.rpartition(":")[2] for entry in entries] == ["2", "5", "10"]
+    assert [entry.place().rpartition(":")[2] for entry in entries] == ["2", "5", "10"]
 
 
 def test_a_directory_gives_its_files_in_order(tmp_path: Path) -> None:

@@ -60,10 +60,9 @@ def test_what_means_the_same_is_taken_and_the_rest_is_named_with_why(tmp_path: P
 
 def test_what_is_left_out_is_as_its_defaults_have_it(tmp_path: Path) -> None:
     entry = _read(tmp_path, {"model": "tiny", "backend_config": {"pretrained_model_name_or_path": "/models/tiny"}})
-    assert entry == Entry(
-        ModelSpec(name="tiny", source=PathSource("/models/tiny"), scale=ScaleSpec(min=0, max=10, keep_alive_s=0)),
-        f"{tmp_path}/config.json:1",
-    )
+    scale = ScaleSpec(min=0, max=10, keep_alive_s=0)
+    assert (entry.spec, entry.notes) == (ModelSpec(name="tiny", source=PathSource("/models/tiny"), scale=scale), ())
+    assert entry.place("source.path") == f"{tmp_path}/config.json:4"
 
 
 @pytest.mark.parametrize(
