@@ -175,4 +175,13 @@ def _write_struct(form: Format, value: Any) -> None:
         return
     import yaml
 
-    write(yaml.safe_dump(msgspec.to_builtins(value), sort_keys=False, allow_unicode=True).rstrip("\n"))
+    from sllmctl.specs.nodes import is_plain_text
+
+    class Dumper(yaml.SafeDumper):
+        """Quotes what some readers of YAML take for a number, though PyYAML does not: 1e5, 089."""
+
+    def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if is_plain_text(value) else "'")
+
+    Dumper.add_representer(str, text)
+    write(yaml.dump(msgspec.to_builtins(value), Dumper=Dumper, sort_keys=False, allow_unicode=True).rstrip("\n"))

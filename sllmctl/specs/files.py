@@ -11,7 +11,7 @@ from typing import Any, Final
 from schema.errors import InvalidInput
 from schema.spec import ModelSpec, parse_spec
 from sllmctl.specs import foreign
-from sllmctl.specs.nodes import Document, Problem, read_documents
+from sllmctl.specs.nodes import MOST_BYTES, Document, Problem, read_documents
 
 __all__ = ["Entry", "InvalidSpecs", "read_specs"]
 
@@ -67,17 +67,23 @@ def _contents(names: Iterable[str], problems: list[str]) -> Iterator[tuple[str, 
     for name in names:
         try:
             if name == "-":
-                yield "<stdin>", sys.stdin.buffer.read()
+                yield "<stdin>", sys.stdin.buffer.read(MOST_BYTES + 1)
             elif Path(name).is_dir():
                 found = sorted(path for path in Path(name).iterdir() if path.suffix in _ENDINGS and path.is_file())
                 if not found:
                     problems.append(f"{name}: no file in it ends with {', '.join(_ENDINGS)}")
                 for path in found:
-                    yield str(path), path.read_bytes()
+                    yield str(path), _beginning(path)
             else:
-                yield name, Path(name).read_bytes()
+                yield name, _beginning(Path(name))
         except OSError as error:
             problems.append(f"{error.filename or name}: {error.strerror}")
+
+
+def _beginning(path: Path) -> bytes:
+    """All of a file, or enough of one that is too long, or never ends, to see that."""
+    with path.open("rb") as file:
+        return file.read(MOST_BYTES + 1)
 
 
 def _read(name: str, content: bytes, entries: list[Entry], problems: list[str]) -> None:

@@ -22,9 +22,10 @@ from yaml.scanner import Scanner
 
 from schema.errors import InvalidInput
 
-__all__ = ["Document", "Problem", "read_documents"]
+__all__ = ["MOST_BYTES", "Document", "Problem", "is_plain_text", "read_documents"]
 
-_MOST_BYTES: Final = 4 << 20
+MOST_BYTES: Final = 1 << 20
+"""A file is no longer."""
 _MOST_VALUES: Final = 100_000
 _DEEPEST: Final = 32
 
@@ -37,6 +38,7 @@ _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,30})")
 _OCTAL = re.compile(r"[-+]?0[0-9]+")
 _REAL = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 
 
 class Problem(InvalidInput):
@@ -82,8 +84,8 @@ def read_documents(content: bytes, *, as_json: bool = False) -> Iterator[Documen
 
     ``as_json``: it says of itself that it is JSON, so that an error in it is told as one.
     """
-    if len(content) > _MOST_BYTES:
-        raise Problem(1, f"it is longer than {_MOST_BYTES} bytes")
+    if len(content) > MOST_BYTES:
+        raise Problem(1, f"it is longer than {MOST_BYTES} bytes")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -103,8 +105,13 @@ def read_documents(content: bytes, *, as_json: bool = False) -> Iterator[Documen
         raise Problem(1, "it is nested too deeply") from None
 
 
+def is_plain_text(text: str) -> bool:
+    """Whether it is read as text without quotes."""
+    return text not in _WORDS and not any(each.fullmatch(text) for each in (_INTEGER, _OCTAL, _REAL))
+
+
 def _json_as_yaml(text: str, certain: bool) -> str:
-    """JSON as YAML of the same lines: what is valid JSON differs from it by tabs between its tokens alone."""
+    """JSON as YAML of the same lines: it may have tabs between its tokens, and in texts what YAML takes for no letter."""
     try:
         json.loads(text)
     except json.JSONDecodeError as error:
@@ -113,7 +120,7 @@ def _json_as_yaml(text: str, certain: bool) -> str:
         return text
     except (RecursionError, ValueError):
         raise Problem(1, "it is nested too deeply, or a number in it is too long") from None
-    return text.replace("\t", " ")
+    return _NOT_IN_YAML.sub(lambda found: f"\\u{ord(found.group()):04x}", text.replace("\t", " "))
 
 
 def _composed(loader: _Loader) -> Iterator[Document]:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from schema.spec import EngineSpec, HubSource, ModelSpec, PathSource, ScaleSpec, UrlSource
+from sllmctl.cli.output import show_documents
 from sllmctl.specs.files import InvalidSpecs, read_specs
+from sllmctl.specs.nodes import read_documents
 
 _TWO = """\
 # yaml-language-server: $schema=./model-spec.schema.json
@@ -153,3 +158,33 @@ def test_files_that_give_nothing_are_errors(tmp_path: Path) -> None:
     for name, said in (("empty", "no file in it ends with"), ("comments.yaml", "no model spec"), ("none", "No such file")):
         with pytest.raises(InvalidSpecs, match=said):
             read_specs([str(tmp_path / name)])
+
+
+def test_what_never_ends_is_not_read_to_its_end() -> None:
+    with pytest.raises(InvalidSpecs, match="it is longer than 1048576 bytes"):
+        read_specs(["/dev/zero"])
+
+
+_LEAF = (
+    st.none() | st.booleans() | st.integers(-(10**25), 10**25) | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+)
+_VALUE = st.recursive(
+    _LEAF, lambda below: st.lists(below, max_size=3) | st.dictionaries(st.text(max_size=20), below, max_size=3)
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(value=st.dictionaries(st.text(max_size=20).filter(lambda key: key != "<<"), _VALUE, max_size=4), plain=st.booleans())
+def test_json_is_read_as_json_is(value: dict[str, Any], plain: bool) -> None:
+    (document,) = read_documents(json.dumps(value, ensure_ascii=plain, indent="\t").encode(), as_json=True)
+    assert document.value == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["1e5", "089", "010", "0x1F", "1_000", "no", "NULL", "~", "12:30", "2026-11-28", ".5", "+1", "-", "1.", "é", "a: b", " #"],
+)
+def test_what_is_printed_as_yaml_is_read_as_it_was(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    show_documents("yaml", [{"text": text}])
+    (document,) = read_documents(capsys.readouterr().out.encode())
+    assert document.value == {"text": text}
