@@ -144,8 +144,9 @@ class Checkpoints:
             placements.append(Placement(tier=Tier.DRAM, state=state, size_bytes=image_bytes, users=users, reason=bad))
         elif self._store.filling(digest):
             placements.append(Placement(tier=Tier.DRAM, state=TierState.FILLING, size_bytes=size, users=users))
-        placements += self._store.devices.placements(digest, size)
         facts = self._facts.get(digest)
+        if facts is not None:  # else it is coming by a fetch, which is ahead of the disk on devices
+            placements += self._store.devices.placements(digest, size)
         return CheckpointTruth(
             digest=digest,
             architecture=facts.architecture if facts is not None else "",

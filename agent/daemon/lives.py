@@ -218,7 +218,10 @@ class Lives:
 
         life.fetch = f"fetch {life.user}"
         users = self._store.holds.count(digest)
-        asked = FetchStored(op=life.fetch, digest=digest, url=remote.url, layout=remote.layout, in_memory=True, users=users)
+        devices = life.start.devices if self._on_device(life) else ()
+        asked = FetchStored(
+            op=life.fetch, digest=digest, url=remote.url, layout=remote.layout, in_memory=True, users=users, devices=devices
+        )
         self._store.fetch(asked, answered, progressed)
 
     def _ask_worker(self, life: Life) -> None:

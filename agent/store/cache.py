@@ -71,6 +71,7 @@ class ArenaStore:
         self._verify_told_at = 0.0
         self._condemned = {each.digest: _CONDEMNED_BEFORE for each in arena.occupants if each.condemned}
         self._pinned: frozenset[str] = frozenset()
+        self._fetched: set[str] = set()  # came with a fetch that is not over on the disk
         self._borrowed: Counter[str] = Counter()
         table, taken = arena.table, [chunk for occupant in arena.occupants for chunk in occupant.chunks]
         self._free = FreeChunks(arena.chunks, (*taken, *table.stalled_chunks))
@@ -121,9 +122,9 @@ class ArenaStore:
         if op not in known.ops:
             known.ops.append(op)
 
-    def fill_from(self, digest: str, directory: Path, source: FillSource) -> None:
-        """Take in a checkpoint while it is fetched to ``directory``, if there is room now; its owner answers who asked, and
-        then lets it `announce` the image."""
+    def fill_from(self, digest: str, directory: Path, source: FillSource) -> bool:
+        """Take in a checkpoint while it is fetched to ``directory``, if there is room now; True if there is. Its owner answers
+        who asked, and says what becomes of the copy on the disk: `announce`, `disown`."""
         room = False
         if digest not in self._residents.keys() | self._fills.keys() | self._waiting.keys():
             with contextlib.suppress(OutOfSpace):
@@ -132,13 +133,24 @@ class ArenaStore:
             self._start(Fill(digest, directory, [], Priority.REQUEST, source), source.manifest)
         else:
             source.do_without()
+        return room
 
     def has_sound(self, digest: str) -> bool:
         """True when an image lies here that nothing speaks against, whatever has become of the copy on the disk."""
         return digest in self._residents and digest not in self._condemned
 
+    def disown(self, digest: str, why: str) -> None:
+        """The copy on the disk that an image came with has come to nothing: it goes, with its last user if it has one."""
+        occupant = self._residents.get(digest)
+        if occupant is not None and digest in self._fetched:
+            self._condemn(occupant, why)
+            if not self._drop_condemned(occupant):
+                self._listener.condemned(self._resident(occupant))
+        self._fetched.discard(digest)
+
     def announce(self, digest: str) -> None:
-        """Say that an image lies here that nobody asked a fill for: it came with a fetch."""
+        """The copy on the disk that an image came with is there too: say that the image is, which nobody asked a fill for."""
+        self._fetched.discard(digest)
         if (occupant := self._residents.get(digest)) is not None:
             self._listener.filled("", self._resident(occupant))
 
@@ -300,8 +312,10 @@ class ArenaStore:
         self._tell(fill, fill.begun_at, 0)
         self._arena.hold_prefault(True)
         self._arena.hurry(chunks)
-        if fill.source is not None:  # sinks get it when it is whole
-            fill.job = fill.source.submit(units, self._changed, priority=fill.priority)
+        if fill.source is not None:
+            self._fetched.add(fill.digest)
+            submit = fill.source.submit
+            fill.job = submit(units, self._changed, priority=fill.priority, unit_done=fill.arrived)
         else:
             # A user's own files are not in this order, and are known not to have changed only when all is read.
             fill.layers = Layers(manifest) if manifest.layout != IN_PLACE else None
@@ -403,7 +417,7 @@ class ArenaStore:
             self._arena.table.commit(fill.occupant)
             self._residents[fill.digest] = fill.occupant
             self._use(fill.occupant)
-            if fill.verifying:
+            if fill.verifying and fill.source is None:
                 mark(catalog.mark_verified, fill.directory)
             self._tell(fill, time.monotonic(), fill.image_bytes)
             for op in fill.ops:

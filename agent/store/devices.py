@@ -192,6 +192,17 @@ class DeviceStore:
             self.hold(digest, device, users)
         self._settle()
 
+    def follow(self, entry: CatalogEntry, devices: tuple[int, ...]) -> None:
+        """Take a checkpoint that is coming into the arena from elsewhere to devices as it comes, where somebody uses it and
+        nothing else brings it; whoever asks for it later finds it there, or under way."""
+        wanted = [device for device in devices if (entry.digest, device) in self._users and device in self._budgets]
+        missing = [
+            each for each in wanted if (entry.digest, each) not in self._weights and not self._underway(entry.digest, each)
+        ]
+        if missing:
+            self._loads.append(_Load(entry, tuple(missing), Priority.REQUEST))
+            self._settle()
+
     def hold(self, digest: str, device: int, users: int) -> None:
         """Say how many use weights; they may be evicted only at 0, and a load that nobody waits for is given up."""
         self._users[digest, device] = users

@@ -29,7 +29,14 @@ class FillSource(Protocol):
     @property
     def manifest(self) -> Manifest: ...
 
-    def submit(self, units: Sequence[Unit], changed: Callable[[ReadJob], None], *, priority: Priority) -> ReadJob: ...
+    def submit(
+        self,
+        units: Sequence[Unit],
+        changed: Callable[[ReadJob], None],
+        *,
+        priority: Priority,
+        unit_done: Callable[[ReadJob, Unit], None] | None = None,
+    ) -> ReadJob: ...
 
     def do_without(self) -> None:
         """There is no memory for the image now, or it is there already."""

@@ -27,6 +27,7 @@ from agent.native.disk_record import record_path, remembered
 from agent.native.files import allow_open_files
 from agent.native.reader import Priority
 from agent.store.cache import ArenaStore
+from agent.store.catalog import CatalogEntry
 from agent.store.devices import DeviceStore
 from agent.store.rates import Rates
 from agent.store.remote.fetches import Fetches
@@ -288,8 +289,15 @@ class StoreProcess:
         elif isinstance(message, CancelVerify):
             self._store.cancel_verify(message.op)
         elif isinstance(message, FetchStored):
-            memory, users = message.in_memory, message.users
-            self._fetches.begin(message.op, message.digest, message.url, message.layout, in_memory=memory, users=users)
+            self._fetches.begin(
+                message.op,
+                message.digest,
+                message.url,
+                message.layout,
+                in_memory=message.in_memory,
+                users=message.users,
+                devices=message.devices,
+            )
         elif isinstance(message, CancelFetch):
             self._fetches.cancel(message.op, keep=message.keep)
         else:
@@ -345,6 +353,10 @@ class StoreProcess:
                     fault = Fault.of(error)
                 self._say(OperationDone(op=message.op, digest=message.digest, fault=fault))
 
+    def _follow_to_devices(self, entry: CatalogEntry, devices: tuple[int, ...]) -> None:
+        if self._devices is not None:
+            self._devices.follow(entry, devices)
+
     def _directory(self, relative: str) -> Path:
         path = PurePosixPath(relative)
         if path.is_absolute() or ".." in path.parts:
@@ -389,7 +401,9 @@ class StoreProcess:
             _log.info("reading by %s into an arena of %s pages", self._store.backend, arena.pages)
             data, remote = Path(self._config.data_dir), self._config.remote
             root, limit = self._config.checkpoints_path, self._config.disk_bytes
-            self._fetches = Fetches(data, root, remote, self._store, self, self._wake, disk_bytes=limit)
+            self._fetches = Fetches(
+                data, root, remote, self._store, self, self._wake, disk_bytes=limit, follow=self._follow_to_devices
+            )
         if self._offer:
             self._channel.send(Descriptors(what="arena", count=1), [arena.descriptor])
         store = self._store

@@ -144,7 +144,8 @@ class CancelVerify(Message, frozen=True, kw_only=True, tag="cancelverify"):
 
 class FetchStored(Message, frozen=True, kw_only=True, tag="fetchstored"):
     """Agent -> store: bring a checkpoint from the remote at ``url`` to the disk and, with ``in_memory``, into the arena as it
-    comes, held by ``users`` from then on; where the arena has no room, to the disk alone.
+    comes, held by ``users`` from then on; where the arena has no room, to the disk alone. What comes into the arena goes on to
+    ``devices`` as it comes, where somebody holds it: a `FillDevice` that follows finds it there, or under way.
 
     `Progress` tells how far it is; answered by one `OperationDone`. A digest under way is not fetched twice.
     """
@@ -155,6 +156,7 @@ class FetchStored(Message, frozen=True, kw_only=True, tag="fetchstored"):
     layout: str = ""
     in_memory: bool = False
     users: Count = 0
+    devices: tuple[int, ...] = ()
 
 
 class CancelFetch(Message, frozen=True, kw_only=True, tag="cancelfetch"):

@@ -66,7 +66,8 @@ class _Chunk:
 
 
 class FetchJob(ReadJob):
-    """A `ReadJob` whose bytes come from a remote: its memory is right, and the checkpoint on the disk, when it has finished."""
+    """A `ReadJob` whose bytes come from a remote: its memory is right when it has finished; `Fetch.over` says what became of
+    the checkpoint on the disk."""
 
 
 class Fetch:
@@ -102,6 +103,10 @@ class Fetch:
         self._running = 0
         self._partial: Partial | None = None
         self._manifest: Manifest | None = None
+        self._told: Callable[[], None] = _nothing
+        self.over = False
+        """It has ended, on the disk too: committed there, or ``error`` says why not."""
+        self.error: SllmError | None = None
         self.network_bytes = 0
         """Bytes that came over the network and were right; the rest lay on the disk."""
 
@@ -141,11 +146,13 @@ class Fetch:
         *,
         priority: Priority = Priority.REQUEST,
         unit_done: Callable[[ReadJob, Unit], None] | None = None,
+        ended: Callable[[], None] | None = None,
     ) -> FetchJob:
         """Begin: ``units`` are the image's chunks in order, or none when it goes to the disk alone.
 
-        ``changed`` and ``unit_done`` are called as `ReadPool` says.
+        ``changed`` and ``unit_done`` are called as `ReadPool` says, ``ended`` when it is `over`, which may be a while later.
         """
+        self._told = ended or _nothing
         job = FetchJob(priority, changed, unit_done)
         chunks = list(_chunks(self.manifest, units))
         self._parts = deque(_parts(chunks, self._settings.part_bytes))
@@ -263,19 +270,24 @@ class Fetch:
         self._remote.abort()
 
     def _finish(self, job: FetchJob) -> None:
+        """The memory is right, or will not be, which is said at once; to make the disk's copy durable takes longer."""
         assert self._partial is not None
-        if job.error is None:
+        with self._lock:
+            self.error = job.error
+            job.finished = True
+        job._changed(job)
+        if self.error is None:
             try:
                 self._partial.commit()
             except SllmError as error:
-                job.error = error
+                self.error = error
             except OSError as error:
-                job.error = SllmError(f"committing {self._digest} failed: {error}")
-        bad = isinstance(job.error, InvalidCheckpoint | OutOfSpace | Cancelled)
-        self._partial.close(keep=job.error is None or self._keep or not bad)
+                self.error = SllmError(f"committing {self._digest} failed: {error}")
+        bad = isinstance(self.error, InvalidCheckpoint | OutOfSpace | Cancelled)
+        self._partial.close(keep=self.error is None or self._keep or not bad)
         self._remote.close()
-        job.finished = True
-        job._changed(job)
+        self.over = True
+        self._told()
 
     def _fetch(self, job: FetchJob, part: list[_Chunk], scratch: memoryview) -> None:
         """All chunks of a part: from the disk what is right there, the rest from the remote, going on where it broke."""
@@ -354,6 +366,10 @@ class Fetch:
 
     def _path(self, partition: Partition) -> str:
         return f"{self._digest}/{self.manifest.layout}/{partition.file}"
+
+
+def _nothing() -> None:
+    """Nobody waits for its end."""
 
 
 def _chunks(manifest: Manifest, units: Sequence[Unit]) -> Iterator[_Chunk]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
 from agent.native.jobs import Priority, ReadJob, Unit
 from agent.store.cache import ArenaStore
+from agent.store.catalog import CatalogEntry
 from agent.store.remote.fetch import Fetch
 from agent.store.remote.open import open_remote
 from agent.store.remote.partial import sweep_partials
@@ -47,6 +48,7 @@ class _Fetch:
     """Whoever asked, and for which remote."""
     layout: str
     in_memory: bool
+    devices: set[int]
     wake: Callable[[], None]
     fetch: Fetch | None = None
     thread: threading.Thread | None = None
@@ -66,10 +68,17 @@ class _Fetch:
         assert self.fetch is not None
         return self.fetch.manifest
 
-    def submit(self, units: Sequence[Unit], changed: Callable[[ReadJob], None], *, priority: Priority) -> ReadJob:
+    def submit(
+        self,
+        units: Sequence[Unit],
+        changed: Callable[[ReadJob], None],
+        *,
+        priority: Priority,
+        unit_done: Callable[[ReadJob, Unit], None] | None = None,
+    ) -> ReadJob:
         assert self.fetch is not None
         self._outer.append(changed)
-        self.job = self.fetch.submit(units, self._changed, priority=priority)
+        self.job = self.fetch.submit(units, self._changed, priority=priority, unit_done=unit_done, ended=self.wake)
         return self.job
 
     def cancel(self, job: ReadJob) -> None:
@@ -90,7 +99,10 @@ class _Fetch:
 
 
 class Fetches:
-    """``data`` is the node's data directory. ``wake`` is called, from any thread, when `pump` has something to do."""
+    """``data`` is the node's data directory. ``wake`` is called, from any thread, when `pump` has something to do.
+
+    ``follow`` is asked to take a checkpoint that is coming into the arena on to these devices as it comes.
+    """
 
     def __init__(
         self,
@@ -102,7 +114,9 @@ class Fetches:
         wake: Callable[[], None],
         *,
         disk_bytes: int = 0,
+        follow: Callable[[CatalogEntry, tuple[int, ...]], None] = lambda entry, devices: None,
     ) -> None:
+        self._follow = follow
         self._data = data
         self._disk_bytes = disk_bytes
         self._checkpoints = checkpoints
@@ -117,8 +131,19 @@ class Fetches:
         """The ops that wait for an answer."""
         return tuple(op for fetch in self._fetches.values() for op in fetch.ops)
 
-    def begin(self, op: str, digest: str, url: str, layout: str = "", *, in_memory: bool = False, users: int = 0) -> None:
-        """Fetch a checkpoint to the disk and, with ``in_memory``, into the arena as it comes, where that has room.
+    def begin(
+        self,
+        op: str,
+        digest: str,
+        url: str,
+        layout: str = "",
+        *,
+        in_memory: bool = False,
+        users: int = 0,
+        devices: Iterable[int] = (),
+    ) -> None:
+        """Fetch a checkpoint to the disk and, with ``in_memory``, into the arena as it comes, where that has room, and from
+        there on to ``devices``.
 
         ``users`` hold it there, until the store hears of others. A digest that is on its way already is not fetched twice,
         wherever from.
@@ -129,7 +154,7 @@ class Fetches:
         if known is not None:
             known.ops.setdefault(op, url)
             return
-        self._fetches[digest] = _Fetch(digest, url, {op: url}, layout, in_memory, self._wake)
+        self._fetches[digest] = _Fetch(digest, url, {op: url}, layout, in_memory, {*devices}, self._wake)
         self._start()
 
     def cancel(self, op: str, *, keep: bool = False) -> None:
@@ -156,6 +181,8 @@ class Fetches:
                     self._listener.fetched(op, digest, layout if url == fetch.url else "", fault)
                 if fault is None:
                     self._store.announce(digest)
+                else:
+                    self._store.disown(digest, f"its copy on the disk came to nothing: {fault.message}")
             elif fetch.job is not None and now - fetch.told_at >= _PROGRESS_S and fetch.told_bytes != fetch.job.done_bytes:
                 fetch.told_at, fetch.told_bytes = now, fetch.job.done_bytes
                 for op in fetch.ops:
@@ -164,7 +191,9 @@ class Fetches:
         for fetch in ending:
             if not self._advance(fetch):
                 self._ending.append(fetch)
-            elif fetch.error is None and fetch.job is not None:  # it was whole before it heard that nobody waits
+            elif fetch.error is not None:
+                self._store.disown(fetch.digest, f"its copy on the disk came to nothing: {fetch.error}")
+            elif fetch.job is not None:  # it was whole before it heard that nobody waits
                 self._listener.fetched("", fetch.digest, fetch.manifest.layout, None)
                 self._store.announce(fetch.digest)
         self._start()
@@ -201,14 +230,15 @@ class Fetches:
                 return True
             if fetch.in_memory:
                 directory = self._checkpoints / fetch.digest / fetch.manifest.layout
-                self._store.fill_from(fetch.digest, directory, fetch)
+                if self._store.fill_from(fetch.digest, directory, fetch) and fetch.devices:
+                    self._follow(CatalogEntry(fetch.digest, directory, fetch.manifest), tuple(sorted(fetch.devices)))
             else:
                 fetch.do_without()
-        if fetch.job is None or not fetch.job.finished:
-            return False
         assert fetch.fetch is not None
+        if not fetch.fetch.over:
+            return False
         fetch.fetch.join()
-        fetch.error = fetch.job.error
+        fetch.error = fetch.fetch.error
         return True
 
     def _start(self) -> None:

@@ -6,7 +6,7 @@ import ctypes
 import os
 import select
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +21,14 @@ from agent.native.device import DeviceError
 from agent.native.reader import Priority
 from agent.store import catalog
 from agent.store.devices import DeviceStore
+from agent.store.remote.fetches import Fetches
 from schema.errors import Conflict, Fault, NotFound, TimedOut
 from schema.link import DeviceWeights
 from schema.states import Tier
 from tests.agent.native.fake_driver import FakeDriver
+from tests.agent.store.fetching import SETTINGS, make_source
 from tests.agent.store.images import CHUNK, Bench, commit
+from tests.remotes import web_server
 
 MIB = 1 << 20
 
@@ -393,3 +396,53 @@ def test_whatever_happens_everything_unwinds(tmp_path_factory: pytest.TempPathFa
         if data.draw(st.booleans()):  # it ends in the middle of a load
             node.fill("last", made[0])
         node.close()
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_fetch_goes_on_to_a_device_as_it_comes(tmp_path: Path, breaks: bool) -> None:
+    digest, _, image = make_source(tmp_path / "remote")
+    node = Devices(arena_bytes=64 * MIB, sizes=(64 * MIB, 64 * MIB))
+    with closing(node), web_server(tmp_path / "remote") as web:
+        told: dict[str, Fault | None] = {}
+
+        class Listener:
+            def fetching(self, op: str, done_bytes: int, total_bytes: int) -> None: ...
+
+            def fetched(self, op: str, digest: str, layout: str, fault: Fault | None) -> None:
+                told[op] = fault
+
+        checkpoints = tmp_path / "data" / "checkpoints"
+        fetches = Fetches(
+            tmp_path / "data", checkpoints, SETTINGS, node.bench.store, Listener(),
+            lambda: os.eventfd_write(node.bench._event, 1), follow=node.store.follow,
+        )  # fmt: skip
+
+        def until(true: Callable[[], bool]) -> None:
+            deadline = time.monotonic() + 30
+            while not true():
+                assert time.monotonic() < deadline
+                node.pump(0.02)
+                fetches.pump()
+
+        with closing(fetches):
+            node.store.hold(digest, 0, 1)
+            web.pause_s = 0.05
+            fetches.begin("fetch", digest, web.url, in_memory=True, devices=(0, 1))
+            until(lambda: any(each.load is not None and each.load.done_bytes > CHUNK for each in node.store._loads))
+            assert not told, "bytes are on the device, and the fetch goes on"
+            (load,) = node.store._loads
+            assert load.devices == (0,), "nobody waits for it on the other one"
+            assert 0 < load.load.done_bytes < len(image)  # type: ignore[union-attr]
+            if breaks:
+                fetches.cancel("fetch")
+                until(lambda: not node.store._loads and node.bench.store.arena.used_bytes == 0)
+                assert not node.store.weights
+            else:
+                web.pause_s = 0.0
+                until(lambda: "fetch" in told)
+                assert told == {"fetch": None}
+                node.fill("a", (digest, checkpoints / digest / "exec1", image), 0)
+                node.wait("a")
+                assert node.content(node.answers["a"].weights[0]) == image
+                assert web.sent_bytes < len(image) * 1.1
+            node.check_unwound()

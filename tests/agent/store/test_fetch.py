@@ -19,7 +19,9 @@ from pathlib import Path
 import pytest
 
 from agent.store import catalog
+from agent.store.remote.partial import Partial
 from schema.checkpoint import AssetEntry
+from schema.errors import SllmError
 from tests.agent.store.fetching import (
     PART,
     SETTINGS,
@@ -293,6 +295,48 @@ def test_a_cancel_in_the_middle_leaves_nothing(
     assert time.monotonic() - begun < 5
     assert bench.answers == {}
     bench.close()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_memory_is_usable_before_the_disk_has_it_and_goes_if_that_never_does(
+    tmp_path: Path, source: tuple[str, Path, bytes], web: WebServer, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    digest, _, image = source
+    go, real = threading.Event(), Partial.commit
+
+    def commit_late(partial: Partial) -> None:
+        assert go.wait(30)
+        if fails:
+            raise SllmError("the disk has gone")
+        real(partial)
+
+    monkeypatch.setattr(Partial, "commit", commit_late)
+    with contextlib.closing(FetchBench(tmp_path / "data", chunks=32)) as bench:
+        bench.fetches.begin("op", digest, web.url, in_memory=True, users=1)
+        bench.until(lambda: bench.store.has_sound(digest))
+        assert bench.answers == {}
+        assert "" not in bench.told.resident, "it is announced when a worker can be built over it"
+        (resident,) = bench.store.residents()
+        assert read_image(bench.arena.descriptor, resident) == image
+        go.set()
+        bench.until(lambda: "op" in bench.answers)
+        if not fails:
+            assert bench.answers == {"op": None}
+            assert bench.told.resident[""].digest == digest
+            assert_there(bench, digest, image)
+            return
+        fault = bench.answers["op"]
+        assert fault is not None
+        assert fault.message == "the disk has gone"
+        assert not bench.store.has_sound(digest)
+        bench.store.hold(digest, 0)  # as who waited for it fails
+        assert bench.store.arena.used_bytes == 0
+        assert bench.told.gone == [digest]
+        monkeypatch.setattr(Partial, "commit", real)
+        before = web.sent_bytes
+        assert bench.get(digest, web.url, in_memory=True) is None
+        assert web.sent_bytes - before < CHUNK, "what came to the disk is believed by its checksums"
+        assert_there(bench, digest, image)
 
 
 @pytest.mark.parametrize("keep", [False, True])
