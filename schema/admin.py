@@ -3,7 +3,8 @@
 Routes (all under ``/admin/v1``): GET nodes, nodes/{name}, models, models/{name}, models/{name}/explain, instances,
 instances/{id}, checkpoints, checkpoints/{reference}, operations, operations/{id}, requests, requests/{id},
 requests/{id}/explain, estimates, events, status, stream (server-sent events, each a StreamFrame);
-POST models (ModelSpec), models/{name}/deploy (DeployBody), models/{name}/stop, instances/{id}/stop, requests/{id}/cancel;
+POST models (ModelSpec), models/{name}/deploy (DeployBody), models/{name}/stop, instances/{id}/stop, requests/{id}/cancel,
+operations/{id}/cancel (answered by the OperationView);
 POST apply (ApplyBody; answered by a list of AppliedView), all of it or nothing;
 POST checkpoints/{reference}/prefetch, .../verify, .../drop (CheckpointBody; answered by a list of OperationView),
 .../publish, .../fetch (RemoteBody; answered likewise), .../pin, .../unpin (CheckpointBody), .../forget (RemoteBody; answered by

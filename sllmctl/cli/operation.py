@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
+_CANCEL_S = 15.0
+
 
 @click.group("operation")
 def command() -> None:
@@ -62,6 +64,32 @@ def show(invocation: Invocation, operation_id: str, form: Format) -> None:
     with invocation.admin() as admin:
         item = admin.ask(client.operation(operation_id))
     show_item(form, item, fields, lambda operation: operation.id)
+
+
+@command.command("cancel")
+@click.argument("operation_id", metavar="ID", shell_complete=names("operation"))
+@pass_invocation
+def cancel(invocation: Invocation, operation_id: str) -> None:
+    """End an operation early, and wait until it has ended.
+
+    A fetch that is cancelled leaves nothing on the node, a publish no manifest on the remote, so that nobody fetches it.
+
+    \b
+    Examples:
+      sllmctl operation cancel op_01k9zj8x
+    """
+    from schema.errors import Conflict, TimedOut
+    from sllmctl import client
+    from sllmctl.cli.diagnostics import note
+
+    with invocation.admin() as admin:
+        admin.ask(client.cancel_operation(operation_id))
+        item = admin.ask(client.wait_operation(operation_id, _CANCEL_S))
+    if item.ended_at is None:
+        raise TimedOut(f"{operation_id} has not ended after {_CANCEL_S:g} s; `sllmctl operation show {operation_id}` says when")
+    if item.fault is None:
+        raise Conflict(f"{operation_id} was over before it could be cancelled")
+    note(f"{operation_id} ({item.kind}) has ended: {item.fault.message}")
 
 
 def _columns() -> list[Column[OperationView]]:

@@ -29,7 +29,12 @@ def finish_operations(
 
     Raises the first one's fault, TimedOut when they go on after ``timeout_s``.
     """
-    ended = _wait(admin, operations, timeout_s) if wait else list(operations)
+    try:
+        ended = _wait(admin, operations, timeout_s) if wait else list(operations)
+    except KeyboardInterrupt:
+        for operation in operations:
+            note(f"{operation.id} ({operation.kind}) goes on; `sllmctl operation cancel {operation.id}` ends it")
+        raise
     show_items(form, ended, COLUMNS, lambda operation: operation.id)
     for operation in ended:
         if operation.note:

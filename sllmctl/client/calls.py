@@ -40,6 +40,7 @@ __all__ = [
     "Waited",
     "add_model",
     "apply_models",
+    "cancel_operation",
     "cancel_request",
     "checkpoint",
     "checkpoints",
@@ -236,6 +237,11 @@ def operations() -> Call[tuple[OperationView, ...]]:
 
 def operation(operation_id: str) -> Call[OperationView]:
     return _get(f"operations/{_segment(operation_id)}", OperationView)
+
+
+def cancel_operation(operation_id: str) -> Call[OperationView]:
+    """End an operation early; it is answered as it is now, and ends a moment later."""
+    return Call("POST", f"operations/{_segment(operation_id)}/cancel", reader(OperationView))
 
 
 def wait_operation(operation_id: str, hold_s: float) -> Call[OperationView]:

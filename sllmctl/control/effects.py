@@ -32,6 +32,7 @@ __all__ = [
     "DeployModel",
     "Effect",
     "Effects",
+    "EndOperation",
     "Event",
     "Forget",
     "FromNode",
@@ -168,6 +169,14 @@ class Operate:
 
 
 @dataclass(frozen=True, slots=True)
+class EndOperation:
+    """An operator ends an operation early; not a removal."""
+
+    ticket: int
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Forget:
     """An operator says that a checkpoint lies on the remote at ``url``, or on any, no more."""
 
@@ -224,7 +233,7 @@ class Tick:
 
 Event = (
     AddNode | FromNode | NodeLost | AddModel | ApplyModels | DeployModel | StopModel | RemoveModel | StopInstanceNow | Operate
-    | Pin | Forget | DemandChanged | InstanceActivity | PrefillTimed | Tick
+    | EndOperation | Pin | Forget | DemandChanged | InstanceActivity | PrefillTimed | Tick
 )  # fmt: skip
 
 # --- Rows to commit -----------------------------------------------------------------------------------------------

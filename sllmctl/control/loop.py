@@ -31,6 +31,7 @@ from sllmctl.control.effects import (
     Connect,
     DemandChanged,
     DeployModel,
+    EndOperation,
     Event,
     Forget,
     FromNode,
@@ -158,7 +159,16 @@ class ControlLoop:
     def _command(
         self,
         turn: Turn,
-        event: AddModel | ApplyModels | DeployModel | StopModel | RemoveModel | StopInstanceNow | Operate | Pin | Forget,
+        event: AddModel
+        | ApplyModels
+        | DeployModel
+        | StopModel
+        | RemoveModel
+        | StopInstanceNow
+        | Operate
+        | EndOperation
+        | Pin
+        | Forget,
     ) -> None:
         """What an operator asks for is checked before anything is changed, and answered with what became of it."""
         fault: Fault | None = None
@@ -179,6 +189,8 @@ class ControlLoop:
                     instances.stop_now(turn, event)
                 case Operate():
                     operations.begin(turn, event)
+                case EndOperation():
+                    operations.cancel(turn, event)
                 case Pin():
                     pins.change(turn, event)
                 case Forget():

@@ -9,6 +9,7 @@ from __future__ import annotations
 from schema.admin import OperationKind
 from schema.errors import Conflict, Fault, NotFound, Unreachable
 from schema.link import (
+    CancelOperation,
     DropCheckpoint,
     Fetch,
     LoadCheckpoint,
@@ -20,12 +21,12 @@ from schema.link import (
 )
 from schema.states import NodeState, Tier, TierState
 from sllmctl.control import disk, remotes
-from sllmctl.control.effects import Operate
+from sllmctl.control.effects import EndOperation, Operate
 from sllmctl.control.records import Checkpoint, Node, Operation, PlacementRecord
 from sllmctl.control.references import checkpoint_called, node_called
 from sllmctl.control.turn import Turn
 
-__all__ = ["begin", "done", "restate"]
+__all__ = ["begin", "cancel", "done", "restate"]
 
 _DROPPED = (Tier.DEVICE, Tier.DRAM, Tier.DISK)
 """The tiers that a checkpoint can be dropped from, in the order in which that is done."""
@@ -54,6 +55,20 @@ def begin(turn: Turn, event: Operate) -> None:
         _begin(turn, event, checkpoint, where, tier, url, layout)
 
 
+def cancel(turn: Turn, event: EndOperation) -> None:
+    """End an operation early; its node says when. Raises NotFound, Conflict for one that has ended, and for a removal."""
+    operation = turn.view.operations.get(event.id)
+    if operation is None:
+        raise NotFound(f"operation {event.id} is not known; `sllmctl operation ls` shows those that are")
+    if operation.ended_at is not None:
+        raise Conflict(f"operation {operation.id} has ended")
+    if operation.kind == "drop":
+        raise Conflict(f"operation {operation.id} is a removal, which is not ended half way")
+    operation.cancelled = True
+    if turn.view.nodes[operation.node].state is NodeState.READY:
+        turn.send(operation.node, CancelOperation(op=operation.id))
+
+
 def done(turn: Turn, said: OperationDone) -> bool:
     """An operation has ended; False if it was none of an operator's."""
     operation = turn.view.operations.get(said.op)
@@ -74,7 +89,7 @@ def done(turn: Turn, said: OperationDone) -> bool:
 def _fetch_again(turn: Turn, operation: Operation, said: OperationDone) -> bool:
     """A fetch would have passed the disk's budget: ask again, once, without what can be had again, if that will do."""
     fault = said.fault
-    if operation.kind != "fetch" or fault is None or not fault.short_bytes or operation.made_room:
+    if operation.kind != "fetch" or fault is None or not fault.short_bytes or operation.made_room or operation.cancelled:
         return False
     if not disk.make_room(turn, operation.node, fault.short_bytes, f"checkpoint {operation.digest[:16]}"):
         return False
@@ -91,7 +106,9 @@ def restate(turn: Turn, node: Node, truth: NodeTruth) -> set[str]:
         if operation.node == node.id and operation.ended_at is None:
             wanted.add(operation.id)
             _note_load(turn, operation)
-            if operation.id not in truth.ops:
+            if operation.cancelled:
+                turn.send(node.id, CancelOperation(op=operation.id))
+            elif operation.id not in truth.ops:
                 _send(turn, operation)
     return wanted
 

@@ -116,6 +116,7 @@ class Operation:
     fault: Fault | None = None
     read_bytes: int = 0
     made_room: bool = False
+    cancelled: bool = False
     url: str = ""
     layout: str = ""
     note: str = ""

@@ -57,6 +57,7 @@ from sllmctl.control.effects import (
     AddModel,
     ApplyModels,
     DeployModel,
+    EndOperation,
     Event,
     Forget,
     Operate,
@@ -170,6 +171,7 @@ def admin_app(
         ("POST", "checkpoints/{reference}/unpin"): admin.unpin_checkpoint,
         ("GET", "operations"): admin.list_operations,
         ("GET", "operations/{id}"): admin.get_operation,
+        ("POST", "operations/{id}/cancel"): admin.cancel_operation,
         ("GET", "requests"): admin.list_requests,
         ("GET", "requests/{id}"): admin.get_request,
         ("POST", "requests/{id}/cancel"): admin.cancel_request,
@@ -429,6 +431,13 @@ class _Admin:
     @_operates("Bring a published checkpoint to nodes.", RemoteBody)
     async def fetch_checkpoint(self, request: Request) -> Response:
         return await self._operate(request, "fetch", RemoteBody)
+
+    @operation("End an operation early; its node says when it has ended.", OperationView, errors=_COMMAND)
+    async def cancel_operation(self, request: Request) -> Response:
+        read_query(request)
+        name = request.path_params["id"]
+        await self._runner.ask(lambda ticket: EndOperation(ticket, name))
+        return json_answer(operation_view(self._view, self._router, self._view.operations[name]))
 
     @_changes("Forget where a checkpoint was published.", RemoteBody)
     async def forget_checkpoint(self, request: Request) -> Response:

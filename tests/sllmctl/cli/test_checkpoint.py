@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from schema.admin import PinView, PublicationView
+from schema.errors import Fault
 from schema.states import Tier, TierState
 from tests.sllmctl.cli.conftest import Sllmctl
 from tests.sllmctl.fake_manager import CHECKPOINTS, OPERATIONS, FakeManager
@@ -74,6 +75,34 @@ def test_a_wait_that_runs_out_says_that_it_goes_on(sllmctl: Sllmctl, manager: Fa
     said = sllmctl("checkpoint", "verify", "qwen", "--timeout", "0.05")
     assert said.code == 7
     assert "goes on" in said.err
+
+
+def test_an_interrupted_wait_says_what_goes_on_and_how_to_end_it(
+    sllmctl: Sllmctl, manager: FakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    manager.answer("POST checkpoints/qwen/verify", 200, {"items": [_RUNNING]})
+    monkeypatch.setattr("sllmctl.cli.operations._wait", interrupt)
+    said = sllmctl("checkpoint", "verify", "qwen")
+    assert said.code == 130
+    assert "goes on; `sllmctl operation cancel op_1` ends it" in said.err
+
+
+def test_an_operation_is_cancelled(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    manager.answer("POST operations/op_1/cancel", 200, _RUNNING)
+    manager.answer("GET operations/op_1", 202, _RUNNING)
+    assert sllmctl("operation", "cancel", "op_1").code == 7
+    manager.forget()
+    manager.answer("POST operations/op_1/cancel", 200, _RUNNING)
+    ended = msgspec.structs.replace(OPERATIONS[0], fault=Fault("cancelled", "it was cancelled"))
+    manager.answer("GET operations/op_1", 200, ended)
+    said = sllmctl("operation", "cancel", "op_1")
+    assert (said.code, "has ended: it was cancelled" in said.err) == (0, True)
+    manager.forget()
+    manager.refuse("POST operations/op_1/cancel", 409, "conflict", "operation op_1 has ended")
+    assert sllmctl("operation", "cancel", "op_1").code == 6
 
 
 def test_removal_refuses_without_a_terminal_and_asks_for_nothing(sllmctl: Sllmctl, manager: FakeManager) -> None:

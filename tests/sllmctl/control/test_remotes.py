@@ -9,7 +9,7 @@ from schema.admin import OperationKind
 from schema.errors import Fault
 from schema.link import Fetch, OperationDone, Publish, RemoteCopy, StartInstance
 from schema.states import Tier
-from sllmctl.control.effects import Forget, Operate
+from sllmctl.control.effects import EndOperation, Forget, Operate
 from sllmctl.control.settings import ControlSettings
 from sllmctl.planner.plans import Abilities
 from tests.sllmctl.control.conftest import MakeWorld
@@ -77,6 +77,34 @@ def test_what_failed_is_not_remembered(make_world: MakeWorld) -> None:
     world.tell("local", world.agents["local"].finish(op, Fault("unauthorised", "no access")))
     assert ended(world) == Fault("unauthorised", "no access")
     assert where(world) == []
+    world.check_rows()
+
+
+def test_an_operation_is_cancelled_also_over_a_broken_link(make_world: MakeWorld) -> None:
+    world = two(make_world)
+    world.agents["local"].automatic = False
+    assert ask(world, "publish", URL) is None
+    (op,) = world.agents["local"].ops
+
+    def cancel(name: str) -> str:
+        fault = world.ask(lambda ticket: EndOperation(ticket, name))
+        return fault.code if fault is not None else ""
+
+    assert cancel("op_none") == "not_found"
+    assert cancel(op) == ""
+    assert world.view.operations[op].fault == Fault("cancelled", "it was cancelled")
+    assert cancel(op) == "conflict"
+    assert where(world) == []
+    assert ask(world, "publish", URL) is None
+    (op,) = world.agents["local"].ops
+    world.lose("local")
+    assert cancel(op) == ""
+    assert world.view.operations[op].ended_at is None
+    world.connect("local")
+    assert world.view.operations[op].fault == Fault("cancelled", "it was cancelled")
+    assert ask(world, "drop", tier=Tier.DISK) is None
+    (op,) = world.agents["local"].ops
+    assert cancel(op) == "conflict"
     world.check_rows()
 
 

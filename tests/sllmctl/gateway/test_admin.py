@@ -26,7 +26,17 @@ from schema.states import InstanceState, ModelState, NodeState, RequestState, Ti
 from sllmctl import client
 from sllmctl.client import AsyncAdminClient
 from sllmctl.config import AdminSettings, ClientSettings, LogSettings
-from sllmctl.control.effects import AddModel, ApplyModels, DeployModel, Event, Operate, RemoveModel, StopInstanceNow, StopModel
+from sllmctl.control.effects import (
+    AddModel,
+    ApplyModels,
+    DeployModel,
+    EndOperation,
+    Event,
+    Operate,
+    RemoveModel,
+    StopInstanceNow,
+    StopModel,
+)
 from sllmctl.control.records import Checkpoint, Instance, Model, Node, Operation, PlacementRecord
 from sllmctl.control.view import ClusterView
 from sllmctl.gateway.admin import admin_app
@@ -269,6 +279,8 @@ async def test_operations_are_asked_for_and_waited_for(manager: _Manager, http: 
         Operate(7, "prefetch", _A, None, Tier.DRAM),
         Operate(7, "drop", _A, None, Tier.DISK),
     ]
+    assert (await http.post("operations/op_7/cancel")).json()["id"] == "op_7"
+    assert manager.runner.events[3:] == [EndOperation(7, "op_7")]
     assert (await http.get("operations/op_7", params={"wait": "ended", "timeout": "0.01"})).status_code == 202
     waiting = asyncio.create_task(http.get("operations/op_7", params={"wait": "ended"}))
     await asyncio.sleep(0)
