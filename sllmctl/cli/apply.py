@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from sllmctl.cli.context import Invocation, output_option, pass_invocation, yes_option
+from sllmctl.cli.format import printable
 from sllmctl.cli.output import Column, Format, show_items, write
 
 if TYPE_CHECKING:
@@ -156,19 +157,14 @@ def _wait(admin: AdminClient, specs: Sequence[Any], timeout_s: float, *, ready: 
 def _write_changes(told: AppliedView) -> None:
     sign = {"created": "+", "removed": "-", "unchanged": " "}.get(told.action, "~")
     restarts = f", restarts {told.restarts} instance{'' if told.restarts == 1 else 's'}" if told.restarts else ""
-    from sllmctl.cli.format import printable
-
     write(printable(f"{sign} model {told.name}: {told.action}{restarts}"))
     for change in told.changes:
         write(printable(f"    {_change(change)}"))
 
 
 def _change(change: ChangeView) -> str:
-    return f"{change.key}: {_value(change.old)} -> {_value(change.new)}" if change.old is not None else _set(change)
-
-
-def _set(change: ChangeView) -> str:
-    return f"{change.key}: {_value(change.new)}"
+    before = f"{_value(change.old)} -> " if change.old is not None else ""
+    return f"{change.key}: {before}{_value(change.new)}"
 
 
 def _value(value: object) -> str:

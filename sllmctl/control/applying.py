@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,11 +24,11 @@ _Leaf = str | int | float | bool | None
 
 
 class _FixedKey(Conflict):
-    """What stands under a ``key`` cannot be changed."""
+    """What stands under a key, ``param``, cannot be changed."""
 
-    def __init__(self, key: str, message: str) -> None:
+    def __init__(self, param: str, message: str) -> None:
         super().__init__(message)
-        self.key = key
+        self.param = param
 
 
 def apply(turn: Turn, event: ApplyModels) -> tuple[AppliedView, ...]:
@@ -35,8 +36,8 @@ def apply(turn: Turn, event: ApplyModels) -> tuple[AppliedView, ...]:
 
     Raises the first refusal, all of them in its message, before anything is changed; a dry run tells them in its answer.
     """
-    names = [*(spec.name for spec in event.specs), *event.remove]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    names = Counter([*(spec.name for spec in event.specs), *event.remove])
+    if twice := sorted(name for name, count in names.items() if count > 1):
         raise InvalidInput(f"{', '.join(twice)}: named twice", "models")
     told = [_judged(turn, spec, event.deploy) for spec in event.specs]
     told += [_leaving(turn, name) for name in event.remove]
@@ -65,7 +66,7 @@ def _judged(turn: Turn, spec: ModelSpec, deploy: bool) -> AppliedView:
         changes = _changes(turn, model, spec, deploy)
     except SllmError as error:
         fault = Fault(error.code, f"model {spec.name}: {error.message}")
-        return AppliedView(name=spec.name, action="refused", fault=fault, key=getattr(error, "key", ""))
+        return AppliedView(name=spec.name, action="refused", fault=fault, key=getattr(error, "param", None) or "")
     restarts = len(_replaced(turn, model, spec))
     return AppliedView(
         name=spec.name, action="configured" if changes else "unchanged", changes=tuple(changes), restarts=restarts
