@@ -27,6 +27,11 @@ TEXT
 
 say() { printf '%s\n' "$*" >&2; }
 
+die_usage() {
+    say "install.sh: $*; \`./install.sh help\` says what there is"
+    exit 2
+}
+
 die() {
     say "install.sh: $*"
     exit 1
@@ -42,7 +47,7 @@ step() {
     pid=$!
     # A background job of a script ignores the terminal's Ctrl-C, so it is ended by hand.
     # shellcheck disable=SC2064
-    trap "kill $pid 2>/dev/null || true; rm -f '$log'; exit 130" INT TERM
+    trap "kill $pid 2>/dev/null || true; rm -f '$log'; say; say 'Interrupted; the same command goes on where it can'; exit 130" INT TERM
     if [[ -t 2 ]]; then
         while kill -0 "$pid" 2>/dev/null; do
             printf '\r==> %s ... %d s' "$message" "$((SECONDS - began))" >&2
@@ -57,6 +62,7 @@ step() {
     if ((status != 0)); then
         tail -n 40 -- "$log" >&2
         rm -f -- "$log"
+        case $1 in pip_install | build_wheels) about_index "$2" ;; esac
         die "failed: $message"
     fi
     rm -f -- "$log"
@@ -123,6 +129,18 @@ answers() { # answers PYTHON URL: does it, within three seconds?
     timeout 6 "$1" -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=3).close()' "$2/torch/" >/dev/null 2>&1
 }
 
+index_url() { # index_url VENV: where pip looks
+    local url=${PIP_INDEX_URL:-}
+    [[ -n $url ]] || url=$("$1/bin/python" -m pip config get global.index-url 2>/dev/null) || url=https://pypi.org/simple
+    printf '%s' "${url%/}"
+}
+
+about_index() { # about_index VENV: say it where that does not answer, which pip calls a conflict of versions
+    local url
+    url=$(index_url "$1")
+    answers "$1/bin/python" "$url" || say "install.sh: $url does not answer: is there a network? PIP_INDEX_URL names another index"
+}
+
 pip_install() { # pip_install VENV ARGS...: only for step, whose subshell it becomes, so that a Ctrl-C ends pip itself
     local venv=$1
     shift
@@ -141,7 +159,7 @@ install_torch() { # the CPU build unless there is an NVIDIA device, where its ow
     elif answers "$venv/bin/python" "$TORCH_CPU_INDEX"; then
         step "Installing $pin (CPU build)" pip_install "$venv" --extra-index-url "$TORCH_CPU_INDEX" "$pin+cpu"
     else
-        step "Installing $pin (the index of CPU builds does not answer, so from pip's own)" pip_install "$venv" "$pin"
+        step "Installing $pin (the index of CPU builds does not answer, so from pip's own, with CUDA: gigabytes)" pip_install "$venv" "$pin"
     fi
 }
 
@@ -255,7 +273,7 @@ set_huge_pages() {
     for argument in "$@"; do
         case $argument in
             -y | --yes) yes=yes ;;
-            -*) usage >&2; exit 2 ;;
+            -*) die_usage "hugepages has no option $argument" ;;
             *) size=$argument ;;
         esac
     done
@@ -307,7 +325,7 @@ uninstall_user() {
     case ${1:-} in
         '') ;;
         --purge) purge=yes ;;
-        *) usage >&2; exit 2 ;;
+        *) die_usage "uninstall has no option $1" ;;
     esac
     if ours; then
         rm -f -- "$LINK"
@@ -350,7 +368,8 @@ pack_wheels() { # pack_wheels VENV WHEELS FILE: one file that unpacks itself to 
 
 build_bundle() {
     local venv=${SLLM_VENV:-$ROOT/.venv} file=${1:-$ROOT/dist/sllmctl}
-    (($# < 2)) && [[ $file != -* ]] || { usage >&2; exit 2; }
+    (($# < 2)) || die_usage "bundle takes one file, not $*"
+    [[ $file != -* ]] || die_usage "bundle has no option $file"
     [[ ! -d $file ]] || die "$file is a directory; name the file to build"
     make_venv "$venv"
     "$venv/bin/python" -c 'import pex' 2>/dev/null || step "Installing pex into $venv" pip_install "$venv" pex
@@ -398,17 +417,24 @@ run_tests() {
 }
 
 main() {
-    local command=${1:-install}
+    local command=${1:-install} argument
     shift || true
+    for argument in "$@"; do
+        # What follows demo and test is for sllmctl and pytest, which have a help of their own.
+        case $command:$argument in demo:* | test:*) ;; *:-h | *:--help) command=help ;; esac
+    done
     case $command in
-        install) install_user ;;
+        install)
+            (($# == 0)) || die_usage "install takes no arguments, not $*"
+            install_user
+            ;;
         uninstall) uninstall_user "$@" ;;
         hugepages) set_huge_pages "$@" ;;
         bundle) build_bundle "$@" ;;
         demo) run_demo "$@" ;;
         test) run_tests "$@" ;;
         help | -h | --help) usage ;;
-        *) usage >&2; exit 2 ;;
+        *) die_usage "there is no command $command" ;;
     esac
 }
 

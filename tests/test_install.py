@@ -1,4 +1,4 @@
-"""install.sh: huge pages are set with consent alone, beside what others have, and undone."""
+"""install.sh: what is asked wrongly is named; huge pages are set with consent alone, beside what others have, and undone."""
 
 from __future__ import annotations
 
@@ -14,6 +14,23 @@ _NAMESPACE = ["unshare", "--mount", "--propagation", "private"]
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(SCRIPT), *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("bundel",), "no command bundel"),
+        (("bundle", "--here"), "no option --here"),
+        (("bundle", "a", "b"), "one file, not a b"),
+        (("uninstall", "--prge"), "no option --prge"),
+        (("install", "node"), "not node"),
+    ],
+)
+def test_what_is_asked_wrongly_is_named_and_nothing_is_done(arguments: tuple[str, ...], named: str) -> None:
+    said = run(*arguments)
+    assert said.returncode == 2
+    assert named in said.stderr
+    assert run("bundle", "--help").stdout.startswith("usage: ./install.sh")
 
 
 @pytest.mark.parametrize("arguments", [("hugepages",), ("hugepages", "2G")])
