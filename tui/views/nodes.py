@@ -53,7 +53,8 @@ class Nodes(View[NodeView]):
     def detail(self, row: NodeView, cluster: Cluster) -> Detail:
         detail = Detail(row.name).field("state", _state(row)).field("address", row.address)
         linked = "connected" if row.state is NodeState.READY else "last seen"
-        detail.field(linked, f"{age(cluster.now() - row.seen_at)} ago").field("instances", str(row.instances))
+        seen = f"{age(cluster.now() - row.seen_at)} ago" if row.seen_at else "never"
+        detail.field(linked, seen).field("instances", str(row.instances))
         means = row.inventory
         if means is None:
             return detail.line(Span("it has not stated its means yet", MUTED))
@@ -91,7 +92,7 @@ class Nodes(View[NodeView]):
     def _seen(self, node: NodeView) -> Cell:
         if node.state is NodeState.READY or self._cluster is None:
             return Span("now", MUTED)
-        return Span(age(self._cluster.now() - node.seen_at), WARN)
+        return Span(age(self._cluster.now() - node.seen_at) if node.seen_at else "never", WARN)
 
 
 def _state(node: NodeView) -> Span:
