@@ -147,6 +147,8 @@ class TextDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     top_p: float | None = None
     top_k: int | None = None
     special_tokens: dict[str, str] = {}
+    min_p: float | None = None
+    repetition_penalty: float | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -220,6 +220,7 @@ class Dispatcher:
             raise LinkError(f"a sequence of {len(sequence.tokens)} tokens ended at {end.position}: those between are missing")
         if end.timing is not None:
             self._learn(attempt, end.position, end.timing)
+            sequence.cached_tokens = end.timing.cached_tokens
             request = sequence.request
             request.engine = end.timing
             if request.id in self.remembered:

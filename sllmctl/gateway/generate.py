@@ -196,6 +196,8 @@ async def _together(choices: list[Coroutine[Any, Any, R]]) -> list[R]:
 
 
 def _usage(job: Job, request: RequestPort, tokens: int) -> Usage:
-    engine = request.timeline().engine if job.choices == 1 else None
-    details = None if engine is None else PromptDetails(min(engine.cached_tokens, len(job.prompt)))
+    """What was cached before the request came is what its first choice found there: the others find that one's blocks."""
+    found = [sequence.cached_tokens for sequence in request.sequences]
+    told = [each for each in found if each is not None]
+    details = PromptDetails(min(*told, len(job.prompt))) if len(told) == len(found) else None
     return Usage(len(job.prompt), tokens, len(job.prompt) + tokens, details)

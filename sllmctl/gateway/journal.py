@@ -53,13 +53,14 @@ class Sequence:
     """One choice of a request. ``tokens`` only grows: read it, never write; ``finish`` is set once, after its last token.
     ``logprobs`` has a record for each of them where they were asked for (`schema.sampling.read_logprobs`).
 
-    ``fruitless`` counts its attempts since the last token that one of them brought. ``on_end`` is called once, at the end or
+    ``fruitless`` counts its attempts since the last token that one of them brought. ``cached_tokens``: how many the latest
+    attempt to end found in the prefix cache, None until one has ended. ``on_end`` is called once, at the end or
     failure; it may not call the router.
     """
 
     __slots__ = (
-        "_waiters", "attempt", "choice", "failure", "finish", "fruitless", "logprobs", "on_end", "prompt", "request", "timer",
-        "tokens",
+        "_waiters", "attempt", "cached_tokens", "choice", "failure", "finish", "fruitless", "logprobs", "on_end", "prompt",
+        "request", "timer", "tokens",
     )  # fmt: skip
 
     def __init__(self, request: Request, choice: int, prompt: tuple[int, ...]) -> None:
@@ -72,6 +73,7 @@ class Sequence:
         self.failure: SllmError | None = None
         self.attempt: Attempt | None = None
         self.fruitless = 0
+        self.cached_tokens: int | None = None
         self.timer: Timer | None = None
         self.on_end: Callable[[Sequence], None] | None = None
         self._waiters: list[tuple[int, asyncio.Future[None]]] = []

@@ -30,7 +30,7 @@ class RoutedModelPort(Protocol):
 
 class SequencePort(Protocol):
     """A sequence's journal, pulled: ``tokens`` only grows, ``finish`` is set once, after its last token. ``logprobs`` has a
-    record for each token where they were asked for."""
+    record for each token where they were asked for, ``cached_tokens`` how many were in the prefix cache, once that is known."""
 
     @property
     def tokens(self) -> list[int]: ...
@@ -38,6 +38,8 @@ class SequencePort(Protocol):
     def logprobs(self) -> bytearray: ...
     @property
     def finish(self) -> EndReason | None: ...
+    @property
+    def cached_tokens(self) -> int | None: ...
 
     def complete(self) -> None:
         """No more of it is wanted: it ends as it stands, and its request goes on. After its end it does nothing."""

@@ -42,6 +42,8 @@ class _Sampling(msgspec.Struct, frozen=True):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
 
 
 def read_text_side(directory: SourceDirectory, config: dict[str, Any], vocab_size: int, scratch: Path) -> TextSide:
@@ -69,10 +71,8 @@ def read_text_side(directory: SourceDirectory, config: dict[str, Any], vocab_siz
         # An id beyond the vocabulary can never be sampled; some configs use -1 or a stale id for "none".
         stop_token_ids=tuple(dict.fromkeys(each for each in stops if 0 <= each < vocab_size)),
         has_template=template is not None,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
         special_tokens=special,
+        **msgspec.structs.asdict(sampling),
     )
     return TextSide(tokenizer.to_str(), template, defaults)
 
@@ -163,7 +163,9 @@ def _token_ids(value: Any, what: str) -> tuple[int, ...]:
 
 
 def _check_sampling(sampling: _Sampling) -> None:
-    bounds = {"temperature": (0, 100), "top_p": (0, 1), "top_k": (0, 1 << 31)}
+    bounds = {
+        "temperature": (0, 100), "top_p": (0, 1), "top_k": (0, 1 << 31), "min_p": (0, 1), "repetition_penalty": (0.01, 100),
+    }  # fmt: skip
     for name, (low, high) in bounds.items():
         value = getattr(sampling, name)
         if value is not None and (not low <= value <= high or (name == "top_p" and not value)):

@@ -191,10 +191,11 @@ def test_text_defaults_from_every_place(tmp_path: Path) -> None:
     assert [asset.file for asset in named.text_assets] == ["tokenizer.json"]
     templates = [{"name": "tools", "template": "no"}, {"name": "default", "template": "{{ yes }}"}]
     edit(source / "tokenizer_config.json", chat_template=templates)
-    edit(source / "generation_config.json", eos_token_id=[2, 1, 5000, -1], temperature=None)
+    edit(source / "generation_config.json", eos_token_id=[2, 1, 5000, -1], temperature=None, min_p=0.05, repetition_penalty=1.1)
     listed, directory = ingest(source, tmp_path / "2")
     assert listed.text.stop_token_ids == (2, 1)
     assert listed.text.temperature is None
+    assert (listed.text.min_p, listed.text.repetition_penalty) == (0.05, 1.1)
     assert (directory / "chat_template.jinja").read_text() == "{{ yes }}"
     (source / "chat_template.jinja").write_text("{{ file }}")
     (source / "generation_config.json").unlink()

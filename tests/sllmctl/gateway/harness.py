@@ -59,6 +59,7 @@ class FakeSequence:
         self.tokens: list[int] = []
         self.logprobs = bytearray()
         self.finish: EndReason | None = None
+        self.cached_tokens: int | None = None
         self.error: SllmError | None = None
         self.waits = 0
         self.completed = asyncio.Event()

@@ -399,16 +399,17 @@ async def test_wishes_of_later_servers_reach_the_engine_too() -> None:
 
 async def test_defaults_are_the_models_own_then_openais() -> None:
     own = TextDefaults(
-        has_template=True, temperature=0.3, top_p=0.0, top_k=11, special_tokens={"bos_token": "", "eos_token": ""}
-    )
-    for defaults, expected in ((None, (1.0, 1.0, 0)), (own, (0.3, 1.0, 11))):
+        has_template=True, temperature=0.3, top_p=0.0, top_k=11, min_p=0.25, repetition_penalty=1.5,
+        special_tokens={"bos_token": "", "eos_token": ""},
+    )  # fmt: skip
+    for defaults, expected in ((None, (1.0, 1.0, 0, 0.0, 1.0)), (own, (0.3, 1.0, 11, 0.25, 1.5))):
         async with serving(text=defaults) as here:
             here.router.reply = _says("x", EndReason.LENGTH)
             for _ in range(2):
                 await here.client.post("/v1/chat/completions", json=chat_body())
             first, second = here.router.requests
         params = first.params
-        assert (params.temperature, params.top_p, params.top_k) == expected
+        assert (params.temperature, params.top_p, params.top_k, params.min_p, params.repetition_penalty) == expected
         assert params.max_tokens == CONTEXT_TOKENS - len(first.sequence.prompt)
         assert params.seed != second.params.seed, "an unseeded request has noise of its own"
 

@@ -84,10 +84,16 @@ async def test_choices_of_a_user_and_their_log_probabilities_go_on_over_the_loss
             rest = tuple(range(40 + len(s.generated), 44))
             bench.tokens(
                 TokenRun(s.attempt, len(s.generated), rest, told(*rest)),
-                Ended(attempt=s.attempt, position=4, reason=EndReason.LENGTH),
+                Ended(
+                    attempt=s.attempt,
+                    position=4,
+                    reason=EndReason.LENGTH,
+                    timing=EngineTiming(cached_tokens=5 - 2 * s.choice),
+                ),
             )
-        choices = (await task).json()["choices"]
-    for choice in choices:
+        answer = (await task).json()
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}, "what one choice finds of another was not cached"
+    for choice in answer["choices"]:
         assert [entry["logprob"] for entry in choice["logprobs"]["content"]] == [-40, -41, -42, -43]
     assert bench.router.live == 0
 
