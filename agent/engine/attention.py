@@ -63,14 +63,19 @@ class LayerAttention:
     bias: Tensor | None = None
     sinks: Tensor | None = None
 
+    @property
+    def fused(self) -> bool:
+        """Whether no score of it need be written down: torch's own attention computes all of it."""
+        return not self.softcap and self.bias is None and self.sinks is None
+
 
 @dataclass(slots=True)
 class DecodeGroup:
     """Sequences of similar length that compute one token each: tokens [start, end) of the batch.
 
     ``blocks`` are their tables one after another, padded to the longest's ``width``; ``lengths`` counts each one's tokens, the
-    new one included, the longest first. ``run`` is the first block of a single sequence whose blocks lie in order, else -1.
-    Masks are made once per step and window, and serve all layers.
+    new one included, the longest first. ``run`` is the first of ``blocks`` where they lie in order, so that they can be read
+    where they are, else -1. Masks are made once per step and window, and serve all layers.
     """
 
     start: int
@@ -101,12 +106,14 @@ class DecodeGroup:
 
 @dataclass(slots=True)
 class Prefill:
-    """A chunk of one sequence: tokens [start, end) of the batch, which follow ``cached`` earlier ones in its ``blocks``."""
+    """A chunk of one sequence: tokens [start, end) of the batch, which follow ``cached`` earlier ones in its ``blocks``.
+    ``run`` as in `DecodeGroup`."""
 
     start: int
     end: int
     cached: int
     blocks: Tensor
+    run: int = -1
     masks: dict[int, Tensor | None] = field(default_factory=dict)
 
     def mask(self, window: int, dtype: torch.dtype) -> Tensor | None:

@@ -6,17 +6,14 @@ rows of one product, so that keys and values are never repeated.
 
 from __future__ import annotations
 
-from typing import Final
-
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from agent.engine.attention import AttentionBatch, DecodeGroup, KvPool, LayerAttention, Prefill
+from schema.memory import GATHERED_BYTES, SCORES_AT_ONCE
 
-__all__ = ["KEPT_BYTES", "SdpaAttention", "attend_rows"]
-
-KEPT_BYTES: Final = 64 << 20
+__all__ = ["SdpaAttention", "attend_rows"]
 
 
 class SdpaAttention:
@@ -36,8 +33,7 @@ class SdpaAttention:
         size, heads, kv_heads = group.end - group.start, query.shape[1], pool.kv_heads
         rows = query[group.start : group.end].view(size, kv_heads, heads // kv_heads, pool.head_dim)
         layer = pool.layers[how.layer]
-        stored = self._gather(layer, group.blocks) if group.run < 0 else layer[group.run : group.run + group.width]
-        stored = stored.view(size, -1, 2 * kv_heads, pool.head_dim).transpose(1, 2)
+        stored = self._read(layer, group.blocks, group.run).view(size, -1, 2 * kv_heads, pool.head_dim).transpose(1, 2)
         mask, first = None, 0
         if group.even:
             last = group.lengths[0]
@@ -51,23 +47,35 @@ class SdpaAttention:
     def _prefill(self, pool: KvPool, chunk: Prefill, query: Tensor, fresh: Tensor, how: LayerAttention) -> Tensor:
         size, heads, kv_heads = chunk.end - chunk.start, query.shape[1], pool.kv_heads
         if chunk.cached:
-            stored = self._gather(pool.layers[how.layer], chunk.blocks).view(-1, 2 * kv_heads, pool.head_dim)
+            stored = self._read(pool.layers[how.layer], chunk.blocks, chunk.run).view(-1, 2 * kv_heads, pool.head_dim)
             stored = stored[: chunk.cached + size].transpose(0, 1)
         else:
             stored = fresh[chunk.start : chunk.end].transpose(0, 1)
         rows = query[chunk.start : chunk.end].view(size, kv_heads, heads // kv_heads, pool.head_dim).permute(1, 2, 0, 3)
         shape = (*rows.shape[:2], stored.shape[1], pool.head_dim)
         keys, values = (part.unsqueeze(1).expand(shape) for part in (stored[:kv_heads], stored[kv_heads:]))
-        out = attend_rows(rows, keys, values, chunk.mask(how.window, query.dtype), how, causal=True)
+        mask = chunk.mask(how.window, query.dtype)
+        most = size if how.fused else max(1, SCORES_AT_ONCE // (heads * stored.shape[1]))
+        if most >= size:
+            out = attend_rows(rows, keys, values, mask, how, causal=True)
+        else:
+            whole = _causal(size, query) if mask is None else mask
+            pieces = [
+                attend_rows(rows[:, :, at : at + most], keys, values, whole[at : at + most], how) for at in range(0, size, most)
+            ]
+            out = torch.cat(pieces, dim=2)
         return out.flatten(0, 1).transpose(0, 1)
 
-    def _gather(self, layer: Tensor, blocks: Tensor) -> Tensor:
+    def _read(self, layer: Tensor, blocks: Tensor, run: int) -> Tensor:
+        """Blocks in their order: where they lie if ``run`` says so, else gathered."""
+        if run >= 0:
+            return layer[run : run + blocks.shape[0]]
         shape = (blocks.shape[0], *layer.shape[1:])
         needed = shape[0] * layer[0].numel()
-        if needed * layer.itemsize > KEPT_BYTES:
+        if needed * layer.itemsize > GATHERED_BYTES:
             return layer.index_select(0, blocks)
         if self._gathered is None or self._gathered.dtype != layer.dtype:
-            self._gathered = torch.empty(KEPT_BYTES // layer.itemsize, dtype=layer.dtype, device=layer.device)
+            self._gathered = torch.empty(GATHERED_BYTES // layer.itemsize, dtype=layer.dtype, device=layer.device)
         return torch.index_select(layer, 0, blocks, out=self._gathered[:needed].view(shape))
 
 

@@ -70,13 +70,17 @@ class BlockManager:
         return -(-tokens // BLOCK_TOKENS)
 
     def awaits(self, sequence: Sequence) -> bool:
-        """Whether the block behind the cached part of a waiting sequence is just being computed by another."""
-        if sequence.awaited in self._coming:
-            return True
-        names = self._reusable(sequence)
-        known = self._known(names)
-        sequence.awaited = names[known] if known < len(names) else b""
-        return sequence.awaited in self._coming
+        """Whether the block behind the cached part of a waiting sequence is just being computed by another, which is then
+        ``watched``."""
+        if sequence.awaited not in self._coming:
+            names = self._reusable(sequence)
+            known = self._known(names)
+            sequence.awaited = names[known] if known < len(names) else b""
+        leader = self._coming.get(sequence.awaited)
+        if leader is None:
+            return False
+        leader.watched = True
+        return True
 
     def admit(self, sequence: Sequence, reserve: int) -> bool:
         """Give a waiting sequence a row and room for its tokens, what is cached of them included; False, and nothing changed,

@@ -169,17 +169,27 @@ class BatchEngine:
     def _compute(self, plan: Plan) -> tuple[list[Sequence], list[int], Mapping[int, bytes]]:
         """Whose tokens are all computed, and the next of each with its record of log-probabilities by index."""
         logits, sequences = self._forward(plan)
-        if not sequences:
-            return [], [], {}
+        watched = [sequence for sequence in sequences if sequence.cached < len(sequence.tokens)]
         try:
-            logprobs = LogprobTable(logits, sequences)
-            tokens = sample(logits, sequences)
-            return sequences, tokens, logprobs.records(tokens)
+            whole = len(sequences) - len(watched)
+            sound = _sound(logits[whole:]) if watched else []
+            logits, sequences = logits[:whole], sequences[:whole]
+            tokens: list[int] = []
+            records: Mapping[int, bytes] = {}
+            if sequences:
+                logprobs = LogprobTable(logits, sequences)
+                tokens = sample(logits, sequences)
+                records = logprobs.records(tokens)
         except Exception:
             plan.undo()
             raise
+        for sequence, is_sound in zip(watched, sound, strict=True):
+            if is_sound:
+                self._blocks.publish(sequence)
+        return sequences, tokens, records
 
     def _take(self, sequences: Items[Sequence], tokens: list[int], records: Mapping[int, bytes], output: StepOutput) -> None:
+        publish, runs = self._blocks.publish, output.runs
         for index, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
             if token == BROKEN:
                 fault = Fault(
@@ -187,8 +197,9 @@ class BatchEngine:
                 )
                 self._end(sequence, EndReason.ERROR, fault, output.ends, spoiled=True)
                 continue
-            self._blocks.publish(sequence)
-            output.runs.append(TokenRun(sequence.attempt, sequence.position, (token,), records.get(index, b"")))
+            publish(sequence)
+            record = records.get(index, b"") if records else b""
+            runs.append(TokenRun(sequence.attempt, sequence.position, (token,), record))
             if (reason := sequence.append(token)) is not None:
                 self._end(sequence, reason, None, output.ends)
 
@@ -225,6 +236,12 @@ class BatchEngine:
                 f"{present} tokens do not fit this instance's KV memory of {self._blocks.total * BLOCK_TOKENS} tokens; "
                 "shorten the prompt, or give the model more kv_bytes"
             )
+
+
+def _sound(logits: Tensor) -> list[bool]:
+    """Of each row, whether all that its token attended to gave numbers."""
+    answer: list[bool] = logits.amax(dim=1).isfinite().tolist()
+    return answer
 
 
 def _fault(error: Exception) -> Fault:

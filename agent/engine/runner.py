@@ -19,6 +19,7 @@ from agent.engine.blocks import BLOCK_TOKENS, BlockManager
 from agent.engine.invariant import RowInvariant
 from agent.engine.scheduler import Plan
 from agent.engine.sequence import Sequence
+from schema.memory import GATHERED_BYTES
 
 __all__ = ["Runner", "StepBatch"]
 
@@ -53,6 +54,7 @@ class Runner(ABC):
         self._attention: Attention = AloneAttention() if deterministic else SdpaAttention()
         self._within: AbstractContextManager[Any] = RowInvariant() if deterministic else nullcontext()
         self._most_waste = max(1, _GROUP_COST_BYTES // pool.block_bytes)
+        self._most_blocks = min(GATHERED_BYTES // pool.block_bytes, blocks.total)
 
     @property
     @abstractmethod
@@ -64,7 +66,8 @@ class Runner(ABC):
         """Logits [wanted, vocabulary]."""
 
     def forward(self, plan: Plan) -> tuple[Tensor, list[Sequence]]:
-        """Logits [rows, vocabulary] of the last token of each sequence whose tokens are all computed, and these sequences.
+        """Logits [rows, vocabulary] of the last token of each sequence whose tokens are all computed, and these sequences; then
+        those of the last token of chunks that others wait for (``watched``), and their sequences.
 
         Marks the plan's tokens as cached. Nothing is marked when the model raises.
         """
@@ -87,15 +90,21 @@ class Runner(ABC):
         wanted = list(range(len(decodes)))
         done = list(decodes)
         prefills: list[Prefill] = []
+        watched: list[tuple[int, Sequence]] = []
         for sequence, size in plan.prefills:
             first, last = sequence.cached, sequence.cached + size
-            prefills.append(Prefill(len(ids), len(ids) + size, first, self._held(sequence, last)))
+            held = self._blocks.tables[sequence.row, : BlockManager.needed(last)].copy()
+            prefills.append(Prefill(len(ids), len(ids) + size, first, self._tensor(held), _run(held)))
             ids += sequence.tokens[first:last]
             positions += range(first, last)
             rows += [sequence.row] * size
             if last == len(sequence.tokens):
                 wanted.append(len(ids) - 1)
                 done.append(sequence)
+            elif sequence.watched:
+                watched.append((len(ids) - 1, sequence))
+        wanted += [row for row, _ in watched]
+        done += [sequence for _, sequence in watched]
         at = np.asarray(positions, dtype=np.int64)
         slots = self._blocks.tables[rows, at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS
         attention = AttentionBatch(self._pool, self._tensor(slots), self._groups(decodes, positions, rows), prefills)
@@ -103,7 +112,7 @@ class Runner(ABC):
             ids=self._tensor(np.asarray(ids, dtype=np.int64)),
             positions=self._tensor(at),
             last_position=max(positions),
-            wanted=None if len(wanted) == len(ids) else self._tensor(np.asarray(wanted, dtype=np.int64)),
+            wanted=None if len(wanted) == len(ids) and not watched else self._tensor(np.asarray(wanted, dtype=np.int64)),
             attention=attention,
         )
         return batch, done
@@ -111,27 +120,31 @@ class Runner(ABC):
     def _tensor(self, array: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
 
-    def _held(self, sequence: Sequence, tokens: int) -> Tensor:
-        return self._tensor(self._blocks.tables[sequence.row, : BlockManager.needed(tokens)].copy())
-
     def _groups(self, decodes: list[Sequence], positions: list[int], rows: list[int]) -> list[DecodeGroup]:
-        """Decoding sequences, the longest first, cut where padding to the longest would cost more than a group of its own."""
+        """Decoding sequences, the longest first, cut where padding to the longest would cost more than a group of its own, and
+        before they gather more than is kept for that."""
         groups: list[DecodeGroup] = []
         start = 0
         while start < len(decodes):
             width = BlockManager.needed(positions[start] + 1)
             waste, end = 0, start + 1
-            while end < len(decodes):
+            last = min(len(decodes), start + max(1, self._most_blocks // width))
+            while end < last:
                 waste += width - BlockManager.needed(positions[end] + 1)
                 if waste > self._most_waste:
                     break
                 end += 1
             tables = self._blocks.tables[rows[start:end], :width].reshape(-1)
-            run = int(tables[0]) if end == start + 1 and bool((np.diff(tables) == 1).all()) else -1
+            run = _run(tables) if end == start + 1 else -1
             lengths = [position + 1 for position in positions[start:end]]
             groups.append(DecodeGroup(start, end, width, self._tensor(tables), lengths, run))
             start = end
         return groups
+
+
+def _run(blocks: NDArray[np.int64]) -> int:
+    """The first block where all lie in order, else -1."""
+    return int(blocks[0]) if bool((np.diff(blocks) == 1).all()) else -1
 
 
 def _length(sequence: Sequence) -> int:

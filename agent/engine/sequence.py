@@ -20,11 +20,13 @@ class Sequence:
 
     ``row`` is its line in the block tables while it runs, -1 while it waits. ``sound`` of the cached tokens were read since
     they were written, and gave numbers. ``plain``: its logits are drawn from as they are. ``salt`` is that of its prefixes.
+    ``watched``: others wait for a prefix that it computes.
     """
 
     __slots__ = (
         "_admitted_s", "_arrived_s", "_counts", "_first_s", "account", "arrival", "attempt", "awaited", "blocks", "cached",
         "choice", "found", "params", "plain", "position", "prefixes", "row", "sound", "steps", "stop_ids", "tokens",
+        "watched",
     )  # fmt: skip
 
     def __init__(self, submit: Submit, salt: bytes = b"") -> None:
@@ -47,6 +49,7 @@ class Sequence:
         self.blocks: list[int] = []
         self.row = -1
         self.steps = 0
+        self.watched = False
         self._arrived_s = time.monotonic()
         self._admitted_s = 0.0
         self._first_s = 0.0
@@ -70,7 +73,8 @@ class Sequence:
 
     def append(self, token: int) -> EndReason | None:
         """Take in a new token; returns how it ends the sequence, if it does."""
-        self._first_s = self._first_s or time.monotonic()
+        if not self._first_s:
+            self._first_s = time.monotonic()
         self.tokens.append(token)
         if self._counts is not None:
             self._counts.add(token)

@@ -70,7 +70,7 @@ class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
     attempt: Epoch
 
 
-class TokenRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class TokenRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
     """New tokens of one attempt; ``start`` is the position in the sequence of the first of ``ids``.
 
     ``logprobs`` has one record of equal size for each of them where they were asked for (`schema.sampling.read_logprobs`).

@@ -98,3 +98,35 @@ def test_what_was_cancelled_before_it_was_seen_to_be_sound_leaves_no_trace() -> 
         engine.cancel(Epoch(attempt))
         assert [end.reason for end in engine.step().ends] == [EndReason.CANCELLED]
     assert drive(engine, clean).tokens == alone.tokens
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_shared_beginning_is_had_before_the_whole_prompt_of_who_computes_it(broken: bool) -> None:
+    model = make_model("llama")
+    tensors = tensors_of(model)
+    tensors["model.embed_tokens.weight"][50] = torch.nan
+    manifest = manifest_of(model)
+    engine = build_engine(manifest, tensors, kv_options(manifest, 1024), prefill_tokens=32)
+    begin = [token if token != 50 else 1 for token in prompts()[4][:64]]
+    leader, follower = submit_of(1, [*begin, *([50] if broken else []), *[7] * 130], 4), submit_of(2, [*begin, 3, 4], 4)
+    firsts: list[int] = []
+    engine.submit(leader)
+    engine.submit(follower)
+    while engine.running or engine.waiting:
+        output = engine.step()
+        firsts += [run.attempt for run in output.runs if run.start == 0]
+        firsts += [end.attempt for end in output.ends if end.reason is EndReason.ERROR]
+    assert firsts == [2, 1]
+    again = drive(engine, [submit_of(3, follower.prompt, 4)])
+    assert again.tokens[3] == drive(engine_of(model, share=False), [submit_of(2, follower.prompt, 4)]).tokens[2]
+
+
+def test_a_beginning_that_is_not_sound_is_never_shared() -> None:
+    model = make_model("llama")
+    tensors = tensors_of(model)
+    tensors["model.embed_tokens.weight"][50] = torch.nan
+    manifest = manifest_of(model)
+    engine = build_engine(manifest, tensors, kv_options(manifest, 1024), prefill_tokens=32)
+    outcome = drive(engine, [submit_of(1, [3, 50, *[4] * 100], 4), submit_of(2, [3, 50, *[4] * 70], 4)])
+    assert [outcome.ends[attempt].reason for attempt in (1, 2)] == [EndReason.ERROR] * 2
+    assert found(outcome, 2) == 0
