@@ -120,7 +120,9 @@ class ModelView(_View, frozen=True, kw_only=True):
 
 
 class InstanceView(_View, frozen=True, kw_only=True):
-    """``reason`` says why it runs where it runs; ``phases`` where the time of its last start went."""
+    """``reason`` says why it runs where it runs; ``phases`` where the time of its last start went. ``kv_bytes`` are promised on
+    each device, for the KV cache and what a step takes beside it: of that at most ``activation_bytes`` and ``logits_bytes``, as
+    the engine reckons once it is ready."""
 
     id: str
     model: str
@@ -136,6 +138,8 @@ class InstanceView(_View, frozen=True, kw_only=True):
     kv_bytes: int
     kv_used_tokens: int
     kv_capacity_tokens: int
+    activation_bytes: int = 0
+    logits_bytes: int = 0
     phases: StartPhases | None
     progress: ProgressView | None
     fault: Fault | None

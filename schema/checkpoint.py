@@ -21,6 +21,7 @@ import msgspec
 from msgspec import Meta
 
 from schema.errors import InvalidCheckpoint
+from schema.memory import StepCosts
 
 __all__ = [
     "ALIGN_BYTES",
@@ -146,9 +147,9 @@ class TextDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
-    special_tokens: dict[str, str] = {}
     min_p: float | None = None
     repetition_penalty: float | None = None
+    special_tokens: dict[str, str] = {}
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -157,7 +158,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     ``digest`` names the content, whatever the layout; ``layout`` names this way of lying on disk. ``config`` is the
     model's config.json. ``vocab_size`` bounds token ids, ``max_context_tokens`` bounds prompt and
-    reply together. ``layer_ends``: up to which byte of the image each layer reaches.
+    reply together. ``layer_ends``: up to which byte of the image each layer reaches. ``step``: what an engine's step costs;
+    None in manifests that are older.
     """
 
     format_version: int
@@ -176,6 +178,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     text: TextDefaults
     assets: tuple[AssetEntry, ...]
     layer_ends: tuple[_Count, ...] = ()
+    step: StepCosts | None = None
 
     @property
     def image_bytes(self) -> int:

@@ -5,9 +5,10 @@ Ingest reads the shapes off the model's skeleton once and keeps them in the mani
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
+from msgspec import Meta
 
 __all__ = ["GATHERED_BYTES", "PREFILL_TOKENS", "SAMPLED_AT_ONCE", "SCORES_AT_ONCE", "StepCosts"]
 
@@ -21,6 +22,7 @@ SAMPLED_AT_ONCE: Final = 1 << 21
 """So many logits, or one sequence's, are drawn from at once."""
 _NOISE_BYTES: Final = 128
 """What the sampler holds for each logit that it draws from: noise is made of 64-bit words, several at a time."""
+_Count = Annotated[int, Meta(ge=0, lt=1 << 40)]
 _SCORE_BYTES: Final = 24
 """What is held for each score that is written down: the products, those that are bent, a softmax in float32."""
 
@@ -31,12 +33,12 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     else 0, and ``head_bytes`` of one of them.
     """
 
-    token_bytes: int
-    layer_kv_bytes: int
-    item_bytes: int
-    vocab_size: int
-    unfused_heads: int = 0
-    head_bytes: int = 0
+    token_bytes: _Count
+    layer_kv_bytes: _Count
+    item_bytes: _Count
+    vocab_size: _Count
+    unfused_heads: _Count = 0
+    head_bytes: _Count = 0
 
     def activation_bytes(
         self, *, sequences: int, context_tokens: int, kv_tokens: int, prefill_tokens: int = PREFILL_TOKENS

@@ -77,6 +77,7 @@ class CheckpointRow(Base):
     kv_token_bytes: Mapped[int] = mapped_column(BigInteger)
     max_context_tokens: Mapped[int] = mapped_column(BigInteger)
     created_at: Mapped[float] = mapped_column(Float)
+    step: Mapped[str | None] = mapped_column(Text, default=None)
 
 
 class PlacementRow(Base):

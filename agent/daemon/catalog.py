@@ -46,6 +46,7 @@ class Checkpoints:
                 image_bytes=manifest.image_bytes,
                 kv_token_bytes=manifest.kv.token_bytes,
                 max_context_tokens=manifest.max_context_tokens,
+                step=manifest.step,
             )
 
     def knows(self, digest: str) -> bool:
@@ -153,6 +154,7 @@ class Checkpoints:
             image_bytes=size or (facts.image_bytes if facts is not None else 0),
             kv_token_bytes=facts.kv_token_bytes if facts is not None else 0,
             max_context_tokens=facts.max_context_tokens if facts is not None else 0,
+            step=facts.step if facts is not None else None,
             placements=tuple(placements),
         )
 

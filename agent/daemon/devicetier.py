@@ -77,10 +77,10 @@ class DeviceTier:
     def users(self, digest: str) -> tuple[str, ...]:
         return tuple(sorted({user for (held, _), users in self._users.items() if held == digest for user in users}))
 
-    def hold(self, digest: str, devices: Iterable[int], user: str, kv_bytes: int) -> None:
-        """Count a user of weights, whose KV cache takes so much of each device beside them."""
+    def hold(self, digest: str, devices: Iterable[int], user: str, engine_bytes: int) -> None:
+        """Count a user of weights, whose KV cache and steps take so much of each device beside them."""
         for device in devices:
-            self._kv.setdefault(device, {})[user] = kv_bytes
+            self._kv.setdefault(device, {})[user] = engine_bytes
             self._say(self._reserved(device))
             self._users.setdefault((digest, device), set()).add(user)
             self._say(self._held(digest, device))

@@ -240,6 +240,7 @@ class Instances(Lives):
                 life.state = _State.READY
             life.kv_capacity_tokens = truth.kv_capacity_tokens
             life.max_context_tokens = truth.max_context_tokens
+            life.activation_bytes, life.logits_bytes = truth.activation_bytes, truth.logits_bytes
             if (told := truth.phases) is not None and not life.whole:
                 total_s = time.monotonic() - life.begun
                 life.phases = msgspec.structs.replace(

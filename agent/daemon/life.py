@@ -60,6 +60,8 @@ class Life:
     weights: DeviceWeights | None = None
     kv_capacity_tokens: int = 0
     max_context_tokens: int = 0
+    activation_bytes: int = 0
+    logits_bytes: int = 0
     phases: StartPhases = field(default_factory=StartPhases)
     begun: float = field(default_factory=time.monotonic)
     timer: asyncio.TimerHandle | None = None
@@ -95,6 +97,8 @@ class Life:
             devices=self.start.devices,
             kv_capacity_tokens=self.kv_capacity_tokens,
             max_context_tokens=self.max_context_tokens,
+            activation_bytes=self.activation_bytes,
+            logits_bytes=self.logits_bytes,
             phases=None if early or self.phases == StartPhases() else self.phases,
             fault=self.fault,
             pid=self.process.pid if self.process is not None and not self.stopped else 0,

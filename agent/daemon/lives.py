@@ -134,7 +134,7 @@ class Lives:
     def _hold(self, life: Life) -> None:
         start = life.start
         if self._on_device(life):
-            self._store.devices.hold(start.digest, start.devices, life.user, start.options.kv_bytes)
+            self._store.devices.hold(start.digest, start.devices, life.user, start.options.kv_bytes + start.options.step_bytes)
         else:
             self._store.holds.add(start.digest, life.user)
 

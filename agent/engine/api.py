@@ -20,11 +20,14 @@ __all__ = ["Engine", "EngineCapacity", "StepOutput"]
 
 @dataclass(frozen=True, slots=True)
 class EngineCapacity:
-    """What the engine can hold: KV cache in tokens, tokens per sequence, sequences running at once."""
+    """What the engine can hold: KV cache in tokens, tokens per sequence, sequences running at once; and what a step may take
+    beside the KV cache."""
 
     kv_tokens: int
     max_context_tokens: int
     max_concurrency: int
+    activation_bytes: int = 0
+    logits_bytes: int = 0
 
 
 @dataclass(slots=True)

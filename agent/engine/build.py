@@ -21,11 +21,9 @@ from agent.store.index import TensorIndex
 from agent.store.layers import Layers
 from schema.checkpoint import Manifest
 from schema.link import EngineOptions
+from schema.memory import PREFILL_TOKENS
 
-__all__ = ["PREFILL_TOKENS", "assemble", "build_engine", "can_follow"]
-
-PREFILL_TOKENS = 512
-"""Prompt tokens that one step computes at most, beside the sequences that decode."""
+__all__ = ["assemble", "build_engine", "can_follow"]
 
 
 def build_engine(
@@ -90,7 +88,9 @@ def assemble(
         runner=runner,
         pool=pool,
         blocks=blocks,
-        capacity=EngineCapacity(count * BLOCK_TOKENS, reach, options.max_concurrency),
+        capacity=EngineCapacity(
+            count * BLOCK_TOKENS, reach, options.max_concurrency, memory.activation_bytes, memory.logits_bytes
+        ),
         vocabulary=embeddings.num_embeddings,
         context_tokens=context,
         prefill_tokens=prefill_tokens,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from agent.engine.adjust import Row
+from schema.memory import SAMPLED_AT_ONCE
 from schema.sampling import MAX_LOGPROBS
 
 __all__ = ["LogprobTable"]
@@ -17,7 +18,6 @@ __all__ = ["LogprobTable"]
 _RECORD: Final = np.dtype([("id", "<i4"), ("logprob", "<f4")])
 _LEAST: Final = -9999.0
 """In place of less, down to minus infinity, which JSON does not have."""
-_CHUNK_ELEMENTS: Final = 1 << 21
 
 
 class LogprobTable:
@@ -32,7 +32,7 @@ class LogprobTable:
         if not self._wanted:
             return
         part = logits.index_select(0, torch.tensor(list(self._wanted), device=logits.device))
-        size = max(1, _CHUNK_ELEMENTS // part.shape[1])
+        size = max(1, SAMPLED_AT_ONCE // part.shape[1])
         self._logprobs = torch.cat([_log_softmax(part[at : at + size]) for at in range(0, len(part), size)])
         self._top = self._logprobs.topk(min(MAX_LOGPROBS, part.shape[1]), dim=1)
 

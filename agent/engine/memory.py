@@ -1,30 +1,29 @@
 """How an instance's memory is divided: weights, KV blocks, a step's activations and its logits, all of it before anything runs.
 
-What a step needs beside the KV cache is bounded by the model's shapes, so nothing is run to find it out. A start whose memory
-cannot be had fails with all of these numbers, rather than an engine in the middle of its work.
+What a step needs beside the KV cache is bounded by the model's shapes (`schema.memory`), so nothing is run to find it out. A
+start whose memory cannot be had fails with all of these numbers, rather than an engine in the middle of its work.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import nn
 
-from agent.engine.attention_sdpa import KEPT_BYTES
 from agent.engine.blocks import BLOCK_TOKENS
 from agent.engine.dtypes import torch_dtype
 from schema.checkpoint import Manifest
 from schema.errors import OutOfSpace
 from schema.link import EngineOptions
+from schema.memory import StepCosts
 
-__all__ = ["MemoryPlan", "free_bytes", "plan_memory"]
+__all__ = ["MemoryPlan", "free_bytes", "plan_memory", "step_costs"]
 
-_SAMPLED_AT_ONCE: Final = 1 << 21
-_NOISE_BYTES: Final = 128
-"""What the sampler holds for each logit that it draws from: noise is made of 64-bit words, several at a time."""
+_WITH_BIAS: Final = frozenset({"bloom", "mpt"})
+"""Model types that always have ALiBi; Falcon's config says whether it has."""
 _CGROUP: Final = Path("/sys/fs/cgroup")
 
 
@@ -58,17 +57,16 @@ def plan_memory(
     blocks = options.kv_bytes // block_bytes - 1
     if blocks < 1:
         raise OutOfSpace(f"kv_bytes {options.kv_bytes} hold no KV block; this model needs at least {2 * block_bytes}")
-    item = torch_dtype(manifest.kv.dtype).itemsize
-    tokens = prefill_tokens + options.max_concurrency
-    # Attention gathers the blocks of one layer, padded; a chunk of a prompt has a mask over all that is before it.
-    context = min(manifest.max_context_tokens, blocks * BLOCK_TOKENS)
-    attention = max(KEPT_BYTES, 2 * (blocks + 1) * block_bytes // manifest.kv.layers) + 2 * item * prefill_tokens * context
-    sampled = options.max_concurrency * manifest.vocab_size
+    costs = step_costs(model, manifest)
+    context = min(options.max_context_tokens or manifest.max_context_tokens, manifest.max_context_tokens)
+    sequences = options.max_concurrency
     plan = MemoryPlan(
         blocks=blocks,
         block_bytes=block_bytes,
-        activation_bytes=tokens * _token_bytes(model, item) + attention,
-        logits_bytes=sampled * (item + 4) + min(sampled, max(_SAMPLED_AT_ONCE, manifest.vocab_size)) * _NOISE_BYTES,
+        activation_bytes=costs.activation_bytes(
+            sequences=sequences, context_tokens=context, kv_tokens=blocks * BLOCK_TOKENS, prefill_tokens=prefill_tokens
+        ),
+        logits_bytes=costs.logits_bytes(sequences=sequences),
     )
     if free is not None and plan.total_bytes > free:
         raise OutOfSpace(
@@ -77,6 +75,26 @@ def plan_memory(
             "kv_bytes, or fewer sequences (max_concurrency)"
         )
     return plan
+
+
+def step_costs(model: nn.Module, manifest: Manifest) -> StepCosts:
+    """What a step of this skeleton costs; ``manifest`` says its numeric type, its KV geometry and its vocabulary."""
+    item = torch_dtype(manifest.kv.dtype).itemsize
+    config: Any = model.config
+    unfused = (
+        config.model_type in _WITH_BIAS
+        or bool(getattr(config, "alibi", False))
+        or bool(getattr(config, "attn_logit_softcapping", None))
+        or any(name.endswith(".sinks") for name, _ in model.named_parameters())
+    )
+    return StepCosts(
+        token_bytes=_token_bytes(model, item),
+        layer_kv_bytes=manifest.kv.token_bytes // manifest.kv.layers,
+        item_bytes=item,
+        vocab_size=manifest.vocab_size,
+        unfused_heads=config.num_attention_heads if unfused else 0,
+        head_bytes=manifest.kv.head_dim * item,
+    )
 
 
 def free_bytes(device: str) -> int | None:

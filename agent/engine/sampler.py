@@ -16,6 +16,7 @@ from torch import Tensor
 
 from agent.engine.adjust import Row, adjusted
 from agent.engine.philox import philox4x32
+from schema.memory import SAMPLED_AT_ONCE
 
 __all__ = ["BROKEN", "NOISE_RANGE", "gumbel", "sample"]
 
@@ -25,7 +26,6 @@ BROKEN: Final = -1
 NOISE_RANGE: Final = -math.log(-math.log1p(-(2.0**-33))) + math.log(-math.log(2.0**-33))
 """The greatest difference between two values of `gumbel`: a token further below the best one can never win."""
 
-_CHUNK_ELEMENTS: Final = 1 << 21
 _NUCLEUS_FIRST: Final = 1024
 _WORD = 0xFFFFFFFF
 
@@ -41,7 +41,7 @@ def sample(logits: Tensor, rows: Rows[Row]) -> list[int]:
     best, tokens = logits.max(dim=-1)
     drawn = [index for index, row in enumerate(rows) if row.params.temperature > 0]
     if drawn:
-        size = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+        size = max(1, SAMPLED_AT_ONCE // logits.shape[1])
         for start in range(0, len(drawn), size):
             part = drawn[start : start + size]
             everything = len(part) == len(rows)

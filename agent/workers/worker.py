@@ -485,6 +485,8 @@ class Worker:
             state=InstanceState.READY if self._stop_at is None else InstanceState.STOPPING,
             kv_capacity_tokens=capacity.kv_tokens,
             max_context_tokens=capacity.max_context_tokens,
+            activation_bytes=capacity.activation_bytes,
+            logits_bytes=capacity.logits_bytes,
             phases=None if self._attached is None else self._phases,
         )
         self._channel.send(InstanceUpdate(truth=self._truth))

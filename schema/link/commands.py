@@ -28,12 +28,14 @@ __all__ = [
 
 
 class EngineOptions(Part, frozen=True, kw_only=True):
-    """What the manager decided for one instance. 0 leaves it to the engine; ``kv_bytes`` are reserved on each device.
+    """What the manager decided for one instance. 0 leaves it to the engine. ``kv_bytes`` are reserved on each device, and
+    ``step_bytes`` beside them, for what a step takes.
 
     ``deterministic``: results are the same bits in every batch, chunk and attempt on one kind of device.
     """
 
     kv_bytes: int
+    step_bytes: int = 0
     max_context_tokens: int = 0
     max_concurrency: int = 64
     threads: int = 0

@@ -6,6 +6,7 @@ from typing import Final
 
 from schema.errors import Fault
 from schema.link.base import Count, Finite, Life, Part
+from schema.memory import StepCosts
 from schema.states import InstanceState, Tier, TierState
 
 __all__ = [
@@ -77,13 +78,15 @@ class Placement(Part, frozen=True, kw_only=True):
 
 
 class CheckpointTruth(Part, frozen=True, kw_only=True):
-    """A checkpoint on a node, with what a planner must know of it: an agent may hold one that its manager has forgotten."""
+    """A checkpoint on a node, with what a planner must know of it: an agent may hold one that its manager has forgotten.
+    ``step``: what an engine's step costs beside the KV cache, where its manifest says that."""
 
     digest: str
     architecture: str
     image_bytes: Count
     kv_token_bytes: Count
     max_context_tokens: Count
+    step: StepCosts | None = None
     placements: tuple[Placement, ...] = ()
 
 
@@ -107,7 +110,8 @@ class StartPhases(Part, frozen=True, kw_only=True, omit_defaults=False):
 
 
 class InstanceTruth(Part, frozen=True, kw_only=True):
-    """An instance on a node: its life (``epoch``), state, and, once ready, what it can take."""
+    """An instance on a node: its life (``epoch``), state, and, once ready, what it can take, and what a step of it may take
+    of its device beside the KV cache."""
 
     instance: str
     epoch: Life
@@ -116,6 +120,8 @@ class InstanceTruth(Part, frozen=True, kw_only=True):
     devices: tuple[Count, ...] = (0,)
     kv_capacity_tokens: Count = 0
     max_context_tokens: Count = 0
+    activation_bytes: Count = 0
+    logits_bytes: Count = 0
     phases: StartPhases | None = None
     fault: Fault | None = None
     pid: Count = 0

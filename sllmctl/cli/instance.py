@@ -128,7 +128,8 @@ def _fields(instance: InstanceView) -> list[tuple[str, str]]:
         ("State", f"{instance.state} for {age(moment - instance.changed_at)}"),
         ("Reason", instance.reason or "-"),
         ("Running", f"{instance.running} sequences"),
-        ("KV cache", f"{size(instance.kv_bytes)}, {_kv(instance)} tokens used"),
+        ("Memory", _memory(instance)),
+        ("KV cache", f"{_kv(instance)} tokens used"),
         ("Life", f"epoch {instance.epoch}, {instance.restarts} restarts"),
         ("Age", age(moment - instance.created_at)),
     ]
@@ -147,6 +148,14 @@ def _state(instance: InstanceView) -> str:
     if instance.fault is not None and instance.state in ("failed", "backoff"):
         return f"{instance.state} ({instance.fault.code})"
     return str(instance.state)
+
+
+def _memory(instance: InstanceView) -> str:
+    """What is promised beside the weights, and what of it is not for the KV cache."""
+    if not instance.logits_bytes:
+        return size(instance.kv_bytes)
+    steps = f"{size(instance.activation_bytes)} activations, {size(instance.logits_bytes)} logits"
+    return f"{size(instance.kv_bytes)} beside its weights; of that at most {steps}"
 
 
 def _kv(instance: InstanceView) -> str:

@@ -19,6 +19,7 @@ from schema.admin import EventView, OperationKind, OutcomeView
 from schema.errors import Fault
 from schema.ids import Epoch
 from schema.link import InstanceTruth, InstanceUpdate, ManagerMessage, NodeTruth, OperationDone, PlacementUpdate
+from schema.memory import StepCosts
 from schema.spec import ModelSpec, ScaleSpec
 from schema.states import InstanceState, ModelState, NodeState, Tier, TierState
 
@@ -258,6 +259,7 @@ class PutCheckpoint:
     kv_token_bytes: int
     max_context_tokens: int
     created_at: float
+    step: StepCosts | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,23 @@ def _models(view: ClusterView, live: LiveNumbers) -> Iterable[Metric]:
     for model in room:
         kv_used.add_metric((model,), used[model])
         kv_room.add_metric((model,), room[model])
-    return (instances, requests, kv_used, kv_room)
+    return (instances, requests, kv_used, kv_room, _memory(view))
+
+
+def _memory(view: ClusterView) -> Metric:
+    memory = GaugeMetricFamily(
+        "sllm_instance_memory_bytes",
+        "What instances take of their devices beside weights, by model: promised, and of that activations and logits at most.",
+        labels=("model", "part"),
+    )
+    parts: Counter[tuple[str, str]] = Counter()
+    for instance in view.instances.values():
+        parts[instance.model, "promised"] += instance.kv_bytes * len(instance.devices)
+        parts[instance.model, "activations"] += instance.activation_bytes
+        parts[instance.model, "logits"] += instance.logits_bytes
+    for key, size_bytes in parts.items():
+        memory.add_metric(key, size_bytes)
+    return memory
 
 
 def _tiers(view: ClusterView, present: list[Node]) -> Iterable[Metric]:

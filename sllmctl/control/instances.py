@@ -10,7 +10,7 @@ from sllmctl.control import disk, learning, remotes
 from sllmctl.control.effects import RouteChanged, StopInstanceNow
 from sllmctl.control.records import HOLDING, LIVE, Instance, Model
 from sllmctl.control.turn import Turn
-from sllmctl.planner.memory import context_tokens
+from sllmctl.planner.memory import context_tokens, step_bytes
 from sllmctl.planner.plans import Plan
 
 __all__ = [
@@ -118,6 +118,9 @@ def begin_life(turn: Turn, instance: Instance) -> None:
     instance.retry_at = instance.ready_at = None
     instance.phases = None
     instance.pid = instance.running = instance.kv_capacity_tokens = instance.max_context_tokens = 0
+    instance.activation_bytes = instance.logits_bytes = 0
+    checkpoint = turn.view.checkpoints[instance.digest]
+    beside = step_bytes(model.spec, checkpoint, turn.settings)
     instance.life_at = turn.now
     turn.wake("instance", instance.id, turn.now + _start_limit_s(turn, instance))
     turn.touch(instance.digest, instance.node)
@@ -131,8 +134,9 @@ def begin_life(turn: Turn, instance: Instance) -> None:
             digest=instance.digest,
             devices=instance.devices,
             options=EngineOptions(
-                kv_bytes=instance.kv_bytes,
-                max_context_tokens=context_tokens(model.spec, turn.view.checkpoints[instance.digest]),
+                kv_bytes=max(0, instance.kv_bytes - beside),
+                step_bytes=beside,
+                max_context_tokens=context_tokens(model.spec, checkpoint),
                 max_concurrency=model.spec.scale.max_concurrency,
                 threads=model.spec.engine.threads or 0,
                 deterministic=model.spec.engine.deterministic,
@@ -317,6 +321,7 @@ def _take(turn: Turn, instance: Instance, truth: InstanceTruth) -> None:
     instance.pid = truth.pid
     instance.kv_capacity_tokens = truth.kv_capacity_tokens
     instance.max_context_tokens = truth.max_context_tokens
+    instance.activation_bytes, instance.logits_bytes = truth.activation_bytes, truth.logits_bytes
     told = truth.phases is not None and truth.phases != instance.phases
     if told:
         instance.phases = truth.phases

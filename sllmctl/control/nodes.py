@@ -154,9 +154,13 @@ def take_checkpoint(turn: Turn, node: Node, truth: CheckpointTruth) -> None:
             truth.kv_token_bytes,
             truth.max_context_tokens,
             turn.now,
+            truth.step,
         )
         turn.view.add_checkpoint(checkpoint)
         turn.put_checkpoint(checkpoint)
+    elif known.step is None and truth.step is not None:  # it was ingested again, by a build that knows
+        known.step = truth.step
+        turn.put_checkpoint(known)
     gone: dict[PlacementKey, PlacementRecord] = dict(turn.view.placements_at(truth.digest, node.id))
     for one in held:
         device = one.device if one.tier is Tier.DEVICE else 0

@@ -12,6 +12,7 @@ from schema.admin import OperationKind
 from schema.errors import Fault
 from schema.ids import Epoch
 from schema.link import Inventory, StartPhases
+from schema.memory import StepCosts
 from schema.spec import ModelSpec
 from schema.states import InstanceState, ModelState, NodeState, Tier, TierState
 
@@ -76,6 +77,7 @@ class Checkpoint:
     kv_token_bytes: int
     max_context_tokens: int
     created_at: float
+    step: StepCosts | None = None
 
 
 @dataclass(slots=True)
@@ -169,7 +171,8 @@ class Model:
 
 @dataclass(slots=True)
 class Instance:
-    """One replica. ``epoch`` is its present or last life.
+    """One replica. ``epoch`` is its present or last life. ``kv_bytes`` are promised on each device: its KV cache, with what a
+    step takes beside it (`sllmctl.planner.memory`).
 
     Live only: what its engine can take, ``pid``, ``running`` sequences, ``idle_since`` (None while busy or not ready),
     ``life_at`` (when this life was begun or its stop was asked for), ``ready_at`` of this life, ``plan`` (the decision that
@@ -196,6 +199,8 @@ class Instance:
     changed_at: float
     kv_capacity_tokens: int = 0
     max_context_tokens: int = 0
+    activation_bytes: int = 0
+    logits_bytes: int = 0
     pid: int = 0
     running: int = 0
     idle_since: float | None = None

@@ -328,6 +328,7 @@ def _checkpoint_row(checkpoint: Checkpoint) -> PutCheckpoint:
         checkpoint.kv_token_bytes,
         checkpoint.max_context_tokens,
         checkpoint.created_at,
+        checkpoint.step,
     )
 
 

@@ -133,6 +133,8 @@ def instance_view(view: ClusterView, live: LiveNumbers, instance: Instance) -> I
         kv_bytes=instance.kv_bytes,
         kv_used_tokens=load.kv_used_tokens if load is not None else 0,
         kv_capacity_tokens=instance.kv_capacity_tokens,
+        activation_bytes=instance.activation_bytes,
+        logits_bytes=instance.logits_bytes,
         phases=instance.phases,
         progress=live.progress(instance.id),
         fault=instance.fault,

@@ -165,7 +165,7 @@ class Movers:
     @staticmethod
     def _tenant(victim: Victim, start: Start) -> Tenant:
         token_bytes = -(-start.ask.checkpoint.kv_token_bytes // start.ask.count)
-        return Tenant(start, max(start.ask.least, victim.tokens * token_bytes))
+        return Tenant(start, max(start.ask.least, start.ask.step + victim.tokens * token_bytes))
 
     # --- assignment ---
 

@@ -21,8 +21,9 @@ _NONE: Mapping[str, int] = {}
 
 @dataclass(slots=True)
 class Ask:
-    """One instance of ``model`` is wanted. ``count`` devices, on each ``share`` bytes of weights (none on a CPU) and a KV cache
-    of ``least`` to ``wanted`` bytes. ``aged``: its requests have waited so long that others must make room."""
+    """One instance of ``model`` is wanted. ``count`` devices, on each ``share`` bytes of weights (none on a CPU) and ``least``
+    to ``wanted`` bytes for its KV cache, ``step`` of them for what its steps take beside it. ``aged``: its requests have waited
+    so long that others must make room."""
 
     model: Model
     checkpoint: Checkpoint
@@ -31,6 +32,7 @@ class Ask:
     share: int
     least: int
     wanted: int
+    step: int
     now: float
     aged: bool
 
@@ -47,6 +49,7 @@ def ask(model: Model, checkpoint: Checkpoint, settings: ControlSettings, now: fl
         share=-(-checkpoint.image_bytes // count),
         least=need.least_bytes,
         wanted=need.wanted_bytes,
+        step=need.step_bytes,
         now=now,
         aged=since is not None and now - since >= settings.age_s,
     )

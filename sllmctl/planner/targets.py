@@ -16,6 +16,7 @@ from schema.states import InstanceState, Tier
 from sllmctl.control.records import LEAVING, Instance, Model, Node
 from sllmctl.control.settings import ControlSettings
 from sllmctl.control.view import ClusterView
+from sllmctl.planner.memory import step_bytes
 from sllmctl.planner.packing import Packer, Start
 from sllmctl.planner.plans import Abilities, Journals
 from sllmctl.planner.rooms import Ask, Fleet, ask, ground
@@ -79,7 +80,10 @@ class Targets:
             if other.digest != victim.digest:
                 continue
             slots = model.spec.scale.max_concurrency - other.running - coming
-            capacity = other.kv_capacity_tokens or other.kv_bytes * len(other.devices) // max(1, checkpoint.kv_token_bytes)
+            capacity = other.kv_capacity_tokens
+            if not capacity:
+                kv_bytes = other.kv_bytes - step_bytes(model.spec, checkpoint, self._settings)
+                capacity = max(0, kv_bytes) * len(other.devices) // max(1, checkpoint.kv_token_bytes)
             room_tokens = capacity - sum(self._journals.tokens(other.id)) - coming_tokens
             if slots >= count and room_tokens >= tokens:
                 found.append(Ready(node, other, slots, room_tokens))

@@ -14,6 +14,7 @@ from schema.admin import EventView, OutcomeView
 from schema.errors import Fault
 from schema.ids import Epoch
 from schema.link import StartPhases
+from schema.memory import StepCosts
 from schema.spec import ModelSpec
 from schema.tables import (
     Base,
@@ -133,6 +134,8 @@ def _values(change: RowChange) -> dict[str, Any]:
                 "created_at": change.created_at,
                 "changed_at": change.changed_at,
             }
+        case PutCheckpoint():
+            return {name: getattr(change, name) for name in change.__slots__} | {"step": _json(change.step)}
         case RemoveInstance():
             return {"id_": change.id}
         case RemoveModelRow():
@@ -157,6 +160,7 @@ _samples = msgspec.json.Decoder(tuple[float, ...])
 _devices = msgspec.json.Decoder(tuple[int, ...])
 _faults = msgspec.json.Decoder(Fault)
 _phases = msgspec.json.Decoder(StartPhases)
+_steps = msgspec.json.Decoder(StepCosts)
 _specs = msgspec.json.Decoder(ModelSpec)
 
 
@@ -166,7 +170,8 @@ def read_view(connection: Connection) -> ClusterView:
     for row in connection.execute(select(*NodeRow.__table__.columns)).mappings():
         view.add_node(Node(**row))
     for row in connection.execute(select(*CheckpointRow.__table__.columns)).mappings():
-        view.add_checkpoint(Checkpoint(**row))
+        step = None if row["step"] is None else _steps.decode(row["step"])
+        view.add_checkpoint(Checkpoint(**{**row, "step": step}))
     for row in connection.execute(select(*PinRow.__table__.columns)).mappings():
         view.add_pin((row["digest"], row["node"], row["tier"]), row["created_at"])
     for row in connection.execute(select(*PublicationRow.__table__.columns)).mappings():

@@ -76,7 +76,7 @@ def convert(
         if in_place and sources.pickled:
             raise InvalidCheckpoint(f"{source} has no safetensors; files of torch.save cannot be loaded in place, only copied")
         facts = read_facts(config, sources.tensors)
-        tied = check_runnable(facts, sources.tensors)
+        tied, step = check_runnable(facts, sources.tensors)
         ties = find_ties(sources.tensors, tied, lambda one, other: same_bytes(sources, one, other))
         layout = IN_PLACE if in_place else LAYOUT
         new = staging / layout
@@ -114,6 +114,7 @@ def convert(
             partitions=partitions,
             tensors=(),
             layer_ends=layer_ends(entries, partitions),
+            step=step,
             ties=ties,
             kv=facts.kv,
             config=config,

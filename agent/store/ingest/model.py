@@ -12,6 +12,7 @@ import msgspec
 from agent.store.ingest.headers import SourceTensor
 from schema.checkpoint import FORMAT_VERSION, KvGeometry, Manifest, TextDefaults
 from schema.errors import InvalidCheckpoint
+from schema.memory import StepCosts
 
 __all__ = ["ModelFacts", "check_runnable", "read_facts"]
 
@@ -76,16 +77,19 @@ def _shares_one_head(config: dict[str, Any]) -> bool:
     return bool(config.get("multi_query", True)) and not config.get("new_decoder_architecture", False)
 
 
-def check_runnable(facts: ModelFacts, tensors: Mapping[str, SourceTensor]) -> dict[str, str]:
-    """Build the model without weights, as the engine will, and hold the tensors against it; returns its tied names.
+def check_runnable(facts: ModelFacts, tensors: Mapping[str, SourceTensor]) -> tuple[dict[str, str], StepCosts]:
+    """Build the model without weights, as the engine will, and hold the tensors against it; returns its tied names, and what a
+    step of it costs.
 
-    The result maps the name that the model ties to the one it is tied to, as the source names them. Imports torch and
+    The former map the name that the model ties to the one it is tied to, as the source names them. Imports torch and
     transformers. Raises InvalidCheckpoint when the engine would refuse the model, or a tensor is missing, unknown or of
     another shape.
     """
+    from agent.engine.memory import step_costs
     from agent.engine.skeleton import build_skeleton
 
-    model: Any = build_skeleton(_draft(facts))
+    draft = _draft(facts)
+    model: Any = build_skeleton(draft)
     ties: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     prefix = f"{model.base_model_prefix}."
@@ -105,7 +109,8 @@ def check_runnable(facts: ModelFacts, tensors: Mapping[str, SourceTensor]) -> di
         if not given.keys() & {name, ties.get(name), *(alias for alias, target in ties.items() if target == name)}:
             raise InvalidCheckpoint(f"tensor {name!r}, which {facts.architecture} needs, is missing")
     stored_as = {name: tensor.name for name, tensor in given.items()}
-    return {stored_as.get(alias, alias): stored_as.get(name, name) for alias, name in ties.items()}
+    named = {stored_as.get(alias, alias): stored_as.get(name, name) for alias, name in ties.items()}
+    return named, step_costs(model, draft)
 
 
 def _draft(facts: ModelFacts) -> Manifest:

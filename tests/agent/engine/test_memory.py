@@ -10,11 +10,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from agent.engine.attention_sdpa import KEPT_BYTES
 from agent.engine.build import build_engine
 from agent.engine.memory import free_bytes, plan_memory
 from schema.errors import OutOfSpace
 from schema.link import EngineOptions
+from schema.memory import GATHERED_BYTES
 from tests.agent.engine.models import kv_options, make_model, manifest_of, submit_of, tensors_of
 from tests.agent.engine.test_engine import prompts
 
@@ -33,7 +33,7 @@ class Peak(TorchDispatchMode):
         for tensor in tree_iter(out):
             if isinstance(tensor, torch.Tensor) and (pointer := tensor.untyped_storage().data_ptr()) not in old | self._seen:
                 size = tensor.untyped_storage().nbytes()
-                if size == KEPT_BYTES:  # attention's own, made once
+                if size == GATHERED_BYTES:  # attention's own, made once
                     continue
                 self._seen.add(pointer)
                 self._now += size
@@ -46,21 +46,25 @@ class Peak(TorchDispatchMode):
         self._now -= size
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "qwen3_moe"])
-def test_no_step_takes_more_than_was_planned(name: str) -> None:
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "qwen3_moe", "gemma2", "bloom", "gpt_oss"])
+@pytest.mark.parametrize("shared", [0, 160])
+def test_no_step_takes_more_than_was_planned(name: str, shared: int) -> None:
+    """Whatever requests ask for; nor where many share a prefix, which is gathered once for each."""
     model = make_model(name)
     manifest = manifest_of(model)
     options = kv_options(manifest, 2048, concurrency=8)
     engine = build_engine(manifest, tensors_of(model), options, prefill_tokens=64)
     plan = plan_memory(model, manifest, options, 64, None)
+    wishes = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.1, "logprobs": 5}
     for index, prompt in enumerate(prompts()):
-        engine.submit(submit_of(index + 1, prompt, 24, temperature=1.0, top_p=0.9))
+        engine.submit(submit_of(index + 1, [7] * shared + prompt, 24, **wishes))  # type: ignore[arg-type]
     most = 0
     while engine.running or engine.waiting:
         with Peak() as peak:
             engine.step()
         most = max(most, peak.most)
-    assert 0 < most <= plan.activation_bytes - KEPT_BYTES + plan.logits_bytes
+    gathered = plan.blocks * plan.block_bytes // manifest.kv.layers
+    assert 0 < most <= plan.activation_bytes - gathered + plan.logits_bytes
 
 
 def test_memory_that_cannot_be_had_is_told_with_its_parts() -> None:

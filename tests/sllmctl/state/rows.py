@@ -6,11 +6,13 @@ from schema.admin import EventView
 from schema.errors import Fault
 from schema.ids import epoch_of
 from schema.link import InstanceTruth, StartPhases
+from schema.memory import StepCosts
 from schema.spec import ModelSpec, PathSource
 from schema.states import InstanceState, ModelState, NodeState, Tier, TierState
 from sllmctl.control.effects import PutCheckpoint, PutInstance, PutModel, PutNode, PutPlacement, RowChange
 
 DIGEST = "ab" * 32
+STEP = StepCosts(token_bytes=9, layer_kv_bytes=8, item_bytes=2, vocab_size=7, unfused_heads=6, head_bytes=5)
 EPOCH = epoch_of(3, 7)
 
 
@@ -38,7 +40,7 @@ def whole() -> list[RowChange]:
     )
     return [
         node(),
-        PutCheckpoint(DIGEST, "LlamaForCausalLM", 1 << 40, 4096, 8192, 5.0),
+        PutCheckpoint(DIGEST, "LlamaForCausalLM", 1 << 40, 4096, 8192, 5.0, STEP),
         PutModel(spec, ModelState.DEPLOYED, DIGEST, "op_1", "n1", Fault("timed_out", "slow"), 6.0, 7.0),
         PutPlacement(DIGEST, "n1", Tier.DISK, 0, TierState.RESIDENT, 1 << 40),
         PutInstance(truth, "m", "n1", 1 << 33, 2, 99.5, "why", 8.0, 9.0),

@@ -153,7 +153,7 @@ async def test_a_newer_schema_is_refused_and_left_alone(database: Database, url:
     with sqlite3.connect(tmp_path / "state.db") as connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
     connection.close()
-    with pytest.raises(Conflict, match=r"9999.*0006"):
+    with pytest.raises(Conflict, match=r"9999.*0007"):
         await Database.open(url, backup_dir=tmp_path)
     connection = sqlite3.connect(tmp_path / "state.db")
     assert connection.execute("SELECT version_num FROM alembic_version").fetchone() == ("9999",)

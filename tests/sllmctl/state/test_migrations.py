@@ -55,6 +55,7 @@ def _make_first(path: Path) -> None:
         connection.execute(f"DROP TABLE {table}")
     connection.execute("ALTER TABLE placements DROP COLUMN used_at")
     connection.execute("ALTER TABLE models DROP COLUMN deploy_next")
+    connection.execute("ALTER TABLE checkpoints DROP COLUMN step")
     connection.execute("UPDATE alembic_version SET version_num = '0001'")
     connection.commit()
     connection.close()
