@@ -224,6 +224,8 @@ class BatchEngine:
         ):
             if ids and max(ids) >= self._vocabulary:
                 raise InvalidInput(f"{name}: token id {max(ids)} is beyond the model's vocabulary of {self._vocabulary}", name)
+        if submit.params.min_tokens and len(set(submit.params.stop_token_ids)) == self._vocabulary:
+            raise InvalidInput("stop_token_ids are all tokens there are, and min_tokens allows none of them", "min_tokens")
         wanted = len(submit.prompt) + submit.params.max_tokens
         if wanted > self._context_tokens:
             raise ContextOverflow(

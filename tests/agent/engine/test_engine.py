@@ -215,6 +215,7 @@ def test_a_known_attempt_is_ignored(llama: Any) -> None:
         (submit_of(2, [1], 4, frequency_penalty=2.5), "invalid_input"),
         (submit_of(2, [1], 4, repetition_penalty=math.nan), "invalid_input"),
         (submit_of(2, [1], 4, logprobs=21), "invalid_input"),
+        (submit_of(2, [1], 4, min_tokens=2, stop_token_ids=tuple(range(VOCAB))), "invalid_input"),
         (submit_of(2, [1] * 10, CONTEXT - 9), "context_overflow"),
         (submit_of(2, [1] * 130, 4), "context_overflow"),
     ],
