@@ -87,9 +87,9 @@ class Agent:
         self._store_kin = Kin("store", config, self._roster, spawn)
         self._zygote_kin = Kin("zygote", config, self._roster, spawn)
         self._store = StoreLink(self._store_kin, self)
-        self._zygote = ZygoteLink(self._zygote_kin)
         found = devices(config)
         cuda = frozenset(device.index for device in found if device.kind == "cuda")
+        self._zygote = ZygoteLink(self._zygote_kin, tuple(sorted(cuda)))
         self._instances = Instances(config, self._roster, self._store, self._journal, self, self._zygote.ask, cuda)
         self._zygote.instances = self._instances
         self._relay = Relay(self._journal, self._instances, self, config.hang_s)

@@ -243,7 +243,8 @@ class Lives:
         life.nonce = secrets.randbits(52) + 1
         self._roster.put(life.entry())
         log = str(self._logs.of_instance(life.start))
-        self._fork_door(Fork(instance=life.start.instance, epoch=life.start.epoch, nonce=life.nonce, log=log))
+        cuda = tuple(sorted(self._cuda.intersection(life.start.devices)))
+        self._fork_door(Fork(instance=life.start.instance, epoch=life.start.epoch, nonce=life.nonce, log=log, cuda=cuda))
 
     def _own_pid(self, life: Life, pid: int) -> None:
         process = Process.open(pid)

@@ -10,7 +10,7 @@ from agent.daemon.connection import Connection
 from agent.daemon.instances import Instances
 from agent.daemon.supervisor import Kin
 from schema.errors import LinkError
-from schema.link import ChildExited, Forked, Hello, Message, Welcome, ZygoteMessage, ZygoteTruth
+from schema.link import ChildExited, Forked, Hello, KeepSpares, Message, Welcome, ZygoteMessage, ZygoteTruth
 
 __all__ = ["ZygoteLink"]
 
@@ -18,10 +18,11 @@ _log = logging.getLogger(__name__)
 
 
 class ZygoteLink:
-    """Speaks to the zygote over its lives."""
+    """Speaks to the zygote over its lives. ``cuda``: the devices of which it keeps children with a context ready."""
 
-    def __init__(self, kin: Kin) -> None:
+    def __init__(self, kin: Kin, cuda: tuple[int, ...] = ()) -> None:
         self._kin = kin
+        self._cuda = cuda
         self._stated = False
         self.instances: Instances | None = None
 
@@ -50,6 +51,8 @@ class ZygoteLink:
                 if message.threads != 1:
                     _log.error("the zygote has %d threads; its forks may hang", message.threads)
                 self._stated = True
+                if self._cuda:
+                    self._kin.send(KeepSpares(cuda=self._cuda))
                 self.instances.zygote_ready()
             case _ if not self._stated:
                 raise LinkError(f"the zygote said {type(message).__name__} before its truth")

@@ -15,8 +15,10 @@ import io
 import logging
 import os
 import signal
+import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -24,8 +26,9 @@ from agent.channel import Channel
 from agent.config import NodeConfig, load_config
 from agent.logs import OutputFile, begin_log, write_to
 from agent.workers.kin import kin_token
+from agent.workers.spares import Spares, open_context, wait_as_spare
 from schema.errors import Fault, SllmError
-from schema.link import ChildExited, Fork, Forked, Hello, Ping, Pong, Role, Shutdown, ToZygote, Welcome, ZygoteTruth
+from schema.link import ChildExited, Fork, Forked, Hello, KeepSpares, Ping, Pong, Role, Shutdown, ToZygote, Welcome, ZygoteTruth
 from schema.version import VERSION
 
 __all__ = ["ENVIRONMENT", "main"]
@@ -98,6 +101,7 @@ class _Zygote:
         hello = Hello(role=Role.ZYGOTE, software=_SOFTWARE, pid=os.getpid(), token=token)
         self._channel: Channel[ToZygote] = Channel(config.socket_path, hello, ToZygote)
         self._children: set[int] = set()
+        self._spares = Spares(self._launch_spare)
         self._stopping = False
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
@@ -109,9 +113,13 @@ class _Zygote:
         code = 0
         while not self._stopping:
             grace_left_s = self._config.agent_grace_s - self._channel.lost_for_s
-            for message in self._channel.poll(min(_IDLE_S, max(0.0, grace_left_s)), [self._wake_read]):
+            spare_due_s = self._spares.due_s()
+            wait_s = _IDLE_S if spare_due_s is None else min(_IDLE_S, spare_due_s)
+            for message in self._channel.poll(min(wait_s, max(0.0, grace_left_s)), [self._wake_read]):
                 self._handle(message)
             self._reap()
+            if not self._stopping:
+                self._spares.refill()
             if self._channel.refused:
                 _log.error("the agent refuses this zygote: %s", self._channel.last_refusal)
                 code = 1
@@ -119,6 +127,7 @@ class _Zygote:
             if not self._channel.connected and self._channel.lost_for_s >= self._config.agent_grace_s:
                 _log.warning("no agent for %.0f s", self._channel.lost_for_s)
                 break
+        self._spares.want(())
         self._channel.close()
         return code
 
@@ -131,6 +140,8 @@ class _Zygote:
                 self._channel.send(ZygoteTruth(pids=tuple(sorted(self._children)), threads=_threads()))
             case Fork():
                 self._fork(message)
+            case KeepSpares():
+                self._spares.want(message.cuda)
             case Ping():
                 self._channel.send(Pong(nonce=message.nonce))
             case Shutdown():
@@ -139,21 +150,32 @@ class _Zygote:
                 _log.warning("the agent said %s, which says nothing to a zygote", type(message).__name__)
 
     def _fork(self, fork: Fork) -> None:
-        began_s = time.monotonic()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        try:
-            pid = os.fork()
-        except OSError as error:
-            self._channel.send(Forked(nonce=fork.nonce, fault=Fault("out_of_space", f"cannot fork a worker: {error.strerror}")))
-            return
-        if pid == 0:
-            os._exit(self._become_worker(fork, began_s))
+        pid = self._spares.take(fork)
+        if pid is None:
+            began_s = time.monotonic()
+            try:
+                pid = self._child(fork.instance, lambda: (fork, began_s))
+            except OSError as error:
+                fault = Fault("out_of_space", f"cannot fork a worker: {error.strerror}")
+                self._channel.send(Forked(nonce=fork.nonce, fault=fault))
+                return
         self._children.add(pid)
         self._channel.send(Forked(nonce=fork.nonce, pid=pid))
 
-    def _become_worker(self, fork: Fork, began_s: float) -> int:
-        """The child's whole life. It lets go of everything that is the zygote's: its lock, its link, its signals."""
+    def _launch_spare(self, device: int, line: socket.socket) -> int:
+        return self._child(f"spare of device {device}", lambda: wait_as_spare(line, lambda: open_context(device)))
+
+    def _child(self, name: str, begin: Callable[[], tuple[Fork, float] | None]) -> int:
+        """Fork; the child becomes the worker that ``begin`` returns, None for none. Raises OSError."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid == 0:
+            os._exit(self._become_worker(name, begin))
+        return pid
+
+    def _become_worker(self, name: str, begin: Callable[[], tuple[Fork, float] | None]) -> int:
+        """The child's whole life. It lets go of everything that is the zygote's: lock, link, signals, spares."""
         code = 1
         try:
             os.setsid()
@@ -163,12 +185,16 @@ class _Zygote:
             self._channel.abandon()
             for descriptor in (self._lock, self._wake_read, self._wake_write):
                 os.close(descriptor)
+            self._spares.abandon()
+            if (begun := begin()) is None:
+                return 0
+            fork, began_s = begun
             output = self._begin_log(fork)
             from agent.workers.worker import Worker
 
             code = Worker(self._config, fork, began_s, output).run()
         except BaseException:
-            _log.critical("the worker of instance %s failed", fork.instance, exc_info=True)
+            _log.critical("the worker of %s failed", name, exc_info=True)
         finally:
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
@@ -190,7 +216,7 @@ class _Zygote:
         with contextlib.suppress(BlockingIOError):
             while os.read(self._wake_read, 4096):
                 pass
-        while self._children:
+        while self._children or self._spares.pids:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
@@ -198,6 +224,8 @@ class _Zygote:
                 return
             if pid == 0:
                 return
+            if self._spares.lost(pid) or pid not in self._children:
+                continue
             self._children.discard(pid)
             self._channel.send(ChildExited(pid=pid, status=os.waitstatus_to_exitcode(status)))
 

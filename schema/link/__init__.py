@@ -101,7 +101,7 @@ from schema.link.store import (
     StoreTruth,
     VerifyStored,
 )
-from schema.link.workers import Attach, ChildExited, Fork, Forked, StartWorker, WorkerTruth, ZygoteTruth
+from schema.link.workers import Attach, ChildExited, Fork, Forked, KeepSpares, StartWorker, WorkerTruth, ZygoteTruth
 from schema.sampling import SamplingParams
 
 __all__ = [
@@ -152,6 +152,7 @@ __all__ = [
     "InstanceTruth",
     "InstanceUpdate",
     "Inventory",
+    "KeepSpares",
     "LayersArrived",
     "LoadCheckpoint",
     "LogChunk",
@@ -239,7 +240,7 @@ ToStore = (
     | Shutdown
 )  # fmt: skip
 ZygoteMessage = Ping | Pong | ZygoteTruth | Forked | ChildExited
-ToZygote = Welcome | Refused | Ping | Pong | Descriptors | Fork | Shutdown
+ToZygote = Welcome | Refused | Ping | Pong | Descriptors | Fork | KeepSpares | Shutdown
 WorkerMessage = Ping | Pong | WorkerTruth | AttemptTruth | TruthEnd | InstanceUpdate | InstanceLoad | Tokens
 ToWorker = (
     Welcome | Refused | Ping | Pong | Descriptors | StartWorker | Arriving | LayersArrived | Attach | Submit | Cancel | Acked

@@ -10,17 +10,24 @@ from schema.link.handshake import DeviceWeights
 from schema.link.node import InstanceTruth
 from schema.link.store import Extent
 
-__all__ = ["Attach", "ChildExited", "Fork", "Forked", "StartWorker", "WorkerTruth", "ZygoteTruth"]
+__all__ = ["Attach", "ChildExited", "Fork", "Forked", "KeepSpares", "StartWorker", "WorkerTruth", "ZygoteTruth"]
 
 
 class Fork(Message, frozen=True, kw_only=True, tag="fork"):
     """Agent -> zygote: fork a worker that dials the agent as this instance, with this nonce in its `Hello`. What it prints goes
-    to the file ``log``, if that is set."""
+    to the file ``log``, if that is set. ``cuda``: those of its devices that need a context."""
 
     instance: str
     epoch: Epoch
     nonce: int
     log: str = ""
+    cuda: tuple[int, ...] = ()
+
+
+class KeepSpares(Message, frozen=True, kw_only=True, tag="keepspares"):
+    """Agent -> zygote: have a child ready for each of these devices that holds a context there."""
+
+    cuda: tuple[int, ...]
 
 
 class Forked(Message, frozen=True, kw_only=True, tag="forked"):
