@@ -1,8 +1,9 @@
 """How fast a checkpoint is ingested, against what the machine reads, writes and hashes, all measured in the same run.
 
 Each round, in turn: the source is read cold with direct reads; as many bytes are written to a new file with direct writes, and
-made durable; as many are hashed as ingest must (sha256 and xxh3) on every core; and the source is ingested cold by a process of
-its own, from its first look at the source to its last fsync, imports not counted. All in the same 4 MiB blocks.
+made durable; both at once, each block read and then written, as an ingest must; as many are hashed as ingest must (sha256 and
+xxh3) on every core; and the source is ingested cold by a process of its own, from its first look at the source to its last
+fsync, imports not counted. All in the same 4 MiB blocks.
 
     python -m bench.ingest DIRECTORY [--rounds 5] [--architecture tensors-200] [--json FILE]
 """
@@ -73,7 +74,8 @@ def _measure(work: Path, architecture: str, rounds: int) -> dict[str, Any]:
     size = weights.stat().st_size // _BLOCK * _BLOCK
     runs: list[dict[str, float]] = []
     for _ in range(rounds):
-        one = {"read": size / _read(weights, size), "write": size / _write(work / "written", size), "hash": size / _hash(size)}
+        one = {"read": size / _read(weights, size), "write": size / _write(work / "written", size)}
+        one |= {"copy": size / _copy(weights, work / "written", size), "hash": size / _hash(size)}
         _forget(weights)
         target = work / "data"
         (target / "checkpoints").mkdir(parents=True)
@@ -83,6 +85,7 @@ def _measure(work: Path, architecture: str, rounds: int) -> dict[str, Any]:
         shutil.rmtree(target)
         one |= {"ingest": weights.stat().st_size / child["s"], **child}
         one["ratio"] = one["ingest"] / min(one["read"], one["write"], one["hash"])
+        one["copy_ratio"] = one["ingest"] / min(one["copy"], one["hash"])
         runs.append(one)
     return {"architecture": architecture, "bytes": weights.stat().st_size, "cores": os.cpu_count(), "runs": runs}
 
@@ -121,10 +124,29 @@ def _read(path: Path, size: int) -> float:
 
 
 def _write(path: Path, size: int) -> float:
+    return _put(path, size, lambda memory, at: None)
+
+
+def _copy(source: Path, path: Path, size: int) -> float:
+    _forget(source)
+    descriptor = os.open(source, os.O_RDONLY | os.O_DIRECT)
+    try:
+        return _put(path, size, lambda memory, at: os.preadv(descriptor, [memory], at))
+    finally:
+        os.close(descriptor)
+
+
+def _put(path: Path, size: int, fill: Callable[[mmap.mmap, int], object]) -> float:
+    """Seconds to write a file of blocks that ``fill`` gives, until they are durable."""
+
+    def put(memory: mmap.mmap, at: int) -> None:
+        fill(memory, at)
+        os.pwrite(descriptor, memory, at)
+
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_DIRECT)
     try:
         os.posix_fallocate(descriptor, 0, size)
-        took = _blocks(_DISK_THREADS, size, lambda memory, at: os.pwrite(descriptor, memory, at))
+        took = _blocks(_DISK_THREADS, size, put)
         began = time.perf_counter()
         os.fsync(descriptor)
         return took + time.perf_counter() - began
@@ -144,10 +166,11 @@ def _hash(size: int) -> float:
 def _show(result: dict[str, Any]) -> None:
     runs = result["runs"]
     print(f"{result['architecture']}, {result['bytes'] / 1e9:.2f} GB, {result['cores']} cores, medians of {len(runs)} rounds")
-    for name in ("read", "write", "hash", "ingest"):
+    for name in ("read", "write", "copy", "hash", "ingest"):
         print(f"{name:8} {statistics.median(run[name] for run in runs) / 1e9:6.2f} GB/s")
-    ratios = [run["ratio"] for run in runs]
-    print(f"ingest / min(read, write, hash): {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    for name, what in (("ratio", "min(read, write, hash)"), ("copy_ratio", "min(copy, hash)")):
+        ratios = [run[name] for run in runs]
+        print(f"ingest / {what}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     cpu = statistics.median(run["cpu_s"] for run in runs) / result["bytes"] * 1e9
     memory = max(run["memory_mib"] for run in runs)
     print(
