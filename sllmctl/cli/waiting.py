@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from sllmctl.cli.diagnostics import ProgressLine
+from sllmctl.cli.diagnostics import ProgressLine, note
 
 if TYPE_CHECKING:
     from schema.admin import ModelView
@@ -16,6 +18,15 @@ __all__ = ["wait_for"]
 
 _HOLD_TERMINAL_S, _HOLD_LOG_S = 0.5, 5.0
 _DOING = {"ingested": "ingesting", "ready": "starting", "stopped": "stopping", "gone": "removing"}
+
+
+@contextlib.contextmanager
+def _goes_on(name: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        note(f"what was begun goes on; `sllmctl model show {name}` says how far it is")
+        raise
 
 
 def wait_for(admin: AdminClient, name: str, until: Until, timeout_s: float) -> ModelView | None:
@@ -28,7 +39,7 @@ def wait_for(admin: AdminClient, name: str, until: Until, timeout_s: float) -> M
 
     hold_s = _HOLD_TERMINAL_S if sys.stderr.isatty() else _HOLD_LOG_S
     deadline = time.monotonic() + timeout_s
-    with ProgressLine() as line:
+    with _goes_on(name), ProgressLine() as line:
         while (left_s := deadline - time.monotonic()) > 0:
             try:
                 answer = admin.ask(client.wait_model(name, until, min(hold_s, left_s)))
