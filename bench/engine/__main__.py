@@ -33,7 +33,7 @@ from bench.engine.work import WORKLOADS, Workload
 from bench.load.results import replace_tables
 from bench.report import commit, machine
 
-MORE = ("cold", "prefix", "schedule", "diverged", "vllm")
+MORE = ("cold", "from_disk", "prefix", "schedule", "diverged", "vllm")
 SCHEDULED = 64
 PREFIX_TOKENS = 1024
 RESUMED = 200
@@ -197,6 +197,7 @@ def _measure(work: Path, threads: int, rounds: int, only: Sequence[str], vllm: P
                 part("prefix", lambda: bench.ask("qwen3-0.6b", "prefix", rounds, tokens=PREFIX_TOKENS))
             bench.close()
         part("cold", lambda: cold.measure(bench.model("qwen3-0.6b").source, rounds))
+        part("from_disk", lambda: cold.from_disk(bench.model("qwen3-0.6b").source, rounds))
     finally:
         bench.close()
     missing = bench.missing if vllm is not None else {**bench.missing, "vllm": why}

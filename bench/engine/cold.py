@@ -3,6 +3,9 @@
 Ours: a request to a model scaled to zero, from sending it over HTTP to the first token in the stream. The peer: a
 fresh Python that imports transformers, calls from_pretrained on the same directory, whose files are in the page cache, and
 generates one token from the same number of prompt tokens. They take turns.
+
+From the disk there is no peer: a request whose weights are neither in DRAM nor in the page cache, in a cluster of its own, and
+how long after the last byte its first token comes, against a request as long that finds the instance warm.
 """
 
 from __future__ import annotations
@@ -15,11 +18,13 @@ from typing import Any
 
 import httpx
 
+from agent.native.cold import forget
 from tests.cluster import Cluster
 
-__all__ = ["measure"]
+__all__ = ["from_disk", "measure"]
 
 _PROMPT_TOKENS = 16
+_LONG_TOKENS = 256
 _MODEL = "big"
 
 _PEER = """
@@ -52,6 +57,35 @@ def measure(model: Path, rounds: int) -> dict[str, Any]:
     return result
 
 
+def from_disk(model: Path, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each round: to the first token from the disk, until all weights were there, and to the first token warm."""
+    result: dict[str, list[float]] = {"first_token_s": [], "load_s": [], "warm_s": []}
+    with Cluster(arena_bytes=3 << 30) as cluster, httpx.Client(base_url=cluster.url, timeout=120) as api:
+        cluster.add_model(_MODEL, model, scale={"min": 0, "max": 1, "keep_alive_s": 1.0})
+        digest = cluster.get(f"/models/{_MODEL}")["digest"]
+        _request(api)  # compares the checksums of the first load; not counted
+        for number in range(rounds):
+            cluster.until(lambda: not cluster.instances(_MODEL), "the instance has gone", 60)
+            operation = cluster.post(f"/checkpoints/{digest}/drop", {"tier": "dram"})["items"][0]["id"]
+            cluster.until(lambda operation=operation: _ended(cluster, operation), "its weights have left DRAM", 30)
+            for file in (cluster.directory / "data" / "checkpoints" / digest).glob("*/partition_*.bin"):
+                forget(file)
+            first_token_s, request_id = _request(api, _LONG_TOKENS, 2 * number)
+            timeline = cluster.until(lambda request_id=request_id: _timeline(cluster, request_id), "the request has ended", 30)
+            assert timeline["start"]["loaded_bytes"] > 0, "the weights were on the disk alone"
+            warm_s, _ = _request(api, _LONG_TOKENS, 2 * number + 1)
+            for name, value in (("first_token_s", first_token_s), ("load_s", timeline["start"]["load_s"]), ("warm_s", warm_s)):
+                result[name].append(value)
+            print(f"  from disk: {first_token_s:.3f} s, load {result['load_s'][-1]:.3f} s, warm {warm_s:.3f} s", flush=True)
+    return result
+
+
+def _ended(cluster: Cluster, operation: str) -> bool:
+    view = cluster.get(f"/operations/{operation}")
+    assert view["fault"] is None, view
+    return view["ended_at"] is not None
+
+
 def _peer(model: Path) -> float:
     """Seconds from starting the process to its end, which follows its first token."""
     began = time.monotonic()
@@ -60,9 +94,9 @@ def _peer(model: Path) -> float:
     return time.monotonic() - began
 
 
-def _request(api: httpx.Client) -> tuple[float, str]:
-    """Ask for one token; seconds until it came in the stream, and the request's id."""
-    prompt = list(range(100, 100 + _PROMPT_TOKENS))
+def _request(api: httpx.Client, tokens: int = _PROMPT_TOKENS, which: int = 0) -> tuple[float, str]:
+    """Ask for one token; seconds until it came in the stream, and the request's id. ``which``: of prompts that differ."""
+    prompt = [100 + which, *range(200, 199 + tokens)]
     body = {"model": _MODEL, "prompt": prompt, "max_tokens": 1, "temperature": 0, "stream": True}
     began = time.monotonic()
     with api.stream("POST", "/v1/completions", json=body) as answer:

@@ -58,6 +58,11 @@ def figures(result: dict[str, Any]) -> list[dict[str, Any]]:
         values = [theirs / ours for ours, theirs in zip(cold["ours_s"], cold["peer_s"], strict=True)]
         detail = f"{statistics.median(cold['ours_s']):.3f} s against {statistics.median(cold['peer_s']):.2f} s"
         ratios("fresh process, from_pretrained", "0.6B, 1.2 GB resident, request to first token", 10.0, values, detail)
+    if disk := result.get("from_disk"):
+        after = statistics.median(first - load for first, load in zip(disk["first_token_s"], disk["load_s"], strict=True))
+        detail = f"{statistics.median(disk['first_token_s']):.2f} s in all; {statistics.median(disk['warm_s']):.2f} s warm"
+        what = "0.6B, 1.2 GB on disk, prompt of 256 tokens: its first token after the last byte"
+        line("itself, warm", what, "-", f"{after:.2f} s", None, detail)
     if prefix := result.get("prefix"):
         values = [without / with_ for with_, without in zip(prefix["with_s"], prefix["without_s"], strict=True)]
         detail = f"{statistics.median(prefix['with_s']) * 1e3:.0f} ms against {statistics.median(prefix['without_s']):.2f} s"

@@ -23,6 +23,7 @@ def _result() -> dict[str, object]:
         "runs": runs, "missing": {"vllm": "no wheel"}, "rounds": 3, "seconds": 9.0, "machine": "m", "commit": "c", "threads": 2,
         "torch": "t", "transformers": "v", "peer_policy": "active",
         "cold": {"ours_s": [0.4, 0.5], "peer_s": [2.0, 4.0], "phases": [{"build_s": 0.02}, {"build_s": 0.04}]},
+        "from_disk": {"first_token_s": [2.0, 3.0, 2.5], "load_s": [1.8, 2.9, 2.2], "warm_s": [0.7, 0.8, 0.9]},
     }  # fmt: skip
 
 
@@ -35,6 +36,8 @@ def test_each_ratio_is_of_one_round_and_stands_beside_its_aim() -> None:
     cold = lines["fresh process, from_pretrained", "0.6B, 1.2 GB resident, request to first token"]
     assert cold["measured"] == "6.50x (5.00 to 8.00)"
     assert cold["reached"] is False
+    early = lines["itself, warm", "0.6B, 1.2 GB on disk, prompt of 256 tokens: its first token after the last byte"]
+    assert (early["measured"], early["reached"], early["detail"]) == ("0.20 s", None, "2.50 s in all; 0.80 s warm")
     assert ("transformers, batched generate", "tiny Llama, fp32, one sequence") not in lines
 
 
