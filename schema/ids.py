@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import NewType
 
-__all__ = ["Epoch", "EpochCounter", "IdSource", "epoch_of", "generation_of", "make_id", "system_ids"]
+__all__ = ["Epoch", "EpochCounter", "IdSource", "epoch_of", "generation_of", "made_at", "make_id", "system_ids"]
 
 _CROCKFORD = "0123456789abcdefghjkmnpqrstvwxyz"
 _COUNTER_BITS = 40
@@ -34,6 +34,17 @@ def make_id(kind: str, now_s: float, entropy: bytes) -> str:
     value = (int(now_s * 1000) & ((1 << 48) - 1)) << 80 | int.from_bytes(entropy, "big")
     digits = [_CROCKFORD[value >> shift & 31] for shift in range(125, -1, -5)]
     return f"{kind}_{''.join(digits)}"
+
+
+def made_at(id: str) -> float | None:  # noqa: A002 - what it is
+    """When an id was made (Unix seconds, to the millisecond); None for a name of another form."""
+    digits = id.rpartition("_")[2]
+    if len(digits) != 26 or not set(digits) <= set(_CROCKFORD) or digits[0] > "7":
+        return None
+    value = 0
+    for digit in digits:
+        value = value << 5 | _CROCKFORD.index(digit)
+    return (value >> 80) / 1000
 
 
 def system_ids(kind: str) -> str:

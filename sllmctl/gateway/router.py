@@ -18,7 +18,7 @@ from msgspec import structs
 
 from schema.admin import ProgressView, RequestView
 from schema.errors import ContextOverflow, Fault, InvalidInput, NotFound, Overloaded
-from schema.ids import Epoch, EpochCounter, IdSource, generation_of
+from schema.ids import Epoch, EpochCounter, IdSource, generation_of, made_at
 from schema.link import (
     AttemptTruth,
     Cancel,
@@ -399,6 +399,8 @@ class Router:
             return
         if request is None:
             request = self._request(asked.request, asked.model, asked.params, asked.tenant, retry)
+            # No later than now, whatever this machine's clock was at then.
+            request.received_at = min(made_at(asked.request) or request.received_at, request.received_at)
             request.orphaned = True
             choices = [truth.submit.choice for truth in truths] if retry is None else range(retry.choices)
             request.sequences += [Sequence(request, choice, asked.prompt) for choice in choices]
@@ -433,6 +435,7 @@ class Router:
         sequence.logprobs += truth.logprobs
         core.journal_tokens += len(sequence.tokens)
         if truth.end is not None:
+            sequence.request.engine = truth.end.timing
             core.finish(sequence, truth.end.reason)
             if not core.retries.hold(sequence.request, node, submit.attempt):
                 link.refuse(truth)

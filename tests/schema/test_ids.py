@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schema.ids import EpochCounter, epoch_of, generation_of, make_id, system_ids
+from schema.ids import EpochCounter, epoch_of, generation_of, made_at, make_id, system_ids
 
 
 def test_an_id_is_a_kind_and_26_digits() -> None:
@@ -41,3 +41,10 @@ def test_a_counter_gives_newer_epochs_and_a_newer_generation_beats_them() -> Non
 def test_an_epoch_out_of_range_is_refused(pair: tuple[int, int]) -> None:
     with pytest.raises(OverflowError):
         epoch_of(*pair)
+
+
+def test_an_id_tells_when_it_was_made_and_other_names_nothing() -> None:
+    for now_s in (0.0, 1795902254.123, ((1 << 48) - 1) / 1000):
+        assert made_at(make_id("req", now_s, b"\xff" * 10)) == now_s
+    for other in ("", "req_", "req_old", "req_8" + "0" * 25, "req_" + "u" * 26, "\u0661" * 26):
+        assert made_at(other) is None

@@ -11,8 +11,8 @@ import pytest
 from msgspec.structs import replace
 
 from schema.errors import SllmError
-from schema.ids import epoch_of
-from schema.link import Acked, AttemptTruth, Cancel, Ended, RetryKey, Submit, TokenRun
+from schema.ids import epoch_of, make_id
+from schema.link import Acked, AttemptTruth, Cancel, Ended, EngineTiming, RetryKey, Submit, TokenRun
 from schema.states import EndReason, RequestState
 from sllmctl.gateway.errors import KeyReused
 from sllmctl.gateway.router import Request
@@ -22,6 +22,7 @@ from tests.sllmctl.gateway.routing import Bench, end, params, run
 
 _CHAT = "/v1/chat/completions"
 _KEY = RetryKey(key="k", body="b")
+_NAME = make_id("req", 900.0, bytes(10))
 
 
 def _bench(**settings: Any) -> Bench:
@@ -120,7 +121,7 @@ def test_what_failed_or_was_cancelled_runs_anew() -> None:
 
 def _old(counter: int, choice: int = 0, key: RetryKey = _KEY, **more: Any) -> Submit:
     return Submit(
-        attempt=epoch_of(3, counter), instance="i", instance_epoch=epoch_of(1, 1), request="req_old", model="m",
+        attempt=epoch_of(3, counter), instance="i", instance_epoch=epoch_of(1, 1), request=_NAME, model="m",
         choice=choice, prompt=(1, 2), params=params(seed=5, **more), retry=key,
     )  # fmt: skip
 
@@ -130,14 +131,15 @@ def test_a_restarted_manager_finds_what_runs_and_what_was_made() -> None:
     bench = Bench()
     bench.model()
     ended, running = _old(1, 0, both), _old(2, 1, both)
-    bench.node(
-        attempts=(AttemptTruth(submit=ended, new_ids=(7, 8), end=end(ended, 2)), AttemptTruth(submit=running, new_ids=(9,)))
-    )
+    timing = EngineTiming(cached_tokens=1)
+    made = AttemptTruth(submit=ended, new_ids=(7, 8), end=end(ended, 2, timing=timing))
+    bench.node(attempts=(made, AttemptTruth(submit=running, new_ids=(9,))))
     bench.instance()
     assert _acked(bench) == []
     request = bench.router.join(both)
     assert request is not None
-    assert (request.id, request.orphaned, request.params.seed) == ("req_old", False, 5)
+    assert (request.id, request.orphaned, request.params.seed, request.engine) == (_NAME, False, 5, timing)
+    assert request.received_at == 900.0
     assert [(s.tokens, s.finish) for s in request.sequences] == [([7, 8], EndReason.LENGTH), ([9], None)]
     bench.advance(100)
     bench.tokens(run(running, 10, start=1), end(running, 2))
@@ -159,7 +161,7 @@ def test_choices_come_from_several_nodes_and_one_that_none_has_is_begun() -> Non
     assert request is not None
     assert [s.tokens for s in request.sequences] == [[7], [8], []]
     (begun,) = bench.take(Submit)
-    assert (begun.choice, begun.params.seed, begun.request) == (2, 5, "req_old")
+    assert (begun.choice, begun.params.seed, begun.request) == (2, 5, _NAME)
     # A node that comes later with that choice is too late.
     late = _old(3, 2, three)
     bench.node("p", (AttemptTruth(submit=late, new_ids=(9,)),))
