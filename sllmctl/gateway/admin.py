@@ -437,7 +437,8 @@ class _Admin:
         read_query(request)
         name = request.path_params["id"]
         await self._runner.ask(lambda ticket: EndOperation(ticket, name))
-        return json_answer(operation_view(self._view, self._router, self._view.operations[name]))
+        operation = known("operation", name, self._view.operations.get(name))
+        return json_answer(operation_view(self._view, self._router, operation))
 
     @_changes("Forget where a checkpoint was published.", RemoteBody)
     async def forget_checkpoint(self, request: Request) -> Response:
