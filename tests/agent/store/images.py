@@ -7,6 +7,7 @@ import select
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,7 @@ def commit(
     image = b""
     entries = []
     for index in range(partitions):
-        data = np.random.default_rng((number, index)).bytes(size_bytes)
-        data += bytes(-len(data) % PAD_BYTES)
+        data = _seeded(number, index, size_bytes)
         file = f"partition_{index}.bin"
         (directory / file).write_bytes(data)
         sums = tuple(xxhash.xxh3_64_intdigest(data[at : at + checksum_bytes]) for at in range(0, len(data), checksum_bytes))
@@ -54,6 +54,12 @@ def commit(
     )  # fmt: skip
     (directory / "manifest.json").write_bytes(encode_manifest(manifest))
     return digest, directory, image
+
+
+@lru_cache(maxsize=16)
+def _seeded(number: int, index: int, size_bytes: int) -> bytes:
+    """Random bytes and their padding; tests ask for the same few again and again."""
+    return np.random.default_rng((number, index)).bytes(size_bytes) + bytes(-size_bytes % PAD_BYTES)
 
 
 def read_image(descriptor: int, resident: Resident) -> bytes:

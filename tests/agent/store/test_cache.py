@@ -23,6 +23,7 @@ from agent.store import catalog
 from schema.errors import Conflict, NotFound, SllmError
 from schema.link import Arriving, LayersArrived
 from tests.agent.store.images import CHUNK, Bench, HandPool, commit, read_image
+from tests.examples import examples
 
 
 @pytest.fixture
@@ -522,4 +523,6 @@ class Budget(RuleBasedStateMachine):
 
 
 TestBudget = Budget.TestCase
-TestBudget.settings = settings(max_examples=15, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck))
+TestBudget.settings = settings(
+    max_examples=examples(15), stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+)

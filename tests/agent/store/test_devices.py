@@ -28,6 +28,7 @@ from schema.states import Tier
 from tests.agent.native.fake_driver import FakeDriver
 from tests.agent.store.fetching import SETTINGS, make_source
 from tests.agent.store.images import CHUNK, Bench, commit
+from tests.examples import examples
 from tests.remotes import web_server
 
 MIB = 1 << 20
@@ -350,7 +351,7 @@ def test_a_wrong_byte_puts_the_copy_in_quarantine(tmp_path: Path) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_happens_everything_unwinds(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     root = tmp_path_factory.mktemp("images")
     arena_bytes = data.draw(st.sampled_from([2 * CHUNK, 16 * MIB]))

@@ -33,6 +33,7 @@ def test_a_table_and_a_verdict(sllmctl: Sllmctl, checkpoint: tuple[str, Path]) -
     assert "medians of 2" in said.err
 
 
+@pytest.mark.slow
 def test_the_report_as_json_by_digest_and_by_directory(sllmctl: Sllmctl, checkpoint: tuple[str, Path]) -> None:
     digest, directory = checkpoint
     for which in ((digest[:60],), ("--dir", str(directory))):
@@ -46,6 +47,7 @@ def test_the_report_as_json_by_digest_and_by_directory(sllmctl: Sllmctl, checkpo
         assert [row["of_limit"] for row in report["rows"]] == [None] * len(report["rows"]), "a share of the disk says nothing"
 
 
+@pytest.mark.slow
 def test_a_hugging_face_directory_beside_other_loaders(sllmctl: Sllmctl, tmp_path: Path) -> None:
     make_checkpoint("tiny-llama", tmp_path / "model")
     before = sorted((tmp_path / "model").iterdir())
@@ -58,6 +60,7 @@ def test_a_hugging_face_directory_beside_other_loaders(sllmctl: Sllmctl, tmp_pat
     assert sorted((tmp_path / "model").iterdir()) == before
 
 
+@pytest.mark.slow
 def test_what_is_not_there_or_is_bad_ends_with_its_own_code(
     sllmctl: Sllmctl, checkpoint: tuple[str, Path], tmp_path: Path
 ) -> None:

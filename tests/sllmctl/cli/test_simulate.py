@@ -40,6 +40,7 @@ def figures(text: str) -> list[dict[str, object]]:
     return [{key: value for key, value in one.items() if key not in ("wall_s", "simulated_rps")} for one in json.loads(text)]
 
 
+@pytest.mark.slow
 def test_several_processes_say_the_same(sllmctl: Sllmctl) -> None:
     asked = ("simulate", *SMALL, "--policy", "random", "--policy", "paper", "--rate", "0.5", "--rate", "2", "-o", "json")
     seeds = ("--seed", "1", "--seed", "2")

@@ -25,6 +25,7 @@ from sllmctl.control.instances import ACTIVE
 from sllmctl.control.settings import ControlSettings
 from sllmctl.control.view import ClusterView
 from sllmctl.planner.plans import Abilities, NoJournals
+from tests.examples import examples
 from tests.sllmctl.control.world import Agent, World, digest_of, spec
 
 _I = InstanceState
@@ -328,7 +329,7 @@ class Migrations(Devices):
     abilities = Abilities(migrate=True)
 
 
-_RUNS = settings(max_examples=30, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+_RUNS = settings(max_examples=examples(30), stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
 
 TestCluster = Cluster.TestCase
 TestDevices = Devices.TestCase

@@ -18,6 +18,7 @@ from schema.link import Acked, AttemptTruth, Cancel, Ended, Submit, TokenRun
 from schema.states import EndReason, InstanceState
 from sllmctl.gateway.journal import Request
 from sllmctl.gateway.router_settings import RouterSettings
+from tests.examples import examples
 from tests.sllmctl.gateway.routing import Bench, params
 
 NODES = ("n", "o")
@@ -226,5 +227,9 @@ class RouterMachine(RuleBasedStateMachine):
 
 TestRouterMachine = RouterMachine.TestCase
 TestRouterMachine.settings = settings(
-    max_examples=100, stateful_step_count=50, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=examples(100),
+    stateful_step_count=50,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
 )

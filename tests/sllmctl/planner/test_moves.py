@@ -17,6 +17,7 @@ from sllmctl.planner import moves as moves_module
 from sllmctl.planner.estimates import Estimates
 from sllmctl.planner.plans import Abilities, Move, Plan, Refusal
 from sllmctl.planner.rounds import rounds_s
+from tests.examples import examples
 from tests.sllmctl.planner.crowds import NOW, RULES, Crowd
 from tests.sllmctl.planner.straits import WIDE, Twin, straits
 
@@ -42,20 +43,20 @@ def _compare(crowd: Crowd) -> None:
         assert found.best.cost_s >= min(start_s + room_s for start_s, room_s in costs) - 1e-6
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(straits())
 def test_no_choice_of_victims_and_targets_is_cheaper(crowd: Crowd) -> None:
     _compare(crowd)
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=examples(1000), deadline=None)
 @given(straits())
 def test_no_choice_is_cheaper_in_many_clusters(crowd: Crowd) -> None:
     _compare(crowd)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(straits())
 def test_what_was_left_out_at_first_is_looked_at_again_where_it_might_be_better(crowd: Crowd) -> None:
     model = crowd.view.models["m"]
@@ -95,7 +96,7 @@ def _simulated(tokens: Sequence[int], token_s: float, base_s: float, nearly: flo
     return clock, sum(waits) / len(waits)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     st.lists(st.integers(1, 4000), min_size=1, max_size=16),
     st.sampled_from([1e-4, 1e-3, 1e-2]),

@@ -16,6 +16,7 @@ from sllmctl.planner.plans import Abilities, Candidate, Plan, Refusal, Rejection
 from sllmctl.planner.prices import Prices
 from sllmctl.planner.rooms import arena_deficit_bytes, ask, ground
 from sllmctl.planner.victims import Exit, exits_on
+from tests.examples import examples
 from tests.sllmctl.planner.crowds import NOW, RULES, Crowd, crowds
 
 MIGRATE = Abilities(migrate=True)
@@ -63,7 +64,7 @@ def _arena_freed(crowd: Crowd, node: str, leaving: tuple[Exit, ...]) -> int:
     return sum(crowd.view.arena_bytes_of(node, digest) for digest in {one.digest for one in here} - kept)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(crowds())
 def test_the_cost_is_within_its_bound_of_brute_force(case: tuple[Crowd, Model]) -> None:
     crowd, model = case
@@ -82,7 +83,7 @@ def test_the_cost_is_within_its_bound_of_brute_force(case: tuple[Crowd, Model]) 
         assert found.best.cost_s >= min(start for start, _ in twin) - 1e-9
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(crowds())
 def test_what_is_explained_in_full_is_what_is_planned(case: tuple[Crowd, Model]) -> None:
     crowd, model = case
@@ -166,7 +167,7 @@ def _check_victims(crowd: Crowd, model: Model, best: Candidate) -> None:
         assert not ended or len(there) - len(ended) >= other.spec.scale.min
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(crowds())
 def test_memory_is_never_promised_twice_and_victims_are_fair(case: tuple[Crowd, Model]) -> None:
     crowd, model = case
@@ -177,7 +178,7 @@ def test_memory_is_never_promised_twice_and_victims_are_fair(case: tuple[Crowd, 
         _check_memory(crowd, found.best)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(crowds(roomy_arena=True))
 def test_migrations_have_targets_with_room_and_are_chosen_only_if_better(case: tuple[Crowd, Model]) -> None:
     crowd, model = case
