@@ -22,7 +22,7 @@ from agent.store.ingest.pipeline import CHUNK_BYTES
 from agent.store.ingest.writer import Written, write_partition
 from agent.store.temporary import kept_directory, sweep, temporary_directory
 from schema.errors import InvalidCheckpoint, OutOfSpace, Unreachable
-from tests.checkpoints import write_safetensors
+from tests.checkpoints import Tensor, write_safetensors
 
 SEED = 20261128
 WORK = """
@@ -43,15 +43,17 @@ with Sources(SourceDirectory(Path(sys.argv[1]))) as sources:
 """
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, Tensor]:
     make = random.Random(SEED)
     sizes = [3 * CHUNK_BYTES + 777, CHUNK_BYTES, 0, 2 * CHUNK_BYTES - 1] + [make.randrange(1 << 20) for _ in range(60)]
+    return {f"t{n:03}": ("U8", (size,), make.randbytes(size)) for n, size in enumerate(sizes)}
+
+
+@pytest.fixture
+def source(tmp_path: Path, tensors: dict[str, Tensor]) -> Path:
     (tmp_path / "m").mkdir()
-    write_safetensors(
-        tmp_path / "m" / "model.safetensors",
-        {f"t{n:03}": ("U8", (size,), make.randbytes(size)) for n, size in enumerate(sizes)},
-    )
+    write_safetensors(tmp_path / "m" / "model.safetensors", tensors)
     return tmp_path / "m"
 
 
