@@ -55,10 +55,11 @@ class Reply:
 
         Raises the SllmError of a sequence that failed or was cancelled, however much of it was there.
         """
+        pieces: list[Piece] = []
         if self._stop is None:
             # A sequence never has more than max_tokens: this returns at its end.
             await self._sequence.wait(max_tokens)
-        pieces: list[Piece] = []
+            pieces.append(await self._take())
         while self.reason is None:
             pieces.append(await self.next())
         return Piece("".join([piece.text for piece in pieces]), [score for piece in pieces for score in piece.scores])
