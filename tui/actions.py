@@ -8,12 +8,12 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from schema.admin import CheckpointView, InstanceView, ModelView, NodeVerdictView, RequestView
+from schema.admin import CheckpointView, InstanceView, ModelView, NodeVerdictView, NodeView, RequestView
 from schema.errors import InvalidInput
 from schema.spec import ModelSpec, ScaleSpec, parse_spec, source_of
 from schema.states import Tier
 from sllmctl import client
-from sllmctl.client import Call
+from sllmctl.client import Call, LogQuery
 from tui.dialogs import Field
 from tui.feed import Cluster
 
@@ -28,6 +28,7 @@ __all__ = [
     "prefetch_checkpoint",
     "remove_model",
     "scale_model",
+    "show_logs",
     "stop_instance",
     "stop_model",
     "unpin_checkpoint",
@@ -47,6 +48,7 @@ class Desk(Protocol):
     async def fill_in(self, title: str, fields: list[Field], read: Callable[[Mapping[str, str]], T]) -> T | None: ...
     async def ask(self, call: Call[T], done: str = "") -> T | None: ...
     def jump(self, view: str) -> None: ...
+    def show_logs(self, wanted: LogQuery) -> None: ...
 
 
 # --- models
@@ -109,6 +111,20 @@ async def explain(desk: Desk, row: ModelView | InstanceView | RequestView | Node
     if explained is not None:
         desk.cluster.explained = explained
         desk.jump("explain")
+
+
+async def show_logs(desk: Desk, row: NodeView | ModelView | InstanceView | RequestView) -> None:
+    match row:
+        case NodeView():
+            desk.show_logs(LogQuery("node", row.name))
+        case ModelView():
+            desk.show_logs(LogQuery("model", row.name))
+        case InstanceView():
+            desk.show_logs(LogQuery("instance", row.id))
+        case RequestView(instance=str(instance)):
+            desk.show_logs(LogQuery("instance", instance))
+        case RequestView():
+            desk.show_logs(LogQuery("model", row.model))
 
 
 # --- instances and requests

@@ -22,13 +22,14 @@ from textual.widgets import Input, Static
 
 from schema.errors import SllmError
 from schema.states import RequestState
-from sllmctl.client import AsyncAdminClient, Call
+from sllmctl.client import AsyncAdminClient, Call, LogQuery
 from tui.chrome import footer_line, status_line, tab_at, tabs_line, title_line
 from tui.commands import COMMANDS, Command, called, for_key, of_view
 from tui.dialogs import Choice, Field, Form, Help
 from tui.feed import Cluster, Follower
 from tui.format import printable
 from tui.grid import Grid
+from tui.logs import LogPage
 from tui.views import VIEWS, Scope, View, filtered, made
 
 __all__ = ["Dashboard", "Ending"]
@@ -362,6 +363,9 @@ class Dashboard(App[Ending]):
         self._close_prompt()
 
     # --- what actions ask for
+
+    def show_logs(self, wanted: LogQuery) -> None:
+        self.push_screen(LogPage(self._connect, wanted))
 
     @property
     def _is_asking(self) -> bool:

@@ -10,10 +10,10 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from schema.admin import LogView, PinView, PlacementView, PublicationView, StreamFrame, StreamKind
+from schema.admin import LogFrame, LogView, PinView, PlacementView, PublicationView, StreamFrame, StreamKind
 from schema.errors import SllmError, Unreachable
 from schema.states import Tier, TierState
-from sllmctl.client import AsyncAdminClient, Call
+from sllmctl.client import AsyncAdminClient, Call, LogQuery
 from sllmctl.config import ClientSettings
 from tests.sllmctl.fake_manager import (
     CHECKPOINTS,
@@ -66,6 +66,8 @@ class Manager:
         self.cursors: list[str | None] = []
         self.answers: dict[str, Any] = {"models/qwen/explain": EXPLAINS["qwen"]}
         self.up = True
+        self.logs: asyncio.Queue[LogFrame | SllmError] = asyncio.Queue()
+        self.followed: list[LogQuery] = []
         self._told: asyncio.Queue[StreamFrame | SllmError] = asyncio.Queue()
         self.tell(FRAME)
 
@@ -91,6 +93,14 @@ class _Client(AsyncAdminClient):
             if not self._manager.up:
                 raise Unreachable("no manager answers at /run/admin.sock; start it with `sllmctl serve`")
             told = await self._manager._told.get()
+            if isinstance(told, SllmError):
+                raise told
+            yield told
+
+    async def follow_logs(self, wanted: LogQuery) -> AsyncGenerator[LogFrame, None]:
+        self._manager.followed.append(wanted)
+        while True:
+            told = await self._manager.logs.get()
             if isinstance(told, SllmError):
                 raise told
             yield told
