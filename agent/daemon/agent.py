@@ -101,6 +101,7 @@ class Agent:
         self._disk = DiskSpeed(config, self._busy)
         self._logs = NodeLogs(config)
         self._devices = {device.index for device in found}
+        self._software: dict[str, str] = {"agent": SOFTWARE}
         self._admission = asyncio.Lock()
         self._saving = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -204,6 +205,8 @@ class Agent:
         if not hmac.compare_digest(hello.token.encode(), self._token.encode()):
             raise Unauthorised(f"the {hello.role} (pid {hello.pid}) does not know this agent's token")
 
+        self._software[hello.instance or hello.role] = hello.software
+
         def welcome(descriptors: int) -> Welcome:
             return self._welcome(hello, descriptors)
 
@@ -245,7 +248,10 @@ class Agent:
     def _truth(self) -> NodeTruth:
         arena = self._store.arena
         found = msgspec.structs.replace(
-            self._inventory, arena=arena or self._inventory.arena, disk_read_bps=self._disk.read_bps
+            self._inventory,
+            arena=arena or self._inventory.arena,
+            disk_read_bps=self._disk.read_bps,
+            software=self._running_software(),
         )
         return NodeTruth(
             node=self._identity.identity.node,
@@ -255,6 +261,11 @@ class Agent:
             ops=self._operations.running,
             done=self._operations.done,
         )
+
+    def _running_software(self) -> dict[str, str]:
+        living = {"agent", Role.STORE, Role.ZYGOTE, *(truth.instance for truth in self._instances.truths())}
+        self._software = {name: said for name, said in self._software.items() if name in living}
+        return self._software
 
     def _busy(self) -> bool:
         """Something starts, loads or is ingested, or the node's own processes have yet to begin."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+import msgspec
+
 from schema.errors import Fault
 from schema.link.base import Count, Finite, Life, Part
 from schema.memory import StepCosts
@@ -49,7 +51,8 @@ class ArenaInfo(Part, frozen=True, kw_only=True):
 class Inventory(Part, frozen=True, kw_only=True):
     """A machine's means. Bandwidths are measured, in bytes per second; 0 means not measured yet.
 
-    ``disk_budget_bytes``: what checkpoints may take of the disk, ``disk_used_bytes`` of which they take.
+    ``disk_budget_bytes``: what checkpoints may take of the disk, ``disk_used_bytes`` of which they take. ``software``: what
+    each of its processes said that it runs, "sllmctl-store 0.1.0", by its role; of a worker by its instance.
     """
 
     hostname: str
@@ -61,6 +64,7 @@ class Inventory(Part, frozen=True, kw_only=True):
     disk_used_bytes: Count = 0
     disk_read_bps: Finite = 0.0
     device_copy_bps: Finite = 0.0
+    software: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 class Placement(Part, frozen=True, kw_only=True):

@@ -1,4 +1,4 @@
-"""What `sllmctl doctor` looks at in the cluster: copies that must not be used, and instances that do not run."""
+"""What `sllmctl doctor` looks at in the cluster: versions, copies that must not be used, and instances that do not run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from sllmctl.cli.findings import Finding
 from sllmctl.cli.format import short_digest
 
 if TYPE_CHECKING:
-    from schema.admin import CheckpointView, InstanceView
+    from schema.admin import CheckpointView, InstanceView, NodeView
     from sllmctl.config import Settings
 
-__all__ = ["check_cluster", "failed_instances", "quarantined_copies"]
+__all__ = ["check_cluster", "failed_instances", "node_versions", "quarantined_copies"]
 
 _NAMED = 5
 """So many are named; the commands that the advice names list all."""
@@ -26,11 +26,23 @@ def check_cluster(settings: Settings) -> Iterator[Finding]:
 
     try:
         with AdminClient(settings.admin_socket, settings.client) as admin:
-            found = admin.ask(client.checkpoints()), admin.ask(client.instances())
+            version, nodes = admin.ask(client.status()).version, admin.ask(client.nodes())
+            checkpoints, instances = admin.ask(client.checkpoints()), admin.ask(client.instances())
     except SllmError:
         return  # the manager's own finding says so
-    yield quarantined_copies(found[0])
-    yield failed_instances(found[1])
+    yield node_versions(version, nodes)
+    yield quarantined_copies(checkpoints)
+    yield failed_instances(instances)
+
+
+def node_versions(manager: str, nodes: Sequence[NodeView]) -> Finding:
+    """Processes of nodes that run another version than their manager, as they said when the node was linked last."""
+    told = [(node.name, who, said) for node in nodes if node.inventory for who, said in node.inventory.software.items()]
+    other = [f"{who} on {node} runs {said}" for node, who, said in told if said.rpartition(" ")[2] != manager]
+    if not other:
+        return Finding("node_versions", "ok", f"what nodes run is version {manager}" if told else "no node said a version")
+    advice = "stop the manager without --keep-agent and start it again: agents, stores and workers begin anew with its version"
+    return Finding("node_versions", "warn", f"the manager runs version {manager}, but {_some(other)}", advice)
 
 
 def quarantined_copies(checkpoints: Sequence[CheckpointView]) -> Finding:

@@ -49,6 +49,7 @@ CHECKS = {
     "clock": "the clock beside what was already written",
     "clock_sync": "whether the clock is kept by a time server",
     "clock_jump": "how far the clock was set since the manager started",
+    "node_versions": "the versions of agents, stores, zygotes and workers beside the manager's",
     "quarantine": "copies of checkpoints that are wrong",
     "instances": "instances that failed",
 }

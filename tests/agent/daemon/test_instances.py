@@ -9,6 +9,7 @@ import os
 import msgspec
 import pytest
 
+from agent.daemon.agent import SOFTWARE
 from schema.errors import Fault, SllmError
 from schema.ids import epoch_of
 from schema.link import (
@@ -56,6 +57,17 @@ async def test_a_worker_can_only_read_the_arena(node: Node) -> None:
     assert fcntl.fcntl(worker.memory, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
     with pytest.raises(PermissionError):
         mmap.mmap(worker.memory, 4096, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+async def test_the_truth_states_what_each_process_runs(node: Node) -> None:
+    manager = await node.manager()
+    start, _ = await node.ready(manager)
+    kin = {"agent": SOFTWARE, "store": "test", "zygote": "test"}
+    assert (await node.manager()).truth.inventory.software == {**kin, start.instance: "test"}
+    manager = await node.manager()
+    manager.send(StopInstance(instance=start.instance, epoch=start.epoch))
+    await manager.instance(InstanceState.STOPPED)
+    assert (await node.manager()).truth.inventory.software == kin
 
 
 async def test_a_start_told_twice_is_stated_again_and_made_once(node: Node) -> None:

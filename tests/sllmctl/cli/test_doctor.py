@@ -101,6 +101,18 @@ def test_copies_in_quarantine_and_failed_instances_are_named(state: Path, manage
     assert "and 2 more" in found["instances"].message
 
 
+def test_processes_of_nodes_that_run_another_version_are_named(state: Path, manager: FakeManager) -> None:
+    settings = _settings(state, admin_socket=str(manager.socket))
+    for store, level in ((STATUS.version, "ok"), ("0.0.1", "warn")):
+        software = {"agent": f"sllmctl-agent {STATUS.version}", "store": f"sllmctl-store {store}"}
+        inventory = msgspec.structs.replace(NODES[0].inventory, software=software)
+        manager.answers["GET nodes"] = []
+        manager.answer("GET nodes", 200, {"items": [msgspec.structs.replace(NODES[0], inventory=inventory), NODES[1]]})
+        found = _found(settings)["node_versions"]
+        assert found.level == level
+    assert found.message == f"the manager runs version {STATUS.version}, but store on local runs sllmctl-store 0.0.1"
+
+
 def test_a_manager_that_answers_nonsense_or_is_not_ready(state: Path, manager: FakeManager) -> None:
     settings = _settings(state, admin_socket=str(manager.socket))
     manager.answers["GET status"] = [(200, b"{}")]
