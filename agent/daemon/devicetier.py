@@ -9,6 +9,7 @@ from typing import Final
 
 import msgspec
 
+from agent.native.jobs import Priority
 from schema.errors import Fault, NotFound, SllmError, Unreachable
 from schema.link import (
     Descriptors,
@@ -104,11 +105,14 @@ class DeviceTier:
         devices: tuple[int, ...],
         answered: Callable[[OnDevice | Fault], None],
         progress: Callable[[Progress], None],
+        *,
+        priority: Priority = Priority.REQUEST,
     ) -> str:
         """Ask for weights on devices, after `hold`; answered once, now or later, unless it is withdrawn. Returns its op."""
         self._count += 1
         op = f"device-{os.getpid()}-{self._count}"
-        message = FillDevice(op=op, digest=digest, directory=directory, devices=devices, users=self._most(digest, devices))
+        users = self._most(digest, devices)
+        message = FillDevice(op=op, digest=digest, directory=directory, devices=devices, users=users, priority=priority)
         self._fills[op] = _Fill(message, answered, progress)
         self._say(message)
         self._changed(digest)

@@ -24,6 +24,7 @@ from schema.link import (
     Ingest,
     LoadCheckpoint,
     Message,
+    OnDevice,
     OperationDone,
     Progress,
     Publish,
@@ -215,26 +216,48 @@ class Operations:
         return OperationDone(op=message.op, digest=digest, fault=done.fault, layout=done.layout)
 
     async def _load(self, message: LoadCheckpoint) -> OperationDone:
-        if message.tier is not Tier.DRAM:
-            raise InvalidInput(f"a checkpoint can be loaded ahead to {Tier.DRAM}, not to {message.tier}")
+        if message.tier not in (Tier.DRAM, Tier.DEVICE):
+            raise InvalidInput(f"a checkpoint can be loaded ahead to {Tier.DRAM} or {Tier.DEVICE}, not to {message.tier}")
         directory = self._checkpoints.directory(message.digest)
-        answer: asyncio.Future[Resident | Fault] = asyncio.get_running_loop().create_future()
 
         def progressed(progress: Progress) -> None:
             self._owner.tell(msgspec.structs.replace(progress, op=message.op))
 
+        load = self._load_device if message.tier is Tier.DEVICE else self._load_memory
+        result = await load(message, directory, progressed)
+        if isinstance(result, Fault):
+            return OperationDone(op=message.op, digest=message.digest, fault=result)
+        return OperationDone(op=message.op, digest=message.digest, read_bytes=result.read_bytes)
+
+    async def _load_memory(
+        self, message: LoadCheckpoint, directory: str, progressed: Callable[[Progress], None]
+    ) -> Resident | Fault:
+        answer: asyncio.Future[Resident | Fault] = asyncio.get_running_loop().create_future()
         self._store.holds.add(message.digest, message.op)
         try:
             fill = self._store.fill(message.digest, directory, _answer(answer), progressed, priority=Priority.PREFETCH)
             try:
-                result = await answer
+                return await answer
             finally:
                 self._store.withdraw(fill)
         finally:
             self._store.holds.release(message.digest, message.op)
-        if isinstance(result, Fault):
-            return OperationDone(op=message.op, digest=message.digest, fault=result)
-        return OperationDone(op=message.op, digest=message.digest, read_bytes=result.read_bytes)
+
+    async def _load_device(
+        self, message: LoadCheckpoint, directory: str, progressed: Callable[[Progress], None]
+    ) -> OnDevice | Fault:
+        """Weights that nobody uses, so that they stay until the memory is needed."""
+        tier, devices = self._store.devices, (message.device,)
+        answer: asyncio.Future[OnDevice | Fault] = asyncio.get_running_loop().create_future()
+        tier.hold(message.digest, devices, message.op, 0)
+        try:
+            fill = tier.fill(message.digest, directory, devices, _answer(answer), progressed, priority=Priority.PREFETCH)
+            try:
+                return await answer
+            finally:
+                tier.withdraw(fill)
+        finally:
+            tier.release(message.digest, devices, message.op)
 
     async def _verify(self, message: VerifyCheckpoint) -> OperationDone:
         """Both quarantine and its end are written by the store; what it found is read again before the end is told."""

@@ -176,6 +176,8 @@ class DeviceStore:
 
     def reserve(self, device: int, size_bytes: int) -> None:
         """Say how much of a device's memory KV caches may take now; idle weights make room for it."""
+        if device not in self._budgets:
+            return  # what is asked of such a device fails by its own answer
         self._reserved[device] = size_bytes
         self._evict(device, self._over(device, 0))
         self._settle()

@@ -80,11 +80,12 @@ class Ingest(Message, frozen=True, kw_only=True, tag="ingest"):
 
 
 class LoadCheckpoint(Message, frozen=True, kw_only=True, tag="prefetch"):
-    """Bring a checkpoint up to a tier ahead of need. Ends with `OperationDone`."""
+    """Bring a checkpoint up to a tier ahead of need: into DRAM, or onto a ``device``. Ends with `OperationDone`."""
 
     op: str
     digest: str
     tier: Tier = Tier.DRAM
+    device: Count = 0
 
 
 class Publish(Message, frozen=True, kw_only=True, tag="publish"):

@@ -85,7 +85,7 @@ def _tier_option(*tiers: str) -> Callable[[F], F]:
 @command.command("prefetch")
 @click.argument("reference", metavar="DIGEST|MODEL", shell_complete=names("checkpoint"))
 @click.option("--node", metavar="NODE", help="Bring it into the memory of this node.")
-@click.option("--tier", type=click.Choice(["dram"]), default="dram", show_default=True, help="Where to bring it.")
+@click.option("--tier", type=click.Choice(["dram", "device"]), default="dram", show_default=True, help="Where to bring it.")
 @_wait_options
 @output_option
 @pass_invocation
@@ -95,11 +95,12 @@ def prefetch(
     """Bring a checkpoint from disk into memory, ahead of the next start.
 
     Without --node it goes to the node with the most free memory of those that have it on disk. It stays until the memory is
-    needed; `sllmctl checkpoint pin --tier dram` keeps it.
+    needed; `sllmctl checkpoint pin --tier dram` keeps it. With --tier device it goes onto the GPU with the most free memory.
 
     \b
     Examples:
       sllmctl checkpoint prefetch qwen --node gpu1
+      sllmctl checkpoint prefetch qwen --tier device
     """
     from schema.states import Tier
     from sllmctl import client

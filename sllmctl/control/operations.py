@@ -39,9 +39,14 @@ def begin(turn: Turn, event: Operate) -> None:
     fetching = event.kind == "fetch"
     checkpoint = remotes.called(turn, event) if fetching else checkpoint_called(turn.view, event.reference)
     node = node_called(turn.view, event.node) if event.node is not None else None
+    device = 0
     match event.kind:
         case "prefetch":
-            places = [(_prefetch_node(turn, checkpoint, node, event.tier), Tier.DRAM)]
+            if event.tier is Tier.DEVICE:
+                holder, device = _prefetch_device(turn, checkpoint, node)
+                places = [(holder, Tier.DEVICE)]
+            else:
+                places = [(_prefetch_node(turn, checkpoint, node, event.tier), Tier.DRAM)]
         case "verify":
             places = _verify_places(turn, checkpoint, node)
         case "publish":
@@ -52,7 +57,7 @@ def begin(turn: Turn, event: Operate) -> None:
             places = _drop_places(turn, checkpoint, node, event.tier)
     url, layout = remotes.address(turn, checkpoint.digest, event) if event.kind in ("publish", "fetch") else ("", "")
     for where, tier in places:
-        _begin(turn, event, checkpoint, where, tier, url, layout)
+        _begin(turn, event, checkpoint, where, tier, url, layout, device)
 
 
 def cancel(turn: Turn, event: EndOperation) -> None:
@@ -113,12 +118,14 @@ def restate(turn: Turn, node: Node, truth: NodeTruth) -> set[str]:
     return wanted
 
 
-def _begin(turn: Turn, event: Operate, checkpoint: Checkpoint, node: Node, tier: Tier, url: str, layout: str) -> None:
+def _begin(
+    turn: Turn, event: Operate, checkpoint: Checkpoint, node: Node, tier: Tier, url: str, layout: str, device: int
+) -> None:
     op = turn.core.ids("op")
     known = turn.view.operations
     operation = Operation(
         op, event.ticket, event.kind, checkpoint.digest, node.id, tier, checkpoint.image_bytes, turn.now,
-        url=url, layout=layout,
+        url=url, layout=layout, device=device,
     )  # fmt: skip
     known[op] = operation
     for old in [old for old in known.values() if old.ended_at is not None][: max(0, len(known) - _KEPT)]:
@@ -143,7 +150,7 @@ def _send(turn: Turn, operation: Operation) -> None:
     op, digest = operation.id, operation.digest
     match operation.kind:
         case "prefetch":
-            turn.send(operation.node, LoadCheckpoint(op=op, digest=digest, tier=operation.tier))
+            turn.send(operation.node, LoadCheckpoint(op=op, digest=digest, tier=operation.tier, device=operation.device))
         case "verify":
             turn.send(operation.node, VerifyCheckpoint(op=op, digest=digest))
         case "publish":
@@ -181,7 +188,8 @@ def _where(turn: Turn, operation: Operation) -> str:
     name = turn.view.nodes[operation.node].name
     if operation.kind == "publish":
         return f"to {operation.url} from node {name}"
-    return f"{operation.tier.value} of node {name}" + (f" from {operation.url}" if operation.url else "")
+    device = f" {operation.device}" if operation.kind == "prefetch" and operation.tier is Tier.DEVICE else ""
+    return f"{operation.tier.value}{device} of node {name}" + (f" from {operation.url}" if operation.url else "")
 
 
 # --- which copies are meant ---
@@ -191,7 +199,7 @@ def _prefetch_node(turn: Turn, checkpoint: Checkpoint, node: Node | None, tier: 
     """The node to bring a checkpoint into the memory of: the one named, or the one with most free memory of those with it."""
     view, digest = turn.view, checkpoint.digest
     if tier not in (None, Tier.DRAM):
-        raise Conflict(f"a checkpoint can be brought to {Tier.DRAM}, not to {tier}")
+        raise Conflict(f"a checkpoint can be brought to {Tier.DRAM} or {Tier.DEVICE}, not to {tier}")
     holders = view.nodes_with(digest, Tier.DISK)
     if node is not None:
         if node.id not in holders and node.id not in view.nodes_with(digest, Tier.DRAM):
@@ -211,6 +219,41 @@ def _prefetch_node(turn: Turn, checkpoint: Checkpoint, node: Node | None, tier: 
     best = max(ready, key=preference)
     _check_arena(checkpoint, best)
     return best
+
+
+def _prefetch_device(turn: Turn, checkpoint: Checkpoint, node: Node | None) -> tuple[Node, int]:
+    """The device to bring a checkpoint onto, of the node named or of any that has it: where it lies, else that with most free
+    memory. Nothing is evicted for it."""
+    view, digest, size = turn.view, checkpoint.digest, checkpoint.image_bytes
+    holders = {*view.nodes_with(digest, Tier.DISK), *view.nodes_with(digest, Tier.DRAM), *view.nodes_with(digest, Tier.DEVICE)}
+    if node is not None and node.id not in holders:
+        raise Conflict(f"checkpoint {digest[:16]} is not on node {node.name}; {_lies(turn, digest)}")
+    nodes = [_ready(node)] if node is not None else [view.nodes[holder] for holder in sorted(holders)]
+    lying = {
+        (record.node, record.device)
+        for record in view.placements_of(digest).values()
+        if record.tier is Tier.DEVICE and record.state is TierState.RESIDENT
+    }
+    choices = [
+        ((each.id, device.index) in lying, not each.cordoned, view.free_bytes(each.id, device), each.id, device.index)
+        for each in nodes
+        if each.state is NodeState.READY and each.inventory is not None
+        for device in each.inventory.devices
+        if device.kind != "cpu"
+    ]
+    if not choices:
+        if node is not None:
+            raise Conflict(
+                f"node {node.name} has no device with memory of its own; on a CPU weights are used where they lie in DRAM"
+            )
+        raise Conflict(f"no node that is ready and has checkpoint {digest[:16]} has a device with memory of its own")
+    there, _, free, best, index = max(choices)
+    if not there and free < size:
+        raise Conflict(
+            f"checkpoint {digest[:16]} has {size} bytes; of the devices that it could go to, device {index} of node "
+            f"{view.nodes[best].name} has most free, {max(0, free)}"
+        )
+    return view.nodes[best], index
 
 
 def _check_arena(checkpoint: Checkpoint, node: Node) -> None:

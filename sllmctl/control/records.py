@@ -122,6 +122,7 @@ class Operation:
     url: str = ""
     layout: str = ""
     note: str = ""
+    device: int = 0
 
 
 @dataclass(frozen=True, slots=True)

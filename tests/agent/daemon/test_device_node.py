@@ -15,6 +15,7 @@ import pytest
 from schema.ids import Epoch, epoch_of
 from schema.link import (
     DropCheckpoint,
+    LoadCheckpoint,
     NodeTruth,
     OperationDone,
     Placement,
@@ -142,8 +143,32 @@ async def test_weights_on_a_device_outlive_everybody(machine: FakeMachine) -> No
     manager.send(DropCheckpoint(op="op_3", digest=machine.digest, tier=Tier.DEVICE))
     done = await manager.take(OperationDone, lambda m: m.op == "op_3", WAIT_S)
     assert done.fault is None
+
     manager.close()
     manager = await machine.manager()
     assert stated(manager.truth) == []
     assert await machine.stop() == 0
     await machine.until(lambda: not machine.left())
+
+
+async def test_weights_come_to_a_device_ahead_of_a_start(machine: FakeMachine) -> None:
+    machine.start()
+    manager = await machine.manager()
+    machine.digest = await machine.ingest(manager)
+    manager.send(LoadCheckpoint(op="op_a", digest=machine.digest, tier=Tier.DEVICE, device=7))
+    done = await manager.take(OperationDone, lambda m: m.op == "op_a", WAIT_S)
+    assert done.fault is not None
+    assert "no device 7" in done.fault.message
+    manager.send(LoadCheckpoint(op="op_b", digest=machine.digest, tier=Tier.DEVICE, device=0))
+    done = await manager.take(OperationDone, lambda m: m.op == "op_b", WAIT_S)
+    assert done.fault is None
+    assert done.read_bytes > 0
+    manager.close()
+    manager = await machine.manager()
+    assert stated(manager.truth) == [(TierState.RESIDENT, 0)]
+    await machine.ready(manager, epoch_of(1, 1))
+    manager.close()
+    (instance,) = (await machine.manager()).truth.instances
+    assert instance.phases is not None
+    assert (instance.phases.loaded_from, instance.phases.loaded_bytes) == (Tier.DEVICE, 0)
+    assert await machine.stop() == 0

@@ -21,6 +21,7 @@ _RUNNING = msgspec.structs.replace(OPERATIONS[0], ended_at=None)
     [
         (("prefetch", "qwen"), "prefetch", {"node": None, "tier": "dram"}),
         (("prefetch", "qwen", "--node", "gpu1"), "prefetch", {"node": "gpu1", "tier": "dram"}),
+        (("prefetch", "qwen", "--tier", "device"), "prefetch", {"node": None, "tier": "device"}),
         (("verify", "qwen", "--node", "gpu1"), "verify", {"node": "gpu1", "tier": None}),
         (("publish", "qwen", "s3://b/p"), "publish", {"url": "s3://b/p", "node": None, "tier": None}),
         (("publish", "qwen", "--node", "gpu1"), "publish", {"url": None, "node": "gpu1", "tier": None}),

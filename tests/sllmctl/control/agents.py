@@ -192,6 +192,9 @@ class Agent:
                     if digest not in self.checkpoints:
                         self.hold(bytes.fromhex(digest).decode()[0])  # what `digest_of` made of a name
                     update.append(PlacementUpdate(truth=self.checkpoints[digest]))
+                case LoadCheckpoint(tier=Tier.DEVICE, device=device):
+                    self.weights[digest, device] = self.checkpoints[digest].image_bytes
+                    update.append(self._restate(digest))
                 case LoadCheckpoint():
                     self.dram[digest] = None
                     assert self.dram_bytes() <= self.arena_mib * MIB, "a load ahead of need puts nothing out"

@@ -46,6 +46,38 @@ def test_a_prefetch_goes_where_most_memory_is_free(make_world: MakeWorld) -> Non
     world.check_rows()
 
 
+def test_a_prefetch_to_a_device_takes_the_one_with_most_room(make_world: MakeWorld) -> None:
+    agents = Agent("a", kind="cuda", device_mib=100), Agent("b", kind="cuda", device_mib=200, devices=2), Agent("c")
+    for agent in agents:
+        agent.hold("m")
+    world = make_world(*agents)
+    for agent in agents:
+        world.connect(agent.name)
+    digest = digest_of("m")
+    assert ask(world, "prefetch", digest, None, Tier.DEVICE) is None
+    (operation,) = asked(world)
+    assert (operation.node, operation.tier, operation.device, operation.fault) == ("b", Tier.DEVICE, 1, None)
+    assert list(agents[1].weights) == [(digest, 1)]
+    assert ask(world, "prefetch", digest, "b", Tier.DEVICE) is None, "it lies there, so it stays there"
+    assert list(agents[1].weights) == [(digest, 1)]
+    assert ask(world, "prefetch", digest, "a", Tier.DEVICE) is None
+    assert list(agents[0].weights) == [(digest, 0)]
+    world.check_rows()
+    fault = ask(world, "prefetch", digest, "c", Tier.DEVICE)
+    assert fault is not None
+    assert fault.message.startswith("node c has no device with memory of its own")
+
+
+def test_a_prefetch_to_devices_that_are_full_is_refused(make_world: MakeWorld) -> None:
+    agent = Agent("local", kind="cuda", device_mib=1)
+    agent.hold("m")
+    world = make_world(agent)
+    world.connect("local")
+    fault = ask(world, "prefetch", digest_of("m"), None, Tier.DEVICE)
+    assert fault is not None
+    assert "device 0 of node local has most free, 1048576" in fault.message
+
+
 def test_a_model_is_a_name_of_its_checkpoint(world: World) -> None:
     world.serve(spec())
     assert ask(world, "verify", "m") is None
