@@ -38,6 +38,7 @@ class Runner:
         self._running = False
         self._stopping = False
         self._ended = asyncio.Event()
+        self._why: SllmError = Unreachable("the manager is stopping; try again when it serves")
 
     def post(self, event: Event) -> None:
         """Hand an event to the loop; never waits. After the end of `run` nothing hears it any more."""
@@ -47,10 +48,11 @@ class Runner:
     async def ask(self, make: Callable[[int], Event]) -> Any:
         """Post the event made for a new ticket and wait until it is answered, durably; returns what the answer tells.
 
-        Raises its fault as SllmError, TimedOut after ``reply_timeout_s``, Unreachable when the manager is ending.
+        Raises its fault as SllmError, TimedOut after ``reply_timeout_s``, Unreachable when the manager is ending, or what made
+        it end.
         """
         if self._stopping or self._ended.is_set():
-            raise Unreachable("the manager is stopping; try again when it serves")
+            raise self._why
         self._tickets += 1
         ticket = self._tickets
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -67,7 +69,6 @@ class Runner:
     async def run(self) -> None:
         """Begin, then carry out steps until `stop`. Raises what a commit or a step raised; then nothing of it was acted on."""
         self._running = True
-        why: SllmError = Unreachable("the manager is stopping; try again when it serves")
         try:
             await self._carry_out([self._loop.begin(self._clock())])
             while not (self._stopping and not self._queue):
@@ -76,7 +77,8 @@ class Runner:
                 await self._carry_out(self._take_steps())
         except Exception as error:
             # What the operator can mend, such as a full disk, is told as what it is.
-            why = error if isinstance(error, SllmError) else SllmError(f"the manager is ending after a failure: {error}")
+            failure = f"the manager is ending after a failure: {error}"
+            self._why = error if isinstance(error, SllmError) else SllmError(failure)
             raise
         finally:
             self._ended.set()
@@ -84,7 +86,7 @@ class Runner:
                 self._timer.cancel()
             for answer in self._asks.values():
                 if not answer.done():
-                    answer.set_exception(why)
+                    answer.set_exception(self._why)
 
     async def stop(self) -> None:
         """Let the loop take in what was posted, and return when `run` has ended; without a `run` it returns at once."""

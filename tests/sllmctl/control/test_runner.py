@@ -168,7 +168,7 @@ async def test_a_failed_commit_ends_the_manager_and_nothing_is_done(database: Da
     with pytest.raises(OutOfSpace):
         await running
     assert recorder.performed == []
-    with pytest.raises(Unreachable):
+    with pytest.raises(OutOfSpace, match="the disk is full"):
         await runner.ask(lambda ticket: StopModel(ticket, "m"))
 
 
