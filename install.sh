@@ -395,7 +395,8 @@ run_demo() {
 run_tests() {
     local venv=${SLLM_VENV:-$ROOT/.venv} failed=()
     install_editable "$venv" node,dev
-    unset SLLM_VENV SLLM_PYTHON
+    # Without compiled modules every process of a test compiles its own, and pytest rewrites every file again.
+    unset SLLM_VENV SLLM_PYTHON PYTHONDONTWRITEBYTECODE
     cd -- "$ROOT"
     PATH=$venv/bin:$PATH
     check() {
