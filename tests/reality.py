@@ -121,7 +121,7 @@ class Reality:
         bandwidth = statistics.median(one["loaded_bytes"] / one["load_s"] for one in disk)
         build = statistics.median(one["start"]["fork_s"] + one["start"]["build_s"] for one in starts)
         finish = statistics.median(one["start"]["attach_s"] + one["start"]["warm_s"] for one in starts)
-        alone, together = self._step_s(1), self._step_s(CONCURRENCY)
+        (alone, prefill), (together, _) = self._warm(1), self._warm(CONCURRENCY)
         each = max(0.0, (together - alone) / (CONCURRENCY - 1))
         checkpoint = self.cluster.get("/checkpoints")["items"][0]
         node = self.cluster.get("/nodes")["items"][0]["inventory"]
@@ -139,8 +139,7 @@ class Reality:
                     kv_token_bytes=checkpoint["kv_token_bytes"], max_context_tokens=512, build_s=build, finish_s=finish,
                     kv_bytes=64 << 20, max_concurrency=CONCURRENCY, max_instances=1, keep_alive_s=KEEP_ALIVE_S,
                     speed=Speed(
-                        prefill_base_s=statistics.median(one["engine"]["prefill_s"] for one in starts),
-                        prefill_token_s=0.0, decode_step_s=alone, decode_sequence_s=each,
+                        prefill_base_s=prefill, prefill_token_s=0.0, decode_step_s=alone, decode_sequence_s=each,
                     ),
                 ),
             ),
@@ -148,10 +147,12 @@ class Reality:
             control={"prefetch_every_s": 0.0},
         )  # fmt: skip
 
-    def _step_s(self, batch: int) -> float:
-        """Seconds of one decode step with so many sequences, the first start's time left out."""
+    def _warm(self, batch: int) -> tuple[float, float]:
+        """Seconds of one decode step and of a prefill with so many sequences, on an instance that has all its weights: a cold
+        request's prefill may wait for them, which is the load's time."""
         self._ask("model-00000", PROMPT_TOKENS, 1)
-        found: list[float] = []
+        steps: list[float] = []
+        prefills: list[float] = []
         requests: list[str] = []
 
         def one() -> None:
@@ -165,8 +166,9 @@ class Reality:
             for thread in threads:
                 thread.join()
             engines = [self._timeline(request)["engine"] for request in requests]
-            found += [(engine["total_s"] - engine["first_token_s"]) / 63 for engine in engines]
-        return statistics.median(found)
+            steps += [(engine["total_s"] - engine["first_token_s"]) / 63 for engine in engines]
+            prefills += [engine["prefill_s"] for engine in engines]
+        return statistics.median(steps), statistics.median(prefills)
 
     # --- the same arrivals, twice
 
