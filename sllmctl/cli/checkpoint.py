@@ -11,8 +11,8 @@ from sllmctl.cli.completion import names
 from sllmctl.cli.context import Invocation, output_option, pass_invocation, yes_option
 from sllmctl.cli.format import age, short_digest, size
 from sllmctl.cli.operations import finish_operations
-from sllmctl.cli.output import Column, Format, now, show_item, show_items
-from sllmctl.cli.watch import watch_items, watch_option
+from sllmctl.cli.output import Column, Format, now, show_item
+from sllmctl.cli.watch import list_items, watch_option
 
 if TYPE_CHECKING:
     from schema.admin import CheckpointView, PlacementView, PublicationView
@@ -40,12 +40,9 @@ def ls(invocation: Invocation, form: Format, watch: bool) -> None:
     """
     from sllmctl import client
 
-    if watch:
-        watch_items(invocation, "checkpoints", form, _columns, lambda checkpoint: checkpoint.digest)
-        return
-    with invocation.admin() as admin:
-        items = admin.ask(client.checkpoints())
-    show_items(form, items, _columns(), lambda checkpoint: checkpoint.digest)
+    list_items(
+        invocation, client.checkpoints(), "checkpoints", form, _columns, lambda checkpoint: checkpoint.digest, watch=watch
+    )
 
 
 @command.command("show")

@@ -10,9 +10,9 @@ from sllmctl.cli.completion import names
 from sllmctl.cli.context import Invocation, output_option, pass_invocation, yes_option
 from sllmctl.cli.format import age, duration, size
 from sllmctl.cli.logs import log_options, show_logs
-from sllmctl.cli.output import Column, Format, now, show_item, show_items
+from sllmctl.cli.output import Column, Format, now, show_item
 from sllmctl.cli.phases import progress_text, start_text
-from sllmctl.cli.watch import watch_items, watch_option
+from sllmctl.cli.watch import list_items, watch_option
 
 if TYPE_CHECKING:
     from schema.admin import InstanceView
@@ -39,12 +39,7 @@ def ls(invocation: Invocation, form: Format, watch: bool) -> None:
     """
     from sllmctl import client
 
-    if watch:
-        watch_items(invocation, "instances", form, _columns, lambda instance: instance.id)
-        return
-    with invocation.admin() as admin:
-        items = admin.ask(client.instances())
-    show_items(form, items, _columns(), lambda instance: instance.id)
+    list_items(invocation, client.instances(), "instances", form, _columns, lambda instance: instance.id, watch=watch)
 
 
 @command.command("show")

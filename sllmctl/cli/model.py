@@ -11,8 +11,8 @@ import click
 from sllmctl.cli import completion
 from sllmctl.cli.context import Invocation, output_option, pass_invocation, yes_option
 from sllmctl.cli.logs import log_options, show_logs
-from sllmctl.cli.output import Format, show_documents, show_item, show_items
-from sllmctl.cli.watch import watch_items, watch_option
+from sllmctl.cli.output import Format, show_documents, show_item
+from sllmctl.cli.watch import list_items, watch_option
 
 if TYPE_CHECKING:
     from schema.spec import ScaleSpec, Source
@@ -261,12 +261,7 @@ def ls(invocation: Invocation, form: Format, watch: bool) -> None:
     from sllmctl import client
     from sllmctl.cli.model_views import columns
 
-    if watch:
-        watch_items(invocation, "models", form, columns, lambda model: model.name)
-        return
-    with invocation.admin() as admin:
-        items = admin.ask(client.models())
-    show_items(form, items, columns(), lambda model: model.name)
+    list_items(invocation, client.models(), "models", form, columns, lambda model: model.name, watch=watch)
 
 
 @command.command("show")

@@ -10,9 +10,9 @@ from sllmctl.cli.completion import names
 from sllmctl.cli.context import Invocation, output_option, pass_invocation
 from sllmctl.cli.format import age, bandwidth, size
 from sllmctl.cli.logs import log_options, show_logs
-from sllmctl.cli.output import Column, Format, now, show_item, show_items
+from sllmctl.cli.output import Column, Format, now, show_item
 from sllmctl.cli.phases import progress_text
-from sllmctl.cli.watch import watch_items, watch_option
+from sllmctl.cli.watch import list_items, watch_option
 
 if TYPE_CHECKING:
     from schema.admin import NodeView
@@ -40,12 +40,9 @@ def ls(invocation: Invocation, form: Format, watch: bool) -> None:
     """
     from sllmctl import client
 
-    if watch:
-        watch_items(invocation, "nodes", form, _columns, lambda node: node.name, key=lambda node: node.id)
-        return
-    with invocation.admin() as admin:
-        items = admin.ask(client.nodes())
-    show_items(form, items, _columns(), lambda node: node.name)
+    list_items(
+        invocation, client.nodes(), "nodes", form, _columns, lambda node: node.name, watch=watch, key=lambda node: node.id
+    )
 
 
 @command.command("show")

@@ -10,8 +10,8 @@ from sllmctl.cli.completion import names
 from sllmctl.cli.context import Invocation, output_option, pass_invocation
 from sllmctl.cli.format import age
 from sllmctl.cli.operations import COLUMNS, fields
-from sllmctl.cli.output import Column, Format, now, show_item, show_items
-from sllmctl.cli.watch import watch_items, watch_option
+from sllmctl.cli.output import Column, Format, now, show_item
+from sllmctl.cli.watch import list_items, watch_option
 
 if TYPE_CHECKING:
     from schema.admin import OperationView
@@ -40,12 +40,7 @@ def ls(invocation: Invocation, form: Format, watch: bool) -> None:
     """
     from sllmctl import client
 
-    if watch:
-        watch_items(invocation, "operations", form, _columns, lambda operation: operation.id)
-        return
-    with invocation.admin() as admin:
-        items = admin.ask(client.operations())
-    show_items(form, items, _columns(), lambda operation: operation.id)
+    list_items(invocation, client.operations(), "operations", form, _columns, lambda operation: operation.id, watch=watch)
 
 
 @command.command("show")

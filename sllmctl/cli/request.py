@@ -9,9 +9,9 @@ import click
 from sllmctl.cli.completion import names
 from sllmctl.cli.context import Invocation, output_option, pass_invocation
 from sllmctl.cli.format import age, duration
-from sllmctl.cli.output import Column, Format, now, show_item, show_items
+from sllmctl.cli.output import Column, Format, now, show_item
 from sllmctl.cli.phases import engine_text, start_text, timeline_text
-from sllmctl.cli.watch import watch_items, watch_option
+from sllmctl.cli.watch import list_items, watch_option
 
 if TYPE_CHECKING:
     from schema.admin import RequestView
@@ -38,12 +38,7 @@ def ls(invocation: Invocation, form: Format, watch: bool) -> None:
     """
     from sllmctl import client
 
-    if watch:
-        watch_items(invocation, "requests", form, _columns, lambda request: request.id)
-        return
-    with invocation.admin() as admin:
-        items = admin.ask(client.requests())
-    show_items(form, items, _columns(), lambda request: request.id)
+    list_items(invocation, client.requests(), "requests", form, _columns, lambda request: request.id, watch=watch)
 
 
 @command.command("show")

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from sllmctl.cli.context import Invocation
-from sllmctl.cli.output import Column, Format, Watch
+from sllmctl.cli.output import Column, Format, Watch, show_items
 
 if TYPE_CHECKING:
     from schema.admin import StreamKind
+    from sllmctl.client import Call
 
-__all__ = ["watch_items", "watch_option"]
+__all__ = ["list_items", "watch_items", "watch_option"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -26,6 +27,26 @@ def watch_option(command: F) -> F:
         is_flag=True,
         help="Go on and print what changes; under -o json an object a line, {gone: NAME} at its end.",
     )(command)
+
+
+def list_items(
+    invocation: Invocation,
+    call: Call[Any],
+    kind: StreamKind,
+    form: Format,
+    columns: Callable[[], Sequence[Column[Any]]],
+    name: Callable[[Any], str],
+    *,
+    watch: bool,
+    key: Callable[[Any], str] | None = None,
+) -> None:
+    """The ``ls`` of a noun: print what ``call`` answers, or with ``watch`` what the stream tells, as `watch_items` does."""
+    if watch:
+        watch_items(invocation, kind, form, columns, name, key=key)
+        return
+    with invocation.admin() as admin:
+        items = admin.ask(call)
+    show_items(form, items, columns(), name)
 
 
 def watch_items(
