@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
+from agent.engine.products import is_widened, widened
 from schema.errors import InvalidCheckpoint
 
 __all__ = ["TILE_ROWS", "RowInvariant"]
@@ -42,17 +43,26 @@ class RowInvariant(TorchFunctionMode):
 
 def _tiled(rows: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
     """``product`` of [rows, ...], in tiles of TILE_ROWS."""
-    flat = rows.reshape(-1, rows.shape[-1])
-    count = flat.shape[0]
-    padded = flat.new_zeros((-(-count // TILE_ROWS) * TILE_ROWS, flat.shape[1]))
-    padded[:count] = flat
+    padded, count = _padded(rows), rows.shape[:-1].numel()
     parts = [product(padded[start : start + TILE_ROWS]) for start in range(0, count, TILE_ROWS)]
     whole = torch.cat(parts)[:count] if parts else product(padded)
     return whole.view(*rows.shape[:-1], whole.shape[-1])
 
 
+def _padded(rows: Tensor) -> Tensor:
+    """[rows, ...] with rows of zeros up to a multiple of TILE_ROWS."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    padded = flat.new_zeros((-(-flat.shape[0] // TILE_ROWS) * TILE_ROWS, flat.shape[1]))
+    padded[: flat.shape[0]] = flat
+    return padded
+
+
 def _linear(_: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return _tiled(x, lambda tile: linear(tile, weight, bias))
+    if not is_widened(weight.dtype, weight.device):
+        return _tiled(x, lambda tile: linear(tile, weight, bias))
+    flat = _padded(x)
+    out = widened((weight,), flat.t(), TILE_ROWS).t()[: x.shape[:-1].numel()].reshape(*x.shape[:-1], weight.shape[0])
+    return out if bias is None else out + bias
 
 
 def _addmm(_: Any, bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
 from agent.engine.attention import KvPool, LayerAttention
 from agent.engine.blocks import BlockManager
+from agent.engine.products import ROWS, Product, Ways, ways_of
 from agent.engine.runner import Runner, StepBatch
 from agent.engine.weights import fused_view
 from schema.errors import InvalidCheckpoint
@@ -27,9 +28,6 @@ NATIVE: Final = frozenset({"cwm", "llama", "ministral", "mistral", "qwen2", "qwe
 """Model types whose decoder layers are those of Llama but for what this module reads off."""
 
 _ROTARY_BLOCK: Final = 256
-_NARROW_TOKENS: Final = 64
-"""Up to so many tokens in bfloat16, torch multiplies W by columns on a CPU 1.3 to 1.5 times as fast as rows by W^T, and W by
-one vector twice as fast as one row by W^T."""
 
 
 def is_native(model: nn.Module) -> bool:
@@ -43,52 +41,15 @@ def is_native(model: nn.Module) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Product:
-    """x W^T + b. Several ``weights`` stand for one with their rows behind one another.
-
-    Up to ``narrow`` tokens it is computed as W x^T, tokens as columns: see `_NARROW_TOKENS`.
-    """
-
-    weights: tuple[Tensor, ...]
-    bias: Tensor | None
-    narrow: int
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.shape[0] <= self.narrow:
-            return self.columns(x.t()).t().contiguous()
-        parts = [linear(x, weight) for weight in self.weights]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return out if self.bias is None else out.add_(self.bias)
-
-    def columns(self, x: Tensor) -> Tensor:
-        """[outputs, tokens] of [inputs, tokens]."""
-        if x.shape[1] == 1:
-            parts = [torch.mv(weight, x[:, 0]).unsqueeze(1) for weight in self.weights]
-        else:
-            parts = [torch.mm(weight, x) for weight in self.weights]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return out if self.bias is None else out.add_(self.bias.unsqueeze(1))
-
-    def add_to(self, residual: Tensor, x: Tensor) -> None:
-        """residual += x W^T + b."""
-        if x.shape[0] <= self.narrow:
-            residual.add_(self.columns(x.t()).t())
-            return
-        if self.bias is not None:
-            residual.add_(self.bias)
-        residual.addmm_(x, self.weights[0].t())
-
-
-@dataclass(frozen=True, slots=True)
 class _Layer:
     how: LayerAttention
     input_norm: Tensor
-    qkv: _Product
+    qkv: Product
     head_norm: Tensor | None
-    out: _Product
+    out: Product
     post_norm: Tensor
-    gate_up: _Product
-    down: _Product
+    gate_up: Product
+    down: Product
 
 
 class NativeRunner(Runner):
@@ -113,11 +74,11 @@ class NativeRunner(Runner):
         self._eps: float = config.rms_norm_eps
         self._embedding: Tensor = inner.embed_tokens.weight
         self._norm: Tensor = inner.norm.weight
-        self._narrow = _narrow(self._embedding, deterministic)
+        self._ways = ROWS if deterministic else ways_of(self._embedding.dtype, self._device)
         self._config, self._modules, self._head_module = config, list(inner.layers), source.lm_head
         self._await_layer = await_layer
         self._layers: list[_Layer] = []
-        self._head: _Product | None = None
+        self._head: Product | None = None
         self._rotary = _Rotary(inner.rotary_emb, self._embedding.dtype)
         self._activation: Callable[[Tensor], Tensor] = inner.layers[0].mlp.act_fn
         self._in_place = isinstance(self._activation, nn.SiLU)
@@ -148,7 +109,7 @@ class NativeRunner(Runner):
             attended = self._attention(batch.attention, states[:, :heads], states[:, heads:], layer.how)
             layer.out.add_to(x, attended.view(tokens, heads * head_dim))
             states = rms_norm(x, layer.post_norm, self._eps)
-            if tokens <= layer.gate_up.narrow:
+            if layer.gate_up.as_columns(tokens):
                 gate, up = layer.gate_up.columns(states.t()).chunk(2)
                 layer.down.add_to(x, self._gated(gate, up).t())
             else:
@@ -164,14 +125,14 @@ class NativeRunner(Runner):
         if index == len(self._layers):
             self._await_layer(index)
             with _unwatched():
-                self._layers.append(_layer(index, self._modules[index], self._config, self._narrow))
+                self._layers.append(_layer(index, self._modules[index], self._config, self._ways))
         return self._layers[index]
 
-    def _product_of_head(self) -> _Product:
+    def _product_of_head(self) -> Product:
         if self._head is None:
             self._await_layer(len(self._modules))
             with _unwatched():
-                self._head = _product(self._narrow, self._head_module)
+                self._head = _product(self._ways, self._head_module)
         return self._head
 
     def _rotate(self, states: Tensor, norm: Tensor | None, cos: Tensor, sin: Tensor) -> None:
@@ -224,7 +185,7 @@ class _Rotary:
         return tuple(torch.cat(halves, dim=1).to(self._dtype).unsqueeze(1) for halves in ((cos, cos), (-sin, sin)))  # type: ignore[return-value]
 
 
-def _layer(index: int, module: Any, config: Any, narrow: int) -> _Layer:
+def _layer(index: int, module: Any, config: Any, ways: Ways) -> _Layer:
     attention, mlp = module.self_attn, module.mlp
     window = attention.sliding_window if hasattr(attention, "sliding_window") else getattr(config, "sliding_window", None)
     kv_heads = attention.k_proj.weight.shape[0] // attention.head_dim
@@ -236,12 +197,12 @@ def _layer(index: int, module: Any, config: Any, narrow: int) -> _Layer:
     return _Layer(
         how=LayerAttention(index, attention.scaling, window or 0),
         input_norm=module.input_layernorm.weight,
-        qkv=_product(narrow, attention.q_proj, attention.k_proj, attention.v_proj),
+        qkv=_product(ways, attention.q_proj, attention.k_proj, attention.v_proj),
         head_norm=head_norm,
-        out=_product(narrow, attention.o_proj),
+        out=_product(ways, attention.o_proj),
         post_norm=module.post_attention_layernorm.weight,
-        gate_up=_product(narrow, mlp.gate_proj, mlp.up_proj),
-        down=_product(narrow, mlp.down_proj),
+        gate_up=_product(ways, mlp.gate_proj, mlp.up_proj),
+        down=_product(ways, mlp.down_proj),
     )
 
 
@@ -250,13 +211,7 @@ def _unwatched() -> Any:
     return torch._C.DisableTorchFunction()
 
 
-def _narrow(weight: Tensor, deterministic: bool) -> int:
-    """Up to how many tokens are columns; -1 where they never are: deterministic products take tokens as rows."""
-    apt = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not deterministic
-    return _NARROW_TOKENS if apt else -1
-
-
-def _product(narrow: int, *modules: Any) -> _Product:
+def _product(ways: Ways, *modules: Any) -> Product:
     """One product over the weights of several: a view over all where they lie together. Biases are small, and copied."""
     weights = tuple(module.weight for module in modules)
     fused = fused_view(weights)
@@ -265,4 +220,4 @@ def _product(narrow: int, *modules: Any) -> _Product:
         bias = torch.cat(
             [module.weight.new_zeros(module.weight.shape[0]) if module.bias is None else module.bias for module in modules]
         )
-    return _Product(weights if fused is None else (fused,), bias, narrow)
+    return Product(weights if fused is None else (fused,), bias, ways)

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from agent.engine import invariant, products
+from agent.engine.invariant import TILE_ROWS, RowInvariant
+from agent.engine.products import ROWS, Product, Ways, ways_of, widened
+
+CPU = torch.device("cpu")
+WAYS = [ROWS, Ways(columns=range(1, 65)), Ways(columns=range(1, 2), widened=9)]
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
+def dtype(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture
+def without_16_bits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a processor that computes with no 16-bit floats."""
+    for module in (products, invariant):
+        monkeypatch.setattr(module, "is_widened", lambda dtype, device: dtype in (torch.bfloat16, torch.float16))
+    ways_of.cache_clear()
+    yield
+    ways_of.cache_clear()
+
+
+def exact(x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:
+    out = x.double() @ torch.cat(weights).double().t()
+    return out if bias is None else out + bias.double()
+
+
+def close(left: Tensor, right: Tensor, dtype: torch.dtype) -> None:
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
+    torch.testing.assert_close(left.double(), right, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("ways", WAYS, ids=["rows", "columns", "widened"])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 8, 9, 33, 65])
+def test_every_way_gives_the_same_product(ways: Ways, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_TILE_BYTES", 7 * 40 * 4)  # tiles of seven rows, the last of a weight with fewer
+    monkeypatch.setattr(products, "_scratch", products._Scratch())
+    torch.manual_seed(tokens)
+    x = torch.randn(tokens, 40).to(dtype)
+    weights = [(torch.randn(rows, 40) / 6).to(dtype) for rows in (16, 9)]
+    bias = torch.randn(25).to(dtype)
+    product = Product(tuple(weights), bias, ways)
+    close(product(x), exact(x, weights, bias), dtype)
+    close(product.columns(x.t()), exact(x, weights, bias).t(), dtype)
+    assert product(x).is_contiguous()
+
+    one = Product((weights[0],), bias[:16], ways)
+    start = torch.randn(tokens, 16).to(dtype)
+    for rows in (x, x.t().contiguous().t()):  # as columns leave them
+        residual = start.clone()
+        one.add_to(residual, rows)
+        close(residual, exact(x, weights[:1], bias[:16]) + start.double(), dtype)
+
+
+def test_a_row_longer_than_a_tile_is_multiplied_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_TILE_BYTES", 64)
+    monkeypatch.setattr(products, "_scratch", products._Scratch())
+    x, weight = torch.randn(100, 3).bfloat16(), torch.randn(5, 100).bfloat16()
+    close(widened([weight], x), exact(x.t(), [weight], None).t(), torch.bfloat16)
+
+
+def test_ways_follow_the_processor(without_16_bits: None) -> None:
+    assert ways_of(torch.bfloat16, CPU).widened < 32
+    assert ways_of(torch.bfloat16, torch.device("meta")) == ROWS
+    assert ways_of(torch.float64, CPU) == ROWS
+
+
+def test_widened_products_of_a_deterministic_model_treat_each_row_alike(without_16_bits: None) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3 * TILE_ROWS + 5, 256).bfloat16()
+    layer = nn.Linear(256, 300).bfloat16()
+    parts = [slice(0, 1), slice(7, 40), slice(40, 101), slice(0, 0)]
+    with torch.inference_mode(), RowInvariant():
+        whole = layer(x)
+        found = [layer(x[rows]) for rows in parts]
+        batched = layer(x.view(1, *x.shape))
+    assert all(torch.equal(out, whole[rows]) for rows, out in zip(parts, found, strict=True))
+    assert torch.equal(batched[0], whole)
+    close(whole, exact(x, [layer.weight.detach()], layer.bias.detach()), torch.bfloat16)
