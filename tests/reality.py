@@ -111,8 +111,8 @@ class Reality:
     # --- what the simulator is told
 
     def measure(self) -> Scenario:
-        """Start every model twice around, one after the other (the arena holds less, so most come from disk), and decode alone
-        and four at a time."""
+        """Start every model twice around, one after the other (the arena holds less, so most come from disk), and decode alone,
+        four sequences of one model at a time, and two models side by side."""
         starts: list[dict[str, Any]] = []
         for name in [f"model-{rank:05d}" for rank in range(MODELS)] * 2:
             starts.append(self._timeline(self._ask(name, PROMPT_TOKENS, 4)))
@@ -121,8 +121,10 @@ class Reality:
         bandwidth = statistics.median(one["loaded_bytes"] / one["load_s"] for one in disk)
         build = statistics.median(one["start"]["fork_s"] + one["start"]["build_s"] for one in starts)
         finish = statistics.median(one["start"]["attach_s"] + one["start"]["warm_s"] for one in starts)
-        (alone, prefill), (together, _) = self._warm(1), self._warm(CONCURRENCY)
+        (alone, prefill), (together, _) = self._warm([MODELS - 1]), self._warm([MODELS - 1] * CONCURRENCY)
         each = max(0.0, (together - alone) / (CONCURRENCY - 1))
+        beside, _ = self._warm([MODELS - 1, MODELS - 2])
+        occupancy = min(1.0, max(0.5, beside / alone / 2))
         checkpoint = self.cluster.get("/checkpoints")["items"][0]
         node = self.cluster.get("/nodes")["items"][0]["inventory"]
         return Scenario(
@@ -139,7 +141,8 @@ class Reality:
                     kv_token_bytes=checkpoint["kv_token_bytes"], max_context_tokens=512, build_s=build, finish_s=finish,
                     kv_bytes=64 << 20, max_concurrency=CONCURRENCY, max_instances=1, keep_alive_s=KEEP_ALIVE_S,
                     speed=Speed(
-                        prefill_base_s=prefill, prefill_token_s=0.0, decode_step_s=alone, decode_sequence_s=each,
+                        prefill_base_s=prefill, prefill_token_s=0.0, decode_step_s=max(alone - each, 1e-4),
+                        decode_sequence_s=each, occupancy=occupancy,
                     ),
                 ),
             ),
@@ -147,20 +150,21 @@ class Reality:
             control={"prefetch_every_s": 0.0},
         )  # fmt: skip
 
-    def _warm(self, batch: int) -> tuple[float, float]:
-        """Seconds of one decode step and of a prefill with so many sequences, on an instance that has all its weights: a cold
-        request's prefill may wait for them, which is the load's time."""
-        self._ask("model-00000", PROMPT_TOKENS, 1)
+    def _warm(self, ranks: Sequence[int]) -> tuple[float, float]:
+        """Seconds of one decode step and of a prefill where so many sequences of these models run at once, on instances that
+        have all their weights: a cold request's prefill may wait for them, which is the load's time."""
+        for rank in set(ranks):
+            self._ask(f"model-{rank:05d}", PROMPT_TOKENS, 1)
         steps: list[float] = []
         prefills: list[float] = []
         requests: list[str] = []
 
-        def one() -> None:
-            requests.append(self._ask("model-00000", PROMPT_TOKENS, 64))
+        def one(rank: int) -> None:
+            requests.append(self._ask(f"model-{rank:05d}", PROMPT_TOKENS, 64))
 
         for _ in range(3):
             requests.clear()
-            threads = [threading.Thread(target=one) for _ in range(batch)]
+            threads = [threading.Thread(target=one, args=(rank,)) for rank in ranks]
             for thread in threads:
                 thread.start()
             for thread in threads:

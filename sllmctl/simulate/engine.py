@@ -6,7 +6,8 @@ comes of its prefill. Room, as in agent.engine.scheduler: its tokens, and a bloc
 is full all the same, the newest gives its own back and waits again, first in line.
 
 Between two changes nothing is computed: steps of one batch get longer by an equal amount each, so their times have a closed
-form. Busy engines share their devices: with n busy ones on the fullest of its devices, an engine runs at 1/n of its speed.
+form. Busy engines share their devices: an engine runs at 1/n of its speed once those that are busy on the fullest of its
+devices would keep n of them busy.
 """
 
 from __future__ import annotations
@@ -74,13 +75,14 @@ class Listener(Protocol):
 
 
 class Compute:
-    """The processor of one device, shared by the engines that are busy on it."""
+    """The processor of one device, shared by the engines that are busy on it; they could use ``wanted`` such processors."""
 
-    __slots__ = ("_since", "busy", "busy_s", "kernel")
+    __slots__ = ("_since", "busy", "busy_s", "kernel", "wanted")
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
         self.busy: dict[Engine, None] = {}
+        self.wanted = 0.0
         self.busy_s = 0.0
         self._since = 0.0
 
@@ -88,16 +90,19 @@ class Compute:
         if not self.busy:
             self._since = self.kernel.now
         self.busy[engine] = None
-        for other in self.busy:
-            if other is not engine:
-                other.retime()
+        self._retime(engine)
 
     def leave(self, engine: Engine) -> None:
         del self.busy[engine]
         if not self.busy:
             self.busy_s += self.kernel.now - self._since
-        for other in self.busy:
-            other.retime()
+        self._retime()
+
+    def _retime(self, but: Engine | None = None) -> None:
+        self.wanted = sum(engine.occupancy for engine in self.busy)
+        for engine in self.busy:
+            if engine is not but:
+                engine.retime()
 
     def settle(self) -> None:
         """Count the time of those that are busy still."""
@@ -198,6 +203,11 @@ class Engine:
         return jobs
 
     @property
+    def occupancy(self) -> float:
+        """The part of its devices that it keeps busy when alone."""
+        return self._speed.occupancy
+
+    @property
     def empty(self) -> bool:
         """It has no attempt."""
         return (
@@ -211,7 +221,7 @@ class Engine:
         if not self._busy:
             return
         self._sync()
-        self._rate = 1.0 / max(len(device.busy) for device in self._devices)
+        self._rate = self._share()
         self._set_timer()
 
     # --- the batch ---
@@ -388,6 +398,10 @@ class Engine:
 
     # --- its clock ---
 
+    def _share(self) -> float:
+        """Its speed beside the others, of what it has alone."""
+        return 1.0 / max(1.0, *(device.wanted for device in self._devices))
+
     def _begin(self, work: float) -> None:
         """A stretch of so much work."""
         if not self._busy:
@@ -396,7 +410,7 @@ class Engine:
             self._at = self._kernel.now
             for device in self._devices:
                 device.enter(self)
-            self._rate = 1.0 / max(len(device.busy) for device in self._devices)
+            self._rate = self._share()
         self._began = self._work
         self._goal = self._work + work
         self._set_timer()

@@ -36,10 +36,11 @@ class NodeGroup(_Part, frozen=True, kw_only=True):
 
 
 class Speed(_Part, frozen=True, kw_only=True):
-    """How fast an instance computes alone on its devices.
+    """How fast an instance computes alone on its devices, and which part of them it keeps busy meanwhile (``occupancy``).
 
     A prefill of t tokens takes ``prefill_base_s + t * prefill_token_s``. One decode step of n sequences that hold k tokens
-    takes ``decode_step_s + n * decode_sequence_s + k * decode_token_s``.
+    takes ``decode_step_s + n * decode_sequence_s + k * decode_token_s``. Instances that compute on one device at a time slow
+    each other as soon as their parts are more than the whole.
     """
 
     prefill_base_s: Annotated[float, Meta(ge=0, le=3600)]
@@ -47,6 +48,7 @@ class Speed(_Part, frozen=True, kw_only=True):
     decode_step_s: Annotated[float, Meta(gt=0, le=3600)]
     decode_sequence_s: Annotated[float, Meta(ge=0, le=60)] = 0.0
     decode_token_s: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    occupancy: Annotated[float, Meta(gt=0, le=1)] = 1.0
 
 
 class ModelGroup(_Part, frozen=True, kw_only=True):

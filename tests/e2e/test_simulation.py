@@ -43,10 +43,9 @@ def test_a_simulation_tells_what_a_real_node_does(tmp_path: Path, capsys: pytest
     assert starts[0] >= MODELS + 2, "weights were evicted and read again"
     assert 0.5 <= starts[1] / starts[0] <= 2.0
     assert abs(sum(said.cold) - sum(seen.cold)) <= 0.3 * len(calls)
-    # The first call of each model meets an idle node: what a start and a request take is told well. The others queue for two
-    # places in DRAM, near saturation, where the simulation was seen to say 1.5 to 3.4 times what the node took.
+    # The first call of each model meets an idle node: what a start and a request take. The others queue for two places in DRAM.
     assert 0.4 <= fmean(said.ended_s[:MODELS]) / fmean(seen.ended_s[:MODELS]) <= 2.5
-    assert 0.4 <= fmean(said.ended_s) / fmean(seen.ended_s) <= 6.0
+    assert 0.4 <= fmean(said.ended_s) / fmean(seen.ended_s) <= 2.5
 
 
 def table(seen: Observed, said: Observed) -> str:

@@ -220,6 +220,20 @@ def test_one_over_several_devices_goes_as_fast_as_the_fullest() -> None:
     assert heard.ends["wide"][0] == heard.ends["narrow"][0] == pytest.approx(2.2)
 
 
+@pytest.mark.parametrize(("engines", "slower"), [(1, 1.0), (2, 1.0), (3, 1.5), (4, 2.0)])
+def test_engines_that_leave_half_of_a_device_idle_slow_each_other_from_the_third_on(engines: int, slower: float) -> None:
+    speed = Speed(prefill_base_s=0.0, prefill_token_s=0.001, decode_step_s=0.1, occupancy=0.5)
+    kernel = Kernel()
+    heard = Heard(kernel)
+    device = Compute(kernel)
+    for number in range(engines):
+        one = Engine(kernel, (device,), speed, 10_000, 8, heard)
+        one.submit(job_of(kernel, number, Asked(0.0, 100, 11, f"r{number}")))
+    kernel.run(lambda: False)
+    assert [end[0] for end in heard.ends.values()] == pytest.approx([1.1 * slower] * engines)
+    assert device.busy_s == pytest.approx(1.1 * slower)
+
+
 def test_a_cancelled_one_ends_with_its_step() -> None:
     speed = Speed(prefill_base_s=0.0, prefill_token_s=0.001, decode_step_s=0.1)
     kernel = Kernel()
