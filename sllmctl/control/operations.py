@@ -6,6 +6,8 @@ not know. Over a broken link they last: what a node's next truth does not know o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from schema.admin import OperationKind
 from schema.errors import Conflict, Fault, NotFound, Unreachable
 from schema.link import (
@@ -34,30 +36,34 @@ _KEPT = 1000
 """So many operations are remembered."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where an operation works: a tier of a node and, on the device tier, which of its devices."""
+
+    node: Node
+    tier: Tier
+    device: int = 0
+
+
 def begin(turn: Turn, event: Operate) -> None:
     """Begin the operations that were asked for: all of them, or none. Raises NotFound, Conflict, InvalidInput."""
     fetching = event.kind == "fetch"
     checkpoint = remotes.called(turn, event) if fetching else checkpoint_called(turn.view, event.reference)
     node = node_called(turn.view, event.node) if event.node is not None else None
-    device = 0
     match event.kind:
         case "prefetch":
-            if event.tier is Tier.DEVICE:
-                holder, device = _prefetch_device(turn, checkpoint, node)
-                places = [(holder, Tier.DEVICE)]
-            else:
-                places = [(_prefetch_node(turn, checkpoint, node, event.tier), Tier.DRAM)]
+            places = [_prefetch_place(turn, checkpoint, node, event.tier)]
         case "verify":
             places = _verify_places(turn, checkpoint, node)
         case "publish":
-            places = [(remotes.publisher(turn, checkpoint, node), Tier.REMOTE)]
+            places = [_Place(remotes.publisher(turn, checkpoint, node), Tier.REMOTE)]
         case "fetch":
-            places = [(remotes.fetcher(turn, checkpoint, node, event.tier), event.tier or Tier.DISK)]
+            places = [_Place(remotes.fetcher(turn, checkpoint, node, event.tier), event.tier or Tier.DISK)]
         case _:
             places = _drop_places(turn, checkpoint, node, event.tier)
     url, layout = remotes.address(turn, checkpoint.digest, event) if event.kind in ("publish", "fetch") else ("", "")
-    for where, tier in places:
-        _begin(turn, event, checkpoint, where, tier, url, layout, device)
+    for place in places:
+        _begin(turn, event, checkpoint, place, url, layout)
 
 
 def cancel(turn: Turn, event: EndOperation) -> None:
@@ -118,14 +124,13 @@ def restate(turn: Turn, node: Node, truth: NodeTruth) -> set[str]:
     return wanted
 
 
-def _begin(
-    turn: Turn, event: Operate, checkpoint: Checkpoint, node: Node, tier: Tier, url: str, layout: str, device: int
-) -> None:
+def _begin(turn: Turn, event: Operate, checkpoint: Checkpoint, place: _Place, url: str, layout: str) -> None:
+    node = place.node
     op = turn.core.ids("op")
     known = turn.view.operations
     operation = Operation(
-        op, event.ticket, event.kind, checkpoint.digest, node.id, tier, checkpoint.image_bytes, turn.now,
-        url=url, layout=layout, device=device,
+        op, event.ticket, event.kind, checkpoint.digest, node.id, place.tier, checkpoint.image_bytes, turn.now,
+        url=url, layout=layout, device=place.device,
     )  # fmt: skip
     known[op] = operation
     for old in [old for old in known.values() if old.ended_at is not None][: max(0, len(known) - _KEPT)]:
@@ -195,11 +200,17 @@ def _where(turn: Turn, operation: Operation) -> str:
 # --- which copies are meant ---
 
 
-def _prefetch_node(turn: Turn, checkpoint: Checkpoint, node: Node | None, tier: Tier | None) -> Node:
-    """The node to bring a checkpoint into the memory of: the one named, or the one with most free memory of those with it."""
-    view, digest = turn.view, checkpoint.digest
+def _prefetch_place(turn: Turn, checkpoint: Checkpoint, node: Node | None, tier: Tier | None) -> _Place:
+    if tier is Tier.DEVICE:
+        return _prefetch_device(turn, checkpoint, node)
     if tier not in (None, Tier.DRAM):
         raise Conflict(f"a checkpoint can be brought to {Tier.DRAM} or {Tier.DEVICE}, not to {tier}")
+    return _Place(_prefetch_node(turn, checkpoint, node), Tier.DRAM)
+
+
+def _prefetch_node(turn: Turn, checkpoint: Checkpoint, node: Node | None) -> Node:
+    """The node to bring a checkpoint into the memory of: the one named, or the one with most free memory of those with it."""
+    view, digest = turn.view, checkpoint.digest
     holders = view.nodes_with(digest, Tier.DISK)
     if node is not None:
         if node.id not in holders and node.id not in view.nodes_with(digest, Tier.DRAM):
@@ -221,7 +232,7 @@ def _prefetch_node(turn: Turn, checkpoint: Checkpoint, node: Node | None, tier: 
     return best
 
 
-def _prefetch_device(turn: Turn, checkpoint: Checkpoint, node: Node | None) -> tuple[Node, int]:
+def _prefetch_device(turn: Turn, checkpoint: Checkpoint, node: Node | None) -> _Place:
     """The device to bring a checkpoint onto, of the node named or of any that has it: where it lies, else that with most free
     memory. Nothing is evicted for it."""
     view, digest, size = turn.view, checkpoint.digest, checkpoint.image_bytes
@@ -253,7 +264,7 @@ def _prefetch_device(turn: Turn, checkpoint: Checkpoint, node: Node | None) -> t
             f"checkpoint {digest[:16]} has {size} bytes; of the devices that it could go to, device {index} of node "
             f"{view.nodes[best].name} has most free, {max(0, free)}"
         )
-    return view.nodes[best], index
+    return _Place(view.nodes[best], Tier.DEVICE, index)
 
 
 def _check_arena(checkpoint: Checkpoint, node: Node) -> None:
@@ -265,7 +276,7 @@ def _check_arena(checkpoint: Checkpoint, node: Node) -> None:
         )
 
 
-def _verify_places(turn: Turn, checkpoint: Checkpoint, node: Node | None) -> list[tuple[Node, Tier]]:
+def _verify_places(turn: Turn, checkpoint: Checkpoint, node: Node | None) -> list[_Place]:
     """Every copy on a disk, or that of the node named; also those in quarantine."""
     records = [record for record in _records(turn, checkpoint, node) if record.tier is Tier.DISK]
     if not records:
@@ -273,10 +284,10 @@ def _verify_places(turn: Turn, checkpoint: Checkpoint, node: Node | None) -> lis
         raise NotFound(f"checkpoint {checkpoint.digest[:16]} is not on {where}; {_lies(turn, checkpoint.digest)}")
     if node is not None:
         _ready(node)
-    return [(turn.view.nodes[record.node], Tier.DISK) for record in records]
+    return [_Place(turn.view.nodes[record.node], Tier.DISK) for record in records]
 
 
-def _drop_places(turn: Turn, checkpoint: Checkpoint, node: Node | None, tier: Tier | None) -> list[tuple[Node, Tier]]:
+def _drop_places(turn: Turn, checkpoint: Checkpoint, node: Node | None, tier: Tier | None) -> list[_Place]:
     """The copies on devices, DRAM and disk, or on the tier named. Raises Conflict for one in use, or that a model needs."""
     view, digest = turn.view, checkpoint.digest
     wanted = _DROPPED if tier is None else (tier,)
@@ -306,7 +317,7 @@ def _drop_places(turn: Turn, checkpoint: Checkpoint, node: Node | None, tier: Ti
             f"(`sllmctl checkpoint fetch {digest[:16]} --from URL --node NODE`), or remove the model first (`sllmctl model rm`)"
         )
     places = dict.fromkeys((record.node, record.tier) for record in records)
-    return [(view.nodes[where], tier) for where, tier in sorted(places, key=lambda one: (one[0], _DROPPED.index(one[1])))]
+    return [_Place(view.nodes[where], tier) for where, tier in sorted(places, key=lambda one: (one[0], _DROPPED.index(one[1])))]
 
 
 def _records(turn: Turn, checkpoint: Checkpoint, node: Node | None) -> list[PlacementRecord]:
