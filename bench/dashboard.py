@@ -29,8 +29,8 @@ from sllmctl.config import ClientSettings, StreamSettings
 from sllmctl.control.effects import PutInstance
 from sllmctl.control.records import Checkpoint, Instance, Model, Node
 from sllmctl.control.view import ClusterView
-from sllmctl.gateway.feed import Feed
-from sllmctl.gateway.picture import KINDS
+from sllmctl.gateway.admin.feed import Feed
+from sllmctl.gateway.admin.picture import KINDS
 from tui.app import Dashboard
 
 NODES, INSTANCES, MODELS, REQUESTS, CHANGES_PER_S = 500, 5000, 200, 1000, 200

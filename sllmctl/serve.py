@@ -32,11 +32,11 @@ from sllmctl.control.loop import ControlLoop
 from sllmctl.control.runner import Runner
 from sllmctl.control.starts import StartMeter
 from sllmctl.control.watched import WatchedDatabase
-from sllmctl.gateway.admin import admin_app
+from sllmctl.gateway.admin.app import admin_app
+from sllmctl.gateway.admin.explanations import Explanations
+from sllmctl.gateway.admin.feed import Feed
+from sllmctl.gateway.admin.logs import Logs
 from sllmctl.gateway.app import api_app
-from sllmctl.gateway.explanations import Explanations
-from sllmctl.gateway.feed import Feed
-from sllmctl.gateway.logs import Logs
 from sllmctl.gateway.metrics import Metrics
 from sllmctl.gateway.router import Router
 from sllmctl.gateway.server import server_config

@@ -39,9 +39,9 @@ from sllmctl.control.effects import (
 )
 from sllmctl.control.records import Checkpoint, Instance, Model, Node, Operation, PlacementRecord
 from sllmctl.control.view import ClusterView
-from sllmctl.gateway.admin import admin_app
-from sllmctl.gateway.explanations import Explanations
-from sllmctl.gateway.logs import Logs, LogsPort
+from sllmctl.gateway.admin.app import admin_app
+from sllmctl.gateway.admin.explanations import Explanations
+from sllmctl.gateway.admin.logs import Logs, LogsPort
 from sllmctl.planner.plans import Candidate, Decision, Refusal, Rejection, Wait
 
 _A, _B = "ab" * 32, "abcd" + "0" * 60

@@ -18,8 +18,8 @@ from schema.states import NodeState
 from sllmctl.config import LogSettings
 from sllmctl.control.records import Node
 from sllmctl.control.view import ClusterView
-from sllmctl.gateway.answers import refuse
-from sllmctl.gateway.logs import Logs
+from sllmctl.gateway.admin.answers import refuse
+from sllmctl.gateway.admin.logs import Logs
 
 
 class FakeLinks:

@@ -25,9 +25,9 @@ from sllmctl.config import ClientSettings, StreamSettings
 from sllmctl.control.effects import PutInstance, PutPlacement, RemoveInstance
 from sllmctl.control.records import Checkpoint, Instance, Model, Node, PlacementRecord
 from sllmctl.control.view import ClusterView
-from sllmctl.gateway.admin import admin_app
-from sllmctl.gateway.feed import Feed
-from sllmctl.gateway.picture import KINDS, Picture
+from sllmctl.gateway.admin.app import admin_app
+from sllmctl.gateway.admin.feed import Feed
+from sllmctl.gateway.admin.picture import KINDS, Picture
 
 _DIGEST = "ab" * 32
 _ALL = frozenset(KINDS)

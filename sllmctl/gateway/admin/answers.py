@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import msgspec
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from schema.errors import InvalidInput, NotFound, SllmError
 from schema.names import did_you_mean
-from sllmctl.gateway.errors import MethodNotAllowed, NoSuchPath, http_status, retry_after
+from sllmctl.gateway.errors import BodyTooLarge, MethodNotAllowed, NoSuchPath, UnsupportedMediaType, http_status, retry_after
 from sllmctl.gateway.openapi import operation_of
 
 __all__ = [
     "Items",
     "RefusalBody",
+    "Routes",
     "broken",
     "decode",
     "error_answer",
@@ -25,12 +26,15 @@ __all__ = [
     "json_answer",
     "known",
     "no_route",
+    "read_body",
     "read_number",
     "read_query",
     "refuse",
 ]
 
 V = TypeVar("V")
+Routes = dict[tuple[str, str], Callable[[Request], Awaitable[Response]]]
+"""Handlers by method and path; a path as Starlette writes it, below the API's prefix."""
 
 
 class Refusal(msgspec.Struct, frozen=True):
@@ -66,7 +70,7 @@ def read_query(request: Request) -> dict[str, str]:
     return found
 
 
-def read_number(query: dict[str, str], key: str, default: float) -> float:
+def read_number(query: Mapping[str, str], key: str, default: float) -> float:
     """A parameter that is a number from 0 up. Raises InvalidInput."""
     try:
         number = float(query.get(key, default))
@@ -75,6 +79,22 @@ def read_number(query: dict[str, str], key: str, default: float) -> float:
     if not 0 <= number < float("inf"):
         raise InvalidInput(f"{key}: {query[key]!r} is no number from 0 up", key)
     return number
+
+
+async def read_body(request: Request, limit_bytes: int) -> bytes:
+    """The body. Raises BodyTooLarge, and UnsupportedMediaType for one that is not said to be JSON."""
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit_bytes:
+                raise BodyTooLarge(f"the body is longer than {limit_bytes} bytes")
+    except ClientDisconnect:
+        raise InvalidInput("the body was broken off") from None
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if body and kind != "application/json":
+        raise UnsupportedMediaType(f"content type {kind!r} is not application/json")
+    return bytes(body)
 
 
 def known(kind: str, name: str, found: V | None, names: Iterable[str] = ()) -> V:

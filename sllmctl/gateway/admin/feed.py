@@ -27,7 +27,7 @@ from sllmctl.control.effects import RowChange
 from sllmctl.control.view import ClusterView
 from sllmctl.control.views import LiveNumbers, checkpoint_view, instance_view, model_view, node_view, operation_view
 from sllmctl.gateway import story
-from sllmctl.gateway.picture import KINDS, Picture
+from sllmctl.gateway.admin.picture import KINDS, Picture
 from sllmctl.gateway.ports import EventsPort
 
 __all__ = ["Feed", "LivePort"]

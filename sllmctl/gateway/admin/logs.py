@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import msgspec
@@ -23,7 +23,7 @@ from schema.errors import InvalidInput, NotFound, Overloaded, SllmError, TimedOu
 from schema.link import LogChunk, ReadLog
 from sllmctl.config import LogSettings
 from sllmctl.control.view import ClusterView
-from sllmctl.gateway.answers import Items, item_answer, known, read_number, read_query
+from sllmctl.gateway.admin.answers import Items, Routes, item_answer, known, read_number, read_query
 from sllmctl.gateway.openapi import Query, operation
 
 __all__ = ["Logs", "LogsPort"]
@@ -93,7 +93,7 @@ class Logs:
         self._followers = 0
         self._closing = False
 
-    def routes(self) -> dict[tuple[str, str], Callable[[Request], Awaitable[Response]]]:
+    def routes(self) -> Routes:
         return {
             ("GET", "models/{name}/logs"): self.of_model,
             ("GET", "instances/{id}/logs"): self.of_instance,

@@ -6,7 +6,7 @@ changed meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
 import msgspec
@@ -16,10 +16,10 @@ from starlette.types import Receive, Scope, Send
 
 from schema.admin import StreamFrame, StreamKind
 from schema.errors import InvalidInput, Overloaded, Unreachable
-from sllmctl.gateway.answers import read_query
-from sllmctl.gateway.feed import Feed
+from sllmctl.gateway.admin.answers import Routes, read_query
+from sllmctl.gateway.admin.feed import Feed
+from sllmctl.gateway.admin.picture import KINDS
 from sllmctl.gateway.openapi import Query, operation
-from sllmctl.gateway.picture import KINDS
 
 __all__ = ["Stream"]
 
@@ -33,7 +33,7 @@ class Stream:
     def __init__(self, feed: Feed) -> None:
         self._feed = feed
 
-    def routes(self) -> dict[tuple[str, str], Callable[[Request], Awaitable[Response]]]:
+    def routes(self) -> Routes:
         return {("GET", "stream"): self.get_stream}
 
     @operation(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Protocol
 
 from msgspec import Meta
@@ -14,7 +14,7 @@ from schema.admin import EstimatesView, ExplainView, OutcomeView, RequestExplain
 from schema.errors import NotFound
 from sllmctl.control.explain import DecisionsPort, ExplainerPort, explain, explain_request
 from sllmctl.control.view import ClusterView
-from sllmctl.gateway.answers import json_answer, known, read_number, read_query
+from sllmctl.gateway.admin.answers import Routes, json_answer, known, read_number, read_query
 from sllmctl.gateway.openapi import Query, operation
 from sllmctl.planner.outcomes import summarise
 
@@ -55,7 +55,7 @@ class Explanations:
         self._planner, self._decisions, self._estimates = planner, decisions, estimates
         self._clock = clock
 
-    def routes(self) -> dict[tuple[str, str], Callable[[Request], Awaitable[Response]]]:
+    def routes(self) -> Routes:
         return {
             ("GET", "models/{name}/explain"): self.explain_model,
             ("GET", "requests/{id}/explain"): self.explain_request,
