@@ -125,7 +125,9 @@ class Cluster:
             size, count = _SIZES[number % len(_SIZES)]
             inventory = self.view.nodes[node].inventory
             assert inventory is not None
-            free = sorted(((self.view.free_bytes(node, device), device.index) for device in inventory.devices), reverse=True)
+            free = sorted(
+                ((self.view.memory.free_bytes(node, device), device.index) for device in inventory.devices), reverse=True
+            )
             need = size * _GB // count
             idle = not self._full and self.draw.random() < 0.4
             if free[count - 1][0] < need + (0 if idle else (2 + size // 8) * _GB):

@@ -30,7 +30,7 @@ def mark(turn: Turn, node: str, digest: str) -> None:
     """Idle weights of a checkpoint that is being dropped are on their way out, whatever the node says in the meantime."""
     view = turn.view
     for record in list(view.placements_at(digest, node).values()):
-        if record.tier is Tier.DEVICE and digest in view.idle_weights.get((node, record.device), {}):
+        if record.tier is Tier.DEVICE and digest in view.memory.idle_weights.get((node, record.device), {}):
             leaving = replace(record, state=TierState.EVICTING)
             view.put_placement(leaving)
             turn.put_placement(leaving)

@@ -48,7 +48,7 @@ def lost(turn: Turn, event: NodeLost) -> None:
         instances.route(turn, instance)
         turn.look_now(instance.model)
         turn.rescale[instance.model] = None
-    for instance in list(turn.view.planned_on(node.id).values()):
+    for instance in list(turn.view.memory.planned_on(node.id).values()):
         instances.retire(turn, instance, "Gone", f"node {node.name} is unreachable, and it had not begun")
     for model in turn.view.operating_on(node.id):
         if model.state is ModelState.DELETING:

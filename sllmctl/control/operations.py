@@ -224,7 +224,7 @@ def _prefetch_node(turn: Turn, checkpoint: Checkpoint, node: Node | None) -> Nod
 
     def preference(each: Node) -> tuple[bool, bool, int, str]:
         arena = each.inventory.arena if each.inventory is not None else None
-        free = arena.budget_bytes - view.dram_bytes.get(each.id, 0) if arena is not None else 0
+        free = arena.budget_bytes - view.memory.dram_bytes.get(each.id, 0) if arena is not None else 0
         return (each.id in there, not each.cordoned, free, each.id)
 
     best = max(ready, key=preference)
@@ -246,7 +246,7 @@ def _prefetch_device(turn: Turn, checkpoint: Checkpoint, node: Node | None) -> _
         if record.tier is Tier.DEVICE and record.state is TierState.RESIDENT
     }
     choices = [
-        ((each.id, device.index) in lying, not each.cordoned, view.free_bytes(each.id, device), each.id, device.index)
+        ((each.id, device.index) in lying, not each.cordoned, view.memory.free_bytes(each.id, device), each.id, device.index)
         for each in nodes
         if each.state is NodeState.READY and each.inventory is not None
         for device in each.inventory.devices

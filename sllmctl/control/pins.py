@@ -78,8 +78,8 @@ def _check_arena(turn: Turn, checkpoint: Checkpoint, node: Node) -> None:
     view = turn.view
     if node.inventory is None:
         raise Conflict(f"node {node.name} ({node.state.value}) has not said how large its arena is")
-    pinned = sum(view.arena_bytes_of(node.id, digest) for digest, tier in view.pins_on(node.id) if tier is Tier.DRAM)
-    need, budget = view.arena_bytes_of(node.id, checkpoint.digest), node.inventory.arena.budget_bytes
+    pinned = sum(view.memory.arena_bytes_of(node.id, digest) for digest, tier in view.pins_on(node.id) if tier is Tier.DRAM)
+    need, budget = view.memory.arena_bytes_of(node.id, checkpoint.digest), node.inventory.arena.budget_bytes
     if pinned + need > budget:
         raise Conflict(
             f"{need} bytes of checkpoint {checkpoint.digest[:16]} do not fit beside the {pinned} bytes pinned in the arena of "

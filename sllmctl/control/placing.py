@@ -53,7 +53,7 @@ def _end(turn: Turn, name: str, reason: str, message: str, grace_s: float | None
 
 def settle(turn: Turn, node_id: str) -> None:
     """Begin what is planned on a node and has its room now; make idle weights leave for what has not."""
-    planned = turn.view.planned_on(node_id)
+    planned = turn.view.memory.planned_on(node_id)
     node = turn.view.nodes[node_id]
     if not planned or node.state is not NodeState.READY or node.inventory is None:
         return
@@ -86,18 +86,20 @@ def _lacks(turn: Turn, node: Node, instance: Instance, ahead: list[Instance]) ->
     """What each of its devices lacks, those planned ``ahead`` counted in. Its own weights, and theirs, where they lie
     already, take no new room."""
     assert node.inventory is not None
-    view = turn.view
-    memory = {device.index: device.memory_bytes for device in node.inventory.devices}
+    memory = turn.view.memory
+    sizes = {device.index: device.memory_bytes for device in node.inventory.devices}
     found: list[_Lack] = []
-    for device, need in view.device_need_bytes(node.id, instance.digest, instance.devices, instance.kv_bytes).items():
-        lying = {digest: size for digest, size in view.lying_bytes(node.id, device).items() if digest != instance.digest}
-        taken = view.live_bytes(node.id, device)
+    for device, need in memory.device_need_bytes(node.id, instance.digest, instance.devices, instance.kv_bytes).items():
+        lying = {digest: size for digest, size in memory.lying_bytes(node.id, device).items() if digest != instance.digest}
+        taken = memory.live_bytes(node.id, device)
         for one in ahead:
             if device in one.devices:
-                taken += view.device_need_bytes(node.id, one.digest, one.devices, one.kv_bytes)[device]
+                taken += memory.device_need_bytes(node.id, one.digest, one.devices, one.kv_bytes)[device]
                 lying.pop(one.digest, None)
-        missing = taken + sum(lying.values()) + need - memory.get(device, 0)
-        leaving = view.leaving_bytes.get((node.id, device), 0) + _leaving_by_moves(turn, node.id, device) if missing > 0 else 0
+        missing = taken + sum(lying.values()) + need - sizes.get(device, 0)
+        leaving = (
+            memory.leaving_bytes.get((node.id, device), 0) + _leaving_by_moves(turn, node.id, device) if missing > 0 else 0
+        )
         found.append(_Lack(device, missing, leaving, lying))
     return found
 
@@ -114,7 +116,7 @@ def _arena_fits(turn: Turn, node: Node, instance: Instance) -> bool:
     """Weights that lie on all its devices already need no arena room."""
     assert node.inventory is not None
     view = turn.view
-    if view.arena_live_bytes(node.id, instance.digest) <= node.inventory.arena.budget_bytes:
+    if view.memory.arena_live_bytes(node.id, instance.digest) <= node.inventory.arena.budget_bytes:
         return True
     return all(
         (record := view.placements.get((instance.digest, node.id, Tier.DEVICE, device))) is not None
@@ -134,7 +136,7 @@ def _arena_stays(turn: Turn, node: Node, instance: Instance) -> bool:
         if one.state in STANDING and one.state not in LEAVING and one.id not in turn.core.moves
     }
     stay |= {digest for digest, tier in turn.view.pins_on(node.id) if tier is Tier.DRAM and _lies(turn, digest, node)}
-    used = sum(turn.view.arena_bytes_of(node.id, digest) for digest in stay | {instance.digest})
+    used = sum(turn.view.memory.arena_bytes_of(node.id, digest) for digest in stay | {instance.digest})
     return used > node.inventory.arena.budget_bytes
 
 
@@ -150,7 +152,7 @@ def _make_lying_leave(turn: Turn, instance: Instance, lacks: list[_Lack]) -> Non
     view, node = turn.view, instance.node
     named = set(instance.plan.best.drops) if instance.plan is not None else set()
     for one in lacks:
-        idle = view.idle_weights.get((node, one.device), {})
+        idle = view.memory.idle_weights.get((node, one.device), {})
         lack = one.bytes - one.leaving_bytes - sum(size for digest, size in one.lying.items() if digest not in idle)
         for digest in sorted(idle, key=lambda digest: (digest not in named, idle[digest], digest)):
             if lack <= 0:
@@ -166,7 +168,7 @@ def _leaving_by_moves(turn: Turn, node: str, device: int) -> int:
     for name in turn.core.moves:
         one = view.instances.get(name)
         if one is not None and one.node == node and device in one.devices and one.state is _I.READY:
-            total += view.device_need_bytes(node, one.digest, one.devices, one.kv_bytes)[device]
+            total += view.memory.device_need_bytes(node, one.digest, one.devices, one.kv_bytes)[device]
     return total
 
 
@@ -176,7 +178,7 @@ def _drop_idle(turn: Turn, node: str, digest: str) -> None:
     devices = [
         record.device
         for record in view.placements_at(digest, node).values()
-        if record.tier is Tier.DEVICE and digest in view.idle_weights.get((node, record.device), {})
+        if record.tier is Tier.DEVICE and digest in view.memory.idle_weights.get((node, record.device), {})
     ]
     if devices:
         drops.begin(turn, node, digest, Tier.DEVICE)

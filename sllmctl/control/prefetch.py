@@ -75,12 +75,12 @@ def _free_bytes(turn: Turn, node: Node, digest: str) -> int:
     """What would be left of the node's free DRAM, below 0 if something had to leave for it: what lies there, used or not, or
     what is to come."""
     view = turn.view
-    if node.inventory is None or view.keeps_arena(node.id, digest):
+    if node.inventory is None or view.memory.keeps_arena(node.id, digest):
         return -1
-    used = view.dram_bytes.get(node.id, 0) + view.arena_bytes_of(node.id, digest)
+    used = view.memory.dram_bytes.get(node.id, 0) + view.memory.arena_bytes_of(node.id, digest)
     for other in {one.digest for one in view.instances_on(node.id).values()}:
         if (other, node.id, Tier.DRAM, 0) not in view.placements:
-            used += view.arena_bytes_of(node.id, other)
+            used += view.memory.arena_bytes_of(node.id, other)
     return node.inventory.arena.budget_bytes - used
 
 

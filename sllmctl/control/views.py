@@ -77,7 +77,7 @@ def _devices_used(view: ClusterView, node: Node) -> tuple[int, ...]:
     if node.inventory is None:
         return ()
     places = [(node.id, device.index) for device in node.inventory.devices]
-    return tuple(view.committed_bytes.get(at, 0) + sum(view.idle_weights.get(at, {}).values()) for at in places)
+    return tuple(view.memory.committed_bytes.get(at, 0) + sum(view.memory.idle_weights.get(at, {}).values()) for at in places)
 
 
 def _means(view: ClusterView, node: str, stated: Inventory | None) -> Inventory | None:
@@ -85,7 +85,7 @@ def _means(view: ClusterView, node: str, stated: Inventory | None) -> Inventory 
     if stated is None:
         return None
     records = list(view.placements_on(node).values())
-    arena = sum(view.arena_bytes_of(node, record.digest) for record in records if record.tier is Tier.DRAM)
+    arena = sum(view.memory.arena_bytes_of(node, record.digest) for record in records if record.tier is Tier.DRAM)
     disk = sum(record.size_bytes for record in records if record.tier is Tier.DISK)
     return msgspec.structs.replace(stated, arena=msgspec.structs.replace(stated.arena, used_bytes=arena), disk_used_bytes=disk)
 

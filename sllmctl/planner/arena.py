@@ -29,7 +29,7 @@ def clear_arena(inquiry: Inquiry, node: str, exits: list[Exit], taken: list[Exit
         if digest == inquiry.asked.digest or any(one.id not in by_id for one in group):
             continue
         leaving = list(dict.fromkeys(by_id[one.id] for one in group))
-        size = view.arena_bytes_of(node, digest)
+        size = view.memory.arena_bytes_of(node, digest)
         extra = [one for one in leaving if one not in taken]
         if not extra:
             deficit -= size

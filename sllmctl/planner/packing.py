@@ -93,7 +93,7 @@ class Packer:
         start, digest = tenant.start, tenant.start.ask.digest
         lot = self._lot(start.node)
         need = tenant.least + self._share(start)
-        held = self._view.holds_arena(start.node.id, digest)
+        held = self._view.memory.holds_arena(start.node.id, digest)
         fit = 0
         for index in start.devices:
             loose = lot.loose.get(index)
@@ -140,16 +140,16 @@ class Packer:
         if lot is None:
             view = self._view
             assert node.inventory is not None
-            lot = self._lots[node.id] = _Lot({}, {}, {}, {}, view.arena_held_bytes.get(node.id, 0))
+            lot = self._lots[node.id] = _Lot({}, {}, {}, {}, view.memory.arena_held_bytes.get(node.id, 0))
             taken: set[int] = set()
             if not self._sharing:
                 taken = {index for one in view.instances_on(node.id).values() for index in one.devices}
             for device in node.inventory.devices:
                 key = (node.id, device.index)
                 if device.index not in taken:
-                    lot.free[device.index] = device.memory_bytes - view.committed_bytes.get(key, 0)
-                    idle = lot.idle[device.index] = view.idle_weights.get(key, {})
-                    held = sum(size for digest, size in idle.items() if view.holds_arena(node.id, digest))
+                    lot.free[device.index] = device.memory_bytes - view.memory.committed_bytes.get(key, 0)
+                    idle = lot.idle[device.index] = view.memory.idle_weights.get(key, {})
+                    held = sum(size for digest, size in idle.items() if view.memory.holds_arena(node.id, digest))
                     lot.loose[device.index] = lot.free[device.index] - held
         return lot
 
@@ -157,7 +157,7 @@ class Packer:
         """What others pay if idle weights are dropped; infinite if they may not be."""
         found = lot.prices.get(digest)
         if found is None:
-            if self._view.holds_arena(node.id, digest):
+            if self._view.memory.holds_arena(node.id, digest):
                 found = float("inf")
             else:
                 found = self._prices.weights_s(node, digest, max(here.get(digest, 0) for here in lot.idle.values()))
@@ -170,7 +170,9 @@ class Packer:
         if loads and beside:
             loaded.add(self._newcomer.digest)
         assert node.inventory is not None
-        more = sum(view.arena_bytes_of(node.id, digest) for digest in loaded if not view.keeps_arena(node.id, digest))
+        more = sum(
+            view.memory.arena_bytes_of(node.id, digest) for digest in loaded if not view.memory.keeps_arena(node.id, digest)
+        )
         return not more or lot.arena_bytes + more <= node.inventory.arena.budget_bytes
 
     # --- places ---

@@ -126,7 +126,7 @@ def ground(view: ClusterView, node: Node, asked: Ask, *, sharing: bool = True) -
     inventory = node.inventory
     assert inventory is not None
     name, digest, share = node.id, asked.digest, asked.share
-    free = view.free_on[name]
+    free = view.memory.free_on[name]
     rooms: dict[int, int] = {}
     cpu = False
     for device in inventory.devices:
@@ -142,7 +142,7 @@ def ground(view: ClusterView, node: Node, asked: Ask, *, sharing: bool = True) -
             if record.tier is Tier.DEVICE and record.state is TierState.RESIDENT:
                 index = record.device
                 if index in rooms:
-                    rooms[index] += view.idle_weights.get((name, index), _NONE).get(digest, 0)
+                    rooms[index] += view.memory.idle_weights.get((name, index), _NONE).get(digest, 0)
                 if not cpu and record.size_bytes >= share:
                     own.append(index)
     lodgers: dict[int, set[str]] = {}
@@ -158,7 +158,7 @@ def arena_deficit_bytes(view: ClusterView, node: Node, digest: str) -> int:
     """The arena room that a load of a checkpoint lacks on a node; weights that nobody uses count as room, since the store
     evicts them itself."""
     assert node.inventory is not None
-    if view.keeps_arena(node.id, digest):
+    if view.memory.keeps_arena(node.id, digest):
         return 0
-    held = view.arena_held_bytes.get(node.id, 0)
-    return max(0, held + view.arena_bytes_of(node.id, digest) - node.inventory.arena.budget_bytes)
+    held = view.memory.arena_held_bytes.get(node.id, 0)
+    return max(0, held + view.memory.arena_bytes_of(node.id, digest) - node.inventory.arena.budget_bytes)

@@ -171,14 +171,14 @@ class Search:
         count, open_nodes, looked = asked.count, fleet.open, self._looked
         need = asked.least if fleet.mixed else asked.least + asked.share
         if len(members) > _FEW:
-            for room, name in view.free.nodes(count, need):
+            for room, name in view.memory.free.nodes(count, need):
                 if name in members:
                     yield room < need, name
-            for _, name in view.loose.nodes(count, -(1 << 62)):
+            for _, name in view.memory.loose.nodes(count, -(1 << 62)):
                 if name in members:
                     yield True, name
             return
-        free_on, loose_on, bandwidth_bps = view.free_on, view.loose_on, self._inquiry.estimates.bandwidth_bps
+        free_on, loose_on, bandwidth_bps = view.memory.free_on, view.memory.loose_on, self._inquiry.estimates.bandwidth_bps
         least_bps = self._least_bps(source)
         channel = Channel.DEVICE if source is Tier.DRAM else Channel.DISK if source is Tier.DISK else Channel.NETWORK
         rooms: list[tuple[bool, int, str]] = []

@@ -88,12 +88,12 @@ class Spots:
 
     def _is_full(self, node: Node) -> bool:
         """True if only the busy could make room on enough of its devices."""
-        asked, loose = self._asked, self._view.loose_on[node.id].values()
+        asked, loose = self._asked, self._view.memory.loose_on[node.id].values()
         need = asked.least + (0 if self._inquiry.fleet.mixed else asked.share)
         return (max(loose) if asked.count == 1 else sorted(loose)[-asked.count]) < need
 
     def _arena_bytes(self, node: Node) -> int:
-        return self._view.arena_bytes_of(node.id, self._asked.digest)
+        return self._view.memory.arena_bytes_of(node.id, self._asked.digest)
 
     def _try(self, here: Ground, allowed: list[int], source: Tier, peer: str, best: Option | None) -> Option | Rejection:
         """The best place on these devices, its weights coming from there."""
@@ -160,7 +160,7 @@ class Spots:
 
     def _loose(self, here: Ground, allowed: list[int]) -> list[int]:
         """The devices that would have room without idle weights, and without those who rest or leave already."""
-        loose, asked = self._view.loose_on[here.node.id], self._asked
+        loose, asked = self._view.memory.loose_on[here.node.id], self._asked
         # On a CPU the weights take none of it, and more devices are let through than have room.
         need = asked.least + (0 if here.cpu else asked.share)
         return [index for index in allowed if loose[index] >= need]

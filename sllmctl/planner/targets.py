@@ -118,7 +118,7 @@ class Targets:
                     yield name
         members: Mapping[str, object] = fleet.open if self._abilities.fetch else disk
         need = wanted.least if fleet.mixed else wanted.least + wanted.share
-        for index in (view.free, view.loose):
+        for index in (view.memory.free, view.memory.loose):
             if members is fleet.open:
                 names: Iterable[str] = [name for _, name in islice(index.nodes(wanted.count, need), _TARGETS)]
             else:

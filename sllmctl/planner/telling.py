@@ -46,17 +46,17 @@ def _widened(inquiry: Inquiry, option: Option) -> tuple[list[Exit], int, float]:
     exits, delay_s = list(option.exits), option.delay_s
     rooms = {index: option.ground.rooms[index] + sum(one.frees.get(index, 0) for one in exits) for index in option.devices}
     limit_s = CHEAP * option.startup.total_s
-    lying = {digest for index in option.devices for digest in view.idle_weights.get((node.id, index), ())}
+    lying = {digest for index in option.devices for digest in view.memory.idle_weights.get((node.id, index), ())}
     items = sorted(
         (inquiry.prices.weights_s(node, digest, view.checkpoints[digest].image_bytes), digest)
         for digest in lying - gone - {asked.digest}
-        if digest in view.checkpoints and not view.holds_arena(node.id, digest)
+        if digest in view.checkpoints and not view.memory.holds_arena(node.id, digest)
     )
     for weights_s, digest in items:
         if min(rooms.values()) >= asked.wanted or weights_s > limit_s:
             break
         frees = {
-            device.index: view.idle_weights.get((node.id, device.index), {}).get(digest, 0)
+            device.index: view.memory.idle_weights.get((node.id, device.index), {}).get(digest, 0)
             for device in option.ground.inventory.devices
         }
         one = Exit(frees, weights_s)

@@ -113,7 +113,7 @@ class Exits:
                 for one in exits:
                     if device in one.frees and one not in found:
                         found.append(one)
-        idle = self._view.idle_weights.get((self._node.id, device))
+        idle = self._view.memory.idle_weights.get((self._node.id, device))
         if idle:
             for digest, size in idle.items():
                 exits = by_digest.get(digest)
@@ -134,7 +134,7 @@ class Exits:
         for instance in self._there:
             if instance.digest == digest:
                 return self._of_group(digest)
-        if digest == self._asked.digest or view.holds_arena(node.id, digest):
+        if digest == self._asked.digest or view.memory.holds_arena(node.id, digest):
             return []
         frees = {device: size} if view.nodes_with(digest, Tier.DEVICE).get(node.id) == 1 else self._lying(digest)
         one = Exit(frees, self._prices.weights_s(node, digest, size))
@@ -147,7 +147,7 @@ class Exits:
         frees: dict[int, int] = {}
         for record in view.placements_at(digest, node).values():
             if record.tier is Tier.DEVICE:
-                idle = view.idle_weights.get((node, record.device))
+                idle = view.memory.idle_weights.get((node, record.device))
                 if idle and digest in idle:
                     frees[record.device] = idle[digest]
         return frees

@@ -255,7 +255,7 @@ class RandomPlanner(_Baseline):
 
     def _drawn(self, asked: Ask, open_: Fleet) -> list[str]:
         """Nodes with room, or with room if what rests or leaves were gone; at most `_DRAWN` of them, all as likely."""
-        loose = self._view.loose
+        loose = self._view.memory.loose
         need = asked.least if open_.mixed else asked.least + asked.share
         if not self._abilities.fetch:
             holders = self._holders(asked.digest)
@@ -326,7 +326,7 @@ class Preempting(_Baseline):
             yield from members
             return
         need = asked.least if open_.mixed else asked.least + asked.share
-        yield from (name for _, name in islice(self._view.free.nodes(asked.count, need), _LOOKED_AT) if name in members)
+        yield from (name for _, name in islice(self._view.memory.free.nodes(asked.count, need), _LOOKED_AT) if name in members)
         yield from islice(members, _LOOKED_AT)
 
     def _best_on(

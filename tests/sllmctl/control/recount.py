@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
+from sllmctl.control.ledger import MemoryLedger
 from sllmctl.control.room import RoomIndex
 from sllmctl.control.view import ClusterView
 
 __all__ = ["check_indexes"]
 
-_APART = {"means", "operations", "refused", "line", "_stale", "_free", "_loose"}
-"""What counts changes, says what is to be done, or is looked at below."""
+_APART = {"memory", "means", "operations", "refused", "line", "nodes", "checkpoints", "_stale", "_free", "_loose"}
+"""What is looked at by its parts, counts changes, says what is to be done, or is looked at below."""
 
 
 def check_indexes(view: ClusterView) -> None:
@@ -31,17 +32,22 @@ def check_indexes(view: ClusterView) -> None:
         fresh.add_model(model)
     for instance in view.instances.values():
         fresh.add_instance(instance)
-    for kept, counted in ((view.free, fresh.free), (view.loose, fresh.loose)):
+    for kept, counted in ((view.memory.free, fresh.memory.free), (view.memory.loose, fresh.memory.loose)):
         for count in (1, 2, 3):
             assert _listed(kept, count) == _listed(counted, count)
-    for one in fields(ClusterView):
-        if one.name not in _APART and one.name != "nodes":
-            kept, counted = getattr(view, one.name), getattr(fresh, one.name)
-            assert _plain(kept) == _plain(counted), f"{one.name} is not what its records say"
+    _compare(view, fresh)
+    _compare(view.memory, fresh.memory)
     assert list(view.refused) == [name for name in view.refused if view.models[name].refusal]
     assert set(view.refused) == {model.name for model in view.models.values() if model.refusal}
     waiting = [(view.models[name].waiting_since, name) for name in view.refused]
     assert view.line == sorted(entry for entry in waiting if entry[0] is not None)
+
+
+def _compare(whole: ClusterView | MemoryLedger, anew: ClusterView | MemoryLedger) -> None:
+    for one in fields(whole):
+        if one.name not in _APART:
+            kept, counted = getattr(whole, one.name), getattr(anew, one.name)
+            assert _plain(kept) == _plain(counted), f"{one.name} is not what its records say"
 
 
 def _plain(index: object) -> object:

@@ -77,7 +77,7 @@ def test_further_restarts_back_off_and_end(make_world: MakeWorld) -> None:
     world.crash(instance)
     assert instance.state is _I.FAILED
     assert world.agents["local"].lives == {}
-    assert not any(world.view.committed_bytes.values())
+    assert not any(world.view.memory.committed_bytes.values())
     world.demand("m", 2)
     assert "failed instances, the last for: the worker was killed" in world.rejected[-1].fault.message
     assert world.only() is instance

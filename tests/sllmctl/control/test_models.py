@@ -220,5 +220,5 @@ def test_a_placement_update_replaces_what_was_known_of_that_checkpoint(world: Wo
     )
     world.tell("local", [PlacementUpdate(truth=agent.checkpoints[digest_of("m")])])
     assert [key[2] for key in world.view.placements] == [Tier.DRAM]
-    assert world.view.holds_arena("local", digest_of("m"))
+    assert world.view.memory.holds_arena("local", digest_of("m"))
     world.check_rows()

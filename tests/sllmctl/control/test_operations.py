@@ -310,7 +310,7 @@ def test_every_state_outlasts_the_manager_and_yields_to_the_next_truth(world: Wo
     world.start_manager()
     world.connect("local")
     assert all(tier is Tier.DISK for _, _, tier, _ in world.view.placements)
-    assert not any(world.view.arena_held_bytes.values())
+    assert not any(world.view.memory.arena_held_bytes.values())
     world.check_rows()
 
 

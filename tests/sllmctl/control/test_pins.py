@@ -145,7 +145,7 @@ def test_a_pin_ahead_of_its_copy_counts_once_it_is_there(world: World) -> None:
     agent.hold("m", image_mib=8)
     world.connect("local")
     assert pin(world, M, "local", Tier.DRAM) is None
-    assert world.view.arena_held_bytes.get("local", 0) == 0
+    assert world.view.memory.arena_held_bytes.get("local", 0) == 0
     there = Placement(tier=Tier.DRAM, state=TierState.RESIDENT, size_bytes=8 * MIB)
     truth = agent.checkpoints[M]
     before = truth.placements
@@ -159,5 +159,5 @@ def test_a_pin_ahead_of_its_copy_counts_once_it_is_there(world: World) -> None:
             placements=placements,
         )
         world.do(FromNode("local", PlacementUpdate(truth=agent.checkpoints[M])))
-        assert world.view.arena_held_bytes.get("local", 0) == held
+        assert world.view.memory.arena_held_bytes.get("local", 0) == held
         world.check_rows()

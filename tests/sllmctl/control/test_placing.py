@@ -81,7 +81,7 @@ def test_a_drain_is_asked_for_with_the_place_reserved_and_the_newcomer_begins_af
     world.demand("b", 1)
     newcomer = lone(world, "b", _I.PLANNED)
     assert victim.state is _I.DRAINING
-    assert world.view.committed_bytes["n1", 0] == 36 << 20
+    assert world.view.memory.committed_bytes["n1", 0] == 36 << 20
     stop = [one for one in world.agents["n1"].heard if isinstance(one, StopInstance)][-1]
     assert stop.grace_s == SETTINGS.drain_longest_s
     world.pass_time(30.0)
@@ -114,7 +114,7 @@ def test_idle_weights_are_dropped_before_the_start(scripted) -> None:
     gone = busy_on(world, planner, "a", "n1", 0)
     world.ask(lambda ticket: StopModel(ticket, "a"))
     assert gone.id not in world.view.instances
-    assert world.view.idle_weights["n1", 0] == {digest_of("a"): 8 << 20}
+    assert world.view.memory.idle_weights["n1", 0] == {digest_of("a"): 8 << 20}
     planner.then("b", place("n1", kv_mib=15, drops=(digest_of("a"),)))
     before = len(world.history)
     world.demand("b", 1)
@@ -136,7 +136,7 @@ def test_a_drop_that_a_plan_named_and_a_device_does_not_need_any_more_is_still_m
     newcomer = lone(world, "b", _I.PLANNED)
     states = [one.state for one in world.view.placements_at(digest_of("a"), "n1").values() if one.tier is Tier.DEVICE]
     assert states == [TierState.EVICTING]
-    assert not world.view.idle_weights["n1", 0]
+    assert not world.view.memory.idle_weights["n1", 0]
     world.tell("n1", world.agents["n1"].finish(next(iter(world.agents["n1"].ops))))
     assert newcomer.state is _I.STARTING
 
@@ -247,7 +247,7 @@ def test_planned_for_nobody_any_more_goes(scripted) -> None:
     world, _, _, planned = waiting_for_a_drain(scripted)
     world.demand("b", 0)
     assert planned.id not in world.view.instances
-    assert not world.view.planned_bytes["n1", 0]
+    assert not world.view.memory.planned_bytes["n1", 0]
     world.check_rows()
 
 

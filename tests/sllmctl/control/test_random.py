@@ -216,7 +216,7 @@ class Cluster(RuleBasedStateMachine):
         for name, agent in self.world.agents.items():
             for device in range(agent.devices):
                 assert agent.used_bytes(device) <= agent.device_mib << 20
-                assert self.world.view.live_bytes(name, device) <= agent.device_mib << 20
+                assert self.world.view.memory.live_bytes(name, device) <= agent.device_mib << 20
             assert agent.dram_bytes() <= agent.arena_mib << 20
 
     @invariant()

@@ -154,9 +154,9 @@ def _inhabit(draw: st.DrawFn, crowd: Crowd, node: str, names: Sequence[str], kin
         devices = tuple(sorted(draw(st.permutations(range(len(inventory.devices))))[:count]))
         idle = kind != "cpu" and draw(st.integers(0, 2)) == 0
         kv = 0 if idle else draw(st.integers(1, 4))
-        if len(devices) < count or any(view.free_bytes(node, inventory.devices[at]) < share + kv for at in devices):
+        if len(devices) < count or any(view.memory.free_bytes(node, inventory.devices[at]) < share + kv for at in devices):
             continue
-        held = view.arena_held_bytes.get(node, 0) + (0 if view.holds_arena(node, f"w-{name}") else image)
+        held = view.memory.arena_held_bytes.get(node, 0) + (0 if view.memory.holds_arena(node, f"w-{name}") else image)
         if idle:
             for device in devices:
                 if (f"w-{name}", node, Tier.DEVICE, device) not in view.placements:

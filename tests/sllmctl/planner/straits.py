@@ -340,8 +340,8 @@ def _inhabit(draw: st.DrawFn, crowd: Crowd, node: str, name: str, state: str) ->
     kv = draw(st.integers(10, 60)) if state != "idle" else 0
     devices = tuple(sorted(draw(st.permutations(range(len(inventory.devices))))[:count]))
     busy = sum(one.running > 0 for one in view.instances.values())
-    room = [view.free_bytes(node, inventory.devices[at]) for at in devices]
-    held = view.arena_held_bytes.get(node, 0) + image
+    room = [view.memory.free_bytes(node, inventory.devices[at]) for at in devices]
+    held = view.memory.arena_held_bytes.get(node, 0) + image
     if state == "none" or len(devices) < count or min(room) < share + kv:
         return
     if state == "idle":

@@ -42,7 +42,7 @@ def _brute(crowd: Crowd, model: Model) -> list[tuple[float, float]]:
         has = [tier for tier in (Tier.DRAM, Tier.DISK) if node.id in view.nodes_with("w-m", tier)]
         for devices in combinations(here.rooms, asked.count):
             own = all(index in here.own for index in devices)
-            if not own and (not has or view.arena_bytes_of(node.id, "w-m") > node.inventory.arena.budget_bytes):
+            if not own and (not has or view.memory.arena_bytes_of(node.id, "w-m") > node.inventory.arena.budget_bytes):
                 continue
             source = Tier.DEVICE if own else has[0]
             deficit = 0 if own else arena_deficit_bytes(view, node, "w-m")
@@ -61,7 +61,7 @@ def _arena_freed(crowd: Crowd, node: str, leaving: tuple[Exit, ...]) -> int:
     gone = {name for one in leaving for name in one.ids}
     here = [one for one in crowd.view.instances_on(node).values() if one.state in HOLDING]
     kept = {one.digest for one in here if one.id not in gone}
-    return sum(crowd.view.arena_bytes_of(node, digest) for digest in {one.digest for one in here} - kept)
+    return sum(crowd.view.memory.arena_bytes_of(node, digest) for digest in {one.digest for one in here} - kept)
 
 
 @settings(max_examples=examples(300), deadline=None)
@@ -137,11 +137,11 @@ def _check_memory(crowd: Crowd, best: Candidate) -> None:
         assert inventory is not None
         for device in inventory.devices:
             if device.index in devices:
-                assert view.free_bytes(node, device) >= 0
+                assert view.memory.free_bytes(node, device) >= 0
         sources = [best.source] if node == best.node else []
         sources += [move.source for move in best.moves if move.node == node and not move.target]
         if Tier.DEVICE not in sources:
-            assert view.arena_held_bytes.get(node, 0) <= inventory.arena.budget_bytes
+            assert view.memory.arena_held_bytes.get(node, 0) <= inventory.arena.budget_bytes
 
 
 def _check_victims(crowd: Crowd, model: Model, best: Candidate) -> None:

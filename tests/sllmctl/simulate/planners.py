@@ -39,7 +39,9 @@ class FirstFit:
         return self._on(model, node, {}, {})
 
     def _idle(self, model: Model, node: Node) -> Candidate | None:
-        weights = {device.index: self._view.idle_weights.get((node.id, device.index), {}) for device in self._devices(node)}
+        weights = {
+            device.index: self._view.memory.idle_weights.get((node.id, device.index), {}) for device in self._devices(node)
+        }
         digests = tuple(dict.fromkeys(digest for here in weights.values() for digest in here if digest != model.digest))
         return self._on(model, node, {index: sum(here.values()) for index, here in weights.items()}, {"drops": digests})
 
@@ -85,7 +87,7 @@ class FirstFit:
         return None
 
     def _needs(self, one: Instance) -> dict[int, int]:
-        return self._view.device_need_bytes(one.node, one.digest, one.devices, one.kv_bytes)
+        return self._view.memory.device_need_bytes(one.node, one.digest, one.devices, one.kv_bytes)
 
     def _devices(self, node: Node) -> tuple[DeviceInfo, ...]:
         return () if node.inventory is None else node.inventory.devices
@@ -105,7 +107,8 @@ class FirstFit:
         image = self._view.checkpoints[model.digest].image_bytes
         need = kv_bytes + -(-image // model.spec.devices)
         rooms = {
-            device.index: self._view.free_bytes(node.id, device) + freed.get(device.index, 0) for device in self._devices(node)
+            device.index: self._view.memory.free_bytes(node.id, device) + freed.get(device.index, 0)
+            for device in self._devices(node)
         }
         fit = [index for index, room in sorted(rooms.items()) if room >= need]
         if len(fit) < model.spec.devices:

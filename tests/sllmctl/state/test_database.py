@@ -46,7 +46,7 @@ async def test_what_is_committed_is_loaded_again(url: str, tmp_path: Path) -> No
     assert (instance.epoch, instance.state, instance.devices) == (rows.EPOCH, InstanceState.BACKOFF, (0, 2))
     assert (instance.phases, instance.fault) == (put.truth.phases, put.truth.fault)
     assert (instance.kv_bytes, instance.restarts, instance.retry_at, instance.reason) == (1 << 33, 2, 99.5, "why")
-    assert view.committed_bytes["n1", 2] == 1 << 33
+    assert view.memory.committed_bytes["n1", 2] == 1 << 33
 
 
 async def test_put_updates_without_cascading_and_remove_takes_rows_away(database: Database) -> None:
