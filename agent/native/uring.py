@@ -71,7 +71,7 @@ class Ring:
             os.close(self._descriptor)
             raise NoRing(f"the rings of io_uring cannot be mapped: {error.strerror}") from error
         self._words = memoryview(self._rings).cast("I")
-        self._sq_head, self._sq_tail, self._cq_head, self._cq_tail = (at // 4 for at in (sq[0], sq[1], cq[0], cq[1]))
+        self._sq_tail, self._cq_head, self._cq_tail = (at // 4 for at in (sq[1], cq[0], cq[1]))
         self._sq_mask, self._cq_mask = sq_entries - 1, cq_entries - 1
         self._cqes_at = cq[5]
         self.entries = sq_entries

@@ -110,12 +110,6 @@ class Ground:
     lodgers: dict[int, set[str]]
     cpu: bool
 
-    @property
-    def wholes(self) -> dict[int, int]:
-        """``rooms`` if nothing else were there."""
-        share = self.share
-        return {one.index: one.memory_bytes - (0 if one.kind == "cpu" else share) for one in self.inventory.devices}
-
     def has_own(self, devices: Sequence[int]) -> bool:
         """True if its weights lie on all of these devices."""
         own = self.own

@@ -107,8 +107,6 @@ class Fetch:
         self.over = False
         """It has ended, on the disk too: committed there, or ``error`` says why not."""
         self.error: SllmError | None = None
-        self.network_bytes = 0
-        """Bytes that came over the network and were right; the rest lay on the disk."""
 
     @property
     def manifest(self) -> Manifest:
@@ -304,7 +302,7 @@ class Fetch:
                             found = self._take(body, run[0], scratch)
                             if found != run[0].xxh3:
                                 break
-                            self._arrived(job, run.popleft(), network=True)
+                            self._arrived(job, run.popleft())
                             patience.progress()
                         if run:
                             if run[0].number == wrong:
@@ -344,15 +342,14 @@ class Fetch:
             offset += len(block)
         if digest.intdigest() != chunk.xxh3:
             return False
-        self._arrived(job, chunk, network=False)
+        self._arrived(job, chunk)
         return True
 
-    def _arrived(self, job: FetchJob, chunk: _Chunk, *, network: bool) -> None:
+    def _arrived(self, job: FetchJob, chunk: _Chunk) -> None:
         with self._lock:
             if job.error is not None:
                 raise job.error
             job._arrived(chunk.number, chunk.length)
-            self.network_bytes += chunk.length if network else 0
         if job._unit_done is not None and chunk.unit is not None:
             job._unit_done(job, chunk.unit)
         job._changed(job)

@@ -2,8 +2,6 @@
 
 from fastsafetensors import fastsafe_open
 
-LIBRARY = "fastsafetensors"
-
 
 def load(paths):
     with fastsafe_open(list(paths), nogds=True, device="cpu") as file:

@@ -2,8 +2,6 @@
 
 import instanttensor
 
-LIBRARY = "instanttensor"
-
 
 def load(paths):
     import torch

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-LIBRARY = "torch"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 

@@ -2,8 +2,6 @@
 
 from runai_model_streamer import SafetensorsStreamer
 
-LIBRARY = "runai-model-streamer"
-
 
 def load(paths):
     with SafetensorsStreamer() as streamer:

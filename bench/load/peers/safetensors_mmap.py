@@ -5,7 +5,6 @@ So that they have come, the time includes touching every page (``LAZY``). Out of
 
 from safetensors.torch import load_file
 
-LIBRARY = "safetensors"
 LAZY = True
 
 

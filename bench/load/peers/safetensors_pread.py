@@ -2,7 +2,6 @@
 
 from safetensors.torch import load_file
 
-LIBRARY = "safetensors"
 PRERELEASE = "safetensors==0.9.0rc1"
 
 

@@ -2,7 +2,6 @@
 
 from safetensors import safe_open
 
-LIBRARY = "safetensors"
 PRERELEASE = "safetensors==0.9.0rc1"
 
 

@@ -6,8 +6,6 @@ import torch
 from safetensors.torch import load_file
 from tensorizer import TensorDeserializer, TensorSerializer
 
-LIBRARY = "tensorizer"
-
 
 class _Holder(torch.nn.Module):
     """Flat names with dots in them are no module's: a dot becomes a character that is none in names."""

@@ -5,8 +5,6 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
-LIBRARY = "torch"
-
 
 def convert(files, out):
     from safetensors.torch import load_file

@@ -4,8 +4,6 @@ from pathlib import Path
 
 import torch
 
-LIBRARY = "torch"
-
 
 def convert(files, out):
     from safetensors.torch import load_file

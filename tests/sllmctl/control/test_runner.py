@@ -134,7 +134,7 @@ class Recorder:
         self.performed.append(effect)
 
 
-def _runner(recorder: Recorder, database_view: object = None, **rules: float) -> Runner:
+def _runner(recorder: Recorder, **rules: float) -> Runner:
     from sllmctl.control.view import ClusterView
 
     settings = ControlSettings(**rules)  # type: ignore[arg-type]

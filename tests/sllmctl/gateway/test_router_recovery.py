@@ -12,8 +12,6 @@ from sllmctl.control.effects import InstanceActivity
 from sllmctl.gateway.router_settings import RouterSettings
 from tests.sllmctl.gateway.routing import Bench, end, params, run
 
-OLD = epoch_of(3, 9)
-
 
 def orphan(counter: int = 9, choice: int = 0, request: str = "req_old") -> Submit:
     return Submit(
