@@ -1,16 +1,5 @@
-"""One thread for torch: the models are tiny, and the machine may be shared."""
+"""The engine's tests' one thread for torch, for the workers' too."""
 
-from __future__ import annotations
+from tests.agent.engine.conftest import one_thread
 
-from collections.abc import Iterator
-
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["one_thread"]

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.sllmctl.control.world import Agent, World
+from sllmctl.planner.plans import Abilities
+from tests.sllmctl.control.scripted import MODELS, SETTINGS, ScriptedPlanner
+from tests.sllmctl.control.world import Agent, World, spec
 
 MakeWorld = Callable[..., World]
 
@@ -31,3 +33,24 @@ def world(make_world: MakeWorld) -> World:
     world = make_world(Agent("local"))
     world.connect("local")
     return world
+
+
+@pytest.fixture
+def scripted(make_world: MakeWorld) -> Callable[..., tuple[World, ScriptedPlanner]]:
+    """Nodes n1, n2... as given, the models a, b and c deployed, and a planner that does what it is told."""
+
+    def make(*agents: Agent, most: int = 1, keep_alive_s: float = 1000.0) -> tuple[World, ScriptedPlanner]:
+        planner = ScriptedPlanner()
+        world = make_world(
+            *agents,
+            settings=SETTINGS,
+            abilities=Abilities(migrate=True, fetch=True),
+            planner=planner,
+        )
+        for agent in agents:
+            world.connect(agent.name)
+        for model in MODELS:
+            world.serve(spec(model, node=agents[0].name, most=most, keep_alive_s=keep_alive_s))
+        return world, planner
+
+    return make

@@ -1,15 +1,20 @@
-"""A planner that returns what it was told to: for what the loop makes of a plan, whatever would have led to it."""
+"""A planner that does as it was told, and worlds for it: what the loop makes of a plan, whatever would have led to it."""
 
 from __future__ import annotations
 
 from collections import deque
 
-from schema.states import Tier
-from sllmctl.control.records import Model
+from schema.states import InstanceState, Tier
+from sllmctl.control.records import Instance, Model
+from sllmctl.control.settings import ControlSettings
 from sllmctl.planner.plans import Candidate, Decision, Move, Plan, Refusal, Rejection
 from tests.sllmctl.control.agents import MIB
+from tests.sllmctl.control.world import Agent, World
 
-__all__ = ["ScriptedPlanner", "move", "place"]
+__all__ = ["MODELS", "SETTINGS", "ScriptedPlanner", "busy_on", "end", "gpu", "lone", "manual", "move", "place", "ready"]
+
+SETTINGS = ControlSettings(prefetch_every_s=0.0)
+MODELS = ("a", "b", "c")
 
 
 def place(
@@ -67,3 +72,35 @@ class ScriptedPlanner:
 
     def reload_s(self, model: Model, now: float) -> float:
         return self.reloads_s
+
+
+def gpu(name: str, *, device_mib: int = 25, devices: int = 1, arena_mib: int = 1000) -> Agent:
+    """Room for one instance of 10 MiB of KV cache and 8 of weights, and a little."""
+    agent = Agent(name, kind="cuda", device_mib=device_mib, devices=devices, arena_mib=arena_mib)
+    for model in MODELS:
+        agent.hold(model)
+    return agent
+
+
+def busy_on(world: World, planner: ScriptedPlanner, model: str, node: str, running: int = 1) -> Instance:
+    planner.then(model, place(node))
+    return world.served(model, running)
+
+
+def manual(world: World) -> None:
+    for agent in world.agents.values():
+        agent.automatic = False
+
+
+def end(world: World, instance: Instance) -> None:
+    """What drains or stops has ended."""
+    world.tell(instance.node, world.agents[instance.node].become(instance.id, InstanceState.STOPPED))
+
+
+def ready(world: World, instance: Instance) -> None:
+    world.tell(instance.node, world.agents[instance.node].become(instance.id, InstanceState.READY))
+
+
+def lone(world: World, model: str, *states: InstanceState) -> Instance:
+    (found,) = [one for one in world.view.instances_of(model).values() if one.state in states]
+    return found

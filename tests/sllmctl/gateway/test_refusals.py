@@ -1,0 +1,108 @@
+"""What the OpenAI API answers when something goes wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from schema.checkpoint import TextDefaults
+from schema.errors import (
+    Cancelled,
+    ContextOverflow,
+    InvalidCheckpoint,
+    NotFound,
+    Overloaded,
+    SllmError,
+    TimedOut,
+    Unschedulable,
+)
+from sllmctl.gateway.settings import GatewaySettings
+from tests.sllmctl.gateway.harness import FakeRequest, chat_body, serving
+from tests.sllmctl.gateway.official import says
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (Overloaded("queue is full", 2.5), 429, "overloaded"),
+        (Unschedulable("no node has 3 GB"), 503, "unschedulable"),
+        (TimedOut("no instance within 120 s"), 504, "timed_out"),
+        (ContextOverflow("too long"), 400, "context_length_exceeded"),
+        (NotFound("gone meanwhile"), 404, "model_not_found"),
+        (Cancelled("by an operator"), 499, "cancelled"),
+        (SllmError("odd"), 500, "internal"),
+    ],
+)
+async def test_errors_of_the_router_have_their_status(error: SllmError, status: int, code: str) -> None:
+    async with serving() as here:
+        here.router.refuse = error
+        refused = await here.client.post("/v1/chat/completions", json=chat_body())
+        here.router.refuse = None
+        here.router.reply = lambda request: request.sequence.fail(error)
+        failed = [await here.client.post("/v1/chat/completions", json=chat_body(stream=stream)) for stream in (False, True)]
+        for response in (refused, *failed):
+            assert response.status_code == status
+            assert response.json()["error"]["code"] == code
+            assert response.json()["error"]["message"] == error.message
+            assert response.headers.get("retry-after") == ("3" if status == 429 else None)
+        assert here.metric("sllm_request_errors_total", code=code) == 3
+        assert here.metric("sllm_requests_total", model="tiny", status=str(status)) == 3
+
+
+async def test_an_unforeseen_error_tells_the_client_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(request: FakeRequest) -> None:
+        raise ZeroDivisionError("secret")
+
+    async with serving() as here:
+        here.router.reply = broken
+        response = await here.client.post("/v1/chat/completions", json=chat_body())
+        assert response.status_code == 500
+        assert "secret" not in response.text
+        assert "secret" in caplog.text
+
+
+async def test_text_assets_that_are_missing_or_broken() -> None:
+    async with serving() as here:
+        here.assets.error = TimedOut("no tokenizer within 30 s")
+        assert (await here.client.post("/v1/chat/completions", json=chat_body())).status_code == 504
+        here.assets.error = None
+        tokenizer = (here.assets.directory / "tokenizer.json").read_bytes()
+        (here.assets.directory / "tokenizer.json").write_bytes(tokenizer[:100])
+        response = await here.client.post("/v1/chat/completions", json=chat_body())
+        assert (response.status_code, response.json()["error"]["code"]) == (422, InvalidCheckpoint.code)
+        (here.assets.directory / "tokenizer.json").write_bytes(tokenizer)
+        here.router.reply = says("x")
+        for _ in range(3):
+            assert (await here.client.post("/v1/chat/completions", json=chat_body())).status_code == 200
+        assert here.assets.asked == 3, "a loaded tokenizer is not asked for again"
+
+
+async def test_a_template_that_refuses_loops_or_is_not_there() -> None:
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    settings = GatewaySettings(template_timeout_s=0.2, drain_s=1.0)
+    for template, why in (("{{ raise_exception('alternate!') }}", "alternate!"), (loop, "took too long")):
+        async with serving(settings, template=template) as here:
+            response = await here.client.post("/v1/chat/completions", json=chat_body())
+            assert response.status_code == 400
+            assert why in response.json()["error"]["message"]
+    async with serving(text=TextDefaults()) as here:
+        response = await here.client.post("/v1/chat/completions", json=chat_body())
+        assert "no chat template" in response.json()["error"]["message"]
+
+
+async def test_paths_methods_and_health() -> None:
+    async with serving() as here:
+        for method, path, status, code in (
+            ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
+            ("POST", "/v1/models", 405, "method_not_allowed"),
+            ("DELETE", "/healthz", 405, "method_not_allowed"),
+            ("GET", "/v1/nothing", 404, "unknown_path"),
+            ("POST", "/v1/chat/completions/", 404, "unknown_path"),
+        ):
+            response = await here.client.request(method, path)
+            assert (response.status_code, response.json()["error"]["code"]) == (status, code), path
+        assert (await here.client.get("/v1/chat/completions")).headers["allow"] == "POST"
+        assert (await here.client.get("/readyz")).status_code == 200
+        assert (await here.client.head("/healthz")).status_code == 200
+        here.ready = False
+        assert (await here.client.get("/readyz")).status_code == 503
+        assert (await here.client.get("/healthz")).json() == {"status": "ok"}
