@@ -1,4 +1,4 @@
-"""How many examples a property is tried on: all of them where a change is accepted, fewer while one works on it."""
+"""How many examples a property or a sample has: all of them where a change is accepted, fewer while one works on it."""
 
 from __future__ import annotations
 

@@ -28,8 +28,10 @@ from schema.errors import (
     Unreachable,
     Unschedulable,
 )
+from sllmctl import serve
 from sllmctl.cli import diagnostics
 from sllmctl.cli.main import root, run
+from sllmctl.config import Settings
 from tests.sllmctl.cli.conftest import Sllmctl
 from tests.sllmctl.fake_manager import MODELS, FakeManager
 
@@ -390,11 +392,17 @@ def test_streams_that_are_closed_full_or_no_text(manager: FakeManager, words: st
     assert "Exception ignored" not in done.stderr
 
 
-@pytest.mark.parametrize("place", ["{0}/file", "{0}/file/below", "/proc/nowhere"])
-def test_a_state_directory_that_cannot_be_made_is_refused(alone: None, tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere"])
+def test_a_state_directory_that_cannot_be_made_is_refused(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidInput, match="cannot make the state directory"):
+        serve.run(Settings.load({"state_dir": str(tmp_path / place)}, {"HOME": str(tmp_path)}))
+
+
+def test_a_manager_that_cannot_begin_says_why(alone: None, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = subprocess.run(
-        [sys.executable, "-m", "sllmctl", "--state-dir", place.format(tmp_path), "serve"],
+        [sys.executable, "-m", "sllmctl", "--state-dir", str(tmp_path / "file"), "serve"],
         capture_output=True,
         text=True,
         timeout=60,

@@ -58,6 +58,9 @@ def drawn(count: int, rate: float, *, models: int = 6, seed: int = 1, most: int 
     return arrivals
 
 
+ARRIVALS = drawn(200, 0.7)
+
+
 def check(record: Record, arrivals: list[Arrival]) -> None:
     """Every arrival has ended, well or not, and its times are in order."""
     assert list(record.arrived_at) == [one.at for one in arrivals]
@@ -91,19 +94,26 @@ def _called(policy: Policy) -> str:
     return "-".join([*policy.name.split(), *how])
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=_called)
-def test_every_request_ends_once(policy: Policy) -> None:
-    arrivals = drawn(400, 0.7)
-    record = simulate(scenario(), policy, iter(arrivals))
-    check(record, arrivals)
+def history(policy: Policy) -> Record:
+    return simulate(scenario(), policy, iter(ARRIVALS))
+
+
+@pytest.fixture(scope="module", params=POLICIES, ids=_called)
+def played(request: pytest.FixtureRequest) -> tuple[Policy, Record]:
+    """A policy, and its history of the ARRIVALS."""
+    return request.param, history(request.param)
+
+
+def test_every_request_ends_once(played: tuple[Policy, Record]) -> None:
+    _, record = played
+    check(record, ARRIVALS)
     assert not sum(record.failed), record.faults
     assert record.evictions
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=_called)
-def test_one_seed_gives_one_history(policy: Policy) -> None:
-    arrivals = drawn(200, 0.7, seed=4)
-    records = [simulate(scenario(), policy, iter(arrivals)) for _ in range(2)]
+def test_one_seed_gives_one_history(played: tuple[Policy, Record]) -> None:
+    policy, first = played
+    records = (first, history(policy))
     for part in fields(Record):
         if part.name == "wall_s":
             continue

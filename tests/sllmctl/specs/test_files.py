@@ -16,6 +16,7 @@ from schema.spec import EngineSpec, HubSource, ModelSpec, PathSource, ScaleSpec,
 from sllmctl.cli.output import show_documents
 from sllmctl.specs.files import InvalidSpecs, read_specs
 from sllmctl.specs.nodes import read_documents
+from tests.examples import examples
 
 _TWO = """\
 # yaml-language-server: $schema=./model-spec.schema.json
@@ -173,7 +174,7 @@ _VALUE = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(value=st.dictionaries(st.text(max_size=20), _VALUE, max_size=4), plain=st.booleans())
 def test_json_is_read_as_json_is(value: dict[str, Any], plain: bool) -> None:
     (document,) = read_documents(json.dumps(value, ensure_ascii=plain, indent="\t").encode(), as_json=True)
