@@ -21,6 +21,8 @@ __all__ = ["AdminClient", "AsyncAdminClient"]
 
 T = TypeVar("T")
 _BASE_URL = "http://sllmctl/admin/v1/"
+_VERIFY = False
+"""A unix socket has no TLS, and to read the certificates that are trusted takes longer than most commands."""
 
 
 class AdminClient:
@@ -29,7 +31,7 @@ class AdminClient:
     def __init__(self, path: Path, settings: ClientSettings) -> None:
         self._socket, self._settings, self._knocked = path, settings, False
         self._http = httpx.Client(
-            transport=httpx.HTTPTransport(uds=str(path)), base_url=_BASE_URL, trust_env=False, follow_redirects=False
+            transport=httpx.HTTPTransport(uds=str(path), verify=_VERIFY), base_url=_BASE_URL, trust_env=False
         )
 
     def __enter__(self) -> AdminClient:
@@ -85,7 +87,7 @@ class AsyncAdminClient:
     def __init__(self, path: Path, settings: ClientSettings) -> None:
         self._socket, self._settings, self._knocked = path, settings, False
         self._http = httpx.AsyncClient(
-            transport=httpx.AsyncHTTPTransport(uds=str(path)), base_url=_BASE_URL, trust_env=False, follow_redirects=False
+            transport=httpx.AsyncHTTPTransport(uds=str(path), verify=_VERIFY), base_url=_BASE_URL, trust_env=False
         )
 
     async def __aenter__(self) -> AsyncAdminClient:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -231,6 +232,17 @@ def _break_off(listener: socket.socket) -> None:
         connection, _ = listener.accept()
         with connection:
             said = connection.recv(1)
+
+
+@pytest.mark.parametrize("kind", [AdminClient, AsyncAdminClient])
+def test_no_certificates_are_read_for_a_socket_without_tls(
+    kind: type[AdminClient | AsyncAdminClient], directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("certificates were read")
+
+    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", read)
+    kind(directory / "admin.sock", ClientSettings())
 
 
 def test_another_users_socket(directory: Path) -> None:

@@ -239,7 +239,7 @@ class Serving:
 
     def __post_init__(self) -> None:
         self.url = f"http://127.0.0.1:{self.port}"
-        self.client = httpx.AsyncClient(base_url=self.url, timeout=WAIT_S)
+        self.client = httpx.AsyncClient(base_url=self.url, timeout=WAIT_S, verify=False)
 
     def status(self) -> StatusView:
         return StatusView(
