@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 
@@ -37,13 +39,32 @@ def ended(world: World) -> Fault | None:
     return operation.fault
 
 
-def two(make_world: MakeWorld) -> World:
+def two(make_world: MakeWorld, **means: Any) -> World:
     """Two nodes, one of them with the checkpoint of m."""
     agents = Agent("local"), Agent("far")
     agents[0].hold("m")
-    world = make_world(*agents)
+    world = make_world(*agents, **means)
     for agent in agents:
         world.connect(agent.name)
+    return world
+
+
+def published(make_world: MakeWorld, *urls: str) -> World:
+    """Two nodes that may start from remotes; one has the checkpoint of m, which is served and published."""
+    world = two(make_world, abilities=Abilities(published=True))
+    world.serve(spec())
+    for url in urls:
+        ask(world, "publish", url)
+    return world
+
+
+def starting_from_two_remotes(make_world: MakeWorld) -> World:
+    """The node with the checkpoint is lost, and the other begins to fetch it for a start."""
+    world = published(make_world, URL, "file:///srv")
+    assert ask(world, "drop", tier=Tier.DISK) is None
+    world.lose("local")
+    world.agents["far"].automatic = False
+    world.demand("m", 1)
     return world
 
 
@@ -227,13 +248,7 @@ def test_a_fetch_to_where_nobody_can_is_refused(make_world: MakeWorld) -> None:
 
 
 def test_a_start_fetches_what_lies_on_a_remote_alone(make_world: MakeWorld) -> None:
-    agents = Agent("local"), Agent("far")
-    agents[0].hold("m")
-    world = make_world(*agents, abilities=Abilities(published=True))
-    for agent in agents:
-        world.connect(agent.name)
-    world.serve(spec())
-    ask(world, "publish", URL)
+    world = published(make_world, URL)
     assert ask(world, "drop", tier=Tier.DISK) is None
     assert ended(world) is None
     world.lose("local")
@@ -247,18 +262,7 @@ def test_a_start_fetches_what_lies_on_a_remote_alone(make_world: MakeWorld) -> N
 
 
 def test_a_start_whose_remote_is_down_tries_another(make_world: MakeWorld) -> None:
-    agents = Agent("local"), Agent("far")
-    agents[0].hold("m")
-    world = make_world(*agents, abilities=Abilities(published=True))
-    for agent in agents:
-        world.connect(agent.name)
-    world.serve(spec())
-    ask(world, "publish", URL)
-    ask(world, "publish", "file:///srv")
-    assert ask(world, "drop", tier=Tier.DISK) is None
-    world.lose("local")
-    world.agents["far"].automatic = False
-    world.demand("m", 1)
+    world = starting_from_two_remotes(make_world)
     world.crash(world.only(), Fault("unreachable", "it is down"))
     world.pass_time(1.0)
     starts = [one for one in world.agents["far"].heard if isinstance(one, StartInstance)]
@@ -266,18 +270,7 @@ def test_a_start_whose_remote_is_down_tries_another(make_world: MakeWorld) -> No
 
 
 def test_a_start_whose_remote_is_wrong_tries_another_and_then_no_more(make_world: MakeWorld) -> None:
-    agents = Agent("local"), Agent("far")
-    agents[0].hold("m")
-    world = make_world(*agents, abilities=Abilities(published=True))
-    for agent in agents:
-        world.connect(agent.name)
-    world.serve(spec())
-    ask(world, "publish", URL)
-    ask(world, "publish", "file:///srv")
-    assert ask(world, "drop", tier=Tier.DISK) is None
-    world.lose("local")
-    world.agents["far"].automatic = False
-    world.demand("m", 1)
+    world = starting_from_two_remotes(make_world)
     for tries in (1, 2):
         world.crash(world.only(), Fault("invalid_checkpoint", "bytes are wrong"))
         world.pass_time(1.0)
@@ -289,13 +282,7 @@ def test_a_start_whose_remote_is_wrong_tries_another_and_then_no_more(make_world
 
 
 def test_a_start_where_the_weights_lie_fetches_nothing_and_one_of_what_lies_nowhere_is_refused(make_world: MakeWorld) -> None:
-    agents = Agent("local"), Agent("far")
-    agents[0].hold("m")
-    world = make_world(*agents, abilities=Abilities(published=True))
-    for agent in agents:
-        world.connect(agent.name)
-    world.serve(spec())
-    ask(world, "publish", URL)
+    world = published(make_world, URL)
     world.demand("m", 1)
     world.settle()
     start = next(one for one in world.agents["local"].heard if isinstance(one, StartInstance))
