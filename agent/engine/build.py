@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -13,7 +13,7 @@ from agent.engine.dtypes import torch_dtype
 from agent.engine.engine import BatchEngine
 from agent.engine.memory import free_bytes, plan_memory
 from agent.engine.native_runner import NativeRunner, is_native
-from agent.engine.runner import Runner
+from agent.engine.runner import AwaitLayer, Runner, all_there
 from agent.engine.skeleton import build_skeleton
 from agent.engine.transformers_runner import TransformersRunner
 from agent.engine.weights import attach
@@ -62,10 +62,9 @@ def assemble(
     device: str = "cpu",
     prefill_tokens: int = PREFILL_TOKENS,
     share_prefixes: bool = True,
-    await_layer: Callable[[int], None] = lambda _: None,
+    await_layer: AwaitLayer = all_there,
 ) -> BatchEngine:
-    """KV memory and scheduling around a model that has its weights, or `can_follow` them: then ``await_layer`` is
-    `NativeRunner`'s.
+    """KV memory and scheduling around a model that has its weights, or `can_follow` them by ``await_layer``.
 
     Raises OutOfSpace when ``kv_bytes`` hold no block, or when they, activations and logits are more than the device has free.
     """

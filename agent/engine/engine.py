@@ -105,7 +105,13 @@ class BatchEngine:
 
     def _forward(self, plan: Plan) -> tuple[Tensor, list[Sequence]]:
         """The model over a plan. The first time it must attend as the KV geometry says; raises InvalidCheckpoint otherwise."""
-        logits, sequences = self._runner.forward(plan)
+        waited_s = self._runner.waited_s
+        try:
+            logits, sequences = self._runner.forward(plan)
+        finally:
+            if waited_s != self._runner.waited_s:
+                for sequence in self._scheduler.running:
+                    sequence.weights_s += self._runner.waited_s - waited_s
         if not self._proven:
             attended, layers = self._runner.attended_layers, len(self._pool.layers)
             if attended != list(range(layers)):
@@ -144,9 +150,9 @@ class BatchEngine:
             output.ends.append(sequence.ended(EndReason.LENGTH))
         if plan.empty:
             return output
-        began_s = time.perf_counter()
+        began_s, waited_s = time.perf_counter(), self._runner.waited_s
         self._run(plan, output)
-        self._tally.stepped(plan, time.perf_counter() - began_s)
+        self._tally.stepped(plan, time.perf_counter() - began_s - (self._runner.waited_s - waited_s))
         return output
 
     def _run(self, plan: Plan, output: StepOutput) -> None:

@@ -18,7 +18,7 @@ from torch.nn.functional import silu
 from agent.engine.attention import KvPool, LayerAttention
 from agent.engine.blocks import BlockManager
 from agent.engine.products import ROWS, Product, Ways, ways_of
-from agent.engine.runner import Runner, StepBatch
+from agent.engine.runner import AwaitLayer, Runner, StepBatch, all_there
 from agent.engine.weights import fused_view
 from schema.errors import InvalidCheckpoint
 
@@ -55,8 +55,7 @@ class _Layer:
 class NativeRunner(Runner):
     """``model`` is an attached skeleton of the family; its tensors are used where they lie.
 
-    ``await_layer`` returns once the weights of a layer, counted from 0, and of all before it are there; asked for as many as
-    there are layers, once all are. The first step asks before each layer, and nothing reads a weight before that.
+    The first step asks ``await_layer`` before each layer, and nothing reads a weight before that.
     """
 
     def __init__(
@@ -66,9 +65,9 @@ class NativeRunner(Runner):
         blocks: BlockManager,
         device: str,
         deterministic: bool = False,
-        await_layer: Callable[[int], None] = lambda _: None,
+        await_layer: AwaitLayer = all_there,
     ) -> None:
-        super().__init__(pool, blocks, device, deterministic)
+        super().__init__(pool, blocks, device, deterministic, await_layer)
         source: Any = model
         config, inner = source.config, source.model
         self._eps: float = config.rms_norm_eps
@@ -76,7 +75,6 @@ class NativeRunner(Runner):
         self._norm: Tensor = inner.norm.weight
         self._ways = ROWS if deterministic else ways_of(self._embedding.dtype, self._device)
         self._config, self._modules, self._head_module = config, list(inner.layers), source.lm_head
-        self._await_layer = await_layer
         self._layers: list[_Layer] = []
         self._head: Product | None = None
         self._rotary = _Rotary(inner.rotary_emb, self._embedding.dtype)

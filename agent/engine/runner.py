@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
@@ -21,10 +23,18 @@ from agent.engine.scheduler import Plan
 from agent.engine.sequence import Sequence
 from schema.memory import GATHERED_BYTES
 
-__all__ = ["Runner", "StepBatch"]
+__all__ = ["AwaitLayer", "Runner", "StepBatch", "all_there"]
+
+AwaitLayer = Callable[[int], None]
+"""Returns once the weights of a layer, counted from 0, and of all before it are there; asked for as many as there are layers,
+once all are."""
 
 _GROUP_COST_BYTES: Final = 1 << 19
 """A group of decoding sequences more costs a layer about as much time as to gather so many bytes of padding."""
+
+
+def all_there(layer: int) -> None:
+    """The `AwaitLayer` of weights that have all come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +54,19 @@ class StepBatch:
 class Runner(ABC):
     """One model on one device. A subclass computes; what the batch is, is the same for all.
 
-    ``deterministic``: a token's logits are the same bits in every batch, chunk and step (`agent.engine.invariant`).
+    ``deterministic``: a token's logits are the same bits in every batch, chunk and step (`agent.engine.invariant`). A subclass
+    that asks ``await_layer`` before each layer may begin while weights are still coming. ``waited_s`` of its steps it waited
+    there, in all.
     """
 
-    def __init__(self, pool: KvPool, blocks: BlockManager, device: str, deterministic: bool = False) -> None:
+    def __init__(
+        self,
+        pool: KvPool,
+        blocks: BlockManager,
+        device: str,
+        deterministic: bool = False,
+        await_layer: AwaitLayer = all_there,
+    ) -> None:
         self._pool = pool
         self._blocks = blocks
         self._device = torch.device(device)
@@ -55,6 +74,8 @@ class Runner(ABC):
         self._within: AbstractContextManager[Any] = RowInvariant() if deterministic else nullcontext()
         self._most_waste = max(1, _GROUP_COST_BYTES // pool.block_bytes)
         self._most_blocks = min(GATHERED_BYTES // pool.block_bytes, blocks.total)
+        self._await = await_layer
+        self.waited_s = 0.0
 
     @property
     @abstractmethod
@@ -79,6 +100,14 @@ class Runner(ABC):
         for sequence, size in plan.prefills:
             sequence.cached += size
         return logits, done
+
+    def _await_layer(self, layer: int) -> None:
+        """Return once a layer is there, as `AwaitLayer` does; the wait is counted."""
+        began_s = time.monotonic()
+        try:
+            self._await(layer)
+        finally:
+            self.waited_s += time.monotonic() - began_s
 
     def _batch(self, plan: Plan) -> tuple[StepBatch, list[Sequence]]:
         decodes = plan.decodes

@@ -20,13 +20,13 @@ class Sequence:
 
     ``row`` is its line in the block tables while it runs, -1 while it waits. ``sound`` of the cached tokens were read since
     they were written, and gave numbers. ``plain``: its logits are drawn from as they are. ``salt`` is that of its prefixes.
-    ``watched``: others wait for a prefix that it computes.
+    ``watched``: others wait for a prefix that it computes. For ``weights_s`` of its time here the weights were still coming.
     """
 
     __slots__ = (
         "_admitted_s", "_arrived_s", "_counts", "_first_s", "account", "arrival", "attempt", "awaited", "blocks", "cached",
         "choice", "found", "params", "plain", "position", "prefixes", "row", "sound", "steps", "stop_ids", "tokens",
-        "watched",
+        "watched", "weights_s",
     )  # fmt: skip
 
     def __init__(self, submit: Submit, salt: bytes = b"") -> None:
@@ -50,6 +50,7 @@ class Sequence:
         self.row = -1
         self.steps = 0
         self.watched = False
+        self.weights_s = 0.0
         self._arrived_s = time.monotonic()
         self._admitted_s = 0.0
         self._first_s = 0.0
@@ -93,7 +94,8 @@ class Sequence:
         admitted = self._admitted_s or now
         timing = EngineTiming(
             queued_s=admitted - self._arrived_s,
-            prefill_s=self._first_s - admitted if self._first_s else 0.0,
+            weights_s=self.weights_s,
+            prefill_s=self._first_s - admitted - self.weights_s if self._first_s else 0.0,
             first_token_s=self._first_s - self._arrived_s if self._first_s else 0.0,
             total_s=now - self._arrived_s,
             steps=self.steps,

@@ -32,7 +32,7 @@ class Tally:
         self._sequences = self._decode_tokens = self._prefill_tokens = 0
 
     def stepped(self, plan: Plan, duration_s: float) -> None:
-        """A plan was computed, and took so long."""
+        """A plan was computed, and that took so long."""
         (self._prefill if plan.prefills else self._decode).add(duration_s)
         self._sequences += len(plan.decodes) + len(plan.prefills)
         self._decode_tokens += len(plan.decodes)

@@ -331,6 +331,7 @@ class Worker:
             why=end.fault.message if end.fault is not None else None,
             position=end.position,
             queued_s=timing.queued_s,
+            weights_s=timing.weights_s or None,
             prefill_s=timing.prefill_s,
             first_token_s=timing.first_token_s,
             total_s=timing.total_s,

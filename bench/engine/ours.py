@@ -124,7 +124,7 @@ class Ours:
         import agent.engine.engine as module
 
         runner, sample = engine._runner, module.sample
-        engine._runner = type("Timed", (), {"forward": staticmethod(timed(runner.forward))})()
+        runner.forward = timed(runner.forward)  # type: ignore[method-assign]
         module.sample = timed(sample)  # type: ignore[assignment]
         try:
             tokens = {self._submit(engine, [5] * 32, steps + 16): [] for _ in range(sequences)}
@@ -136,7 +136,8 @@ class Ours:
                 if len(output.runs) == sequences:
                     found.append(time.perf_counter() - began - spent)
         finally:
-            engine._runner, module.sample = runner, sample
+            del runner.forward
+            module.sample = sample
         assert len(found) >= steps
         return {"sequences": sequences, "seconds": statistics.median(found), "steps": len(tokens)}
 

@@ -90,9 +90,14 @@ class TokenRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
 
 class EngineTiming(Part, frozen=True, kw_only=True, omit_defaults=False):
     """What an attempt spent inside the engine, in seconds; ``first_token_s`` is from arrival to its first new token.
-    ``cached_tokens`` at its beginning needed no computing: their keys and values were found in the prefix cache."""
+
+    Until then it was queued, then its instance waited for weights that were still being loaded, or computed: ``first_token_s``
+    is the sum of ``queued_s``, ``weights_s`` and ``prefill_s``. ``cached_tokens`` at its beginning needed no computing: their
+    keys and values were found in the prefix cache.
+    """
 
     queued_s: Finite = 0.0
+    weights_s: Finite = 0.0
     prefill_s: Finite = 0.0
     first_token_s: Finite = 0.0
     total_s: Finite = 0.0

@@ -187,6 +187,8 @@ def phases(timeline: RequestTimeline) -> list[tuple[str, float, str]]:
         detail = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts)
         rows.append(("worker", sum(seconds for _, seconds in parts), f"{detail}; beside the load"))
     if engine is not None:
+        if engine.weights_s > 0:
+            rows.append(("weights", engine.weights_s, "the end of the load, which the prefill had to wait for"))
         rows.append(("prefill", engine.prefill_s, ""))
     if timeline.first_token_s is not None:
         rows.append(("first token", timeline.first_token_s, "at the gateway, since the request came in"))

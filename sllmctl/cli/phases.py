@@ -36,9 +36,13 @@ def timeline_text(timeline: RequestTimeline) -> str:
 
 
 def engine_text(engine: EngineTiming) -> str:
-    """``queued 0 ms, prefill 21 ms, first token 24 ms, total 1.30 s, 64 steps``: the engine's own account of an attempt."""
-    parts = (("queued", engine.queued_s), ("prefill", engine.prefill_s), ("first token", engine.first_token_s))
-    spent = ", ".join(f"{name} {duration(seconds)}" for name, seconds in (*parts, ("total", engine.total_s)))
+    """``queued 0 ms, waited for weights 0.21 s, prefill 21 ms, first token 0.23 s, total 1.30 s, 64 steps``: the engine's own
+    account of an attempt. Most wait for no weights, and do not say so."""
+    parts = [("queued", engine.queued_s)]
+    if engine.weights_s > 0:
+        parts.append(("waited for weights", engine.weights_s))
+    parts += [("prefill", engine.prefill_s), ("first token", engine.first_token_s), ("total", engine.total_s)]
+    spent = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts)
     return f"{spent}, {engine.steps} steps"
 
 

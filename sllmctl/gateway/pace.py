@@ -8,8 +8,8 @@ __all__ = ["Pace"]
 
 
 class Pace:
-    """Averages of a model's attempts in the engine, the newest weighing ``smoothing``: ``first_s`` until the first token,
-    ``token_s`` for each that follows. Nothing is known before an attempt of two tokens has ended."""
+    """Averages of a model's attempts in the engine, the newest weighing ``smoothing``: ``first_s`` until the first token, where
+    the weights are there, ``token_s`` for each that follows. Nothing is known before an attempt of two tokens has ended."""
 
     __slots__ = ("_smoothing", "first_s", "known", "token_s")
 
@@ -25,7 +25,7 @@ class Pace:
             return
         token_s = rest_s / (tokens - 1)
         weight = self._smoothing if self.known else 1.0
-        self.first_s += weight * (timing.first_token_s - self.first_s)
+        self.first_s += weight * (timing.first_token_s - timing.weights_s - self.first_s)
         self.token_s += weight * (token_s - self.token_s)
         self.known = True
 

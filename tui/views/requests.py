@@ -74,7 +74,9 @@ class Requests(View[RequestView]):
             for name in ("fork", "build", "attach", "warm"):
                 detail.field(name, seconds(getattr(start, f"{name}_s")))
         if (engine := line.engine) is not None:
-            detail.head("engine").field("queued", seconds(engine.queued_s)).field("prefill", seconds(engine.prefill_s))
+            detail.head("engine").field("queued", seconds(engine.queued_s))
+            detail.field("weights", seconds(engine.weights_s) if engine.weights_s > 0 else "")
+            detail.field("prefill", seconds(engine.prefill_s))
             detail.field("total", f"{seconds(engine.total_s)} in {engine.steps} steps")
         return detail
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import msgspec
 import pytest
 import torch
@@ -72,6 +74,37 @@ def test_a_first_step_reads_no_weight_before_it_has_come(deterministic: bool) ->
     assert not asked
     assert drive(engine, [submit]).tokens == wanted
     assert asked == list(range(manifest.kv.layers + 1))
+
+
+def test_waiting_for_weights_is_no_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock goes on by ten seconds wherever a step waits for a layer. A second prompt has its turn in a later step."""
+    model = make_model("qwen3")
+    manifest = manifest_of(model)
+    clocks = {name: getattr(time, name) for name in ("monotonic", "perf_counter")}
+    ahead_s = 0.0
+
+    def slow(layer: int) -> None:
+        nonlocal ahead_s
+        ahead_s += 10.0
+        if layer == 1 and ahead_s < 30.0:
+            raise MemoryError("computed again, sequence by sequence")
+
+    for name, clock in clocks.items():
+        monkeypatch.setattr(time, name, lambda clock=clock: clock() + ahead_s)
+    skeleton = build_skeleton(manifest)
+    attach(skeleton, manifest, tensors_of(model), "cpu")
+    engine = assemble(skeleton, manifest, kv_options(manifest, 1024), prefill_tokens=24, await_layer=slow)
+    short, longer, longest = prompts()[1], prompts()[2], prompts()[4]
+    cold = drive(engine, [submit_of(1, short, 2), submit_of(2, longest, 2), submit_of(3, longer, 2)]).ends
+    assert ahead_s == 10.0 * (manifest.kv.layers + 2)
+    warm = drive(engine, [submit_of(4, short, 2)]).ends
+    for end in (*cold.values(), *warm.values()):
+        timing = end.timing
+        assert timing is not None
+        assert timing.weights_s == pytest.approx(ahead_s if end.attempt in cold else 0.0, abs=5.0)
+        assert 0 < timing.prefill_s < 5.0
+        assert timing.first_token_s == pytest.approx(timing.queued_s + timing.weights_s + timing.prefill_s)
+    assert 0 < engine.counts.prefill.total_s < 5.0
 
 
 def listed(manifest: Manifest, names: list[str], dtype: str = "F32") -> tuple[Manifest, TensorIndex]:

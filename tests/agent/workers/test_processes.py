@@ -208,6 +208,10 @@ def test_a_request_is_computed_while_its_weights_come(here: Node) -> None:
     os.close(memory)
     heard = Heard()
     heard.until_ended(worker, 1, 2)
+    timing = heard.ends[1].timing
+    assert timing is not None
+    assert timing.weights_s > 0
+    assert timing.queued_s + timing.weights_s + timing.prefill_s == pytest.approx(timing.first_token_s)
     assert heard.tokens[1] == expected(here.model, 12)
     assert heard.ends[2].reason is EndReason.CANCELLED
     assert heard.tokens.get(2, []) == expected(here.model, 4, PROMPT[:3])[: len(heard.tokens.get(2, []))]

@@ -136,6 +136,19 @@ def test_waiting_agrees_with_a_line_that_is_played_out() -> None:
         assert told == pytest.approx(starts, abs=2.0 / places + 0.1), (seed, places, waiting)
 
 
+def test_the_end_of_a_load_is_no_part_of_the_pace_nor_of_a_prefill() -> None:
+    bench = taught(concurrency=1)
+    bench.events(PrefillTimed)
+    bench.now += 60
+    bench.router.submit("m", (1, 2), params(100))
+    (submit,) = bench.take(Submit)
+    cold = EngineTiming(weights_s=7.0, prefill_s=1.0, first_token_s=8.0, total_s=9.0, steps=11)
+    bench.tokens(run(submit, *[5] * 11), end(submit, 11, EndReason.STOP, timing=cold))
+    assert bench.events(PrefillTimed) == [PrefillTimed("i", 2, 1.0)]
+    bench.router.submit("m", (1,), params(11))
+    assert bench.router.journals.remaining_s("i") == pytest.approx(2.0)
+
+
 def test_a_few_prefills_are_told_of_and_never_all() -> None:
     bench = taught()
     bench.events(PrefillTimed)
