@@ -6,37 +6,23 @@ and what it made of it stays in its journal until acknowledged; each new connect
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import time
 from collections import deque
-from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import msgspec
-import torch
-from torch import nn
-from torch.utils.dlpack import from_dlpack
 
 from agent.channel import Channel
 from agent.config import NodeConfig
 from agent.engine.api import EngineCapacity
-from agent.engine.build import assemble, can_follow
 from agent.engine.engine import BatchEngine
-from agent.engine.image import image_tensors
-from agent.engine.kept import SkeletonCache
-from agent.engine.weights import attach
 from agent.logs import OutputFile
-from agent.native.device import open_driver
-from agent.native.dlpack import bytes_capsule
-from agent.native.mapping import ImageMapping
-from agent.store.index import TensorIndex, read_index
-from agent.workers.coming import Coming
 from agent.workers.journal import Journal
 from agent.workers.kin import kin_token
-from schema.checkpoint import Manifest, decode_manifest
-from schema.errors import Cancelled, Fault, InvalidCheckpoint, LinkError, NotFound, SllmError, Unreachable
+from agent.workers.startup import Startup
+from schema.errors import Cancelled, Fault, LinkError, Unreachable
 from schema.link import (
     Acked,
     Arriving,
@@ -55,7 +41,6 @@ from schema.link import (
     Pong,
     Role,
     Shutdown,
-    StartPhases,
     StartWorker,
     StopInstance,
     Submit,
@@ -92,7 +77,6 @@ class Worker:
         self._output = output
         self._config = config
         self._fork = fork
-        self._began_s = began_s
         hello = Hello(
             role=Role.WORKER,
             software=_SOFTWARE,
@@ -104,18 +88,10 @@ class Worker:
         )
         self._channel: Channel[ToWorker] = Channel(config.socket_path, hello, ToWorker)
         self._journal = Journal()
-        self._start: StartWorker | None = None
-        self._manifest: Manifest | None = None
-        self._index: TensorIndex | None = None
-        self._model: nn.Module | None = None
-        self._descriptor = -1
-        self._attached: Attach | None = None
-        self._mapping: ImageMapping | None = None
-        self._coming: Coming | None = None
+        self._startup = Startup(config, began_s, self._await_layer)
         self._put_off: deque[Submit | Cancel | Acked] = deque()
         self._engine: BatchEngine | None = None
         self._truth: InstanceTruth | None = None
-        self._phases = StartPhases()
         self._handed_in = False
         self._stop_at: float | None = None
         self._failed = False
@@ -165,7 +141,9 @@ class Worker:
     @property
     def _warm_due_s(self) -> float | None:
         """Seconds until a first step that nobody sees is due; None when there was one, or while weights are coming."""
-        if self._engine is None or self._engine.proven or self._failed or self._stop_at is not None or self._attached is None:
+        if self._engine is None or self._engine.proven or self._failed or self._stop_at is not None:
+            return None
+        if self._startup.attached is None:
             return None
         return max(0.0, self._warm_at - time.monotonic())
 
@@ -194,7 +172,7 @@ class Worker:
 
         Raises _EndedError when the weights will not come, or nobody wants them any more.
         """
-        while self._coming is not None and not self._coming.has(layer):
+        while not self._startup.has(layer):
             for message in self._channel.poll(self._wait_s()):
                 if isinstance(message, Submit | Cancel | Acked):
                     self._put_off.append(message)
@@ -273,8 +251,7 @@ class Worker:
             case Arriving() | Attach():
                 self._attach(message)
             case LayersArrived():
-                if self._coming is not None:
-                    self._coming.layers = message.layers
+                self._startup.arrived(message)
             case StopInstance():
                 if (message.instance, message.epoch) == (self._fork.instance, self._fork.epoch):
                     self._stop(message.grace_s)
@@ -284,11 +261,11 @@ class Worker:
                 _log.warning("the agent said %s, which says nothing to a worker", type(message).__name__)
 
     def _state_truth(self) -> None:
-        attached = self._attached
+        asked, attached = self._startup.asked, self._startup.attached
         self._channel.send(
             WorkerTruth(
                 truth=self._truth,
-                start=None if self._start is None else self._start.start,
+                start=None if asked is None else asked.start,
                 arena="" if attached is None else attached.arena,
                 extents=() if attached is None else attached.extents,
                 weights=None if attached is None else attached.weights,
@@ -350,22 +327,14 @@ class Worker:
 
     def _take_descriptors(self, message: Descriptors) -> None:
         try:
-            descriptors = self._channel.take_descriptors(message.count)
+            self._startup.keep(self._channel.take_descriptors(message.count))
         except LinkError as error:
             self._fail(error)
-            return
-        for descriptor in [self._descriptor, *descriptors[:-1]]:
-            if descriptor >= 0:
-                os.close(descriptor)
-        self._descriptor = descriptors[-1] if descriptors else -1
 
     def _begin(self, message: StartWorker) -> None:
-        """Build the skeleton, while the store still loads the weights."""
         start = message.start
-        if self._start is not None or (start.instance, start.epoch) != (self._fork.instance, self._fork.epoch):
+        if self._truth is not None or (start.instance, start.epoch) != (self._fork.instance, self._fork.epoch):
             return
-        self._start = message
-        began_s = time.monotonic()
         self._truth = InstanceTruth(
             instance=start.instance,
             epoch=start.epoch,
@@ -374,110 +343,25 @@ class Worker:
             devices=start.devices,
             pid=os.getpid(),
         )
-        torch.set_num_threads(start.options.threads or self._config.threads or len(os.sched_getaffinity(0)))
         try:
-            self._manifest = self._read_manifest(message)
-            self._model = SkeletonCache(self._config.skeletons_path).skeleton(self._manifest)
-            self._index = read_index(self._config.checkpoints_path / message.directory, self._manifest)
+            self._startup.begin(message)
         except Exception as error:
             self._fail(error)
-            return
-        self._phases = StartPhases(fork_s=began_s - self._began_s, build_s=time.monotonic() - began_s)
-
-    def _read_manifest(self, message: StartWorker) -> Manifest:
-        path = self._config.checkpoints_path / message.directory / "manifest.json"
-        try:
-            manifest = decode_manifest(path.read_bytes())
-        except OSError as error:
-            raise NotFound(f"cannot read the manifest {path}: {error.strerror}") from error
-        if manifest.digest != message.start.digest:
-            raise InvalidCheckpoint(f"{path} is of checkpoint {manifest.digest}, not of {message.start.digest}")
-        return manifest
 
     def _attach(self, message: Arriving | Attach) -> None:
-        """Weights over the store's memory, where they are or are coming to be, and KV memory.
-
-        On a processor nobody waits for a first step: it costs as much as the step that a cold request is waiting for.
-        """
-        if self._failed or self._attached is not None or self._model is None or self._start is None:
+        """Ready, once there is an engine over weights or over where they come to be; told again when all of them are there."""
+        if self._failed:
             return
-        if self._manifest is None or self._index is None:
-            return
-        if self._coming is not None:
-            self._follow(self._coming, message)
-            return
-        if isinstance(message, Arriving) and not can_follow(self._model, self._manifest, self._index):
-            return
-        options = self._start.start.options
-        began_s = time.monotonic()
         try:
-            if self._descriptor < 0:
-                raise LinkError(f"{type(message).__name__} came without the memory's descriptor")
-            if message.image_bytes != self._manifest.image_bytes:
-                raise InvalidCheckpoint(
-                    f"the image has {message.image_bytes} bytes, the manifest says {self._manifest.image_bytes}"
-                )
-            image, device = self._map(message)
-            self._attached = message if isinstance(message, Attach) else None
-            attach(self._model, self._manifest, image_tensors(self._index, image), device)
-            attached_s = time.monotonic()
-            engine = assemble(self._model, self._manifest, options, device, await_layer=self._await_layer)
-            if device != "cpu":
-                engine.warm()
+            engine = self._startup.take(message)
         except Exception as error:
             self._fail(error)
             return
-        finally:
-            self._close_descriptor()
-        gc.freeze()
-        now = time.monotonic()
-        self._phases = msgspec.structs.replace(
-            self._phases, attach_s=attached_s - began_s, warm_s=now - attached_s, total_s=now - self._began_s
-        )
-        self._engine = engine
-        self._warm_at = now + _WARM_AFTER_S
-        _log.info(
-            "ready",
-            extra=about(model=self._start.start.model, after_s=self._phases.total_s, kv_tokens=engine.capacity.kv_tokens),
-        )
-        self._become_ready(engine.capacity)
-
-    def _follow(self, coming: Coming, message: Arriving | Attach) -> None:
-        """More of the weights has come that the engine lies over already, or all."""
-        try:
-            coming.told(self._descriptor, message)
-        except SllmError as error:
-            self._fail(error)
-            return
-        finally:
-            self._close_descriptor()
-        if isinstance(message, Attach):
-            now = time.monotonic()
-            self._attached = message
-            self._warm_at = now + _WARM_AFTER_S
-            self._phases = msgspec.structs.replace(self._phases, total_s=now - self._began_s)
-            if self._engine is not None:
-                self._become_ready(self._engine.capacity)
-
-    def _close_descriptor(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def _map(self, message: Arriving | Attach) -> tuple[Any, str]:
-        """The image where the store has it, or is bringing it, and the device of torch that it lies on."""
-        if isinstance(message, Arriving):
-            self._coming = Coming(self._descriptor, message)
-            return self._coming.mapping.buffer, "cpu"
-        weights = message.weights
-        if weights is None:
-            self._mapping = ImageMapping(self._descriptor, message.extents, message.image_bytes)
-            return self._mapping.buffer, "cpu"
-        driver = open_driver()
-        memory = driver.attach(weights.device, self._descriptor, weights.size_bytes)
-        freed = partial(driver.free, memory)
-        capsule = bytes_capsule(memory.address, weights.image_bytes, driver.dlpack_type, weights.device, freed)
-        return from_dlpack(capsule), driver.torch_device(weights.device)
+        if engine is not None:
+            self._engine = engine
+        if self._engine is not None and (engine is not None or isinstance(message, Attach)):
+            self._warm_at = time.monotonic() + _WARM_AFTER_S
+            self._become_ready(self._engine.capacity)
 
     def _become_ready(self, capacity: EngineCapacity) -> None:
         assert self._truth is not None
@@ -488,7 +372,7 @@ class Worker:
             max_context_tokens=capacity.max_context_tokens,
             activation_bytes=capacity.activation_bytes,
             logits_bytes=capacity.logits_bytes,
-            phases=None if self._attached is None else self._phases,
+            phases=None if self._startup.attached is None else self._startup.phases,
         )
         self._channel.send(InstanceUpdate(truth=self._truth))
 
