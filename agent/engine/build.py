@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from agent.engine.api import EngineCapacity
+from agent.engine.arrival import Arrival
 from agent.engine.attention import KvPool
 from agent.engine.blocks import BLOCK_TOKENS, BlockManager
 from agent.engine.dtypes import torch_dtype
 from agent.engine.engine import BatchEngine
 from agent.engine.memory import free_bytes, plan_memory
 from agent.engine.native_runner import NativeRunner, is_native
-from agent.engine.runner import AwaitLayer, Runner, all_there
+from agent.engine.runner import Runner, all_there
 from agent.engine.skeleton import build_skeleton
 from agent.engine.transformers_runner import TransformersRunner
 from agent.engine.weights import attach
@@ -47,12 +48,12 @@ def build_engine(
 
 def can_follow(model: nn.Module, manifest: Manifest, index: TensorIndex) -> bool:
     """Whether a first step can go from layer to layer while weights are still coming: where no weight is read before that, to
-    be converted or to be used earlier than where it lies."""
-    if not is_native(model) or any(dtype != manifest.kv.dtype for dtype, _ in index.kinds):
-        return False
+    be converted or, by the native runner, to be used earlier than where it lies."""
     ends = Layers(manifest).ends
+    if len(ends) != manifest.kv.layers or any(dtype != manifest.kv.dtype for dtype, _ in index.kinds):
+        return False
     embeddings = [at for at, name in enumerate(index.names) if name.endswith("embed_tokens.weight")]
-    return len(ends) == manifest.kv.layers and all(index.starts[at] + index.sizes[at] <= ends[0] for at in embeddings)
+    return not is_native(model) or all(index.starts[at] + index.sizes[at] <= ends[0] for at in embeddings)
 
 
 def assemble(
@@ -62,9 +63,9 @@ def assemble(
     device: str = "cpu",
     prefill_tokens: int = PREFILL_TOKENS,
     share_prefixes: bool = True,
-    await_layer: AwaitLayer = all_there,
+    arrival: Arrival | None = None,
 ) -> BatchEngine:
-    """KV memory and scheduling around a model that has its weights, or `can_follow` them by ``await_layer``.
+    """KV memory and scheduling around a model that has its weights, or that `can_follow` their ``arrival``.
 
     Raises OutOfSpace when ``kv_bytes`` hold no block, or when they, activations and logits are more than the device has free.
     """
@@ -79,9 +80,10 @@ def assemble(
     blocks = BlockManager(count, options.max_concurrency, BlockManager.needed(reach), pool.erase, share_prefixes)
     runner: Runner
     if is_native(model):
+        await_layer = all_there if arrival is None else arrival.await_layer
         runner = NativeRunner(model, pool, blocks, device, options.deterministic, await_layer)
     else:
-        runner = TransformersRunner(model, pool, blocks, device, options.deterministic)
+        runner = TransformersRunner(model, pool, blocks, device, options.deterministic, arrival)
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     return BatchEngine(
         runner=runner,

@@ -9,12 +9,14 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface
 
+from agent.engine.arrival import Arrival
 from agent.engine.attention import Attention, AttentionBatch, KvPool, LayerAttention
 from agent.engine.blocks import BlockManager
 from agent.engine.products import Product, ways_of
-from agent.engine.runner import Runner, StepBatch
+from agent.engine.runner import Runner, StepBatch, all_there
 from schema.errors import InvalidCheckpoint
 
 __all__ = ["IMPLEMENTATION", "TransformersRunner", "attend_layer", "register"]
@@ -37,11 +39,24 @@ _current: ContextVar[_Step] = ContextVar("attention_step")
 
 
 class TransformersRunner(Runner):
-    """``model`` takes input ids of one row and ``logits_to_keep``, and position ids unless its attention alone knows places."""
+    """``model`` takes input ids of one row and ``logits_to_keep``, and position ids unless its attention alone knows places.
 
-    def __init__(self, model: nn.Module, pool: KvPool, blocks: BlockManager, device: str, deterministic: bool = False) -> None:
-        super().__init__(pool, blocks, device, deterministic)
+    Until a step was computed, each module waits for what it reads of weights on their ``arrival``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pool: KvPool,
+        blocks: BlockManager,
+        device: str,
+        deterministic: bool = False,
+        arrival: Arrival | None = None,
+    ) -> None:
+        super().__init__(pool, blocks, device, deterministic, all_there if arrival is None else arrival.await_layer)
         self._model = model
+        self._arrival = arrival
+        self._waiting = [] if arrival is None else [self._wait(*need) for need in arrival.needs(model).items()]
         config: Any = model.config
         if not deterministic:
             _multiply_faster(model)
@@ -67,8 +82,17 @@ class TransformersRunner(Runner):
         finally:
             _current.reset(token)
         self._layers = step.layers
+        if self._arrival is not None:
+            self._await_layer(self._arrival.layers)
+            self._arrival = None
+            while self._waiting:
+                self._waiting.pop().remove()
         logits: Tensor = output.logits[0]
         return logits
+
+    def _wait(self, module: nn.Module, layer: int) -> RemovableHandle:
+        """Have a module wait for a layer, before it computes."""
+        return module.register_forward_pre_hook(lambda *_: self._await_layer(layer))
 
 
 class _Linear(nn.Linear):

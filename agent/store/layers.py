@@ -10,16 +10,17 @@ from typing import Final
 
 from schema.checkpoint import Manifest, Partition, TensorEntry
 
-__all__ = ["Layers", "layer_ends"]
+__all__ = ["LAYER", "Layers", "layer_ends"]
 
-_LAYER: Final = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+LAYER: Final = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+"""Up to where the name of a tensor is that of its layer."""
 
 
 def layer_ends(tensors: Sequence[TensorEntry], partitions: Sequence[Partition]) -> tuple[int, ...]:
     """Up to which byte of the image each layer reaches, in execution order; empty for a model that names no layers."""
     ends: dict[int, int] = {}
     for entry in tensors:
-        found = _LAYER.search(entry.name)
+        found = LAYER.search(entry.name)
         if found is not None:
             end = partitions[entry.partition].start_bytes + entry.offset_bytes + entry.size_bytes
             ends[int(found[1])] = max(ends.get(int(found[1]), 0), end)

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.dlpack import from_dlpack
 
 from agent.config import NodeConfig
+from agent.engine.arrival import Arrival
 from agent.engine.build import assemble, can_follow
 from agent.engine.engine import BatchEngine
 from agent.engine.image import image_tensors
@@ -141,9 +142,11 @@ class Startup:
         if message.image_bytes != manifest.image_bytes:
             raise InvalidCheckpoint(f"the image has {message.image_bytes} bytes, the manifest says {manifest.image_bytes}")
         image, device = self._map(message)
-        attach(model, manifest, image_tensors(index, image), device)
+        tensors = image_tensors(index, image)
+        attach(model, manifest, tensors, device)
         attached_s = time.monotonic()
-        engine = assemble(model, manifest, self._asked.start.options, device, await_layer=self._await_layer)
+        arrival = None if self._coming is None else Arrival(self._await_layer, manifest, index, tensors)
+        engine = assemble(model, manifest, self._asked.start.options, device, arrival=arrival)
         if device != "cpu":
             engine.warm()
         gc.freeze()

@@ -1,7 +1,8 @@
 """Compare architectures with transformers' own `generate`, token for token, on tiny seeded models in float32.
 
 `python -m bench.engine.architectures [MODEL_TYPE ...]`: all that the engine says it runs, or those named, COMPARED or not.
-One line each: equal, how many prompts differ, or why it does not run. Each runs in a process of its own: new ones fail in
+One line each: equal, how many prompts differ, or why it does not run; and the layers in the order in which a first step that
+follows its weights waits for them, the last being all. Each runs in a process of its own: new ones fail in
 new ways.
 """
 
@@ -18,6 +19,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from agent.engine import architectures
 from agent.engine.build import build_engine
+from tests.agent.engine.coming import ComingWeights
 from tests.agent.engine.models import CONTEXT, VOCAB, kv_options, manifest_of, submit_of, tensors_of
 from tests.agent.engine.test_engine import drive, prompts, reference
 
@@ -71,8 +73,15 @@ def compare(model_type: str) -> str:
             return f"fails: {end.fault.message}"
     wanted = {s.attempt: reference(model, list(s.prompt), s.params.max_tokens) for s in submits}
     other = [attempt for attempt, tokens in wanted.items() if outcome.tokens[attempt] != tokens]
+    if other:
+        return f"DIFFERS in {len(other)} of {len(submits)}"
+    coming = ComingWeights(model)
+    with mock.patch.object(architectures, "COMPARED", architectures.COMPARED | {model_type}):
+        engine = coming.engine(kv_options(manifest, 512), prefill_tokens=24)
+    if drive(engine, submits).tokens != outcome.tokens:
+        return "READS WEIGHTS before they have come"
     distinct = len({token for tokens in wanted.values() for token in tokens})
-    return f"DIFFERS in {len(other)} of {len(submits)}" if other else f"equal, {distinct} different tokens"
+    return f"equal, {distinct} different tokens; weights asked for: {' '.join(map(str, dict.fromkeys(coming.asked)))}"
 
 
 def main() -> None:

@@ -6,7 +6,8 @@ import pytest
 
 from agent.engine.architectures import COMPARED
 from agent.engine.native_runner import NATIVE
-from tests.agent.engine.models import CONFIGS, make_model, submit_of
+from tests.agent.engine.coming import ComingWeights
+from tests.agent.engine.models import CONFIGS, kv_options, make_model, submit_of
 from tests.agent.engine.test_engine import drive, engine_of, prompts, reference
 
 
@@ -28,6 +29,22 @@ def test_greedy_equals_generate_in_mixed_batches_that_are_preempted(name: str) -
         assert outcome.tokens[submit.attempt] == reference(model, list(submit.prompt), submit.params.max_tokens)
     assert len({token for tokens in outcome.tokens.values() for token in tokens}) > 8
     assert preempted
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_first_step_reads_no_weight_before_it_has_come(name: str) -> None:
+    model = make_model(name)
+    coming = ComingWeights(model)
+    engine = coming.engine(kv_options(coming.manifest, 256))
+    submit = submit_of(1, prompts()[4][:31], 3)
+    engine.submit(submit)
+    tokens = [token for run in engine.step().runs for token in run.ids]
+    assert list(dict.fromkeys(coming.asked)) == list(range(coming.manifest.kv.layers + 1)), "in their order, and all"
+    asked = len(coming.asked)
+    for _ in range(2):
+        tokens += [token for run in engine.step().runs for token in run.ids]
+    assert tokens == reference(model, list(submit.prompt), 3)
+    assert len(coming.asked) == asked, "what has come is not asked for again"
 
 
 def test_what_runs_natively_was_compared() -> None:

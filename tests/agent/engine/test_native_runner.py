@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from agent.engine.build import assemble, build_engine, can_follow
+from agent.engine.build import build_engine, can_follow
 from agent.engine.skeleton import build_skeleton
-from agent.engine.weights import attach, fused_view
+from agent.engine.weights import fused_view
 from agent.store.index import TensorIndex, index_of
 from schema.checkpoint import Manifest, Partition, TensorEntry
+from tests.agent.engine.coming import ComingWeights
 from tests.agent.engine.models import kv_options, make_model, manifest_of, submit_of, tensors_of
 from tests.agent.engine.test_determinism import record
 from tests.agent.engine.test_engine import drive, prompts
@@ -58,22 +59,36 @@ def test_a_first_step_reads_no_weight_before_it_has_come(deterministic: bool) ->
     submit = submit_of(1, prompts()[1], 6)
     wanted = drive(build_engine(manifest, right, options), [submit]).tokens
 
-    coming = {name: torch.full_like(tensor, torch.nan) for name, tensor in right.items()}
-    asked: list[int] = []
-
-    def await_layer(layer: int) -> None:
-        asked.append(layer)
-        for name, tensor in right.items():
-            last = layer == manifest.kv.layers
-            if last or f"layers.{layer}." in name or "embed_tokens" in name:
-                coming[name].copy_(tensor)
-
-    skeleton = build_skeleton(manifest)
-    attach(skeleton, manifest, coming, "cpu")
-    engine = assemble(skeleton, manifest, options, await_layer=await_layer)
-    assert not asked
+    coming = ComingWeights(model)
+    engine = coming.engine(options)
+    assert not coming.asked
     assert drive(engine, [submit]).tokens == wanted
-    assert asked == list(range(manifest.kv.layers + 1))
+    assert list(dict.fromkeys(coming.asked)) == list(range(manifest.kv.layers + 1))
+    asked = len(coming.asked)
+    assert drive(engine, [submit_of(2, prompts()[1], 6)]).tokens[2] == wanted[1]
+    assert len(coming.asked) == asked, "what has come is not asked for again"
+
+
+@pytest.mark.parametrize("name", ["gpt2"])
+def test_a_step_that_is_computed_again_waits_for_a_load_that_was_begun_anew(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(name)
+    submits = [submit_of(1, prompts()[1], 6), submit_of(2, prompts()[2], 6)]
+    coming = ComingWeights(model)
+    options = kv_options(coming.manifest, 1024)
+    wanted = drive(build_engine(coming.manifest, tensors_of(model), options), submits).tokens
+    come, failed = coming.await_layer, False
+
+    def interrupted(layer: int) -> None:
+        nonlocal failed
+        if layer == 1 and not failed:
+            failed = True
+            coming.begin_anew()
+            raise MemoryError("computed again, sequence by sequence")
+        come(layer)
+
+    monkeypatch.setattr(coming, "await_layer", interrupted)
+    assert drive(coming.engine(options), submits).tokens == wanted
+    assert failed
 
 
 def test_waiting_for_weights_is_no_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,21 +97,22 @@ def test_waiting_for_weights_is_no_prefill(monkeypatch: pytest.MonkeyPatch) -> N
     manifest = manifest_of(model)
     clocks = {name: getattr(time, name) for name in ("monotonic", "perf_counter")}
     ahead_s = 0.0
+    coming = ComingWeights(model)
+    come = coming.await_layer
 
     def slow(layer: int) -> None:
         nonlocal ahead_s
+        come(layer)
         ahead_s += 10.0
         if layer == 1 and ahead_s < 30.0:
             raise MemoryError("computed again, sequence by sequence")
 
     for name, clock in clocks.items():
         monkeypatch.setattr(time, name, lambda clock=clock: clock() + ahead_s)
-    skeleton = build_skeleton(manifest)
-    attach(skeleton, manifest, tensors_of(model), "cpu")
-    engine = assemble(skeleton, manifest, kv_options(manifest, 1024), prefill_tokens=24, await_layer=slow)
+    monkeypatch.setattr(coming, "await_layer", slow)
+    engine = coming.engine(kv_options(manifest, 1024), prefill_tokens=24)
     short, longer, longest = prompts()[1], prompts()[2], prompts()[4]
     cold = drive(engine, [submit_of(1, short, 2), submit_of(2, longest, 2), submit_of(3, longer, 2)]).ends
-    assert ahead_s == 10.0 * (manifest.kv.layers + 2)
     warm = drive(engine, [submit_of(4, short, 2)]).ends
     for end in (*cold.values(), *warm.values()):
         timing = end.timing
@@ -126,4 +142,5 @@ def test_only_what_reads_its_weights_in_their_order_follows_them() -> None:
     assert not can_follow(skeleton, *listed(manifest, names[:2] + names[3:])), "layers are not known by their names"
     assert not can_follow(skeleton, *listed(manifest, names, "F16")), "weights are converted"
     other = manifest_of(make_model("gpt2"))
-    assert not can_follow(build_skeleton(other), *listed(other, names)), "modules of others read as they like"
+    assert can_follow(build_skeleton(other), *listed(other, [*names[1:], names[0]])), "modules wait for what they hold"
+    assert not can_follow(build_skeleton(other), *listed(other, names, "F16"))

@@ -125,7 +125,7 @@ class Heard:
 class Node:
     """A run directory, a checkpoint in memory, and the agent's socket; `zygote` starts the real process."""
 
-    def __init__(self, agent_grace_s: float = 30.0) -> None:
+    def __init__(self, agent_grace_s: float = 30.0, model: str = "llama") -> None:
         self.directory = Path(tempfile.mkdtemp(dir="/tmp", prefix="sl"))
         self.config = NodeConfig(
             run_dir=str(self.directory), data_dir=str(self.directory / "data"), threads=1, agent_grace_s=agent_grace_s
@@ -137,7 +137,7 @@ class Node:
         self.pids: list[int] = []
         self._nonce = 0
         self._peers: list[Peer] = []
-        self.model = make_model("llama")
+        self.model = make_model(model)
         self.manifest, self._image = make_image(self.model)
         path = self.config.checkpoints_path / DIGEST / "l1"
         path.mkdir(parents=True)
@@ -293,8 +293,8 @@ def make_image(model: Any) -> tuple[Manifest, int]:
 
 
 @contextlib.contextmanager
-def node(agent_grace_s: float = 30.0) -> Iterator[Node]:
-    made = Node(agent_grace_s)
+def node(agent_grace_s: float = 30.0, model: str = "llama") -> Iterator[Node]:
+    made = Node(agent_grace_s, model)
     try:
         yield made
     finally:

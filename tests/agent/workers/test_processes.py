@@ -252,6 +252,24 @@ def test_a_request_is_computed_while_its_weights_come(here: Node) -> None:
     worker.expect_closed()
 
 
+def test_modules_of_transformers_are_computed_while_their_weights_come() -> None:
+    with node(model="gpt2") as here:
+        _, zygote, _ = here.zygote()
+        _, worker, memory = coming(here, zygote, 0)
+        worker.send(submit_of(1, PROMPT, 12))
+        for layers, end in enumerate(Layers(here.manifest).ends, 1):
+            os.pwrite(memory, here.image()[:end], 0)
+            worker.send(LayersArrived(op="o", layers=layers), Ping(nonce=layers))
+            assert worker.expect(Pong).nonce == layers
+        os.pwrite(memory, here.image(), 0)
+        here.attach(worker)
+        os.close(memory)
+        heard = Heard()
+        heard.until_ended(worker, 1)
+        assert heard.tokens[1] == expected(here.model, 12)
+        assert heard.ends[1].timing.weights_s > 0
+
+
 def test_what_cannot_start_says_why_and_ends(here: Node) -> None:
     _, zygote, _ = here.zygote()
 
