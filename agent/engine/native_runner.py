@@ -55,7 +55,7 @@ class _Layer:
 class NativeRunner(Runner):
     """``model`` is an attached skeleton of the family; its tensors are used where they lie.
 
-    The first step asks ``await_layer`` before each layer, and nothing reads a weight before that.
+    Until a step was computed, ``await_layer`` is asked before each layer, and nothing reads a weight before that.
     """
 
     def __init__(
@@ -120,8 +120,9 @@ class NativeRunner(Runner):
 
     def _layer(self, index: int) -> _Layer:
         """A layer, made when it is first computed: small tensors of it are copied, so its weights must be there."""
-        if index == len(self._layers):
+        if self._head is None:  # no step is over: what has come may have to come again, after a store that died
             self._await_layer(index)
+        if index == len(self._layers):
             with _unwatched():
                 self._layers.append(_layer(index, self._modules[index], self._config, self._ways))
         return self._layers[index]

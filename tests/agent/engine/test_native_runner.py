@@ -69,7 +69,7 @@ def test_a_first_step_reads_no_weight_before_it_has_come(deterministic: bool) ->
     assert len(coming.asked) == asked, "what has come is not asked for again"
 
 
-@pytest.mark.parametrize("name", ["gpt2"])
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
 def test_a_step_that_is_computed_again_waits_for_a_load_that_was_begun_anew(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(name)
     submits = [submit_of(1, prompts()[1], 6), submit_of(2, prompts()[2], 6)]
