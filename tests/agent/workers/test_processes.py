@@ -193,12 +193,12 @@ def test_a_request_is_computed_while_its_weights_come(here: Node) -> None:
     _, worker, memory = coming(here, zygote, 0)
     image = here.image()
     worker.send(submit_of(1, PROMPT, 12), submit_of(2, PROMPT[:3], 4))
+    load = worker.expect(InstanceLoad)
+    assert load.running + load.waiting > 0
     for layers, end in enumerate(Layers(here.manifest).ends, 1):
         os.pwrite(memory, image[:end], 0)
         worker.send(LayersArrived(op="o", layers=layers), Ping(nonce=layers))
         assert worker.expect(Pong).nonce == layers  # within its first step
-    load = worker.expect(InstanceLoad)
-    assert load.running + load.waiting > 0
     os.pwrite(memory, image, 0)
     worker.send(Cancel(attempt=Epoch(2)))  # heard when the step is over
     here.attach(worker)
