@@ -59,15 +59,20 @@ _BY_CODE = {
 
 _SHOW_AFTER_S = 1.0
 _LINE_EVERY_S = 5.0
+_USUAL_COLUMNS = 80
 
 
 def note(message: str) -> None:
     """A line for the person at the terminal, never part of the output."""
+    _tell(message + "\n")
+
+
+def _tell(text: str) -> None:
     try:
-        sys.stderr.write(message + "\n")
+        sys.stderr.write(text)
         sys.stderr.flush()
     except OSError:
-        # Where stderr takes nothing there is nobody to tell; the exit code still says how it went.
+        # Where stderr takes nothing there is nobody to tell; the work goes on, and the exit code still says how it went.
         _give_up(sys.stderr)
 
 
@@ -157,18 +162,28 @@ class ProgressLine:
             return
         self._said = moment
         if self._terminal:
-            width = os.get_terminal_size(sys.stderr.fileno()).columns
-            sys.stderr.write(f"\r\x1b[K{text()[: max(width - 1, 1)]}")
+            _tell(f"\r\x1b[K{_fitting(text())}")
         else:
-            sys.stderr.write(text() + "\n")
-        sys.stderr.flush()
+            note(text())
         self._open = True
 
     def clear(self) -> None:
         if self._open and self._terminal:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+            _tell("\r\x1b[K")
         self._open = False
+
+
+def _fitting(text: str) -> str:
+    """As much of it as leaves a line of the terminal unwrapped; one that does not know its width says 0."""
+    from sllmctl.cli.format import cells
+
+    columns = 0
+    with contextlib.suppress(OSError):
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    room = max((columns or _USUAL_COLUMNS) - 1, 1)
+    while cells(text) > room:
+        text = text[:-1]
+    return text
 
 
 def _amounts(progress: ProgressView | None) -> str:

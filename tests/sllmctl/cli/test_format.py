@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 
 import pytest
 
@@ -94,13 +95,37 @@ def test_progress_is_shown_from_the_second_second_on(monkeypatch: pytest.MonkeyP
     assert screen.getvalue() == expected, "in a log, a line every five seconds"
 
 
-def test_on_a_terminal_one_line_is_rewritten_and_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("columns", "what", "shown"),
+    [
+        (12, "ingesting tiny", "ingesting t"),
+        (12, "ingesting 通义", "ingesting "),
+        (0, "ingesting tiny", "ingesting tiny ..."),
+    ],
+)
+def test_on_a_terminal_one_line_is_rewritten_and_removed(
+    monkeypatch: pytest.MonkeyPatch, columns: int, what: str, shown: str
+) -> None:
     screen, clock = _Screen(terminal=True), [0.0]
     monkeypatch.setattr("sys.stderr", screen)
     monkeypatch.setattr(screen, "fileno", lambda: 2)
-    monkeypatch.setattr("os.get_terminal_size", lambda _: type("Size", (), {"columns": 12})())
+    monkeypatch.setattr("os.get_terminal_size", lambda _: type("Size", (), {"columns": columns})())
     with ProgressLine(lambda: clock[0]) as line:
         clock[0] = 1.5
-        line.show("ingesting tiny", _HALF)
-        line.show("ingesting tiny", None)
-    assert screen.getvalue() == "\r\x1b[Kingesting t\r\x1b[Kingesting t\r\x1b[K"
+        line.show(what, None)
+        line.show(what, None)
+    assert screen.getvalue() == f"\r\x1b[K{shown}\r\x1b[K{shown}\r\x1b[K"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_stderr_that_nobody_reads_ends_no_work(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as nobody:
+        monkeypatch.setattr(nobody, "isatty", lambda: terminal)
+        monkeypatch.setattr("sys.stderr", nobody)
+        clock = [0.0]
+        with ProgressLine(lambda: clock[0]) as line:
+            for moment in (1.5, 9.0):
+                clock[0] = moment
+                line.show("ingesting tiny", None)
