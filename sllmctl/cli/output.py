@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import sys
 import time
@@ -52,16 +53,39 @@ def now() -> float:
 
 def write(text: str) -> None:
     """A line, or several."""
-    with writing_stdout():
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
+    _put(text + "\n")
 
 
 def stream(text: str) -> None:
     """A piece of text as it comes; on a terminal without the control characters that could steer it."""
+    _put(printable(text, keep="\n\t") if sys.stdout.isatty() else text)
+
+
+def _put(text: str) -> None:
     with writing_stdout():
-        sys.stdout.write(printable(text, keep="\n\t") if sys.stdout.isatty() else text)
+        sys.stdout.write(text if _takes(text) else text.encode(sys.stdout.encoding, _ESCAPE).decode(sys.stdout.encoding))
         sys.stdout.flush()
+
+
+def _takes(text: str) -> bool:
+    """Whether stdout's encoding, which the locale or PYTHONIOENCODING says, has all its letters."""
+    try:
+        text.encode(sys.stdout.encoding, sys.stdout.errors or "strict")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    """The letters that an encoding lacks as JSON writes them, ``\\u00e9``: so they stay valid JSON, and can be told by people."""
+    import json
+
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+_ESCAPE = "sllmctl.escape"
+codecs.register_error(_ESCAPE, _escaped)
 
 
 def read_line(prompt: str) -> str:
@@ -183,5 +207,9 @@ def _write_struct(form: Format, value: Any) -> None:
     def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
         return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if is_plain_text(value) else "'")
 
+    def dumped(any_letter: bool) -> str:
+        return yaml.dump(msgspec.to_builtins(value), Dumper=Dumper, sort_keys=False, allow_unicode=any_letter).rstrip("\n")
+
     Dumper.add_representer(str, text)
-    write(yaml.dump(msgspec.to_builtins(value), Dumper=Dumper, sort_keys=False, allow_unicode=True).rstrip("\n"))
+    written = dumped(True)
+    write(written if _takes(written) else dumped(False))

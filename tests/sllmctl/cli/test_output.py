@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -168,3 +169,23 @@ def test_letters_that_take_two_columns_keep_the_table_straight(sllmctl: Sllmctl,
     assert header.startswith("NAME      STATE")
     assert first.startswith("通义千问  deployed")
     assert second.startswith("qwen      deployed")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_an_encoding_that_lacks_letters_gets_them_escaped(
+    sllmctl: Sllmctl, manager: FakeManager, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    spec = ModelSpec(name="a", source=PathSource("/模型/𝔪é"))
+    model = msgspec.structs.replace(MODELS[0], name="a", spec=spec)
+    manager.answer("GET models/a", 200, model)
+
+    def said(form: str) -> str:
+        taken = io.BytesIO()
+        with io.TextIOWrapper(taken, encoding) as screen, monkeypatch.context() as patched:
+            patched.setattr("sys.stdout", screen)
+            assert sllmctl("model", "show", "a", "-o", form).code == 0
+            return taken.getvalue().decode(encoding)
+
+    assert json.loads(said("json")) == yaml.safe_load(said("yaml")) == _plain(model)
+    letter = "é" if encoding == "latin-1" else r"\u00e9"
+    assert rf"/\u6a21\u578b/\ud835\udd2a{letter}" in said("table")
