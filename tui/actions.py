@@ -62,14 +62,12 @@ async def add_model(desk: Desk, _: Any) -> None:
         Field("max", "At most", "1", hint="instances"),
     ]
     spec = await desk.fill_in("Add and deploy a model", fields, _spec)
-    if spec is None or await desk.ask(client.add_model(spec), f"{spec.name} is being ingested") is None:
+    if spec is None or await desk.ask(client.add_model(spec, deploy=True), f"{spec.name} is being ingested") is None:
         return
+    # What goes wrong with the ingest is told here as well; nobody has to wait for it.
     while True:
         waited = await desk.ask(client.wait_model(spec.name, "ingested", _HOLD_S))
-        if waited is None:
-            return
-        if waited.done:
-            await desk.ask(client.deploy_model(spec.name, spec.scale), f"{spec.name} is deployed")
+        if waited is None or waited.done:
             return
 
 

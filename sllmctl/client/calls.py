@@ -132,9 +132,10 @@ def wait_model(name: str, until: Until, hold_s: float) -> Call[Waited]:
     return Call("GET", f"models/{_segment(name)}", read, {"wait": until, "timeout": f"{hold_s:g}"}, hold_s=hold_s)
 
 
-def add_model(spec: ModelSpec) -> Call[ModelView]:
-    """Register a model and begin to ingest it; its state tells how that goes."""
-    return Call("POST", "models", reader(ModelView), body=msgspec.json.encode(spec))
+def add_model(spec: ModelSpec, *, deploy: bool = False) -> Call[ModelView]:
+    """Register a model and begin to ingest it, to be served then with ``deploy``; its state tells how that goes."""
+    query = {"deploy": "true"} if deploy else {}
+    return Call("POST", "models", reader(ModelView), query, msgspec.json.encode(spec))
 
 
 def apply_models(

@@ -147,10 +147,7 @@ def _replaced(turn: Turn, model: Model, spec: ModelSpec) -> list[Instance]:
 def _carry_out(turn: Turn, event: ApplyModels, spec: ModelSpec, told: AppliedView) -> None:
     model = turn.view.models.get(spec.name)
     if model is None or model.state is _M.FAILED:
-        models.add(turn, AddModel(event.ticket, spec))
-        model = turn.view.models[spec.name]
-        model.deploy_next = event.deploy
-        turn.put_model(model)
+        models.add(turn, AddModel(event.ticket, spec, event.deploy))
         return
     leaving = _replaced(turn, model, spec)
     model.spec = msgspec.structs.replace(spec, source=model.spec.source)

@@ -102,10 +102,12 @@ class NodeLost:
 
 @dataclass(frozen=True, slots=True)
 class AddModel:
-    """Register a model and ingest its source. ``ticket`` is answered by `Reply`."""
+    """Register a model and ingest its source; with ``deploy`` serve it as soon as that has ended. ``ticket`` is answered by
+    `Reply`."""
 
     ticket: int
     spec: ModelSpec
+    deploy: bool = False
 
 
 @dataclass(frozen=True, slots=True)

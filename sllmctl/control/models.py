@@ -66,11 +66,11 @@ def add(turn: Turn, event: AddModel) -> None:
     node = ingest_node(turn, spec)
     op = turn.core.ids("op")
     if model is None:
-        model = Model(spec, _M.INGESTING, None, op, node.id, None, turn.now, turn.now)
+        model = Model(spec, _M.INGESTING, None, op, node.id, None, turn.now, turn.now, deploy_next=event.deploy)
         turn.view.add_model(model)
         turn.put_model(model)
     else:
-        model.spec, model.fault, model.ingested, model.made_room, model.deploy_next = spec, None, None, 0, False
+        model.spec, model.fault, model.ingested, model.made_room, model.deploy_next = spec, None, None, 0, event.deploy
         turn.view.set_operation(model, op, node.id)
         _move(turn, model, _M.INGESTING)
     turn.wake("model", model.name, turn.now + turn.settings.ingest_timeout_s)

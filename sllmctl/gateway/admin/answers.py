@@ -27,6 +27,7 @@ __all__ = [
     "known",
     "no_route",
     "read_body",
+    "read_flag",
     "read_number",
     "read_query",
     "refuse",
@@ -79,6 +80,13 @@ def read_number(query: Mapping[str, str], key: str, default: float) -> float:
     if not 0 <= number < float("inf"):
         raise InvalidInput(f"{key}: {query[key]!r} is no number from 0 up", key)
     return number
+
+
+def read_flag(query: Mapping[str, str], key: str) -> bool:
+    """A parameter that is ``true``, or ``false`` as it is when not given. Raises InvalidInput."""
+    if (text := query.get(key, "false")) not in ("true", "false"):
+        raise InvalidInput(f"{key}: {text!r} is neither true nor false", key)
+    return text == "true"
 
 
 async def read_body(request: Request, limit_bytes: int) -> bytes:

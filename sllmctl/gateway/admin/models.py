@@ -19,7 +19,17 @@ from sllmctl.config import AdminSettings
 from sllmctl.control.effects import AddModel, ApplyModels, DeployModel, RemoveModel, StopModel
 from sllmctl.control.view import ClusterView
 from sllmctl.control.views import LiveNumbers, model_view, model_views
-from sllmctl.gateway.admin.answers import Items, Routes, decode, item_answer, json_answer, known, read_body, read_query
+from sllmctl.gateway.admin.answers import (
+    Items,
+    Routes,
+    decode,
+    item_answer,
+    json_answer,
+    known,
+    read_body,
+    read_flag,
+    read_query,
+)
 from sllmctl.gateway.admin.commands import BODY, COMMAND, RunnerPort
 from sllmctl.gateway.admin.waiting import TIMEOUT, wait
 from sllmctl.gateway.errors import ALL_KINDS
@@ -52,11 +62,17 @@ class Models:
         read_query(request)
         return item_answer(model_views(self._view, self._router))
 
-    @operation("Add a model; its ingest begins.", {201: ModelView}, body=ModelSpec, errors=(*COMMAND, *BODY))
+    @operation(
+        "Add a model; its ingest begins.",
+        {201: ModelView},
+        query=(Query("deploy", bool, "Serve it as soon as it has been ingested; false if not given."),),
+        body=ModelSpec,
+        errors=(*COMMAND, *BODY),
+    )
     async def add_model(self, request: Request) -> Response:
-        read_query(request)
+        deploy = read_flag(read_query(request), "deploy")
         spec = parse_spec(decode(await read_body(request, self._settings.body_bytes), Any))
-        await self._runner.ask(lambda ticket: AddModel(ticket, spec))
+        await self._runner.ask(lambda ticket: AddModel(ticket, spec, deploy))
         return self._model(spec.name, 201)
 
     @operation(

@@ -29,6 +29,22 @@ def test_add_ingests_and_waits_to_be_deployed(world: World) -> None:
     world.check_rows()
 
 
+def test_what_is_added_to_be_served_is_served_once_it_is_ingested(world: World) -> None:
+    agent = world.agents["local"]
+    agent.automatic = False
+    world.ask(lambda ticket: AddModel(ticket, spec(), deploy=True))
+    (op,) = agent.ops
+    world.tell("local", [OperationDone(op=op, fault=Fault("not_found", "no such directory"))])
+    assert world.view.models["m"].state is ModelState.FAILED
+    world.ask(lambda ticket: AddModel(ticket, spec(), deploy=True))
+    world.start_manager()
+    world.connect("local")
+    for op in list(agent.ops):
+        world.tell("local", agent.finish(op))
+    assert world.view.models["m"].state is ModelState.DEPLOYED
+    world.check_rows()
+
+
 def test_an_ingest_asked_for_while_its_node_is_away_begins_with_its_truth(make_world: MakeWorld) -> None:
     world = make_world(Agent("local"))
     world.connect("local")
