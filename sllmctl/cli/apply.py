@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from sllmctl.cli.context import Invocation, output_option, pass_invocation, yes_option
+from sllmctl.cli.context import Invocation, output_option, pass_invocation, timeout_option, yes_option
 from sllmctl.cli.format import printable
 from sllmctl.cli.output import Column, Format, show_items, write
 
@@ -45,7 +45,7 @@ def _file_options(function: F) -> F:
 @_file_options
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @click.option("--wait", is_flag=True, help="Return when the models are ready.")
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Wait no longer.")
+@timeout_option
 @yes_option
 @output_option
 @pass_invocation
@@ -75,6 +75,7 @@ def apply(
     """
     from sllmctl import client
     from sllmctl.cli.diagnostics import confirm, note
+    from sllmctl.cli.waiting import wait_for
 
     entries = _entries(files)
     specs = [entry.spec for entry in entries]
@@ -89,7 +90,9 @@ def apply(
         if dry_run:
             note("nothing was changed")
         elif wait:
-            _wait(admin, specs, timeout if timeout is not None else invocation.settings().client.wait_s, ready=not no_deploy)
+            patience = invocation.patience(timeout)
+            for spec in specs:
+                wait_for(admin, spec.name, "ingested" if no_deploy else "ready", patience)
 
 
 @click.command("diff")
@@ -142,16 +145,6 @@ def _plan(admin: AdminClient, entries: Sequence[Entry], *, deploy: bool, prune: 
     if faults:
         raise Fault(faults[0][1].code, "\n".join(f"{place}: {fault.message}" for place, fault in faults)).to_error()
     return told
-
-
-def _wait(admin: AdminClient, specs: Sequence[Any], timeout_s: float, *, ready: bool) -> None:
-    import time
-
-    from sllmctl.cli.waiting import wait_for
-
-    deadline = time.monotonic() + timeout_s
-    for spec in specs:
-        wait_for(admin, spec.name, "ready" if ready else "ingested", max(0.001, deadline - time.monotonic()))
 
 
 def _write_changes(told: AppliedView) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sllmctl.cli.completion import names
-from sllmctl.cli.context import Invocation, pass_invocation
+from sllmctl.cli.context import Invocation, Real, pass_invocation
 from sllmctl.cli.diagnostics import note
 from sllmctl.cli.format import duration
 from sllmctl.cli.output import read_line, stream, write
@@ -27,8 +27,8 @@ _COMMANDS = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C ca
 @click.option("-m", "--model", help="The model; may be left out if only one is deployed.", shell_complete=names("model"))
 @click.option("-s", "--system", help="A system message.")
 @click.option("--max-tokens", type=click.IntRange(1), help="The reply's length at most.")
-@click.option("--temperature", type=click.FloatRange(0, 2), help="0 takes the likeliest token always.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Keep the likeliest tokens of this share.")
+@click.option("--temperature", type=Real(0, 2), help="0 takes the likeliest token always.")
+@click.option("--top-p", type=Real(0, 1, min_open=True), help="Keep the likeliest tokens of this share.")
 @click.option("--seed", type=click.IntRange(0), help="The same seed, the same reply.")
 @click.option("--stats", is_flag=True, help="Say on stderr where the time went.")
 @pass_invocation

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from sllmctl.cli.completion import names
-from sllmctl.cli.context import Invocation, output_option, pass_invocation, yes_option
+from sllmctl.cli.context import Invocation, output_option, pass_invocation, timeout_option, yes_option
 from sllmctl.cli.format import age, short_digest, size
 from sllmctl.cli.operations import finish_operations
 from sllmctl.cli.output import Column, Format, now, show_item
@@ -65,14 +65,11 @@ def show(invocation: Invocation, digest: str, form: Format) -> None:
 
 
 def _wait_options(function: F) -> F:
-    function = click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Wait no longer.")(
-        function
-    )
-    return click.option("--no-wait", is_flag=True, help="Return when it has begun.")(function)
+    return click.option("--no-wait", is_flag=True, help="Return when it has begun.")(timeout_option(function))
 
 
 def _node_option(function: F) -> F:
-    return click.option("--node", metavar="NODE", help="The copy on this node alone.")(function)
+    return click.option("--node", metavar="NODE", help="The copy on this node alone.", shell_complete=names("node"))(function)
 
 
 def _tier_option(*tiers: str) -> Callable[[F], F]:
@@ -81,7 +78,7 @@ def _tier_option(*tiers: str) -> Callable[[F], F]:
 
 @command.command("prefetch")
 @click.argument("reference", metavar="DIGEST|MODEL", shell_complete=names("checkpoint"))
-@click.option("--node", metavar="NODE", help="Bring it into the memory of this node.")
+@click.option("--node", metavar="NODE", help="Bring it into the memory of this node.", shell_complete=names("node"))
 @click.option("--tier", type=click.Choice(["dram", "device"]), default="dram", show_default=True, help="Where to bring it.")
 @_wait_options
 @output_option
@@ -102,10 +99,10 @@ def prefetch(
     from schema.states import Tier
     from sllmctl import client
 
-    wait_s = timeout if timeout is not None else invocation.settings().client.wait_s
+    patience = None if no_wait else invocation.patience(timeout)
     with invocation.admin() as admin:
         begun = admin.ask(client.prefetch_checkpoint(reference, node, Tier(tier)))
-        finish_operations(admin, form, begun, wait=not no_wait, timeout_s=wait_s)
+        finish_operations(admin, form, begun, patience)
 
 
 @command.command("verify")
@@ -127,10 +124,10 @@ def verify(
     """
     from sllmctl import client
 
-    wait_s = timeout if timeout is not None else invocation.settings().client.wait_s
+    patience = None if no_wait else invocation.patience(timeout)
     with invocation.admin() as admin:
         begun = admin.ask(client.verify_checkpoint(reference, node))
-        finish_operations(admin, form, begun, wait=not no_wait, timeout_s=wait_s)
+        finish_operations(admin, form, begun, patience)
 
 
 @command.command("pin")
@@ -187,7 +184,7 @@ def _change_pin(
 @command.command("publish")
 @click.argument("reference", metavar="DIGEST|MODEL", shell_complete=names("checkpoint"))
 @click.argument("url", required=False)
-@click.option("--node", metavar="NODE", help="Publish the copy of this node.")
+@click.option("--node", metavar="NODE", help="Publish the copy of this node.", shell_complete=names("node"))
 @_wait_options
 @output_option
 @pass_invocation
@@ -212,16 +209,16 @@ def publish(
     """
     from sllmctl import client
 
-    wait_s = timeout if timeout is not None else invocation.settings().client.wait_s
+    patience = None if no_wait else invocation.patience(timeout)
     with invocation.admin() as admin:
         begun = admin.ask(client.publish_checkpoint(reference, url, node))
-        finish_operations(admin, form, begun, wait=not no_wait, timeout_s=wait_s)
+        finish_operations(admin, form, begun, patience)
 
 
 @command.command("fetch")
 @click.argument("reference", metavar="DIGEST|MODEL", shell_complete=names("checkpoint"))
 @click.option("--from", "url", metavar="URL", help="Fetch it from this remote.")
-@click.option("--node", metavar="NODE", help="Fetch it to this node.")
+@click.option("--node", metavar="NODE", help="Fetch it to this node.", shell_complete=names("node"))
 @click.option("--tier", type=click.Choice(["disk", "dram"]), default="disk", show_default=True, help="dram: memory as well.")
 @_wait_options
 @output_option
@@ -248,10 +245,10 @@ def fetch(
     from schema.states import Tier
     from sllmctl import client
 
-    wait_s = timeout if timeout is not None else invocation.settings().client.wait_s
+    patience = None if no_wait else invocation.patience(timeout)
     with invocation.admin() as admin:
         begun = admin.ask(client.fetch_checkpoint(reference, url, node, Tier(tier)))
-        finish_operations(admin, form, begun, wait=not no_wait, timeout_s=wait_s)
+        finish_operations(admin, form, begun, patience)
 
 
 @command.command("forget")
@@ -324,10 +321,10 @@ def remove(
             found = admin.ask(client.checkpoint(reference))
         what = f"{found.digest[:16]} ({', '.join(found.models) or 'no model uses it'}, {size(found.image_bytes)})"
         confirm(f"{_last(found, node, tier)}Remove checkpoint {what} from {where}?", yes)
-    wait_s = timeout if timeout is not None else invocation.settings().client.wait_s
+    patience = None if no_wait else invocation.patience(timeout)
     with invocation.admin() as admin:
         begun = admin.ask(client.drop_checkpoint(reference, node, Tier(tier) if tier is not None else None))
-        finish_operations(admin, form, begun, wait=not no_wait, timeout_s=wait_s)
+        finish_operations(admin, form, begun, patience)
 
 
 def _sound(found: CheckpointView) -> set[str]:

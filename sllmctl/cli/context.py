@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +13,11 @@ import click
 from sllmctl.cli.output import FORMATS, REPORT_FORMATS
 
 if TYPE_CHECKING:
+    from sllmctl.cli.waiting import Patience
     from sllmctl.client import AdminClient
     from sllmctl.config import Settings
 
-__all__ = ["Invocation", "output_option", "pass_invocation", "report_option", "yes_option"]
+__all__ = ["Invocation", "Real", "output_option", "pass_invocation", "report_option", "timeout_option", "yes_option"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -43,6 +45,20 @@ class Invocation:
         settings = self.settings()
         return AdminClient(settings.admin_socket, settings.client)
 
+    def patience(self, timeout_s: float | None) -> Patience:
+        """How long a command waits: as long as it was told to, else as the settings say."""
+        from sllmctl.cli.waiting import Patience
+
+        return Patience(self.settings().client.wait_s if timeout_s is None else timeout_s)
+
+
+class Real(click.FloatRange):
+    """A number of a range. Its own ranges let through what is no number, NaN, since that is neither above nor below."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        return self.fail(f"{value!r} is not a number", param, ctx) if math.isnan(number) else number
+
 
 pass_invocation = click.make_pass_decorator(Invocation)
 
@@ -59,6 +75,11 @@ def report_option(command: F) -> F:
     return click.option(
         "-o", "--output", "form", type=click.Choice(REPORT_FORMATS), default="table", show_default=True, help="How to print."
     )(command)
+
+
+def timeout_option(command: F) -> F:
+    """``--timeout SECONDS``, for `Invocation.patience`."""
+    return click.option("--timeout", type=Real(0, min_open=True), metavar="SECONDS", help="Wait no longer.")(command)
 
 
 def yes_option(command: F) -> F:

@@ -25,7 +25,7 @@ from sllmctl.cli.diagnostics import FAILED, OK, ProgressLine, note
 from sllmctl.cli.format import duration, size
 from sllmctl.cli.output import stream, write
 from sllmctl.cli.scratch import ScratchManager
-from sllmctl.cli.waiting import wait_for
+from sllmctl.cli.waiting import Patience, wait_for
 from sllmctl.config import ClientSettings, parse_bytes
 from sllmctl.inference import ChatOptions, ChatStream, Turn
 from sllmctl.nodes.local import need_node_packages
@@ -98,7 +98,7 @@ def _show(manager: ScratchManager, source: Source) -> None:
 
         began = time.monotonic()
         admin.ask(client.add_model(ModelSpec(name=MODEL, source=source)))
-        model = wait_for(admin, MODEL, "ingested", manager.settings.client.wait_s)
+        model = wait_for(admin, MODEL, "ingested", Patience(manager.settings.client.wait_s))
         assert model is not None
         assert model.digest is not None
         checkpoint = admin.ask(client.checkpoint(model.digest))

@@ -14,7 +14,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, TextIO
 
 import click
@@ -30,6 +30,7 @@ __all__ = [
     "OK",
     "USAGE",
     "ProgressLine",
+    "Refusals",
     "confirm",
     "guard",
     "log_to_stderr",
@@ -134,6 +135,39 @@ def confirm(question: str, yes: bool) -> None:
         raise click.UsageError(f"{question} There is no terminal to ask on: say so with -y.")
     if not click.confirm(question, err=True):
         raise click.exceptions.Exit(FAILED)
+
+
+class Refusals:
+    """What is asked of several things: that one is refused keeps no other from its turn.
+
+    Each refusal is told as it comes; leaving the block then ends the command as the first of them would have.
+    """
+
+    def __init__(self) -> None:
+        self._codes: list[int] = []
+
+    def __enter__(self) -> Refusals:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._codes:
+            raise click.exceptions.Exit(self._codes[0])
+
+    def each(self, names: Iterable[str], act: Callable[[str], object]) -> list[str]:
+        """Do it to each, once, and return those that it was not refused for. Raises Unreachable: nobody else will answer."""
+        from schema.errors import SllmError, Unreachable
+
+        done = []
+        for name in dict.fromkeys(names):
+            try:
+                act(name)
+            except Unreachable:
+                raise
+            except SllmError as error:
+                self._codes.append(_failed(error))
+            else:
+                done.append(name)
+        return done
 
 
 class ProgressLine:

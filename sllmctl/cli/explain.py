@@ -25,7 +25,9 @@ _Fields = list[tuple[str, str]]
 
 @click.command("explain")
 @click.argument("model", required=False, shell_complete=names("model"))
-@click.option("--request", "request_id", metavar="ID", help="What was decided for this request.")
+@click.option(
+    "--request", "request_id", metavar="ID", help="What was decided for this request.", shell_complete=names("request")
+)
 @report_option
 @pass_invocation
 def command(invocation: Invocation, model: str | None, request_id: str | None, form: ReportFormat) -> None:

@@ -86,13 +86,15 @@ def stop(invocation: Invocation, ids: tuple[str, ...], yes: bool) -> None:
       sllmctl instance stop inst_01k9zj8x -y
     """
     from sllmctl import client
-    from sllmctl.cli.diagnostics import confirm, note
+    from sllmctl.cli.diagnostics import Refusals, confirm, note
+
+    def ask(instance_id: str) -> None:
+        admin.ask(client.stop_instance(instance_id))
+        note(f"instance {instance_id} is stopping")
 
     confirm(f"Stop {', '.join(ids)}?", yes)
-    with invocation.admin() as admin:
-        for instance_id in ids:
-            admin.ask(client.stop_instance(instance_id))
-            note(f"instance {instance_id} is stopping")
+    with invocation.admin() as admin, Refusals() as refusals:
+        refusals.each(ids, ask)
 
 
 def _columns() -> list[Column[InstanceView]]:

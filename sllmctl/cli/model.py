@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
 from sllmctl.cli import completion
-from sllmctl.cli.context import Invocation, output_option, pass_invocation, yes_option
+from sllmctl.cli.context import Invocation, Real, output_option, pass_invocation, timeout_option, yes_option
 from sllmctl.cli.logs import log_options, show_logs
 from sllmctl.cli.output import Format, show_documents, show_item
 from sllmctl.cli.watch import list_items, watch_option
 
 if TYPE_CHECKING:
     from schema.spec import ScaleSpec, Source
+    from sllmctl.cli.waiting import Patience
+    from sllmctl.client import Call, Until
 
 __all__ = ["command"]
 
@@ -27,7 +29,7 @@ def command() -> None:
     """Models: add, deploy, scale, stop, remove."""
 
 
-class _KeepAlive(click.FloatRange):
+class _KeepAlive(Real):
     """Seconds, or "auto", which is kept as it is: None is what was not given."""
 
     name = "number of seconds, nor auto"
@@ -58,24 +60,21 @@ def _scale_options(function: F) -> F:
 
 
 def _wait_options(function: F) -> F:
-    function = click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Wait no longer.")(
-        function
-    )
-    return click.option("--wait", is_flag=True, help="Return when it is done.")(function)
+    return click.option("--wait", is_flag=True, help="Return when it is done.")(timeout_option(function))
 
 
 @command.command("add")
 @click.argument("name")
 @click.argument("source")
 @click.option("--in-place", is_flag=True, help="Load a directory's safetensors files where they lie; make no copy.")
-@click.option("--deploy", is_flag=True, help="Serve it as soon as it has been ingested (waits for that).")
+@click.option("--deploy", is_flag=True, help="Serve it as soon as it has been ingested, and return then.")
 @_scale_options
 @click.option("--devices", type=click.IntRange(1), help="Devices that one instance spans.")
 @click.option("--kv-size", metavar="SIZE", help="Memory of an instance's KV cache, as in 512MiB.")
 @click.option("--max-context", type=click.IntRange(8), metavar="TOKENS", help="A shorter context than the model's own.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of an instance on a CPU.")
 @click.option("--deterministic", is_flag=True, help="The same bits in any batch and after any migration, at a lower speed.")
-@click.option("--cold-start-timeout", type=click.FloatRange(0), metavar="SECONDS", help="How long a request waits for a start.")
+@click.option("--cold-start-timeout", type=Real(0), metavar="SECONDS", help="How long a request waits for a start.")
 @_wait_options
 @pass_invocation
 def add(
@@ -128,15 +127,11 @@ def add(
         "cold_start_timeout_s": cold_start_timeout,
     }
     spec = parse_spec({key: value for key, value in given.items() if value is not None})
-    wait_s = timeout if timeout is not None else invocation.settings().client.wait_s
+    patience = invocation.patience(timeout)
     with invocation.admin() as admin:
-        admin.ask(client.add_model(spec))
+        admin.ask(client.add_model(spec, deploy=deploy))
         if wait or deploy:
-            wait_for(admin, name, "ingested", wait_s)
-        if deploy:
-            admin.ask(client.deploy_model(name))
-        if wait and deploy:
-            wait_for(admin, name, "ready", wait_s)
+            wait_for(admin, name, "ready" if wait and deploy else "ingested", patience)
     note(f"model {name} is {'deployed' if deploy else 'added' if wait else 'being ingested; see `sllmctl model show`'}")
 
 
@@ -161,7 +156,7 @@ def deploy(invocation: Invocation, /, name: str, wait: bool, timeout: float | No
         changed = _given_scale(scale)
         admin.ask(client.deploy_model(name, _changed(admin.ask(client.model(name)).spec.scale, changed) if changed else None))
         if wait:
-            wait_for(admin, name, "ready", timeout if timeout is not None else invocation.settings().client.wait_s)
+            wait_for(admin, name, "ready", invocation.patience(timeout))
     note(f"model {name} is deployed")
 
 
@@ -192,7 +187,7 @@ def scale(invocation: Invocation, /, name: str, wait: bool, timeout: float | Non
             raise Conflict(f"model {name} is {view.state}, not deployed; `sllmctl model deploy {name}` takes the same options")
         admin.ask(client.deploy_model(name, _changed(view.spec.scale, changed)))
         if wait:
-            wait_for(admin, name, "ready", timeout if timeout is not None else invocation.settings().client.wait_s)
+            wait_for(admin, name, "ready", invocation.patience(timeout))
     note(f"model {name} is scaled")
 
 
@@ -209,16 +204,11 @@ def stop(invocation: Invocation, names: tuple[str, ...], yes: bool, wait: bool, 
       sllmctl model stop qwen --wait
     """
     from sllmctl import client
-    from sllmctl.cli.diagnostics import confirm, note
-    from sllmctl.cli.waiting import wait_for
+    from sllmctl.cli.diagnostics import confirm
 
     confirm(f"Stop {', '.join(names)}?", yes)
-    with invocation.admin() as admin:
-        for name in names:
-            admin.ask(client.stop_model(name))
-            if wait:
-                wait_for(admin, name, "stopped", timeout if timeout is not None else invocation.settings().client.wait_s)
-            note(f"model {name} is {'stopped' if wait else 'stopping'}")
+    words = ("stopping", "stopped")
+    _end(invocation, names, client.stop_model, "stopped", words, invocation.patience(timeout) if wait else None)
 
 
 @command.command("rm")
@@ -234,16 +224,11 @@ def rm(invocation: Invocation, names: tuple[str, ...], yes: bool, wait: bool, ti
       sllmctl model rm qwen tiny -y --wait
     """
     from sllmctl import client
-    from sllmctl.cli.diagnostics import confirm, note
-    from sllmctl.cli.waiting import wait_for
+    from sllmctl.cli.diagnostics import confirm
 
     confirm(f"Remove {', '.join(names)}, and the checkpoints that no other model uses?", yes)
-    with invocation.admin() as admin:
-        for name in names:
-            admin.ask(client.remove_model(name))
-            if wait:
-                wait_for(admin, name, "gone", timeout if timeout is not None else invocation.settings().client.wait_s)
-            note(f"model {name} is {'removed' if wait else 'being removed'}")
+    words = ("being removed", "removed")
+    _end(invocation, names, client.remove_model, "gone", words, invocation.patience(timeout) if wait else None)
 
 
 @command.command("ls")
@@ -320,6 +305,34 @@ def logs(invocation: Invocation, /, name: str, instance: str | None, **options: 
       sllmctl model logs docs --since 1h | grep req_01k...
     """
     show_logs(invocation, "model", name, instance, **options)
+
+
+def _end(
+    invocation: Invocation,
+    names: Sequence[str],
+    call: Callable[[str], Call[Any]],
+    until: Until,
+    words: tuple[str, str],
+    patience: Patience | None,
+) -> None:
+    """Ask it of all the models, then with ``patience`` wait for each; ``words`` say what it is then, and in the end."""
+    from sllmctl.cli.diagnostics import Refusals, note
+    from sllmctl.cli.waiting import wait_for
+
+    def ask(name: str) -> None:
+        admin.ask(call(name))
+        if patience is None or len(names) > 1:
+            note(f"model {name} is {words[0]}")
+
+    def wait(name: str) -> None:
+        assert patience is not None
+        wait_for(admin, name, until, patience)
+        note(f"model {name} is {words[1]}")
+
+    with invocation.admin() as admin, Refusals() as refusals:
+        begun = refusals.each(names, ask)
+        if patience is not None:
+            refusals.each(begun, wait)
 
 
 def _given_scale(options: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from sllmctl.cli.phases import progress_text
 
 if TYPE_CHECKING:
     from schema.admin import OperationView
+    from sllmctl.cli.waiting import Patience
     from sllmctl.client import AdminClient
 
 __all__ = ["COLUMNS", "fields", "finish_operations"]
@@ -22,15 +22,13 @@ _HOLD_TERMINAL_S, _HOLD_LOG_S = 0.3, 5.0
 _DOING = {"prefetch": "loading to", "verify": "verifying", "drop": "dropping from", "fetch": "fetching to"}
 
 
-def finish_operations(
-    admin: AdminClient, form: Format, operations: Sequence[OperationView], *, wait: bool, timeout_s: float
-) -> None:
-    """Show the operations, once they have ended if they are waited for.
+def finish_operations(admin: AdminClient, form: Format, operations: Sequence[OperationView], patience: Patience | None) -> None:
+    """Show the operations, once they have ended; without ``patience`` as they are.
 
-    Raises the first one's fault, TimedOut when they go on after ``timeout_s``.
+    Raises the first one's fault, TimedOut when they go on after the patience has run out.
     """
     try:
-        ended = _wait(admin, operations, timeout_s) if wait else list(operations)
+        ended = list(operations) if patience is None else _wait(admin, operations, patience)
     except KeyboardInterrupt:
         for operation in operations:
             note(f"{operation.id} ({operation.kind}) goes on; `sllmctl operation cancel {operation.id}` ends it")
@@ -44,20 +42,18 @@ def finish_operations(
             raise operation.fault.to_error()
 
 
-def _wait(admin: AdminClient, operations: Sequence[OperationView], timeout_s: float) -> list[OperationView]:
+def _wait(admin: AdminClient, operations: Sequence[OperationView], patience: Patience) -> list[OperationView]:
     from schema.errors import TimedOut
     from sllmctl import client
 
     hold_s = _HOLD_TERMINAL_S if sys.stderr.isatty() else _HOLD_LOG_S
-    deadline = time.monotonic() + timeout_s
     ended = []
     with ProgressLine() as line:
         for operation in operations:
             while operation.ended_at is None:
-                left_s = deadline - time.monotonic()
-                if left_s <= 0:
+                if not (left_s := patience.left_s):
                     raise TimedOut(
-                        f"{operation.id} ({operation.kind}) has not ended after {timeout_s:g} s; it goes on, "
+                        f"{operation.id} ({operation.kind}) has not ended after {patience}; it goes on, "
                         f"`sllmctl event ls --object {operation.digest}` says how"
                     )
                 line.show(_doing(operation), operation.progress)

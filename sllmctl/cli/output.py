@@ -77,7 +77,7 @@ def _takes(text: str) -> bool:
 
 
 def _escaped(error: UnicodeError) -> tuple[str, int]:
-    """The letters that an encoding lacks as JSON writes them, ``\\u00e9``: so they stay valid JSON, and can be told by people."""
+    """The letters that an encoding lacks as JSON writes them, ``\\u00e9``: what is JSON stays it, and people can tell them."""
     import json
 
     assert isinstance(error, UnicodeEncodeError)

@@ -70,12 +70,14 @@ def cancel(invocation: Invocation, ids: tuple[str, ...]) -> None:
       sllmctl request cancel req_01k9zj8x
     """
     from sllmctl import client
-    from sllmctl.cli.diagnostics import note
+    from sllmctl.cli.diagnostics import Refusals, note
 
-    with invocation.admin() as admin:
-        for request_id in ids:
-            admin.ask(client.cancel_request(request_id))
-            note(f"request {request_id} is cancelled")
+    def ask(request_id: str) -> None:
+        admin.ask(client.cancel_request(request_id))
+        note(f"request {request_id} is cancelled")
+
+    with invocation.admin() as admin, Refusals() as refusals:
+        refusals.each(ids, ask)
 
 
 def _columns() -> list[Column[RequestView]]:

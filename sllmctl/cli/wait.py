@@ -11,11 +11,12 @@ import click
 from click.shell_completion import CompletionItem
 
 from sllmctl.cli.completion import Noun, living
-from sllmctl.cli.context import Invocation, pass_invocation
+from sllmctl.cli.context import Invocation, pass_invocation, timeout_option
 
 if TYPE_CHECKING:
     from schema.admin import CheckpointView, InstanceView, NodeView, ProgressView, RequestView
     from sllmctl.cli.diagnostics import ProgressLine
+    from sllmctl.cli.waiting import Patience
     from sllmctl.client import AdminClient, Call, Until
 
 __all__ = ["command"]
@@ -61,7 +62,7 @@ def _complete_conditions(_: click.Context, __: click.Parameter, begin: str) -> l
 @click.option(
     "--for", "condition", required=True, metavar="CONDITION", shell_complete=_complete_conditions, help="What to wait for."
 )
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Wait no longer.")
+@timeout_option
 @pass_invocation
 def command(invocation: Invocation, targets: tuple[str, ...], condition: str, timeout: float | None) -> None:
     """Wait until things are as they are to be. Exits with 7 when the time runs out, with 5 for what does not exist.
@@ -85,12 +86,11 @@ def command(invocation: Invocation, targets: tuple[str, ...], condition: str, ti
     from sllmctl.cli.diagnostics import ProgressLine, note
 
     wanted = [_target(word, condition) for word in targets]
-    wait_s = timeout if timeout is not None else invocation.settings().client.wait_s
-    deadline = time.monotonic() + wait_s
+    patience = invocation.patience(timeout)
     with invocation.admin() as admin:
         for target in wanted:
             with ProgressLine() as line:
-                _wait(admin, target, condition, deadline, wait_s, line)
+                _wait(admin, target, condition, patience, line)
             note(f"{target}: {condition}")
 
 
@@ -117,7 +117,7 @@ def _place(condition: str) -> tuple[str, str] | None:
     return (node, tier) if kind == "on" and node and tier in ("disk", "dram", "device") else None
 
 
-def _wait(admin: AdminClient, target: _Target, condition: str, deadline: float, timeout_s: float, line: ProgressLine) -> None:
+def _wait(admin: AdminClient, target: _Target, condition: str, patience: Patience, line: ProgressLine) -> None:
     from schema.errors import NotFound, TimedOut
     from sllmctl import client
 
@@ -129,7 +129,7 @@ def _wait(admin: AdminClient, target: _Target, condition: str, deadline: float, 
         "request": client.request,
     }
     if target.noun == "model":
-        _wait_model(admin, target.name, condition, deadline)
+        _wait_model(admin, target.name, condition, patience)
         return
     while True:
         try:
@@ -140,18 +140,18 @@ def _wait(admin: AdminClient, target: _Target, condition: str, deadline: float, 
             raise
         if _reached(target.noun, view, condition):
             return
-        if (left_s := deadline - time.monotonic()) <= 0:
-            raise TimedOut(f"{target} is not {condition} after {timeout_s:g} s")
+        if not (left_s := patience.left_s):
+            raise TimedOut(f"{target} is not {condition} after {patience}")
         progress: ProgressView | None = getattr(view, "progress", None)
         line.show(f"waiting for {target} to be {condition}", progress)
         time.sleep(min(_LOOK_S, left_s))
 
 
-def _wait_model(admin: AdminClient, name: str, condition: str, deadline: float) -> None:
+def _wait_model(admin: AdminClient, name: str, condition: str, patience: Patience) -> None:
     from sllmctl.cli.waiting import wait_for
 
     until: dict[str, Until] = {"ingested": "ingested", "ready": "ready", "stopped": "stopped", "removed": "gone"}
-    wait_for(admin, name, until[condition], max(0.001, deadline - time.monotonic()))
+    wait_for(admin, name, until[condition], patience)
 
 
 def _reached(noun: Noun, view: Any, condition: str) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sllmctl.cli.diagnostics import ProgressLine, note
@@ -14,10 +15,29 @@ if TYPE_CHECKING:
     from schema.admin import ModelView
     from sllmctl.client import AdminClient, Until
 
-__all__ = ["wait_for"]
+__all__ = ["Patience", "wait_for"]
 
 _HOLD_TERMINAL_S, _HOLD_LOG_S = 0.5, 5.0
 _DOING = {"ingested": "ingesting", "ready": "starting", "stopped": "stopping", "gone": "removing"}
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """``timeout_s`` seconds from now for all that a command waits for."""
+
+    timeout_s: float
+    _ends_at: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_ends_at", time.monotonic() + self.timeout_s)
+
+    @property
+    def left_s(self) -> float:
+        """What is left of it, 0 when it has run out."""
+        return max(0.0, self._ends_at - time.monotonic())
+
+    def __str__(self) -> str:
+        return f"{self.timeout_s:g} s"
 
 
 @contextlib.contextmanager
@@ -29,18 +49,18 @@ def _goes_on(name: str) -> Iterator[None]:
         raise
 
 
-def wait_for(admin: AdminClient, name: str, until: Until, timeout_s: float) -> ModelView | None:
+def wait_for(admin: AdminClient, name: str, until: Until, patience: Patience) -> ModelView | None:
     """The model once it is as waited for; None for one that is gone.
 
-    Raises TimedOut after ``timeout_s`` (what was begun goes on), and the model's fault when it fails meanwhile.
+    Raises TimedOut when the patience has run out (what was begun goes on), and the model's fault when it fails meanwhile.
     """
     from schema.errors import NotFound, TimedOut
     from sllmctl import client
 
     hold_s = _HOLD_TERMINAL_S if sys.stderr.isatty() else _HOLD_LOG_S
-    deadline = time.monotonic() + timeout_s
     with _goes_on(name), ProgressLine() as line:
-        while (left_s := deadline - time.monotonic()) > 0:
+        while True:
+            left_s = patience.left_s
             try:
                 answer = admin.ask(client.wait_model(name, until, min(hold_s, left_s)))
             except NotFound:
@@ -49,7 +69,8 @@ def wait_for(admin: AdminClient, name: str, until: Until, timeout_s: float) -> M
                 raise
             if answer.done:
                 return answer.view
+            if not left_s:
+                raise TimedOut(
+                    f"model {name} is not {until} after {patience}; it goes on, `sllmctl event ls --object {name}` says how"
+                )
             line.show(f"{_DOING[until]} {name}", answer.view.progress)
-    raise TimedOut(
-        f"model {name} is not {until} after {timeout_s:g} s; it goes on, `sllmctl event ls --object {name}` says how"
-    )

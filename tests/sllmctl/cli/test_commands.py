@@ -123,6 +123,8 @@ def test_interrupts_defects_and_results(capsys: pytest.CaptureFixture[str]) -> N
         ("bench", "estimates", "all"),
         ("model", "scale", "qwen", "--keep-alive", "soon"),
         ("model", "scale", "qwen", "--keep-alive", "-1"),
+        ("model", "scale", "qwen", "--keep-alive", "nan"),
+        ("model", "deploy", "qwen", "--wait", "--timeout", "nan"),
         ("--config", "/nowhere.toml", "model", "ls"),
     ],
 )
@@ -165,11 +167,10 @@ def test_on_a_terminal_it_asks(
     assert len(manager.asked) == asked
 
 
-def test_adding_waits_deploys_and_waits(sllmctl: Sllmctl, manager: FakeManager, tmp_path: Path) -> None:
+def test_adding_asks_for_the_deployment_at_once_and_waits(sllmctl: Sllmctl, manager: FakeManager, tmp_path: Path) -> None:
     manager.answer("POST models", 201, MODELS[2])
     manager.answer("GET models/new", 202, MODELS[2])
     manager.answer("GET models/new", 200, MODELS[0])
-    manager.answer("POST models/new/deploy", 200, MODELS[0])
     said = sllmctl(
         "model",
         "add",
@@ -187,10 +188,8 @@ def test_adding_waits_deploys_and_waits(sllmctl: Sllmctl, manager: FakeManager, 
     )
     assert (said.code, said.out, said.err) == (0, "", "model new is deployed\n")
     assert [(method, path.split("&")[0]) for method, path, _ in manager.asked] == [
-        ("POST", "models"),
-        ("GET", "models/new?wait=ingested"),
-        ("GET", "models/new?wait=ingested"),
-        ("POST", "models/new/deploy"),
+        ("POST", "models?deploy=true"),
+        ("GET", "models/new?wait=ready"),
         ("GET", "models/new?wait=ready"),
     ]
     spec: dict[str, Any] = manager.asked[0][2]
@@ -261,6 +260,38 @@ def test_a_wait_ends_with_its_time_or_with_the_models_fault(sllmctl: Sllmctl, ma
     manager.refuse("GET models/qwen", 422, "invalid_checkpoint", "model.safetensors is cut short")
     failed = sllmctl("model", "deploy", "qwen", "--wait")
     assert (failed.code, failed.err) == (1, "error: model.safetensors is cut short\n")
+
+
+def test_what_is_refused_of_one_keeps_no_other_from_its_turn(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    manager.refuse("DELETE models/old", 404, "not_found", "there is no model 'old'")
+    manager.refuse("DELETE models/busy", 409, "conflict", "model busy is in use")
+    manager.answer("DELETE models/qwen", 204, None)
+    said = sllmctl("model", "rm", "old", "busy", "qwen", "qwen", "-y")
+    assert (said.code, said.out) == (5, "")
+    assert said.err.splitlines() == [
+        "error: there is no model 'old'",
+        "error: model busy is in use",
+        "model qwen is being removed",
+    ]
+    manager.refuse("POST instances/inst_1/stop", 404, "not_found", "gone")
+    manager.answer("POST instances/inst_2/stop", 204, None)
+    said = sllmctl("instance", "stop", "inst_1", "inst_2", "-y")
+    assert (said.code, said.err) == (5, "error: gone\ninstance inst_2 is stopping\n")
+
+
+def test_all_are_stopped_before_any_is_waited_for(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    for name in ("qwen", "coming"):
+        manager.answer(f"POST models/{name}/stop", 200, MODELS[0])
+    manager.answer("GET models/qwen", 202, MODELS[0])
+    manager.answer("GET models/coming", 200, MODELS[2])
+    said = sllmctl("model", "stop", "qwen", "coming", "-y", "--wait", "--timeout", "0.01")
+    assert said.code == 7
+    assert said.err.splitlines() == [
+        "model qwen is stopping",
+        "model coming is stopping",
+        "error: model qwen is not stopped after 0.01 s; it goes on, `sllmctl event ls --object qwen` says how",
+        "model coming is stopped",
+    ]
 
 
 def test_requests_are_cancelled(sllmctl: Sllmctl, manager: FakeManager) -> None:

@@ -34,6 +34,9 @@ def _completed(words: str, begin: str = "") -> list[str]:
         ("wait", "nothing/", []),
         ("wait node/local --for", "re", ["ready", "removed"]),
         ("chat -m", "b", ["broken"]),
+        ("checkpoint prefetch qwen --node", "", ["local", "gpu1"]),
+        ("checkpoint rm qwen --node", "g", ["gpu1"]),
+        ("explain --request", "", ["req_1", "req_2"]),
     ],
 )
 def test_names_are_those_that_live(sllmctl: Sllmctl, words: str, begin: str, completed: list[str]) -> None:

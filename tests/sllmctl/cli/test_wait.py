@@ -69,6 +69,12 @@ def test_models_are_waited_for_one_after_the_other(sllmctl: Sllmctl, manager: Fa
     assert sllmctl("wait", "model/nobody", "--for", "removed").code == 0
 
 
+def test_a_wait_that_ran_out_says_for_how_long_it_was(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    manager.answer("GET models/qwen", 202, MODELS[0])
+    ended = sllmctl("wait", "model/qwen", "--for", "ready", "--timeout", "0.0125")
+    assert (ended.code, "model qwen is not ready after 0.0125 s" in ended.err) == (7, True), ended.err
+
+
 @pytest.mark.parametrize(
     ("target", "condition", "code", "said"),
     [
