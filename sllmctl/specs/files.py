@@ -11,6 +11,7 @@ from typing import Any, Final
 from schema.errors import InvalidInput
 from schema.spec import ModelSpec, parse_spec
 from sllmctl.specs import foreign
+from sllmctl.specs.faults import faults_of
 from sllmctl.specs.nodes import MOST_BYTES, Document, Problem, read_documents
 
 __all__ = ["Entry", "InvalidSpecs", "read_specs"]
@@ -91,13 +92,24 @@ def _read(name: str, content: bytes, entries: list[Entry], problems: list[str]) 
         for document in read_documents(content, as_json=name.endswith(".json")):
             try:
                 entries.append(_entry(name, document))
+            except _Problems as several:
+                problems.extend(f"{name}:{problem.line}: {problem}" for problem in several.problems)
             except Problem as problem:
                 problems.append(f"{name}:{problem.line}: {problem}")
     except Problem as problem:
         problems.append(f"{name}:{problem.line}: {problem}")
 
 
+class _Problems(InvalidInput):
+    """What is wrong in a document, in the order of its lines."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        super().__init__("it is no model spec")
+        self.problems = sorted(problems, key=lambda problem: problem.line)
+
+
 def _entry(name: str, document: Document) -> Entry:
+    """What a document says. Raises Problem for what is no spec at all, _Problems for what is wrong in one."""
     value = document.value
     if not isinstance(value, dict):
         raise Problem(document.line, f"expected a model spec, got {_kind(value)}")
@@ -105,15 +117,24 @@ def _entry(name: str, document: Document) -> Entry:
         raise Problem(document.line, "this is what `model show` prints; `sllmctl model spec NAME` prints what can be applied")
     notes: list[str] = []
     keys: dict[str, str] = {}
-    try:
-        if foreign.is_serverlessllm(value):
+    if foreign.is_serverlessllm(value):
+        try:
             translated = foreign.from_serverlessllm(value)
-            notes = [f"{name}:{document.line_of(key)}: {key}: {why}" for key, why in translated.unused]
-            value, keys = translated.spec, translated.keys
-        return Entry(parse_spec(value), name, document, tuple(notes), keys)
-    except InvalidInput as error:
-        key = error.param or ""
-        raise Problem(document.line_of(keys.get(key, key)), str(error).removeprefix("model spec: ")) from error
+        except InvalidInput as error:
+            raise _problem(document, error, keys) from error
+        notes = [f"{name}:{document.line_of(key)}: {key}: {why}" for key, why in translated.unused]
+        value, keys = translated.spec, translated.keys
+    if wrong := faults_of(value):
+        raise _Problems(_problem(document, error, keys) for error in wrong)
+    return Entry(parse_spec(value), name, document, tuple(notes), keys)
+
+
+def _problem(document: Document, error: InvalidInput, keys: Mapping[str, str]) -> Problem:
+    """The error at its line, under the key that the file has for it."""
+    key, text = error.param or "", str(error).removeprefix("model spec: ")
+    if (there := keys.get(key, key)) != key:
+        text = f"{there} ({key} here){text.removeprefix(key)}"
+    return Problem(document.line_of(there), text)
 
 
 def _kind(value: Any) -> str:

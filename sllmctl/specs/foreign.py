@@ -69,13 +69,17 @@ def from_serverlessllm(value: dict[str, Any]) -> Translated:
     if not isinstance(model, str) or not model:
         raise InvalidInput("model: expected a model of the hub, ORGANISATION/NAME", "model")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rpartition("/")[2]).lstrip("._-")[:63]
-    spec: dict[str, Any] = {"name": name, "source": _source(given.pop(_SOURCE, None) or model)}
-    made = Translated(spec, keys={"name": "model", "source.repo": _SOURCE, "source.path": _SOURCE})
+    named = given.pop(_SOURCE, None)
+    spec: dict[str, Any] = {"name": name, "source": _source(named or model)}
+    says = _SOURCE if named else "model"
+    made = Translated(spec, keys={"name": "model", "source.repo": says, "source.path": says})
     if name != model:
         made.unused.append(("model", f"a name has no '/': requests call it {name!r} here"))
     for key, (ours, usual) in _KEYS.items():
         known = given.pop(key, usual)
-        if known is not None:
+        if known is not None and ours in made.keys:
+            made.unused.append((key, f"{made.keys[ours]} says it"))
+        elif known is not None:
             made.keys[ours] = key
             _put(spec, ours, known)
     if (metric := given.pop("auto_scaling_config.metric", "concurrency")) != "concurrency":

@@ -134,6 +134,19 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
         "models.yaml:2: source.path: expected an absolute path",
         "models.yaml:5: devices: expected int, got str 'x'",
     ]
+    text = "source: hub\nscale: []\nengine:\n  threads: two\n  thread: 2\nscal: 1\ncold_start_timeout_s: soon\n"
+    assert _said(tmp_path, text) == [
+        "models.yaml:1: source: expected object, got str 'hub'",
+        "models.yaml:1: name: it is missing",
+        "models.yaml:2: scale: expected object, got array",
+        "models.yaml:4: engine.threads: expected int | null, got str 'two'",
+        "models.yaml:5: engine.thread: unknown key; did you mean 'threads'?",
+        "models.yaml:6: scal: unknown key; did you mean 'scale'?",
+        "models.yaml:7: cold_start_timeout_s: expected float, got str 'soon'",
+    ]
+    many = "".join(f"k{number}: 1\n" for number in range(500))
+    assert 1 < len(_said(tmp_path, _GOOD + many)) < 50
+    assert len(_said(tmp_path, _GOOD + "a.b: 1\n")) == 1, "a key that cannot be looked up by its place ends it"
     assert _said(tmp_path, f"{_GOOD}---\n{_GOOD}") == [
         f"models.yaml:4: name: model 'a' stands in {tmp_path}/models.yaml:1 already"
     ]

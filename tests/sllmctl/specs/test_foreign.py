@@ -69,10 +69,15 @@ def test_what_is_left_out_is_as_its_defaults_have_it(tmp_path: Path) -> None:
     ("change", "said"),
     [
         ({"model": 3}, "2: model: expected a model of the hub"),
-        ({"num_gpus": "two"}, "4: devices: expected int, got str 'two'"),
-        ({"auto_scaling_config": {"min_instances": -1}}, "6: scale.min: expected int >= 0"),
+        ({"num_gpus": "two"}, "4: num_gpus (devices here): expected int, got str 'two'"),
+        ({"auto_scaling_config": {"min_instances": -1}}, "6: auto_scaling_config.min_instances (scale.min here): expected"),
         ({"auto_scaling_config": 3}, "5: auto_scaling_config: expected a mapping"),
-        ({"backend_config": {"pretrained_model_name_or_path": "opt"}}, "18: source.repo: expected ORGANISATION/NAME"),
+        (
+            {"backend_config": {"pretrained_model_name_or_path": "opt"}},
+            "18: backend_config.pretrained_model_name_or_path (source.repo here): expected ORGANISATION/NAME",
+        ),
+        ({"model": "opt", "backend_config": {}}, "2: model (source.repo here): expected ORGANISATION/NAME"),
+        ({"model": ".."}, "2: model (name here): expected 1 to 63 letters"),
         ({"ft_backend": "peft_lora"}, "25: ft_backend: this describes a fine-tuning job"),
     ],
 )
@@ -80,6 +85,12 @@ def test_what_is_wrong_names_the_line_it_stands_on(tmp_path: Path, change: dict[
     with pytest.raises(InvalidSpecs) as caught:
         _read(tmp_path, _FILE | change)
     assert str(caught.value).removeprefix(f"{tmp_path}/config.json:").startswith(said)
+
+
+def test_of_two_lengths_of_the_context_the_first_is_taken_and_the_other_named(tmp_path: Path) -> None:
+    entry = _read(tmp_path, {"model": "o/m", "backend_config": {"max_model_len": 1024, "context_length": 2048}})
+    assert entry.spec.engine.max_context_tokens == 1024
+    assert entry.notes[-1].endswith("backend_config.context_length: backend_config.max_model_len says it")
 
 
 def test_another_metric_is_named(tmp_path: Path) -> None:
