@@ -7,12 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import click
 import msgspec
 import pytest
 import yaml
 
 from schema.admin import EstimatesView, RequestExplainView, RequestTimeline
 from schema.spec import ModelSpec, PathSource
+from sllmctl.cli.main import root
 from tests.sllmctl.cli.conftest import Sllmctl
 from tests.sllmctl.fake_manager import (
     CHECKPOINTS,
@@ -59,6 +61,8 @@ _SAID = {
     "operation_show_failed": ("operation", "show", "op_2"),
     "event_ls": ("event", "ls"),
     "event_ls_wide": ("event", "ls", "-o", "wide"),
+    **{f"{noun}_ls_json": (noun, "ls", "-o", "json") for noun in ("node", "model", "instance", "checkpoint", "request")},
+    "operation_ls_json": ("operation", "ls", "-o", "json"),
     "node_show_json": ("node", "show", "local", "-o", "json"),
     "model_show_json": ("model", "show", "qwen", "-o", "json"),
     "instance_show_json": ("instance", "show", "inst_1", "-o", "json"),
@@ -83,6 +87,16 @@ _VIEWS: dict[str, tuple[tuple[Any, ...], list[str]]] = {
     "operation": (OPERATIONS, ["op_1", "op_2"]),
     "event": (EVENTS, ["ev_1", "ev_2"]),
 }
+
+
+def test_every_noun_that_is_listed_is_golden_as_a_table_and_as_json() -> None:
+    context = click.Context(root)
+    groups = {name: root.get_command(context, name) for name in root.list_commands(context)}
+    listed = {name for name, group in groups.items() if isinstance(group, click.Group) and "ls" in group.commands}
+    assert listed == set(_VIEWS)
+    said = set(_SAID.values())
+    assert not [words for noun in listed for words in ((noun, "ls"), (noun, "ls", "-o", "json")) if words not in said]
+    assert {path.stem for path in _GOLDEN.iterdir()} == set(_SAID), "a file that is compared with nothing"
 
 
 def _plain(value: object) -> Any:

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from schema.admin import StreamFrame
 from schema.states import InstanceState
 from tests.sllmctl.cli.conftest import Sllmctl
-from tests.sllmctl.fake_manager import CHECKPOINTS, EVENTS, INSTANCES, MODELS, NODES, NOW, REQUESTS, FakeManager
+from tests.sllmctl.fake_manager import CHECKPOINTS, EVENTS, INSTANCES, MODELS, NODES, NOW, OPERATIONS, REQUESTS, FakeManager
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +25,7 @@ def _frames(manager: FakeManager) -> None:
         instances=INSTANCES[:1],
         requests=REQUESTS,
         checkpoints=CHECKPOINTS,
+        operations=OPERATIONS,
         events=EVENTS,
     )
     rest = StreamFrame(cursor="p-1", at=NOW, instances=INSTANCES[1:])
@@ -56,7 +57,7 @@ def test_json_is_an_object_a_line(sllmctl: Sllmctl) -> None:
     assert sllmctl("instance", "ls", "-w", "-o", "yaml").out.count("---\n") == 4
 
 
-@pytest.mark.parametrize("noun", ["node", "model", "request", "checkpoint", "event"])
+@pytest.mark.parametrize("noun", ["node", "model", "request", "checkpoint", "operation", "event"])
 def test_every_noun_can_be_watched(sllmctl: Sllmctl, noun: str) -> None:
     watched = sllmctl(noun, "ls", "--watch", "-o", "name").out
     assert watched == sllmctl(noun, "ls", "-o", "name").out
