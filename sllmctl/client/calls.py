@@ -134,7 +134,7 @@ def wait_model(name: str, until: Until, hold_s: float) -> Call[Waited]:
 
 def add_model(spec: ModelSpec, *, deploy: bool = False) -> Call[ModelView]:
     """Register a model and begin to ingest it, to be served then with ``deploy``; its state tells how that goes."""
-    query = {"deploy": "true"} if deploy else {}
+    query = {"deploy": "1"} if deploy else {}
     return Call("POST", "models", reader(ModelView), query, msgspec.json.encode(spec))
 
 

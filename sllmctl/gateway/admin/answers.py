@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import msgspec
 from starlette.exceptions import HTTPException
@@ -16,6 +16,7 @@ from sllmctl.gateway.errors import BodyTooLarge, MethodNotAllowed, NoSuchPath, U
 from sllmctl.gateway.openapi import operation_of
 
 __all__ = [
+    "Flag",
     "Items",
     "RefusalBody",
     "Routes",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 V = TypeVar("V")
+Flag = Literal["0", "1"]
 Routes = dict[tuple[str, str], Callable[[Request], Awaitable[Response]]]
 """Handlers by method and path; a path as Starlette writes it, below the API's prefix."""
 
@@ -83,10 +85,10 @@ def read_number(query: Mapping[str, str], key: str, default: float) -> float:
 
 
 def read_flag(query: Mapping[str, str], key: str) -> bool:
-    """A parameter that is ``true``, or ``false`` as it is when not given. Raises InvalidInput."""
-    if (text := query.get(key, "false")) not in ("true", "false"):
-        raise InvalidInput(f"{key}: {text!r} is neither true nor false", key)
-    return text == "true"
+    """A parameter that is 1 for yes; 0, or not given, for no. Raises InvalidInput."""
+    if (text := query.get(key, "0")) not in get_args(Flag):
+        raise InvalidInput(f"{key}: {text!r} is neither 0 nor 1", key)
+    return text == "1"
 
 
 async def read_body(request: Request, limit_bytes: int) -> bytes:

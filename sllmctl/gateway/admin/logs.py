@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -23,7 +23,7 @@ from schema.errors import InvalidInput, NotFound, Overloaded, SllmError, TimedOu
 from schema.link import LogChunk, ReadLog
 from sllmctl.config import LogSettings
 from sllmctl.control.view import ClusterView
-from sllmctl.gateway.admin.answers import Items, Routes, item_answer, known, read_number, read_query
+from sllmctl.gateway.admin.answers import Flag, Items, Routes, item_answer, known, read_flag, read_number, read_query
 from sllmctl.gateway.openapi import Query, operation
 
 __all__ = ["Logs", "LogsPort"]
@@ -48,7 +48,7 @@ def _operation(summary: str, *more: Query) -> Callable[[H], H]:
                 f"Last lines of each source to begin with; {_TAIL} if not given.",
             ),
             Query("since", Annotated[float, Meta(ge=0)], "How many seconds old they are at most; 0 is any age."),
-            Query("follow", Literal["0", "1"], "1: go on with what is written from then on, as server-sent events."),
+            Query("follow", Flag, "1: go on with what is written from then on, as server-sent events."),
             *more,
         ),
         errors=(NotFound, Overloaded, TimedOut, Unreachable),
@@ -136,8 +136,7 @@ class Logs:
         tail = read_number(query, "tail", _TAIL)
         if not tail.is_integer() or tail > _TAIL_LIMIT:
             raise InvalidInput(f"tail: {query['tail']} is no number from 0 to {_TAIL_LIMIT}", "tail")
-        if query.get("follow", "0") not in ("0", "1"):
-            raise InvalidInput(f"follow: {query['follow']!r} is neither 0 nor 1", "follow")
+        follow = read_flag(query, "follow")
         wanted = replace(wanted, tail=int(tail), newer_s=read_number(query, "since", 0.0))
         linked = [node for node in nodes if self._links.is_up(node)]
         if not linked:
@@ -148,7 +147,7 @@ class Logs:
             raise next(iter(lost.values()))
         if not lines and missing is not None:
             raise missing
-        if query.get("follow", "0") == "0":
+        if not follow:
             return item_answer(lines)
         if self._followers >= self._settings.followers:
             raise Overloaded(f"{self._followers} follow logs, as many as may (admin.logs.followers)", 5.0)

@@ -20,6 +20,7 @@ from sllmctl.control.effects import AddModel, ApplyModels, DeployModel, RemoveMo
 from sllmctl.control.view import ClusterView
 from sllmctl.control.views import LiveNumbers, model_view, model_views
 from sllmctl.gateway.admin.answers import (
+    Flag,
     Items,
     Routes,
     decode,
@@ -65,7 +66,7 @@ class Models:
     @operation(
         "Add a model; its ingest begins.",
         {201: ModelView},
-        query=(Query("deploy", bool, "Serve it as soon as it has been ingested; false if not given."),),
+        query=(Query("deploy", Flag, "1: serve it as soon as it has been ingested."),),
         body=ModelSpec,
         errors=(*COMMAND, *BODY),
     )

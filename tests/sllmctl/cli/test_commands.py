@@ -188,7 +188,7 @@ def test_adding_asks_for_the_deployment_at_once_and_waits(sllmctl: Sllmctl, mana
     )
     assert (said.code, said.out, said.err) == (0, "", "model new is deployed\n")
     assert [(method, path.split("&")[0]) for method, path, _ in manager.asked] == [
-        ("POST", "models?deploy=true"),
+        ("POST", "models?deploy=1"),
         ("GET", "models/new?wait=ready"),
         ("GET", "models/new?wait=ready"),
     ]

@@ -309,7 +309,7 @@ async def test_a_limit_that_is_none(http: httpx.AsyncClient, limit: str) -> None
     assert _refusal(await http.get("events", params={"limit": limit})) == (400, "invalid_input", "limit")
 
 
-async def test_a_flag_is_true_or_false(manager: _Manager, http: httpx.AsyncClient) -> None:
+async def test_a_flag_is_0_or_1(manager: _Manager, http: httpx.AsyncClient) -> None:
     spec = {"name": "new", "source": {"kind": "path", "path": "/m"}}
     assert _refusal(await http.post("models?deploy=yes", json=spec)) == (400, "invalid_input", "deploy")
     assert manager.runner.events == []
@@ -322,7 +322,7 @@ async def test_commands_are_events_with_a_ticket(manager: _Manager, http: httpx.
     )
     added = await http.post("models", json=spec)
     assert (added.status_code, added.json()["state"]) == (201, "ingesting")
-    await http.post("models?deploy=true", json=spec)
+    await http.post("models?deploy=1", json=spec)
     assert (await http.post("models/tiny/deploy")).json()["name"] == "tiny"
     await http.post("models/tiny/deploy", json={"scale": {"min": 1, "max": 2}})
     assert (await http.post("models/tiny/stop")).json()["name"] == "tiny"
