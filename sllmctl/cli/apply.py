@@ -13,7 +13,7 @@ from sllmctl.cli.output import Column, Format, show_items, write
 
 if TYPE_CHECKING:
     from schema.admin import AppliedView, ChangeView
-    from sllmctl.client import AdminClient
+    from sllmctl.client import AdminClient, Until
     from sllmctl.specs.files import Entry
 
 __all__ = ["apply", "diff"]
@@ -74,7 +74,7 @@ def apply(
       sllmctl model spec qwen | sed 's/max: 1/max: 4/' | sllmctl apply -f -
     """
     from sllmctl import client
-    from sllmctl.cli.diagnostics import confirm, note
+    from sllmctl.cli.diagnostics import Refusals, confirm, note
     from sllmctl.cli.waiting import wait_for
 
     entries = _entries(files)
@@ -91,8 +91,9 @@ def apply(
             note("nothing was changed")
         elif wait:
             patience = invocation.patience(timeout)
-            for spec in specs:
-                wait_for(admin, spec.name, "ingested" if no_deploy else "ready", patience)
+            until: Until = "ingested" if no_deploy else "ready"
+            with Refusals() as refusals:
+                refusals.each([spec.name for spec in specs], lambda name: wait_for(admin, name, until, patience))
 
 
 @click.command("diff")

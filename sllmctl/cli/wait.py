@@ -75,7 +75,7 @@ def command(invocation: Invocation, targets: tuple[str, ...], condition: str, ti
       checkpoint  on=NODE:TIER (whole on that tier), published, removed
       operation   ended
       request     running, ended
-    What can never come any more ends the wait with its fault.
+    What can never come any more ends its wait with its fault; the others are waited for all the same.
 
     \b
     Examples:
@@ -83,15 +83,20 @@ def command(invocation: Invocation, targets: tuple[str, ...], condition: str, ti
       sllmctl wait node/gpu1 node/gpu2 --for ready
       sllmctl wait checkpoint/qwen --for on=gpu1:dram
     """
-    from sllmctl.cli.diagnostics import ProgressLine, note
+    from sllmctl.cli.diagnostics import ProgressLine, Refusals, note
+    from sllmctl.cli.waiting import told_of
 
-    wanted = [_target(word, condition) for word in targets]
+    wanted = {word: _target(word, condition) for word in targets}
     patience = invocation.patience(timeout)
-    with invocation.admin() as admin:
-        for target in wanted:
-            with ProgressLine() as line:
-                _wait(admin, target, condition, patience, line)
-            note(f"{target}: {condition}")
+
+    def wait(word: str) -> None:
+        target = wanted[word]
+        with told_of(target.noun, target.name), ProgressLine() as line:
+            _wait(admin, target, condition, patience, line)
+        note(f"{target}: {condition}")
+
+    with invocation.admin() as admin, Refusals() as refusals:
+        refusals.each(wanted, wait)
 
 
 def _target(word: str, condition: str) -> _Target:
@@ -141,7 +146,7 @@ def _wait(admin: AdminClient, target: _Target, condition: str, patience: Patienc
         if _reached(target.noun, view, condition):
             return
         if not (left_s := patience.left_s):
-            raise TimedOut(f"{target} is not {condition} after {patience}")
+            raise TimedOut(f"{target.noun} {target.name} is not {condition} after {patience}")
         progress: ProgressView | None = getattr(view, "progress", None)
         line.show(f"waiting for {target} to be {condition}", progress)
         time.sleep(min(_LOOK_S, left_s))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from schema.admin import ModelView
     from sllmctl.client import AdminClient, Until
 
-__all__ = ["Patience", "wait_for"]
+__all__ = ["Patience", "told_of", "wait_for"]
 
 _HOLD_TERMINAL_S, _HOLD_LOG_S = 0.5, 5.0
 _DOING = {"ingested": "ingesting", "ready": "starting", "stopped": "stopping", "gone": "removing"}
@@ -41,6 +41,21 @@ class Patience:
 
 
 @contextlib.contextmanager
+def told_of(noun: str, name: str) -> Iterator[None]:
+    """What goes wrong with a thing is raised under its name, since others may be waited for beside it."""
+    from schema.errors import Fault, SllmError, Unreachable
+
+    try:
+        yield
+    except Unreachable:
+        raise
+    except SllmError as error:
+        if any(f"{noun} {said}" in error.message for said in (name, repr(name))):
+            raise
+        raise Fault(error.code, f"{noun} {name}: {error.message}").to_error() from error
+
+
+@contextlib.contextmanager
 def _goes_on(name: str) -> Iterator[None]:
     try:
         yield
@@ -58,7 +73,7 @@ def wait_for(admin: AdminClient, name: str, until: Until, patience: Patience) ->
     from sllmctl import client
 
     hold_s = _HOLD_TERMINAL_S if sys.stderr.isatty() else _HOLD_LOG_S
-    with _goes_on(name), ProgressLine() as line:
+    with told_of("model", name), _goes_on(name), ProgressLine() as line:
         while True:
             left_s = patience.left_s
             try:

@@ -125,6 +125,19 @@ def test_waiting_is_for_each_model(sllmctl: Sllmctl, manager: FakeManager, file:
     ] * 2
 
 
+def test_a_model_that_fails_keeps_no_other_from_being_waited_for(
+    sllmctl: Sllmctl, manager: FakeManager, tmp_path: Path
+) -> None:
+    path = tmp_path / "two.yaml"
+    path.write_text(f"name: bad\nsource: {{kind: path, path: /b}}\n---\n{_FILE}")
+    manager.answer("POST apply", 200, {"items": [_CREATED]})
+    manager.refuse("GET models/bad", 404, "not_found", "/b is no directory on this node")
+    manager.answer("GET models/new", 200, MODELS[0])
+    said = sllmctl("apply", "-f", str(path), "--wait")
+    assert (said.code, said.err) == (5, "error: model bad: /b is no directory on this node\n")
+    assert manager.asked[-1][1].startswith("models/new?wait=ready")
+
+
 def test_what_does_not_apply_of_a_foreign_file_is_told(
     sllmctl: Sllmctl, manager: FakeManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -259,7 +259,7 @@ def test_a_wait_ends_with_its_time_or_with_the_models_fault(sllmctl: Sllmctl, ma
     manager.answer("POST models/qwen/deploy", 200, MODELS[0])
     manager.refuse("GET models/qwen", 422, "invalid_checkpoint", "model.safetensors is cut short")
     failed = sllmctl("model", "deploy", "qwen", "--wait")
-    assert (failed.code, failed.err) == (1, "error: model.safetensors is cut short\n")
+    assert (failed.code, failed.err) == (1, "error: model qwen: model.safetensors is cut short\n")
 
 
 def test_what_is_refused_of_one_keeps_no_other_from_its_turn(sllmctl: Sllmctl, manager: FakeManager) -> None:

@@ -78,7 +78,7 @@ def test_a_wait_that_ran_out_says_for_how_long_it_was(sllmctl: Sllmctl, manager:
 @pytest.mark.parametrize(
     ("target", "condition", "code", "said"),
     [
-        ("node/gpu1", "ready", 7, "node/gpu1 is not ready after 0.01 s"),
+        ("node/gpu1", "ready", 7, "error: node gpu1 is not ready after 0.01 s"),
         ("operation/op_9", "ended", 5, "there is no operation 'op_9'"),
         ("operation/op_2", "ended", 1, "partition_0.bin"),
         ("node/gpu1", "redy", 2, "did you mean 'ready'?"),
@@ -97,4 +97,12 @@ def test_an_instance_that_failed_will_not_be_ready(sllmctl: Sllmctl, manager: Fa
     fault = Fault("out_of_space", "no room")
     manager.answer("GET instances/inst_1", 200, replace(INSTANCES[0], state=InstanceState.FAILED, fault=fault))
     ended = sllmctl("wait", "instance/inst_1", "--for", "ready")
-    assert (ended.code, ended.err) == (1, "error: no room\n")
+    assert (ended.code, ended.err) == (1, "error: instance inst_1: no room\n")
+
+
+def test_each_of_several_is_waited_for_and_a_fault_says_whose_it_is(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    ended = sllmctl("wait", "operation/op_2", "operation/op_9", "operation/op_1", "--for", "ended")
+    assert ended.code == 1
+    fault, unknown, good = ended.err.splitlines()
+    assert fault.startswith("error: operation op_2: partition_0.bin: the 4194304 bytes")
+    assert (unknown, good) == ("error: there is no operation 'op_9'", "operation/op_1: ended")
