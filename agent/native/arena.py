@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import mmap
 import os
 import secrets
@@ -20,6 +21,7 @@ from agent.native.address import address_of
 from agent.native.chunk_table import ChunkTable, Geometry, Occupant, table_bytes
 from agent.native.numa import interleave
 from agent.native.prefault import Prefault
+from agent.native.renew import renew
 from schema.errors import InvalidInput, OutOfSpace
 from schema.link import ArenaInfo, Extent
 
@@ -32,6 +34,7 @@ _MAX_SLOTS: Final = 4096
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _MEMINFO = Path("/proc/meminfo")
 _SHMEM_HUGE = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+_log = logging.getLogger(__name__)
 
 
 class Arena:
@@ -69,7 +72,8 @@ class Arena:
     def adopt(cls, descriptor: int, budget_bytes: int, chunk_bytes: int) -> Arena:
         """The arena behind a descriptor that another life left, with all that lies whole in it. Takes the descriptor over.
 
-        Raises InvalidInput, the descriptor still the caller's, when it is no arena of this budget and chunk size.
+        That life's process must be gone; what it was filling gets other pages, since its reads may not be over. Raises
+        InvalidInput, the descriptor still the caller's, when it is no arena of this budget and chunk size.
         """
         geometry = _geometry(budget_bytes, chunk_bytes)
         try:
@@ -91,7 +95,8 @@ class Arena:
             view.release()
             memory.close()
             raise
-        return cls(descriptor, memory, table, "hugetlb" if huge else _advise(memory), table.recover())
+        pages = "hugetlb" if huge else _advise(memory)
+        return cls(descriptor, memory, table, pages, table.recover(_renew(descriptor, table)))
 
     @property
     def memory(self) -> memoryview:
@@ -189,6 +194,23 @@ def merge_extents(extents: Sequence[Extent]) -> list[Extent]:
         else:
             merged.append(extent)
     return merged
+
+
+def _renew(descriptor: int, table: ChunkTable) -> list[int]:
+    """Give what was being filled other pages; the chunks for which there are none."""
+    filling = table.filling()
+    chunk_bytes, offset = table.geometry.chunk_bytes, table.geometry.data_offset
+    lost: list[int] = []
+    for run in merge_extents([Extent(offset + chunk * chunk_bytes, chunk_bytes) for chunk in filling]):
+        try:
+            renew(descriptor, run.offset_bytes, run.size_bytes)
+        except OSError as error:
+            _log.warning(
+                "%d bytes of the arena stay unused, since reads of an ended store may reach them: %s", run.size_bytes, error
+            )
+            first = (run.offset_bytes - offset) // chunk_bytes
+            lost += range(first, first + run.size_bytes // chunk_bytes)
+    return lost
 
 
 def _half_available() -> int:

@@ -2,14 +2,15 @@
 
 The table survives its writer being killed between any two instructions. One byte decides: a slot's state. It becomes
 RESIDENT only after the slot's body, its checksum and its chunks' entries are written, and FREE before any of its chunks is
-given to another. What a reader finds RESIDENT it still believes only if the checksums and every chunk's entry agree, so that
-a torn or hostile table yields less, never something wrong.
+given to another. A chunk is FILLING from before the first read into it until all of them are over, however the job ends. What
+a reader finds RESIDENT it still believes only if the checksums and every chunk's entry agree, so that a torn or hostile table
+yields less, never something wrong.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,7 +22,7 @@ __all__ = ["ChunkTable", "Geometry", "Occupant", "table_bytes"]
 
 _MAGIC: Final = b"sllmctl arena\x00\r\n"
 _VERSION: Final = 1
-_FREE, _FILLING, _RESIDENT, _STALLED = 0, 1, 2, 3
+_FREE, _FILLING, _RESIDENT = 0, 1, 2
 _CONDEMNED_AT: Final = 1
 """A byte of a slot outside of its checksum: its image was found wrong."""
 
@@ -77,9 +78,8 @@ class ChunkTable:
         self._slots_at = _HEADER_BYTES
         self._chunks_at = _HEADER_BYTES + geometry.slots * _SLOT_BYTES
         self._generation = 0
-        self.stalled_slots: frozenset[int] = frozenset()
-        self.stalled_chunks: frozenset[int] = frozenset()
-        """What an earlier life was reading into when it ended, by a read that had not come back: it may yet be written."""
+        self.lost_chunks: frozenset[int] = frozenset()
+        """What an earlier life was filling when it ended, and must not be touched."""
 
     @classmethod
     def create(cls, memory: memoryview, arena: str, geometry: Geometry) -> ChunkTable:
@@ -109,26 +109,24 @@ class ChunkTable:
         shape = (geometry.chunk_bytes, geometry.chunks, geometry.slots, geometry.data_offset)
         return _HEADER.pack(_MAGIC, _VERSION, arena.encode().ljust(32, b"0"), *shape)
 
-    def recover(self) -> list[Occupant]:
-        """What lies whole in the arena; everything else is marked free, but for what a read may yet write into. For a new life,
-        before its first `begin`."""
-        stalled: set[int] = set()
+    def filling(self) -> list[int]:
+        """The chunks that an earlier life was filling when it ended, ascending: reads of it may yet write into them."""
+        states = self._memory[self._chunks_at : self._chunks_at + self.geometry.chunks * _CHUNK.size : _CHUNK.size]
+        return [chunk for chunk, state in enumerate(states) if state not in (_FREE, _RESIDENT)]
+
+    def recover(self, lost: Collection[int] = ()) -> list[Occupant]:
+        """What lies whole in the arena; everything else is marked free, but for ``lost`` chunks, which stay as they are. For a
+        new life, before its first `begin`."""
         owned: dict[int, dict[int, tuple[int, int]]] = {}
         chunks_end = self._chunks_at + self.geometry.chunks * _CHUNK.size
         for chunk, entry in enumerate(_CHUNK.iter_unpack(self._memory[self._chunks_at : chunks_end])):
             state, slot, index, generation = entry
             self._generation = max(self._generation, min(generation, 1 << 62))
-            if state == _STALLED:
-                stalled.add(chunk)
             if state == _RESIDENT and slot < self.geometry.slots:
                 owned.setdefault(slot, {})[index] = (chunk, generation)
         occupants: dict[str, Occupant] = {}
-        stalled_slots = set()
         for slot in range(self.geometry.slots):
             if self._memory[self._slot(slot)] == _FREE:
-                continue
-            if self._memory[self._slot(slot)] == _STALLED:
-                stalled_slots.add(slot)
                 continue
             occupant = self._read_slot(slot, owned.get(slot, {}))
             if occupant is None or occupant.digest in occupants:
@@ -136,9 +134,9 @@ class ChunkTable:
             else:
                 occupants[occupant.digest] = occupant
         kept = {chunk for occupant in occupants.values() for chunk in occupant.chunks}
-        self.stalled_slots, self.stalled_chunks = frozenset(stalled_slots), frozenset(stalled - kept)
+        self.lost_chunks = frozenset(lost)
         for chunk in range(self.geometry.chunks):
-            if chunk not in kept and chunk not in stalled:
+            if chunk not in kept and chunk not in self.lost_chunks:
                 self._memory[self._chunk(chunk)] = _FREE
         return list(occupants.values())
 
@@ -157,12 +155,6 @@ class ChunkTable:
         self._memory[at : at + len(body)] = body
         _CHECK.pack_into(self._memory, at + len(body), xxhash.xxh3_64_intdigest(body))
         return occupant
-
-    def stall(self, occupant: Occupant) -> None:
-        """A read into these chunks does not come back: until it does no life may give them to another."""
-        for chunk in occupant.chunks:
-            self._memory[self._chunk(chunk)] = _STALLED
-        self._memory[self._slot(occupant.slot)] = _STALLED
 
     def condemn(self, occupant: Occupant) -> None:
         """Its image was found wrong, which every later life must know."""

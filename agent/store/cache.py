@@ -73,11 +73,9 @@ class ArenaStore:
         self._pinned: frozenset[str] = frozenset()
         self._fetched: set[str] = set()  # came with a fetch that is not over on the disk
         self._borrowed: Counter[str] = Counter()
-        table, taken = arena.table, [chunk for occupant in arena.occupants for chunk in occupant.chunks]
-        self._free = FreeChunks(arena.chunks, (*taken, *table.stalled_chunks))
-        self._free_slots = set(range(arena.slots)) - {each.slot for each in arena.occupants} - table.stalled_slots
-        if table.stalled_chunks:
-            _log.warning("%d chunks stay unused: a read into them had not come back", len(table.stalled_chunks))
+        taken = [chunk for occupant in arena.occupants for chunk in occupant.chunks]
+        self._free = FreeChunks(arena.chunks, (*taken, *arena.table.lost_chunks))
+        self._free_slots = set(range(arena.slots)) - {each.slot for each in arena.occupants}
         self._stamp = max((occupant.stamp for occupant in arena.occupants), default=0)
 
     @property
@@ -269,8 +267,8 @@ class ArenaStore:
         self._verifier.close()
         self._pool.close()
         for fill in self._fills.values():
-            under_way = fill.stalled and fill.job is not None and not fill.job.finished
-            if fill.occupant is not None and not under_way:
+            # What a read may yet write into stays marked as being filled: the next store must know.
+            if fill.occupant is not None and fill.job is not None and fill.job.finished:
                 self._release(fill.occupant)
         self._fills.clear()
         self._waiting.clear()
@@ -439,8 +437,6 @@ class ArenaStore:
         if fill.stalled:
             return
         fill.stalled = fill.given_up = True
-        if fill.occupant is not None:
-            self._arena.table.stall(fill.occupant)
         self._arena.hold_prefault(any(not other.stalled for other in self._fills.values()))
         self._fail(fill, error)
         fill.ops, fill.sinks = [], ()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import random
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
 
+from agent.native import arena as arenas
+from agent.native.address import address_of
 from agent.native.arena import Arena
 from agent.native.mapping import ImageMapping, read_only
+from agent.native.uring import NoRing, Ring
 from schema.errors import InvalidInput, LinkError
 from schema.link import Extent
 
@@ -164,6 +169,62 @@ def test_writer_killed_anywhere_leaves_only_whole_checkpoints(arena: Arena) -> N
                 expected = bytes([int(occupant.digest, 16), index]) * 2048
                 assert again.views([chunk], 0, 4096)[0] == expected
         again.close()
+
+
+_REGISTER, _REGISTER_BUFFERS, _READ_FIXED = 427, 0, 4
+
+
+def test_read_of_a_dead_life_that_comes_late_harms_nobody(arena: Arena) -> None:
+    """As of a slow disk, whose reads go on when their process is gone: into the very pages, which are pinned for them."""
+    arena.table.begin(1, digest_of(1), 2 * CHUNK, [1, 4])
+    memory = arena.views([4], 0, CHUNK)[0]
+    memory[:] = bytes([9]) * CHUNK
+    late, end = os.pipe()
+    try:
+        ring = Ring(4)
+    except NoRing as error:
+        pytest.skip(str(error))
+    vector = ctypes.create_string_buffer(struct.pack("<2Q", address_of(memory), CHUNK))
+    register = ctypes.CDLL(None, use_errno=True).syscall
+    assert register(_REGISTER, ring._descriptor, _REGISTER_BUFFERS, vector, 1) == 0
+    ring._queue(_READ_FIXED, 0, late, 0, address_of(memory), 4096, 0, 1)
+    ring.enter(0.0, 0)
+    again = adopt(arena)
+    assert again.table.lost_chunks == frozenset()
+    put(again, 2, [4])
+    os.write(end, bytes([9]) * 4096)
+    ring.enter(5.0, 1)
+    assert ring.completions() == [(1, 4096)]
+    assert bytes(again.views([4], 0, CHUNK)[0]) == bytes([2, 0]) * (CHUNK // 2)
+    ring.close()
+    again.close()
+    for descriptor in (late, end):
+        os.close(descriptor)
+
+
+def test_what_was_being_filled_stays_unused_while_there_are_no_other_pages_for_it(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(arena, 0, [0])
+    arena.table.begin(1, digest_of(1), 3 * CHUNK, [1, 2, 4])
+    refused: list[int] = []
+
+    def refuse(descriptor: int, offset: int, size_bytes: int) -> None:
+        refused.append(size_bytes)
+        raise OSError(12, "no pages")
+
+    monkeypatch.setattr(arenas, "renew", refuse)
+    for _ in range(2):
+        again = adopt(arena)
+        assert again.table.lost_chunks == {1, 2, 4}
+        assert [occupant.digest for occupant in again.occupants] == [digest_of(0)]
+        again.close()
+    assert refused == 2 * [2 * CHUNK, CHUNK]
+    monkeypatch.undo()
+    again = adopt(arena)
+    assert again.table.lost_chunks == frozenset()
+    assert again.table.filling() == []
+    again.close()
 
 
 def test_mapping_is_contiguous_over_scattered_chunks_and_read_only(arena: Arena) -> None:
