@@ -102,7 +102,9 @@ def look(checkpoints_path: Path) -> Found:
             _log.warning("the checkpoint in %s is damaged: %s", directory, error)
             with contextlib.suppress(OSError):
                 unmark_verified(directory)
-            reason = quarantine_reason(directory) or str(error)
+            reason = str(error)
+            with contextlib.suppress(SllmError):
+                reason = quarantine_reason(directory) or reason
             damaged.setdefault(directory.parent.name, DamagedCopy(directory.parent.name, directory, reason, _size(directory)))
             continue
         known = entries.get(entry.digest)
@@ -123,15 +125,16 @@ def _rank(entry: CatalogEntry) -> tuple[bool, bool]:
 def read_entry(directory: Path) -> CatalogEntry:
     """The checkpoint in a layout's directory, ``<digest>/<layout>``.
 
-    Raises InvalidCheckpoint when its manifest is missing, unreadable or another checkpoint's, or a file's size is not what the
-    manifest says. A user's file that is no longer what it was puts its checkpoint into quarantine.
+    Raises InvalidCheckpoint when its manifest is missing, makes no sense or is another checkpoint's, or a file's size is not
+    what the manifest says; SllmError when the system fails to read it, which says nothing of the copy. A user's file that is
+    no longer what it was puts its checkpoint into quarantine.
     """
     path = directory / MANIFEST_FILE
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_MANIFEST_BYTES + 1)
     except OSError as error:
-        raise InvalidCheckpoint(f"cannot read {path}: {error.strerror}") from error
+        raise _unreadable(path, error) from error
     if len(data) > _MAX_MANIFEST_BYTES:
         raise InvalidCheckpoint(f"{path} is larger than {_MAX_MANIFEST_BYTES} bytes")
     try:
@@ -150,10 +153,10 @@ def read_entry(directory: Path) -> CatalogEntry:
 
 
 def is_sound(directory: Path) -> bool:
-    """True when a checkpoint lies there that may be used."""
+    """True when a checkpoint lies there that may be used. Raises SllmError when that cannot be told now."""
     try:
         return read_entry(directory).quarantined is None
-    except (InvalidCheckpoint, NotFound):
+    except InvalidCheckpoint:
         return False
 
 
@@ -194,8 +197,7 @@ def check_assets(directory: Path, manifest: Manifest) -> None:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
                 size = file.tell()
         except OSError as error:
-            kind = InvalidCheckpoint if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EISDIR) else SllmError
-            raise kind(f"{path}: cannot be read: {error.strerror}") from error
+            raise _unreadable(path, error) from error
         if (size, found) != (asset.size_bytes, asset.sha256):
             raise InvalidCheckpoint(
                 f"{path}: its {size} bytes are not what was ingested (sha256 {found}, expected {asset.sha256})"
@@ -249,8 +251,8 @@ def remove(entry: CatalogEntry | DamagedCopy) -> None:
 
 
 def is_verified(directory: Path) -> bool:
-    """True when every chunk of this copy was once found right."""
-    return (directory / _VERIFIED).exists()
+    """True when every chunk of this copy was once found right, as far as can be told now."""
+    return os.path.exists(directory / _VERIFIED)  # noqa: PTH110 - False, where a Path's raises, on a disk that fails
 
 
 def mark_verified(directory: Path) -> None:
@@ -276,11 +278,13 @@ def quarantine(directory: Path, reason: str) -> None:
 
 
 def quarantine_reason(directory: Path) -> str | None:
-    """Why this copy must not be used, or None."""
+    """Why this copy must not be used, or None. Raises SllmError when that cannot be told now."""
     try:
         return (directory / _QUARANTINED).read_text(errors="replace")
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise SllmError(f"cannot read {directory / _QUARANTINED}: {error.strerror}") from error
 
 
 def _directories(root: Path) -> Iterator[Path]:
@@ -311,6 +315,12 @@ def _check_size(path: Path, size_bytes: int) -> None:
     try:
         status = path.lstat()
     except OSError as error:
-        raise InvalidCheckpoint(f"cannot read {path}: {error.strerror}") from error
+        raise _unreadable(path, error) from error
     if not stat.S_ISREG(status.st_mode) or status.st_size != size_bytes:
         raise InvalidCheckpoint(f"{path} is no file of {size_bytes} bytes, as its manifest says ({status.st_size} there)")
+
+
+def _unreadable(path: Path, error: OSError) -> SllmError:
+    """The error of a file that could not be read: of the copy when it is not there or no file, else of the machine's state."""
+    kind = InvalidCheckpoint if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EISDIR) else SllmError
+    return kind(f"cannot read {path}: {error.strerror}")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from agent.native.arena import Arena
 from agent.store import catalog
-from schema.errors import InvalidCheckpoint
+from schema.errors import InvalidCheckpoint, SllmError
 from tests.agent.store.fetching import PART, FetchBench, assert_there, make_source
-from tests.agent.store.images import CHUNK
+from tests.agent.store.images import CHUNK, Bench
 
 
 @pytest.fixture
@@ -106,3 +109,40 @@ def test_small_files_are_compared_with_their_checksums(source: tuple[str, Path, 
     flip(directory / "tokenizer.json")
     with pytest.raises(InvalidCheckpoint, match=r"tokenizer\.json: its 2000 bytes are not what was ingested"):
         catalog.check_assets(directory, entry.manifest)
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "quarantined", PART])
+def test_what_the_system_fails_to_read_says_nothing_of_the_copy(
+    source: tuple[str, Path, bytes], monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    digest, directory, _ = source
+    catalog.mark_verified(directory)
+    before = sorted(path.name for path in directory.iterdir())
+
+    def fail(real: Callable[..., object]) -> Callable[..., object]:
+        def call(path: Path, *more: object, **named: object) -> object:
+            if path == directory / file:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return real(path, *more, **named)
+
+        return call
+
+    with contextlib.closing(Bench(Arena.create(40 * CHUNK, CHUNK))) as bench, monkeypatch.context() as broken:
+        for name in ("open", "lstat"):
+            broken.setattr(Path, name, fail(getattr(Path, name)))
+        bench.store.fill("load", digest, directory)
+        bench.store.verify("look", digest, directory)
+        bench.wait("load", "look")
+        for fault in (bench.told.faults["load"], bench.told.verdicts["look"]):
+            assert fault is not None
+            assert fault.code == "internal"
+            assert str(directory / file) in fault.message
+        new = directory.with_name("new")
+        new.mkdir()
+        with pytest.raises(SllmError, match=file):
+            catalog.commit(new, directory, directory.with_name("replaced"))
+        broken.undo()
+        assert sorted(path.name for path in directory.iterdir()) == [name for name in before if name != "verified"]
+        bench.store.fill("again", digest, directory)
+        bench.wait("again")
+        assert bench.told.faults.keys() == {"load"}
