@@ -11,13 +11,16 @@ import http.client
 import re
 import ssl
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from typing import Final
 from urllib.parse import urljoin, urlsplit
 
 from agent.store.remote.api import Forbidden, Interrupted, left_s, nothing_there
+from agent.store.remote.pace import Pace, PacedResponse
 from schema.errors import Cancelled, InvalidCheckpoint, InvalidInput, SllmError, TimedOut, Unauthorised, Unreachable
 from schema.remote import RemoteSettings
 
@@ -82,7 +85,7 @@ class Wire:
                     url = target
                     continue
                 _check_status(response.status, where)
-                body = _WireBody(self, connection, response, where, deadline, self._settings.read_s)
+                body = _WireBody(self, response, where)
                 length = response.length
                 yield Answer(response.status, length, _total(response), body)
                 whole = method == "HEAD" or body.ended
@@ -151,11 +154,15 @@ class Wire:
                     connection.connect()
                     if self._stopped:  # it was not to be seen while it was being made
                         raise OSError("stopped")
-                connection.sock.settimeout(left_s(deadline, self._settings.read_s, where))
+                answer_s = left_s(deadline, self._settings.read_s, where)
+                connection.sock.settimeout(answer_s)
                 connection.request(method, path, headers={**self._headers, **headers})
                 sock = connection.sock
+                pace = Pace(where, self._settings.read_s, time.monotonic() + answer_s)
+                connection.response_class = partial(PacedResponse, pace=pace)  # type: ignore[assignment]
                 response = connection.getresponse()
-                # Let go of when the server is going to close it; `_shut` and deadlines need it until the body is over.
+                pace.deadline = deadline
+                # Let go of when the server is going to close it; `_shut` needs it until the body is over.
                 connection.sock = connection.sock or sock
                 return connection, response
             except ssl.SSLCertVerificationError as error:
@@ -202,21 +209,10 @@ class _WireBody:
     ``version``: the file's size, and its ETag or else when it was last changed.
     """
 
-    def __init__(
-        self,
-        wire: Wire,
-        connection: http.client.HTTPConnection,
-        response: http.client.HTTPResponse,
-        where: str,
-        deadline: float | None,
-        read_s: float,
-    ) -> None:
+    def __init__(self, wire: Wire, response: http.client.HTTPResponse, where: str) -> None:
         self._wire = wire
-        self._socket = connection.sock
         self._response = response
         self._where = where
-        self._deadline = deadline
-        self._read_s = read_s
         self._read_bytes = 0
         tag = response.getheader("ETag") or response.getheader("Last-Modified", "")
         self.version = f"{_total(response)} {tag}"
@@ -242,11 +238,9 @@ class _WireBody:
         if self._wire.stopped:
             raise Cancelled("the transfer was cancelled")
         try:
-            if self._deadline is not None:
-                self._socket.settimeout(left_s(self._deadline, self._read_s, f"{self._where}: all of it"))
             if response.length is None or response.chunked or response.fp is None:
                 count = response.readinto(view)
-            else:  # one receive at a time, so that a server which trickles cannot outlast the deadline
+            else:  # what has come, without waiting for more
                 count = response.fp.readinto1(view[: response.length])
                 response.length -= count
         except (OSError, http.client.HTTPException, ValueError, SllmError) as error:

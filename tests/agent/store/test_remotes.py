@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from agent.store.remote.api import Interrupted, Remote, read_into
@@ -193,6 +195,39 @@ def test_a_server_that_trickles_cannot_outlast_the_deadline(web: WebServer) -> N
         remote.read("a/file", len(DATA), begun + 0.2)
     assert time.monotonic() - begun < 3
     remote.close()
+
+
+ENDLESS = {
+    "a header": (b"HTTP/1.1 200 OK\r\nX: ", b"x"),
+    "answers that say to go on": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "a chunk": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffffff\r\n", b"x"),
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_what_a_server_sends_without_end_is_not_read_for_ever(kind: str) -> None:
+    first, again = ENDLESS[kind]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def trickle() -> None:
+            connection, _ = listener.accept()
+            with contextlib.suppress(OSError), connection:
+                connection.recv(1000)
+                connection.sendall(first)
+                while True:
+                    connection.sendall(again)
+                    time.sleep(0.005)  # as a slow server sends
+
+        thread = threading.Thread(target=trickle, daemon=True)
+        thread.start()
+        remote = open_remote(f"http://127.0.0.1:{listener.getsockname()[1]}", msgspec.structs.replace(SETTINGS, read_s=0.3))
+        deadline = time.monotonic() + 0.3
+        with pytest.raises(Interrupted, match="in time"):
+            remote.read("a", 1 << 20, deadline if kind == "a chunk" else None)
+        assert time.monotonic() - deadline < 3
+        remote.close()
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def test_a_share_that_is_slow_may_be_tried_again(tmp_path: Path) -> None:
