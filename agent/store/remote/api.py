@@ -16,12 +16,17 @@ from typing import Final, Protocol, TypeVar
 from schema.errors import Cancelled, NotFound, TimedOut, Unauthorised, Unreachable
 from schema.remote import RemoteSettings
 
-__all__ = ["Body", "Forbidden", "Interrupted", "Patience", "Remote", "Source", "read_into"]
+__all__ = ["STALE_S", "Body", "Forbidden", "Interrupted", "Patience", "Remote", "Source", "read_into"]
 
 T = TypeVar("T")
 
 Source = Callable[[int, int], memoryview]
 """The bytes of a file to be written: ``(offset, length)``; may be called from several threads."""
+
+
+STALE_S: Final = 3600.0
+"""A file that is being written, and of which nothing new has come for so long, was broken off with the process that wrote it:
+each request of one that goes on has ended, or failed, within minutes."""
 
 
 class Interrupted(Unreachable):

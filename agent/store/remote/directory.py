@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import stat
 import threading
@@ -13,13 +14,14 @@ from pathlib import Path
 from typing import Final
 
 from agent.store.durable import sync
-from agent.store.remote.api import Body, Interrupted, Source, left_s, nothing_there
+from agent.store.remote.api import STALE_S, Body, Interrupted, Source, left_s, nothing_there
 from schema.errors import Cancelled, InvalidCheckpoint, NotFound, OutOfSpace, SllmError, TimedOut, Unauthorised
 
 __all__ = ["DirectoryRemote"]
 
 _BLOCK_BYTES: Final = 4 << 20
 _WRITE_BYTES: Final = 16 << 20
+_TEMPORARY: Final = re.compile(r"\.[0-9a-f]{12}\.part")
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MISSING: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _PASSING: Final = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.EHOSTDOWN)
@@ -88,6 +90,7 @@ class DirectoryRemote:
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with temporary.open("xb", buffering=0) as file:
+                    _sweep(target.parent, os.fstat(file.fileno()).st_mtime)
                     for offset in range(0, size_bytes, _WRITE_BYTES):
                         data = source(offset, min(_WRITE_BYTES, size_bytes - offset))
                         self._write(file.fileno(), data)
@@ -138,6 +141,15 @@ class DirectoryRemote:
         if error.errno in _PASSING:
             return Interrupted(f"{where}: {error.strerror}")
         return SllmError(f"{where}: {error.strerror or error}")
+
+
+def _sweep(directory: Path, now: float) -> None:
+    """Delete what writes that were broken off have left; ``now`` is by the share's own clock."""
+    for path in directory.iterdir():
+        if _TEMPORARY.fullmatch(path.name):
+            with contextlib.suppress(FileNotFoundError):  # another has just finished, or deleted, it
+                if now - path.lstat().st_mtime > STALE_S:
+                    path.unlink()
 
 
 class _FileBody:

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
+import re
 import threading
+import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from datetime import datetime
 from typing import Any, Final
 
-from agent.store.remote.api import Body, Forbidden, Interrupted, Source, nothing_there
+from agent.store.remote.api import STALE_S, Body, Forbidden, Interrupted, Source, nothing_there
 from agent.store.remote.web import read_whole
 from agent.store.remote.wire import Wire
 from schema.errors import Cancelled, InvalidInput, NotFound, OutOfSpace, SllmError, Unauthorised, Unreachable
@@ -30,6 +34,11 @@ _SIGNED_S: Final = 3600
 _FORBIDDEN: Final = ("AccessDenied", "403", "Forbidden")
 _DENIED: Final = ("401", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
 _MISSING: Final = ("NoSuchKey", "NoSuchBucket", "404", "NotFound")
+_FULL: Final = ("QuotaExceeded", "XMinioStorageFull", "EntityTooLarge")
+_PASSING: Final = ("SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "BadDigest", "NoSuchUpload")
+_OURS: Final = re.compile(r"[0-9a-f]{64}/[^/]+/[^/]+")
+"""What a layout's files are called below a remote's prefix."""
+_log = logging.getLogger(__name__)
 
 
 class S3Remote:
@@ -41,6 +50,7 @@ class S3Remote:
         self._prefix = prefix.strip("/")
         self._wire = Wire(settings)
         self._stopped = threading.Event()
+        self._swept = False
         self._client = _client(settings)
 
     def where(self, path: str) -> str:
@@ -80,12 +90,13 @@ class S3Remote:
                 self._client.put_object(**key, Body=data, ContentMD5=_md5(data))
                 wrote(size_bytes)
                 return
+            self._sweep()
             upload = {**key, "UploadId": self._client.create_multipart_upload(**key)["UploadId"]}
             try:
                 parts = self._upload(upload, size_bytes, source, wrote)
                 self._client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
             except BaseException:
-                with contextlib.suppress(Exception):  # what counts is why it failed; the store forgets the rest in time
+                with contextlib.suppress(Exception):  # what counts is why it failed; a later publish ends the upload
                     self._client.abort_multipart_upload(**upload)
                 raise
 
@@ -126,6 +137,30 @@ class S3Remote:
                 for each in pending:
                     each.cancel()
         return sorted(parts, key=lambda part: int(part["PartNumber"]))
+
+    def _sweep(self) -> None:
+        """End the uploads of checkpoints below this prefix that were broken off: until then a store keeps, and charges for,
+        parts that no listing of files shows. Once per remote; credentials that may not list uploads cost nothing but that."""
+        from botocore import exceptions
+
+        if self._swept:
+            return
+        self._swept = True
+        prefix = f"{self._prefix}/" if self._prefix else ""
+        try:
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=prefix)
+            for upload in [each for page in pages for each in page.get("Uploads", ())]:
+                which = {"Bucket": self._bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+                if _OURS.fullmatch(upload["Key"].removeprefix(prefix)) and self._is_stale(which, upload["Initiated"]):
+                    self._client.abort_multipart_upload(**which)
+                    _log.info("ended an upload of s3://%s/%s that had been broken off", self._bucket, upload["Key"])
+        except (exceptions.ClientError, exceptions.BotoCoreError) as error:
+            _log.info("uploads to %s that were broken off stay there: %s", self.url, type(error).__name__)
+
+    def _is_stale(self, upload: dict[str, str], begun: datetime) -> bool:
+        pages = self._client.get_paginator("list_parts").paginate(**upload)
+        times: list[datetime] = [begun, *(part["LastModified"] for page in pages for part in page.get("Parts", ()))]
+        return time.time() - max(times).timestamp() > STALE_S
 
     def _key(self, path: str) -> str:
         return f"{self._prefix}/{path}" if self._prefix else path
@@ -194,6 +229,10 @@ def _status(response: dict[str, Any]) -> int:
 
 
 def _explain(code: str, status: int, where: str) -> SllmError:
+    if code in _FULL:
+        return OutOfSpace(f"{where}: the store takes no more ({code})")
+    if status >= 500 or code in _PASSING:
+        return Interrupted(f"{where}: the store answers {code or status}")
     if code in _MISSING or status == 404:
         return nothing_there(where)
     if code in _FORBIDDEN:
@@ -203,8 +242,4 @@ def _explain(code: str, status: int, where: str) -> SllmError:
         )
     if code in _DENIED or status in (401, 403):
         return Unauthorised(f"{where}: access is refused ({code or status}); give the node's agent credentials that may use it")
-    if code in ("QuotaExceeded", "XMinioStorageFull", "EntityTooLarge"):
-        return OutOfSpace(f"{where}: the store takes no more ({code})")
-    if status >= 500 or code in ("SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "BadDigest"):
-        return Interrupted(f"{where}: the store answers {code or status}")
     return Unreachable(f"{where}: the store answers {code or status}")

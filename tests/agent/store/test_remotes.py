@@ -14,9 +14,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from agent.store.remote import s3 as s3_module
 from agent.store.remote.api import Interrupted, Remote, read_into
 from agent.store.remote.open import open_remote
-from schema.errors import Cancelled, InvalidCheckpoint, InvalidInput, NotFound, SllmError, Unauthorised, Unreachable
+from schema.errors import Cancelled, InvalidCheckpoint, InvalidInput, NotFound, OutOfSpace, SllmError, Unauthorised, Unreachable
 from schema.remote import RemoteSettings, check_remote_url
 from tests.remotes import S3_ENVIRONMENT, WebServer, cut, s3_server, web_server
 
@@ -313,6 +314,50 @@ def test_no_credential_is_in_what_s3_says(s3: str, monkeypatch: pytest.MonkeyPat
     remote.close()
 
 
+def test_uploads_that_were_broken_off_are_ended_and_no_others(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import boto3
+
+    s3_remote(s3, "broken", monkeypatch).close()
+    client = boto3.client("s3", endpoint_url=s3)
+    file = f"{'a' * 64}/exec2/partition_0.bin"
+    keys = [f"some/where/{file}", f"some/where/{file}.other", "some/where/else", f"some/{file}"]
+
+    def begin(key: str) -> str:
+        upload = str(client.create_multipart_upload(Bucket="broken", Key=key)["UploadId"])
+        client.upload_part(Bucket="broken", Key=key, UploadId=upload, PartNumber=1, Body=b"x")
+        return upload
+
+    def there() -> set[str]:
+        return {each["UploadId"] for each in client.list_multipart_uploads(Bucket="broken").get("Uploads", ())}
+
+    uploads = [begin(key) for key in keys]
+
+    def write() -> None:
+        remote = s3_remote(s3, "broken", monkeypatch)
+        remote.write(file, len(DATA), lambda offset, length: memoryview(DATA)[offset : offset + length], lambda count: None)
+        assert remote.size(file) == len(DATA)
+        remote.close()
+
+    write()
+    assert there() == {*uploads}, "they may be going on, at another node"
+    monkeypatch.setattr(s3_module, "STALE_S", -60.0)
+    write()
+    assert there() == {*uploads[2:]}
+    client.close()
+
+
+def test_what_s3_says_means() -> None:
+    kinds = {
+        ("NoSuchUpload", 404): Interrupted,  # another publish took it for broken off
+        ("NoSuchKey", 404): NotFound,
+        ("XMinioStorageFull", 507): OutOfSpace,
+        ("", 503): Interrupted,
+        ("AccessDenied", 403): Unauthorised,
+    }
+    for (code, status), kind in kinds.items():
+        assert isinstance(s3_module._explain(code, status, "s3://a/b"), kind), code
+
+
 def test_s3_without_credentials_or_server_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
@@ -348,6 +393,19 @@ def test_nodes_that_write_the_same_to_a_share_do_not_meet(tmp_path: Path) -> Non
     first.write("a/b/file", 5000, source, lambda count: None)
     assert (tmp_path / "a/b/file").read_bytes() == DATA[:5000]
     assert [path.name for path in (tmp_path / "a/b").iterdir()] == ["file"]
+
+
+def test_what_a_killed_publish_left_in_a_share_goes(tmp_path: Path) -> None:
+    remote = open_remote(f"file://{tmp_path}", SETTINGS)
+    (tmp_path / "a/b").mkdir(parents=True)
+    old, young, other = (tmp_path / "a/b" / name for name in (".0123456789ab.part", ".ab0123456789.part", ".hidden.part"))
+    for path in (old, young, other):
+        path.write_bytes(b"x")
+    for path in (old, other):
+        os.utime(path, (0, time.time() - 4000))
+    remote.write("a/b/file", 5000, lambda offset, length: memoryview(DATA)[offset : offset + length], lambda count: None)
+    assert {path.name for path in (tmp_path / "a/b").iterdir()} == {"file", young.name, other.name}
+    remote.close()
 
 
 def test_a_share_that_is_not_mounted_is_no_empty_one(tmp_path: Path) -> None:
