@@ -227,10 +227,10 @@ def decode_manifest(data: bytes) -> Manifest:
     or do not match dtype and shape, partitions that are unaligned or not contiguous, and ties to nowhere.
     """
     try:
-        version = msgspec.json.decode(data, type=_Version).format_version
+        version = _VERSIONS.decode(data).format_version
         if version not in _READABLE:
             raise InvalidCheckpoint(f"manifest has format version {version}; this build reads 1 to {FORMAT_VERSION}")
-        manifest = msgspec.json.decode(data, type=Manifest)
+        manifest = _MANIFESTS.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidCheckpoint(f"manifest is not readable: {error}") from error
     if manifest.kv.dtype not in DTYPE_BYTES:
@@ -245,6 +245,11 @@ def decode_manifest(data: bytes) -> Manifest:
 
 class _Version(msgspec.Struct):
     format_version: int
+
+
+# Made here, on the importing thread: two threads that are the first to decode a type crash the process (msgspec 0.22).
+_VERSIONS: Final = msgspec.json.Decoder(_Version)
+_MANIFESTS: Final = msgspec.json.Decoder(Manifest)
 
 
 def _check_partitions(manifest: Manifest) -> None:
@@ -264,6 +269,8 @@ def _check_partitions(manifest: Manifest) -> None:
             raise InvalidCheckpoint(f"partition {partition.file} has {len(partition.chunk_xxh3)} checksums for {chunks} chunks")
         files.add(partition.file)
         start += partition.padded_bytes
+    if any(before > after for before, after in pairwise((*manifest.layer_ends, start))):
+        raise InvalidCheckpoint("the manifest's layers do not end one after another within the image")
 
 
 def _check_tensors(manifest: Manifest) -> None:

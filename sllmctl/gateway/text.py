@@ -7,7 +7,7 @@ import os
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from tokenizers import Tokenizer
@@ -35,6 +35,10 @@ class _TokenizerFile(msgspec.Struct):
 
     decoder: dict[str, Any] | None = None
     added_tokens: list[_AddedToken] = []
+
+
+# Made here, on the importing thread: two threads that are the first to decode a type crash the process (msgspec 0.22).
+_TOKENIZER_FILES: Final = msgspec.json.Decoder(_TokenizerFile)
 
 
 class TextModel:
@@ -164,7 +168,7 @@ def _read_tokenizer(path: Path) -> tuple[Tokenizer, _TokenizerFile]:
     try:
         data = path.read_bytes()
         tokenizer = Tokenizer.from_buffer(data)
-        parts = msgspec.json.decode(data, type=_TokenizerFile)
+        parts = _TOKENIZER_FILES.decode(data)
     except Exception as error:  # the library raises bare Exception for whatever a file can be wrong in
         raise InvalidCheckpoint(f"the tokenizer {path} cannot be read: {error}") from error
     # What a training run left set would cut and fill prompts unasked.

@@ -1,4 +1,6 @@
 import hashlib
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -82,6 +84,8 @@ def test_a_manifest_is_read_as_it_was_written() -> None:
         (lambda m: m.update(ties={"x": "nowhere"}), "tie"),
         (lambda m: m.update(ties={"b": "a"}), "tie"),
         (lambda m: m.update(assets=[{"file": INDEX_FILE, "size_bytes": 1, "sha256": "0" * 64}]), "listed twice"),
+        (lambda m: m.update(layer_ends=[4096, 256]), "one after another"),
+        (lambda m: m.update(layer_ends=[1 << 40]), "within the image"),
         (lambda m: m["kv"].update(layers=0), "not readable"),
         (lambda m: m["kv"].update(dtype="F12"), "dtype"),
     ],
@@ -95,6 +99,26 @@ def test_a_hostile_manifest_is_refused(change: Callable[[Plain], object], why: s
 def test_what_is_no_manifest_is_refused(data: bytes) -> None:
     with pytest.raises(InvalidCheckpoint):
         decode_manifest(data)
+
+
+RACE = """
+import importlib, sys, threading
+sys.setswitchinterval(1e-6)
+data = sys.stdin.buffer.read()
+for _ in range(60):
+    sys.modules.pop("schema.checkpoint", None)
+    decode = importlib.import_module("schema.checkpoint").decode_manifest
+    gate = threading.Barrier(4)
+    threads = [threading.Thread(target=lambda: (gate.wait(), decode(data))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+"""
+
+
+def test_threads_may_be_the_first_to_decode_one_together() -> None:
+    subprocess.run([sys.executable, "-c", RACE], input=encode_manifest(manifest()), check=True, timeout=60)
 
 
 def test_the_digest_knows_bytes_and_config_but_not_order() -> None:
