@@ -1,7 +1,7 @@
-"""The DRAM tier: which checkpoints lie in the arena, who uses them, what is filled, what goes when room is needed.
+"""The DRAM tier: what is brought into the arena, for whom, and what becomes of it.
 
-A checkpoint is in one of three places here: `_residents`, `_fills` (a read is under way, wanted or given up), or `_waiting`
-(asked for while chunks that it needs are still under a read that was given up, and will be free in a moment).
+A checkpoint is in one of three places here: resident (`Residency`), in `_fills` (a read is under way, wanted or given up), or
+in `_waiting` (asked for while chunks that it needs are still under a read that was given up, and will be free in a moment).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -19,16 +18,15 @@ import msgspec
 
 from agent.native.arena import Arena
 from agent.native.calibration import Tuning
-from agent.native.chunk_table import Occupant
 from agent.native.reader import Priority, ReadJob, ReadPool
 from agent.store import catalog
 from agent.store.api import FillSink, StoreListener
 from agent.store.fills import Fill, FillSource, changed_meanwhile, fill_units, mark
 from agent.store.layers import Layers
-from agent.store.room import FreeChunks
+from agent.store.residency import Residency
 from agent.store.verify import Verdict, Verifier
 from schema.checkpoint import IN_PLACE, Manifest
-from schema.errors import Cancelled, Conflict, Fault, InvalidCheckpoint, NotFound, OutOfSpace, SllmError
+from schema.errors import Cancelled, Conflict, Fault, InvalidCheckpoint, OutOfSpace, SllmError
 from schema.link import ArenaInfo, Arriving, LayersArrived, Resident
 
 __all__ = ["ArenaStore"]
@@ -36,7 +34,6 @@ __all__ = ["ArenaStore"]
 _PROGRESS_S: Final = 0.1
 _SOON_S: Final = 2.0
 """An image that is whole within so long is offered layer by layer: whoever is sent to it waits that long at most."""
-_CONDEMNED_BEFORE: Final = "its image in memory was found wrong before the store was started"
 _UNIT_BYTES: Final = 16 << 20
 """What is read as one where no checksum is looked at, so that blocks may be as long as a disk wants them."""
 _log = logging.getLogger(__name__)
@@ -62,25 +59,17 @@ class ArenaStore:
         self._wake = wake
         self._woken_at = 0.0
         self._pool = pool or ReadPool(reader_threads)
-        self._residents = {occupant.digest: occupant for occupant in arena.occupants}
-        self._users = {occupant.digest: occupant.users for occupant in arena.occupants if occupant.users}
         self._fills: dict[str, Fill] = {}
         self._waiting: dict[str, Fill] = {}
         self._verifier = Verifier(self._pool, self._woken)
         self._unheard: set[str] = set()  # verifications that nobody waits for any more
         self._verify_told_at = 0.0
-        self._condemned = {each.digest: _CONDEMNED_BEFORE for each in arena.occupants if each.condemned}
-        self._pinned: frozenset[str] = frozenset()
         self._fetched: set[str] = set()  # came with a fetch that is not over on the disk
-        self._borrowed: Counter[str] = Counter()
-        taken = [chunk for occupant in arena.occupants for chunk in occupant.chunks]
-        self._free = FreeChunks(arena.chunks, (*taken, *arena.table.lost_chunks))
-        self._free_slots = set(range(arena.slots)) - {each.slot for each in arena.occupants}
-        self._stamp = max((occupant.stamp for occupant in arena.occupants), default=0)
+        self._residency = Residency(arena, listener.evicted, lambda: self._verifier.asked.values())
 
     @property
     def arena(self) -> ArenaInfo:
-        info = self._arena.info(self._arena.chunks - len(self._free))
+        info = self._arena.info(self._residency.used_chunks)
         return msgspec.structs.replace(info, reader=self._pool.backend)
 
     @property
@@ -93,14 +82,14 @@ class ArenaStore:
         self._pool.tune(tuning)
 
     def residents(self) -> tuple[Resident, ...]:
-        return tuple(self._resident(occupant) for occupant in self._residents.values())
+        return self._residency.told()
 
     def filling(self) -> tuple[str, ...]:
         """The ops that wait for an answer."""
         return tuple(op for fill in (*self._fills.values(), *self._waiting.values()) for op in fill.ops)
 
     def fill(self, op: str, digest: str, directory: Path, users: int = 1, priority: Priority = Priority.REQUEST) -> None:
-        self._count(digest, users)
+        self._residency.count(digest, users)
         known = self._fills.get(digest)
         if known is not None and known.job is not None and known.job.stalled is not None:
             self._listener.failed(op, digest, Fault.of(known.job.stalled))
@@ -124,7 +113,7 @@ class ArenaStore:
         """Take in a checkpoint while it is fetched to ``directory``, if there is room now; True if there is. Its owner answers
         who asked, and says what becomes of the copy on the disk: `announce`, `disown`."""
         room = False
-        if digest not in self._residents.keys() | self._fills.keys() | self._waiting.keys():
+        if digest not in self._residency and digest not in self._fills.keys() | self._waiting.keys():
             with contextlib.suppress(OutOfSpace):
                 room = self._make_room(source.manifest.image_bytes)
         if room:
@@ -135,26 +124,26 @@ class ArenaStore:
 
     def has_sound(self, digest: str) -> bool:
         """True when an image lies here that nothing speaks against, whatever has become of the copy on the disk."""
-        return digest in self._residents and digest not in self._condemned
+        return digest in self._residency and self._residency.condemned(digest) is None
 
     def disown(self, digest: str, why: str) -> None:
         """The copy on the disk that an image came with has come to nothing: it goes, with its last user if it has one."""
-        occupant = self._residents.get(digest)
+        occupant = self._residency.get(digest)
         if occupant is not None and digest in self._fetched:
-            self._condemn(occupant, why)
-            if not self._drop_condemned(occupant):
-                self._listener.condemned(self._resident(occupant))
+            self._residency.condemn(occupant, why)
+            if not self._residency.drop_condemned(occupant):
+                self._listener.condemned(self._residency.tell(occupant))
         self._fetched.discard(digest)
 
     def announce(self, digest: str) -> None:
         """The copy on the disk that an image came with is there too: say that the image is, which nobody asked a fill for."""
         self._fetched.discard(digest)
-        if (occupant := self._residents.get(digest)) is not None:
-            self._listener.filled("", self._resident(occupant))
+        if (occupant := self._residency.get(digest)) is not None:
+            self._listener.filled("", self._residency.tell(occupant))
 
     def new_agent(self) -> None:
         """An agent has come that will say who uses what; of what lies here nothing is forgotten before it has."""
-        self._users = {digest: users for digest, users in self._users.items() if digest in self._residents}
+        self._residency.forget_others()
         for fill in self._fills.values():
             fill.offered.clear()
 
@@ -188,28 +177,26 @@ class ArenaStore:
         for fill in (self._fills.get(digest), self._waiting.get(digest)):
             if fill is not None and sink in fill.sinks:
                 fill.sinks = tuple(each for each in fill.sinks if each is not sink)
-                if not fill.sinks and digest not in self._users and not fill.given_up and fill.source is None:
+                if not fill.sinks and not self._residency.has_users(digest) and not fill.given_up and fill.source is None:
                     self._give_up(fill)
 
     def give_back(self, digest: str) -> None:
         """A sink needs the image no more."""
-        self._borrowed[digest] -= 1
-        if not self._borrowed[digest]:
-            del self._borrowed[digest]
-            if (occupant := self._residents.get(digest)) is not None:
-                self._drop_condemned(occupant)
+        self._residency.give_back(digest)
 
     def views(self, digest: str, start_bytes: int, size_bytes: int) -> list[memoryview]:
         """A range of the image of a resident checkpoint."""
-        return self._arena.views(self._residents[digest].chunks, start_bytes, size_bytes)
+        occupant = self._residency.get(digest)
+        assert occupant is not None
+        return self._arena.views(occupant.chunks, start_bytes, size_bytes)
 
     def hold(self, digest: str, users: int, condemned: str = "") -> None:
-        self._count(digest, users)
-        if (occupant := self._residents.get(digest)) is not None:
-            self._use(occupant)
+        self._residency.count(digest, users)
+        if (occupant := self._residency.get(digest)) is not None:
+            self._residency.use(occupant)
             if condemned:
-                self._condemn(occupant, condemned)
-            self._drop_condemned(occupant)
+                self._residency.condemn(occupant, condemned)
+            self._residency.drop_condemned(occupant)
         for fill in (self._fills.get(digest), self._waiting.get(digest)):
             if fill is not None and not fill.given_up and users == 0 and fill.source is None and not fill.sinks:
                 self._give_up(fill)
@@ -217,28 +204,16 @@ class ArenaStore:
     def drop(self, digest: str) -> None:
         if digest in self._fills or digest in self._waiting:
             raise Conflict(f"checkpoint {digest} is just being loaded; stop what waits for it, then drop it")
-        occupant = self._residents.get(digest)
-        if occupant is None:
-            raise NotFound(f"checkpoint {digest} is not in this node's memory")
-        if occupant.users:
-            raise Conflict(f"checkpoint {digest} has {occupant.users} users; stop its instances first")
-        if digest in self._pinned:
-            raise Conflict(f"checkpoint {digest} is pinned in memory; unpin it first")
-        if self._borrowed[digest]:
-            raise Conflict(f"checkpoint {digest} is just being copied to a device; wait until that has ended")
-        if self._inspected(digest):
-            raise Conflict(f"checkpoint {digest} is just being verified; wait until that has ended")
-        del self._residents[digest]
-        self._release(occupant)
+        self._residency.drop(digest)
 
     def pin(self, digests: Iterable[str]) -> None:
-        self._pinned = frozenset(digests)
+        self._residency.pin(digests)
 
     def verify(self, op: str, digest: str, directory: Path) -> None:
         if op in self._verifier.asked:
             self._unheard.discard(op)
             return
-        occupant = self._residents.get(digest)
+        occupant = self._residency.get(digest)
         chunks = list(occupant.chunks) if occupant is not None else []
         image = partial(self._arena.views, chunks) if chunks else None
         self._verifier.begin(op, digest, directory, image)
@@ -269,19 +244,19 @@ class ArenaStore:
         for fill in self._fills.values():
             # What a read may yet write into stays marked as being filled: the next store must know.
             if fill.occupant is not None and fill.job is not None and fill.job.finished:
-                self._release(fill.occupant)
+                self._residency.release(fill.occupant)
         self._fills.clear()
         self._waiting.clear()
 
     def _begin(self, fill: Fill) -> None:
-        occupant = self._residents.get(fill.digest)
-        if occupant is not None and (why := self._condemned.get(fill.digest)) is not None:
+        occupant = self._residency.get(fill.digest)
+        if occupant is not None and (why := self._residency.condemned(fill.digest)) is not None:
             self._fail(fill, InvalidCheckpoint(f"{why}; {occupant.users} users still have it, stop them first"))
             return
         if occupant is not None:
-            self._use(occupant)
+            self._residency.use(occupant)
             for op in fill.ops:
-                self._listener.filled(op, self._resident(occupant, op))
+                self._listener.filled(op, self._residency.tell(occupant, op))
             self._lend(fill, 0)
             return
         try:
@@ -301,8 +276,8 @@ class ArenaStore:
     def _start(self, fill: Fill, manifest: Manifest) -> None:
         fill.image_bytes, fill.manifest = manifest.image_bytes, manifest
         fill.verifying = not catalog.is_verified(fill.directory)
-        chunks = self._free.take(self._arena.chunks_for(fill.image_bytes))
-        fill.occupant = self._arena.table.begin(self._free_slots.pop(), fill.digest, fill.image_bytes, chunks)
+        fill.occupant = self._residency.begin(fill.digest, fill.image_bytes)
+        chunks = fill.occupant.chunks
         trusted = not fill.verifying and fill.source is None
         units = list(fill_units(self._arena, fill.directory, manifest, chunks, fill.verifying, _UNIT_BYTES if trusted else 0))
         self._fills[fill.digest] = fill
@@ -339,34 +314,17 @@ class ArenaStore:
             mark(catalog.quarantine, verdict.directory, str(error))
         elif not isinstance(error, Cancelled):
             mark(catalog.unmark_verified, verdict.directory)
-        occupant = self._residents.get(digest)
+        occupant = self._residency.get(digest)
         if verdict.image_error is not None and occupant is not None:
-            self._condemn(occupant, str(verdict.image_error))
+            self._residency.condemn(occupant, str(verdict.image_error))
         # An earlier verdict may have left it, since it was still being looked at.
-        if occupant is not None and not self._drop_condemned(occupant) and verdict.image_error is not None:
-            self._listener.condemned(self._resident(occupant))
+        if occupant is not None and not self._residency.drop_condemned(occupant) and verdict.image_error is not None:
+            self._listener.condemned(self._residency.tell(occupant))
         if verdict.op in self._unheard:
             self._unheard.discard(verdict.op)
             return
         fault = error or verdict.image_error
         self._listener.verified(verdict.op, digest, Fault.of(fault) if fault is not None else None)
-
-    def _condemn(self, occupant: Occupant, why: str) -> None:
-        self._condemned[occupant.digest] = why
-        self._arena.table.condemn(occupant)
-
-    def _drop_condemned(self, occupant: Occupant) -> bool:
-        """Free an image that was found wrong, if nobody uses it any more."""
-        if occupant.digest not in self._condemned or occupant.users or self._inspected(occupant.digest):
-            return False
-        if self._borrowed[occupant.digest]:
-            return False
-        self._evict(occupant)
-        return True
-
-    def _inspected(self, digest: str) -> bool:
-        """True while the image is being compared, and must stay where it is."""
-        return digest in self._verifier.asked.values()
 
     def _woken(self) -> None:
         """On the verifier's thread."""
@@ -412,19 +370,17 @@ class ArenaStore:
         self._arena.hold_prefault(any(not other.stalled for other in self._fills.values()))
         error = job.error or changed_meanwhile(fill)
         if error is None:
-            self._arena.table.commit(fill.occupant)
-            self._residents[fill.digest] = fill.occupant
-            self._use(fill.occupant)
+            self._residency.commit(fill.occupant)
             if fill.verifying and fill.source is None:
                 mark(catalog.mark_verified, fill.directory)
             self._tell(fill, time.monotonic(), fill.image_bytes)
             for op in fill.ops:
-                self._listener.filled(op, self._resident(fill.occupant, op, fill.image_bytes))
+                self._listener.filled(op, self._residency.tell(fill.occupant, op, fill.image_bytes))
             if not fill.ops and fill.source is None:
-                self._listener.filled("", self._resident(fill.occupant))
+                self._listener.filled("", self._residency.tell(fill.occupant))
             self._lend(fill, fill.image_bytes)
         else:
-            self._release(fill.occupant)
+            self._residency.release(fill.occupant)
             if job.corrupt:
                 mark(catalog.quarantine, fill.directory, str(job.error))
             elif fill.source is None and not isinstance(error, Cancelled):
@@ -469,66 +425,11 @@ class ArenaStore:
 
     def _lend(self, fill: Fill, read_bytes: int) -> None:
         for sink in fill.sinks:
-            self._borrowed[fill.digest] += 1
+            self._residency.lend(fill.digest)
             sink.filled(read_bytes)
 
     def _make_room(self, image_bytes: int) -> bool:
-        """True when chunks and a slot for an image are free now, evicting what must go; False when they will be, once the
-        reads that were given up are over. Raises OutOfSpace, nothing evicted, when they will not."""
-        needed = self._arena.chunks_for(image_bytes)
-        kept = self._pinned.union(self._verifier.asked.values(), self._borrowed)
-        free = (each for each in self._residents.values() if not each.users and each.digest not in kept)
-        idle = sorted(free, key=lambda each: each.stamp)
+        """True when there is room for an image now, False when there will be, once reads that were given up are over. Raises
+        OutOfSpace."""
         ending = [fill.occupant for fill in self._fills.values() if fill.given_up and not fill.stalled and fill.occupant]
-        chunks, slots = len(self._free), len(self._free_slots)
-        victims: list[Occupant] = []
-        for occupant in idle:
-            if chunks >= needed and slots:
-                break
-            victims.append(occupant)
-            chunks += len(occupant.chunks)
-            slots += 1
-        if chunks < needed or not slots:
-            if chunks + sum(len(each.chunks) for each in ending) >= needed and slots + len(ending):
-                return False
-            raise OutOfSpace(
-                f"the arena has no room for {image_bytes} bytes: of {self._arena.chunks * self._arena.chunk_bytes} bytes "
-                f"{chunks * self._arena.chunk_bytes} are free or idle; stop an instance or give the node a larger arena"
-            )
-        for occupant in victims:
-            self._evict(occupant)
-        return True
-
-    def _evict(self, occupant: Occupant) -> None:
-        del self._residents[occupant.digest]
-        self._condemned.pop(occupant.digest, None)
-        self._listener.evicted(occupant.digest)
-        self._release(occupant)
-
-    def _release(self, occupant: Occupant) -> None:
-        self._arena.table.release(occupant)
-        self._free.give(occupant.chunks)
-        self._free_slots.add(occupant.slot)
-
-    def _count(self, digest: str, users: int) -> None:
-        """The agent's last word on who uses a checkpoint counts, wherever that is by now."""
-        if users:
-            self._users[digest] = users
-        else:
-            self._users.pop(digest, None)
-
-    def _use(self, occupant: Occupant) -> None:
-        self._stamp += 1
-        occupant.users, occupant.stamp = self._users.get(occupant.digest, 0), self._stamp
-        self._arena.table.note(occupant)
-
-    def _resident(self, occupant: Occupant, op: str = "", read_bytes: int = 0) -> Resident:
-        return Resident(
-            digest=occupant.digest,
-            extents=self._arena.extents(occupant.chunks),
-            image_bytes=occupant.image_bytes,
-            users=occupant.users,
-            op=op,
-            read_bytes=read_bytes,
-            condemned=self._condemned.get(occupant.digest, ""),
-        )
+        return self._residency.make_room(image_bytes, ending)

@@ -87,7 +87,7 @@ class Fill:
 
 
 def fill_units(
-    arena: Arena, directory: Path, manifest: Manifest, chunks: list[int], verifying: bool, least_bytes: int
+    arena: Arena, directory: Path, manifest: Manifest, chunks: Sequence[int], verifying: bool, least_bytes: int
 ) -> Iterator[Unit]:
     """The checksums' chunks, or as many of them together as make ``least_bytes``, where none is looked at."""
     together = max(1, least_bytes // manifest.chunk_bytes)

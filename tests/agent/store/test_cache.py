@@ -488,7 +488,7 @@ class Budget(RuleBasedStateMachine):
         digest, directory, _ = self.made[number]
         self.count += 1
         op = f"op{self.count}"
-        occupant = self.bench.store._residents.get(digest)
+        occupant = self.bench.store._residency.get(digest)
         wrong = wrong and occupant is not None and not self.users[digest]
         if wrong:
             assert occupant is not None

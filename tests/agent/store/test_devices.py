@@ -129,7 +129,7 @@ class Devices:
         assert not self.driver.allocations
         assert not self.driver.events
         assert self.store._streams.free_slots == self.store._streams._shape[0]
-        assert not self.bench.store._borrowed
+        assert not self.bench.store._residency._lent
         assert {weights.id for weights in self.store.weights} == set(self.kept)
         for device in range(len(self.sizes)):
             assert self.driver.used(device) == sum(each.size_bytes for each in self.store.weights if each.device == device)

@@ -234,6 +234,8 @@ class _Told:
     def filled(self, op: str, resident: object) -> None:
         self.ends.append(resident)
 
+    def evicted(self, digest: str) -> None: ...
+
     def failed(self, op: str, digest: str, fault: object) -> None:
         self.ends.append(fault)
 

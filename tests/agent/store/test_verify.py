@@ -145,7 +145,7 @@ def test_a_bad_image_without_users_is_dropped_and_read_again(bench: Bench, tmp_p
     digest, directory, image = commit(tmp_path, 1, 2 * CHUNK, partitions=2)
     bench.store.fill("a", digest, directory, users=0)
     bench.wait("a")
-    flip_image(bench, bench.store._residents[digest].chunks, 3 * CHUNK + 9)
+    flip_image(bench, bench.store._residency._residents[digest].chunks, 3 * CHUNK + 9)
     bench.store.verify("v", digest, directory)
     bench.wait("v")
     fault = bench.told.verdicts["v"]
@@ -163,7 +163,7 @@ def test_a_bad_image_with_users_goes_with_the_last_of_them_and_gets_no_other(ben
     digest, directory, _ = commit(tmp_path, 1, 2 * CHUNK)
     bench.store.fill("a", digest, directory, users=1)
     bench.wait("a")
-    flip_image(bench, bench.store._residents[digest].chunks, 9)
+    flip_image(bench, bench.store._residency._residents[digest].chunks, 9)
     bench.store.verify("v", digest, directory)
     bench.wait("v")
     assert [resident.digest for resident in bench.told.bad] == [digest]
@@ -184,7 +184,7 @@ def test_a_bad_image_that_is_looked_at_twice_goes_though_the_second_look_is_canc
     other = commit(tmp_path, 2, CHUNK)
     bench.store.fill("a", digest, directory, users=0)
     bench.wait("a")
-    flip_image(bench, bench.store._residents[digest].chunks, 9)
+    flip_image(bench, bench.store._residency._residents[digest].chunks, 9)
     bench.store.verify("v", digest, directory)
     bench.store.verify("w", digest, directory)
     bench.store.cancel_verify("w")
