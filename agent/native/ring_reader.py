@@ -39,7 +39,8 @@ _CANCELLATION: Final = 1 << 63
 _AGAINS: Final = 1000
 """A read that the kernel puts off so often has failed."""
 _MAX_DEPTH: Final = 64
-_SPARE_ENTRIES: Final = 64
+_ENTRIES: Final = 4 * _MAX_DEPTH
+"""Of the ring: when all reads are overdue, as many are cancelled, and as many begun, before it is entered again."""
 _log = logging.getLogger(__name__)
 
 
@@ -147,7 +148,7 @@ class RingReader:
 
     def _serve(self, refused: SimpleQueue[SllmError | None]) -> None:
         try:
-            ring = Ring(_MAX_DEPTH + _SPARE_ENTRIES)
+            ring = Ring(_ENTRIES)
         except NoRing as error:
             refused.put(error)
             return

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from agent.native import files, ring_reader
-from agent.native.reader import ReadPool, Unit
+from agent.native.reader import Priority, ReadPool, Unit
 from agent.native.uring import NoRing, Ring
 from tests.agent.native.test_reader import MIB, Watch, units, write
 
@@ -189,6 +189,40 @@ def test_a_read_that_does_not_come_back_ends_its_job_and_no_other(tmp_path: Path
     assert not stuck.finished
     leave.set()
     pool.cancel(job)
+    watch.wait(stuck)
+    pool.close()
+
+
+def test_a_disk_that_holds_all_reads_at_once_ends_their_job_and_not_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave, ended = threading.Event(), threading.Event()
+    depth = ring_reader._MAX_DEPTH
+    faulty(monkeypatch, lambda offset, result, direct: HELD if offset < depth * 4096 and not leave.is_set() else result)
+    monkeypatch.setattr(ring_reader, "_TICK_S", 0.05)
+    monkeypatch.setattr(ring_reader.os, "_exit", lambda code: ended.set())
+    cold(tmp_path / "f", MIB)
+    late = threading.Event()
+
+    class LateRing(ring_reader.Ring):  # type: ignore[misc, name-defined]
+        def enter(self, timeout_s: float, completions: int = 1) -> None:
+            if len(self.kept) == depth and not late.is_set():
+                late.set()
+                time.sleep(0.3)  # all of them are overdue when they are looked at next
+                pool._reader.wake()
+            super().enter(timeout_s, completions)
+
+    monkeypatch.setattr(ring_reader, "Ring", LateRing)
+    pool, watch = ReadPool(1, backend="io_uring", depth=depth, block_bytes=4096, stall_s=0.2), Watch()
+    blocks = [Unit(tmp_path / "f", MIB, 4096 * each, (memoryview(bytearray(4096)),)) for each in range(4 * depth)]
+    job = pool.submit(blocks[depth:], watch, priority=Priority.BACKGROUND)
+    stuck = pool.submit(blocks[:depth], watch)
+    until(lambda: job.finished or ended.is_set())
+    assert late.is_set()
+    assert not ended.is_set()
+    assert job.error is None
+    assert stuck.stalled is not None
+    leave.set()
     watch.wait(stuck)
     pool.close()
 
