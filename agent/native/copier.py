@@ -180,6 +180,13 @@ class Copier:
             job._last = True
             self._condition.notify()
 
+    def raise_to(self, job: CopyJob, priority: int) -> None:
+        """Somebody more urgent waits for a job now; it is never lowered."""
+        with self._condition:
+            if priority < job.priority:
+                job.priority = priority
+                job._clock = min(job._clock, self._clock)  # what it owes was counted at its old weight
+
     def fail(self, job: CopyJob, error: SllmError) -> None:
         """End a job with this error, once its running copies are over; without effect on one that has ended."""
         with self._condition:

@@ -103,9 +103,7 @@ class ArenaStore:
         if known is None:
             self._begin(Fill(digest, directory, [op], priority))
             return
-        known.priority = min(known.priority, priority)
-        if known.job is not None:
-            self._pool.raise_priority(known.job, priority)
+        self.raise_to(digest, priority)
         if op not in known.ops:
             known.ops.append(op)
 
@@ -168,9 +166,15 @@ class ArenaStore:
             self._begin(Fill(digest, directory, [], priority, sinks=(sink,)))
             return
         known.sinks += (sink,)
-        known.priority = min(known.priority, priority)
-        if known.job is not None:
-            self._pool.raise_priority(known.job, priority)
+        self.raise_to(digest, priority)
+
+    def raise_to(self, digest: str, priority: Priority) -> None:
+        """Somebody more urgent waits for a checkpoint that is on its way; it is never lowered."""
+        for fill in (self._fills.get(digest), self._waiting.get(digest)):
+            if fill is not None and not fill.given_up:
+                fill.priority = min(fill.priority, priority)
+                if fill.job is not None:
+                    self._pool.raise_priority(fill.job, priority)
 
     def abandon(self, sink: FillSink, digest: str) -> None:
         """A sink wants a fill no more; it hears nothing of it from now on. What nobody else waits for is given up."""

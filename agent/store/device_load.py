@@ -72,6 +72,15 @@ class DeviceLoad:
     def error(self) -> SllmError | None:
         return self._job.error
 
+    def raise_to(self, priority: Priority) -> None:
+        """Somebody more urgent waits for it now; it is never lowered."""
+        self._priority = min(self._priority, priority)
+        self._copier.raise_to(self._job, priority)
+        if self._bringing:
+            self._arena.raise_to(self.digest, priority)
+        if self._stream is not None and self._stream.read is not None:
+            self._arena.pool.raise_priority(self._stream.read, priority)
+
     def cancel(self) -> None:
         """End it as Cancelled; it is over when `pump` says so."""
         self._copier.cancel(self._job)

@@ -95,6 +95,11 @@ class _Load:
     def digest(self) -> str:
         return self.entry.digest
 
+    def raise_to(self, priority: Priority) -> None:
+        self.priority = min(self.priority, priority)
+        if self.load is not None:
+            self.load.raise_to(priority)
+
     @property
     def size_bytes(self) -> int:
         return -(-self.entry.manifest.image_bytes // _GRANULARITY) * _GRANULARITY
@@ -192,6 +197,9 @@ class DeviceStore:
         self._asked[op] = _Asked(digest, directory, devices, priority)
         for device in devices:
             self.hold(digest, device, users)
+        for load in self._loads:
+            if load.digest == digest and set(devices) & set(load.devices):
+                load.raise_to(priority)
         self._settle()
 
     def follow(self, entry: CatalogEntry, devices: tuple[int, ...]) -> None:

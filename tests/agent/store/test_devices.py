@@ -313,6 +313,29 @@ def test_a_read_that_does_not_come_back_ends_the_load_and_keeps_its_slots(tmp_pa
     node.close()
 
 
+@pytest.mark.parametrize("arena_bytes", [16 * MIB, 2 * CHUNK])
+def test_a_prefetch_that_a_start_comes_to_wait_for_is_raised(tmp_path: Path, arena_bytes: int) -> None:
+    node = Devices(arena_bytes=arena_bytes)
+    node.driver.gate.clear()
+    made = commit(tmp_path, 1, 9 * MIB)
+    node.store.fill("ahead", made[0], made[1], (0,), 1, Priority.PREFETCH)
+    (load,) = node.store._loads
+    assert load.load is not None
+    jobs = [load.load._job, *(each.job for each in node.bench.store._fills.values())]
+    if load.load._stream is not None:
+        jobs.append(load.load._stream.read)
+    assert len(jobs) == 2
+    assert {each.priority for each in jobs if each is not None} == {Priority.PREFETCH}
+    node.fill("start", made)
+    assert {each.priority for each in jobs if each is not None} == {Priority.REQUEST}
+    node.store.fill("ahead too", made[0], made[1], (0,), 1, Priority.PREFETCH)
+    assert {each.priority for each in jobs if each is not None} == {Priority.REQUEST}
+    node.driver.gate.set()
+    node.wait("ahead", "start", "ahead too")
+    assert not node.faults
+    node.close()
+
+
 def test_a_good_image_of_a_copy_in_quarantine_is_used_and_only_that(node: Devices, tmp_path: Path) -> None:
     made = commit(tmp_path, 1, 5 * MIB)
     node.bench.store.fill("image", made[0], made[1], users=0)
