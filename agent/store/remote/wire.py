@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from typing import Final
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 from agent.store.remote.api import Forbidden, Interrupted, left_s, nothing_there
 from agent.store.remote.pace import Pace, PacedResponse
@@ -27,6 +27,7 @@ from schema.remote import RemoteSettings
 __all__ = ["Answer", "Wire"]
 
 _REDIRECTS: Final = 5
+_URL_PUNCTUATION: Final = "%/:=&?~#+!$,;'@()*[]"
 _REDIRECT: Final = (301, 302, 303, 307, 308)
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)")
 _Origin = tuple[str, str, int]
@@ -77,7 +78,7 @@ class Wire:
             whole = False
             try:
                 if response.status in _REDIRECT and (location := response.getheader("Location")):
-                    target = urljoin(url, location)
+                    target = _joined(url, location)
                     if origin[0] == "https" and _origin(target)[0] != "https":
                         raise Unreachable(f"{where} is redirected from https to an unencrypted address, which is not followed")
                     if _origin(target) != origin:
@@ -177,6 +178,9 @@ class Wire:
                 if reused and not isinstance(error, TimeoutError):
                     continue  # the server has closed it while it was idle
                 raise Interrupted(f"{where}: {_describe(error)}") from error
+            except BaseException:
+                self._give_back(connection, origin, keep=False)
+                raise
 
     def _take(self, origin: _Origin) -> tuple[http.client.HTTPConnection, bool]:
         with self._lock:
@@ -264,6 +268,14 @@ def _origin(url: str) -> _Origin:
     if split.scheme not in ("http", "https") or not split.hostname:
         raise Unreachable("a redirect leads to an address that is neither http nor https")
     return split.scheme, split.hostname, port or (443 if split.scheme == "https" else 80)
+
+
+def _joined(url: str, location: str) -> str:
+    """Where a redirect leads. Some servers name it as it is, in UTF-8; http.client reads headers as Latin-1."""
+    try:
+        return urljoin(url, quote(location, safe=_URL_PUNCTUATION, encoding="latin-1"))
+    except ValueError as error:
+        raise InvalidInput(f"an address on the way is not valid: {error}") from error
 
 
 def _total(response: http.client.HTTPResponse) -> int | None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 import pytest
@@ -181,6 +182,33 @@ def test_redirects_are_followed_so_far(web: WebServer) -> None:
     assert view == DATA[500:1500]
     with pytest.raises(Unreachable, match="more than 5 times"):
         read_into(remote, "round", 0, view)
+    remote.close()
+
+
+def test_redirects_to_what_is_no_plain_address(web: WebServer) -> None:
+    targets = {
+        "plain": "/é è".encode().decode("latin-1"),
+        "broken": "//[1/",
+        "port": "http://a:x/",
+        "file": "file:///etc/passwd",
+    }
+
+    def lead(handler: object, path: str, count: int) -> bool:
+        if path not in targets:
+            handler.answer(200 if path == quote("é è") else 404, DATA[:1000])  # type: ignore[attr-defined]
+            return True
+        handler.send_response(302)  # type: ignore[attr-defined]
+        handler.send_header("Location", targets[path])  # type: ignore[attr-defined]
+        handler.send_header("Content-Length", "0")  # type: ignore[attr-defined]
+        handler.end_headers()  # type: ignore[attr-defined]
+        return True
+
+    web.fault = lead
+    remote = open_remote(web.url, SETTINGS)
+    assert remote.size("plain") == 1000
+    for path in ("broken", "port", "file"):
+        with pytest.raises((InvalidInput, Unreachable)):
+            remote.size(path)
     remote.close()
 
 
