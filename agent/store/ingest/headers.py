@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from dataclasses import dataclass
 from typing import Any, Final
@@ -28,6 +29,7 @@ _INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"
 _PICKLED_INDEX: Final = "pytorch_model.bin.index.json"
 _PICKLED_SINGLE: Final = "pytorch_model.bin"
+_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +168,8 @@ def parse_json(data: bytes, what: str) -> dict[str, Any]:
 
     try:
         value = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=_refuse_constant)
+        if _SURROGATE.search(data):
+            json.dumps(value, ensure_ascii=False).encode()  # raises for half a character, which could not be written down
     except (ValueError, RecursionError) as error:
         raise InvalidCheckpoint(f"{what} is not readable JSON: {error}") from error
     if not isinstance(value, dict):

@@ -366,6 +366,8 @@ def test_weights_that_cannot_be_run(source: Path, tmp_path: Path) -> None:
         ("tokenizer.json", None, "no tokenizer.json, and nothing"),
         ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["x.Evil", null]}}', "auto_map"),
         ("tokenizer_config.json", '{"chat_template": 3}', "chat_template is no text"),
+        ("tokenizer_config.json", '{"chat_template": "\\ud800"}', "not readable JSON"),
+        ("config.json", '{"half a character": "\\uDC00"}', "not readable JSON"),
         ("tokenizer_config.json", json.dumps({"chat_template": "x" * (1 << 20) + "y"}), "chat_template is no text"),
         ("chat_template.jinja", "x" * (1 << 20) + "y", "at most"),
         ("generation_config.json", '{"temperature": "hot"}', "temperature"),
