@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import re
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -239,7 +240,7 @@ def remove(entry: CatalogEntry | DamagedCopy) -> None:
     Of one in place only the manifest and what lies beside it goes; the user's files are not touched.
     """
     root = entry.directory.parent.parent
-    trash = root.parent / "tmp" / f"trash-{entry.digest[:16]}-{entry.directory.name}-{os.getpid()}"
+    trash = root.parent / "tmp" / f"trash-{entry.digest[:16]}-{entry.directory.name}-{secrets.token_hex(4)}"
     trash.parent.mkdir(parents=True, exist_ok=True)
     try:
         entry.directory.rename(trash)

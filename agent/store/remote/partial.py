@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 import time
 from pathlib import Path
@@ -30,7 +31,7 @@ class Partial:
         self.manifest = manifest
         self.path = data / "partial" / f"{manifest.digest}-{manifest.layout}"
         self.target = checkpoints / manifest.digest / manifest.layout
-        self._trash = data / "tmp" / f"trash-{manifest.digest[:16]}-{manifest.layout}-{os.getpid()}"
+        self._trash = data / "tmp" / f"trash-{manifest.digest[:16]}-{manifest.layout}-{secrets.token_hex(4)}"
         self._encoded = encoded
         self.resumed = False
         self._held = -1

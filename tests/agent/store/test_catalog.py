@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -146,3 +147,23 @@ def test_what_the_system_fails_to_read_says_nothing_of_the_copy(
         bench.store.fill("again", digest, directory)
         bench.wait("again")
         assert bench.told.faults.keys() == {"load"}
+
+
+def test_what_a_removal_could_not_delete_is_not_in_the_way_of_the_next(
+    source: tuple[str, Path, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, directory, _ = source
+    again = directory.parent.parent.parent / "again"
+    shutil.copytree(directory, again)
+
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(catalog.shutil, "rmtree", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            catalog.remove(catalog.read_entry(directory))
+    directory.parent.mkdir()
+    again.rename(directory)
+    catalog.remove(catalog.read_entry(directory))
+    assert catalog.look(directory.parent.parent) == catalog.Found({}, {})
