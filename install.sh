@@ -388,8 +388,7 @@ build_bundle() {
 run_demo() {
     local venv=${SLLM_VENV:-$ROOT/.venv}
     install_editable "$venv" node
-    # What steers this script is no setting of sllmctl, which refuses variables it does not know.
-    exec env -u SLLM_VENV -u SLLM_PYTHON "$venv/bin/sllmctl" demo "$@"
+    exec "$venv/bin/sllmctl" demo "$@"
 }
 
 run_tests() {

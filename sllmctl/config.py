@@ -43,8 +43,8 @@ __all__ = [
 SOCKET_PATH_BYTES = 100
 """The longest path of a unix socket that is accepted; the kernel's own limit is 107 bytes."""
 
-_OTHER_VARIABLES = frozenset({"SLLM_CONFIG", "SLLM_PYTHON"})
-"""What is no setting: where the settings' file is, and the interpreter that install.sh is to use."""
+_OTHER_VARIABLES = frozenset({"SLLM_CONFIG", "SLLM_PYTHON", "SLLM_VENV"})
+"""What is no setting: where the settings' file is, and the interpreter and the environment that install.sh is to use."""
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 _Seconds = Annotated[float, Meta(ge=0, le=86400 * 365)]
@@ -177,7 +177,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         found: dict[str, Any] = {}
         for layer in (_from_file(leaves, environ, file), _from_environ(leaves, environ), _from_flags(leaves, flags)):
             found.update(layer)
-        state = found.setdefault("state_dir", _default_state_dir(environ))
+        if "state_dir" not in found:
+            found["state_dir"] = _default_state_dir(environ)
+        state = found["state_dir"]
         found.setdefault("database_url", f"sqlite+aiosqlite:///{state}/state.db")
         found.setdefault("admin_socket", state / "admin.sock")
         if "log_format" in found:
@@ -204,10 +206,13 @@ class _Leaf:
         return self.kind is Path or self.key in ("node.run_dir", "node.data_dir")
 
 
-def config_file(environ: Mapping[str, str], file: Path | None = None) -> tuple[Path, bool]:
-    """Where the settings' file is looked for, and whether somebody named it."""
-    asked = file or (Path(environ["SLLM_CONFIG"]).expanduser() if environ.get("SLLM_CONFIG") else None)
-    return asked or _config_dir(environ) / "sllmctl" / "config.toml", asked is not None
+def config_file(environ: Mapping[str, str], file: Path | None = None) -> tuple[Path | None, bool]:
+    """Where the settings' file is looked for, None for a user without a home, and whether somebody named it."""
+    asked = file or (_expanded(environ["SLLM_CONFIG"], "SLLM_CONFIG") if environ.get("SLLM_CONFIG") else None)
+    if asked is not None:
+        return asked, True
+    directory = _config_dir(environ)
+    return None if directory is None else directory / "sllmctl" / "config.toml", False
 
 
 def parse_bytes(text: str) -> int:
@@ -230,6 +235,8 @@ def _leaves(kind: type[msgspec.Struct], above: tuple[str, ...]) -> Iterator[_Lea
 
 def _from_file(leaves: Mapping[str, _Leaf], environ: Mapping[str, str], file: Path | None) -> Iterator[tuple[str, Any]]:
     path, asked = config_file(environ, file)
+    if path is None:
+        return
     try:
         table = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -283,14 +290,15 @@ def _checked(leaf: _Leaf, value: Any, origin: str, *, strict: bool, base: Path |
                 raise ValueError("a path must not be empty")
             if "\0" in text:
                 raise ValueError("a path must not contain a NUL character")
-            path = (base or Path.cwd()) / Path(text).expanduser()
+            path = _expanded(text, origin)
+            path = path if path.is_absolute() else (base or _working_directory()) / path
             return path if leaf.kind is Path else str(path)
         if leaf.key.endswith("_bytes") and isinstance(value, str):
             value = parse_bytes(value)
         elif not strict and isinstance(value, str) and get_origin(leaf.kind) in (tuple, list):
             value = [part.strip() for part in value.split(",") if part.strip()]
         return msgspec.convert(value, leaf.kind, strict=strict)
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         raise InvalidInput(f"{origin}: {error}", leaf.key) from error
 
 
@@ -326,15 +334,41 @@ def _check_socket(key: str, path: Path) -> None:
         )
 
 
-def _config_dir(environ: Mapping[str, str]) -> Path:
-    return Path(environ["XDG_CONFIG_HOME"]) if environ.get("XDG_CONFIG_HOME") else _home(environ) / ".config"
+def _config_dir(environ: Mapping[str, str]) -> Path | None:
+    if environ.get("XDG_CONFIG_HOME"):
+        return Path(environ["XDG_CONFIG_HOME"])
+    home = _home(environ)
+    return None if home is None else home / ".config"
 
 
 def _default_state_dir(environ: Mapping[str, str]) -> Path:
     if environ.get("XDG_STATE_HOME"):
         return Path(environ["XDG_STATE_HOME"]) / "sllmctl"
-    return Path("/var/lib/sllmctl") if os.geteuid() == 0 else _home(environ) / ".local" / "state" / "sllmctl"
+    if os.geteuid() == 0:
+        return Path("/var/lib/sllmctl")
+    home = _home(environ)
+    if home is None:
+        raise InvalidInput("this user has no home directory to keep the state in; set state_dir (--state-dir, SLLM_STATE_DIR)")
+    return home / ".local" / "state" / "sllmctl"
 
 
-def _home(environ: Mapping[str, str]) -> Path:
-    return Path(environ["HOME"]) if environ.get("HOME") else Path.home()
+def _home(environ: Mapping[str, str]) -> Path | None:
+    """None for a user of whom neither HOME nor the system's list of users says where that is."""
+    try:
+        return Path(environ["HOME"]) if environ.get("HOME") else Path.home()
+    except RuntimeError:
+        return None
+
+
+def _expanded(text: str, origin: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise InvalidInput(f"{origin}: {text} names no home directory that is known here; name the path in full") from error
+
+
+def _working_directory() -> Path:
+    try:
+        return Path.cwd()
+    except FileNotFoundError as error:
+        raise ValueError("the working directory is gone; name the path in full") from error

@@ -117,6 +117,7 @@ def test_variables_are_read_as_their_settings_types(home: dict[str, str]) -> Non
         "SLLM_SERVE_STOP_AGENT": "false",
         "SLLM_API_HOST": "",
         "SLLM_PYTHON": "x",
+        "SLLM_VENV": "/x",
     }
     settings = Settings.load({}, {**home, **more})
     assert settings.node.arena_bytes == 2 << 30
@@ -149,6 +150,31 @@ def test_relative_paths_are_the_files_or_the_working_directorys(tmp_path: Path, 
     file = _write(tmp_path, "state_dir = 'here'", "etc/c.toml")
     assert Settings.load(short, home, file).state_dir == tmp_path / "etc" / "here"
     assert Settings.load({**short, "state_dir": "there"}, home).state_dir == tmp_path / "there"
+
+
+def test_a_user_without_a_home_names_the_state_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(*_: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    with pytest.raises(InvalidInput, match="--state-dir"):
+        Settings.load({}, {})
+    assert Settings.load({"state_dir": "/tmp/s"}, {}).state_dir == Path("/tmp/s")
+
+
+def test_a_path_that_starts_nowhere_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidInput, match="SLLM_CONFIG: ~nobody-of-that-name/x names no home"):
+        Settings.load({}, {"HOME": "/h", "SLLM_CONFIG": "~nobody-of-that-name/x"})
+    with pytest.raises(InvalidInput, match="flag for state_dir: ~nobody-of-that-name/x names no home"):
+        Settings.load({"state_dir": "~nobody-of-that-name/x"}, {"HOME": "/h"})
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert Settings.load({"state_dir": "/tmp/s"}, {"HOME": "/h"}).state_dir == Path("/tmp/s")
+    with pytest.raises(InvalidInput, match="flag for state_dir: the working directory is gone"):
+        Settings.load({"state_dir": "s"}, {"HOME": "/h"})
 
 
 @pytest.mark.parametrize("key", ["state_dir", "admin_socket", "node.run_dir"])
