@@ -9,11 +9,12 @@ import os
 import socket
 import stat
 from pathlib import Path
+from typing import Any
 
 from schema.errors import Conflict, InvalidInput
 from sllmctl.config import SOCKET_PATH_BYTES
 
-__all__ = ["bind_tcp", "bind_unix"]
+__all__ = ["bind_tcp", "bind_unix", "tcp_address"]
 
 
 def bind_tcp(host: str, port: int, *, anywhere: bool = False) -> socket.socket:
@@ -22,16 +23,7 @@ def bind_tcp(host: str, port: int, *, anywhere: bool = False) -> socket.socket:
     Raises Conflict when the port is taken, InvalidInput when the address is none of this machine's, or not a loopback
     address and ``anywhere`` is not set.
     """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except socket.gaierror as error:
-        raise InvalidInput(f"cannot listen on {host}: {error.strerror}", "api.host") from error
-    if not anywhere and not ipaddress.ip_address(address[0]).is_loopback:
-        raise InvalidInput(
-            f"the API asks for no key, so it does not listen on {host}; use a loopback address behind a proxy, "
-            "or set api.without_keys if whoever reaches it may use it",
-            "api.host",
-        )
+    family, kind, protocol, _, address = tcp_address(host, port, anywhere=anywhere)
     sock = socket.socket(family, kind, protocol)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -45,6 +37,24 @@ def bind_tcp(host: str, port: int, *, anywhere: bool = False) -> socket.socket:
         raise InvalidInput(f"cannot listen on {host}:{port}: {error.strerror}", "api.host") from error
     sock.setblocking(False)
     return sock
+
+
+def tcp_address(host: str, port: int, *, anywhere: bool = False) -> tuple[int, int, int, str, Any]:
+    """What to make a socket of, as `socket.getaddrinfo` has it.
+
+    Raises InvalidInput for a name that is none, and for an address beyond loopback unless ``anywhere`` is set.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except OSError as error:
+        raise InvalidInput(f"cannot listen on {host}: {error.strerror}", "api.host") from error
+    if not anywhere and not ipaddress.ip_address(found[4][0]).is_loopback:
+        raise InvalidInput(
+            f"the API asks for no key, so it does not listen on {host}; use a loopback address behind a proxy, "
+            "or set api.without_keys if whoever reaches it may use it",
+            "api.host",
+        )
+    return found
 
 
 def bind_unix(path: Path) -> socket.socket:

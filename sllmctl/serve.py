@@ -44,14 +44,14 @@ from sllmctl.gateway.text import TextService
 from sllmctl.listeners import bind_tcp, bind_unix
 from sllmctl.nodes.assets import Assets
 from sllmctl.nodes.links import Links
-from sllmctl.nodes.local import LocalAgent
+from sllmctl.nodes.local import LocalAgent, need_memory
 from sllmctl.planner.estimates import Estimates
 from sllmctl.planner.planner import LocalityPlanner
 from sllmctl.planner.plans import Abilities
 from sllmctl.state import Cluster, Database
 
 if TYPE_CHECKING:
-    from sllmctl.config import NodeSettings, Settings
+    from sllmctl.config import Settings
     from sllmctl.control.effects import PutEstimate
     from sllmctl.control.view import ClusterView
 
@@ -72,7 +72,7 @@ def run(settings: Settings) -> int:
 
 
 async def _serve(settings: Settings) -> None:
-    _check_memory(settings.node)
+    need_memory(settings.node)
     try:
         settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -95,14 +95,6 @@ async def _serve(settings: Settings) -> None:
         api_url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         manager = Manager(settings, database, cluster, await database.load(), await database.estimates(), api_url)
         await manager.serve(api_socket, admin_socket)
-
-
-def _check_memory(node: NodeSettings) -> None:
-    """Refuse budgets that this machine cannot have: its store would die of them again and again. Raises InvalidInput."""
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for key, size_bytes in (("node.arena_bytes", node.arena_bytes), ("node.device_bytes", node.device_bytes)):
-        if size_bytes > whole:
-            raise InvalidInput(f"{key} is {size_bytes} bytes, and this machine has {whole}; set it lower", key)
 
 
 class _Server(uvicorn.Server):

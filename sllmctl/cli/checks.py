@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import shlex
 import shutil
 import socket
 import stat
@@ -12,19 +13,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from schema.admin import StatusView
-from schema.errors import SllmError
+from schema.admin import NodeView
+from schema.errors import InvalidInput, Unreachable
+from schema.states import NodeState
 from schema.version import VERSION
 from sllmctl.cli.clock_checks import check_clock
 from sllmctl.cli.cluster_checks import check_cluster
 from sllmctl.cli.findings import Finding, existing, meminfo
-from sllmctl.cli.format import size
+from sllmctl.cli.format import printable, size
 from sllmctl.cli.machine_checks import cuda, cuda_facts, listeners, port, port_error
 from sllmctl.cli.process_checks import check_processes, group_of, process_facts
 from sllmctl.cli.state_checks import check_state
-from sllmctl.cli.store_checks import check_store
-from sllmctl.config import Settings
-from sllmctl.nodes.local import missing_node_packages, node_processes
+from sllmctl.cli.store_checks import arena_pages, check_store
+from sllmctl.cli.told import ANSWER_S, Told, ask
+from sllmctl.config import NodeSettings, Settings
+from sllmctl.nodes.local import missing_node_packages, need_memory, node_processes
 
 __all__ = ["Finding", "check_machine", "check_python", "socket_state"]
 
@@ -34,6 +37,7 @@ _DISK_FAULT_BYTES, _DISK_WARN_BYTES = 1 << 30, 10 << 30
 _SHM = Path("/dev") / "shm"
 _SHM_WARN_BYTES = 64 << 20
 _PROBE_S = 1.0
+_TO_RUN_MODELS = "to run models on this machine install sllmctl from its sources with `./install.sh`"
 
 
 def check_python() -> Iterator[Finding]:
@@ -50,8 +54,7 @@ def check_python() -> Iterator[Finding]:
         except importlib.metadata.PackageNotFoundError:
             missing.append(name)
     if missing:
-        advice = "install sllmctl[node] if this machine is to run models"
-        yield Finding("packages", "warn", f"not installed: {', '.join(missing)}", advice)
+        yield Finding("packages", "warn", f"not installed: {', '.join(missing)}", _TO_RUN_MODELS)
     else:
         yield Finding("packages", "ok", ", ".join(found))
 
@@ -61,28 +64,31 @@ def check_machine(settings: Settings, file: Path | None = None) -> Iterator[Find
 
     ``file`` is the configuration that was read, if any. What only a manager knows is left out where none answers.
     """
+    run, data = Path(settings.node.run_dir), Path(settings.node.data_dir)
     yield _state_dir(settings.state_dir)
+    yield _data_dir(settings.state_dir, run, data)
     manager = socket_state(settings.admin_socket)
-    view = _status(settings) if manager == "answers" else None
-    status = view if isinstance(view, StatusView) else None
-    yield _manager(settings, manager, view)
-    if status is not None:
-        yield _versions(status.version)
-    yield _agent(Path(settings.node.run_dir) / "agent.sock", manager)
+    told = ask(settings) if manager == "answers" else Told()
+    yield _manager(settings.admin_socket, manager, told)
+    if told.status is not None:
+        yield _versions(told.status.version)
+    processes = node_processes(run)
+    yield _agent(run / "agent.sock", manager, told.local, dict(processes).get("agent"))
     if manager != "answers":
-        number = settings.api.port
-        yield port(settings.api.host, number, port_error(settings.api.host, number), listeners(number) if number else ())
+        api = settings.api
+        error = port_error(api.host, api.port, anywhere=api.without_keys)
+        yield port(api.host, api.port, error, listeners(api.port) if api.port else ())
     yield from check_state(settings, file, running=manager == "answers")
-    yield _memory(settings.node.arena_bytes)
+    yield _memory(settings.node, told.local, dict(processes).get("store"))
     yield _shared_memory()
-    ours = [("manager", status.pid)] if status is not None else []
-    yield from check_processes(process_facts([*ours, *node_processes(Path(settings.node.run_dir))]))
+    ours = [("manager", told.status.pid)] if told.status is not None else []
+    yield from check_processes(process_facts([*ours, *processes]))
     yield cuda(cuda_facts())
-    yield _disk(Path(settings.node.data_dir))
-    yield from check_clock(settings.state_dir, (status.pid, status.started_at) if status is not None else None)
-    yield from check_store(settings, running=manager == "answers")
-    if manager == "answers":
-        yield from check_cluster(settings)
+    yield _disk(data)
+    yield from check_clock(settings.state_dir, (told.status.pid, told.status.started_at) if told.status is not None else None)
+    yield from check_store(settings, told)
+    if told.status is not None and told.error is None:
+        yield from check_cluster(told)
 
 
 def socket_state(path: Path) -> Literal["absent", "stale", "answers", "denied", "odd"]:
@@ -93,34 +99,58 @@ def socket_state(path: Path) -> Literal["absent", "stale", "answers", "denied", 
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.settimeout(_PROBE_S)
             probe.connect(str(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return "absent"
     except ConnectionRefusedError:
         return "stale"
     except PermissionError:
         return "denied"
-    except (OSError, TimeoutError):
+    except (BlockingIOError, TimeoutError):
+        return "answers"  # somebody listens, and is behind with taking connections
+    except OSError:
         return "odd"
     return "answers"
 
 
 def _state_dir(path: Path) -> Finding:
-    above = existing(path)
-    if above.exists() and not above.is_dir():
-        return Finding("state_dir", "fault", f"{above} is not a directory", "move it away, or set state_dir")
-    if not os.access(above, os.W_OK | os.X_OK):
-        advice = "run sllmctl as its owner, or set state_dir (--state-dir, SLLM_STATE_DIR)"
-        return Finding("state_dir", "fault", f"{above} cannot be written by this user", advice)
-    if above != path:
+    in_the_way = _in_the_way(path, "state_dir (--state-dir, SLLM_STATE_DIR)")
+    if in_the_way is not None:
+        return Finding("state_dir", "fault", *in_the_way)
+    if existing(path) != path:
         return Finding("state_dir", "ok", f"{path} is made at the first start")
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o022:
-        return Finding("state_dir", "warn", f"{path} can be written by other users ({mode:o})", f"chmod 700 {path}")
+        return Finding("state_dir", "warn", f"{path} can be written by other users ({mode:o})", f"`chmod go-w {path}`")
     return Finding("state_dir", "ok", f"{path} ({mode:o})")
 
 
-def _manager(settings: Settings, state: str, view: StatusView | SllmError | None) -> Finding:
-    path = settings.admin_socket
+def _data_dir(state: Path, run: Path, data: Path) -> Finding:
+    """Those that are not there yet lie in what the state directory's own finding is about, unless they are set."""
+    for path, setting in ((data, "node.data_dir"), (run, "node.run_dir")):
+        in_the_way = _in_the_way(path, setting)
+        if in_the_way is not None and existing(path) != existing(state):
+            return Finding("data_dir", "fault", *in_the_way)
+    return Finding("data_dir", "ok", f"checkpoints in {data}" + (f", sockets in {run}" if run != data else ""))
+
+
+def _in_the_way(path: Path, setting: str) -> tuple[str, str] | None:
+    """Why this user cannot write there, and what to do; None where it can."""
+    above = existing(path)
+    if not above.is_dir():
+        return f"{above} is not a directory", f"move it away, or set {setting}"
+    if os.access(above, os.W_OK | os.X_OK):
+        return None
+    where = shlex.quote(str(above))
+    if os.statvfs(above).f_flag & os.ST_RDONLY:
+        text = f"{above} lies on a file system that is mounted read-only"
+        return text, f'`sudo mount -o remount,rw "$(findmnt -no TARGET -T {where})"`, or set {setting}'
+    owner = above.stat().st_uid
+    if owner == os.geteuid():
+        return f"{above} cannot be written by its owner, this user", f"`chmod u+rwx {where}`"
+    return f"{above} is user {owner}'s and cannot be written by this one", f"run sllmctl as its owner, or set {setting}"
+
+
+def _manager(path: Path, state: str, told: Told) -> Finding:
     match state:
         case "absent":
             return Finding("manager", "warn", "no manager runs", "start it with `sllmctl serve`")
@@ -130,23 +160,17 @@ def _manager(settings: Settings, state: str, view: StatusView | SllmError | None
             return Finding("manager", "fault", f"{path} is another user's", "run sllmctl as the user that runs the manager")
         case "odd":
             return Finding("manager", "fault", f"{path} is no socket that answers", "move it away, then `sllmctl serve`")
-    if isinstance(view, SllmError):
-        return Finding("manager", "fault", str(view), "see its log; restart it if it stays so")
+    if isinstance(told.error, Unreachable):
+        text = f"nobody answers at {path}, though something listens there ({ANSWER_S:g} s are waited)"
+        return Finding("manager", "fault", text, "see the manager's log; end it and start it again if it stays so")
+    if told.error is not None:
+        return Finding("manager", "fault", printable(str(told.error)), "see its log; restart it if it stays so")
+    view = told.status
     assert view is not None
     text = f"version {view.version}, pid {view.pid}, {view.nodes_ready} of {view.nodes} nodes ready, API at {view.api_url}"
     if not view.ready:
         return Finding("manager", "warn", f"not ready: {text}", "`sllmctl node ls` and `sllmctl event ls` say why")
     return Finding("manager", "ok", text)
-
-
-def _status(settings: Settings) -> StatusView | SllmError:
-    from sllmctl.client import AdminClient, status
-
-    try:
-        with AdminClient(settings.admin_socket, settings.client) as admin:
-            return admin.ask(status())
-    except SllmError as error:
-        return error
 
 
 def _versions(manager: str) -> Finding:
@@ -157,13 +181,19 @@ def _versions(manager: str) -> Finding:
     return Finding("versions", "ok", f"manager and commands are version {VERSION}")
 
 
-def _agent(path: Path, manager: str) -> Finding:
+def _agent(path: Path, manager: str, local: NodeView | None, pid: int | None) -> Finding:
+    """``local`` is the node as the manager sees it; ``pid`` its agent's, where it runs."""
     match socket_state(path):
+        case "answers" if local is not None and local.state is NodeState.UNREACHABLE:
+            text = f"something listens at {path}, but the manager has lost the node and does not reach it"
+            ends = f"`kill -9 {pid}` ends the agent" if pid is not None else "end the agent"
+            advice = f"see `sllmctl event ls` and the agent's log; if it stays so, {ends}: the manager starts another"
+            return Finding("agent", "fault", text, f"{advice}, and what is loaded stays")
         case "answers":
             return Finding("agent", "ok", f"answers at {path}")
         case "absent" if missing_node_packages():
             text = "none runs; what a node needs is not installed with this sllmctl, so it is a manager alone"
-            return Finding("agent", "warn", text, "to run models on this machine install it with `./install.sh`")
+            return Finding("agent", "warn", text, _TO_RUN_MODELS)
         case "absent" if manager != "answers":
             return Finding("agent", "ok", "not running; the manager starts it")
         case "denied":
@@ -175,15 +205,27 @@ def _agent(path: Path, manager: str) -> Finding:
     return Finding("agent", "fault", "the agent of this machine does not run", "see `sllmctl event ls` and the manager's log")
 
 
-def _memory(arena_bytes: int) -> Finding:
+def _memory(node: NodeSettings, local: NodeView | None, store: int | None) -> Finding:
+    """Memory for the arena beside what it has already, within the control groups of the ``store`` (a pid) if that runs."""
+    try:
+        need_memory(node)
+    except InvalidInput as error:
+        return Finding("memory", "fault", str(error), "`sllmctl serve` refuses it")
+    if arena_pages(node.arena_bytes, local) == "hugetlb":
+        return Finding(
+            "memory", "ok", f"an arena of {size(node.arena_bytes)} lies in the pool of huge pages, which is set aside"
+        )
     room = meminfo().get("MemAvailable", 0)
-    group = group_of(os.getpid()).memory_room_bytes
+    group = group_of(os.getpid() if store is None else store).memory_room_bytes
     if group is not None:
         room = min(room, group)
-    if room < arena_bytes:
-        text = f"{size(room)} of memory available, less than the arena's {size(arena_bytes)}"
-        return Finding("memory", "warn", text, "set node.arena_bytes lower, or free memory (an arena in use counts as taken)")
-    return Finding("memory", "ok", f"{size(room)} available for an arena of {size(arena_bytes)}")
+    has = local.inventory.arena.faulted_bytes if local is not None and local.inventory is not None else 0
+    if room < node.arena_bytes - has:
+        text = f"{size(room)} of memory available, less than the arena's {size(node.arena_bytes)}"
+        if has:
+            text += f", of which it has {size(has)}"
+        return Finding("memory", "warn", text, "set node.arena_bytes lower, or free memory")
+    return Finding("memory", "ok", f"{size(room)} available for an arena of {size(node.arena_bytes)}")
 
 
 def _shared_memory() -> Finding:
@@ -191,8 +233,12 @@ def _shared_memory() -> Finding:
         free = shutil.disk_usage(_SHM).free
     except OSError as error:
         return Finding("shm", "warn", f"{_SHM} cannot be used: {error.strerror}", "mount a tmpfs there")
-    if free < _SHM_WARN_BYTES or not os.access(_SHM, os.W_OK):
-        return Finding("shm", "warn", f"{_SHM} has {size(free)} free", "remove what fills it, or mount it larger and writable")
+    if not os.access(_SHM, os.W_OK):
+        return Finding("shm", "warn", f"{_SHM} cannot be written by this user", f"`sudo mount -o remount,rw,mode=1777 {_SHM}`")
+    if free < _SHM_WARN_BYTES:
+        return Finding(
+            "shm", "warn", f"{_SHM} has {size(free)} free", f"remove what fills it, or `sudo mount -o remount,size=50% {_SHM}`"
+        )
     return Finding("shm", "ok", f"{size(free)} free in {_SHM}")
 
 

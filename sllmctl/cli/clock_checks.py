@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from sllmctl.cli.findings import Finding, read_text
+from sllmctl.cli.findings import Finding, read_text, seen
 from sllmctl.cli.format import age
 
 __all__ = ["check_clock", "clock", "clock_jump", "clock_sync", "manager_began"]
@@ -36,9 +36,7 @@ class _Timex(ctypes.Structure):
 
 def check_clock(state_dir: Path, manager: tuple[int, float] | None) -> Iterator[Finding]:
     """``manager``: the pid of one that runs here, and when it says that it started."""
-    written = (
-        path.stat().st_mtime for path in (state_dir, state_dir / "state.db", state_dir / "state.db-wal") if path.exists()
-    )
+    written = (path.stat().st_mtime for path in (state_dir, state_dir / "state.db", state_dir / "state.db-wal") if seen(path))
     now = time.time()
     yield clock(max(written, default=0.0), now)
     yield clock_sync(_synchronised())

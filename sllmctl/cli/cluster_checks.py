@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from schema.errors import SllmError
 from sllmctl.cli.findings import Finding
 from sllmctl.cli.format import short_digest
 
 if TYPE_CHECKING:
     from schema.admin import CheckpointView, InstanceView, NodeView
-    from sllmctl.config import Settings
+    from sllmctl.cli.told import Told
 
 __all__ = ["check_cluster", "failed_instances", "node_versions", "quarantined_copies"]
 
@@ -19,20 +18,12 @@ _NAMED = 5
 """So many are named; the commands that the advice names list all."""
 
 
-def check_cluster(settings: Settings) -> Iterator[Finding]:
-    """Findings of what a manager that answers knows of its nodes."""
-    from sllmctl import client
-    from sllmctl.client import AdminClient
-
-    try:
-        with AdminClient(settings.admin_socket, settings.client) as admin:
-            version, nodes = admin.ask(client.status()).version, admin.ask(client.nodes())
-            checkpoints, instances = admin.ask(client.checkpoints()), admin.ask(client.instances())
-    except SllmError:
-        return  # the manager's own finding says so
-    yield node_versions(version, nodes)
-    yield quarantined_copies(checkpoints)
-    yield failed_instances(instances)
+def check_cluster(told: Told) -> Iterator[Finding]:
+    """Findings of what a manager knows of its nodes."""
+    assert told.status is not None
+    yield node_versions(told.status.version, told.nodes)
+    yield quarantined_copies(told.checkpoints)
+    yield failed_instances(told.instances)
 
 
 def node_versions(manager: str, nodes: Sequence[NodeView]) -> Finding:

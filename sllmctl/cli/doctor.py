@@ -29,9 +29,11 @@ def command(invocation: Invocation, form: Format) -> int:
     from schema.errors import InvalidInput
     from sllmctl.cli.checks import Finding, check_machine, check_python
     from sllmctl.config import config_file
+    from sllmctl.state.engines import database_path
 
     try:
         settings = invocation.settings()
+        database_path(settings.database_url)
     except InvalidInput as error:
         findings = [*check_python(), Finding("config", "fault", str(error), "mend or remove this setting")]
     else:

@@ -10,13 +10,14 @@ from typing import Literal
 
 import msgspec
 
-__all__ = ["CHECKS", "Finding", "existing", "meminfo", "read_text"]
+__all__ = ["CHECKS", "Finding", "existing", "meminfo", "read_text", "seen"]
 
 CHECKS = {
     "python": "the version of Python",
     "packages": "what a node needs beside the manager's own packages",
     "config": "flags, variables and the configuration file: keys, values, paths too long for a socket",
     "state_dir": "the state directory can be written, and by nobody else",
+    "data_dir": "the node's directories, of checkpoints and of what runs, can be written",
     "permissions": "sockets, tokens, database and settings: whose they are, and who else can reach them",
     "manager": "whether a manager answers on the admin socket, or has left it behind",
     "versions": "the commands' version beside the manager's",
@@ -66,10 +67,19 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 def existing(path: Path) -> Path:
-    """The path itself, or the first above it that is there."""
-    while not path.exists() and path != path.parent:
+    """The path itself, or the first above it that is there; what this user may not see is not."""
+    while not seen(path) and path != path.parent:
         path = path.parent
     return path
+
+
+def seen(path: Path) -> bool:
+    """Whether there is such a path, and this user may look at it."""
+    try:
+        path.stat()
+    except OSError:
+        return False
+    return True
 
 
 def meminfo() -> dict[str, int]:

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import msgspec
 
+from schema.errors import InvalidInput
 from sllmctl.cli.findings import Finding, read_text
+from sllmctl.listeners import tcp_address
 
 __all__ = ["Cuda", "cuda", "cuda_facts", "listeners", "port", "port_error"]
 
@@ -28,27 +30,28 @@ class Cuda(msgspec.Struct, frozen=True):
     bindings: str = ""
 
 
-def port(host: str, number: int, error: OSError | None, holders: Sequence[str]) -> Finding:
+def port(host: str, number: int, error: OSError | InvalidInput | None, holders: Sequence[str]) -> Finding:
     """``error``: why it cannot be listened on; ``holders``: who does, as far as this user may see."""
+    where = f"[{host}]:{number}" if ":" in host else f"{host}:{number}"
     if error is None:
-        return Finding("port", "ok", f"{host}:{number} is free")
+        return Finding("port", "ok", f"{where} is free")
+    if isinstance(error, InvalidInput):
+        return Finding("port", "fault", str(error), "set api.host (--host)")
     if error.errno == errno.EADDRINUSE:
         who = ", ".join(holders) or "a process that this user may not look at"
         advice = f"`sudo ss -ltnp 'sport = :{number}'` names it; stop it, or set api.port (--port)"
-        return Finding("port", "fault", f"{host}:{number} is taken by {who}", advice)
-    return Finding("port", "fault", f"cannot listen on {host}:{number}: {error.strerror}", "set api.host and api.port")
+        return Finding("port", "fault", f"{where} is taken by {who}", advice)
+    return Finding("port", "fault", f"cannot listen on {where}: {error.strerror}", "set api.host and api.port")
 
 
-def port_error(host: str, number: int) -> OSError | None:
-    """What a manager would meet that listens there now."""
+def port_error(host: str, number: int, *, anywhere: bool) -> OSError | InvalidInput | None:
+    """What a manager would meet that listens there now; ``anywhere``: also beyond loopback."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-            0
-        ]
+        family, kind, protocol, _, address = tcp_address(host, number, anywhere=anywhere)
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-    except OSError as error:
+    except (OSError, InvalidInput) as error:
         return error
     return None
 

@@ -48,13 +48,17 @@ class Process(msgspec.Struct, frozen=True):
 
 
 class Group(msgspec.Struct, frozen=True):
-    """The control groups of a process, from its own up to the root: the tightest limits, None where there is none."""
+    """The control groups of a process, from its own up to the root: the tightest limits, None where there is none.
+
+    ``known`` is false where they are of the first version, or none, and so nothing of them can be told.
+    """
 
     memory_room_bytes: int | None = None
     memory_limit_bytes: int | None = None
     pids_limit: int | None = None
     pids: int = 0
     oom_kills: int = 0
+    known: bool = True
 
 
 def check_processes(processes: Sequence[Process]) -> Iterator[Finding]:
@@ -97,7 +101,9 @@ def process_facts(named: Sequence[tuple[str, int]], proc: Path = _PROC) -> list[
 
 
 def group_of(pid: int, proc: Path = _PROC, root: Path = _CGROUPS) -> Group:
-    """Of the second version of control groups; an empty one where that is not mounted."""
+    """Of the second version of control groups. What the kernel keeps of files is room, since it gives that up first."""
+    if not (root / "cgroup.controllers").exists():
+        return Group(known=False)
     line = next((line for line in read_text(proc / str(pid) / "cgroup").splitlines() if line.startswith("0::")), "0::/")
     path = root / line[3:].strip("/")
     rooms, limits, found = [], [], Group()
@@ -106,7 +112,7 @@ def group_of(pid: int, proc: Path = _PROC, root: Path = _CGROUPS) -> Group:
         limit = _number(level / "memory.max")
         if limit is not None:
             limits.append(limit)
-            rooms.append(max(0, limit - (_number(level / "memory.current") or 0)))
+            rooms.append(max(0, limit - (_number(level / "memory.current") or 0) + _files_bytes(level)))
         pids_limit = _number(level / "pids.max")
         if pids_limit is not None and (found.pids_limit is None or pids_limit < found.pids_limit):
             found = msgspec.structs.replace(found, pids_limit=pids_limit, pids=_number(level / "pids.current") or 0)
@@ -121,6 +127,8 @@ def group_of(pid: int, proc: Path = _PROC, root: Path = _CGROUPS) -> Group:
 
 def cgroup(group: Group) -> Finding:
     """A group that has already killed for memory, or may hardly start another process."""
+    if not group.known:
+        return Finding("cgroup", "ok", "not known: this machine has no control groups of the second version")
     limit = "no memory limit" if group.memory_limit_bytes is None else f"memory limit {size(group.memory_limit_bytes)}"
     if group.pids_limit is not None and group.pids > _FULL * group.pids_limit:
         text = f"{group.pids} of {group.pids_limit} processes and threads that the control group allows"
@@ -193,6 +201,10 @@ def zombies(processes: Sequence[Process]) -> Finding:
     commands = "; ".join(f"kill {each.pid}" for each in bad)
     advice = f"look again; if they stay, `{commands}` ends the parent, which is started again (the manager by you)"
     return Finding("zombies", "warn", f"ended and not collected: {text}", advice)
+
+
+def _files_bytes(group: Path) -> int:
+    return sum(int(each) for each in re.findall(r"^(?:in)?active_file (\d+)$", read_text(group / "memory.stat"), re.MULTILINE))
 
 
 def _number(path: Path) -> int | None:

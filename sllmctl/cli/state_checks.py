@@ -10,11 +10,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
+from msgspec.structs import replace
 
-from sllmctl.cli.findings import Finding, existing, read_text
+from sllmctl.cli.findings import Finding, existing, read_text, seen
 from sllmctl.cli.format import age, size
 
 if TYPE_CHECKING:
@@ -48,12 +49,15 @@ _NAMED = 5
 
 
 class Database(msgspec.Struct, frozen=True):
-    """``fault``: why it cannot be read, or what SQLite finds damaged. ``whole`` is None where the check took too long."""
+    """What a look at the file shows; ``why`` says more where it is unreadable, unchecked or damaged.
+
+    "empty": a file without tables, which the first start fills. "foreign": with tables, but none of ours. "unchecked": not
+    looked through, or not to its end.
+    """
 
     path: Path
-    exists: bool = True
-    fault: str = ""
-    whole: bool | None = True
+    state: Literal["absent", "empty", "foreign", "unreadable", "unchecked", "damaged", "whole"] = "whole"
+    why: str = ""
     revision: str | None = None
     cluster: str = ""
     generation: int = 0
@@ -110,60 +114,84 @@ def check_state(settings: Settings, file: Path | None, *, running: bool) -> Iter
 
 
 def database_facts(path: Path, backups: Path) -> Database:
-    """Read without a lock that a manager would wait for.
+    """Read without a lock that a manager would wait for, and without a trace.
 
-    Without a write-ahead log nobody has it open, and it is read as a file that stands still: else SQLite would make one.
+    Without a write-ahead log nobody has it open, and it is read as a file that stands still. With one, its index is only read
+    too; where that is missing SQLite would make it, so that is left to the next start.
     """
-    if not path.exists():
-        return Database(path, exists=False)
-    log = path.with_name(path.name + "-wal")
-    kept = sorted(backups.glob("*.db"), key=lambda each: each.stat().st_mtime) if backups.is_dir() else []
+    log, index = (path.with_name(path.name + suffix) for suffix in ("-wal", "-shm"))
+    if not seen(path):
+        return Database(path, "absent")
     facts = Database(
         path,
         size_bytes=path.stat().st_size,
-        wal_bytes=log.stat().st_size if log.exists() else 0,
-        backup=kept[-1] if kept else None,
+        wal_bytes=log.stat().st_size if seen(log) else 0,
+        backup=_newest(backups),
     )
-    deadline = time.monotonic() + _CHECK_S
+    if seen(log) and not seen(index):
+        return replace(facts, state="unchecked", why="its write-ahead log has no index (-shm), which the next start makes")
+    how = "mode=ro&readonly_shm=1" if seen(log) else "immutable=1"
     try:
-        how = "mode=ro" if log.exists() else "immutable=1"
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?{how}", uri=True, timeout=_CHECK_S)) as connection:
-            (revision,) = connection.execute("SELECT version_num FROM alembic_version").fetchone() or (None,)
-            cluster = connection.execute("SELECT uuid, generation FROM cluster").fetchone() or ("", 0)
-            facts = msgspec.structs.replace(facts, revision=revision, cluster=cluster[0], generation=cluster[1])
-            connection.set_progress_handler(lambda: time.monotonic() > deadline, _CHECK_STEPS)
-            (damage,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+            return _looked_through(connection, facts)
     except sqlite3.Error as error:
-        if str(error) == "interrupted":
-            return msgspec.structs.replace(facts, whole=None)
-        return msgspec.structs.replace(facts, whole=False, fault=str(error))
-    return facts if damage == "ok" else msgspec.structs.replace(facts, whole=False, fault=damage)
+        damaged = error.sqlite_errorname.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_ERROR"))
+        return replace(facts, state="damaged" if damaged else "unreadable", why=str(error))
+
+
+def _looked_through(connection: sqlite3.Connection, facts: Database) -> Database:
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if "alembic_version" not in tables:
+        return replace(facts, state="foreign" if tables else "empty")
+    (revision,) = connection.execute("SELECT version_num FROM alembic_version").fetchone() or (None,)
+    cluster = connection.execute("SELECT uuid, generation FROM cluster").fetchone() or ("", 0)
+    facts = replace(facts, revision=revision, cluster=cluster[0], generation=cluster[1])
+    deadline = time.monotonic() + _CHECK_S
+    connection.set_progress_handler(lambda: time.monotonic() > deadline, _CHECK_STEPS)
+    try:
+        (damage,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorname != "SQLITE_INTERRUPT":
+            raise
+        return replace(facts, state="unchecked", why=f"that takes over {_CHECK_S:g} s; no damage so far")
+    return facts if damage == "ok" else replace(facts, state="damaged", why=" ".join(damage.split()))
 
 
 def database(facts: Database) -> Finding:
     """SQLite's own quick check, as far as it comes within its time."""
-    if not facts.exists:
-        return Finding("database", "ok", f"{facts.path} is made at the first start")
-    if facts.whole is None:
-        text = f"{facts.path} ({size(facts.size_bytes)}) could not be looked through within {_CHECK_S:g} s; no damage so far"
-        return Finding("database", "warn", text, f'`sqlite3 {_quoted(facts.path)} "PRAGMA quick_check"` takes its time')
-    if not facts.whole:
-        advice = "stop the manager, keep a copy of it, and put a backup in its place"
-        if facts.backup is not None:
-            advice += f": `cp {_quoted(facts.backup)} {_quoted(facts.path)}` is the newest"
-        return Finding("database", "fault", f"{facts.path} is damaged, or no database of ours: {facts.fault}", advice)
+    match facts.state:
+        case "absent" | "empty":
+            return Finding("database", "ok", f"{facts.path} is made at the first start")
+        case "foreign":
+            text = f"{facts.path} holds tables of something else"
+            return Finding("database", "fault", text, "name another file in database_url, or move that one away")
+        case "unreadable":
+            advice = "it may be another user's, as the findings of permissions and state_dir tell, or its disk fail (`dmesg`)"
+            return Finding("database", "fault", f"{facts.path} cannot be read: {facts.why}", advice)
+        case "unchecked":
+            advice = f'`sqlite3 {_quoted(facts.path)} "PRAGMA quick_check"` takes its time'
+            return Finding("database", "warn", f"{facts.path} was not looked through: {facts.why}", advice)
+        case "damaged":
+            advice = "stop the manager, move it and its -wal and -shm away together"
+            if facts.backup is not None:
+                advice += f", and put the newest backup in its place: `{_restore(facts.path, facts.backup)}`"
+            return Finding("database", "fault", f"{facts.path} is damaged: {facts.why}", advice)
     return Finding("database", "ok", f"{facts.path} is whole, {size(facts.size_bytes)}")
 
 
 def schema_revision(facts: Database, head: str | None, known: set[str], *, running: bool) -> Finding:
     """An older one is migrated, after a backup, by the next start; a newer one is refused."""
-    if facts.revision is None or facts.revision == head:
-        return Finding("schema", "ok", f"schema revision {facts.revision or head}")
+    if facts.state in ("absent", "empty"):
+        return Finding("schema", "ok", f"the first start makes revision {head}")
+    if facts.revision is None:
+        return Finding("schema", "ok", "not known: the finding of the database says why")
+    if facts.revision == head:
+        return Finding("schema", "ok", f"schema revision {head}")
     if facts.revision not in known:
         text = f"the database has schema revision {facts.revision}, which this build (revision {head}) does not know"
         advice = "run the newer sllmctl that wrote it"
         if facts.backup is not None:
-            advice += f", or stop it and `cp {_quoted(facts.backup)} {_quoted(facts.path)}`"
+            advice += f"; or stop it, move the database and its -wal and -shm away, and `{_restore(facts.path, facts.backup)}`"
         return Finding("schema", "fault", text, advice)
     text = f"schema revision {facts.revision} is older than this build's {head}"
     if running:
@@ -180,10 +208,25 @@ def wal(facts: Database) -> Finding:
     return Finding("wal", "warn", text, advice)
 
 
-def generation(facts: Database, path: Path, identity: _Identity | None) -> Finding:
-    """A node takes no manager of another cluster, and none older than the newest that it has seen: a restored database is."""
-    if identity is None or not identity.cluster or not facts.cluster:
+def generation(facts: Database, path: Path, identity: _Identity | Exception | None) -> Finding:
+    """A node takes no manager of another cluster, and none older than the newest that it has seen: a restored database is.
+
+    ``identity``: what the node has written down in ``path``, or why that cannot be read.
+    """
+    if isinstance(identity, PermissionError):
+        return Finding("generation", "ok", f"not known: {path} is not this user's to read")
+    if isinstance(identity, Exception):
+        advice = f"restore it, or `rm {_quoted(path)}`: then the node takes the next manager that comes"
+        return Finding("generation", "fault", f"{path} cannot be read, and so no node starts: {identity}", advice)
+    if identity is None or not identity.cluster:
         return Finding("generation", "ok", "the node has met no manager yet")
+    if facts.state in ("absent", "empty"):
+        text = f"the node in {path.parent} belongs to cluster {identity.cluster}, and a start without a database makes another"
+        return Finding(
+            "generation", "fault", text, f"put the database back, or `rm {_quoted(path)}` gives the node to the new one"
+        )
+    if not facts.cluster:
+        return Finding("generation", "ok", "not known: the finding of the database says why")
     if identity.cluster != facts.cluster:
         text = f"the node in {path.parent} belongs to cluster {identity.cluster}, the database to {facts.cluster}"
         return Finding("generation", "fault", text, f"`rm {_quoted(path)}` gives it to this cluster, or set node.data_dir")
@@ -196,7 +239,7 @@ def generation(facts: Database, path: Path, identity: _Identity | None) -> Findi
 
 def permissions(found: Sequence[Reach], user: int) -> Finding:
     """What others can read or write that steers the manager or opens the node, and what is not this user's."""
-    foreign = [each for each in found if each.owner not in (user, 0) and user != 0]
+    foreign = [each for each in found if each.owner != user and (each.owner != 0 or each.secret) and user != 0]
     if foreign:
         text = ", ".join(f"{each.path} (user {each.owner})" for each in foreign)
         paths = _quoted(*(each.path for each in foreign))
@@ -243,8 +286,11 @@ def leftover_facts(data: Path) -> list[Leftover]:
     held = {line.split()[5].rpartition(":")[2] for line in read_text(Path("/proc/locks")).splitlines() if "FLOCK" in line}
     found = []
     for directory in (data / "tmp", data / "partial"):
-        if directory.is_dir():
-            found += [_leftover(path, held) for path in sorted(directory.iterdir()) if path.is_dir() and not path.is_symlink()]
+        try:
+            within = sorted(directory.iterdir())
+        except OSError:
+            continue  # there is none, or it is not ours to look at, which is another finding
+        found += [_leftover(path, held) for path in within if path.is_dir() and not path.is_symlink()]
     return found
 
 
@@ -283,8 +329,21 @@ def _leftover(path: Path, held: set[str]) -> Leftover:
     return Leftover(path, total, max(0.0, time.time() - newest), inode in held)
 
 
-def _identity(path: Path) -> _Identity | None:
+def _identity(path: Path) -> _Identity | Exception | None:
     try:
         return msgspec.json.decode(path.read_bytes(), type=_Identity)
-    except (OSError, msgspec.DecodeError):
+    except FileNotFoundError:
         return None
+    except (OSError, msgspec.DecodeError) as error:
+        return error
+
+
+def _newest(backups: Path) -> Path | None:
+    try:
+        return max(backups.glob("*.db"), key=lambda each: each.stat().st_mtime, default=None)
+    except OSError:
+        return None
+
+
+def _restore(path: Path, backup: Path) -> str:
+    return f"cp -p {_quoted(backup, path)}"

@@ -11,15 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from schema.errors import SllmError
 from sllmctl.cli.findings import Finding, existing, read_text
 from sllmctl.cli.format import bandwidth, duration, size
 
 if TYPE_CHECKING:
     from schema.admin import CheckpointView, ModelView, NodeView
+    from sllmctl.cli.told import Told
     from sllmctl.config import Settings
 
-__all__ = ["check_store", "disk_start", "huge_pages_needed", "load_times"]
+__all__ = ["arena_pages", "check_store", "disk_start", "huge_pages_needed", "load_times"]
 
 _HUGE_BYTES = 2 << 20
 _POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
@@ -29,12 +29,11 @@ _SYS_IO_URING_SETUP = 425
 _URING_PARAMS_BYTES = 120
 _FULL = 0.9
 _NAMED = 5
-_HUGEPAGES = "`./install.sh hugepages` sets the pool to the arena's size, after asking"
 
 
-def check_store(settings: Settings, *, running: bool) -> Iterator[Finding]:
-    """Findings of this machine, and, where a manager answers (``running``), of its node and what is deployed."""
-    local, models, checkpoints, learned = _ask(settings) if running else (None, (), (), {})
+def check_store(settings: Settings, told: Told) -> Iterator[Finding]:
+    """Findings of this machine, and of its node and what is deployed, where a manager told of them."""
+    local = told.local
     yield _arena_pages(settings.node.arena_bytes, local)
     yield _pool(settings.node.arena_bytes, local)
     yield _memlock(settings.node.arena_bytes)
@@ -42,8 +41,18 @@ def check_store(settings: Settings, *, running: bool) -> Iterator[Finding]:
     yield _direct_reads(Path(settings.node.data_dir))
     yield _disk_budget(settings.node.disk_bytes, Path(settings.node.data_dir), local)
     if local is not None:
-        yield disk_start(local, models, checkpoints, learned, settings.control.start_base_s)
-        yield load_times(local, models, checkpoints, learned, settings.control.start_base_s)
+        yield disk_start(local, told.models, told.checkpoints, told.learned, settings.control.start_base_s)
+        yield load_times(local, told.models, told.checkpoints, told.learned, settings.control.start_base_s)
+
+
+def arena_pages(arena_bytes: int, local: NodeView | None) -> str:
+    """The pages that the arena has, or would get from this machine as it is: "hugetlb", "thp" or "small"."""
+    if local is not None and local.inventory is not None:
+        return local.inventory.arena.pages
+    if _pages("free_hugepages") >= huge_pages_needed(arena_bytes):
+        return "hugetlb"
+    modes = read_text(_SHMEM_HUGE)
+    return "thp" if any(f"[{mode}]" in modes for mode in ("always", "within_size", "advise", "force")) else "small"
 
 
 def huge_pages_needed(arena_bytes: int) -> int:
@@ -51,36 +60,15 @@ def huge_pages_needed(arena_bytes: int) -> int:
     return -(-arena_bytes // _HUGE_BYTES) + 1
 
 
-def _ask(
-    settings: Settings,
-) -> tuple[NodeView | None, Sequence[ModelView], Sequence[CheckpointView], Mapping[str, float]]:
-    from sllmctl import client
-    from sllmctl.client import AdminClient
-
-    try:
-        with AdminClient(settings.admin_socket, settings.client) as admin:
-            nodes = {node.name: node for node in admin.ask(client.nodes())}
-            found = admin.ask(client.models()), admin.ask(client.checkpoints()), admin.ask(client.estimates()).coefficients
-    except SllmError:
-        return None, (), (), {}  # the manager's own finding says so
-    return nodes.get(settings.control.local_node), *found
-
-
 def _arena_pages(arena_bytes: int, local: NodeView | None) -> Finding:
     """What the arena has, or what it would get: reads into small pages reach little more than half of what the disk gives."""
-    pages = local.inventory.arena.pages if local is not None and local.inventory is not None else ""
-    has = "has" if pages else "would get"
-    if not pages:
-        free = _pages("free_hugepages")
-        modes = read_text(_SHMEM_HUGE)
-        huge = any(f"[{mode}]" in modes for mode in ("always", "within_size", "advise", "force"))
-        pages = "hugetlb" if free >= huge_pages_needed(arena_bytes) else "thp" if huge else "small"
-    match pages:
+    has = "has" if local is not None and local.inventory is not None else "would get"
+    match arena_pages(arena_bytes, local):
         case "hugetlb":
             return Finding("arena_pages", "ok", f"the arena {has} huge pages of the pool")
         case "thp":
             return Finding("arena_pages", "ok", f"the arena {has} transparent huge pages, where the kernel finds some")
-    advice = f"{_HUGEPAGES}; or `echo advise > {_SHMEM_HUGE}`; then restart the node"
+    advice = f"{_set_pool(arena_bytes)}; or `echo advise | sudo tee {_SHMEM_HUGE}`; then restart the node"
     return Finding(
         "arena_pages", "warn", f"the arena {has} small pages: loads are slower, attaching to CUDA much slower", advice
     )
@@ -93,11 +81,20 @@ def _pool(arena_bytes: int, local: NodeView | None) -> Finding:
     if local is not None and local.inventory is not None and local.inventory.arena.pages == "hugetlb":
         return Finding("huge_pages", "ok", f"the pool has {total} huge pages; the arena holds its {needed}")
     if not total:
-        return Finding("huge_pages", "ok", f"the pool of huge pages is empty, as it is by default; {_HUGEPAGES}")
+        return Finding("huge_pages", "ok", f"the pool of huge pages is empty, as it is by default; {_set_pool(arena_bytes)}")
     if free < needed:
         text = f"{free} of {total} huge pages are free; an arena of {size(arena_bytes)} takes {needed}, or none"
-        return Finding("huge_pages", "warn", text, f"{_HUGEPAGES}; or set node.arena_bytes lower")
+        return Finding("huge_pages", "warn", text, f"{_set_pool(arena_bytes)}; or set node.arena_bytes lower")
     return Finding("huge_pages", "ok", f"{free} of {total} huge pages are free; the arena takes {needed}")
+
+
+def _set_pool(arena_bytes: int) -> str:
+    amount, unit = arena_bytes, ""
+    for larger in "KMG":
+        if amount % 1024:
+            break
+        amount, unit = amount // 1024, larger
+    return f"`sudo ./install.sh hugepages {amount}{unit}`, in the sources, sets the pool to the arena's size, after asking"
 
 
 def _pages(file: str) -> int:
@@ -128,7 +125,7 @@ def _io_uring() -> Finding:
         return Finding("io_uring", "ok", f"allowed (io_uring_disabled {setting})")
     why = os.strerror(ctypes.get_errno())
     if setting in ("1", "2"):
-        advice = "`sysctl kernel.io_uring_disabled=0` allows it; until then threads read, with more processor time"
+        advice = "`sudo sysctl kernel.io_uring_disabled=0` allows it; until then threads read, with more processor time"
     else:
         advice = "a container's seccomp profile may forbid it; until it is allowed threads read, with more processor time"
     return Finding("io_uring", "warn", f"not allowed: {why} (io_uring_disabled {setting})", advice)
@@ -143,7 +140,7 @@ def _direct_reads(data: Path) -> Finding:
         if error.errno in (errno.EINVAL, errno.EOPNOTSUPP, errno.EISDIR):
             advice = "set node.data_dir to a local file system such as ext4 or xfs; until then reads go through the page cache"
             return Finding("direct_reads", "warn", f"the file system at {path} knows no direct reads", advice)
-        advice = "the disk's own finding says more, if there is something to mend"
+        advice = "the finding of data_dir or disk says more, if there is something to mend"
         return Finding("direct_reads", "warn", f"cannot tell at {path}: {error.strerror}", advice)
     return Finding("direct_reads", "ok", f"the file system at {path} reads past the page cache")
 
@@ -152,10 +149,11 @@ def _disk_budget(limit_bytes: int, data: Path, local: NodeView | None) -> Findin
     """What checkpoints have of the disk, and may have."""
     means = local.inventory if local is not None else None
     used = means.disk_used_bytes if means is not None else 0
+    had = size(used) if means is not None else "what no node that runs could say"
     free = shutil.disk_usage(existing(data)).free
     if not limit_bytes:
-        return Finding("disk_budget", "ok", f"no budget is set (node.disk_bytes); checkpoints have {size(used)}")
-    text = f"checkpoints have {size(used)} of {size(limit_bytes)}"
+        return Finding("disk_budget", "ok", f"no budget is set (node.disk_bytes); checkpoints have {had}")
+    text = f"checkpoints have {had} of {size(limit_bytes)}"
     if limit_bytes - used > free:
         advice = "set node.disk_bytes lower, or free some of the disk"
         return Finding("disk_budget", "warn", f"{text}, but only {size(free)} of the disk are free", advice)

@@ -26,7 +26,7 @@ from schema.link import ManagerMessage, Shutdown
 from sllmctl.config import NodeSettings
 from sllmctl.nodes.settings import LocalSettings
 
-__all__ = ["LocalAgent", "missing_node_packages", "need_node_packages", "node_processes"]
+__all__ = ["LocalAgent", "missing_node_packages", "need_memory", "need_node_packages", "node_processes"]
 
 _NODE_PACKAGES = ("numpy", "torch", "transformers", "xxhash")
 """What the processes of a node import beside the manager's own packages; a single-file build holds none of them."""
@@ -219,6 +219,14 @@ def need_node_packages(who: str) -> None:
             f"{who} needs {', '.join(missing)}, not installed with this sllmctl, which is a manager alone; "
             "./install.sh installs all that a node needs"
         )
+
+
+def need_memory(node: NodeSettings) -> None:
+    """Refuse budgets that this machine cannot have: its store would die of them again and again. Raises InvalidInput."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for key, size_bytes in (("node.arena_bytes", node.arena_bytes), ("node.device_bytes", node.device_bytes)):
+        if size_bytes > whole:
+            raise InvalidInput(f"{key} is {size_bytes} bytes, and this machine has {whole}; set it lower", key)
 
 
 def is_locked(path: Path) -> bool:

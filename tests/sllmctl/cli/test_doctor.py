@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import resource
 import shutil
 import socket
+import sqlite3
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,9 +21,9 @@ import msgspec
 import pytest
 
 from schema.errors import Fault
-from schema.states import InstanceState, TierState
+from schema.states import InstanceState, NodeState, TierState
 from schema.version import VERSION
-from sllmctl.cli import checks, store_checks
+from sllmctl.cli import checks, store_checks, told
 from sllmctl.cli.checks import Finding, check_machine, check_python, socket_state
 from sllmctl.cli.main import run
 from sllmctl.cli.store_checks import disk_start
@@ -145,11 +147,111 @@ def test_who_is_behind_a_socket(state: Path) -> None:
     assert socket_state(path) == "odd"
 
 
+def test_a_manager_that_answers_no_more_is_waited_for_once(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(told, "ANSWER_S", 0.2)
+    settings = _settings(state)
+    with _bind(settings.admin_socket) as hung:
+        hung.listen(8)
+        assert _found(settings)["manager"].level == "fault"
+        hung.settimeout(0)
+        taken = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                hung.accept()[0].close()
+                taken += 1
+    assert taken <= 3, "to see who is there, and to ask for its status"
+
+
+def test_a_manager_that_answers_half_is_said_to(state: Path, manager: FakeManager) -> None:
+    manager.answers["GET instances"] = [(404, b"{}")]
+    found = _found(_settings(state, admin_socket=str(manager.socket)))
+    assert found["manager"].level == "fault"
+    assert found["versions"].check == "versions", "what it did answer is looked at"
+    assert "instances" not in found
+
+
+def test_an_agent_that_listens_and_does_nothing(state: Path, manager: FakeManager) -> None:
+    settings = _settings(state, admin_socket=str(manager.socket))
+    with _bind(Path(settings.node.run_dir) / "agent.sock") as hung:
+        hung.listen(8)
+        assert _found(settings)["agent"].level == "ok"
+        lost = msgspec.structs.replace(NODES[0], state=NodeState.UNREACHABLE)
+        manager.answers["GET nodes"] = []
+        manager.answer("GET nodes", 200, {"items": [lost, NODES[1]]})
+        found = _found(settings)["agent"]
+    assert (found.level, "does not reach it" in found.message) == ("fault", True)
+
+
+def test_a_socket_whose_queue_is_full_has_a_listener(state: Path) -> None:
+    with _bind(state / "x") as busy, contextlib.ExitStack() as waiting:
+        busy.listen(0)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                knocking = waiting.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                knocking.setblocking(False)
+                knocking.connect(str(state / "x"))
+        assert socket_state(state / "x") == "answers"
+
+
+@contextlib.contextmanager
+def _as_somebody_else() -> Iterator[None]:
+    """As a user who is not root, for files that are root's."""
+    if os.geteuid() != 0:
+        pytest.skip("takes root")
+    os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+def test_what_is_another_users_is_said_to_be(state: Path) -> None:
+    settings = _settings(state)
+    (state / "node").mkdir(mode=0o700)
+    with sqlite3.connect(state / "state.db") as made:
+        made.execute("CREATE TABLE t (x)")
+    made.close()
+    (state / "state.db").chmod(0o600)
+    with _as_somebody_else():
+        found = _found(settings)
+    assert (found["state_dir"].level, found["data_dir"].level) == ("fault", "ok"), "said once"
+    os.chown(state, 65534, 65534)
+    with _as_somebody_else():
+        found = _found(settings)
+        below = _found(_settings(state / "node" / "deeper"))
+    assert (found["state_dir"].level, found["data_dir"].level) == ("ok", "fault")
+    assert f"{state}/node is user 0's" in found["data_dir"].message
+    assert (found["database"].level, "cannot be read" in found["database"].message) == ("fault", True)
+    assert "backup" not in found["database"].advice
+    assert found["generation"].level == "ok"
+    assert (found["permissions"].level, f"chown -R 65534 {state}/state.db" in found["permissions"].advice) == ("fault", True)
+    assert below["state_dir"].level == "fault"
+
+
+def test_a_file_system_that_is_read_only(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = state / "data"
+    data.mkdir()
+    figures = os.statvfs(state)
+    read_only = os.statvfs_result((*figures[:8], figures.f_flag | os.ST_RDONLY, figures.f_namemax))
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != data)
+    monkeypatch.setattr(os, "statvfs", lambda _: read_only)
+    found = _found(_settings(state, **{"node.data_dir": str(data)}))
+    assert (found["state_dir"].level, found["data_dir"].level) == ("ok", "fault")
+    assert "read-only" in found["data_dir"].message
+    assert f'remount,rw "$(findmnt -no TARGET -T {data})"' in found["data_dir"].advice
+
+
+def test_an_address_that_would_need_keys(state: Path) -> None:
+    found = _found(_settings(state, **{"api.host": "0.0.0.0"}))["port"]
+    assert (found.level, "api.without_keys" in found.message) == ("fault", True)
+    assert _found(_settings(state, **{"api.host": "0.0.0.0", "api.without_keys": True}))["port"].level == "ok"
+
+
 def test_a_port_that_is_taken(state: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         found = _found(_settings(state, **{"api.port": taken.getsockname()[1]}))
     assert (found["port"].level, "is taken" in found["port"].message) == ("fault", True)
-    assert _found(_settings(state, **{"api.host": "192.0.2.1"}))["port"].level == "fault"
+    assert _found(_settings(state, **{"api.host": "192.0.2.1", "api.without_keys": True}))["port"].level == "fault"
 
 
 def test_the_state_directory(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,13 +260,16 @@ def test_the_state_directory(state: Path, monkeypatch: pytest.MonkeyPatch) -> No
     state.chmod(0o700)
     assert "made at the first start" in _found(_settings(state / "not" / "yet"))["state_dir"].message
     (state / "file").write_text("")
-    assert _found(_settings(state / "file" / "below"))["state_dir"].level == "fault"
+    found = _found(_settings(state / "file" / "below"))
+    assert (found["state_dir"].level, found["manager"].level) == ("fault", "warn"), "nobody has a socket there"
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != state)
     assert _found(_settings(state))["state_dir"].level == "fault"
 
 
 def test_memory_and_disk_that_are_too_small(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _found(_settings(state, **{"node.arena_bytes": "4096TiB"}))["memory"].level == "warn"
+    assert _found(_settings(state, **{"node.arena_bytes": "4096TiB"}))["memory"].level == "fault"
+    monkeypatch.setattr(checks, "meminfo", lambda: {"MemAvailable": 1 << 20})
+    assert _found(_settings(state, **{"node.arena_bytes": "64MiB"}))["memory"].level == "warn"
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5 << 30))
     assert _found(_settings(state))["disk"].level == "warn"
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
@@ -188,7 +293,7 @@ def test_pages_pools_and_limits(state: Path, monkeypatch: pytest.MonkeyPatch, tm
 
     arena, huge = pages(0, 0, "never")
     assert (arena.level, huge.level) == ("warn", "ok")
-    assert "install.sh hugepages" in arena.advice
+    assert "`sudo ./install.sh hugepages 64M`" in arena.advice
     arena, _ = pages(0, 0, "advise")
     assert (arena.level, "transparent" in arena.message) == ("ok", True)
     arena, huge = pages(40, 33, "never")
@@ -196,6 +301,10 @@ def test_pages_pools_and_limits(state: Path, monkeypatch: pytest.MonkeyPatch, tm
     arena, huge = pages(40, 32, "never")
     assert (arena.level, huge.level) == ("warn", "warn")
     assert "takes 33" in huge.message
+    monkeypatch.setattr(checks, "meminfo", lambda: {"MemAvailable": 1 << 20})
+    assert _found(settings)["memory"].level == "warn"
+    pages(40, 33, "never")
+    assert _found(settings)["memory"].level == "ok", "the pool is none of what is available to others"
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1 << 20, 1 << 20))
     assert "1.0 MiB" in _found(settings)["memlock"].message
@@ -273,3 +382,7 @@ def test_settings_that_cannot_be_read_are_a_finding(
     found = {finding["check"]: finding for finding in json.loads(capsys.readouterr().out)}
     assert found["config"]["level"] == "fault"
     assert "SLLM_API_PORT" in found["config"]["message"]
+    monkeypatch.delenv("SLLM_API_PORT")
+    monkeypatch.setenv("SLLM_DATABASE_URL", "postgresql://db/state")
+    assert run(["doctor"]) == 8
+    assert "is not a SQLite file" in capsys.readouterr().out

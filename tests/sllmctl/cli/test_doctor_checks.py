@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -17,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from schema.errors import InvalidInput
+from sllmctl.cli import state_checks
 from sllmctl.cli.clock_checks import clock, clock_jump, clock_sync, manager_began
 from sllmctl.cli.findings import CHECKS, Finding
 from sllmctl.cli.machine_checks import Cuda, cuda, cuda_facts, listeners, port
@@ -43,6 +46,7 @@ from tests.sllmctl.fake_manager import CHECKPOINTS, MODELS, NODES
 
 DB = Database(Path("/s/state.db"), revision="0004", cluster="c1", generation=7)
 BACKUP = Path("/s/backups/it is.db")
+DAMAGED = Database(Path("/s/state.db"), "damaged", "page 3", backup=BACKUP)
 KNOWN = {"0001", "0002", "0003", "0004"}
 OURS = Process("store", 12, open_files=10, files_limit=4096)
 
@@ -67,10 +71,20 @@ def with_timeout(seconds: float) -> list[Any]:
 
 CASES: list[tuple[str, str, Callable[[], Finding], str]] = [
     ("database", "ok", lambda: database(DB), "whole"),
-    ("database", "ok", lambda: database(changed(DB, exists=False)), "made at the first start"),
-    ("database", "warn", lambda: database(changed(DB, whole=None)), "PRAGMA quick_check"),
-    ("database", "fault", lambda: database(changed(DB, whole=False, fault="page 3")), "page 3"),
-    ("database", "fault", lambda: database(changed(DB, whole=False, backup=BACKUP)), "cp '/s/backups/it is.db' /s/state.db"),
+    ("database", "ok", lambda: database(changed(DB, state="absent")), "made at the first start"),
+    ("database", "ok", lambda: database(changed(DB, state="empty")), "made at the first start"),
+    ("database", "warn", lambda: database(changed(DB, state="unchecked", why="5 s")), "PRAGMA quick_check"),
+    ("database", "fault", lambda: database(changed(DB, state="unreadable", why="no right")), "cannot be read: no right"),
+    ("database", "fault", lambda: database(changed(DB, state="foreign")), "something else"),
+    ("database", "fault", lambda: database(changed(DB, state="damaged", why="page 3")), "its -wal and -shm away together"),
+    ("database", "fault", lambda: database(DAMAGED), "cp -p '/s/backups/it is.db' /s/state.db"),
+    (
+        "schema",
+        "ok",
+        lambda: schema_revision(changed(DB, state="absent", revision=None), "0004", KNOWN, running=False),
+        "makes",
+    ),
+    ("schema", "ok", lambda: schema_revision(changed(DB, revision=None), "0004", KNOWN, running=False), "not known"),
     ("schema", "ok", lambda: schema_revision(DB, "0004", KNOWN, running=True), "0004"),
     ("schema", "ok", lambda: schema_revision(changed(DB, revision="0002"), "0004", KNOWN, running=False), "migrates"),
     ("schema", "warn", lambda: schema_revision(changed(DB, revision="0002"), "0004", KNOWN, running=True), "older manager"),
@@ -83,6 +97,8 @@ CASES: list[tuple[str, str, Callable[[], Finding], str]] = [
     ("permissions", "warn", lambda: permissions([Reach(Path("/a"), 1, 0o020, False)], 1), "chmod go-rwx /a"),
     ("permissions", "fault", lambda: permissions([Reach(Path("/a b"), 1, 0o004, True)], 1), "chmod go-rwx '/a b'"),
     ("permissions", "fault", lambda: permissions([Reach(Path("/a"), 5, 0, False)], 1), "chown -R 1 /a"),
+    ("permissions", "ok", lambda: permissions([Reach(Path("/etc/sllmctl/config.toml"), 0, 0o044, False)], 1), "owner alone"),
+    ("permissions", "fault", lambda: permissions([Reach(Path("/a"), 0, 0, True)], 1), "chown -R 1 /a"),
     ("state_disk", "ok", lambda: state_disk(Path("/s"), disk(2 << 30)), "2.0 GiB"),
     ("state_disk", "ok", lambda: state_disk(Path("/s"), disk(2 << 30, files=0, files_free=0)), "2.0 GiB"),
     ("state_disk", "warn", lambda: state_disk(Path("/s"), disk(200 << 20)), "du -xh /s"),
@@ -107,6 +123,7 @@ CASES: list[tuple[str, str, Callable[[], Finding], str]] = [
     ("thp", "ok", lambda: thp("always [madvise] never\n", "[always] defer\n"), "madvise, defrag always"),
     ("thp", "warn", lambda: thp("[always] madvise never\n", "[always] defer\n"), "tee /sys/kernel"),
     ("cgroup", "ok", lambda: cgroup(Group()), "no memory limit"),
+    ("cgroup", "ok", lambda: cgroup(Group(known=False)), "not known"),
     ("cgroup", "warn", lambda: cgroup(Group(memory_limit_bytes=1 << 30, oom_kills=2)), "killed 2"),
     ("cgroup", "fault", lambda: cgroup(Group(pids_limit=100, pids=95)), "95 of 100"),
     ("clock", "ok", lambda: clock(1000.0, 990.0), "1970"),
@@ -119,6 +136,8 @@ CASES: list[tuple[str, str, Callable[[], Finding], str]] = [
     ("clock_jump", "warn", lambda: clock_jump((8200.0, 1000.0)), "forward by 2h"),
     ("clock_jump", "warn", lambda: clock_jump((1000.0, 8200.0)), "back by 2h"),
     ("port", "ok", lambda: port("h", 80, None, ()), "free"),
+    ("port", "ok", lambda: port("::1", 80, None, ()), "[::1]:80 is free"),
+    ("port", "fault", lambda: port("h", 80, InvalidInput("it asks for no key"), ()), "no key"),
     ("port", "fault", lambda: port("h", 80, OSError(errno.EADDRINUSE, ""), ["nginx (pid 3)"]), "taken by nginx (pid 3)"),
     ("port", "fault", lambda: port("h", 80, OSError(errno.EADDRINUSE, ""), ()), "may not look at"),
     ("port", "fault", lambda: port("h", 80, OSError(errno.EACCES, "Permission denied"), ()), "Permission denied"),
@@ -146,6 +165,12 @@ def test_a_node_takes_no_manager_of_another_cluster_or_of_an_older_database(tmp_
 
     path = tmp_path / "identity.json"
     assert generation(DB, path, None).level == "ok"
+    assert generation(changed(DB, cluster="", state="unreadable"), path, _Identity("c1", 7)).level == "ok"
+    lost = generation(changed(DB, cluster="", state="absent"), path, _Identity("c1", 7))
+    assert (lost.level, "belongs to cluster c1" in lost.message, f"rm {path}" in lost.advice) == ("fault", True, True)
+    broken = generation(DB, path, ValueError("no JSON"))
+    assert (broken.level, "no JSON" in broken.message, f"rm {path}" in broken.advice) == ("fault", True, True)
+    assert generation(DB, path, PermissionError()).level == "ok"
     assert generation(DB, path, _Identity("c1", 7)).level == "ok"
     assert "another" not in generation(DB, path, _Identity("c1", 6)).message
     older = generation(DB, path, _Identity("c1", 8))
@@ -153,9 +178,11 @@ def test_a_node_takes_no_manager_of_another_cluster_or_of_an_older_database(tmp_
     assert generation(DB, path, _Identity("c2", 1)).level == "fault"
 
 
-def test_a_database_is_read_whole_damaged_and_in_use_and_left_as_it_is(tmp_path: Path) -> None:
+def test_a_database_is_read_whole_damaged_and_in_use_and_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, backups = tmp_path / "state.db", tmp_path / "backups"
-    assert not database_facts(path, backups).exists
+    assert database_facts(path, backups).state == "absent"
+    path.touch()
+    assert database_facts(path, backups).state == "empty"
     head, _ = revisions()
     with sqlite3.connect(path) as made:
         made.execute("PRAGMA journal_mode=WAL")
@@ -165,17 +192,46 @@ def test_a_database_is_read_whole_damaged_and_in_use_and_left_as_it_is(tmp_path:
         made.execute("INSERT INTO cluster VALUES ('c1', 3)")
         made.commit()
         facts = database_facts(path, backups)
-        assert (facts.whole, facts.revision, facts.cluster, facts.generation) == (True, head, "c1", 3)
+        assert (facts.state, facts.revision, facts.cluster, facts.generation) == ("whole", head, "c1", 3)
         assert facts.wal_bytes > 0
+        killed = tmp_path / "killed"
+        killed.mkdir()
+        for each in tmp_path.glob("state.db*"):
+            shutil.copy(each, killed)
     made.close()
     backups.mkdir()
     (backups / "state-0001.db").write_bytes(b"")
     facts = database_facts(path, backups)
-    assert (facts.whole, facts.backup) == (True, backups / "state-0001.db")
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["backups", "state.db"], "SQLite made nothing"
+    assert (facts.state, facts.backup) == ("whole", backups / "state-0001.db")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["backups", "killed", "state.db"], "SQLite made nothing"
     path.write_bytes(path.read_bytes()[:4096] + os.urandom(4096))
     facts = database_facts(path, backups)
-    assert (facts.whole, bool(facts.fault)) == (False, True)
+    assert (facts.state, bool(facts.why)) == ("damaged", True)
+
+    before = {each.name: (each.read_bytes(), each.stat().st_mtime_ns) for each in killed.iterdir()}
+    assert set(before) == {"state.db", "state.db-wal", "state.db-shm"}
+    facts = database_facts(killed / "state.db", backups)
+    assert (facts.state, facts.cluster) == ("whole", "c1"), "what only the log of a killed manager holds is read"
+    assert {each.name: (each.read_bytes(), each.stat().st_mtime_ns) for each in killed.iterdir()} == before
+    with monkeypatch.context() as patient:
+        patient.setattr(state_checks, "_CHECK_S", 0.0)
+        patient.setattr(state_checks, "_CHECK_STEPS", 1)
+        facts = database_facts(killed / "state.db", backups)
+    assert (facts.state, facts.revision, facts.cluster) == ("unchecked", head, "c1"), "what was read by then is kept"
+    (killed / "state.db-shm").unlink()
+    assert database_facts(killed / "state.db", backups).state == "unchecked"
+    assert not (killed / "state.db-shm").exists()
+
+
+def test_a_database_of_something_else_and_one_that_cannot_be_read_are_not_called_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    with sqlite3.connect(path) as made:
+        made.execute("CREATE TABLE invoices (id)")
+    made.close()
+    assert database_facts(path, tmp_path).state == "foreign"
+    path.unlink()
+    path.mkdir()
+    assert database_facts(path, tmp_path).state == "unreadable"
 
 
 def test_who_reaches_a_file_is_told_with_the_directories_above_it(tmp_path: Path) -> None:
@@ -240,10 +296,13 @@ def test_limits_of_control_groups_are_the_tightest_on_the_way_up(tmp_path: Path)
     (inner / "memory.events").write_text("low 0\noom 4\noom_kill 3\n")
     (inner.parent / "memory.max").write_text("1000\n")
     (inner.parent / "memory.current").write_text("400\n")
+    (inner.parent / "memory.stat").write_text("anon 150\nfile 250\ninactive_file 200\nactive_file 40\nunevictable 10\n")
     (root / "pids.max").write_text("50\n")
     (root / "pids.current").write_text("7\n")
-    assert group_of(5, proc, root) == Group(600, 1000, 50, 7, 3)
-    assert group_of(6, proc, root / "none") == Group()
+    assert group_of(5, proc, root) == Group(known=False), "of the first version"
+    (root / "cgroup.controllers").write_text("memory pids\n")
+    assert group_of(5, proc, root) == Group(840, 1000, 50, 7, 3)
+    assert group_of(6, proc, root / "none") == Group(known=False)
 
 
 def test_who_holds_a_port_is_named() -> None:
