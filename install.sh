@@ -37,17 +37,18 @@ die() {
     exit 1
 }
 
-# step MESSAGE COMMAND...: run a command quietly, show that it runs, and show what it said only if it fails.
+# step MESSAGE COMMAND...: run a command quietly, show that it runs, and show what it said only if it fails. What it keeps in
+# TMPDIR is gone with it, also when it is interrupted: pip unpacks gigabytes there.
 step() {
-    local message=$1 log began status=0 pid
+    local message=$1 work began status=0 pid
     shift
-    log=$(mktemp)
+    work=$(mktemp -d)
     began=$SECONDS
-    "$@" >"$log" 2>&1 </dev/null &
+    TMPDIR=$work "$@" >"$work/log" 2>&1 </dev/null &
     pid=$!
     # A background job of a script ignores the terminal's Ctrl-C, so it is ended by hand.
     # shellcheck disable=SC2064
-    trap "kill $pid 2>/dev/null || true; rm -f '$log'; say; say 'Interrupted; the same command goes on where it can'; exit 130" INT TERM
+    trap "kill $pid 2>/dev/null || true; wait $pid || true; rm -rf -- '$work'; say; say 'Interrupted; the same command goes on where it can'; exit 130" INT TERM
     if [[ -t 2 ]]; then
         while kill -0 "$pid" 2>/dev/null; do
             printf '\r==> %s ... %d s' "$message" "$((SECONDS - began))" >&2
@@ -60,12 +61,12 @@ step() {
     trap - INT TERM
     if [[ -t 2 ]]; then printf '\r==> %s: %d s   \n' "$message" "$((SECONDS - began))" >&2; fi
     if ((status != 0)); then
-        tail -n 40 -- "$log" >&2
-        rm -f -- "$log"
+        tail -n 40 -- "$work/log" >&2
+        rm -rf -- "$work"
         case $1 in pip_install | build_wheels) about_index "$2" ;; esac
         die "failed: $message"
     fi
-    rm -f -- "$log"
+    rm -rf -- "$work"
 }
 
 # --- Python ----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -47,6 +48,25 @@ def test_without_a_terminal_and_without_yes_nothing_is_set(arguments: tuple[str,
 @pytest.mark.parametrize("size", ["lots", "1X", "-1G", "1.5G", "1G; reboot", ""])
 def test_a_size_that_is_none_is_refused(size: str) -> None:
     assert run("hugepages", size, "-y").returncode == 2
+
+
+def test_an_interrupted_step_takes_what_it_kept_with_it(tmp_path: Path) -> None:
+    """A Python that unpacks something and takes its time, as pip does."""
+    python, scratch, begun = tmp_path / "python", tmp_path / "scratch", tmp_path / "begun"
+    scratch.mkdir()
+    os.mkfifo(begun)
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in "-m venv"*) echo much > "$TMPDIR/unpacked"; echo > {begun}; exec sleep 60;; esac\n'
+    )
+    python.chmod(0o755)
+    environment = {**os.environ, "SLLM_PYTHON": str(python), "SLLM_VENV": str(tmp_path / "venv"), "TMPDIR": str(scratch)}
+    with subprocess.Popen([str(SCRIPT), "bundle", str(tmp_path / "file")], stderr=subprocess.PIPE, env=environment) as process:
+        begun.read_text()
+        assert list(scratch.rglob("unpacked"))
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    assert (process.returncode, b"Interrupted" in said) == (130, True)
+    assert list(scratch.iterdir()) == []
 
 
 def _can_unshare() -> bool:
