@@ -6,6 +6,7 @@ PEX_ROOT), under a temporary name and a lock. What runs from there, children inc
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -33,8 +34,8 @@ def old_builds(root: Path) -> list[Path]:
     others = [path for path in root.parent.glob(f"{_PREFIX}*") if path.name != root.name and _age_s(path) > _FRESH_S]
     if not others:
         return []
-    commands = _command_lines()
-    return sorted(path for path in others if not any(f"{path}/".encode() in command for command in commands))
+    used = _directories_run_from()
+    return sorted(path for path in others if not any(path in directory.parents for directory in used))
 
 
 def remove_old_builds(root: Path) -> list[Path]:
@@ -54,11 +55,16 @@ def _age_s(path: Path) -> float:
         return 0.0
 
 
-def _command_lines() -> list[bytes]:
-    found = []
+def _directories_run_from() -> set[Path]:
+    """Real directories of what processes were started from or with, as far as a build may be meant.
+
+    The way there may lead over links, as where a home directory is one; the last step does too, to the system's Python.
+    """
+    found: set[bytes] = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            found.append(path.read_bytes())
+            arguments = path.read_bytes().split(b"\0")
         except OSError:
             continue  # it has ended meanwhile
-    return found
+        found.update(os.path.dirname(each) for each in arguments if f"/{_PREFIX}".encode() in each)  # noqa: PTH120
+    return {Path(os.fsdecode(each)).resolve() for each in found if each.startswith(b"/")}

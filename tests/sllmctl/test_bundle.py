@@ -45,6 +45,21 @@ def test_older_builds_go_unless_they_are_new_or_run(tmp_path: Path) -> None:
     assert (tmp_path / "something-else").is_dir()
 
 
+def test_a_build_that_runs_by_way_of_a_link_stays(tmp_path: Path) -> None:
+    cache, home = tmp_path / "data" / "cache", tmp_path / "home"
+    mine, running = unpacked(cache, "1", 0), unpacked(cache, "2")
+    home.symlink_to(tmp_path / "data")
+    python = running / "venvs" / "4" / "ab" / "cd" / "bin" / "python"
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)
+    command = [f"{home}/cache/bundle-2/venvs/4/ab/cd/bin/python", "-c", "print('up', flush=True); input()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert old_builds(mine) == []
+    assert old_builds(mine) == [running]
+
+
 def test_what_lies_beside_a_place_of_the_users_choice_is_left_alone(tmp_path: Path) -> None:
     unpacked(tmp_path, "2")
     (tmp_path / "mine").mkdir()
