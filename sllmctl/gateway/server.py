@@ -8,7 +8,7 @@ from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from schema.errors import InvalidInput, SllmError
 from sllmctl.gateway.errors import error_body
@@ -63,6 +63,7 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._in_headers = True
         self._header_timer: asyncio.TimerHandle | None = None
         self._reader_timer: asyncio.TimerHandle | None = None
+        self._answering: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -75,6 +76,10 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._stop(self._header_timer)
         self._stop(self._reader_timer)
         super().connection_lost(exc)
+        # uvicorn tells the newest request alone, which may be one that waits behind this one.
+        if self._answering is not None and not self._answering.response_complete:
+            self._answering.disconnected = True
+            self._answering.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         if self._in_headers:
@@ -102,6 +107,10 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._stop(self._header_timer)
         self._header_timer = None
         super().on_headers_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
 
     def pause_writing(self) -> None:
         super().pause_writing()

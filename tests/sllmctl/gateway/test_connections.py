@@ -77,6 +77,19 @@ async def test_a_client_that_goes_away_cancels_its_request(stream: bool, started
         assert here.metric("sllm_live_streams") == 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@on_uvloop
+async def test_a_client_that_goes_away_cancels_its_request_though_it_has_sent_another(stream: bool) -> None:
+    async with serving() as here:
+        _, writer = await here.raw()
+        writer.write(http_post(_CHAT, chat_body(stream=stream)) * 2)
+        request = await here.router.taken()
+        writer.close()
+        await asyncio.wait_for(request.cancelled.wait(), WAIT_S)
+        await _until(here, model="tiny", status="499")
+        assert len(here.router.requests) == 1
+
+
 @on_uvloop
 async def test_a_client_that_goes_away_before_its_body_is_there() -> None:
     async with serving() as here:
