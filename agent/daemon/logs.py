@@ -72,7 +72,7 @@ class NodeLogs:
             if source in cursors:
                 at = _resumed(parts, cursors[source])
             elif message.cursors is None:
-                at = _begin(parts, message.tail, time.time() - message.newer_s if message.newer_s else None)
+                at = _begin(parts, message.tail, max(0.0, time.time() - message.newer_s) if message.newer_s else None)
             else:
                 at = (0, 0)
             page, at = _lines(parts, at, room)

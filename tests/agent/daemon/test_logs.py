@@ -82,6 +82,7 @@ def test_only_what_is_young_enough(config: NodeConfig) -> None:
     now = time.time()
     put(config, "m@i", f"{stamp(now - 100)} old", f"{stamp(now - 5)} new", "  its trace")
     assert [line[-5:] for line in texts(logs.read(ReadLog(op="x", instance="i", tail=9, newer_s=30)))] == ["Z new", "trace"]
+    assert len(texts(logs.read(ReadLog(op="x", instance="i", tail=9, newer_s=1e308)))) == 3
 
 
 def test_more_than_a_page_comes_in_pages(config: NodeConfig) -> None:
