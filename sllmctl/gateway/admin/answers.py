@@ -9,6 +9,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Match
 
 from schema.errors import InvalidInput, NotFound, SllmError
 from schema.names import did_you_mean
@@ -121,7 +122,7 @@ def decode(body: bytes, kind: Any) -> Any:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise InvalidInput(f"the body is wrong: {error}") from error
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidInput(f"the body is not valid JSON: {error}") from error
 
 
@@ -152,7 +153,9 @@ async def refuse(_: Request, error: Exception) -> Response:
 async def no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
-        allow = (error.headers or {}).get("allow", (error.headers or {}).get("Allow", "GET"))
+        # The error knows the methods of one route; a path may have several.
+        here = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+        allow = ", ".join(sorted({method for route in here for method in route.methods}))
         return error_answer(MethodNotAllowed(f"{request.method} is not allowed on {request.url.path}; use {allow}", allow))
     return error_answer(NoSuchPath(f"nothing is at {request.url.path}"))
 
