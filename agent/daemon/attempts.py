@@ -9,7 +9,7 @@ import msgspec
 
 from schema.errors import Fault, LinkError, Unreachable
 from schema.ids import Epoch
-from schema.link import AttemptTruth, Ended, Submit, TokenRun
+from schema.link import AttemptTruth, Cancel, Ended, Submit, TokenRun
 from schema.states import EndReason
 
 __all__ = ["Attempt", "Journal", "Life"]
@@ -26,10 +26,11 @@ _TOKEN_BYTES: Final = 5
 class Attempt:
     """One attempt as it stands. ``new_ids`` follow the tokens it was submitted with; ``sent`` counts those of the sequence
     that the manager's present connection was given. ``carried`` is the worker's connection it was handed to, 0 if to none;
-    ``repeats`` counts how often it was handed over again because that connection broke before the worker knew of it.
+    ``repeats`` counts how often it was handed over again because that connection broke before the worker knew of it;
+    ``cancel`` is the manager's, once it has come.
     """
 
-    __slots__ = ("cancelled", "carried", "end", "end_sent", "logprobs", "new_ids", "repeats", "sent", "submit")
+    __slots__ = ("cancel", "carried", "end", "end_sent", "logprobs", "new_ids", "repeats", "sent", "submit")
 
     def __init__(self, submit: Submit) -> None:
         self.submit = submit
@@ -40,7 +41,7 @@ class Attempt:
         self.end_sent = False
         self.carried = 0
         self.repeats = 0
-        self.cancelled = False
+        self.cancel: Cancel | None = None
 
     @property
     def life(self) -> Life:
@@ -85,7 +86,8 @@ class Attempt:
 
     def continuation(self) -> Submit:
         """What lets a worker that does not know the attempt go on from where it stands."""
-        return msgspec.structs.replace(self.submit, generated=(*self.submit.generated, *self.new_ids))
+        generated, logprobs = (*self.submit.generated, *self.new_ids), self.submit.logprobs + self.logprobs
+        return msgspec.structs.replace(self.submit, generated=generated, logprobs=logprobs)
 
     def truth(self) -> AttemptTruth:
         """The whole attempt, counted as sent."""

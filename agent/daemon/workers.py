@@ -102,10 +102,10 @@ class Relay:
         attempt = self.journal.get(message.attempt)
         if attempt is None or attempt.end is not None:
             return
-        attempt.cancelled = True
+        attempt.cancel = message
         life = self.instances.get(*attempt.life)
         if not attempt.carried:
-            self.journal.finish(attempt, EndReason.CANCELLED)
+            self.journal.finish(attempt, message.reason)
             self.owner.attempts_changed()
         elif life is not None and life.worker is not None:
             life.worker.send(message)
@@ -236,10 +236,10 @@ class _WorkerLink:
     def _reconcile(self, attempt: Attempt) -> None:
         epoch = attempt.submit.attempt
         if epoch in self._stated:
-            if attempt.cancelled:
-                self.send(Cancel(attempt=epoch))
-        elif attempt.cancelled:
-            self._journal.finish(attempt, EndReason.CANCELLED)
+            if attempt.cancel is not None:
+                self.send(attempt.cancel)
+        elif attempt.cancel is not None:
+            self._journal.finish(attempt, attempt.cancel.reason)
         elif attempt.repeats < _MAX_REPEATS:
             # Not handed over yet, or lost with the connection. To end it as lost would say that this life is over.
             attempt.repeats += bool(attempt.carried)

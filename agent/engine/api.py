@@ -14,6 +14,7 @@ from typing import Protocol
 
 from schema.ids import Epoch
 from schema.link import Ended, EngineCounts, Submit, TokenRun
+from schema.states import EndReason
 
 __all__ = ["Engine", "EngineCapacity", "StepOutput"]
 
@@ -63,8 +64,8 @@ class Engine(Protocol):
         """Queue an attempt. What cannot run (empty prompt, ids beyond the vocabulary, context over the limit) ends with
         an error in the next step's output; the call itself never raises for its content. Known attempts are ignored."""
 
-    def cancel(self, attempt: Epoch) -> None:
-        """End an attempt as cancelled in the next step's output; its KV memory is free before that step computes."""
+    def cancel(self, attempt: Epoch, reason: EndReason = EndReason.CANCELLED) -> None:
+        """End an attempt, for this reason, in the next step's output; its KV memory is free before that step computes."""
 
     def step(self) -> StepOutput:
         """Run one batch: admit, prefill or decode, sample. Returns at once and empty when there is nothing to do.

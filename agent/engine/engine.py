@@ -135,10 +135,10 @@ class BatchEngine:
         self._known[submit.attempt] = sequence
         self._scheduler.add(sequence)
 
-    def cancel(self, attempt: Epoch) -> None:
+    def cancel(self, attempt: Epoch, reason: EndReason = EndReason.CANCELLED) -> None:
         sequence = self._known.get(attempt)
         if sequence is not None:
-            self._end(sequence, EndReason.CANCELLED, None, self._ends)
+            self._end(sequence, reason, None, self._ends)
 
     @torch.inference_mode()
     def step(self) -> StepOutput:

@@ -236,7 +236,7 @@ class Worker:
                 self._submit(message)
             case Cancel():
                 if self._engine is not None:
-                    self._engine.cancel(message.attempt)
+                    self._engine.cancel(message.attempt, message.reason)
                     self._handed_in = True
             case Acked():
                 self._journal.acked(message.ends)

@@ -46,9 +46,9 @@ class Submit(Message, frozen=True, kw_only=True, tag="submit"):
     """Run one attempt of a sequence on an instance, from its journal: ``prompt`` and the ``generated`` tokens so far.
 
     The first new token has position ``len(generated)``. A known attempt is ignored; an instance that is unknown, of
-    another epoch or not ready ends it as lost. ``request`` and ``model`` travel so that a restarted manager can rebuild
-    the journal from what agents hold, and ``retry`` so that it knows whose retries may come for it. ``tenant`` is whom the
-    request is for: tenants take turns, and share no cached prefixes.
+    another epoch or not ready ends it as lost. ``request``, ``model`` and the ``logprobs`` of ``generated`` (as in `TokenRun`)
+    travel so that a restarted manager can rebuild the journal from what agents hold, and ``retry`` so that it knows whose
+    retries may come for it. ``tenant`` is whom the request is for: tenants take turns, and share no cached prefixes.
     """
 
     attempt: Epoch
@@ -60,14 +60,19 @@ class Submit(Message, frozen=True, kw_only=True, tag="submit"):
     choice: Count = 0
     prompt: TokenIds
     generated: TokenIds = ()
+    logprobs: bytes = b""
     params: SamplingParams
     retry: RetryKey | None = None
 
 
 class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
-    """End an attempt early; answered by its `Ended` (cancelled, or how it ended just before). Unknown ones are ignored."""
+    """End an attempt early; answered by its `Ended`: of this ``reason``, or how it ended just before. Unknown ones are ignored.
+
+    The reason is ``stop`` where the whole reply is in what there is of it, which only the gateway can tell, by a stop string.
+    """
 
     attempt: Epoch
+    reason: EndReason = EndReason.CANCELLED
 
 
 class TokenRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):

@@ -21,7 +21,7 @@ from sllmctl.control.effects import Event, InstanceActivity, PrefillTimed
 from sllmctl.gateway import story
 from sllmctl.gateway.journal import Attempt, Request, Sequence
 from sllmctl.gateway.queues import CallLater, ModelQueue
-from sllmctl.gateway.reconcile import NodeLink
+from sllmctl.gateway.reconcile import REPLIES, NodeLink
 from sllmctl.gateway.retries import End, Retries
 from sllmctl.gateway.router_settings import RouterSettings
 from sllmctl.gateway.routes import Route, Routes
@@ -152,6 +152,7 @@ class Dispatcher:
                 choice=sequence.choice,
                 prompt=sequence.prompt,
                 generated=tuple(sequence.tokens),
+                logprobs=bytes(sequence.logprobs),
                 params=params,
                 retry=request.retry,
             ),
@@ -177,11 +178,11 @@ class Dispatcher:
         self.touch_route(route)
         self.touch_model(attempt.sequence.request.model)
 
-    def _abandon(self, attempt: Attempt) -> None:
+    def _abandon(self, attempt: Attempt, reason: EndReason) -> None:
         """Its tokens are not wanted any more. It counts until its end is known, since it takes room until then."""
-        attempt.wanted = False
+        attempt.cancel = Cancel(attempt=attempt.epoch, reason=reason)
         attempt.sequence.attempt = None
-        self.send(attempt.node, Cancel(attempt=attempt.epoch))
+        self.send(attempt.node, attempt.cancel)
 
     def append(self, sequence: Sequence, run: TokenRun) -> None:
         """Add what is new of a run of tokens to a journal. Raises LinkError when some before it are missing."""
@@ -208,9 +209,9 @@ class Dispatcher:
             if not self.retries.holds(end.attempt):
                 self.node(node).ends.append(end.attempt)
             return
-        sequence, wanted = attempt.sequence, attempt.wanted
+        sequence = attempt.sequence
         self._end(attempt, node, end)
-        replied = wanted and end.reason in (EndReason.STOP, EndReason.LENGTH)
+        replied = sequence.finish in REPLIES and end.reason in REPLIES
         if not (replied and self.retries.hold(sequence.request, node, end.attempt)):
             self.node(node).ends.append(end.attempt)
 
@@ -230,7 +231,7 @@ class Dispatcher:
             self._doubt(attempt)
         if not attempt.wanted:
             self._close(attempt)
-        elif end.reason in (EndReason.STOP, EndReason.LENGTH):
+        elif end.reason in REPLIES:
             self._close(attempt)
             self.finish(sequence, end.reason)
         elif end.reason == EndReason.LOST:
@@ -285,7 +286,7 @@ class Dispatcher:
         if not sequence.done:
             self.queue(sequence.request.model).take(sequence)
             if sequence.attempt is not None:
-                self._abandon(sequence.attempt)
+                self._abandon(sequence.attempt, EndReason.STOP)
             self.finish(sequence, EndReason.STOP)
 
     def fail(self, request: Request, error: SllmError) -> None:
@@ -315,7 +316,7 @@ class Dispatcher:
         for sequence in open_ones:
             self.queue(request.model).take(sequence)
             if sequence.attempt is not None:
-                self._abandon(sequence.attempt)
+                self._abandon(sequence.attempt, EndReason.CANCELLED)
         request.live = 0
         return open_ones
 

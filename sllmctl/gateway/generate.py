@@ -136,9 +136,9 @@ class Gateway:
             assert reply.reason is not None, "a whole reply has ended"
             scores = None if job.params.logprobs is None else piece.scores
             choices.append(shape.choice(piece.text, reply.reason, reply.index, scores))
-        tokens = sum(reply.position for reply in replies)
-        self.metrics.generated(job.model).inc(tokens)
-        await exchange.answer(200, shape.whole(choices, _usage(job, request, tokens)), *headers)
+        usage = _usage(job, request, replies)
+        self.metrics.generated(job.model).inc(usage.completion_tokens)
+        await exchange.answer(200, shape.whole(choices, usage), *headers)
 
     async def _stream(
         self, job: Job, exchange: Exchange, shape: Shape, request: RequestPort, replies: list[Reply], headers: list[Header]
@@ -147,7 +147,7 @@ class Gateway:
         try:
             data = b"".join(await _together([self._stream_choice(job, shape, reply, stream) for reply in replies]))
             if job.include_usage:
-                data += shape.usage(_usage(job, request, sum(reply.position for reply in replies)))
+                data += shape.usage(_usage(job, request, replies))
             await stream.write(data + DONE, more=False)
         finally:
             stream.close()
@@ -195,9 +195,14 @@ async def _together(choices: list[Coroutine[Any, Any, R]]) -> list[R]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _usage(job: Job, request: RequestPort, tokens: int) -> Usage:
-    """What was cached before the request came is what its first choice found there: the others find that one's blocks."""
-    found = [sequence.cached_tokens for sequence in request.sequences]
+def _usage(job: Job, request: RequestPort, replies: list[Reply]) -> Usage:
+    """What was cached before the request came is what its first choice found there: the others find that one's blocks.
+
+    Of a choice that a stop string ended the engine's account comes later than the reply; so nothing is told then, and a retry
+    gets the same.
+    """
+    tokens = sum(reply.position for reply in replies)
+    found = [None if reply.cut else sequence.cached_tokens for reply, sequence in zip(replies, request.sequences, strict=True)]
     told = [each for each in found if each is not None]
     details = PromptDetails(min(*told, len(job.prompt))) if len(told) == len(found) else None
     return Usage(len(job.prompt), tokens, len(job.prompt) + tokens, details)

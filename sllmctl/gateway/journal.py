@@ -14,7 +14,7 @@ from typing import Protocol
 from schema.admin import RequestTimeline, RequestView
 from schema.errors import SllmError
 from schema.ids import Epoch
-from schema.link import EngineTiming, RetryKey, SamplingParams, StartPhases
+from schema.link import Cancel, EngineTiming, RetryKey, SamplingParams, StartPhases
 from schema.states import EndReason, RequestState
 
 __all__ = ["Attempt", "Request", "Sequence", "Timer"]
@@ -32,8 +32,8 @@ class Attempt:
 
     ``link`` is the count of the node's connection over which it was submitted: a later truth without it says that it was
     lost. ``began_at`` is when it was submitted, with ``start`` tokens of the reply. ``kv_tokens`` is what it was taken to
-    need; ``max_tokens`` what its reply may have on this instance. ``wanted`` is False once its tokens are not: then only its
-    end is waited for.
+    need; ``max_tokens`` what its reply may have on this instance. ``cancel`` is what its node was told once its tokens were not
+    ``wanted`` any more: then only its end is waited for.
     """
 
     epoch: Epoch
@@ -46,7 +46,11 @@ class Attempt:
     start: int
     kv_tokens: int
     max_tokens: int
-    wanted: bool = True
+    cancel: Cancel | None = None
+
+    @property
+    def wanted(self) -> bool:
+        return self.cancel is None
 
 
 class Sequence:

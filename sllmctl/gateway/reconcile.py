@@ -8,17 +8,18 @@ from schema.ids import Epoch, generation_of
 from schema.link import TOKEN_WINDOW_FRAMES, Acked, AttemptTruth
 from schema.states import EndReason
 
-__all__ = ["NodeLink"]
+__all__ = ["REPLIES", "NodeLink"]
 
 _ACK_EVERY_FRAMES: Final = TOKEN_WINDOW_FRAMES // 8
 """Credit is given back in parts of the window: often enough that it never runs out, seldom enough to cost nothing."""
 
 
-_REPLIES: Final = (EndReason.STOP, EndReason.LENGTH)
+REPLIES: Final = (EndReason.STOP, EndReason.LENGTH)
+"""Ends of sequences that have their whole reply."""
 
 
 def _adoptable(truth: AttemptTruth) -> bool:
-    return truth.end is None or (truth.submit.retry is not None and truth.end.reason in _REPLIES)
+    return truth.end is None or (truth.submit.retry is not None and truth.end.reason in REPLIES)
 
 
 class NodeLink:

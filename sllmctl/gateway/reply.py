@@ -45,6 +45,11 @@ class Reply:
         self._scored = params.logprobs is not None
         self._chars = 0
 
+    @property
+    def cut(self) -> bool:
+        """Whether a stop string ended it."""
+        return self._stop is not None and self._stop.matched
+
     async def next(self) -> Piece:
         """Wait for more tokens, or the end; all that is there. Raises the SllmError of a sequence that failed."""
         await self._sequence.wait(self.position)

@@ -147,10 +147,11 @@ class Router:
         self._core.routes.node_up(node)
         for truths in link.complete().values():
             self._adopt(node, link, truths)
-        cancels = link.take_cancels()
-        cancels += [attempt.epoch for attempt in self._core.attempts.values() if attempt.node == node and not attempt.wanted]
-        for epoch in cancels:
-            self._core.send(node, Cancel(attempt=epoch))
+        cancels = [Cancel(attempt=epoch) for epoch in link.take_cancels()]
+        mine = [attempt for attempt in self._core.attempts.values() if attempt.node == node]
+        cancels += [attempt.cancel for attempt in mine if attempt.cancel is not None]
+        for cancel in cancels:
+            self._core.send(node, cancel)
         self._core.flush(node, link)
         for route in self._core.routes.all():
             if route.change is not None and route.change.node == node:
@@ -421,8 +422,6 @@ class Router:
         request, submit = sequence.request, truth.submit
         if sequence.done or sequence.tokens or sequence.attempt is not None or sequence.prompt != submit.prompt:
             return False
-        if submit.params.logprobs is not None and submit.generated and request.retry is not None:
-            return False  # the log-probabilities of what it went on from are nowhere any more
         untouched = all(not each.done and not each.tokens and each.attempt is None for each in request.sequences)
         # A retry that came first has drawn a seed of its own, if its client gave none.
         seed = submit.params.seed if untouched else request.params.seed
@@ -432,10 +431,12 @@ class Router:
         """Go on with a sequence as a node has it."""
         submit, core = truth.submit, self._core
         sequence.tokens.extend((*submit.generated, *truth.new_ids))
-        sequence.logprobs += truth.logprobs
+        sequence.logprobs += submit.logprobs + truth.logprobs
         core.journal_tokens += len(sequence.tokens)
         if truth.end is not None:
-            sequence.request.engine = truth.end.timing
+            if truth.end.timing is not None:
+                sequence.request.engine = truth.end.timing
+                sequence.cached_tokens = truth.end.timing.cached_tokens
             core.finish(sequence, truth.end.reason)
             if not core.retries.hold(sequence.request, node, submit.attempt):
                 link.refuse(truth)

@@ -512,7 +512,7 @@ class Worker:
                 self.generated[message.attempt] = []
             case Cancel():
                 if message.attempt in self.submits and message.attempt not in self.ends:
-                    self.say(message.attempt, (), EndReason.CANCELLED)
+                    self.say(message.attempt, (), message.reason)
             case Acked():
                 for epoch in message.ends:
                     self.submits.pop(epoch, None)

@@ -77,10 +77,11 @@ async def test_tokens_made_without_a_manager_are_in_the_next_truth_and_go_on_fro
     assert known + len(ids) == end.position
 
 
-async def test_a_cancel_reaches_the_worker_and_its_end_comes_back(node: Node) -> None:
+@pytest.mark.parametrize("reason", [EndReason.CANCELLED, EndReason.STOP])
+async def test_a_cancel_reaches_the_worker_and_its_end_comes_back(node: Node, reason: EndReason) -> None:
     manager, _ = await running(node)
-    manager.send(Cancel(attempt=A))
-    assert (await manager.tokens_until_end(A))[1].reason is EndReason.CANCELLED
+    manager.send(Cancel(attempt=A, reason=reason))
+    assert (await manager.tokens_until_end(A))[1].reason is reason
     manager.send(Cancel(attempt=epoch_of(1, 77)))
     manager.send(Ping(nonce=5))
     await manager.take(Pong)
@@ -121,15 +122,16 @@ async def test_an_attempt_that_breaks_its_workers_link_again_and_again_is_given_
     assert "4 times" in end.fault.message
 
 
-async def test_a_cancelled_attempt_that_the_workers_next_truth_lacks_is_over(node: Node) -> None:
+@pytest.mark.parametrize("reason", [EndReason.CANCELLED, EndReason.STOP])
+async def test_a_cancelled_attempt_that_the_workers_next_truth_lacks_is_over(node: Node, reason: EndReason) -> None:
     manager, worker = await running(node)
     await worker.hang_up()
-    manager.send(Cancel(attempt=A))
+    manager.send(Cancel(attempt=A, reason=reason))
     manager.send(Ping(nonce=1))
     await manager.take(Pong)
     worker.submits.clear()
     worker.begin()
-    assert (await manager.tokens_until_end(A))[1].reason is EndReason.CANCELLED
+    assert (await manager.tokens_until_end(A))[1].reason is reason
 
 
 async def test_an_attempt_submitted_while_the_workers_link_is_down_is_handed_over_later(node: Node) -> None:

@@ -194,6 +194,9 @@ def test_cancel_frees_memory_and_ends_in_the_next_step(llama: Any) -> None:
     engine.submit(submit_of(3, prompts()[0], 5))
     engine.cancel(Epoch(3))
     assert EndReason.CANCELLED in {end.reason for end in engine.step().ends}
+    engine.submit(submit_of(4, prompts()[0], 5))
+    engine.cancel(Epoch(4), EndReason.STOP)
+    assert {end.reason for end in engine.step().ends} == {EndReason.STOP}
 
 
 def test_a_known_attempt_is_ignored(llama: Any) -> None:

@@ -141,6 +141,7 @@ def test_a_restarted_manager_finds_what_runs_and_what_was_made() -> None:
     assert (request.id, request.orphaned, request.params.seed, request.engine) == (_NAME, False, 5, timing)
     assert request.received_at == 900.0
     assert [(s.tokens, s.finish) for s in request.sequences] == [([7, 8], EndReason.LENGTH), ([9], None)]
+    assert request.sequences[0].cached_tokens == 1
     bench.advance(100)
     bench.tokens(run(running, 10, start=1), end(running, 2))
     assert request.state == RequestState.FINISHED
@@ -148,6 +149,23 @@ def test_a_restarted_manager_finds_what_runs_and_what_was_made() -> None:
     bench.advance(1000)
     assert sorted(_acked(bench)) == [ended.attempt, running.attempt]
     assert bench.router.live == 0
+
+
+def test_a_reply_that_a_stop_string_ended_is_kept_by_its_node_too() -> None:
+    bench = _bench()
+    request, (submit,) = _begun(bench)
+    bench.tokens(run(submit, 7, 8))
+    request.sequences[0].complete()
+    stop = Cancel(attempt=submit.attempt, reason=EndReason.STOP)
+    assert bench.take(Cancel) == [stop]
+    # What a broken link may have swallowed is said again.
+    bench.router.link_lost("n")
+    bench.node(attempts=(AttemptTruth(submit=submit, new_ids=(7, 8, 9)),))
+    assert bench.take(Cancel) == [stop]
+    bench.tokens(end(submit, 3, EndReason.STOP))
+    assert _acked(bench) == []
+    bench.advance(1000)
+    assert _acked(bench) == [submit.attempt]
 
 
 def test_choices_come_from_several_nodes_and_one_that_none_has_is_begun() -> None:
@@ -196,15 +214,23 @@ def test_what_another_request_holds_the_key_of_is_not_adopted(change: dict[str, 
     assert Acked(frame=0, ends=(ended.attempt,)) in sent
 
 
-def test_log_probabilities_that_are_lost_are_not_made_up() -> None:
+def test_log_probabilities_come_back_with_a_reply_that_had_moved() -> None:
+    bench = _bench()
+    request = bench.router.submit("m", (1, 2), params(seed=5, logprobs=0), retry=_KEY)
+    (first,) = bench.take(Submit)
+    records = [struct.pack("<if", token, -token) for token in (7, 8)]
+    bench.tokens(TokenRun(first.attempt, 0, (7,), records[0]), end(first, 1, EndReason.LOST))
+    bench.instance(epoch=epoch_of(1, 2))
+    (moved,) = bench.take(Submit)
+    assert (moved.generated, moved.logprobs) == ((7,), records[0])
     bench = Bench()
     bench.model()
-    old = replace(_old(1, logprobs=0), generated=(7,))
-    bench.node(attempts=(AttemptTruth(submit=old, new_ids=(8,), logprobs=struct.pack("<if", 8, -1.0)),))
-    assert bench.take(Cancel) == [Cancel(attempt=old.attempt)]
-    request = bench.router.join(_KEY)
-    bench.instance()
-    assert request is None or request.sequences[0].tokens == []
+    moved = replace(moved, attempt=epoch_of(3, 1))
+    bench.node(attempts=(AttemptTruth(submit=moved, new_ids=(8,), logprobs=records[1]),))
+    again = bench.router.join(_KEY)
+    assert again is not None
+    assert again.id == request.id
+    assert (again.sequences[0].tokens, bytes(again.sequences[0].logprobs)) == ([7, 8], b"".join(records))
 
 
 # --- over HTTP
@@ -279,10 +305,13 @@ async def test_a_stop_string_ends_it_for_every_retry_alike() -> None:
     async with serving(router=bench.router) as here:
         waiting = _post(here, stop="END")
         (submit,) = await _submitted(bench, here)
-        bench.tokens(TokenRun(submit.attempt, 0, tuple(ids_of("so far END and more"))))
-        texts = [(await waiting).json(), (await _post(here, stop="END")).json()]
-        assert texts[0] == texts[1]
-        assert texts[0]["choices"][0]["message"]["content"] == "so far "
+        said = tuple(ids_of("so far END and more"))
+        bench.tokens(TokenRun(submit.attempt, 0, said))
+        answer = (await waiting).json()
+        assert answer["choices"][0]["message"]["content"] == "so far "
+        # What the engine says of it comes after the answer, and is in no retry's either.
+        bench.tokens(end(submit, len(said), EndReason.STOP, timing=EngineTiming(cached_tokens=1)))
+        assert (await _post(here, stop="END")).json() == answer
 
 
 @pytest.mark.parametrize("key", ["", "a b", "x" * 256])
