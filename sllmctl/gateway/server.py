@@ -6,6 +6,7 @@ import asyncio
 import logging
 from typing import Any
 
+import httptools
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -18,6 +19,7 @@ from sllmctl.gateway.settings import GatewaySettings
 __all__ = ["server_config"]
 
 _log = logging.getLogger(__name__)
+_OFFER = (b"connection", b"upgrade", b"http2-settings")
 
 
 def server_config(
@@ -47,6 +49,34 @@ def server_config(
     )
 
 
+class _Parser(httptools.HttpRequestParser):
+    """Reads HTTP/1.1 from clients that offer another protocol (Upgrade: h2c), as Java's own does with every first request.
+
+    An offer may be passed over (RFC 9110, 7.8). The library, though, reads no body of a request that has one; so that is read
+    once more without it.
+    """
+
+    def __init__(self, protocol: _BoundedProtocol) -> None:
+        super().__init__(protocol)
+        self._protocol = protocol
+        self.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn sets it, for pipelined requests
+
+    def feed_data(self, data: Any) -> None:
+        rest = memoryview(data)
+        while rest:
+            try:
+                super().feed_data(rest)
+                return
+            except httptools.HttpParserUpgrade as offer:
+                super().feed_data(self._protocol.without_offer())
+                rest = rest[offer.args[0] :]
+
+    @property
+    def offered(self) -> bool:
+        """Whether the present request has such an offer."""
+        return self.should_upgrade() and self.get_method() != b"CONNECT"
+
+
 class _BoundedProtocol(HttpToolsProtocol):
     """One connection, broken off when its headers are too long or too slow, or when its client reads nothing.
 
@@ -56,9 +86,11 @@ class _BoundedProtocol(HttpToolsProtocol):
 
     limits: GatewaySettings
     counts: Metrics | None = None
+    parser: _Parser
 
     def __init__(self, *args: Any, **values: Any) -> None:
         super().__init__(*args, **values)
+        self.parser = _Parser(self)
         self._header_bytes = 0
         self._in_headers = True
         self._header_timer: asyncio.TimerHandle | None = None
@@ -106,7 +138,18 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._header_bytes = 0
         self._stop(self._header_timer)
         self._header_timer = None
-        super().on_headers_complete()
+        if not self.parser.offered:
+            super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        if not self.parser.offered:
+            super().on_message_complete()
+
+    def without_offer(self) -> bytes:
+        """The head of the present request, which offers another protocol, without that."""
+        lines = [b"%b %b HTTP/1.1" % (self.parser.get_method(), self.url)]
+        lines += [b"%b: %b" % header for header in self.headers if header[0] not in _OFFER]
+        return b"\r\n".join([*lines, b"", b""])
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answering = cycle

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import json
 import socket
 import struct
 from collections.abc import Callable, Coroutine
@@ -191,6 +192,29 @@ async def test_bodies_that_are_no_json_or_no_object() -> None:
         here.router.reply = lambda request: request.say("fine", EndReason.LENGTH)
         writer.write(http_post(_CHAT, chat_body()))
         assert (await _whole(reader))[0] == 200, "the connection is still good"
+        writer.close()
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@on_uvloop
+async def test_an_offer_of_another_protocol_is_passed_over(apart: bool) -> None:
+    async with serving() as here:
+        here.router.reply = lambda request: request.say(request.prompt_text, EndReason.LENGTH)
+        reader, writer = await here.raw()
+        offer = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAA")
+        for text in ("one", "two"):
+            head, end, body = http_post(_CHAT, chat_body(text), *offer).partition(b"\r\n\r\n")
+            writer.write(head + end)
+            if apart:
+                await writer.drain()
+                await here.client.get("/healthz")
+            writer.write(body)
+            status, _, answer = await _whole(reader)
+            assert status == 200
+            assert text in json.loads(answer)["choices"][0]["message"]["content"]
+        writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n" * 1000)
+        for _ in range(1000):
+            assert (await _whole(reader))[0] == 200
         writer.close()
 
 
