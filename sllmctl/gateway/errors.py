@@ -28,6 +28,7 @@ __all__ = [
     "ALL_KINDS",
     "Answer",
     "BodyTooLarge",
+    "BodyTooSlow",
     "ErrorBody",
     "ErrorDetail",
     "KeyReused",
@@ -66,6 +67,12 @@ class BodyTooLarge(InvalidInput):
     """The request's body is longer than this server takes."""
 
     code = "body_too_large"
+
+
+class BodyTooSlow(InvalidInput):
+    """The request's body did not arrive in time."""
+
+    code = "body_too_slow"
 
 
 class UnsupportedMediaType(InvalidInput):
@@ -109,6 +116,7 @@ _ANSWERS: dict[type[SllmError], Answer] = {
     UnknownParameter: Answer(400, _REQUEST, "unknown_parameter"),
     KeyReused: Answer(422, _REQUEST, "idempotency_key_reused"),
     BodyTooLarge: Answer(413, _REQUEST, "body_too_large"),
+    BodyTooSlow: Answer(408, _REQUEST, "body_too_slow"),
     UnsupportedMediaType: Answer(415, _REQUEST, "unsupported_media_type"),
     MethodNotAllowed: Answer(405, _REQUEST, "method_not_allowed"),
     Unauthorised: Answer(401, "authentication_error", "invalid_api_key"),

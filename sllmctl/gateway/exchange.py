@@ -7,8 +7,16 @@ from types import TracebackType
 
 from starlette.types import Receive, Scope, Send
 
-from schema.errors import Cancelled, InvalidInput, Overloaded, SllmError, TimedOut
-from sllmctl.gateway.errors import BodyTooLarge, MethodNotAllowed, UnsupportedMediaType, answer_of, error_body, retry_after
+from schema.errors import Cancelled, InvalidInput, Overloaded, SllmError
+from sllmctl.gateway.errors import (
+    BodyTooLarge,
+    BodyTooSlow,
+    MethodNotAllowed,
+    UnsupportedMediaType,
+    answer_of,
+    error_body,
+    retry_after,
+)
 from sllmctl.gateway.settings import GatewaySettings
 from sllmctl.gateway.story import is_id
 
@@ -88,7 +96,7 @@ class Exchange:
     async def body(self, settings: GatewaySettings, budget: BodyBudget) -> bytes:
         """The body, said to be JSON, and counted in ``budget`` until `release`.
 
-        Raises UnsupportedMediaType, BodyTooLarge, Overloaded, TimedOut, ClientGone.
+        Raises UnsupportedMediaType, BodyTooLarge, BodyTooSlow, Overloaded, ClientGone.
         """
         length, kind = 0, b""
         for name, value in self._scope["headers"]:
@@ -103,7 +111,7 @@ class Exchange:
             async with asyncio.timeout(settings.body_timeout_s):
                 return await self._read_body(length, settings.body_limit_bytes, budget)
         except TimeoutError:
-            raise TimedOut(f"the request's body did not arrive within {settings.body_timeout_s:g} s") from None
+            raise BodyTooSlow(f"the request's body did not arrive within {settings.body_timeout_s:g} s") from None
 
     async def _read_body(self, announced: int, limit: int, budget: BodyBudget) -> bytes:
         chunks: list[bytes] = []
