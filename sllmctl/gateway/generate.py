@@ -111,7 +111,7 @@ class Gateway:
             request = self.router.submit(job.model, job.prompt, job.params, job.choices, job.tenant, retry, asked)
             metrics.prompt_tokens.labels(job.model).inc(len(job.prompt))
         exchange.request_id = request.id
-        head = ReplyHead(request.id.rpartition("_")[2], int(request.received_at), job.model, f"fp_{job.text.digest[:12]}")
+        head = ReplyHead(request.id.removeprefix("req_"), int(request.received_at), job.model, f"fp_{job.text.digest[:12]}")
         shape = job.shape(head, job.text.detokenizer.spell, include_usage=job.include_usage)
         replies = [
             Reply(index, sequence, job.text, job.stops, request.params) for index, sequence in enumerate(request.sequences)

@@ -39,6 +39,14 @@ async def test_a_chat_in_one_piece() -> None:
     assert not request.cancelled.is_set()
 
 
+async def test_a_reply_is_named_after_its_request() -> None:
+    async with serving() as here:
+        here.router.reply = says("yes")
+        for asked in ("job_7", "other_7"):
+            answer = await here.client.post("/v1/chat/completions", json=chat_body(), headers={"X-Request-Id": asked})
+            assert (answer.headers["x-request-id"], answer.json()["id"]) == (asked, f"chatcmpl-{asked}")
+
+
 async def test_a_chat_as_a_stream() -> None:
     async with serving() as here, client_of(here) as client:
         here.router.reply = says("naïve 🙂 text", batch=1)
