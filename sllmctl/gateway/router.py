@@ -255,8 +255,7 @@ class Router:
             raise refusal
         assert queue is not None
         self._check(queue, prompt, params)
-        taken = not request_id or request_id in self._core.requests or request_id in self._core.remembered
-        request = self._request(self._ids("req") if taken else request_id, model, params, tenant, retry)
+        request = self._request(request_id, model, params, tenant, retry)
         request.readers = 1
         for choice in range(choices):
             request.sequences.append(Sequence(request, choice, prompt))
@@ -456,9 +455,11 @@ class Router:
         core.place(attempt, core.routes.make(submit.instance))
         sequence.wake()
 
-    def _request(self, name: str, model: str, params: SamplingParams, tenant: str, retry: RetryKey | None) -> Request:
+    def _request(self, asked_id: str, model: str, params: SamplingParams, tenant: str, retry: RetryKey | None) -> Request:
+        """A request of the id that is asked for, unless that is "" or another's."""
+        taken = not asked_id or asked_id in self._core.requests or asked_id in self._core.remembered
         return Request(
-            name,
+            self._ids("req") if taken else asked_id,
             model,
             params,
             self._core.clock(),
@@ -471,9 +472,11 @@ class Router:
 
     def _leave(self, request: Request) -> None:
         request.readers -= 1
+        if request.readers:
+            return
         if request.retry is None or not self._settings.retry_grace_s:
             request.cancel()
-        elif request.live and request.readers == 0:
+        elif request.live:
             request.timer = self._core.call_later(self._settings.retry_grace_s, request.cancel)
 
     def _cancel(self, request: Request) -> None:

@@ -73,6 +73,16 @@ def test_without_a_retry_it_ends_after_the_grace_and_is_forgotten() -> None:
     assert _acked(bench) == [submit.attempt]
 
 
+def test_a_client_that_leaves_takes_nothing_from_another_that_reads() -> None:
+    bench = _bench(retry_grace_s=0.0)
+    request, _ = _begun(bench)
+    assert bench.router.join(_KEY) is request
+    request.leave()
+    assert request.state == RequestState.RUNNING
+    request.leave()
+    assert request.state == RequestState.CANCELLED
+
+
 def test_a_reply_is_kept_for_a_while_and_its_end_is_acknowledged_only_then() -> None:
     bench = _bench(replies_kept_s=60.0)
     request, (submit,) = _begun(bench)
@@ -166,6 +176,23 @@ def test_a_reply_that_a_stop_string_ended_is_kept_by_its_node_too() -> None:
     assert _acked(bench) == []
     bench.advance(1000)
     assert _acked(bench) == [submit.attempt]
+
+
+def test_what_is_found_again_takes_no_other_requests_id() -> None:
+    bench = Bench()
+    bench.model()
+    fresh = bench.router.submit("m", (1, 2), params(), request_id=_NAME)
+    old = _old(1)
+    bench.node(attempts=(AttemptTruth(submit=old, new_ids=(7,)),))
+    bench.instance()
+    (begun,) = bench.take(Submit)
+    found = bench.router.join(_KEY)
+    assert found is not None
+    assert (fresh.id, found.id != fresh.id) == (_NAME, True)
+    bench.tokens(run(old, 8, start=1), end(old, 2))
+    bench.tokens(run(begun, 9), end(begun, 1))
+    assert (found.state, fresh.state) == (RequestState.FINISHED, RequestState.FINISHED)
+    assert (found.sequences[0].tokens, fresh.sequences[0].tokens) == ([7, 8], [9])
 
 
 def test_choices_come_from_several_nodes_and_one_that_none_has_is_begun() -> None:
