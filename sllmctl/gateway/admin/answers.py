@@ -29,6 +29,7 @@ __all__ = [
     "known",
     "no_route",
     "read_body",
+    "read_count",
     "read_flag",
     "read_number",
     "read_query",
@@ -83,6 +84,14 @@ def read_number(query: Mapping[str, str], key: str, default: float) -> float:
     if not 0 <= number < float("inf"):
         raise InvalidInput(f"{key}: {query[key]!r} is no number from 0 up", key)
     return number
+
+
+def read_count(query: Mapping[str, str], key: str, default: int, least: int, most: int) -> int:
+    """A parameter that is a whole number, from ``least`` to ``most``. Raises InvalidInput."""
+    text = query.get(key, str(default))
+    if not (text.isascii() and text.isdigit() and len(text) <= len(str(most)) and least <= int(text) <= most):
+        raise InvalidInput(f"{key}: {text!r} is no whole number from {least} to {most}", key)
+    return int(text)
 
 
 def read_flag(query: Mapping[str, str], key: str) -> bool:

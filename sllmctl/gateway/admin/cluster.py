@@ -10,11 +10,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from schema.admin import EventView, InstanceView, NodeView, RequestView, StatusView
-from schema.errors import InvalidInput, NotFound
+from schema.errors import NotFound
 from sllmctl.control.effects import StopInstanceNow
 from sllmctl.control.view import ClusterView
 from sllmctl.control.views import LiveNumbers, instance_view, instance_views, node_view, node_views
-from sllmctl.gateway.admin.answers import Items, Routes, item_answer, json_answer, known, read_number, read_query
+from sllmctl.gateway.admin.answers import Items, Routes, item_answer, json_answer, known, read_count, read_query
 from sllmctl.gateway.admin.commands import COMMAND, RunnerPort
 from sllmctl.gateway.openapi import Query, operation
 from sllmctl.gateway.ports import EventsPort
@@ -125,7 +125,5 @@ class Cluster:
     )
     async def list_events(self, request: Request) -> Response:
         query = read_query(request)
-        limit = read_number(query, "limit", 100)
-        if not limit.is_integer() or not 1 <= limit <= _EVENTS_LIMIT:
-            raise InvalidInput(f"limit: {query['limit']} is no number from 1 to {_EVENTS_LIMIT}", "limit")
-        return item_answer(await self._database.events(query.get("kind"), query.get("object"), int(limit), query.get("after")))
+        limit = read_count(query, "limit", 100, 1, _EVENTS_LIMIT)
+        return item_answer(await self._database.events(query.get("kind"), query.get("object"), limit, query.get("after")))

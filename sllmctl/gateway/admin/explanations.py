@@ -14,7 +14,7 @@ from schema.admin import EstimatesView, ExplainView, OutcomeView, RequestExplain
 from schema.errors import NotFound
 from sllmctl.control.explain import DecisionsPort, ExplainerPort, explain, explain_request
 from sllmctl.control.view import ClusterView
-from sllmctl.gateway.admin.answers import Routes, json_answer, known, read_number, read_query
+from sllmctl.gateway.admin.answers import Routes, json_answer, known, read_count, read_query
 from sllmctl.gateway.openapi import Query, operation
 from sllmctl.planner.outcomes import summarise
 
@@ -78,11 +78,15 @@ class Explanations:
     @operation(
         "How good the planner's estimates are.",
         EstimatesView,
-        query=(Query("limit", Annotated[int, Meta(ge=0)], "Outcomes to show, of the newest; 100 if not given."),),
+        query=(
+            Query(
+                "limit", Annotated[int, Meta(ge=0, le=_OUTCOMES_LIMIT)], "Outcomes to show, of the newest; 100 if not given."
+            ),
+        ),
     )
     async def get_estimates(self, request: Request) -> Response:
         """The errors are those of all outcomes that are kept; the outcomes shown are the newest."""
-        limit = int(read_number(read_query(request), "limit", 100))
+        limit = read_count(read_query(request), "limit", 100, 0, _OUTCOMES_LIMIT)
         kept = await self._database.outcomes(_OUTCOMES_LIMIT)
         return json_answer(
             EstimatesView(

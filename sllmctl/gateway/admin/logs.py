@@ -19,11 +19,21 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from schema.admin import LogFrame, LogLineView
-from schema.errors import InvalidInput, NotFound, Overloaded, SllmError, TimedOut, Unreachable
+from schema.errors import NotFound, Overloaded, SllmError, TimedOut, Unreachable
 from schema.link import LogChunk, ReadLog
 from sllmctl.config import LogSettings
 from sllmctl.control.view import ClusterView
-from sllmctl.gateway.admin.answers import Flag, Items, Routes, item_answer, known, read_flag, read_number, read_query
+from sllmctl.gateway.admin.answers import (
+    Flag,
+    Items,
+    Routes,
+    item_answer,
+    known,
+    read_count,
+    read_flag,
+    read_number,
+    read_query,
+)
 from sllmctl.gateway.openapi import Query, operation
 
 __all__ = ["Logs", "LogsPort"]
@@ -133,11 +143,9 @@ class Logs:
     async def _answer(
         self, query: dict[str, str], wanted: ReadLog, nodes: Sequence[str], missing: SllmError | None
     ) -> Response:
-        tail = read_number(query, "tail", _TAIL)
-        if not tail.is_integer() or tail > _TAIL_LIMIT:
-            raise InvalidInput(f"tail: {query['tail']} is no number from 0 to {_TAIL_LIMIT}", "tail")
+        tail = read_count(query, "tail", _TAIL, 0, _TAIL_LIMIT)
         follow = read_flag(query, "follow")
-        wanted = replace(wanted, tail=int(tail), newer_s=read_number(query, "since", 0.0))
+        wanted = replace(wanted, tail=tail, newer_s=read_number(query, "since", 0.0))
         linked = [node for node in nodes if self._links.is_up(node)]
         if not linked:
             raise Unreachable("no node that may have these logs is linked; `sllmctl node ls` shows why")

@@ -304,7 +304,7 @@ async def test_events_are_asked_of_the_database(manager: _Manager, http: httpx.A
     assert manager.database.asked == [(None, None, 100, None), ("model", "tiny", 5, "ev_0")]
 
 
-@pytest.mark.parametrize("limit", ["0", "-1", "10001", "1.5", "many", "nan", "inf", ""])
+@pytest.mark.parametrize("limit", ["0", "-1", "10001", "1.5", "1e3", "1_0", "many", "nan", "inf", ""])
 async def test_a_limit_that_is_none(http: httpx.AsyncClient, limit: str) -> None:
     assert _refusal(await http.get("events", params={"limit": limit})) == (400, "invalid_input", "limit")
 
@@ -554,4 +554,5 @@ async def test_estimates_are_summed_up_over_all_and_shown_by_the_newest(http: ht
     assert few["errors"] == everything["errors"]
     assert [outcome["at"] for outcome in few["outcomes"]] == [3.0, 4.0]
     assert (await http.get("estimates?limit=0")).json()["outcomes"] == []
-    assert _refusal(await http.get("estimates?limit=-1")) == (400, "invalid_input", "limit")
+    for limit in ("-1", "1.5", "1e300"):
+        assert _refusal(await http.get(f"estimates?limit={limit}")) == (400, "invalid_input", "limit")
