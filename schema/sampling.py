@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from schema.errors import InvalidInput
 
-__all__ = ["MAX_LOGPROBS", "MAX_SEED", "Logprobs", "SamplingParams", "TokenId", "TokenIds", "read_logprobs"]
+__all__ = ["LOGPROB_BYTES", "MAX_LOGPROBS", "MAX_SEED", "Logprobs", "SamplingParams", "TokenId", "TokenIds", "read_logprobs"]
 
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 TokenIds = tuple[TokenId, ...]
@@ -22,6 +22,8 @@ _MAX_BIASES: Final = 1024
 _MAX_RECORD_BYTES: Final = 8 << 20
 """Log-probabilities of one sequence, so that its journal fits a frame."""
 _PAIR: Final = struct.Struct("<if")
+LOGPROB_BYTES: Final = _PAIR.size
+"""What a token and its log-probability take of a record."""
 
 _RANGES: Final[dict[str, tuple[float, float]]] = {
     "max_tokens": (1, 1 << 31),

@@ -16,6 +16,7 @@ from schema.admin import RequestView
 from schema.errors import Cancelled, ContextOverflow, Fault, LinkError, SllmError, TimedOut
 from schema.ids import Epoch, EpochCounter
 from schema.link import Cancel, Ended, EngineTiming, ManagerMessage, SamplingParams, Submit, TokenRun
+from schema.sampling import LOGPROB_BYTES
 from schema.states import EndReason
 from sllmctl.control.effects import Event, InstanceActivity, PrefillTimed
 from sllmctl.gateway import story
@@ -89,7 +90,7 @@ class Dispatcher:
         self.requests[request.id] = request
         request.live = len(request.sequences)
         self.queue(request.model).live += 1
-        self.journal_tokens += len(request.sequences[0].prompt) + request.generated
+        self.journal_tokens += request.size_tokens
         if request.retry is not None:
             self.retries.add(request)
 
@@ -195,7 +196,7 @@ class Dispatcher:
         sequence.tokens.extend(new.ids)
         sequence.logprobs += new.logprobs
         sequence.fruitless = 0
-        self.journal_tokens += len(new.ids)
+        self.journal_tokens += len(new.ids) + len(new.logprobs) // LOGPROB_BYTES
         if sequence.request.first_token_at is None:
             sequence.request.first_token_at = self.clock()
             story.first_token(sequence.request)
@@ -327,9 +328,9 @@ class Dispatcher:
             request.timer.cancel()
             request.timer = None
         del self.requests[request.id]
-        view = self.remembered[request.id] = request.view()
+        self.remembered[request.id] = request.view()
         story.ended(request)
-        self.journal_tokens -= view.prompt_tokens + view.generated_tokens
+        self.journal_tokens -= request.size_tokens
         queue = self.queue(request.model)
         queue.request_ended(request, request.ended_at)
         queue.live -= 1

@@ -15,6 +15,7 @@ from schema.admin import RequestTimeline, RequestView
 from schema.errors import SllmError
 from schema.ids import Epoch
 from schema.link import Cancel, EngineTiming, RetryKey, SamplingParams, StartPhases
+from schema.sampling import LOGPROB_BYTES
 from schema.states import EndReason, RequestState
 
 __all__ = ["Attempt", "Request", "Sequence", "Timer"]
@@ -85,6 +86,11 @@ class Sequence:
     @property
     def done(self) -> bool:
         return self.finish is not None or self.failure is not None
+
+    @property
+    def size_tokens(self) -> int:
+        """What its reply takes of memory, a log-probability counted as a token, which it is as large as."""
+        return len(self.tokens) + len(self.logprobs) // LOGPROB_BYTES
 
     def complete(self) -> None:
         """End it as it stands: its text is complete. Its request goes on; after the end nothing happens."""
@@ -207,6 +213,11 @@ class Request:
     def generated(self) -> int:
         """Tokens generated so far, over all choices."""
         return sum([len(sequence.tokens) for sequence in self.sequences])
+
+    @property
+    def size_tokens(self) -> int:
+        """What it takes of memory: its prompt and what was generated, a log-probability counted as a token."""
+        return len(self.sequences[0].prompt) + sum([sequence.size_tokens for sequence in self.sequences])
 
     def timeline(self) -> RequestTimeline:
         def since(at: float | None) -> float | None:

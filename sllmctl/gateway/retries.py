@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
 
 from schema.ids import Epoch
 from schema.link import RetryKey
@@ -19,9 +18,6 @@ from sllmctl.gateway.queues import CallLater
 from sllmctl.gateway.router_settings import RouterSettings
 
 __all__ = ["End", "Retries"]
-
-_SCORE_BYTES: Final = 8
-"""A log-probability counts as a token, which it is as large as."""
 
 End = tuple[str, Epoch]
 """A node, and an attempt whose end it keeps."""
@@ -96,8 +92,7 @@ class Retries:
         if request.cancelled or request.failure is not None or not self._settings.replies_kept_s:
             self._forget(key)
             return
-        scores = sum(len(sequence.logprobs) for sequence in request.sequences) // _SCORE_BYTES
-        entry.size_tokens = len(request.sequences[0].prompt) + request.generated + scores
+        entry.size_tokens = request.size_tokens
         entry.timer = self._call_later(self._settings.replies_kept_s, lambda: self._forget(key))
         self._finished[key] = entry
         self._finished_tokens += entry.size_tokens

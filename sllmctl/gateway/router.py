@@ -431,7 +431,7 @@ class Router:
         submit, core = truth.submit, self._core
         sequence.tokens.extend((*submit.generated, *truth.new_ids))
         sequence.logprobs += submit.logprobs + truth.logprobs
-        core.journal_tokens += len(sequence.tokens)
+        core.journal_tokens += sequence.size_tokens
         if truth.end is not None:
             if truth.end.timing is not None:
                 sequence.request.engine = truth.end.timing

@@ -18,10 +18,11 @@ class RouterSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
     ``max_attempts``: how often one sequence may be put on an instance without a token coming of it; then it fails with the last
     fault.
-    ``max_journal_tokens``: prompt and generated tokens of all live requests; a new request beyond it is refused. Replies that
-    run may go over it by what they still generate. ``max_sequence_tokens``: prompt and reply of one sequence, so that its
-    Submit fits a frame. ``expected_reply_tokens``: what a reply is taken to need of a KV cache until the model's own
-    replies have taught better. ``reply_smoothing``: the weight of the newest reply in a model's averages.
+    ``max_journal_tokens``: prompt and generated tokens of all live requests, a log-probability counted as a token; a new
+    request beyond it is refused. Replies that run may go over it by what they still generate.
+    ``max_sequence_tokens``: prompt and reply of one sequence, so that its Submit fits a frame. ``expected_reply_tokens``: what
+    a reply is taken to need of a KV cache until the model's own replies have taught better. ``reply_smoothing``: the weight of
+    the newest reply in a model's averages.
 
     ``orphan_grace_s``: how long a sequence found on a node at the manager's start runs without a client.
     ``retry_grace_s``: how long a request with an Idempotency-Key, whose client went away, runs on for a retry to come.

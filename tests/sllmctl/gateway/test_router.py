@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 
 import pytest
 
@@ -367,6 +368,19 @@ def test_journals_memory_is_given_back() -> None:
         bench.router.submit("m", (1,) * 8, params())
         (submit,) = bench.take(Submit)
         bench.tokens(run(submit, 1, 2, 3), end(submit, 3, EndReason.STOP))
+
+
+def test_log_probabilities_count_as_the_tokens_that_they_are_as_large_as() -> None:
+    bench = Bench(RouterSettings(max_journal_tokens=10))
+    bench.warm()
+    bench.router.submit("m", (1,) * 2, params(logprobs=1))
+    (submit,) = bench.take(Submit)
+    record = struct.pack("<ifif", 7, -1.0, 7, -1.0)
+    bench.tokens(TokenRun(submit.attempt, 0, (7, 7), record * 2))
+    with pytest.raises(Overloaded, match="requests of 8 tokens"):
+        bench.router.submit("m", (1,) * 3, params())
+    bench.tokens(end(submit, 2, EndReason.STOP))
+    bench.router.submit("m", (1,) * 10, params(1))
 
 
 async def test_on_a_real_event_loop_a_waiting_request_times_out() -> None:
