@@ -27,6 +27,10 @@ __all__ = ["NATIVE", "NativeRunner", "is_native"]
 NATIVE: Final = frozenset({"cwm", "llama", "ministral", "mistral", "qwen2", "qwen3", "seed_oss"})
 """Model types whose decoder layers are those of Llama but for what this module reads off."""
 
+_WINDOW_IN_CONFIG: Final = frozenset({"mistral"})
+"""Those whose layers all take the config's sliding window. Any other's layer says itself whether it has one: a config may carry
+a window that its model knows nothing of."""
+
 _ROTARY_BLOCK: Final = 256
 
 
@@ -186,7 +190,7 @@ class _Rotary:
 
 def _layer(index: int, module: Any, config: Any, ways: Ways) -> _Layer:
     attention, mlp = module.self_attn, module.mlp
-    window = attention.sliding_window if hasattr(attention, "sliding_window") else getattr(config, "sliding_window", None)
+    windowed = config if config.model_type in _WINDOW_IN_CONFIG else attention
     kv_heads = attention.k_proj.weight.shape[0] // attention.head_dim
     head_norm = None
     if hasattr(attention, "q_norm"):
@@ -194,7 +198,7 @@ def _layer(index: int, module: Any, config: Any, ways: Ways) -> _Layer:
         norms = [attention.q_norm.weight.expand(heads, -1), attention.k_norm.weight.expand(kv_heads, -1)]
         head_norm = torch.cat(norms)
     return _Layer(
-        how=LayerAttention(index, attention.scaling, window or 0),
+        how=LayerAttention(index, attention.scaling, getattr(windowed, "sliding_window", None) or 0),
         input_norm=module.input_layernorm.weight,
         qkv=_product(ways, attention.q_proj, attention.k_proj, attention.v_proj),
         head_norm=head_norm,

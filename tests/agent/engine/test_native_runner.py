@@ -15,7 +15,7 @@ from agent.engine.weights import fused_view
 from agent.store.index import TensorIndex, index_of
 from schema.checkpoint import Manifest, Partition, TensorEntry
 from tests.agent.engine.coming import ComingWeights
-from tests.agent.engine.models import kv_options, make_model, manifest_of, submit_of, tensors_of
+from tests.agent.engine.models import CONFIGS, kv_options, make_model, manifest_of, submit_of, tensors_of
 from tests.agent.engine.test_determinism import record
 from tests.agent.engine.test_engine import drive, prompts
 
@@ -121,6 +121,22 @@ def test_waiting_for_weights_is_no_prefill(monkeypatch: pytest.MonkeyPatch) -> N
         assert 0 < timing.prefill_s < 5.0
         assert timing.first_token_s == pytest.approx(timing.queued_s + timing.weights_s + timing.prefill_s)
     assert 0 < engine.counts.prefill.total_s < 5.0
+
+
+@pytest.mark.parametrize("model_type", ["llama", "seed_oss"])
+def test_a_window_that_the_model_knows_nothing_of_is_not_applied(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the modules themselves: `generate` would crop its cache to the config's window, which no layer asks for."""
+    config = {**CONFIGS["llama"], "model_type": model_type, "head_dim": 8, "sliding_window": 24}
+    monkeypatch.setitem(CONFIGS, "stray", config)
+    model = make_model("stray")
+    manifest = manifest_of(model)
+    submit = submit_of(1, prompts()[3], 6)
+    outcome = drive(build_engine(manifest, tensors_of(model), kv_options(manifest, 1024)), [submit])
+    tokens = list(submit.prompt)
+    for _ in range(6):
+        with torch.inference_mode():
+            tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    assert outcome.tokens[1] == tokens[len(submit.prompt) :]
 
 
 def listed(manifest: Manifest, names: list[str], dtype: str = "F32") -> tuple[Manifest, TensorIndex]:
