@@ -110,6 +110,31 @@ def _pow(function: Any, x: Any, exponent: Any) -> Any:
     return x * x if exponent == 2 else _row_by_row(function, x, exponent)
 
 
+def _rsqrt(function: Any, x: Tensor) -> Any:
+    """Correctly rounded in float32; in half precision a vector of them is not what one alone is."""
+    if x.dtype in (torch.float32, torch.float64):
+        return function(x)
+    out = _row_by_row(torch.rsqrt, x)
+    return x.copy_(out) if function.__name__ == "rsqrt_" else out
+
+
+def _add(function: Any, x: Any, other: Any, alpha: Any = 1) -> Any:
+    """With a factor, vectors round once where a number alone is rounded twice."""
+    return function(x, other if alpha == 1 else other * alpha)
+
+
+def _reduced(function: Any, x: Tensor, *args: Any, **named: Any) -> Any:
+    """Over a row's own numbers: over another dimension they may be other tokens'."""
+    name = function.__name__
+    at = 1 if name in ("linalg_vector_norm", "topk") else 0
+    dim = named.get("dim", args[at] if len(args) > at else -1 if name in ("sort", "topk") else None)
+    if isinstance(dim, list | tuple) and len(dim) == 1:
+        dim = dim[0]
+    if x.is_floating_point() and not isinstance(dim, Tensor) and dim not in (-1, x.dim() - 1):
+        raise InvalidCheckpoint(f"the model calls torch's {name!r} over another dimension than the last")
+    return function(x, *args, **named)
+
+
 def _cumsum(function: Any, x: Tensor, *args: Any, **named: Any) -> Any:
     if x.is_floating_point():
         raise InvalidCheckpoint("the model calls torch's 'cumsum', of which it is not known that it treats each row alike")
@@ -118,7 +143,9 @@ def _cumsum(function: Any, x: Tensor, *args: Any, **named: Any) -> Any:
 
 _INSTEAD: Final[dict[str, Callable[..., Any]]] = {
     "linear": _linear, "addmm": _addmm, "addmm_": _addmm_in_place, "matmul": _matmul, "__matmul__": _matmul,
+    "add": _add, "add_": _add, "sub": _add, "sub_": _add, "rsqrt": _rsqrt, "rsqrt_": _rsqrt,
     "cumsum": _cumsum, "silu": _silu, "pow": _pow, "__pow__": _pow,
+    **dict.fromkeys(("argmax", "linalg_vector_norm", "max", "mean", "min", "sort", "sum", "topk"), _reduced),
     **dict.fromkeys(("cos", "exp", "expm1", "gelu", "log", "sigmoid", "sin", "softmax", "softplus", "tanh"), _row_by_row),
 }  # fmt: skip
 """By name, what takes a function's place; it is handed the function and its arguments."""
@@ -134,10 +161,10 @@ _PASSED: Final = frozenset({
     "type_as", "unbind", "unflatten", "unsqueeze", "view", "where", "zeros", "zeros_like",
     # correctly rounded in every element
     "__and__", "__bool__", "__eq__", "__floordiv__", "__invert__", "__ior__", "__or__", "__rdiv__", "__rsub__", "abs",
-    "add", "add_", "all", "any", "clamp", "div", "div_", "eq", "floor", "ge", "greater", "gt", "le", "lt", "maximum",
-    "minimum", "mul", "mul_", "ne", "neg", "relu", "rsqrt", "rsqrt_", "sqrt", "square", "square_", "sub",
+    "all", "any", "clamp", "div", "div_", "eq", "floor", "ge", "greater", "gt", "le", "lt", "maximum",
+    "minimum", "mul", "mul_", "ne", "neg", "relu", "sqrt", "square", "square_",
     # each row by itself
-    "argmax", "layer_norm", "linalg_vector_norm", "max", "mean", "min", "rms_norm", "sort", "sum", "topk",
+    "layer_norm", "rms_norm",
     # one addition for each expert that a token goes to, in the experts' order
     "index_add_",
 })  # fmt: skip

@@ -87,10 +87,32 @@ def test_what_passes_reduces_each_row_by_itself(width: int, dtype: torch.dtype) 
             assert torch.equal(reduce(rows[at : at + 1])[0].nan_to_num(), whole[at].nan_to_num()), index
 
 
+@pytest.mark.parametrize("width", [3, 33, 100])
+def test_half_precision_rounds_a_row_as_it_does_among_others(width: int) -> None:
+    rows = torch.rand(70, width, generator=torch.Generator().manual_seed(width)).mul_(5).add_(0.1).bfloat16()
+    functions = (
+        torch.rsqrt,
+        lambda x: x.clone().rsqrt_(),
+        lambda x: torch.add(x, x * 3, alpha=0.3),
+        lambda x: torch.sub(x, x * 3, alpha=0.3),
+    )
+    for index, function in enumerate(functions):
+        with RowInvariant():
+            whole, alone = function(rows), [function(rows[at : at + 1])[0] for at in range(len(rows))]
+        assert torch.equal(whole, torch.stack(alone)), index
+
+
 def test_what_is_not_known_to_be_invariant_is_refused_by_name() -> None:
     with RowInvariant(), pytest.raises(InvalidCheckpoint, match="cumsum"):
         torch.ones(3).cumsum(0)
     with RowInvariant(), pytest.raises(InvalidCheckpoint, match="softmax"):
         torch.ones(3, 3).softmax(dim=0)
+    with RowInvariant(), pytest.raises(InvalidCheckpoint, match="mean"):
+        torch.ones(3, 3).mean(0)
+    with RowInvariant(), pytest.raises(InvalidCheckpoint, match="max"):
+        torch.ones(3, 3).max()
+    with RowInvariant():
+        assert torch.ones(3, 3).sum([1]).tolist() == torch.ones(3, 3).max(dim=-1).values.mul(3).tolist()
+        assert torch.ones(3, 3, dtype=torch.long).sum((0, 1)) == 9
     with RowInvariant(), pytest.raises(InvalidCheckpoint, match="outside of attention"):
         torch.ones(2, 3, 3) @ torch.ones(2, 3, 3)
