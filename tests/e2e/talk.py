@@ -41,9 +41,9 @@ def completion(cluster: Cluster, prompt: str, *, max_tokens: int = 16) -> str:
 class Endless:
     """A stream of a long completion, the same each time, read token by token; closing it early disconnects."""
 
-    def __init__(self, api: openai.OpenAI, *, prompt: str = "sllmctl is", max_tokens: int = 1500) -> None:
+    def __init__(self, api: openai.OpenAI, *, model: str = "docs", prompt: str = "sllmctl is", max_tokens: int = 1500) -> None:
         self._stream = api.completions.create(
-            model="docs", prompt=prompt, max_tokens=max_tokens, temperature=1, seed=SEED, stream=True
+            model=model, prompt=prompt, max_tokens=max_tokens, temperature=1, seed=SEED, stream=True
         )
         self._events = iter(self._stream)
         self.request_id = self._stream.response.headers["x-request-id"]

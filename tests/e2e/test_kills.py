@@ -60,6 +60,27 @@ def test_a_killed_worker_mid_stream_is_replaced_and_the_stream_goes_on(cluster: 
     assert cluster.get(f"/requests/{stream.request_id}")["attempts"] == 2
 
 
+def test_another_models_stream_is_untouched_beside_a_killed_worker(cluster: Cluster, talker: Path) -> None:
+    """Two models of the same weights, so that tokens in the wrong stream would be as likely as the right ones."""
+    cluster.add_model("other", talker)
+    with client(cluster) as api, Endless(api, max_tokens=300) as stream, _beside(api) as other:
+        alone, beside = stream.rest(), other.rest()
+    assert alone != beside
+    (killed,), (spared,) = cluster.instances(), cluster.instances("other")
+    with client(cluster) as api, Endless(api, max_tokens=300) as stream, _beside(api) as other:
+        read_some(stream)
+        read_some(other)
+        os.kill(killed["pid"], signal.SIGKILL)
+        assert (stream.rest(), other.rest()) == (alone, beside)
+    assert [cluster.get(f"/requests/{each.request_id}")["attempts"] for each in (stream, other)] == [2, 1]
+    (after,) = cluster.instances("other")
+    assert [after[key] for key in ("pid", "epoch", "restarts")] == [spared["pid"], spared["epoch"], 0]
+
+
+def _beside(api: openai.OpenAI) -> Endless:
+    return Endless(api, model="other", prompt="Beside it", max_tokens=300)
+
+
 def _wishful(api: openai.OpenAI, disturb: Callable[[], None] | None = None) -> list[tuple[str, list[str], list[float], str]]:
     """Two choices under penalties: text, tokens, log-probabilities and end of each, ``disturb`` called on the way."""
     stream = api.completions.create(
