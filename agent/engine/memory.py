@@ -6,6 +6,7 @@ start whose memory cannot be had fails with all of these numbers, rather than an
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +25,8 @@ __all__ = ["MemoryPlan", "free_bytes", "plan_memory", "step_costs"]
 
 _WITH_BIAS: Final = frozenset({"bloom", "mpt"})
 """Model types that always have ALiBi; Falcon's config says whether it has."""
-_CGROUP: Final = Path("/sys/fs/cgroup")
+_CGROUPS: Final = Path("/sys/fs/cgroup")
+_OWN_CGROUP: Final = Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +140,25 @@ def _available() -> int | None:
 
 
 def _cgroup_left() -> int | None:
-    """What the container's limit leaves, where there is one."""
+    """What the limits of this process's control group and of those above it leave; None where there is none.
+
+    A group is charged with the files that it has read, too. Those it has not used lately make room as soon as it is needed.
+    """
+    line = next((line for line in _text(_OWN_CGROUP).splitlines() if line.startswith("0::")), "0::/")
+    own = _CGROUPS / line[3:].strip("/")
+    if not own.is_dir():  # in a container the path may be the host's
+        own = _CGROUPS
+    left: list[int] = []
+    for level in (own, *(above for above in own.parents if above.is_relative_to(_CGROUPS))):
+        limit, used = _text(level / "memory.max").strip(), _text(level / "memory.current").strip()
+        if limit.isdigit() and used.isdigit():
+            files = re.search(r"^inactive_file (\d+)$", _text(level / "memory.stat"), re.MULTILINE)
+            left.append(max(0, int(limit) - int(used) + (int(files.group(1)) if files else 0)))
+    return min(left, default=None)
+
+
+def _text(path: Path) -> str:
     try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        return None if limit == "max" else max(0, int(limit) - int((_CGROUP / "memory.current").read_text()))
-    except (OSError, ValueError):
-        return None
+        return path.read_text()
+    except OSError:
+        return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from agent.engine import memory
 from agent.engine.build import build_engine
 from agent.engine.memory import free_bytes, plan_memory
 from schema.errors import OutOfSpace
@@ -88,3 +90,27 @@ def test_what_is_planned_fits_what_is_free_to_the_byte() -> None:
     assert plan_memory(model, manifest, options, 512, plan.total_bytes) == plan
     with pytest.raises(OutOfSpace):
         plan_memory(model, manifest, options, 512, plan.total_bytes - 1)
+
+
+def _group(path: Path, limit: str, current: int, inactive: int) -> Path:
+    path.mkdir()
+    (path / "memory.max").write_text(f"{limit}\n")
+    (path / "memory.current").write_text(f"{current}\n")
+    (path / "memory.stat").write_text(f"anon 7\nactive_file 5\ninactive_file {inactive}\nshmem 3\n")
+    return path
+
+
+@pytest.mark.parametrize(("limit", "free"), [("max", 900), ("1500", 600)])
+def test_the_tightest_control_group_counts_and_files_that_can_go_are_free(
+    limit: str, free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = _group(tmp_path / "root", "2000", 1500, 400)
+    _group(root / "node.slice", limit, 1200, 300)
+    _group(root / "node.slice" / "worker.scope", "max", 50, 10)
+    own = tmp_path / "cgroup"
+    own.write_text("4:memory:/elsewhere\n0::/node.slice/worker.scope\n")
+    monkeypatch.setattr(memory, "_CGROUPS", root)
+    monkeypatch.setattr(memory, "_OWN_CGROUP", own)
+    assert free_bytes("cpu") == free
+    own.write_text("0::/of/the/host\n")
+    assert free_bytes("cpu") == 900
