@@ -113,13 +113,15 @@ class ServeSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 class ClientSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The commands' own patience: to connect, for an answer, for the next event of a streamed reply, under ``--wait``, and for
-    the next sign of life of the admin API's event stream."""
+    the next sign of life of the admin API's event stream. ``theme``: the dashboard's colours; auto are those for the background
+    that the terminal says it has."""
 
     connect_s: _Seconds = 2.0
     answer_s: _Seconds = 60.0
     stream_s: _Seconds = 300.0
     wait_s: _Seconds = 900.0
     silence_s: _Seconds = 15.0
+    theme: Literal["auto", "dark", "light"] = "auto"
 
 
 class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):

@@ -44,7 +44,7 @@ class Desk(Protocol):
 
     cluster: Cluster
 
-    async def confirm(self, question: str, verb: str) -> bool: ...
+    async def confirm(self, question: str, verb: str, no: str = "Cancel") -> bool: ...
     async def fill_in(self, title: str, fields: list[Field], read: Callable[[Mapping[str, str]], T]) -> T | None: ...
     async def ask(self, call: Call[T], done: str = "") -> T | None: ...
     def jump(self, view: str) -> None: ...
@@ -137,7 +137,8 @@ async def stop_instance(desk: Desk, instance: InstanceView) -> None:
 
 
 async def cancel_request(desk: Desk, request: RequestView) -> None:
-    if await desk.confirm(f"Cancel {request.id} of {request.model}? Its client gets no more of the reply.", "Cancel it"):
+    question = f"Cancel {request.id} of {request.model}? Its client gets no more of the reply."
+    if await desk.confirm(question, "Cancel it", "Keep it"):
         await desk.ask(client.cancel_request(request.id), f"{request.id} is cancelled")
 
 
@@ -192,7 +193,7 @@ async def _where(desk: Desk, title: str, hint: str) -> tuple[str | None, Tier | 
         if values["node"] and values["node"] not in nodes:
             raise InvalidInput(f"there is no node {values['node']!r}", "node")
         if values["tier"] and values["tier"] not in list(Tier):
-            raise InvalidInput(f"{values['tier']!r} is no tier", "tier")
+            raise InvalidInput(f"{values['tier']!r} is no tier: disk, dram or device", "tier")
         return values["node"] or None, Tier(values["tier"]) if values["tier"] else None
 
     return await desk.fill_in(title, fields, read)

@@ -30,6 +30,7 @@ from tui.feed import Cluster, Follower
 from tui.format import printable
 from tui.grid import Grid
 from tui.logs import LogPage
+from tui.palette import DARK, LIGHT, palette_of
 from tui.views import VIEWS, Scope, View, filtered, made
 
 __all__ = ["Dashboard", "Ending"]
@@ -40,6 +41,7 @@ Ending = Literal["leave", "drain", "stop"]
 _EVERY_S = 0.1
 _TICK_S = 1.0
 _WIDE = 120
+_DARK, _LIGHT = "sllmctl-dark", "sllmctl-light"
 
 
 @dataclass(slots=True)
@@ -54,7 +56,7 @@ class _Place:
 
 class Dashboard(App[Ending]):
     """``connect`` makes a client of the manager. ``owned``: the manager was started for this dashboard, so leaving asks what is
-    to become of it. ``clock`` is Unix seconds."""
+    to become of it. ``light``: the terminal's background is. ``clock`` is Unix seconds."""
 
     CSS_PATH = "app.tcss"
     TITLE = "sllmctl"
@@ -62,6 +64,9 @@ class Dashboard(App[Ending]):
     BINDINGS = [  # noqa: RUF012 - as Textual declares it
         Binding("ctrl+c", "leave", show=False, priority=True),
         Binding("ctrl+q", "leave", show=False, priority=True),
+        # At once, since what was typed right behind them belongs to the prompt that they open.
+        Binding("colon", "prompt('jump')", show=False, priority=True),
+        Binding("slash", "prompt('filter')", show=False, priority=True),
     ]
 
     def __init__(
@@ -70,9 +75,13 @@ class Dashboard(App[Ending]):
         *,
         read_only: bool = False,
         owned: bool = False,
+        light: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         super().__init__()
+        self.register_theme(DARK.theme(_DARK, dark=True))
+        self.register_theme(LIGHT.theme(_LIGHT, dark=False))
+        self.theme = _LIGHT if light else _DARK
         self.cluster = Cluster(clock)
         self.read_only = read_only
         self.redraws = 0
@@ -158,16 +167,16 @@ class Dashboard(App[Ending]):
         pane.display = shown and row is not None
         if pane.display and row is not self._detailed:
             self._detailed = row
-            self._text.update(self.view.detail(row, self.cluster).text)
+            self._text.update(self.view.detail(row, self.cluster).shown(palette_of(self)))
 
     def _draw_lines(self) -> None:
-        width, place = self.size.width, self._place
-        self._status.update(status_line(self.cluster, width, self.read_only))
-        self._tabs.update(tabs_line(place.view, width))
+        width, place, paint = self.size.width, self._place, palette_of(self).text
+        self._status.update(paint(status_line(self.cluster, width, self.read_only)))
+        self._tabs.update(paint(tabs_line(place.view, width)))
         at, shown = self.grid.place
         title = title_line(place.view, place.scope, place.filter, at, shown, self._total, self._sorts[place.view])
-        self._title.update(title)
-        self._footer.update(footer_line(of_view(place.view, read_only=self.read_only), width))
+        self._title.update(paint(title))
+        self._footer.update(paint(footer_line(of_view(place.view, read_only=self.read_only), width)))
 
     @on(Grid.Moved)
     def _moved(self) -> None:
@@ -229,7 +238,7 @@ class Dashboard(App[Ending]):
 
     @on(Click, "#tabs")
     def _tab_clicked(self, event: Click) -> None:
-        name = tab_at(event.x, self._place.view, self.size.width)
+        name = tab_at(event.x, self.size.width)
         if name is not None:
             self.jump(name)
 
@@ -246,6 +255,11 @@ class Dashboard(App[Ending]):
         self._detail = not self._pane.display
         self._detailed = None
         self._redraw()
+
+    def do_turn_theme(self) -> None:
+        self.theme = _DARK if self.theme == _LIGHT else _LIGHT
+        self._detailed = None
+        self.call_after_refresh(self._redraw)
 
     # --- commands
 
@@ -319,8 +333,18 @@ class Dashboard(App[Ending]):
 
     # --- the prompt
 
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        return action != "prompt" or (len(self.screen_stack) == 1 and not isinstance(self.focused, Input))
+
+    def action_prompt(self, what: Literal["jump", "filter"]) -> None:
+        if what == "jump":
+            self.do_prompt_jump()
+        else:
+            self.do_prompt_filter()
+
     def do_prompt_jump(self) -> None:
-        words = sorted(command.name for command in of_view(self.view.name, read_only=self.read_only))
+        commands = of_view(self.view.name, read_only=self.read_only)
+        words = [command.name for command in sorted(commands, key=lambda one: (one.does != "jump", one.name))]
         self._open_prompt("jump", "", SuggestFromList(words, case_sensitive=False))
 
     def do_prompt_filter(self) -> None:
@@ -332,12 +356,12 @@ class Dashboard(App[Ending]):
         prompt.placeholder = "a view or a command" if what == "jump" else "words that rows must have; !word hides"
         prompt.value = value
         prompt.display = True
-        prompt.focus()
+        self.screen.set_focus(prompt)
         prompt.cursor_position = len(value)
 
     def _close_prompt(self) -> None:
         self._prompt.display = False
-        self.grid.focus()
+        self.screen.set_focus(self.grid)
         self._redraw()
 
     @on(Input.Changed, "#prompt")
@@ -372,8 +396,8 @@ class Dashboard(App[Ending]):
         """Whether a question or a form lies there already: a key that was struck twice asks once."""
         return isinstance(self.screen, (Choice, Form))
 
-    async def confirm(self, question: str, verb: str) -> bool:
-        return not self._is_asking and await self.push_screen_wait(Choice(question, [("yes", verb)])) == "yes"
+    async def confirm(self, question: str, verb: str, no: str = "Cancel") -> bool:
+        return not self._is_asking and await self.push_screen_wait(Choice(question, [("yes", verb)], no)) == "yes"
 
     async def fill_in(self, title: str, fields: list[Field], read: Callable[[Mapping[str, str]], T]) -> T | None:
         return None if self._is_asking else await self.push_screen_wait(Form(title, fields, read))

@@ -14,6 +14,8 @@ from tui.views import VIEWS, Scope
 __all__ = ["footer_line", "status_line", "tab_at", "tabs_line", "title_line"]
 
 _WHOLE_TABS = 116
+_SHORT = {"instances": "inst", "requests": "reqs", "checkpoints": "ckpts", "operations": "ops", "explain": "why"}
+"""Names of views for a terminal too narrow for whole ones."""
 
 
 def status_line(cluster: Cluster, width: int, read_only: bool) -> Text:
@@ -55,18 +57,18 @@ def status_line(cluster: Cluster, width: int, read_only: bool) -> Text:
 def tabs_line(current: str, width: int) -> Text:
     """The views with their numbers."""
     text = Text(" ", no_wrap=True)
-    for number, (name, label) in enumerate(_labels(current, width), 1):
+    for number, (name, label) in enumerate(_labels(width), 1):
         here = name == current
-        style = f"bold #0d1117 on {ACCENT}" if here else PLAIN
+        style = f"bold ink on {ACCENT}" if here else PLAIN
         text.append(f" {number} ", style=style if here else MUTED)
         text.append(f"{label} ", style=style)
     return text
 
 
-def tab_at(x: int, current: str, width: int) -> str | None:
+def tab_at(x: int, width: int) -> str | None:
     """The view whose tab is at ``x``."""
     begin = 1
-    for name, label in _labels(current, width):
+    for name, label in _labels(width):
         end = begin + len(label) + 4
         if begin <= x < end:
             return name
@@ -74,9 +76,8 @@ def tab_at(x: int, current: str, width: int) -> str | None:
     return None
 
 
-def _labels(current: str, width: int) -> list[tuple[str, str]]:
-    whole = width >= _WHOLE_TABS
-    return [(kind.name, kind.name if whole or kind.name == current else kind.name[:4]) for kind in VIEWS]
+def _labels(width: int) -> list[tuple[str, str]]:
+    return [(kind.name, kind.name if width >= _WHOLE_TABS else _SHORT.get(kind.name, kind.name)) for kind in VIEWS]
 
 
 def title_line(view: str, scope: Scope | None, filter_: str, at: int, shown: int, total: int, sort: tuple[str, bool]) -> Text:

@@ -75,6 +75,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("detail", "d", "Show or hide the detail pane.", "General", "detail", "toggle_detail"),
     Command("sort", "s", "Sort by the next column; a click on a column's head does too.", "General", "sort", "sort_next"),
     Command("reverse", "r", "Turn the order round.", "General", does="sort_turn"),
+    Command("theme", "L", "Turn between colours for dark terminals and for light ones.", "General", does="turn_theme"),
     Command("quit", "q", "Leave.", "General", "quit", "leave", aliases=("exit",)),
     Command(
         "why",

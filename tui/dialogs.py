@@ -19,6 +19,7 @@ from textual.widgets import Button, Input, Label, Static
 
 from schema.errors import InvalidInput
 from tui.format import ACCENT, MUTED, PLAIN, printable
+from tui.palette import palette_of
 
 if TYPE_CHECKING:
     from tui.commands import Command
@@ -30,7 +31,7 @@ _ESCAPE = Binding("escape", "dismiss_with_nothing", show=False)
 
 
 class Choice(ModalScreen[str | None]):
-    """A question and the answers that it may have; Cancel comes first, has the focus, and is what Esc gives (None)."""
+    """A question and the answers that it may have; Cancel (``no``) comes first, has the focus, and is what Esc gives (None)."""
 
     BINDINGS = [  # noqa: RUF012 - as Textual declares it
         _ESCAPE,
@@ -38,15 +39,15 @@ class Choice(ModalScreen[str | None]):
         Binding("right", "app.focus_next", show=False),
     ]
 
-    def __init__(self, question: str, answers: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, question: str, answers: Sequence[tuple[str, str]], no: str = "Cancel") -> None:
         super().__init__()
-        self._question, self._answers = question, answers
+        self._question, self._answers, self._no = question, answers, no
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog"):
             yield Static(Text(printable(self._question)), classes="question")
             with Horizontal(classes="buttons"):
-                yield Button("Cancel", id="cancel")
+                yield Button(self._no, id="cancel")
                 for name, label in self._answers:
                     yield Button(label, id=name, variant="error")
 
@@ -62,13 +63,19 @@ class Choice(ModalScreen[str | None]):
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """``choices`` are suggested as one types."""
+    """``choices`` are suggested as one types, and the beginning of one is enough. ``hint`` stands beside a value, or in its
+    place."""
 
     name: str
     label: str
     value: str = ""
     hint: str = ""
     choices: tuple[str, ...] = ()
+
+    def whole(self, value: str) -> str:
+        """The one choice that begins so, else the value as it is."""
+        meant = [choice for choice in self.choices if value and choice.lower().startswith(value.lower())]
+        return meant[0] if len(meant) == 1 and value not in self.choices else value
 
 
 class Form(ModalScreen[T | None], Generic[T]):
@@ -88,6 +95,8 @@ class Form(ModalScreen[T | None], Generic[T]):
                     yield Label(field.label)
                     suggest = SuggestFromList(field.choices, case_sensitive=False) if field.choices else None
                     yield Input(field.value, placeholder=field.hint, id=field.name, suggester=suggest, compact=True)
+                    if field.value and field.hint:
+                        yield Label(field.hint, classes="hint")
             yield Static("", id="problem")
             with Horizontal(classes="buttons"):
                 yield Button("Cancel", id="cancel")
@@ -112,7 +121,7 @@ class Form(ModalScreen[T | None], Generic[T]):
             self.dismiss(None)
 
     def _submit(self) -> None:
-        values = {field.name: self.query_one(f"#{field.name}", Input).value.strip() for field in self._fields}
+        values = {field.name: field.whole(self.query_one(f"#{field.name}", Input).value.strip()) for field in self._fields}
         try:
             result = self._read(values)
         except InvalidInput as error:
@@ -144,16 +153,19 @@ class Help(ModalScreen[None]):
 
     def _table(self) -> Table:
         table = Table.grid(Column(width=7), Column(width=15), Column(ratio=1), padding=(0, 1), expand=True)
+        paint = palette_of(self.app).text
         for section, commands in groupby(self._commands, key=lambda command: command.section):
-            table.add_row(Text(section, style=f"bold {ACCENT}"))
+            table.add_row(paint(Text(section, style=f"bold {ACCENT}")))
             for command in commands:
                 usable = command.is_for(self._view)
                 plain, name = (PLAIN, ACCENT) if usable else (MUTED, MUTED)
                 table.add_row(
-                    Text(command.shown_key, style=plain), Text(f":{command.name}", style=name), Text(command.help, style=plain)
+                    paint(Text(command.shown_key, style=plain)),
+                    paint(Text(f":{command.name}", style=name)),
+                    paint(Text(command.help, style=plain)),
                 )
             table.add_row()
-        table.add_row(Text("Tables", style=f"bold {ACCENT}"))
+        table.add_row(paint(Text("Tables", style=f"bold {ACCENT}")))
         table.add_row(
             Text("arrows"), Text("j k PgUp PgDn"), Text("and g, G, the wheel; left and right go through many columns")
         )

@@ -8,6 +8,8 @@ from typing import NamedTuple
 __all__ = [
     "ACCENT",
     "BAD",
+    "DEVICE",
+    "FAINT",
     "GOOD",
     "MUTED",
     "PLAIN",
@@ -27,8 +29,8 @@ __all__ = [
     "state",
 ]
 
-PLAIN, MUTED, ACCENT, GOOD, WARN, BAD = "#d6dae0", "#7d8590", "#6cb6ff", "#7ee787", "#e3b341", "#ff7b72"
-_TRACK = "#30363d"
+PLAIN, MUTED, FAINT, ACCENT, GOOD, WARN, BAD, DEVICE = "plain", "muted", "faint", "accent", "good", "warn", "bad", "device"
+"""Styles by what they are for; tui.palette has their colours."""
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _LEVELS = "▁▂▃▄▅▆▇█"
 _COLOURS = {
@@ -44,7 +46,7 @@ _COLOURS = {
 
 
 class Span(NamedTuple):
-    """Text in one style (a colour, or what Rich calls a style)."""
+    """Text in one style, as tui.palette takes it."""
 
     text: str
     style: str = PLAIN
@@ -131,9 +133,9 @@ def bar(ratio: float, width: int) -> list[Span]:
     colour = GOOD if ratio < 0.75 else WARN if ratio < 0.92 else BAD
     spans = [Span("█" * full, colour)] if full else []
     if part:
-        spans.append(Span(_EIGHTHS[part], f"{colour} on {_TRACK}"))
+        spans.append(Span(_EIGHTHS[part], f"{colour} on track"))
     if (rest := width - full - bool(part)) > 0:
-        spans.append(Span(" " * rest, f"on {_TRACK}"))
+        spans.append(Span(" " * rest, "on track"))
     return spans
 
 
@@ -142,6 +144,6 @@ def history(samples: Iterable[float], width: int, top: float | None = None) -> S
     newest = list(samples)[-width:]
     most = top if top else max(newest, default=0.0)
     if most <= 0:
-        return Span("▁" * len(newest), _TRACK)
+        return Span("▁" * len(newest), FAINT)
     line = "".join(_LEVELS[min(7, round(7 * max(0.0, sample) / most))] for sample in newest)
     return Span(f"{line:>{width}}", ACCENT)

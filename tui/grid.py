@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 from rich.cells import cell_len, set_cell_size
@@ -21,13 +20,14 @@ from textual.message import Message
 from textual.strip import Strip
 from textual.widget import Widget
 
-from tui.format import ACCENT, MUTED, Cell, Span, printable
+from tui.format import ACCENT, FAINT, MUTED, PLAIN, Cell, Span, printable
+from tui.palette import palette_of
 
 __all__ = ["Column", "Grid"]
 
 T = TypeVar("T")
 _GAP = 1
-_HEAD, _NONE, _CURSOR, _CURSOR_BLURRED = "bold #adbac7 on #22272e", "none", "on #2d4f7c", "on #2d333b"
+_HEAD, _NONE, _CURSOR, _CURSOR_BLURRED = "bold head on headrow", "none", "on cursor", "on resting"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +44,6 @@ class Column(Generic[T]):
     flex: bool = False
     since: int = 0
     moves: bool = False
-
-
-@lru_cache(maxsize=1024)
-def _style(text: str) -> Style:
-    return Style.parse(text)
 
 
 class Grid(Widget, can_focus=True):
@@ -206,30 +201,31 @@ class Grid(Widget, can_focus=True):
         return self._drawn(y).apply_style(self.rich_style)
 
     def _drawn(self, y: int) -> Strip:
-        width = self.size.width
+        width, style_of = self.size.width, palette_of(self.app).style
         if y == 0:
             return self._line(width - 1, [self._head(column) for column, _ in self._layout(width)], _HEAD).extend_cell_length(
-                width, _style(_HEAD)
+                width, style_of(_HEAD)
             )
         index = self._top + y - 1
         if index >= len(self._rows):
             if not self._rows and y == 2 and self.empty:
-                return Strip([Segment(f"  {self.empty}", _style(MUTED))])
-            return Strip.blank(width, _style(_NONE))
+                return Strip([Segment(f"  {self.empty}", style_of(MUTED))])
+            return Strip.blank(width, style_of(_NONE))
         row = self._rows[index]
         background = _NONE
         if index == self._index:
             background = _CURSOR if self.has_focus else _CURSOR_BLURRED
         line = self._line(width - 1, [column.cell(row) for column, _ in self._layout(width)], background)
-        return Strip([*line, self._thumb(y)], width)
+        return Strip([*line, self._thumb(y, style_of(background))], width)
 
     def _head(self, column: Column[Any]) -> Cell:
         by, down = self._sorted
         mark = ("▼" if down else "▲") if column.key == by and column.order is not None else ""
-        return Span(column.title + mark, ACCENT if mark else "#adbac7")
+        return Span(column.title + mark, ACCENT if mark else "head")
 
     def _line(self, width: int, cells: Sequence[Cell], background: str) -> Strip:
-        base = _style(background)
+        style_of = palette_of(self.app).style
+        base = style_of(background)
         segments: list[Segment] = []
         left = width
         for (column, size), cell in zip(self._layout(width + 1), cells, strict=True):
@@ -246,7 +242,7 @@ class Grid(Widget, can_focus=True):
                     text = set_cell_size(text, room - 1) + "…" if room > 1 else set_cell_size(text, room)
                     length = room
                 used += length
-                made.append(Segment(text, _style(style) + base))
+                made.append(Segment(text, base + style_of(PLAIN if style == MUTED and background == _CURSOR else style)))
             pad = Segment(" " * (size - used), base)
             segments += [pad, *made] if column.right else [*made, pad]
             segments.append(Segment(" " * _GAP, base))
@@ -254,14 +250,15 @@ class Grid(Widget, can_focus=True):
         strip = Strip(segments)
         return strip.crop(0, width) if left < 0 else strip.extend_cell_length(width, base)
 
-    def _thumb(self, y: int) -> Segment:
+    def _thumb(self, y: int, base: Style) -> Segment:
         """The last column of a line: where in the table one is."""
         lines = max(1, self.size.height - 1)
         if len(self._rows) <= lines:
-            return Segment(" ", _style(_NONE))
+            return Segment(" ", base)
         length = max(1, lines * lines // len(self._rows))
         begin = (lines - length) * self._top // max(1, len(self._rows) - lines)
-        return Segment("┃", _style(MUTED)) if begin <= y - 1 < begin + length else Segment("│", _style("#30363d"))
+        shown, style = ("┃", MUTED) if begin <= y - 1 < begin + length else ("│", FAINT)
+        return Segment(shown, base + palette_of(self.app).style(style))
 
     def _layout(self, width: int) -> list[tuple[Column[Any], int]]:
         """Every line asks for it, so it is kept while neither columns nor width change."""
@@ -271,12 +268,13 @@ class Grid(Widget, can_focus=True):
 
 
 def _laid_out(columns: Sequence[Column[Any]], width: int, shift: int) -> list[tuple[Column[Any], int]]:
-    """Which columns are shown in a width, and how wide each is."""
-    shown = [column for column in columns if column.since <= width + 1 and not column.moves]
-    left = width - sum(column.width + _GAP for column in shown)
-    moving = [column for column in columns if column.moves][shift:]
-    for column in moving:
-        if column.width > left:
+    """Which columns are shown in a width, and how wide each is. One that there is no room for is left out, and so are those
+    after it; the first is always there, whatever is left of it."""
+    still = [column for column in columns if column.since <= width + 1 and not column.moves]
+    shown: list[Column[Any]] = []
+    left = width
+    for column in (*still, *[column for column in columns if column.moves][shift:]):
+        if shown and column.width > left:
             break
         shown.append(column)
         left -= column.width + _GAP

@@ -18,6 +18,7 @@ from schema.admin import LogLineView
 from schema.errors import SllmError
 from sllmctl.client import AsyncAdminClient, LogQuery
 from tui.format import ACCENT, BAD, MUTED, PLAIN, WARN, printable
+from tui.palette import palette_of
 from tui.views.base import filtered
 
 __all__ = ["LogPage"]
@@ -33,7 +34,8 @@ class LogPage(ModalScreen[None]):
     BINDINGS = [  # noqa: RUF012 - as Textual declares it
         Binding("escape", "back", show=False),
         Binding("q", "back", show=False),
-        Binding("slash", "filter", show=False),
+        # At once, since what was typed right behind it belongs to the prompt that it opens.
+        Binding("slash", "filter", show=False, priority=True),
         Binding("w", "wrap", show=False),
         Binding("space", "pause", show=False),
         Binding("g,home", "edge(0)", show=False),
@@ -50,7 +52,7 @@ class LogPage(ModalScreen[None]):
         self._held = 0
         self._paused = False
         self._why = "asking"
-        self._head, self._keys = Static(id="loghead"), Static(Text(_KEYS, style=MUTED), id="logkeys")
+        self._head, self._keys = Static(id="loghead"), Static(_KEYS, id="logkeys", markup=False)
         self._log = RichLog(max_lines=_KEEP, min_width=0, wrap=True, highlight=False, markup=False, auto_scroll=False)
         self._prompt = Input(id="logprompt", compact=True, placeholder="words that lines must have; !word hides")
 
@@ -110,22 +112,23 @@ class LogPage(ModalScreen[None]):
             if several:
                 text.append(f"{line.source[-6:]} ", style=ACCENT)
             text.append(printable(line.text.replace("\t", "    ")))
-            self._log.write(text, shrink=self._log.wrap, scroll_end=False)
+            self._log.write(palette_of(self.app).text(text), shrink=self._log.wrap, scroll_end=False)
         if to_end:
             self._log.scroll_end(animate=False)
 
     def _draw_head(self) -> None:
-        text = Text(f" logs of {self._wanted.noun} {printable(self._wanted.name)}", style=f"bold {ACCENT}", no_wrap=True)
+        text = Text(style=PLAIN)
+        text.append(f" logs  {len(self._lines)} lines", style=MUTED)
+        text.append(f"  {self._wanted.noun} {printable(self._wanted.name)}", style=f"bold {ACCENT}")
         if self._wanted.part is not None:
-            text.append(f" {printable(self._wanted.part)}", style=PLAIN)
-        text.append(f"  {len(self._lines)} lines", style=MUTED)
+            text.append(f" {printable(self._wanted.part)}")
         if self._words:
             text.append(f"  /{printable(self._words)}", style=WARN)
         if self._paused:
             text.append(f"  paused, {self._held} new", style=WARN)
         if self._why:
             text.append(f"  {printable(self._why)}", style=WARN)
-        self._head.update(text)
+        self._head.update(palette_of(self.app).text(text))
 
     # --- keys
 
@@ -138,10 +141,13 @@ class LogPage(ModalScreen[None]):
         else:
             self.dismiss(None)
 
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        return action != "filter" or self.focused is not self._prompt
+
     def action_filter(self) -> None:
         self._prompt.value = self._words
         self._prompt.display = True
-        self._prompt.focus()
+        self.set_focus(self._prompt)
 
     def action_wrap(self) -> None:
         self._log.wrap = not self._log.wrap
@@ -175,7 +181,7 @@ class LogPage(ModalScreen[None]):
 
     def _close_prompt(self) -> None:
         self._prompt.display = False
-        self._log.focus()
+        self.set_focus(self._log)
 
     def _filter(self, words: str) -> None:
         if words != self._words:

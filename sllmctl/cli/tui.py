@@ -22,8 +22,9 @@ __all__ = ["alone", "command"]
 
 @click.command("tui")
 @click.option("--read-only", is_flag=True, help="Show everything, change nothing.")
+@click.option("--theme", type=click.Choice(["auto", "dark", "light"]), help="Colours for which background  [default: auto].")
 @pass_invocation
-def command(invocation: Invocation, read_only: bool) -> int:
+def command(invocation: Invocation, read_only: bool, theme: str | None) -> int:
     """Watch the cluster and work on it, in the terminal.
 
     \b
@@ -40,7 +41,7 @@ def command(invocation: Invocation, read_only: bool) -> int:
     """
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise click.UsageError("the dashboard needs a terminal; `sllmctl model ls`, `event ls` and the like need none")
-    settings = invocation.settings()
+    settings = invocation.settings(client__theme=theme)
     with invocation.admin() as admin:
         admin.ask(client.status())
     return _show(settings, read_only=read_only, owned=False)[0]
@@ -82,9 +83,14 @@ def _started(invocation: Invocation, settings: Settings) -> EmbeddedManager:
 def _show(settings: Settings, *, read_only: bool, owned: bool) -> tuple[int, str | None]:
     """The exit code, and what is to become of the manager (None: the dashboard itself has failed)."""
     from tui.app import Dashboard
+    from tui.background import is_light
 
+    theme = settings.client.theme
     dashboard = Dashboard(
-        lambda: client.AsyncAdminClient(settings.admin_socket, settings.client), read_only=read_only, owned=owned
+        lambda: client.AsyncAdminClient(settings.admin_socket, settings.client),
+        read_only=read_only,
+        owned=owned,
+        light=theme == "light" or (theme == "auto" and is_light()),
     )
     ending = dashboard.run()
     return (FAILED if dashboard.return_code else OK), ending

@@ -6,17 +6,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
+from rich.console import Group
+from rich.table import Column as TableColumn
+from rich.table import Table
 from rich.text import Text
 
 from schema.admin import ProgressView
 from schema.errors import Fault
+from schema.link import StartPhases
 from tui.feed import Cluster
-from tui.format import ACCENT, BAD, MUTED, PLAIN, WARN, Cell, Span, bar, printable, rate, size
+from tui.format import ACCENT, BAD, MUTED, PLAIN, WARN, Cell, Span, bar, printable, rate, seconds, size
 from tui.grid import Column
+from tui.palette import Palette
 
 __all__ = ["Detail", "Scope", "View", "filtered", "progress_cell"]
 
 T = TypeVar("T")
+_LABEL = 12
 
 
 class Scope(NamedTuple):
@@ -62,36 +68,56 @@ class View(ABC, Generic[T]):
 
 
 class Detail:
-    """The text of the detail pane, built a line at a time."""
+    """What the detail pane shows, built a line at a time."""
 
     def __init__(self, title: str) -> None:
-        self.text = Text(style=PLAIN)
-        self.text.append(printable(title), style="bold")
-        self.text.append("\n")
+        self._parts: list[Text | list[tuple[str, Text]]] = [_text([Span(title, "bold")]), Text()]
 
     def field(self, label: str, value: str | Span | Sequence[Span]) -> Detail:
-        """A labelled value; one that is "" is left out."""
+        """A labelled value, beside which its further lines stay; one that is "" is left out."""
         spans = [Span(value)] if isinstance(value, str) else [value] if isinstance(value, Span) else list(value)
         if any(span.text for span in spans):
-            self.text.append(f"\n{label:<12}", style=MUTED)
-            for text, style in spans:
-                self.text.append(printable(text), style=style)
+            if not isinstance(self._parts[-1], list):
+                self._parts.append([])
+            fields = self._parts[-1]
+            assert isinstance(fields, list)
+            fields.append((label, _text(spans)))
         return self
 
     def head(self, title: str) -> Detail:
-        self.text.append(f"\n\n{title}", style=f"bold {ACCENT}")
+        self._parts += [Text(), _text([Span(title, f"bold {ACCENT}")])]
         return self
 
     def line(self, *spans: Span | str) -> Detail:
-        self.text.append("\n")
-        for span in spans:
-            text, style = (span, PLAIN) if isinstance(span, str) else span
-            self.text.append(printable(text), style=style)
+        self._parts.append(_text([Span(span) if isinstance(span, str) else span for span in spans]))
         return self
+
+    def shown(self, palette: Palette) -> Group:
+        """As a terminal of that palette shows it."""
+        drawn: list[Text | Table] = []
+        for part in self._parts:
+            if isinstance(part, Text):
+                drawn.append(palette.text(part))
+                continue
+            table = Table.grid(TableColumn(width=_LABEL), TableColumn(overflow="fold"))
+            for label, value in part:
+                table.add_row(palette.text(Text(label, style=MUTED)), palette.text(value))
+            drawn.append(table)
+        return Group(*drawn)
 
     def fault(self, fault: Fault | None) -> Detail:
         if fault is not None:
             self.head("fault").line(Span(f"{fault.code}: {fault.message}", BAD))
+        return self
+
+    def start(self, title: str, phases: StartPhases) -> Detail:
+        """Where the time of a start went."""
+        source = phases.loaded_from
+        moved = f"{size(phases.loaded_bytes)} from {source}" if phases.loaded_bytes else f"weights were in {source}"
+        self.head(f"{title}: {seconds(phases.total_s)}")
+        self.field("load", [Span(f"{seconds(phases.load_s):<8}"), Span(moved if source else "weights were there", MUTED)])
+        for name in ("fork", "build", "attach", "warm"):
+            self.field(name, seconds(getattr(phases, f"{name}_s")))
         return self
 
     def progress(self, progress: ProgressView | None) -> Detail:
@@ -100,6 +126,13 @@ class Detail:
             self.head(progress.stage).line(*bar(part, 20), f" {part:.0%}")
             self.line(f"{size(progress.done_bytes)} of {size(progress.total_bytes)} ", Span(rate(progress.rate_bps), MUTED))
         return self
+
+
+def _text(spans: Iterable[Span]) -> Text:
+    text = Text(style=PLAIN)
+    for part, style in spans:
+        text.append(printable(part), style=style)
+    return text
 
 
 def progress_cell(progress: ProgressView | None) -> Cell:

@@ -8,13 +8,13 @@ from functools import partial
 from schema.admin import CheckpointView, PlacementView
 from schema.states import NodeState, Tier, TierState
 from tui.feed import Cluster
-from tui.format import ACCENT, BAD, GOOD, MUTED, WARN, Cell, Span, age, count, short, size, state
+from tui.format import ACCENT, BAD, DEVICE, FAINT, GOOD, MUTED, WARN, Cell, Span, age, count, short, size, state
 from tui.grid import Column
 from tui.views.base import Detail, View
 
 __all__ = ["Checkpoints"]
 
-_LETTERS = {Tier.DISK: ("D", ACCENT), Tier.DRAM: ("M", GOOD), Tier.DEVICE: ("G", "#d2a8ff")}
+_LETTERS = {Tier.DISK: ("D", ACCENT), Tier.DRAM: ("M", GOOD), Tier.DEVICE: ("G", DEVICE)}
 _PIN = Span("\N{BULLET}", WARN)
 
 
@@ -74,7 +74,7 @@ class Checkpoints(View[CheckpointView]):
             detail.head("published").line(published.url).line(Span(f"{age(cluster.now() - published.published_at)} ago", MUTED))
             if published.doubt:
                 detail.line(Span(f"in doubt: {published.doubt}", BAD))
-        detail.head("legend").line(Span("D", ACCENT), " disk  ", Span("M", GOOD), " DRAM  ", Span("G", "#d2a8ff"), " device")
+        detail.head("legend").line(Span("D", ACCENT), " disk  ", Span("M", GOOD), " DRAM  ", Span("G", DEVICE), " device")
         return detail.line("small: on its way   ", _PIN, " pinned   ", Span("!", BAD), " in quarantine")
 
 
@@ -96,7 +96,7 @@ def _on(node: str, checkpoint: CheckpointView) -> Cell:
             spans.append(Span(letter.lower(), WARN))
         if tier in pins:
             spans.append(_PIN)
-    return spans or Span("·", "#30363d")
+    return spans or Span("·", FAINT)
 
 
 _FIXED: Sequence[Column[CheckpointView]] = (

@@ -47,11 +47,7 @@ class Instances(View[InstanceView]):
         detail.head("KV cache").line(*bar(_kv(row), 20), f" {_kv(row):.0%}")
         detail.line(f"{count(row.kv_used_tokens)} of {count(row.kv_capacity_tokens)} tokens, {size(row.kv_bytes)}")
         if (phases := row.phases) is not None:
-            detail.head(f"last start: {seconds(phases.total_s)}")
-            source = f"{size(phases.loaded_bytes)} from {phases.loaded_from}" if phases.loaded_from else "weights were there"
-            detail.field("load", [Span(f"{seconds(phases.load_s):<8}"), Span(source, MUTED)])
-            for name in ("fork", "build", "attach", "warm"):
-                detail.field(name, seconds(getattr(phases, f"{name}_s")))
+            detail.start("last start", phases)
         return detail.progress(row.progress).fault(row.fault)
 
 

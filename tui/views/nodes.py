@@ -31,7 +31,7 @@ class Nodes(View[NodeView]):
             Column("disk", "DISK", 13, lambda node: _tier(*_disk(node)), lambda node: _part(*_disk(node))),
             Column("tokens", "TOKENS/S", 20, self._tokens, self._rate, since=110),
             Column("loads", "LOADING", 22, _loading, lambda node: len(node.loads), since=130),
-            Column("seen", "SEEN", 5, self._seen, lambda node: -node.seen_at, right=True, since=145),
+            Column("seen", "SEEN", 5, self._seen, _unheard, right=True, since=145),
         )
 
     def columns(self, cluster: Cluster) -> Sequence[Column[NodeView]]:
@@ -93,6 +93,11 @@ class Nodes(View[NodeView]):
         if node.state is NodeState.READY or self._cluster is None:
             return Span("now", MUTED)
         return Span(age(self._cluster.now() - node.seen_at) if node.seen_at else "never", WARN)
+
+
+def _unheard(node: NodeView) -> tuple[bool, float]:
+    """Nodes that are heard now first, then those that were heard last."""
+    return (node.state is not NodeState.READY, 0.0 if node.state is NodeState.READY else -node.seen_at)
 
 
 def _state(node: NodeView) -> Span:

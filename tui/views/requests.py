@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from schema.admin import RequestView
 from schema.states import RequestState
 from tui.feed import Cluster
-from tui.format import MUTED, WARN, Cell, Span, age, count, seconds, short, size, state
+from tui.format import MUTED, WARN, Cell, Span, age, count, seconds, short, state
 from tui.grid import Column
 from tui.views.base import Detail, View
 
@@ -68,11 +68,7 @@ class Requests(View[RequestView]):
         detail.head("timeline").field("start", "cold" if line.cold else "warm").field("routed", seconds(line.routed_s))
         detail.field("first token", seconds(line.first_token_s)).field("ended", seconds(line.ended_s))
         if (start := line.start) is not None:
-            detail.head(f"the start it waited for: {seconds(start.total_s)}")
-            source = f"{size(start.loaded_bytes)} from {start.loaded_from}" if start.loaded_from else "weights were there"
-            detail.field("load", [Span(f"{seconds(start.load_s):<8}"), Span(source, MUTED)])
-            for name in ("fork", "build", "attach", "warm"):
-                detail.field(name, seconds(getattr(start, f"{name}_s")))
+            detail.start("the start it waited for", start)
         if (engine := line.engine) is not None:
             detail.head("engine").field("queued", seconds(engine.queued_s))
             detail.field("weights", seconds(engine.weights_s) if engine.weights_s > 0 else "")
