@@ -58,6 +58,27 @@ def test_nobody_can_make_one_line_look_like_two(form: str) -> None:
     assert "\n" not in LineFormatter("p", form).format(made)  # type: ignore[arg-type]
 
 
+def test_nobody_can_steer_a_terminal_that_shows_lines() -> None:
+    try:
+        raise ValueError("\x1b[2J\x9b31m")
+    except ValueError:
+        made = record("user %s", "\x1b]0;title\x07", request="\x1b[31m")
+        made.exc_info = sys.exc_info()
+    line = LineFormatter("p", "console").format(made)
+    assert all(c.isprintable() or c == "\n" for c in line)
+    assert "\\x1b]0;title\\x07" in line
+
+
+def test_a_name_that_is_no_unicode_can_be_told_in_json() -> None:
+    line = LineFormatter("p", "json").format(record("read %s", "/weights/\udcff"))
+    assert json.loads(line.encode())["message"] == "read /weights/\udcff"
+
+
+def test_numbers_that_are_none_are_told_in_json() -> None:
+    line = LineFormatter("p", "json").format(record("x", ratio=float("nan"), huge=1 << 70))
+    assert json.loads(line, parse_constant=pytest.fail)["huge"] == 1 << 70
+
+
 def test_a_record_that_cannot_be_told_is_told_of() -> None:
     assert "arguments do not fit" in LineFormatter("p", "console").format(record("%d", "three"))
     assert len(LineFormatter("p", "console").format(record("x" * 10_000_000))) < 5000
@@ -74,6 +95,10 @@ def test_a_trace_follows_its_line() -> None:
     assert rest[-1] == "ValueError: no"
     assert stamp_of(rest[0]) is None
     assert json.loads(LineFormatter("p", "json").format(made))["trace"].endswith("ValueError: no")
+
+
+def test_a_stamp_is_cut_to_its_millisecond() -> None:
+    assert [stamp(at)[-5:] for at in (1_800_000_000.001, 1_800_000_000.9999, 1_800_000_000.0)] == [".001Z", ".999Z", ".000Z"]
 
 
 def test_stamps_sort_by_time() -> None:
@@ -99,10 +124,13 @@ class _Broken(io.StringIO):
 
 @pytest.fixture
 def _root_logging() -> Iterator[None]:
-    root, raises = logging.getLogger(), logging.raiseExceptions
-    handlers, level = list(root.handlers), root.level
+    root, handlers, level = logging.getLogger(), list(logging.getLogger().handlers), logging.getLogger().level
+    names = ("raiseExceptions", "_srcfile", "logThreads", "logMultiprocessing", "logAsyncioTasks")
+    switches = {name: getattr(logging, name) for name in names if hasattr(logging, name)}
     yield
-    root.handlers[:], logging.raiseExceptions = handlers, raises
+    root.handlers[:] = handlers
+    for name, switch in switches.items():
+        setattr(logging, name, switch)
     root.setLevel(level)
     logging.getLogger("sllmctl").setLevel(logging.NOTSET)
 
@@ -121,3 +149,14 @@ def test_libraries_say_only_what_is_wrong() -> None:
     logging.getLogger("asyncio").info("theirs")
     assert "ours" in stream.getvalue()
     assert "theirs" not in stream.getvalue()
+
+
+@pytest.mark.usefixtures("_root_logging")
+def test_a_line_has_no_more_work_done_for_it_than_it_shows() -> None:
+    handler = logging.StreamHandler(io.StringIO())
+    made: list[logging.LogRecord] = []
+    handler.emit = made.append  # type: ignore[method-assign]
+    install(handler, LineFormatter("p", "json"), "info")
+    logging.getLogger("sllmctl.x").info("told")
+    assert made[0].threadName is None
+    assert made[0].lineno == 0
