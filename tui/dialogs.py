@@ -94,8 +94,16 @@ class Form(ModalScreen[T | None], Generic[T]):
                 with Horizontal(classes="field"):
                     yield Label(field.label)
                     suggest = SuggestFromList(field.choices, case_sensitive=False) if field.choices else None
-                    yield Input(field.value, placeholder=field.hint, id=field.name, suggester=suggest, compact=True)
-                    if field.value and field.hint:
+                    filled = bool(field.value and field.hint)
+                    yield Input(
+                        field.value,
+                        placeholder=field.hint,
+                        id=field.name,
+                        suggester=suggest,
+                        compact=True,
+                        classes="number" if filled else "",
+                    )
+                    if filled:
                         yield Label(field.hint, classes="hint")
             yield Static("", id="problem")
             with Horizontal(classes="buttons"):

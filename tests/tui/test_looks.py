@@ -11,14 +11,14 @@ from msgspec.structs import replace
 from rich.color import Color
 from rich.text import Text
 from textual.events import Key
-from textual.widgets import Input
+from textual.widgets import Button, Input
 
 from schema.errors import Unreachable
 from schema.states import NodeState
 from tests.sllmctl.fake_manager import INSTANCES, NODES, NOW, REQUESTS
 from tests.tui.stage import FRAME, Manager, running, screen, settled
 from tui.background import is_light
-from tui.dialogs import Form
+from tui.dialogs import Choice, Form
 from tui.format import MUTED
 from tui.logs import LogPage
 from tui.palette import DARK, LIGHT
@@ -94,6 +94,16 @@ async def test_numbers_in_a_form_say_what_they_are() -> None:
         await pilot.press("2", "G", "c")
         await pilot.pause()
         assert "sequences on one instance" in screen(app)
+
+
+async def test_every_answer_of_a_question_is_within_its_dialog() -> None:
+    async with running(Manager(), (80, 24), owned=True) as (app, pilot):
+        await pilot.press("q")
+        await pilot.pause()
+        assert isinstance(app.screen, Choice)
+        inside = app.screen.query_one(".buttons").region
+        assert [button.label.plain for button in app.screen.query(Button)][-1] == "Stop now"
+        assert all(inside.contains_region(button.region) for button in app.screen.query(Button))
 
 
 # --- colours
