@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from rich.text import Text
 from textual import on
 from textual.app import App, ComposeResult, SystemCommand
 from textual.binding import Binding
@@ -32,6 +33,7 @@ from tui.grid import Grid
 from tui.logs import LogPage
 from tui.palette import DARK, LIGHT, palette_of
 from tui.views import VIEWS, Scope, View, filtered, made
+from tui.views.base import Detail
 
 __all__ = ["Dashboard", "Ending"]
 
@@ -92,6 +94,7 @@ class Dashboard(App[Ending]):
         self._sorts: dict[str, tuple[str, bool]] = {name: view.sort for name, view in self._views.items()}
         self._detail: bool | None = None
         self._detailed: Any = None
+        self._said: dict[Static, tuple[str, Text | Detail]] = {}
         self._total = 0
         self._pending: Timer | None = None
         self._prompting: Literal["jump", "filter"] = "jump"
@@ -167,16 +170,26 @@ class Dashboard(App[Ending]):
         pane.display = shown and row is not None
         if pane.display and row is not self._detailed:
             self._detailed = row
-            self._text.update(self.view.detail(row, self.cluster).shown(palette_of(self)))
+            self._say(self._text, self.view.detail(row, self.cluster))
 
     def _draw_lines(self) -> None:
-        width, place, paint = self.size.width, self._place, palette_of(self).text
-        self._status.update(paint(status_line(self.cluster, width, self.read_only)))
-        self._tabs.update(paint(tabs_line(place.view, width)))
+        width, place, commands = self.size.width, self._place, of_view(self._place.view, read_only=self.read_only)
         at, shown = self.grid.place
         title = title_line(place.view, place.scope, place.filter, at, shown, self._total, self._sorts[place.view])
-        self._title.update(paint(title))
-        self._footer.update(paint(footer_line(of_view(place.view, read_only=self.read_only), width)))
+        for static, text in (
+            (self._status, status_line(self.cluster, width, self.read_only)),
+            (self._tabs, tabs_line(place.view, width)),
+            (self._title, title),
+            (self._footer, footer_line(commands, width)),
+        ):
+            self._say(static, text)
+
+    def _say(self, static: Static, what: Text | Detail) -> None:
+        """Show it, unless that is what is shown."""
+        if self._said.get(static) != (self.theme, what):
+            self._said[static] = (self.theme, what)
+            palette = palette_of(self)
+            static.update(what.shown(palette) if isinstance(what, Detail) else palette.text(what))
 
     @on(Grid.Moved)
     def _moved(self) -> None:

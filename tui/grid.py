@@ -15,7 +15,7 @@ from rich.segment import Segment
 from rich.style import Style
 from textual import events
 from textual.binding import Binding
-from textual.geometry import Size
+from textual.geometry import Region, Size
 from textual.message import Message
 from textual.strip import Strip
 from textual.widget import Widget
@@ -47,7 +47,8 @@ class Column(Generic[T]):
 
 
 class Grid(Widget, can_focus=True):
-    """Shows ``rows`` (already filtered and in order), each with its key."""
+    """Shows ``rows`` (already filtered and in order), each with its key. Lines that are as they were are not sent again: over
+    SSH a table at rest costs nothing."""
 
     DEFAULT_CSS = "Grid { height: 1fr; width: 1fr; }"
     BINDINGS = [  # noqa: RUF012 - as Textual declares it
@@ -88,6 +89,7 @@ class Grid(Widget, can_focus=True):
         self._sorted: tuple[str, bool] = ("", False)
         self._laid: list[tuple[Column[Any], int]] = []
         self._laid_for: tuple[int, int] | None = None
+        self._on_screen: dict[int, Strip] = {}
         self._top = self._index = self._shift = 0
         self.cursor: str | None = None
         self.follow_end = False
@@ -110,7 +112,10 @@ class Grid(Widget, can_focus=True):
             self.action_shift(0)
         self._rows, self._key, self._sorted = rows, key, sorted_by
         self._place(len(rows) - 1 if self.follow_end and was_last else self._find(self.cursor))
-        self.refresh()
+        width, height = self.size
+        changed = [y for y in range(height) if self._drawn(y) != self._on_screen.get(y)]
+        if changed:
+            self.refresh(*(Region(0, y, width, 1) for y in changed))
 
     def forget(self) -> None:
         """Begin at the top, of another table."""
@@ -198,7 +203,8 @@ class Grid(Widget, can_focus=True):
         return len(self._rows) + 1
 
     def render_line(self, y: int) -> Strip:
-        return self._drawn(y).apply_style(self.rich_style)
+        self._on_screen[y] = strip = self._drawn(y)
+        return strip.apply_style(self.rich_style)
 
     def _drawn(self, y: int) -> Strip:
         width, style_of = self.size.width, palette_of(self.app).style

@@ -106,6 +106,28 @@ async def test_every_answer_of_a_question_is_within_its_dialog() -> None:
         assert all(inside.contains_region(button.region) for button in app.screen.query(Button))
 
 
+async def test_what_is_as_it_was_is_not_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = Manager()
+    async with running(manager, (150, 30)) as (app, pilot):
+        drawn: list[Any] = []
+        for view in ("cluster", "instances", "requests", "checkpoints", "events"):
+            app.jump(view)
+            await settled(app, pilot)
+            with monkeypatch.context() as watch:
+                for widget in app.query("*"):
+                    watch.setattr(widget, "refresh", lambda *regions, widget=widget, **_: drawn.append((widget, *regions)))
+                app._tick()
+                app._tick()
+            assert drawn == [], view
+        app.jump("instances")
+        await settled(app, pilot)
+        regions: list[Any] = []
+        monkeypatch.setattr(app.grid, "refresh", lambda *changed, **_: regions.extend(changed))
+        manager.change(instances=(replace(INSTANCES[1], running=7),))
+        await settled(app, pilot)
+        assert {region.y for region in regions} == {2}
+
+
 # --- colours
 
 

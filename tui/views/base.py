@@ -73,6 +73,9 @@ class Detail:
     def __init__(self, title: str) -> None:
         self._parts: list[Text | list[tuple[str, Text]]] = [_text([Span(title, "bold")]), Text()]
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Detail) and self._parts == other._parts
+
     def field(self, label: str, value: str | Span | Sequence[Span]) -> Detail:
         """A labelled value, beside which its further lines stay; one that is "" is left out."""
         spans = [Span(value)] if isinstance(value, str) else [value] if isinstance(value, Span) else list(value)
