@@ -25,7 +25,7 @@ from schema.errors import InvalidInput, SllmError, TimedOut, Unreachable
 from schema.ids import EpochCounter, system_ids
 from schema.states import NodeState
 from sllmctl import __version__
-from sllmctl.control.effects import AddNode
+from sllmctl.control.effects import AddNode, Close
 from sllmctl.control.gauges import cluster_gauges, decision_counts
 from sllmctl.control.live import LiveEffects
 from sllmctl.control.loop import ControlLoop
@@ -266,6 +266,7 @@ class Manager:
         await asyncio.wait([api])
         meeting.cancel()
         if self._settings.serve.stop_agent and not loop.done():
+            self._runner.post(Close())
             for killed in await self._local.shutdown(self._settings.serve.stop_agent_s):
                 log.warning("had to kill %s", killed)
         await self._runner.stop()

@@ -28,6 +28,7 @@ __all__ = [
     "AddNode",
     "ApplyModels",
     "CheckpointKnown",
+    "Close",
     "Connect",
     "DemandChanged",
     "DeployModel",
@@ -230,13 +231,18 @@ class PrefillTimed:
 
 
 @dataclass(frozen=True, slots=True)
+class Close:
+    """The manager is about to end its nodes' processes, and then itself: nothing is begun any more."""
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """A time asked for by `WakeAt` has come."""
 
 
 Event = (
     AddNode | FromNode | NodeLost | AddModel | ApplyModels | DeployModel | StopModel | RemoveModel | StopInstanceNow | Operate
-    | EndOperation | Pin | Forget | DemandChanged | InstanceActivity | PrefillTimed | Tick
+    | EndOperation | Pin | Forget | DemandChanged | InstanceActivity | PrefillTimed | Close | Tick
 )  # fmt: skip
 
 # --- Rows to commit -----------------------------------------------------------------------------------------------

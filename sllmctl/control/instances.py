@@ -246,7 +246,7 @@ def _wanted(turn: Turn, instance: Instance, *, crashed: bool) -> bool:
     """True if the model would have to start another one for it: there is demand, too few others, or its keep-alive runs.
     One that moves has a successor already."""
     model = turn.view.models[instance.model]
-    if model.state is not ModelState.DEPLOYED:
+    if model.state is not ModelState.DEPLOYED or turn.core.closing:
         return False
     scale = model.spec.scale
     others = sum(other.state in ACTIVE for other in turn.view.instances_of(model.name).values() if other is not instance)

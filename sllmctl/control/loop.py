@@ -28,6 +28,7 @@ from sllmctl.control.effects import (
     AddModel,
     AddNode,
     ApplyModels,
+    Close,
     Connect,
     DemandChanged,
     DeployModel,
@@ -129,6 +130,8 @@ class ControlLoop:
                 nodes.add(turn, event)
             case PrefillTimed():
                 learning.prefilled(turn, event)
+            case Close():
+                self._core.closing = True
             case Tick():
                 self._tick(turn)
             case _:

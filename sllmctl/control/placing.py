@@ -55,7 +55,7 @@ def settle(turn: Turn, node_id: str) -> None:
     """Begin what is planned on a node and has its room now; make idle weights leave for what has not."""
     planned = turn.view.memory.planned_on(node_id)
     node = turn.view.nodes[node_id]
-    if not planned or node.state is not NodeState.READY or node.inventory is None:
+    if turn.core.closing or not planned or node.state is not NodeState.READY or node.inventory is None:
         return
     ahead: list[Instance] = []
     for instance in list(planned.values()):

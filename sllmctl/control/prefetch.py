@@ -26,6 +26,8 @@ _NODES = 8
 
 def look(turn: Turn) -> None:
     """A time asked for has come: begin some loads, and look again later."""
+    if turn.core.closing:
+        return
     turn.wake("prefetch", "", turn.now + turn.settings.prefetch_every_s)
     reading = {node for node, _ in turn.core.prefetches.values()}
     for digest in _wanted(turn):

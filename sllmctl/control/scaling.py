@@ -98,6 +98,8 @@ def scale(turn: Turn, model: Model, *, look: bool = False) -> None:
         for instance in list(turn.view.instances_of(model.name).values()):
             instances.stop(turn, instance, "Stopping", f"model {model.name} is {model.state.value}")
         return
+    if turn.core.closing:
+        return
     _start_missing(turn, model, look)
     _stop_surplus(turn, model)
 

@@ -103,8 +103,8 @@ class Moving:
 class Core:
     """What lasts from step to step. ``dropping`` finds a drop by what it drops; ``prefetches`` are loads ahead of need by
     operation, each a node and a checkpoint; ``kept``: weights that a node did not drop from its devices, and until when it is
-    not asked again. ``moves`` are by source. ``look_at``: a model is not planned for before
-    then. ``turned`` and ``unasked`` are of `scaling.look_around`: whose turn is next, and how many were not asked yet."""
+    not asked again. ``moves`` are by source. ``look_at``: a model is not planned for before then. ``closing``: the manager is
+    ending. ``turned`` and ``unasked`` are of `scaling.look_around`: whose turn is next, and how many were not asked yet."""
 
     view: ClusterView
     ids: IdSource
@@ -121,6 +121,7 @@ class Core:
     kept: dict[tuple[str, str], float] = field(default_factory=dict)
     moves: dict[str, Moving] = field(default_factory=dict)
     look_at: dict[str, float] = field(default_factory=dict)
+    closing: bool = False
     turned: int = 0
     unasked: int = 0
     prefill_outcome_at: float = 0.0

@@ -119,12 +119,16 @@ def test_a_taken_port_is_refused(cluster: Cluster) -> None:
 
 
 def test_nothing_is_left_after_a_stop(cluster: Cluster) -> None:
+    cluster.post("/models/docs/deploy", {"scale": {"min": 1, "max": 1}})
     ask(cluster, "What is sllmctl?")
     pids = cluster.processes()
     assert len(pids) >= 5, "manager, agent, store, zygote and a worker"
     assert cluster.stop() == 0
     assert cluster.processes() == []
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    parting = cluster.log().partition("stopping: ")[2]
+    assert "Stopped" in parting
+    assert not any(reason in parting for reason in ("Scheduled", "Crashed", "BackOff")), parting
     left = {path.name for path in (cluster.directory / "run").glob("*")}
     assert not left & {"agent.sock", "agent.token", "roster.json"}
     assert not any(name.startswith(("sllm", "sl")) for name in os.listdir("/dev/shm"))  # noqa: PTH208

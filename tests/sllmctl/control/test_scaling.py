@@ -5,7 +5,7 @@ from __future__ import annotations
 from schema.link import StopInstance
 from schema.spec import ScaleSpec
 from schema.states import InstanceState
-from sllmctl.control.effects import AddModel, AddNode, DeployModel
+from sllmctl.control.effects import AddModel, AddNode, Close, DeployModel
 from tests.sllmctl.control.conftest import MakeWorld
 from tests.sllmctl.control.world import Agent, World, spec
 
@@ -39,6 +39,18 @@ def test_min_is_started_at_once_and_kept(world: World) -> None:
     assert len(world.view.instances) == 2
     world.pass_time(100.0)
     assert len(world.view.instances) == 2
+
+
+def test_a_manager_that_ends_begins_nothing_any_more(world: World) -> None:
+    world.serve(spec(least=1, most=2))
+    instance = world.only()
+    world.do(Close())
+    world.crash(instance)
+    assert not world.view.instances
+    assert not {"Scheduled", "BackOff"} & set(world.reasons("instance")[1:])
+    world.demand("m", 3)
+    world.pass_time(100.0)
+    assert not world.view.instances
 
 
 def test_more_are_started_only_when_waiting_persists(world: World) -> None:
