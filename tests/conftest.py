@@ -21,7 +21,10 @@ _KEY = pytest.StashKey[list[str]]()
 
 
 def pytest_configure() -> None:
-    """Every process that a test starts inherits a mark by which it is found at the end."""
+    """Every process that a test starts inherits a mark by which it is found at the end, and hears an interrupt, also where a
+    shell runs the tests in its background and has told them to ignore it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     name, _, value = _MARK.partition("=")
     os.environ[name] = value
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
@@ -107,12 +108,13 @@ def _in_turn(asked: Sequence[Run], progress: Callable[[int], None]) -> Iterator[
 
 _said: Queue[tuple[int, int]]
 _stop: Event
+_parent: int
 
 
-def _begin(said: Queue[tuple[int, int]], stop: Event) -> None:
+def _begin(said: Queue[tuple[int, int]], stop: Event, parent: int) -> None:
     """In each process, before its first simulation."""
-    global _said, _stop
-    _said, _stop = said, stop
+    global _said, _stop, _parent
+    _said, _stop, _parent = said, stop, parent
 
 
 @contextmanager
@@ -130,6 +132,8 @@ def _work(number: int, run: Run) -> Record | Fault:
     """Errors come back as faults, which every process can read."""
 
     def progress(ended: int) -> None:
+        if os.getppid() != _parent:
+            os._exit(1)  # it was killed: nobody hears what comes of this
         _said.put((number, ended))
         if _stop.is_set():
             raise Cancelled("the simulation was interrupted")
@@ -147,7 +151,7 @@ def _side_by_side(asked: Sequence[Run], jobs: int, progress: Callable[[int], Non
     said: Queue[tuple[int, int]] = context.Queue()
     stop = context.Event()
     ended = [0] * len(asked)
-    with ProcessPoolExecutor(min(jobs, len(asked)), context, _begin, (said, stop)) as pool:
+    with ProcessPoolExecutor(min(jobs, len(asked)), context, _begin, (said, stop, os.getpid())) as pool:
         try:
             with _deaf():
                 futures: list[Future[Record | Fault]] = [pool.submit(_work, number, run) for number, run in enumerate(asked)]

@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -103,8 +105,9 @@ def test_a_scenario_that_is_not_there(sllmctl: Sllmctl) -> None:
     assert "those are azure-shape, datacentre, demo" in said.err
 
 
-@pytest.mark.parametrize("jobs", ["1", "2"])
-def test_an_interrupt_ends_it(jobs: str) -> None:
+@contextmanager
+def simulating(jobs: str) -> Iterator[subprocess.Popen[str]]:
+    """Two simulations of a million requests each, which run."""
     asked = [
         sys.executable, "-u", "-m", "sllmctl", "simulate", "demo", "--requests", "1000000", "--policy", "random",
         "--policy", "paper", "--jobs", jobs,
@@ -112,18 +115,32 @@ def test_an_interrupt_ends_it(jobs: str) -> None:
     child = subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert child.stderr is not None
     try:
-        first = child.stderr.readline()
-        assert "2,000,000 requests in all" in first
+        assert "2,000,000 requests in all" in child.stderr.readline()
         # A line of progress means that simulations run.
         assert "%" in child.stderr.readline()
+        yield child
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_an_interrupt_ends_it(jobs: str) -> None:
+    with simulating(jobs) as child:
         os.killpg(child.pid, signal.SIGINT)
         out, err = child.communicate(timeout=30)
-    finally:
-        child.kill()
     assert child.returncode == diagnostics.INTERRUPTED
     assert out == ""
     assert err.splitlines()[-1] == "interrupted"
     assert "Traceback" not in err
+
+
+def test_no_process_of_one_that_was_killed_goes_on() -> None:
+    with simulating("2") as child:
+        child.kill()
+        # Whoever goes on holds the other end of its pipes.
+        child.communicate(timeout=30)
 
 
 def test_help_loads_no_simulator() -> None:
