@@ -8,6 +8,7 @@ import os
 import pty
 import select
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -24,9 +25,10 @@ pytestmark = pytest.mark.slow
 LIMIT_S = 90
 
 
-def _read_until(terminal: int, wanted: bytes) -> bytes:
+def _read_until(terminal: int, *wanted: bytes) -> bytes:
+    """What is written until all of these have been, in any order: what has not changed is not written again."""
     seen, deadline = b"", time.monotonic() + LIMIT_S
-    while wanted not in seen:
+    while not all(word in seen for word in wanted):
         assert time.monotonic() < deadline, seen[-2000:]
         if select.select([terminal], [], [], 1.0)[0]:
             try:
@@ -54,8 +56,7 @@ def test_it_starts_a_manager_shows_it_and_ends_it() -> None:
     )
     os.close(theirs)
     try:
-        _read_until(ours, b"live")
-        _read_until(ours, b"ready")
+        _read_until(ours, b"live", b"ready")
         os.write(ours, b"q")
         with contextlib.suppress(OSError):
             while select.select([ours], [], [], LIMIT_S)[0] and os.read(ours, 65536):
@@ -66,5 +67,7 @@ def test_it_starts_a_manager_shows_it_and_ends_it() -> None:
     finally:
         process.kill()
         process.wait()
+        for pid in living(directory):
+            os.kill(pid, signal.SIGKILL)
         os.close(ours)
         shutil.rmtree(directory, ignore_errors=True)
