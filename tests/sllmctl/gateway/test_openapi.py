@@ -42,6 +42,8 @@ _CHECKS = [
     response_schema_conformance,
 ]
 _EXAMPLES = 8
+_TIMES_MORE = 4
+"""Of what has parameters: few of its examples name what there is and leave out what nothing fulfils."""
 
 
 def _reply(request: FakeRequest) -> None:
@@ -97,7 +99,7 @@ def _fuzz(raw: Any, call: Any) -> dict[str, set[int]]:
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)[: 2 if refusable else 1]:
 
             @settings(
-                max_examples=_EXAMPLES,
+                max_examples=_EXAMPLES * (_TIMES_MORE if said.get("parameters") else 1),
                 deadline=None,
                 database=None,
                 derandomize=True,
