@@ -30,16 +30,18 @@ _TILE_BYTES: Final = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Ways:
-    """So many tokens as ``columns`` has go as columns, from ``widened`` on they go widened, and all others as rows."""
+    """So many tokens as ``columns`` has go as columns, from ``widened`` on they go widened, all others as rows; and so do
+    all by weights of fewer than ``least`` numbers, for which turning the tokens costs more than it saves."""
 
     columns: range = range(0)
     widened: int = sys.maxsize
+    least: int = 0
 
 
 ROWS: Final = Ways()
 _NATIVE: Final = Ways(columns=range(1, 65))
 _WIDENED: Final = Ways(columns=range(1, 2), widened=9)
-_SINGLE: Final = Ways(columns=range(1, 129))
+_SINGLE: Final = Ways(columns=range(1, 129), least=1 << 20)
 
 
 @cache
@@ -73,7 +75,10 @@ class Product:
 
     def as_columns(self, tokens: int) -> bool:
         """Whether so many tokens are best left as columns from one product to the next."""
-        return tokens in self.ways.columns or tokens >= self.ways.widened
+        ways = self.ways
+        if tokens not in ways.columns and tokens < ways.widened:
+            return False
+        return not ways.least or sum(weight.numel() for weight in self.weights) >= ways.least
 
     def __call__(self, x: Tensor) -> Tensor:
         """[tokens, outputs] of [tokens, inputs]."""

@@ -25,6 +25,7 @@ from agent.engine.engine import BatchEngine
 from agent.engine.image import image_tensors
 from agent.engine.kept import SkeletonCache
 from agent.engine.runner import AwaitLayer
+from agent.engine.threads import threads_for
 from agent.engine.weights import attach
 from agent.native.device import open_driver
 from agent.native.dlpack import bytes_capsule
@@ -78,9 +79,9 @@ class Startup:
         """Build the skeleton, while the store still loads the weights. Raises what makes a model that cannot be built."""
         self._asked = message
         began_s = time.monotonic()
-        threads = message.start.options.threads or self._config.threads or len(os.sched_getaffinity(0))
-        torch.set_num_threads(threads)
         manifest = self._read_manifest(message)
+        given = message.start.options.threads or self._config.threads
+        torch.set_num_threads(given or threads_for(manifest.image_bytes, len(os.sched_getaffinity(0))))
         model = SkeletonCache(self._config.skeletons_path).skeleton(manifest)
         self._built = model, manifest, read_index(self._config.checkpoints_path / message.directory, manifest)
         self._phases = StartPhases(fork_s=began_s - self._began_s, build_s=time.monotonic() - began_s)

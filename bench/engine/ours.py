@@ -18,6 +18,7 @@ import torch
 
 from agent.engine.build import build_engine
 from agent.engine.image import image_tensors
+from agent.engine.threads import threads_for
 from agent.native.mapping import ImageMapping
 from agent.store.catalog import read_entry
 from agent.store.index import read_index
@@ -32,9 +33,10 @@ _BLOCK_TOKENS = 16
 class Ours:
     """One image, and an engine for each number of sequences that run at once."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, cores: int) -> None:
         entry = read_entry(directory)
         self._manifest = entry.manifest
+        torch.set_num_threads(threads_for(entry.manifest.image_bytes, cores))
         self._store = TrialStore(entry.manifest.image_bytes, chunk_bytes=4 << 20, reader_threads=2)
         resident, _ = self._store.fill(entry)
         mapping = ImageMapping(self._store.arena.descriptor, resident.extents, resident.image_bytes)
@@ -186,8 +188,7 @@ class Ours:
 
 
 def main() -> None:
-    torch.set_num_threads(int(sys.argv[2]))
-    ours = Ours(Path(sys.argv[1]))
+    ours = Ours(Path(sys.argv[1]), int(sys.argv[2]))
     serve(ours.generate, ours.more)
 
 

@@ -69,6 +69,14 @@ def test_a_row_longer_than_a_tile_is_multiplied_whole(monkeypatch: pytest.Monkey
     close(widened([weight], x), exact(x.t(), [weight], None).t(), torch.bfloat16)
 
 
+def test_small_weights_are_multiplied_as_rows() -> None:
+    ways = Ways(columns=range(1, 9), least=50)
+    assert Product((torch.zeros(10, 5),), None, ways).as_columns(8)
+    assert not Product((torch.zeros(9, 5),), None, ways).as_columns(8)
+    assert Product((torch.zeros(5, 5), torch.zeros(5, 5)), None, ways).as_columns(8)
+    assert not Product((torch.zeros(10, 5),), None, ways).as_columns(9)
+
+
 def test_ways_follow_the_processor(without_16_bits: None) -> None:
     assert ways_of(torch.bfloat16, CPU).widened < 32
     assert ways_of(torch.bfloat16, torch.device("meta")) == ROWS
