@@ -317,20 +317,26 @@ def test_nothing_leaks_and_all_is_answered_whatever_is_given_up(tmp_path: Path, 
     bench.close()
 
 
-def test_a_disk_that_stalls_is_answered_for_and_keeps_only_its_own_chunks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stuck, next_one, big = (commit(tmp_path, number, size * CHUNK) for number, size in ((1, 3), (2, 5), (3, 6)))
+def hold_reads(monkeypatch: pytest.MonkeyPatch, digest: str) -> tuple[threading.Event, threading.Event]:
+    """Reads of a checkpoint say that they have begun by the first event, and come back after the second is set."""
     entered, leave = threading.Event(), threading.Event()
     real = os.preadv
 
     def held(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
-        if stuck[0] in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+        if digest in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
             entered.set()
             assert leave.wait(30)
         return real(descriptor, buffers, offset, flags)
 
     monkeypatch.setattr(threads.os, "preadv", held)
+    return entered, leave
+
+
+def test_a_disk_that_stalls_is_answered_for_and_keeps_only_its_own_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck, next_one, big = (commit(tmp_path, number, size * CHUNK) for number, size in ((1, 3), (2, 5), (3, 6)))
+    entered, leave = hold_reads(monkeypatch, stuck[0])
     bench = Bench(Arena.create(8 * CHUNK, CHUNK), pool=ReadPool(2, backend="threads", stall_s=0.2))
     bench.store.fill("a", stuck[0], stuck[1])
     assert entered.wait(30)
@@ -363,16 +369,7 @@ def test_a_disk_that_stalls_is_answered_for_and_keeps_only_its_own_chunks(
 
 def test_a_store_that_ends_under_a_read_leaves_its_memory_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stuck, whole = commit(tmp_path, 1, 2 * CHUNK), commit(tmp_path, 2, CHUNK)
-    entered, leave = threading.Event(), threading.Event()
-    real = os.preadv
-
-    def held(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
-        if stuck[0] in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
-            entered.set()
-            assert leave.wait(30)
-        return real(descriptor, buffers, offset, flags)
-
-    monkeypatch.setattr(threads.os, "preadv", held)
+    entered, leave = hold_reads(monkeypatch, stuck[0])
     bench = Bench(Arena.create(4 * CHUNK, CHUNK), pool=ReadPool(2, backend="threads", stall_s=0.1))
     bench.store.fill("whole", *whole[:2])
     bench.wait("whole")
