@@ -139,8 +139,10 @@ class Checkpoints:
         if resident is not None:
             bad = resident.condemned
             # Without usable files beside it no worker can be built over the image, however good that is.
-            barred = damaged is not None or (entry is not None and entry.quarantined is not None and not self._usable(entry))
-            state = TierState.QUARANTINED if bad else TierState.EVICTING if barred else TierState.RESIDENT
+            barred = entry is None or (entry.quarantined is not None and not self._usable(entry))
+            fetched = entry is None and damaged is None and users > 0  # its copy on the disk is not committed yet
+            without = TierState.FILLING if fetched else TierState.EVICTING
+            state = TierState.QUARANTINED if bad else without if barred else TierState.RESIDENT
             image_bytes = resident.image_bytes
             placements.append(Placement(tier=Tier.DRAM, state=state, size_bytes=image_bytes, users=users, reason=bad))
         elif self._store.filling(digest):

@@ -146,8 +146,8 @@ class Instances(Lives):
         self._set_directory(life)
         self._hold(life)
         self._own(life, process)
-        if not life.directory and life.start.remote is not None and entry.stop_grace_s is None and not life.phases.total_s:
-            self._fetch(life)  # it was being fetched when the agent died; the store goes on with it under the same name
+        if entry.fetching and not life.directory and entry.stop_grace_s is None:
+            self._fetch(life)  # the store goes on with it under the same name
         self._expect(life, self._config.spawn_s, "its worker did not dial the agent again")
         return process
 
@@ -208,7 +208,7 @@ class Instances(Lives):
             life.cancel_timer()
             if life.attached:
                 return
-        if life.fetch:
+        if life.fetch and not life.directory:
             life.cancel_timer()  # it is there, and waits
             return
         if not life.directory:
@@ -259,6 +259,11 @@ class Instances(Lives):
         """Extents that no worker was told yet are void; they are asked for again."""
         for life in list(self._lives):
             life.arriving = None
-            if not life.attached and (life.resident or life.weights) and life.ending is None:
+            if life.attached or life.ending is not None:
+                continue
+            if life.fetch:  # the next store says anew whether the weights come to its arena
+                self._store.withdraw(life.fill)
+                life.fill, life.resident = "", None
+            elif life.resident or life.weights:
                 life.resident = life.weights = None
                 self._fill(life)

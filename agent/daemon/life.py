@@ -33,7 +33,8 @@ class WorkerDoor(Protocol):
 
 @dataclass(eq=False, slots=True)
 class Life:
-    """``directory`` is the checkpoint's, relative to the node's. ``worker`` is None while no worker's truth is known.
+    """``directory`` is the checkpoint's, relative to the node's checkpoints, and ``partial`` where it lies while it is fetched,
+    relative to the node's data. ``worker`` is None while no worker's truth is known.
 
     ``after`` is the older life that must be dead before this one begins, ``before`` the newer one that waits for this one.
     ``quiet``: what ends it is not told as stopping, because nobody asked for it. ``asked`` and ``attached`` are what the
@@ -44,6 +45,7 @@ class Life:
 
     start: StartInstance
     directory: str = ""
+    partial: str = ""
     state: InstanceState = InstanceState.STARTING
     fault: Fault | None = None
     stop_grace_s: float | None = None
@@ -116,6 +118,7 @@ class Life:
             start=self.start,
             phases=self.phases if self.whole else None,
             stop_grace_s=self.stop_grace_s,
+            fetching=bool(self.fetch),
         )
 
     def cancel_timer(self) -> None:

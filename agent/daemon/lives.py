@@ -11,6 +11,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final, Protocol
 
 import msgspec
@@ -29,6 +30,7 @@ from schema.link import (
     Attach,
     Descriptors,
     DeviceWeights,
+    Fetching,
     FetchStored,
     Fork,
     InstanceTruth,
@@ -163,6 +165,8 @@ class Lives:
                 life.weights, source, size = answer.weights[0], answer.source, answer.weights[0].image_bytes
             else:
                 life.resident, source, size = answer, Tier.DISK if answer.read_bytes else Tier.DRAM, answer.image_bytes
+            if life.fetch and not life.phases.load_s:
+                self._fetched(life)
             if not life.phases.load_s:
                 load_s = time.monotonic() - life.begun
                 life.phases = msgspec.structs.replace(
@@ -173,6 +177,8 @@ class Lives:
             self._expect_attach(life)
 
         def progressed(progress: Progress) -> None:
+            if life.fetch:  # which tells its own
+                return
             self._owner.instance_progress(msgspec.structs.replace(progress, op=life.start.instance))
 
         def arriving(message: Arriving | LayersArrived) -> None:
@@ -189,29 +195,35 @@ class Lives:
             life.fill = self._store.fill(start.digest, life.directory, answered, progressed, arriving=arriving)
 
     def _fetch(self, life: Life) -> None:
-        """Its weights come from a remote, to the disk and into the arena at once; the worker waits for them."""
+        """Its weights come from a remote, to the disk and into the arena at once. The worker builds its model beside that, and
+        serves once they are in the arena; what the disk makes of them then is heard later, and ends the life if it is a fault.
+        """
         remote, digest = life.start.remote, life.start.digest
         assert remote is not None
+
+        def coming(message: Fetching) -> None:
+            life.directory, life.partial = f"{digest}/{message.layout}", message.directory
+            self._go_on(life, fill=message.in_memory and not self._on_device(life))
 
         def answered(done: OperationDone) -> None:
             if done.fault is not None:
                 life.fetch = ""
                 self._fail(life, done.fault)
             else:
-                self._owner.checkpoint_fetched(digest, fetched)
+                self._owner.checkpoint_fetched(digest, committed)
 
-        def fetched() -> None:
-            life.fetch = ""
+        def committed() -> None:
             if life not in self._lives or life.ending is not None:
                 return
+            life.fetch = life.directory = life.partial = ""
             self._set_directory(life)
             if not life.directory:
                 self._fail(life, Fault.of(NotFound(f"checkpoint {digest} was fetched and is gone again")))
                 return
-            load_s = time.monotonic() - life.begun
-            life.phases = msgspec.structs.replace(life.phases, load_s=load_s, loaded_from=Tier.REMOTE)
-            self._fill(life)
-            self._ask_worker(life)
+            self._roster.put(life.entry())
+            if not life.phases.load_s:
+                self._fetched(life)
+            self._go_on(life, fill=True)
 
         def progressed(progress: Progress) -> None:
             self._owner.instance_progress(msgspec.structs.replace(progress, op=life.start.instance))
@@ -222,7 +234,19 @@ class Lives:
         asked = FetchStored(
             op=life.fetch, digest=digest, url=remote.url, layout=remote.layout, in_memory=True, users=users, devices=devices
         )
-        self._store.fetch(asked, answered, progressed)
+        self._store.fetch(asked, answered, progressed, coming)
+
+    def _go_on(self, life: Life, *, fill: bool) -> None:
+        """Where the files lie is known; ``fill``: the weights can be had too."""
+        if life.attached:
+            return
+        if fill and not (life.resident or life.weights or life.fill):
+            self._fill(life)
+        self._ask_worker(life)
+
+    def _fetched(self, life: Life) -> None:
+        load_s = time.monotonic() - life.begun
+        life.phases = msgspec.structs.replace(life.phases, load_s=load_s, loaded_from=Tier.REMOTE)
 
     def _ask_worker(self, life: Life) -> None:
         """Let the worker, if it is there, build its model; and give it its weights, if those are."""
@@ -230,11 +254,12 @@ class Lives:
             return
         if not life.asked:
             life.asked = True
-            directory = str(self._config.checkpoints_path / life.directory)
-            life.worker.send(StartWorker(start=life.start, directory=directory))
+            committed = self._config.checkpoints_path / life.directory
+            fetched = (str(Path(self._config.data_dir) / life.partial),) if life.partial else ()
+            life.worker.send(StartWorker(start=life.start, directories=(*fetched, str(committed))))
         if life.attached:
             self._expect(life, self._config.start_s, "its worker did not become ready")
-        elif life.resident is None and life.weights is None and not life.fill:
+        elif life.resident is None and life.weights is None and not life.fill and not life.fetch:
             self._fill(life)
         self._expect_attach(life)
         self._offer(life)

@@ -22,7 +22,7 @@ class RosterEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """One process: ``role`` is agent, store, zygote, worker or ingest; ``ticks`` tells it from a later one of its pid.
 
     A worker's entry is written before it is forked, with pid 0. ``phases`` are set once it was ready, ``stop_grace_s`` once
-    it was told to stop.
+    it was told to stop; ``fetching`` while its checkpoint is on its way to the disk, as it may be after it was ready.
     """
 
     role: str
@@ -34,6 +34,7 @@ class RosterEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     start: StartInstance | None = None
     phases: StartPhases | None = None
     stop_grace_s: float | None = None
+    fetching: bool = False
 
     def open(self) -> Process | None:
         """The process itself if it is alive and surely this one."""

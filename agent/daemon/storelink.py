@@ -27,6 +27,7 @@ from schema.link import (
     DropResident,
     Evicted,
     EvictedDevice,
+    Fetching,
     FetchStored,
     FillArena,
     Hello,
@@ -91,6 +92,7 @@ class _Task:
     message: VerifyStored | FetchStored
     answered: Callable[[OperationDone], None]
     progress: Callable[[Progress], None]
+    coming: Callable[[Fetching], None]
     losses: int = 0
 
 
@@ -183,7 +185,7 @@ class StoreLink:
         progress: Callable[[Progress], None],
     ) -> None:
         """Compare a copy on disk and what lies of it in the arena with its checksums; answered once, unless it is cancelled."""
-        self._tasks[op] = _Task(VerifyStored(op=op, digest=digest, directory=directory), answered, progress)
+        self._tasks[op] = _Task(VerifyStored(op=op, digest=digest, directory=directory), answered, progress, _ignore)
         if self._stated:
             self._kin.send(self._tasks[op].message)
 
@@ -199,11 +201,15 @@ class StoreLink:
             self._kin.send(PinResidents(digests=digests))
 
     def fetch(
-        self, message: FetchStored, answered: Callable[[OperationDone], None], progress: Callable[[Progress], None]
+        self,
+        message: FetchStored,
+        answered: Callable[[OperationDone], None],
+        progress: Callable[[Progress], None],
+        coming: Callable[[Fetching], None] | None = None,
     ) -> None:
         """Bring a checkpoint from a remote to the disk; answered once, unless it is cancelled. The answer has a layout if it
-        came from that very remote."""
-        self._tasks[message.op] = _Task(message, answered, progress)
+        came from that very remote. ``coming`` hears where it comes to lie, of each store anew."""
+        self._tasks[message.op] = _Task(message, answered, progress, coming or _ignore)
         if self._stated:
             self._kin.send(message)
 
@@ -243,6 +249,9 @@ class StoreLink:
             case Arriving() | LayersArrived():
                 if (fill := self._fills.get(message.op)) is not None:
                     fill.arriving(message)
+            case Fetching():
+                if (task := self._tasks.get(message.op)) is not None:
+                    task.coming(message)
             case Resident():
                 self._resident(message)
             case OperationDone():
@@ -373,3 +382,7 @@ class StoreLink:
         if self._stated:
             self._kin.send(HoldCheckpoint(digest=digest, users=users))
         self._owner.placement_changed(digest)
+
+
+def _ignore(_: Fetching) -> None:
+    """Whoever asked waits for the end."""

@@ -120,6 +120,11 @@ class ArenaStore:
             source.do_without()
         return room
 
+    def fills(self, digest: str) -> bool:
+        """True while an image comes here that somebody waits for."""
+        fill = self._fills.get(digest)
+        return fill is not None and not fill.given_up
+
     def has_sound(self, digest: str) -> bool:
         """True when an image lies here that nothing speaks against, whatever has become of the copy on the disk."""
         return digest in self._residency and self._residency.condemned(digest) is None
@@ -289,15 +294,12 @@ class ArenaStore:
         self._tell(fill, fill.begun_at, 0)
         self._arena.hold_prefault(True)
         self._arena.hurry(chunks)
+        # A user's own files are not in this order, and are known not to have changed only when all is read.
+        fill.layers = Layers(manifest) if manifest.layout != IN_PLACE else None
         if fill.source is not None:
             self._fetched.add(fill.digest)
-            submit = fill.source.submit
-            fill.job = submit(units, self._changed, priority=fill.priority, unit_done=fill.arrived)
-        else:
-            # A user's own files are not in this order, and are known not to have changed only when all is read.
-            fill.layers = Layers(manifest) if manifest.layout != IN_PLACE else None
-            changed = partial(self._layers_changed, fill)
-            fill.job = self._pool.submit(units, changed, priority=fill.priority, unit_done=fill.arrived)
+        submit = self._pool.submit if fill.source is None else fill.source.submit
+        fill.job = submit(units, partial(self._layers_changed, fill), priority=fill.priority, unit_done=fill.arrived)
 
     def _pump_verifier(self, now: float) -> None:
         for verdict in self._verifier.take():

@@ -43,6 +43,7 @@ from schema.link import (
     DropResident,
     Evicted,
     EvictedDevice,
+    Fetching,
     FetchStored,
     FillArena,
     FillDevice,
@@ -193,6 +194,9 @@ class StoreProcess:
 
     def verified(self, op: str, digest: str, fault: Fault | None) -> None:
         self._say(OperationDone(op=op, digest=digest, fault=fault))
+
+    def coming(self, message: Fetching) -> None:
+        self._say(message)
 
     def fetching(self, op: str, done_bytes: int, total_bytes: int) -> None:
         self._say(Progress(op=op, stage="fetch", done_bytes=done_bytes, total_bytes=total_bytes))

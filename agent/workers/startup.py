@@ -11,6 +11,8 @@ import os
 import time
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -30,6 +32,7 @@ from agent.engine.weights import attach
 from agent.native.device import open_driver
 from agent.native.dlpack import bytes_capsule
 from agent.native.mapping import ImageMapping
+from agent.store.catalog import MANIFEST_FILE
 from agent.store.index import TensorIndex, read_index
 from agent.workers.coming import Coming
 from schema.checkpoint import Manifest, decode_manifest
@@ -79,11 +82,11 @@ class Startup:
         """Build the skeleton, while the store still loads the weights. Raises what makes a model that cannot be built."""
         self._asked = message
         began_s = time.monotonic()
-        manifest = self._read_manifest(message)
+        manifest, index = self._find(message)
         given = message.start.options.threads or self._config.threads
         torch.set_num_threads(given or threads_for(manifest.image_bytes, len(os.sched_getaffinity(0))))
         model = SkeletonCache(self._config.skeletons_path).skeleton(manifest)
-        self._built = model, manifest, read_index(self._config.checkpoints_path / message.directory, manifest)
+        self._built = model, manifest, index
         self._phases = StartPhases(fork_s=began_s - self._began_s, build_s=time.monotonic() - began_s)
 
     def keep(self, descriptors: Sequence[int]) -> None:
@@ -117,15 +120,16 @@ class Startup:
         if self._coming is not None:
             self._coming.layers = message.layers
 
-    def _read_manifest(self, message: StartWorker) -> Manifest:
-        path = self._config.checkpoints_path / message.directory / "manifest.json"
-        try:
-            manifest = decode_manifest(path.read_bytes())
-        except OSError as error:
-            raise NotFound(f"cannot read the manifest {path}: {error.strerror}") from error
-        if manifest.digest != message.start.digest:
-            raise InvalidCheckpoint(f"{path} is of checkpoint {manifest.digest}, not of {message.start.digest}")
-        return manifest
+    def _find(self, message: StartWorker) -> tuple[Manifest, TensorIndex]:
+        """Manifest and list of tensors."""
+        directories = [self._config.checkpoints_path / directory for directory in message.directories]
+        for directory, following in pairwise(directories):
+            try:
+                return _read(directory, message.start.digest)
+            except (NotFound, InvalidCheckpoint):
+                if not following.is_dir():  # else it was moved there, perhaps between two files
+                    raise
+        return _read(directories[-1], message.start.digest)
 
     def _assemble(
         self, message: Arriving | Attach, model: nn.Module, manifest: Manifest, index: TensorIndex
@@ -174,3 +178,14 @@ class Startup:
         freed = partial(driver.free, memory)
         capsule = bytes_capsule(memory.address, weights.image_bytes, driver.dlpack_type, weights.device, freed)
         return from_dlpack(capsule), driver.torch_device(weights.device)
+
+
+def _read(directory: Path, digest: str) -> tuple[Manifest, TensorIndex]:
+    path = directory / MANIFEST_FILE
+    try:
+        manifest = decode_manifest(path.read_bytes())
+    except OSError as error:
+        raise NotFound(f"cannot read the manifest {path}: {error.strerror}") from error
+    if manifest.digest != digest:
+        raise InvalidCheckpoint(f"{path} is of checkpoint {manifest.digest}, not of {digest}")
+    return manifest, read_index(directory, manifest)

@@ -87,6 +87,7 @@ from schema.link.store import (
     Evicted,
     EvictedDevice,
     Extent,
+    Fetching,
     FetchStored,
     FillArena,
     FillDevice,
@@ -138,6 +139,7 @@ __all__ = [
     "Extent",
     "Fetch",
     "FetchStored",
+    "Fetching",
     "FileChunk",
     "FillArena",
     "FillDevice",
@@ -227,6 +229,7 @@ StoreMessage = (
     | StoreTruth
     | Arriving
     | LayersArrived
+    | Fetching
     | Resident
     | Evicted
     | Progress

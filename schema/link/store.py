@@ -23,6 +23,7 @@ __all__ = [
     "EvictedDevice",
     "Extent",
     "FetchStored",
+    "Fetching",
     "FillArena",
     "FillDevice",
     "HoldCheckpoint",
@@ -147,7 +148,8 @@ class FetchStored(Message, frozen=True, kw_only=True, tag="fetchstored"):
     comes, held by ``users`` from then on; where the arena has no room, to the disk alone. What comes into the arena goes on to
     ``devices`` as it comes, where somebody holds it: a `FillDevice` that follows finds it there, or under way.
 
-    `Progress` tells how far it is; answered by one `OperationDone`. A digest under way is not fetched twice.
+    `Fetching` tells where it comes to lie, `Progress` how far it is; answered by one `OperationDone`. A digest under way is
+    not fetched twice.
     """
 
     op: str
@@ -157,6 +159,19 @@ class FetchStored(Message, frozen=True, kw_only=True, tag="fetchstored"):
     in_memory: bool = False
     users: Count = 0
     devices: tuple[int, ...] = ()
+
+
+class Fetching(Message, frozen=True, kw_only=True, tag="fetching"):
+    """Store -> agent: the manifest of what ``op`` asked for is judged, and lies with all small files in ``directory``, relative
+    to the node's data, until the copy is committed as ``layout`` of its digest. With ``in_memory`` its image comes to lie in
+    the arena, or does already: a `FillArena` joins that.
+    """
+
+    op: str
+    digest: str
+    layout: str
+    directory: str
+    in_memory: bool
 
 
 class CancelFetch(Message, frozen=True, kw_only=True, tag="cancelfetch"):

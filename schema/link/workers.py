@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from msgspec import Meta
+
 from schema.errors import Fault
 from schema.ids import Epoch
 from schema.link.base import Message
@@ -53,10 +57,11 @@ class ZygoteTruth(Message, frozen=True, kw_only=True, tag="zygotetruth"):
 
 
 class StartWorker(Message, frozen=True, kw_only=True, tag="startworker"):
-    """Agent -> worker: build the model of the checkpoint in ``directory``. Its weights follow with `Attach`."""
+    """Agent -> worker: build the model of the checkpoint in the first of ``directories`` that is there: one that is being
+    fetched moves when its last byte has come. Its weights follow with `Attach`."""
 
     start: StartInstance
-    directory: str
+    directories: Annotated[tuple[str, ...], Meta(min_length=1)]
 
 
 class Attach(Message, frozen=True, kw_only=True, tag="attach"):

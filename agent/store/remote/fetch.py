@@ -113,6 +113,12 @@ class Fetch:
         assert self._manifest is not None, "prepare first"
         return self._manifest
 
+    @property
+    def directory(self) -> Path:
+        """Where manifest and small files lie while the weights come; it moves when all of it is there."""
+        assert self._partial is not None, "prepare first"
+        return self._partial.path
+
     def prepare(self) -> None:
         """Get and judge the manifest and the text assets, and take room on the disk.
 

@@ -21,6 +21,7 @@ from agent.store.remote.open import open_remote
 from agent.store.remote.partial import sweep_partials
 from schema.checkpoint import Manifest
 from schema.errors import Fault, SllmError
+from schema.link import Fetching
 from schema.remote import RemoteSettings
 
 __all__ = ["FetchListener", "Fetches"]
@@ -31,6 +32,9 @@ _log = logging.getLogger(__name__)
 
 class FetchListener(Protocol):
     """Who hears of fetches. Each op gets progress and then exactly one `fetched`."""
+
+    def coming(self, message: Fetching) -> None:
+        """All but the weights has come; said once, unless they have come as soon."""
 
     def fetching(self, op: str, done_bytes: int, total_bytes: int) -> None: ...
 
@@ -57,6 +61,8 @@ class _Fetch:
     begun: bool = False
     cancelled: bool = False
     keep: bool = False
+    told: set[str] = field(default_factory=set)
+    """The ops that have heard where it comes to lie."""
     job: ReadJob | None = None
     told_at: float = 0.0
     told_bytes: int = -1
@@ -153,6 +159,7 @@ class Fetches:
         known = self._fetches.get(digest)
         if known is not None:
             known.ops.setdefault(op, url)
+            known.told.discard(op)  # whoever asks again has not heard it
             return
         self._fetches[digest] = _Fetch(digest, url, {op: url}, layout, in_memory, {*devices}, self._wake)
         self._start()
@@ -183,7 +190,10 @@ class Fetches:
                     self._store.announce(digest)
                 else:
                     self._store.disown(digest, f"its copy on the disk came to nothing: {fault.message}")
-            elif fetch.job is not None and now - fetch.told_at >= _PROGRESS_S and fetch.told_bytes != fetch.job.done_bytes:
+                continue
+            if fetch.begun:
+                self._tell_coming(fetch)
+            if fetch.job is not None and now - fetch.told_at >= _PROGRESS_S and fetch.told_bytes != fetch.job.done_bytes:
                 fetch.told_at, fetch.told_bytes = now, fetch.job.done_bytes
                 for op in fetch.ops:
                     self._listener.fetching(op, fetch.job.done_bytes, fetch.manifest.image_bytes)
@@ -240,6 +250,15 @@ class Fetches:
         fetch.fetch.join()
         fetch.error = fetch.fetch.error
         return True
+
+    def _tell_coming(self, fetch: _Fetch) -> None:
+        assert fetch.fetch is not None
+        directory = str(fetch.fetch.directory.relative_to(self._data))
+        in_memory = self._store.has_sound(fetch.digest) or self._store.fills(fetch.digest)
+        for op in fetch.ops.keys() - fetch.told:
+            fetch.told.add(op)
+            layout = fetch.manifest.layout
+            self._listener.coming(Fetching(op=op, digest=fetch.digest, layout=layout, directory=directory, in_memory=in_memory))
 
     def _start(self) -> None:
         """Begin what does not have to wait until an earlier fetch of the same checkpoint, given up, lets go of the disk."""

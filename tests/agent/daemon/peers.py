@@ -413,7 +413,7 @@ class Worker:
         self.fork = fork
         self.peer = Peer(ToWorker)
         self.start: StartInstance | None = None
-        self.directory = ""
+        self.directories: tuple[str, ...] = ()
         self.attach: Attach | None = None
         self.memory: int | None = None
         self.becomes_ready = node.worker_becomes_ready
@@ -500,7 +500,7 @@ class Worker:
         match message:
             case StartWorker():
                 self.start = message.start
-                self.directory = message.directory
+                self.directories = message.directories
             case Descriptors():
                 self.memory = self.peer.descriptors[-1]
             case Attach():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
@@ -92,7 +93,7 @@ async def test_a_start_that_was_fetching_goes_on_with_its_fetch(after: Node) -> 
     worker = Worker(after, after.sleeper(), Fork(instance=start.instance, epoch=start.epoch, nonce=77))
     after.workers.append(worker)
     store = after.sleeper()
-    left = entry("worker", worker.pid, instance=start.instance, epoch=start.epoch, nonce=77, start=start)
+    left = entry("worker", worker.pid, instance=start.instance, epoch=start.epoch, nonce=77, start=start, fetching=True)
     write_roster(after, [left, entry("store", store), entry("zygote", zygote := after.sleeper())])
     op = f"fetch {start.instance}"
     after.begin()
@@ -109,6 +110,29 @@ async def test_a_start_that_was_fetching_goes_on_with_its_fetch(after: Node) -> 
     after.stores[0].peer.send(OperationDone(op=fetch.op, digest=start.digest, layout="l1"))
     await manager.instance(InstanceState.READY)
     assert worker.start == start
+
+
+async def test_an_instance_that_serves_while_its_copy_comes_to_the_disk_goes_on(after: Node) -> None:
+    worker, left = left_worker(after)
+    shutil.rmtree(after.config.checkpoints_path / START.digest)
+    left = msgspec.structs.replace(left, start=msgspec.structs.replace(START, remote=RemoteCopy(url="s3://b/c")), fetching=True)
+    write_roster(after, [left, entry("store", store := after.sleeper()), entry("zygote", zygote := after.sleeper())])
+    after.store_fetching = (op := f"fetch {START.instance}/{START.epoch}",)
+    after.begin()
+    after.play("store", store)
+    after.play("zygote", zygote)
+    worker.begin()
+    manager = await after.manager()
+    assert [instance.state for instance in manager.truth.instances] == [InstanceState.READY]
+    kin = after.stores[0]
+    await kin.until(lambda: [fetch.op for fetch in kin.fetches] == [op])
+    assert kin.cancelled == []
+    make_checkpoint(after.config.checkpoints_path, START.digest)
+    kin.peer.send(OperationDone(op=op, digest=START.digest, layout="l1"))
+    await after.until(lambda: not any(each.get("fetching") for each in after.roster()))
+    worker.say(A, [6], EndReason.LENGTH)
+    ids, end = await manager.tokens_until_end(A)
+    assert (ids, end.position) == ([6], 3)
 
 
 async def test_the_truth_does_not_wait_for_a_zygote_that_still_imports(after: Node) -> None:

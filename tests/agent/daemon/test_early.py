@@ -1,12 +1,17 @@
-"""Real processes over a disk that stops where a test says: requests computed while weights come, and loads that end badly."""
+"""Real processes over a disk or a remote that stops where a test says: requests computed while weights come, and loads that end
+badly."""
 
 from __future__ import annotations
 
+import asyncio
+import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -21,15 +26,18 @@ from schema.link import (
     InstanceTruth,
     InstanceUpdate,
     OperationDone,
+    RemoteCopy,
     StartInstance,
     StopInstance,
     Tokens,
 )
+from schema.remote import RemoteSettings
 from schema.spec import PathSource
-from schema.states import EndReason, InstanceState, Tier
+from schema.states import EndReason, InstanceState, Tier, TierState
 from tests.agent.daemon.peers import Manager
 from tests.agent.daemon.test_processes import ROOT, WAIT_S, Machine, Stream, ended, job
 from tests.checkpoints import make_llama_dir
+from tests.remotes import web_server
 
 pytestmark = pytest.mark.slow
 
@@ -52,10 +60,12 @@ class GatedMachine(Machine):
         assert done.fault is None, done
         return done.digest
 
-    async def early(self, manager: Manager, epoch: Epoch) -> StartInstance:
+    async def early(self, manager: Manager, epoch: Epoch, remote: RemoteCopy | None = None) -> StartInstance:
         """An instance that is ready although the gate is closed, and its first step, in which it waits."""
         options = EngineOptions(kv_bytes=8 << 20)
-        start = StartInstance(instance="inst_1", epoch=epoch, model="m", digest=self.digest, devices=(0,), options=options)
+        start = StartInstance(
+            instance="inst_1", epoch=epoch, model="m", digest=self.digest, devices=(0,), options=options, remote=remote
+        )
         manager.send(start)
         while (truth := await manager.instance_update(WAIT_S)).state is not InstanceState.READY:
             assert truth.fault is None, (truth, self.log())
@@ -143,5 +153,55 @@ async def test_requests_are_computed_while_weights_come_and_told_when_all_have(m
     assert truth.fault is not None
     assert truth.fault.code == "invalid_checkpoint"
     assert catalog.read_entry(directory).quarantined is not None
+    assert await machine.stop() == 0
+    await machine.until(lambda: not machine.left())
+
+
+@pytest.mark.parametrize("agent_dies", [False, True])
+async def test_a_start_that_fetches_serves_before_its_last_bytes_are_fetched(machine: GatedMachine, agent_dies: bool) -> None:
+    machine.config = msgspec.structs.replace(machine.config, remote=RemoteSettings(streams=1, part_bytes=4 << 20))
+    machine.start()
+    manager = await machine.manager()
+    machine.digest = await machine.ingest(manager)
+    (directory,) = (machine.config.checkpoints_path / machine.digest).iterdir()
+    (partition,) = catalog.read_entry(directory).manifest.partitions
+    shutil.copytree(directory.parent, machine.directory / "remote" / machine.digest)
+    manager.send(DropCheckpoint(op="op_2", digest=machine.digest, tier=Tier.DISK))
+    assert (await manager.take(OperationDone, lambda m: m.op == "op_2", WAIT_S)).fault is None
+    go = threading.Event()
+
+    def hold_the_end(handler: Any, path: str, _: int) -> bool:
+        if path.endswith(partition.file) and handler.headers["Range"].endswith(f"-{partition.size_bytes - 1}"):
+            assert go.wait(WAIT_S)
+        return False
+
+    with web_server(machine.directory / "remote") as web:
+        web.fault = hold_the_end
+        try:
+            start = await machine.early(manager, epoch_of(1, 1), RemoteCopy(url=web.url))
+            if agent_dies:
+                machine.kill("agent")
+                machine.start()
+                manager = await machine.manager()
+                (truth,) = manager.truth.instances
+                assert (truth.state, truth.phases) == (InstanceState.READY, None)
+            assert not directory.exists()
+        finally:
+            go.set()
+        while (truth := await manager.instance_update(WAIT_S)).phases is None:
+            assert truth.fault is None, (truth, machine.log())
+        assert (truth.phases.loaded_from, truth.phases.loaded_bytes) == (Tier.REMOTE, partition.size_bytes)
+        first, again = Stream(epoch_of(1, 1)), Stream(epoch_of(1, 2))
+        await first.read(manager, ended)
+        manager.send(job(start, epoch_of(1, 2), 12))
+        await again.read(manager, ended)
+        assert (first.reason, first.ids) == (EndReason.LENGTH, again.ids)
+        sound = {(Tier.DISK, TierState.RESIDENT), (Tier.DRAM, TierState.RESIDENT)}
+        found: set[tuple[Tier, TierState]] = set()
+        async with asyncio.timeout(WAIT_S):
+            while found != sound:  # each newer manager is told all of it
+                (told,) = (await machine.manager()).truth.checkpoints
+                found = {(placement.tier, placement.state) for placement in told.placements}
+        assert catalog.read_entry(directory).quarantined is None
     assert await machine.stop() == 0
     await machine.until(lambda: not machine.left())

@@ -43,7 +43,7 @@ async def test_an_instance_is_made_from_weights_and_worker(node: Node) -> None:
     assert (truth.phases.build_s, truth.phases.attach_s, truth.phases.warm_s) == (0.1, 0.2, 0.3)
     assert 0 < truth.phases.fork_s <= truth.phases.total_s
     assert worker.start == start
-    assert worker.directory == str(node.config.checkpoints_path / DIGEST / "l1")
+    assert worker.directories == (str(node.config.checkpoints_path / DIGEST / "l1"),)
     assert worker.attach is not None
     assert worker.attach.arena == "arena_1"
     states = [p.truth.placements[-1].state for p in manager.seen if isinstance(p, PlacementUpdate)]

@@ -20,13 +20,10 @@ from schema.link import (
     PlacementUpdate,
     Progress,
     Publish,
-    RemoteCopy,
     Resident,
-    StartInstance,
-    StopInstance,
 )
-from schema.states import InstanceState, Tier, TierState
-from tests.agent.daemon.peers import DIGEST, Manager, Node, make_checkpoint, start_instance
+from schema.states import Tier, TierState
+from tests.agent.daemon.peers import DIGEST, Manager, Node, make_checkpoint
 
 OTHER = "ef" * 32
 
@@ -152,49 +149,3 @@ async def test_a_fetch_that_nobody_asked_this_agent_for_is_given_up_and_keeps_wh
     store = node.stores[1]
     await store.until(lambda: bool(store.fetches))
     assert (store.cancelled, store.kept) == (["op_0"], ["op_0"])
-
-
-def start_of_other() -> StartInstance:
-    return msgspec.structs.replace(start_instance(digest=OTHER), remote=RemoteCopy(url="s3://b/c", layout="l1"))
-
-
-async def test_a_start_fetches_what_is_not_on_the_disk(node: Node) -> None:
-    manager = await node.manager()
-    store = node.stores[0]
-    manager.send(start_of_other())
-    await store.until(lambda: bool(store.fetches))
-    asked = store.fetches[0]
-    assert (asked.digest, asked.url, asked.layout, asked.in_memory, asked.users) == (OTHER, "s3://b/c", "l1", True, 1)
-    store.peer.send(Progress(op=asked.op, stage="fetch", done_bytes=1, total_bytes=4096))
-    assert (await manager.take(Progress)).op == "inst_1"
-    await node.until(lambda: bool(node.workers))
-    assert node.workers[0].start is None
-    make_checkpoint(node.config.checkpoints_path, OTHER)
-    store.peer.send(OperationDone(op=asked.op, digest=OTHER, layout="l1"))
-    truth = await manager.instance(InstanceState.READY)
-    assert truth.phases is not None
-    assert (truth.phases.loaded_from, truth.phases.loaded_bytes) == (Tier.REMOTE, 4096)
-    assert truth.phases.load_s > 0
-    assert node.workers[0].directory == str(node.config.checkpoints_path / OTHER / "l1")
-
-
-async def test_a_start_whose_fetch_fails_ends_with_why(node: Node) -> None:
-    manager = await node.manager()
-    store = node.stores[0]
-    manager.send(start_of_other())
-    await store.until(lambda: bool(store.fetches))
-    store.peer.send(OperationDone(op=store.fetches[0].op, digest=OTHER, fault=Fault("unreachable", "it is down")))
-    truth = await manager.instance(InstanceState.STOPPED)
-    assert truth.fault == Fault("unreachable", "it is down")
-    await store.until(lambda: store.holds.get(OTHER) == 0)
-
-
-async def test_a_start_that_is_stopped_gives_its_fetch_up(node: Node) -> None:
-    manager = await node.manager()
-    store = node.stores[0]
-    start = start_of_other()
-    manager.send(start)
-    await store.until(lambda: bool(store.fetches))
-    manager.send(StopInstance(instance=start.instance, epoch=start.epoch))
-    await store.until(lambda: store.fetches[0].op in store.cancelled)
-    await manager.instance(InstanceState.STOPPED)

@@ -18,6 +18,7 @@ from agent.store import catalog
 from agent.store.remote.fetches import Fetches
 from schema.checkpoint import AssetEntry, decode_manifest, encode_manifest
 from schema.errors import Fault
+from schema.link import Fetching
 from schema.remote import RemoteSettings
 from tests.agent.store.images import CHUNK, Bench, commit
 
@@ -37,10 +38,14 @@ class FetchBench(Bench):
         self.answers: dict[str, Fault | None] = {}
         self.layouts: dict[str, str] = {}
         self.progress: list[tuple[str, int, int]] = []
+        self.coming_to: list[Fetching] = []
         checkpoints = data / "checkpoints"
         self.fetches = Fetches(
             data, checkpoints, settings, self.store, self, lambda: self._write(self._event, 1), disk_bytes=disk_bytes
         )
+
+    def coming(self, message: Fetching) -> None:
+        self.coming_to.append(message)
 
     def fetching(self, op: str, done_bytes: int, total_bytes: int) -> None:
         self.progress.append((op, done_bytes, total_bytes))

@@ -23,7 +23,7 @@ from agent.store import catalog
 from agent.store.devices import DeviceStore
 from agent.store.remote.fetches import Fetches
 from schema.errors import Conflict, Fault, NotFound, TimedOut
-from schema.link import DeviceWeights
+from schema.link import DeviceWeights, Fetching
 from schema.states import Tier
 from tests.agent.native.fake_driver import FakeDriver
 from tests.agent.store.fetching import SETTINGS, make_source
@@ -430,6 +430,8 @@ def test_a_fetch_goes_on_to_a_device_as_it_comes(tmp_path: Path, breaks: bool) -
         told: dict[str, Fault | None] = {}
 
         class Listener:
+            def coming(self, message: Fetching) -> None: ...
+
             def fetching(self, op: str, done_bytes: int, total_bytes: int) -> None: ...
 
             def fetched(self, op: str, digest: str, layout: str, fault: Fault | None) -> None:

@@ -19,9 +19,7 @@ from pathlib import Path
 import pytest
 
 from agent.store import catalog
-from agent.store.remote.partial import Partial
 from schema.checkpoint import AssetEntry
-from schema.errors import SllmError
 from tests.agent.store.fetching import (
     PART,
     SETTINGS,
@@ -66,29 +64,6 @@ def test_to_the_disk_alone(bench: FetchBench, source: tuple[str, Path, bytes], w
     assert len(fetched) == 12  # of 2 x 11 chunks, two at a time
     # One more asked for the newest layout, which is not there, and was closed.
     assert web.connections <= SETTINGS.streams + 1
-
-
-def test_into_memory_on_the_way(bench: FetchBench, source: tuple[str, Path, bytes], web: WebServer) -> None:
-    digest, _, image = source
-    bench.close()
-    bench.__init__(bench.data, chunks=32)  # type: ignore[misc]
-    assert bench.get(digest, web.url, in_memory=True) is None
-    assert_there(bench, digest, image)
-    (resident,) = bench.store.residents()
-    assert read_image(bench.arena.descriptor, resident) == image
-    assert resident.users == 1
-    bench.store.fill("later", digest, bench.data / "checkpoints" / digest / "exec1")
-    assert bench.told.resident["later"].read_bytes == 0
-    assert bench.progress[-1][1] <= len(image) == bench.progress[-1][2]
-
-
-def test_without_room_in_memory_it_still_comes_to_the_disk(
-    bench: FetchBench, source: tuple[str, Path, bytes], web: WebServer
-) -> None:
-    digest, _, image = source
-    assert bench.get(digest, web.url, in_memory=True) is None  # 22 chunks do not fit 16
-    assert_there(bench, digest, image)
-    assert bench.store.residents() == ()
 
 
 def test_chunks_larger_than_a_block(tmp_path: Path) -> None:
@@ -297,48 +272,6 @@ def test_a_cancel_in_the_middle_leaves_nothing(
     bench.close()
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_memory_is_usable_before_the_disk_has_it_and_goes_if_that_never_does(
-    tmp_path: Path, source: tuple[str, Path, bytes], web: WebServer, monkeypatch: pytest.MonkeyPatch, fails: bool
-) -> None:
-    digest, _, image = source
-    go, real = threading.Event(), Partial.commit
-
-    def commit_late(partial: Partial) -> None:
-        assert go.wait(30)
-        if fails:
-            raise SllmError("the disk has gone")
-        real(partial)
-
-    monkeypatch.setattr(Partial, "commit", commit_late)
-    with contextlib.closing(FetchBench(tmp_path / "data", chunks=32)) as bench:
-        bench.fetches.begin("op", digest, web.url, in_memory=True, users=1)
-        bench.until(lambda: bench.store.has_sound(digest))
-        assert bench.answers == {}
-        assert "" not in bench.told.resident, "it is announced when a worker can be built over it"
-        (resident,) = bench.store.residents()
-        assert read_image(bench.arena.descriptor, resident) == image
-        go.set()
-        bench.until(lambda: "op" in bench.answers)
-        if not fails:
-            assert bench.answers == {"op": None}
-            assert bench.told.resident[""].digest == digest
-            assert_there(bench, digest, image)
-            return
-        fault = bench.answers["op"]
-        assert fault is not None
-        assert fault.message == "the disk has gone"
-        assert not bench.store.has_sound(digest)
-        bench.store.hold(digest, 0)  # as who waited for it fails
-        assert bench.store.arena.used_bytes == 0
-        assert bench.told.gone == [digest]
-        monkeypatch.setattr(Partial, "commit", real)
-        before = web.sent_bytes
-        assert bench.get(digest, web.url, in_memory=True) is None
-        assert web.sent_bytes - before < CHUNK, "what came to the disk is believed by its checksums"
-        assert_there(bench, digest, image)
-
-
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_fetch_that_follows_a_cancelled_one_waits_until_that_has_let_go(
     tmp_path: Path, source: tuple[str, Path, bytes], web: WebServer, keep: bool
@@ -359,25 +292,6 @@ def test_a_fetch_that_follows_a_cancelled_one_waits_until_that_has_let_go(
         (resident,) = bench.store.residents()
         assert (resident.users, read_image(bench.arena.descriptor, resident)) == (1, image)
         assert (web.sent_bytes - before < len(image) * 0.9) is keep
-
-
-def test_who_uses_a_fetched_image_is_whoever_was_told_of_last(
-    tmp_path: Path, source: tuple[str, Path, bytes], web: WebServer
-) -> None:
-    digest, _, _ = source
-    with contextlib.closing(FetchBench(tmp_path / "data", chunks=32)) as bench:
-        web.pause_s = 0.005
-        for told_early in (True, False):
-            bench.fetches.begin(f"{told_early}", digest, web.url, in_memory=True, users=1)
-            if not told_early:
-                bench.until(lambda: bench.fetches.ops() and bench.store.arena.used_bytes)
-            bench.store.hold(digest, 0)
-            bench.until(lambda told_early=told_early: f"{told_early}" in bench.answers)
-            (resident,) = bench.store.residents()
-            assert resident.users == 0
-            assert bench.told.resident.pop("").digest == digest, "it is announced, though nobody asked a fill for it"
-            bench.store.drop(digest)
-            shutil.rmtree(bench.data / "checkpoints")
 
 
 def test_a_fetch_that_was_whole_before_its_cancel_is_told_to_nobody_in_particular(

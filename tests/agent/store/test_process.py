@@ -26,6 +26,7 @@ from schema.link import (
     Descriptors,
     DropResident,
     Evicted,
+    Fetching,
     FetchStored,
     FillArena,
     FrameDecoder,
@@ -287,6 +288,7 @@ def test_a_fetch_goes_to_disk_and_memory_and_on_after_a_kill(agent: Agent, tmp_p
         web.block_bytes, web.pause_s = 100_000, 0.02
         fetch = FetchStored(op="f1", digest=digest, url=web.url, in_memory=True, users=1)
         agent.send(fetch)
+        assert agent.next(Fetching).in_memory
         while not (step := agent.next(Progress)).done_bytes:
             assert step.stage == "fetch"
         agent.stores[0].kill()
@@ -297,6 +299,8 @@ def test_a_fetch_goes_to_disk_and_memory_and_on_after_a_kill(agent: Agent, tmp_p
         assert truth.residents == ()
         sent = web.sent_bytes
         agent.send(fetch)
+        coming = agent.next(Fetching)
+        assert (coming.op, coming.digest, coming.layout, coming.in_memory) == ("f1", digest, "exec1", True)
         done = agent.next(OperationDone)
         assert (done.op, done.fault, done.layout) == ("f1", None, "exec1")
         assert web.sent_bytes - sent < len(image)

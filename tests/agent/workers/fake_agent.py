@@ -197,9 +197,7 @@ class Node:
         assert peer.expect(TruthEnd).attempts == 0
         return forked.pid, peer
 
-    def begin(
-        self, worker: Peer, directory: str = f"{DIGEST}/l1", digest: str = DIGEST, epoch: int = 1, **options: int
-    ) -> None:
+    def begin(self, worker: Peer, *directories: str, digest: str = DIGEST, epoch: int = 1, **options: int) -> None:
         start = StartInstance(
             instance="i",
             epoch=Epoch(1),
@@ -208,7 +206,7 @@ class Node:
             devices=(0,),
             options=EngineOptions(kv_bytes=options.pop("kv_bytes", 1 << 22), **options),
         )
-        worker.send(StartWorker(start=start, directory=directory))
+        worker.send(StartWorker(start=start, directories=directories or (f"{DIGEST}/l1",)))
 
     def attach(self, worker: Peer, image_bytes: int | None = None) -> None:
         self._give(worker, self._image)

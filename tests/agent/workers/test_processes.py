@@ -175,6 +175,23 @@ def test_fork_serve_reconnect_cancel_and_stop(here: Node) -> None:
     assert successor.wait(60) == 0
 
 
+def test_a_checkpoint_is_found_where_its_fetch_has_moved_it(here: Node) -> None:
+    _, zygote, _ = here.zygote()
+    partial = here.config.checkpoints_path.parent / "partial"
+    partial.mkdir()
+    for directories in ((str(partial), f"{DIGEST}/l1"), (f"{DIGEST}/l1", str(partial / "later"))):
+        _, worker = here.fork(zygote)
+        here.begin(worker, *directories)
+        here.attach(worker)
+        assert worker.expect(InstanceUpdate).truth.state is InstanceState.READY
+        worker.send(Shutdown())
+    _, worker = here.fork(zygote)
+    here.begin(worker, str(partial), "nowhere/l1")
+    truth = worker.expect(InstanceUpdate).truth
+    assert truth.fault is not None
+    assert f"cannot read the manifest {partial}" in truth.fault.message
+
+
 def coming(here: Node, zygote: Peer, layers: int) -> tuple[int, Peer, int]:
     """A worker that serves over memory to which so many layers have come; the rest of it is NaNs."""
     pid, worker = here.fork(zygote)
@@ -282,7 +299,7 @@ def test_what_cannot_start_says_why_and_ends(here: Node) -> None:
         return truth.fault.code, truth.fault.message
 
     _, worker = here.fork(zygote)
-    here.begin(worker, directory="nowhere")
+    here.begin(worker, "nowhere")
     code, message = fault_of(worker)
     assert code == "not_found"
     assert "nowhere" in message

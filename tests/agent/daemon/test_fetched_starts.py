@@ -1,0 +1,157 @@
+"""Starts of checkpoints that lie on a remote alone: built while they are fetched, serving before the disk has all of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from schema.errors import Fault
+from schema.link import (
+    Evicted,
+    Fetching,
+    LayersArrived,
+    OperationDone,
+    PlacementUpdate,
+    Progress,
+    RemoteCopy,
+    StartInstance,
+    StopInstance,
+)
+from schema.states import InstanceState, Tier, TierState
+from tests.agent.daemon.peers import Manager, Node, Store, make_checkpoint, start_instance
+
+OTHER = "ef" * 32
+PARTIAL = f"partial/{OTHER}-l1"
+
+
+def start_of_other() -> StartInstance:
+    return msgspec.structs.replace(start_instance(digest=OTHER), remote=RemoteCopy(url="s3://b/c", layout="l1"))
+
+
+async def test_a_start_fetches_what_is_not_on_the_disk(node: Node) -> None:
+    manager = await node.manager()
+    store = node.stores[0]
+    manager.send(start_of_other())
+    await store.until(lambda: bool(store.fetches))
+    asked = store.fetches[0]
+    assert (asked.digest, asked.url, asked.layout, asked.in_memory, asked.users) == (OTHER, "s3://b/c", "l1", True, 1)
+    store.peer.send(Progress(op=asked.op, stage="fetch", done_bytes=1, total_bytes=4096))
+    assert (await manager.take(Progress)).op == "inst_1"
+    await node.until(lambda: bool(node.workers))
+    assert node.workers[0].start is None
+    make_checkpoint(node.config.checkpoints_path, OTHER)
+    store.peer.send(OperationDone(op=asked.op, digest=OTHER, layout="l1"))
+    truth = await manager.instance(InstanceState.READY)
+    assert truth.phases is not None
+    assert (truth.phases.loaded_from, truth.phases.loaded_bytes) == (Tier.REMOTE, 4096)
+    assert truth.phases.load_s > 0
+    assert node.workers[0].directories == (str(node.config.checkpoints_path / OTHER / "l1"),)
+
+
+async def test_a_start_whose_fetch_fails_ends_with_why(node: Node) -> None:
+    manager = await node.manager()
+    store = node.stores[0]
+    manager.send(start_of_other())
+    await store.until(lambda: bool(store.fetches))
+    store.peer.send(OperationDone(op=store.fetches[0].op, digest=OTHER, fault=Fault("unreachable", "it is down")))
+    truth = await manager.instance(InstanceState.STOPPED)
+    assert truth.fault == Fault("unreachable", "it is down")
+    await store.until(lambda: store.holds.get(OTHER) == 0)
+
+
+async def test_a_start_that_is_stopped_gives_its_fetch_up(node: Node) -> None:
+    manager = await node.manager()
+    store = node.stores[0]
+    start = start_of_other()
+    manager.send(start)
+    await store.until(lambda: bool(store.fetches))
+    manager.send(StopInstance(instance=start.instance, epoch=start.epoch))
+    await store.until(lambda: store.fetches[0].op in store.cancelled)
+    await manager.instance(InstanceState.STOPPED)
+
+
+async def fetched(store: Store, **fields: Any) -> str:
+    """Wait for the fetch that a start asks for, and say that all but its weights is there. Returns its op."""
+    await store.until(lambda: bool(store.fetches))
+    op = store.fetches[-1].op
+    store.peer.send(Fetching(op=op, digest=OTHER, layout="l1", directory=PARTIAL, **fields))
+    return op
+
+
+async def placements(manager: Manager) -> list[tuple[Tier, TierState]]:
+    update = await manager.take(PlacementUpdate, lambda m: m.truth.digest == OTHER)
+    return [(placement.tier, placement.state) for placement in update.truth.placements]
+
+
+async def test_a_start_serves_before_its_copy_on_the_disk_is_whole(node: Node) -> None:
+    manager = await node.manager()
+    store = node.stores[0]
+    manager.send(start_of_other())
+    op = await fetched(store, in_memory=True)
+    truth = await manager.instance(InstanceState.READY)
+    assert store.fills[0].directory == f"{OTHER}/l1"
+    assert truth.phases is not None
+    assert (truth.phases.loaded_from, truth.phases.loaded_bytes) == (Tier.REMOTE, 4096)
+    (worker,) = node.workers
+    assert worker.directories == (f"{node.config.data_dir}/{PARTIAL}", f"{node.config.checkpoints_path}/{OTHER}/l1")
+    assert (await placements(manager)) == [(Tier.DRAM, TierState.FILLING)], "nobody else can start from it yet"
+    (entry,) = (each for each in node.roster() if each["role"] == "worker")
+    assert entry["fetching"]
+    make_checkpoint(node.config.checkpoints_path, OTHER)
+    store.peer.send(OperationDone(op=op, digest=OTHER, layout="l1"))
+    while await placements(manager) != [(Tier.DISK, TierState.RESIDENT), (Tier.DRAM, TierState.RESIDENT)]:
+        pass
+    await node.until(lambda: not any(each.get("fetching") for each in node.roster()))
+    assert len(store.fills) == 1
+    manager.send(StopInstance(instance="inst_1", epoch=start_of_other().epoch))
+    assert (await manager.instance(InstanceState.STOPPED)).fault is None
+
+
+async def test_a_copy_that_comes_to_nothing_ends_the_life_that_serves_from_it(node: Node) -> None:
+    manager = await node.manager()
+    store = node.stores[0]
+    manager.send(start_of_other())
+    op = await fetched(store, in_memory=True)
+    await manager.instance(InstanceState.READY)
+    store.peer.send(OperationDone(op=op, digest=OTHER, fault=Fault("error", "the disk has gone")))
+    assert (await manager.instance(InstanceState.STOPPED)).fault == Fault("error", "the disk has gone")
+    await store.until(lambda: store.holds.get(OTHER) == 0)
+    store.peer.send(Evicted(digest=OTHER))
+    while await placements(manager):
+        pass
+
+
+async def test_without_room_in_the_arena_the_weights_are_read_from_the_disk(node: Node) -> None:
+    manager = await node.manager()
+    store = node.stores[0]
+    manager.send(start_of_other())
+    op = await fetched(store, in_memory=False)
+    await node.until(lambda: bool(node.workers) and node.workers[0].start is not None)
+    assert store.fills == [], "there is nothing to be read yet"
+    make_checkpoint(node.config.checkpoints_path, OTHER)
+    store.peer.send(OperationDone(op=op, digest=OTHER, layout="l1"))
+    truth = await manager.instance(InstanceState.READY)
+    assert truth.phases is not None
+    assert truth.phases.loaded_from is Tier.REMOTE
+    assert [fill.directory for fill in store.fills] == [f"{OTHER}/l1"]
+
+
+async def test_a_store_that_dies_while_it_fetches_says_anew_where_the_weights_come(node: Node) -> None:
+    manager = await node.manager()
+    first = node.stores[0]
+    node.store_answers = first.answers = False
+    manager.send(start_of_other())
+    await fetched(first, in_memory=True)
+    await first.until(lambda: bool(first.fills))
+    first.kill()
+    await node.until(lambda: len(node.stores) == 2 and bool(node.stores[1].fetches))
+    store = node.stores[1]
+    assert store.fetches == first.fetches
+    assert store.fills == [], "what is not on the disk cannot be read"
+    await fetched(store, in_memory=True)
+    await store.until(lambda: bool(store.fills))
+    assert store.fills[0].op != first.fills[0].op
+    store.peer.send(LayersArrived(op=first.fills[0].op, layers=1))  # of a fill that nobody waits for
+    store.answer(store.fills[0])
+    await manager.instance(InstanceState.READY)
