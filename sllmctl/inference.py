@@ -108,8 +108,10 @@ class ChatStream:
         self, base_url: str, model: str, turns: Sequence[Turn], options: ChatOptions, settings: ClientSettings
     ) -> None:
         timeout = httpx.Timeout(settings.stream_s, connect=settings.connect_s)
-        # A proxy of the environment must not stand between this machine and itself.
-        self._http = httpx.Client(base_url=base_url, timeout=timeout, trust_env=False)
+        # A proxy of the environment must not stand between this machine and itself. To read the certificates that are trusted
+        # takes longer than many replies, and plain HTTP has no use for them.
+        verify = base_url.startswith("https:")
+        self._http = httpx.Client(base_url=base_url, timeout=timeout, trust_env=False, verify=verify)
         self._settings = settings
         self._body = msgspec.json.encode(
             _Body(

@@ -6,14 +6,18 @@ import io
 import os
 import select
 import signal
+import ssl
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
 import pytest
 
 from sllmctl.cli import chat
+from sllmctl.config import ClientSettings
+from sllmctl.inference import ChatOptions, ChatStream
 from tests.sllmctl.cli.conftest import Sllmctl
 from tests.sllmctl.fake_manager import MODELS, FakeManager
 
@@ -55,6 +59,21 @@ def test_one_answer(sllmctl: Sllmctl, manager: FakeManager) -> None:
             "seed": 3,
         }
     ]
+
+
+def test_certificates_are_read_for_https_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Read(Exception):
+        pass
+
+    def read(*_: object, **__: object) -> None:
+        raise Read
+
+    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", read)
+    ask = partial(ChatStream, model="qwen", turns=(), options=ChatOptions(), settings=ClientSettings())
+    with ask("http://127.0.0.1:8343"):
+        pass
+    with pytest.raises(Read):
+        ask("https://models.example")
 
 
 def test_the_prompt_may_come_from_a_pipe(sllmctl: Sllmctl, manager: FakeManager, monkeypatch: pytest.MonkeyPatch) -> None:
