@@ -149,7 +149,7 @@ class LinkError(SllmError):
     code = "link_error"
 
 
-class Fault(msgspec.Struct, frozen=True, omit_defaults=True):
+class Fault(msgspec.Struct, frozen=True):
     """An error as it crosses a link or lies in a table: the class's code and the message; ``short_bytes`` of an OutOfSpace."""
 
     code: str

@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 
-class DeviceInfo(Part, frozen=True, kw_only=True):
+class DeviceInfo(Part, frozen=True, kw_only=True, omit_defaults=False):
     """``kind`` is "cpu" or "cuda"; ``memory_bytes`` is what instances may use of it, KV caches included."""
 
     index: Count
@@ -32,7 +32,7 @@ class DeviceInfo(Part, frozen=True, kw_only=True):
     memory_bytes: Count
 
 
-class ArenaInfo(Part, frozen=True, kw_only=True):
+class ArenaInfo(Part, frozen=True, kw_only=True, omit_defaults=False):
     """The DRAM tier: budget, chunk size, what is taken, and the pages it got ("hugetlb", "thp" or "small").
 
     ``id`` is drawn when the memory is made, so that extents are never applied to another arena. ``faulted_bytes`` are known to
@@ -48,7 +48,7 @@ class ArenaInfo(Part, frozen=True, kw_only=True):
     reader: str = ""
 
 
-class Inventory(Part, frozen=True, kw_only=True):
+class Inventory(Part, frozen=True, kw_only=True, omit_defaults=False):
     """A machine's means. Bandwidths are measured, in bytes per second; 0 means not measured yet.
 
     ``disk_budget_bytes``: what checkpoints may take of the disk, ``disk_used_bytes`` of which they take. ``software``: what
