@@ -36,6 +36,7 @@ __all__ = [
     "DeployBody",
     "EstimateErrorView",
     "EstimatesView",
+    "EventKind",
     "EventView",
     "ExplainView",
     "InstanceView",
@@ -245,11 +246,16 @@ class RequestView(_View, frozen=True, kw_only=True):
     timeline: RequestTimeline
 
 
+EventKind = Literal["model", "instance", "node", "checkpoint"]
+
+
 class EventView(_View, frozen=True, kw_only=True):
+    """Something that happened to an ``object`` of a ``kind``; a node is known by its name, the others as everywhere."""
+
     id: str
     at: float
     level: str
-    kind: str
+    kind: EventKind
     object: str
     reason: str
     message: str

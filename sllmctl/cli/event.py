@@ -12,7 +12,7 @@ from sllmctl.cli.output import Column, Format, now, show_items
 from sllmctl.cli.watch import watch_items, watch_option
 
 if TYPE_CHECKING:
-    from schema.admin import EventView
+    from schema.admin import EventKind, EventView
 
 __all__ = ["command"]
 
@@ -23,13 +23,13 @@ def command() -> None:
 
 
 @command.command("ls")
-@click.option("--kind", help="Only of this kind of thing: model, instance, node, checkpoint.")
+@click.option("--kind", type=click.Choice(["model", "instance", "node", "checkpoint"]), help="Only of this kind of thing.")
 @click.option("--object", "name", help="Only of the thing of this name or id.")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=100, show_default=True, help="So many, the newest.")
 @output_option
 @watch_option
 @pass_invocation
-def ls(invocation: Invocation, kind: str | None, name: str | None, limit: int, form: Format, watch: bool) -> None:
+def ls(invocation: Invocation, kind: EventKind | None, name: str | None, limit: int, form: Format, watch: bool) -> None:
     """List events, the newest last.
 
     \b

@@ -16,6 +16,7 @@ from schema.admin import (
     CheckpointView,
     DeployBody,
     EstimatesView,
+    EventKind,
     EventView,
     ExplainView,
     InstanceView,
@@ -273,8 +274,8 @@ def estimates() -> Call[EstimatesView]:
     return _get("estimates", EstimatesView)
 
 
-def events(kind: str | None = None, name: str | None = None, limit: int = 100) -> Call[tuple[EventView, ...]]:
-    """The newest events, oldest first, of one kind of thing (model, instance, node, checkpoint) or one object by name."""
+def events(kind: EventKind | None = None, name: str | None = None, limit: int = 100) -> Call[tuple[EventView, ...]]:
+    """The newest events, oldest first, of one kind of thing or one object by name."""
     query = {"kind": kind, "object": name, "limit": str(limit)}
     return _list("events", EventView, {key: value for key, value in query.items() if value is not None})
 

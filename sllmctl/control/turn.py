@@ -10,7 +10,7 @@ import heapq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from schema.admin import EventView
+from schema.admin import EventKind, EventView
 from schema.ids import EpochCounter, IdSource
 from schema.link import InstanceTruth, ManagerMessage
 from schema.states import NodeState, Tier
@@ -269,7 +269,7 @@ class Turn:
         if self.view.nodes[node].state is NodeState.READY:
             self.effects.append(Send(node, message))
 
-    def event(self, kind: str, name: str, reason: str, message: str, *, level: str = "info") -> None:
+    def event(self, kind: EventKind, name: str, reason: str, message: str, *, level: str = "info") -> None:
         event_id = self.core.ids("ev")
         self._events.append(
             EventView(id=event_id, at=self.now, level=level, kind=kind, object=name, reason=reason, message=message)

@@ -29,6 +29,7 @@ __all__ = [
     "known",
     "no_route",
     "read_body",
+    "read_choice",
     "read_count",
     "read_flag",
     "read_number",
@@ -92,6 +93,14 @@ def read_count(query: Mapping[str, str], key: str, default: int, least: int, mos
     if not (text.isascii() and text.isdigit() and len(text) <= len(str(most)) and least <= int(text) <= most):
         raise InvalidInput(f"{key}: {text!r} is no whole number from {least} to {most}", key)
     return int(text)
+
+
+def read_choice(query: Mapping[str, str], key: str, choices: Any) -> str | None:
+    """A parameter that is one of a Literal's; None where it is not given. Raises InvalidInput."""
+    text = query.get(key)
+    if text is not None and text not in get_args(choices):
+        raise InvalidInput(f"{key}: {text!r} is none of {', '.join(get_args(choices))}", key)
+    return text
 
 
 def read_flag(query: Mapping[str, str], key: str) -> bool:

@@ -13,19 +13,30 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from schema.admin import CheckpointBody, CheckpointView, OperationKind, OperationView, RemoteBody
-from schema.errors import Conflict, InvalidInput, NotFound
+from schema.errors import Conflict, NotFound
 from sllmctl.config import AdminSettings
 from sllmctl.control.effects import EndOperation, Event, Forget, Operate, Pin
 from sllmctl.control.references import checkpoint_called
 from sllmctl.control.view import ClusterView
 from sllmctl.control.views import LiveNumbers, checkpoint_view, checkpoint_views, operation_view
-from sllmctl.gateway.admin.answers import Items, Routes, decode, item_answer, json_answer, known, read_body, read_query
+from sllmctl.gateway.admin.answers import (
+    Items,
+    Routes,
+    decode,
+    item_answer,
+    json_answer,
+    known,
+    read_body,
+    read_choice,
+    read_query,
+)
 from sllmctl.gateway.admin.commands import BODY, COMMAND, RunnerPort
 from sllmctl.gateway.admin.waiting import TIMEOUT, wait
 from sllmctl.gateway.openapi import Query, operation
 
 __all__ = ["Checkpoints"]
 
+_UNTIL = Literal["ended"]
 H = TypeVar("H", bound=Callable[..., Any])
 
 
@@ -123,14 +134,12 @@ class Checkpoints:
     @operation(
         "An operation; held until it has ended, and answered 202 when the time ran out before.",
         {200: OperationView, 202: OperationView},
-        query=(Query("wait", Literal["ended"], "What to wait for."), TIMEOUT),
+        query=(Query("wait", _UNTIL, "What to wait for."), TIMEOUT),
         errors=(NotFound,),
     )
     async def get_operation(self, request: Request) -> Response:
         query = read_query(request)
-        name, until = request.path_params["id"], query.get("wait")
-        if until not in (None, "ended"):
-            raise InvalidInput(f"wait: {until!r} is not ended", "wait")
+        name, until = request.path_params["id"], read_choice(query, "wait", _UNTIL)
 
         def reached() -> bool:
             return until is None or known("operation", name, self._view.operations.get(name)).ended_at is not None

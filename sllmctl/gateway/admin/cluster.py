@@ -9,12 +9,12 @@ from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
-from schema.admin import EventView, InstanceView, NodeView, RequestView, StatusView
+from schema.admin import EventKind, EventView, InstanceView, NodeView, RequestView, StatusView
 from schema.errors import NotFound
 from sllmctl.control.effects import StopInstanceNow
 from sllmctl.control.view import ClusterView
 from sllmctl.control.views import LiveNumbers, instance_view, instance_views, node_view, node_views
-from sllmctl.gateway.admin.answers import Items, Routes, item_answer, json_answer, known, read_count, read_query
+from sllmctl.gateway.admin.answers import Items, Routes, item_answer, json_answer, known, read_choice, read_count, read_query
 from sllmctl.gateway.admin.commands import COMMAND, RunnerPort
 from sllmctl.gateway.openapi import Query, operation
 from sllmctl.gateway.ports import EventsPort
@@ -117,7 +117,7 @@ class Cluster:
         "The newest events, the oldest of them first.",
         Items[EventView],
         query=(
-            Query("kind", str, "Only those of this kind of thing."),
+            Query("kind", EventKind, "Only those of this kind of thing."),
             Query("object", str, "Only those of the thing of this name."),
             Query("limit", Annotated[int, Meta(ge=1, le=_EVENTS_LIMIT)], "How many; 100 if not given."),
             Query("after", str, "Only those after the event of this id."),
@@ -125,5 +125,5 @@ class Cluster:
     )
     async def list_events(self, request: Request) -> Response:
         query = read_query(request)
-        limit = read_count(query, "limit", 100, 1, _EVENTS_LIMIT)
-        return item_answer(await self._database.events(query.get("kind"), query.get("object"), limit, query.get("after")))
+        kind, limit = read_choice(query, "kind", EventKind), read_count(query, "limit", 100, 1, _EVENTS_LIMIT)
+        return item_answer(await self._database.events(kind, query.get("object"), limit, query.get("after")))

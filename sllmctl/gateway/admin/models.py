@@ -6,7 +6,7 @@ time ran out, the model's own fault when it never will be.
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -28,6 +28,7 @@ from sllmctl.gateway.admin.answers import (
     json_answer,
     known,
     read_body,
+    read_choice,
     read_flag,
     read_query,
 )
@@ -96,11 +97,9 @@ class Models:
     )
     async def get_model(self, request: Request) -> Response:
         query = read_query(request)
-        name, until = request.path_params["name"], query.get("wait")
+        name, until = request.path_params["name"], read_choice(query, "wait", _UNTIL)
         if until is None:
             return self._model(name)
-        if until not in get_args(_UNTIL):
-            raise InvalidInput(f"wait: {until!r} is none of {', '.join(get_args(_UNTIL))}", "wait")
         done = await wait(request, query, lambda: _reached(self._view, name, until), self._settings)
         return self._model(name, 200 if done else 202)
 

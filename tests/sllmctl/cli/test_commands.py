@@ -115,6 +115,7 @@ def test_interrupts_defects_and_results(capsys: pytest.CaptureFixture[str]) -> N
         ("model", "add", "x", "org/name", "--kv-size", "lots"),
         ("model", "deploy", "qwen", "--min", "5"),
         ("event", "ls", "--limit", "0"),
+        ("event", "ls", "--kind", "bogus"),
         ("explain",),
         ("explain", "qwen", "--request", "req_1"),
         ("explain", "qwen", "-o", "name"),

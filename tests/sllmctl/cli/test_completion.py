@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 from click.shell_completion import ShellComplete
 
+from schema.admin import EventKind
 from sllmctl.cli.main import root
 from tests.sllmctl.cli.conftest import Sllmctl
 from tests.sllmctl.fake_manager import CHECKPOINTS
@@ -36,6 +39,7 @@ def _completed(words: str, begin: str = "") -> list[str]:
         ("chat -m", "b", ["broken"]),
         ("checkpoint prefetch qwen --node", "", ["local", "gpu1"]),
         ("checkpoint rm qwen --node", "g", ["gpu1"]),
+        ("event ls --kind", "", list(get_args(EventKind))),
         ("explain --request", "", ["req_1", "req_2"]),
     ],
 )

@@ -304,6 +304,13 @@ async def test_events_are_asked_of_the_database(manager: _Manager, http: httpx.A
     assert manager.database.asked == [(None, None, 100, None), ("model", "tiny", 5, "ev_0")]
 
 
+async def test_a_kind_of_event_that_is_none(manager: _Manager, http: httpx.AsyncClient) -> None:
+    refused = await http.get("events", params={"kind": "bogus"})
+    assert _refusal(refused) == (400, "invalid_input", "kind")
+    assert refused.json()["error"]["message"] == "kind: 'bogus' is none of model, instance, node, checkpoint"
+    assert manager.database.asked == []
+
+
 @pytest.mark.parametrize("limit", ["0", "-1", "10001", "1.5", "1e3", "1_0", "many", "nan", "inf", ""])
 async def test_a_limit_that_is_none(http: httpx.AsyncClient, limit: str) -> None:
     assert _refusal(await http.get("events", params={"limit": limit})) == (400, "invalid_input", "limit")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from schema.admin import EventView
+from schema.admin import EventKind, EventView
 from schema.errors import Fault
 from schema.ids import epoch_of
 from schema.link import InstanceTruth, StartPhases
@@ -16,7 +16,7 @@ STEP = StepCosts(token_bytes=9, layer_kv_bytes=8, item_bytes=2, vocab_size=7, un
 EPOCH = epoch_of(3, 7)
 
 
-def event(number: int, *, kind: str = "model", name: str = "m") -> EventView:
+def event(number: int, *, kind: EventKind = "model", name: str = "m") -> EventView:
     return EventView(
         id=f"ev_{number:08d}", at=float(number), level="info", kind=kind, object=name, reason="Said", message=str(number)
     )
