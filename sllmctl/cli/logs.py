@@ -13,6 +13,7 @@ import click
 from sllmctl.cli.context import Invocation
 from sllmctl.cli.diagnostics import note
 from sllmctl.cli.output import stream, write
+from sllmctl.cli.reader import while_read
 
 if TYPE_CHECKING:
     from schema.admin import LogLineView
@@ -67,7 +68,7 @@ def show_logs(
     since_s: float,
     form: str,
 ) -> None:
-    """Print the lines; followed, until interrupted. Raises Unreachable when the manager goes away."""
+    """Print the lines; followed, until interrupted or read no more. Raises Unreachable when the manager goes away."""
     from sllmctl import client
 
     lines = (100_000 if since_s else 100) if tail is None else tail
@@ -78,12 +79,13 @@ def show_logs(
             printer.show(admin.ask(client.logs(wanted)))
             return
         lost: dict[str, str] = {}
-        for frame in admin.follow_logs(wanted):
-            for node, why in frame.lost.items():
-                if lost.get(node) != why:
-                    note(f"node {node}: {why}")
-            lost = frame.lost
-            printer.show(frame.items)
+        with while_read():
+            for frame in admin.follow_logs(wanted):
+                for node, why in frame.lost.items():
+                    if lost.get(node) != why:
+                        note(f"node {node}: {why}")
+                lost = frame.lost
+                printer.show(frame.items)
 
 
 class _Printer:

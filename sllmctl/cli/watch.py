@@ -9,6 +9,7 @@ import click
 
 from sllmctl.cli.context import Invocation
 from sllmctl.cli.output import Column, Format, Watch, show_items
+from sllmctl.cli.reader import while_read
 
 if TYPE_CHECKING:
     from schema.admin import StreamKind
@@ -60,14 +61,15 @@ def watch_items(
     wanted: Callable[[Any], bool] = lambda _: True,
     limit: int | None = None,
 ) -> None:
-    """Print the list, then each item that is new or has changed, until interrupted; of the first list the last ``limit``.
+    """Print the list, then each item that is new or has changed, until interrupted or read no more.
 
-    ``key`` is what the stream knows an item by, else its name. Raises Unreachable when the manager goes away.
+    Of the first list only the last ``limit`` are printed. ``key`` is what the stream knows an item by, else its name. Raises
+    Unreachable when the manager goes away.
     """
     shown = Watch(form, columns, name)
     names: dict[str, str] = {}
     first: list[Any] | None = []
-    with invocation.admin() as admin:
+    with invocation.admin() as admin, while_read():
         for frame in admin.follow(kinds=(kind,)):
             items = [item for item in getattr(frame, kind) if wanted(item)]
             names.update({(key or name)(item): name(item) for item in items})

@@ -30,6 +30,7 @@ from schema.admin import (
     EventView,
     ExplainView,
     InstanceView,
+    LogFrame,
     ModelView,
     NodeVerdictView,
     NodeView,
@@ -378,7 +379,8 @@ _NAMES = {"nodes": "name", "models": "name", "instances": "id", "checkpoints": "
 class FakeManager:
     """``asked`` is every request as (method, path and query, body). ``answers`` replaces what a "METHOD path" gets, in turn.
 
-    ``pieces`` is what the chat endpoint streams; with ``hold`` it then waits until the client is gone, and sets ``gone``.
+    ``pieces`` is what the chat endpoint streams; with ``hold`` it then waits until the client is gone, and sets ``gone``. So
+    does what is followed.
     """
 
     socket: Path
@@ -389,8 +391,8 @@ class FakeManager:
     hold: bool = False
     gone: threading.Event = field(default_factory=threading.Event)
     chat_error: tuple[int, bytes] | None = None
-    frames: list[StreamFrame] = field(default_factory=list)
-    """What the event stream tells before it ends."""
+    frames: list[StreamFrame] | list[LogFrame] = field(default_factory=list)
+    """What the event stream, or a log that is followed, tells before it ends."""
 
     def forget(self) -> None:
         """Be as new, for the next test."""
@@ -413,10 +415,19 @@ class FakeManager:
         if queue := self.answers.get(f"{request.method} {path}"):
             status, content = queue.pop(0) if len(queue) > 1 else queue[0]
             return Response(content, status, media_type="application/json")
-        if path == "stream":
-            events = b"".join(b"data: " + msgspec.json.encode(frame) + b"\n\n" for frame in self.frames)
-            return Response(events, media_type="text/event-stream")
+        if path == "stream" or "follow=1" in query:
+            return StreamingResponse(self._followed(), media_type="text/event-stream")
         return self._view(path)
+
+    async def _followed(self) -> AsyncIterator[bytes]:
+        try:
+            for frame in self.frames:
+                yield b"data: " + msgspec.json.encode(frame) + b"\n\n"
+            if self.hold:
+                await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.gone.set()
+            raise
 
     def _view(self, path: str) -> Response:
         noun, _, name = path.partition("/")

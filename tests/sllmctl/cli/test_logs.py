@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime, timedelta
 
-import msgspec
 import pytest
 
 from schema.admin import LogFrame, LogLineView
@@ -57,8 +56,7 @@ def test_what_is_neither_is_refused(sllmctl: Sllmctl, since: str) -> None:
 
 def test_followed_lines_come_until_the_manager_goes(sllmctl: Sllmctl, manager: FakeManager) -> None:
     frames = (LogFrame(items=LINES[:1]), LogFrame(lost={"gpu1": "broke"}), LogFrame(lost={"gpu1": "broke"}, items=LINES[1:]))
-    events = b"".join(b"data: %b\n\n" % msgspec.json.encode(frame) for frame in frames)
-    manager.answers["GET models/docs/logs"] = [(200, events)]
+    manager.frames = list(frames)
     said = sllmctl("model", "logs", "docs", "-f")
     assert manager.asked[-1][1] == "models/docs/logs?tail=100&since=0&follow=1"
     assert said.code == 3

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from collections.abc import Callable
 
 import pytest
 from msgspec.structs import replace
 
-from schema.admin import StreamFrame
+from schema.admin import LogFrame, LogLineView, StreamFrame
 from schema.states import InstanceState
 from tests.sllmctl.cli.conftest import Sllmctl
 from tests.sllmctl.fake_manager import CHECKPOINTS, EVENTS, INSTANCES, MODELS, NODES, NOW, OPERATIONS, REQUESTS, FakeManager
@@ -67,3 +70,22 @@ def test_events_are_watched_of_one_thing_and_from_so_many_on(sllmctl: Sllmctl) -
     assert sllmctl("event", "ls", "-w", "-o", "name", "--kind", "model").out == "ev_1\n"
     assert sllmctl("event", "ls", "-w", "-o", "name", "--object", "inst_2").out == "ev_2\n"
     assert sllmctl("event", "ls", "-w", "-o", "name", "--limit", "1").out == "ev_2\n"
+
+
+@pytest.mark.parametrize(("lines", "words"), [(3, ("instance", "ls", "--watch")), (1, ("model", "logs", "docs", "--follow"))])
+def test_it_ends_when_nobody_reads_it_any_more(
+    manager: FakeManager, ended: Callable[[subprocess.Popen[str]], None], lines: int, words: tuple[str, ...]
+) -> None:
+    """At once, and not first when there is something to say again, which may be never."""
+    told = [LogFrame(items=(LogLineView(node="local", source="inst_1", at=1.0, text="begun"),))]
+    manager.frames = told if "logs" in words else manager.frames[:2]
+    manager.hold = True
+    command = [sys.executable, "-m", "sllmctl", "--socket", str(manager.socket), *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    ended(process)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert all(process.stdout.readline() for _ in range(lines))
+    process.stdout.close()
+    assert (process.wait(20), process.stderr.read()) == (1, "")
+    assert manager.gone.wait(10)
