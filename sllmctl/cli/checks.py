@@ -11,7 +11,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from schema.admin import NodeView
 from schema.errors import InvalidInput, Unreachable
@@ -21,16 +21,18 @@ from sllmctl.cli.clock_checks import check_clock
 from sllmctl.cli.cluster_checks import check_cluster
 from sllmctl.cli.findings import Finding, existing, meminfo
 from sllmctl.cli.format import printable, size
+from sllmctl.cli.looks import Check, Look, hung, look_in_time
 from sllmctl.cli.machine_checks import cuda, cuda_facts, listeners, port, port_error
-from sllmctl.cli.process_checks import check_processes, group_of, process_facts
+from sllmctl.cli.process_checks import check_processes, group_of
 from sllmctl.cli.state_checks import check_state
 from sllmctl.cli.store_checks import arena_pages, check_store
 from sllmctl.cli.told import ANSWER_S, Told, ask
-from sllmctl.config import NodeSettings, Settings
+from sllmctl.config import ApiSettings, NodeSettings, Settings
 from sllmctl.nodes.local import missing_node_packages, need_memory, node_processes
 
 __all__ = ["Finding", "check_machine", "check_python", "socket_state"]
 
+T = TypeVar("T")
 _PYTHON_FROM, _PYTHON_BELOW = (3, 11), (3, 14)
 _NODE_PACKAGES = ("torch", "transformers", "huggingface-hub", "numpy", "xxhash")
 _DISK_FAULT_BYTES, _DISK_WARN_BYTES = 1 << 30, 10 << 30
@@ -65,30 +67,41 @@ def check_machine(settings: Settings, file: Path | None = None) -> Iterator[Find
     ``file`` is the configuration that was read, if any. What only a manager knows is left out where none answers.
     """
     run, data = Path(settings.node.run_dir), Path(settings.node.data_dir)
-    yield _state_dir(settings.state_dir)
-    yield _data_dir(settings.state_dir, run, data)
-    manager = socket_state(settings.admin_socket)
+    door, listed = Look[str](lambda: socket_state(settings.admin_socket)), Look(lambda: node_processes(run))
+    manager, processes = _answer(door, "hung"), _answer(listed, [])
     told = ask(settings) if manager == "answers" else Told()
-    yield _manager(settings.admin_socket, manager, told)
-    if told.status is not None:
-        yield _versions(told.status.version)
-    processes = node_processes(run)
-    yield _agent(run / "agent.sock", manager, told.local, dict(processes).get("agent"))
-    if manager != "answers":
-        api = settings.api
-        error = port_error(api.host, api.port, anywhere=api.without_keys)
-        yield port(api.host, api.port, error, listeners(api.port) if api.port else ())
-    yield from check_state(settings, file, running=manager == "answers")
-    yield _memory(settings.node, told.local, dict(processes).get("store"))
-    yield _shared_memory()
-    ours = [("manager", told.status.pid)] if told.status is not None else []
-    yield from check_processes(process_facts([*ours, *processes]))
-    yield cuda(cuda_facts())
-    yield _disk(data)
-    yield from check_clock(settings.state_dir, (told.status.pid, told.status.started_at) if told.status is not None else None)
-    yield from check_store(settings, told)
-    if told.status is not None and told.error is None:
+    status, pids = told.status, dict(processes)
+    checks: list[Check] = [
+        ("state_dir", lambda: _state_dir(settings.state_dir)),
+        ("data_dir", lambda: _data_dir(settings.state_dir, run, data)),
+        ("manager", lambda: _manager(settings.admin_socket, manager, told)),
+    ]
+    if status is not None:
+        checks.append(("versions", lambda: _versions(status.version)))
+    checks.append(("agent", lambda: _agent(run / "agent.sock", manager, told.local, pids.get("agent"))))
+    if manager not in ("answers", "hung"):
+        checks.append(("port", lambda: _port(settings.api)))
+    checks += check_state(settings, file, running=manager == "answers")
+    checks += [
+        ("memory", lambda: _memory(settings.node, told.local, pids.get("store"))),
+        ("shm", _shared_memory),
+        *check_processes([*([("manager", status.pid)] if status is not None else []), *processes]),
+        ("cuda", lambda: cuda(cuda_facts())),
+        ("disk", lambda: _disk(data)),
+        *check_clock(settings.state_dir, (status.pid, status.started_at) if status is not None else None),
+        *check_store(settings, told),
+    ]
+    yield from look_in_time(checks)
+    if status is not None and told.error is None:
         yield from check_cluster(told)
+
+
+def _answer(look: Look[T], otherwise: T) -> T:
+    """What was found; ``otherwise`` where that hangs, which is the finding of a check that looks there too."""
+    try:
+        return look.get()
+    except TimeoutError:
+        return otherwise
 
 
 def socket_state(path: Path) -> Literal["absent", "stale", "answers", "denied", "odd"]:
@@ -152,6 +165,8 @@ def _in_the_way(path: Path, setting: str) -> tuple[str, str] | None:
 
 def _manager(path: Path, state: str, told: Told) -> Finding:
     match state:
+        case "hung":
+            return hung("manager")
         case "absent":
             return Finding("manager", "warn", "no manager runs", "start it with `sllmctl serve`")
         case "stale":
@@ -203,6 +218,11 @@ def _agent(path: Path, manager: str, local: NodeView | None, pid: int | None) ->
         case "stale" if manager != "answers":
             return Finding("agent", "warn", f"an agent died and left {path}", "the next `sllmctl serve` makes it again")
     return Finding("agent", "fault", "the agent of this machine does not run", "see `sllmctl event ls` and the manager's log")
+
+
+def _port(api: ApiSettings) -> Finding:
+    error = port_error(api.host, api.port, anywhere=api.without_keys)
+    return port(api.host, api.port, error, listeners(api.port) if api.port else ())
 
 
 def _memory(node: NodeSettings, local: NodeView | None, store: int | None) -> Finding:

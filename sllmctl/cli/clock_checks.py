@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from sllmctl.cli.findings import Finding, read_text, seen
 from sllmctl.cli.format import age
+from sllmctl.cli.looks import Check
 
 __all__ = ["check_clock", "clock", "clock_jump", "clock_sync", "manager_began"]
 
@@ -34,13 +34,18 @@ class _Timex(ctypes.Structure):
     )
 
 
-def check_clock(state_dir: Path, manager: tuple[int, float] | None) -> Iterator[Finding]:
+def check_clock(state_dir: Path, manager: tuple[int, float] | None) -> list[Check]:
     """``manager``: the pid of one that runs here, and when it says that it started."""
+    return [
+        ("clock", lambda: clock(_written_at(state_dir), time.time())),
+        ("clock_sync", lambda: clock_sync(_synchronised())),
+        ("clock_jump", lambda: clock_jump(None if manager is None else _began(*manager))),
+    ]
+
+
+def _written_at(state_dir: Path) -> float:
     written = (path.stat().st_mtime for path in (state_dir, state_dir / "state.db", state_dir / "state.db-wal") if seen(path))
-    now = time.time()
-    yield clock(max(written, default=0.0), now)
-    yield clock_sync(_synchronised())
-    yield clock_jump(None if manager is None else _pair(manager_began(manager[0], now), manager[1]))
+    return max(written, default=0.0)
 
 
 def clock(written_at: float, now: float) -> Finding:
@@ -83,7 +88,8 @@ def manager_began(pid: int, now: float) -> float | None:
     return now - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot_s)
 
 
-def _pair(began: float | None, said: float) -> tuple[float, float] | None:
+def _began(pid: int, said: float) -> tuple[float, float] | None:
+    began = manager_began(pid, time.time())
     return None if began is None else (began, said)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from sllmctl.cli.findings import Finding, read_text
 from sllmctl.cli.format import size
+from sllmctl.cli.looks import Check, Look
 
 __all__ = [
     "Group",
@@ -61,14 +62,17 @@ class Group(msgspec.Struct, frozen=True):
     known: bool = True
 
 
-def check_processes(processes: Sequence[Process]) -> Iterator[Finding]:
-    """Findings of the manager's and the node's processes on this machine, of those that run."""
-    yield cgroup(group_of(processes[0].pid if processes else os.getpid()))
-    yield swap(processes)
-    yield oom(processes)
-    yield thp(read_text(_THP / "enabled"), read_text(_THP / "defrag"))
-    yield open_files(processes, resource.getrlimit(resource.RLIMIT_NOFILE))
-    yield zombies(processes)
+def check_processes(named: Sequence[tuple[str, int]]) -> list[Check]:
+    """Checks of the manager's and the node's processes on this machine, of those of these (role, pid) that run."""
+    facts = Look(lambda: process_facts(named))
+    return [
+        ("cgroup", lambda: cgroup(group_of(next((each.pid for each in facts.get()), os.getpid())))),
+        ("swap", lambda: swap(facts.get())),
+        ("oom", lambda: oom(facts.get())),
+        ("thp", lambda: thp(read_text(_THP / "enabled"), read_text(_THP / "defrag"))),
+        ("open_files", lambda: open_files(facts.get(), resource.getrlimit(resource.RLIMIT_NOFILE))),
+        ("zombies", lambda: zombies(facts.get())),
+    ]
 
 
 def process_facts(named: Sequence[tuple[str, int]], proc: Path = _PROC) -> list[Process]:

@@ -7,7 +7,7 @@ import shlex
 import sqlite3
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from sllmctl.cli.findings import Finding, existing, read_text, seen
 from sllmctl.cli.format import age, size
+from sllmctl.cli.looks import Check, Look
 
 if TYPE_CHECKING:
     from sllmctl.config import Settings
@@ -89,28 +90,42 @@ class _Identity(msgspec.Struct, frozen=True):
     generation: int = 0
 
 
-def check_state(settings: Settings, file: Path | None, *, running: bool) -> Iterator[Finding]:
-    """Findings of the state directory and the node's directories; ``file`` is the configuration that was read, if any."""
+def check_state(settings: Settings, file: Path | None, *, running: bool) -> list[Check]:
+    """Checks of the state directory and the node's directories; ``file`` is the configuration that was read, if any."""
     from sllmctl.bundle import old_builds, unpacked_root
     from sllmctl.state.engines import database_path
     from sllmctl.state.migrate import revisions
 
     _, path = database_path(settings.database_url)
-    facts = database_facts(path, settings.state_dir / "backups")
-    head, known = revisions()
-    yield database(facts)
-    yield schema_revision(facts, head, known, running=running)
-    yield wal(facts)
     run, data = Path(settings.node.run_dir), Path(settings.node.data_dir)
-    yield generation(facts, data / "identity.json", _identity(data / "identity.json"))
+    identity = data / "identity.json"
     secrets = (settings.admin_socket, run / "agent.sock", run / "agent.token", run / "node.json", path)
-    found = [reach(each, secret=True) for each in secrets]
-    found += [reach(each, secret=False) for each in (settings.state_dir, run, data, *([file] if file else []))]
-    yield permissions([each for each in found if each is not None], os.geteuid())
-    yield state_disk(existing(path.parent), os.statvfs(existing(path.parent)))
-    root = unpacked_root()
-    builds = [] if root is None else [_leftover(each, set()) for each in old_builds(root)]
-    yield leftovers([*leftover_facts(data), *builds], settings.node.remote.keep_partial_s)
+    head, known = revisions()
+    facts = Look(lambda: database_facts(path, settings.state_dir / "backups"))
+
+    def reached() -> Finding:
+        found = [reach(each, secret=True) for each in secrets]
+        found += [reach(each, secret=False) for each in (settings.state_dir, run, data, *([file] if file else []))]
+        return permissions([each for each in found if each is not None], os.geteuid())
+
+    def room() -> Finding:
+        above = existing(path.parent)
+        return state_disk(above, os.statvfs(above))
+
+    def left() -> Finding:
+        root = unpacked_root()
+        builds = [] if root is None else [_leftover(each, set()) for each in old_builds(root)]
+        return leftovers([*leftover_facts(data), *builds], settings.node.remote.keep_partial_s)
+
+    return [
+        ("database", lambda: database(facts.get())),
+        ("schema", lambda: schema_revision(facts.get(), head, known, running=running)),
+        ("wal", lambda: wal(facts.get())),
+        ("generation", lambda: generation(facts.get(), identity, _identity(identity))),
+        ("permissions", reached),
+        ("state_disk", room),
+        ("leftovers", left),
+    ]
 
 
 def database_facts(path: Path, backups: Path) -> Database:

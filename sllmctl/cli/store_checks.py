@@ -7,12 +7,13 @@ import errno
 import os
 import resource
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sllmctl.cli.findings import Finding, existing, read_text
 from sllmctl.cli.format import bandwidth, duration, size
+from sllmctl.cli.looks import Check
 
 if TYPE_CHECKING:
     from schema.admin import CheckpointView, ModelView, NodeView
@@ -31,18 +32,23 @@ _FULL = 0.9
 _NAMED = 5
 
 
-def check_store(settings: Settings, told: Told) -> Iterator[Finding]:
-    """Findings of this machine, and of its node and what is deployed, where a manager told of them."""
-    local = told.local
-    yield _arena_pages(settings.node.arena_bytes, local)
-    yield _pool(settings.node.arena_bytes, local)
-    yield _memlock(settings.node.arena_bytes)
-    yield _io_uring()
-    yield _direct_reads(Path(settings.node.data_dir))
-    yield _disk_budget(settings.node.disk_bytes, Path(settings.node.data_dir), local)
+def check_store(settings: Settings, told: Told) -> list[Check]:
+    """Checks of this machine, and of its node and what is deployed, where a manager told of them."""
+    local, node, data, base_s = told.local, settings.node, Path(settings.node.data_dir), settings.control.start_base_s
+    checks: list[Check] = [
+        ("arena_pages", lambda: _arena_pages(node.arena_bytes, local)),
+        ("huge_pages", lambda: _pool(node.arena_bytes, local)),
+        ("memlock", lambda: _memlock(node.arena_bytes)),
+        ("io_uring", _io_uring),
+        ("direct_reads", lambda: _direct_reads(data)),
+        ("disk_budget", lambda: _disk_budget(node.disk_bytes, data, local)),
+    ]
     if local is not None:
-        yield disk_start(local, told.models, told.checkpoints, told.learned, settings.control.start_base_s)
-        yield load_times(local, told.models, told.checkpoints, told.learned, settings.control.start_base_s)
+        checks += [
+            ("disk_start", lambda: disk_start(local, told.models, told.checkpoints, told.learned, base_s)),
+            ("load_times", lambda: load_times(local, told.models, told.checkpoints, told.learned, base_s)),
+        ]
+    return checks
 
 
 def arena_pages(arena_bytes: int, local: NodeView | None) -> str:

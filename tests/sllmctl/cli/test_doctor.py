@@ -12,6 +12,8 @@ import socket
 import sqlite3
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +25,7 @@ import pytest
 from schema.errors import Fault
 from schema.states import InstanceState, NodeState, TierState
 from schema.version import VERSION
-from sllmctl.cli import checks, store_checks, told
+from sllmctl.cli import checks, looks, store_checks, told
 from sllmctl.cli.checks import Finding, check_machine, check_python, socket_state
 from sllmctl.cli.main import run
 from sllmctl.cli.store_checks import disk_start
@@ -226,6 +228,54 @@ def test_what_is_another_users_is_said_to_be(state: Path) -> None:
     assert found["generation"].level == "ok"
     assert (found["permissions"].level, f"chown -R 65534 {state}/state.db" in found["permissions"].advice) == ("fault", True)
     assert below["state_dir"].level == "fault"
+
+
+@pytest.fixture
+def dead_mount(state: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory on a file system whose server is away: who looks at it gets no answer, until the test has ended."""
+    path, real, back = state / "mount", os.stat, threading.Event()
+    path.mkdir()
+
+    def stat(each: Any, *more: Any, **named: Any) -> os.stat_result:
+        if not isinstance(each, int) and path in (Path(os.fsdecode(each)), *Path(os.fsdecode(each)).parents):
+            back.wait(60)
+        return real(each, *more, **named)
+
+    with monkeypatch.context() as hanging:
+        hanging.setattr(os, "stat", stat)
+        yield path
+        back.set()
+
+
+def test_a_file_system_that_hangs_holds_up_no_other_check(
+    state: Path, dead_mount: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(looks, "HANG_S", 2.0)
+    began = time.monotonic()
+    found = _found(_settings(state, **{"node.data_dir": str(dead_mount / "node")}))
+    assert time.monotonic() - began < 30, "checks that hang are waited for together"
+    for check in ("data_dir", "disk", "direct_reads", "disk_budget", "permissions"):
+        assert (found[check].level, "no answer within 2 s" in found[check].message) == ("fault", True)
+    assert found["state_dir"].level == found["database"].level == "ok"
+
+
+def test_a_manager_whose_socket_hangs_is_not_called_absent(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    back = threading.Event()
+    monkeypatch.setattr(looks, "HANG_S", 2.0)
+    monkeypatch.setattr(checks, "socket_state", lambda _: back.wait(60) and "absent")
+    found = _found(_settings(state))
+    back.set()
+    assert "no answer" in found["manager"].message
+    assert "port" not in found, "a manager may hold it"
+
+
+def test_a_disk_that_fails_is_a_finding(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(shutil, "disk_usage", fail)
+    disk = _found(_settings(state))["disk"]
+    assert (disk.level, disk.message) == ("fault", f"cannot be looked at: {state}: Input/output error")
 
 
 def test_a_file_system_that_is_read_only(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
