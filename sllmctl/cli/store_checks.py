@@ -155,14 +155,14 @@ def _disk_budget(limit_bytes: int, data: Path, local: NodeView | None) -> Findin
     """What checkpoints have of the disk, and may have."""
     means = local.inventory if local is not None else None
     used = means.disk_used_bytes if means is not None else 0
-    had = size(used) if means is not None else "what no node that runs could say"
+    had = f"checkpoints take {size(used)}" if means is not None else "no node runs that could say what checkpoints take"
     free = shutil.disk_usage(existing(data)).free
     if not limit_bytes:
-        return Finding("disk_budget", "ok", f"no budget is set (node.disk_bytes); checkpoints have {had}")
-    text = f"checkpoints have {had} of {size(limit_bytes)}"
+        return Finding("disk_budget", "ok", f"no budget is set (node.disk_bytes); {had}")
+    text = f"{had}; the budget (node.disk_bytes) is {size(limit_bytes)}"
     if limit_bytes - used > free:
         advice = "set node.disk_bytes lower, or free some of the disk"
-        return Finding("disk_budget", "warn", f"{text}, but only {size(free)} of the disk are free", advice)
+        return Finding("disk_budget", "warn", f"{text}, and of the disk only {size(free)} are free", advice)
     if used > _FULL * limit_bytes:
         advice = "raise node.disk_bytes, or remove what is not needed (`sllmctl checkpoint ls`, `checkpoint rm`)"
         return Finding("disk_budget", "warn", text, advice)

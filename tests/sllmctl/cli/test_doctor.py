@@ -363,6 +363,9 @@ def test_pages_pools_and_limits(state: Path, monkeypatch: pytest.MonkeyPatch, tm
 def test_direct_reads_and_the_disks_budget(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = _found(_settings(state, **{"node.disk_bytes": "1GiB"}))
     assert found["disk_budget"].level == "ok"
+    assert found["disk_budget"].message == (
+        "no node runs that could say what checkpoints take; the budget (node.disk_bytes) is 1.0 GiB"
+    )
     assert found["io_uring"].level in ("ok", "warn")
     assert _found(_settings(state, **{"node.disk_bytes": "4096TiB"}))["disk_budget"].level == "warn"
     real = os.open
