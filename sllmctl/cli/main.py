@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from schema.version import VERSION
 from sllmctl.cli import diagnostics, output
 from sllmctl.cli.context import Invocation
 
@@ -104,6 +105,7 @@ class _Root(click.Group):
 @click.option("--config", "file", type=click.Path(path_type=Path), help="The configuration file (TOML).")
 @click.option("--state-dir", type=click.Path(), help="Where the manager keeps its state.")
 @click.option("--socket", "admin_socket", type=click.Path(), help="The manager's admin socket.")
+@click.version_option(VERSION, prog_name="sllmctl", message="%(prog)s %(version)s")
 @click.pass_context
 def root(ctx: click.Context, file: Path | None, state_dir: str | None, admin_socket: str | None) -> int | None:
     """Run language models on your machines, from nothing to the first token in seconds.

@@ -28,6 +28,7 @@ from schema.errors import (
     Unreachable,
     Unschedulable,
 )
+from schema.version import VERSION
 from sllmctl import serve
 from sllmctl.cli import diagnostics
 from sllmctl.cli.main import root, run
@@ -375,6 +376,13 @@ def test_every_command_of_the_help_is_there(alone: None, capsys: pytest.CaptureF
         if line.startswith("  ") and line.strip():
             assert run([line.split()[0], "--help"]) == 0, line
     assert " zygote " not in said
+
+
+def test_the_version_is_an_option_and_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"sllmctl {VERSION}\n"
+    assert run(["version"]) == 0
+    assert capsys.readouterr().out.startswith(f"sllmctl {VERSION} (Python ")
 
 
 def test_the_nodes_verbs_replace_the_process(tmp_path: Path) -> None:
