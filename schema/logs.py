@@ -16,9 +16,10 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-__all__ = ["LineFormatter", "LogFormat", "Throttle", "about", "install", "stamp", "stamp_of", "time_of"]
+__all__ = ["LineFormatter", "LogFormat", "LogLevel", "Throttle", "about", "install", "stamp", "stamp_of", "time_of"]
 
 LogFormat = Literal["console", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 _MESSAGE_CHARS: Final = 4096
 _TRACE_CHARS: Final = 16384

@@ -20,8 +20,8 @@ import msgspec
 from msgspec import Meta
 
 from schema.errors import InvalidInput
-from schema.logs import LogFormat
-from schema.remote import RemoteSettings
+from schema.logs import LogFormat, LogLevel
+from schema.nodesettings import NodeSettings
 from sllmctl.control.settings import ControlSettings
 from sllmctl.gateway.router_settings import RouterSettings
 from sllmctl.gateway.settings import GatewaySettings
@@ -33,7 +33,6 @@ __all__ = [
     "ApiSettings",
     "ClientSettings",
     "LogSettings",
-    "NodeSettings",
     "ServeSettings",
     "Settings",
     "StreamSettings",
@@ -46,7 +45,6 @@ SOCKET_PATH_BYTES = 100
 _OTHER_VARIABLES = frozenset({"SLLM_CONFIG", "SLLM_PYTHON", "SLLM_VENV"})
 """What is no setting: where the settings' file is, and the interpreter and the environment that install.sh is to use."""
 
-LogLevel = Literal["debug", "info", "warning", "error"]
 _Seconds = Annotated[float, Meta(ge=0, le=86400 * 365)]
 _Bytes = Annotated[int, Meta(ge=0)]
 
@@ -122,29 +120,6 @@ class ClientSettings(msgspec.Struct, frozen=True, kw_only=True):
     wait_s: _Seconds = 900.0
     silence_s: _Seconds = 15.0
     theme: Literal["auto", "dark", "light"] = "auto"
-
-
-class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The local node: key for key what its agent takes as its own settings, and given to it as JSON."""
-
-    run_dir: str
-    data_dir: str
-    arena_bytes: _Bytes = 1 << 30
-    chunk_bytes: Annotated[int, Meta(ge=2 << 20, multiple_of=2 << 20)] = 4 << 20
-    devices: Literal["auto", "cpu", "cuda"] = "auto"
-    device_bytes: _Bytes = 0
-    disk_bytes: _Bytes = 0
-    threads: Annotated[int, Meta(ge=0)] = 0
-    reader_threads: Annotated[int, Meta(ge=1, le=64)] = 4
-    manager_grace_s: _Seconds = 600.0
-    agent_grace_s: _Seconds = 60.0
-    adopt_s: _Seconds = 5.0
-    spawn_s: _Seconds = 60.0
-    start_s: _Seconds = 300.0
-    hang_s: Annotated[float, Meta(gt=0)] = 300.0
-    log_level: LogLevel = "info"
-    log_format: LogFormat = "console"
-    remote: RemoteSettings = RemoteSettings()
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,6 +15,7 @@ from typing import Literal, TypeVar
 
 from schema.admin import NodeView
 from schema.errors import InvalidInput, Unreachable
+from schema.nodesettings import NodeSettings
 from schema.states import NodeState
 from schema.version import VERSION
 from sllmctl.cli.clock_checks import check_clock
@@ -27,7 +28,7 @@ from sllmctl.cli.process_checks import check_processes, group_of
 from sllmctl.cli.state_checks import check_state
 from sllmctl.cli.store_checks import arena_pages, check_store
 from sllmctl.cli.told import ANSWER_S, Told, ask
-from sllmctl.config import ApiSettings, NodeSettings, Settings
+from sllmctl.config import ApiSettings, Settings
 from sllmctl.nodes.local import missing_node_packages, need_memory, node_processes
 
 __all__ = ["Finding", "check_machine", "check_python", "socket_state"]

@@ -23,7 +23,7 @@ import msgspec
 
 from schema.errors import InvalidInput, SllmError
 from schema.link import ManagerMessage, Shutdown
-from sllmctl.config import NodeSettings
+from schema.nodesettings import NodeSettings
 from sllmctl.nodes.settings import LocalSettings
 
 __all__ = ["LocalAgent", "missing_node_packages", "need_memory", "need_node_packages", "node_processes"]

@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent.config import NodeConfig, parse_config
+from agent.config import parse_config
 from schema.errors import InvalidInput
-from sllmctl.config import NodeSettings, Settings, parse_bytes
+from sllmctl.config import Settings, parse_bytes
 
 
 @pytest.fixture
@@ -184,7 +184,6 @@ def test_a_path_too_long_for_a_socket_is_refused(home: dict[str, str], key: str)
 
 
 def test_the_nodes_settings_are_its_agents_own(home: dict[str, str]) -> None:
-    assert [f.name for f in msgspec.structs.fields(NodeSettings)] == [f.name for f in msgspec.structs.fields(NodeConfig)]
     settings = Settings.load({"node.threads": 3}, home)
     config = parse_config(msgspec.json.encode(settings.node))
     assert msgspec.structs.asdict(config) == msgspec.structs.asdict(settings.node)

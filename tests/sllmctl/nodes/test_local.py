@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from schema.errors import Conflict, Fault, TimedOut
-from sllmctl.config import NodeSettings
+from schema.nodesettings import NodeSettings
 from sllmctl.control.effects import FromNode, NodeLost
 from sllmctl.nodes.links import Links
 from sllmctl.nodes.local import LocalAgent, is_locked
