@@ -115,6 +115,8 @@ def _entry(name: str, document: Document) -> Entry:
         raise Problem(document.line, f"expected a model spec, got {_kind(value)}")
     if "spec" in value and "state" in value:
         raise Problem(document.line, "this is what `model show` prints; `sllmctl model spec NAME` prints what can be applied")
+    if len(value) == 1 and isinstance(next(iter(value.values())), list):
+        raise Problem(document.line, f"leave out '{next(iter(value))}:' above the list; a list of models stands by itself")
     notes: list[str] = []
     keys: dict[str, str] = {}
     if foreign.is_serverlessllm(value):
