@@ -104,6 +104,12 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Generator[None, None, None]:
         yield
 
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        """Where it does not wait, uvicorn leaves the application's lifespan to be cancelled, and logs that as an error."""
+        await super().shutdown(sockets)
+        if self.force_exit:
+            await self.lifespan.shutdown()
+
 
 class Manager:
     """The parts of one manager, joined. Made before anything runs; `serve` starts them and ends them."""

@@ -95,10 +95,11 @@ class FromNode:
 
 @dataclass(frozen=True, slots=True)
 class NodeLost:
-    """The link to a node broke; its instances may well go on."""
+    """The link to a node broke; its instances may well go on. ``stopped``: it did since this manager has stopped the node."""
 
     node: str
     why: str
+    stopped: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,10 @@ def lost(turn: Turn, event: NodeLost) -> None:
         return
     move(turn, node, NodeState.UNREACHABLE)
     node.seen_at = node.unreachable_since = turn.now
-    turn.event("node", node.name, "Unreachable", event.why, level="warning")
+    if event.stopped:
+        turn.event("node", node.name, "Stopped", "with its manager")
+    else:
+        turn.event("node", node.name, "Unreachable", event.why, level="warning")
     turn.wake("node", node.id, turn.now + turn.settings.unreachable_grace_s)
     for instance in turn.view.instances_on(node.id).values():
         instances.route(turn, instance)

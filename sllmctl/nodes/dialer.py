@@ -207,9 +207,10 @@ class Dialer:
         if was_up:
             self._down_since = now
         if was_up or (self._told is None and now - self._down_since >= self._settings.unreachable_after_s):
-            log.warning("node %s is not linked: %s", self.node, why)
+            stopped = self._local is not None and self._local.ending
+            log.log(logging.INFO if stopped else logging.WARNING, "node %s is not linked: %s", self.node, why)
             self._told = why
-            self._post(NodeLost(self.node, why))
+            self._post(NodeLost(self.node, why, stopped))
         self._change()
 
     def _refused(self, fault: Fault) -> None:

@@ -54,7 +54,7 @@ class LocalAgent:
         self._spawned_at = 0.0
         self._spawn_after = 0.0
         self._early_deaths = 0
-        self._ending = False
+        self.ending = False
         self._busy = asyncio.Lock()
 
     async def ensure(self) -> None:
@@ -64,7 +64,7 @@ class LocalAgent:
         with growing delays.
         """
         async with self._busy:
-            if self._ending or self._child_lives() or is_locked(self._lock_path) or time.monotonic() < self._spawn_after:
+            if self.ending or self._child_lives() or is_locked(self._lock_path) or time.monotonic() < self._spawn_after:
                 return
             try:
                 self._child = await asyncio.to_thread(self._spawn)
@@ -81,7 +81,7 @@ class LocalAgent:
         The agent is the last of its processes to end, so its lock tells. What is left after ``timeout_s`` is killed. Returns
         what had to be killed, as "role pid"; empty after a clean end.
         """
-        self._ending = True
+        self.ending = True
         async with self._busy:
             asked = False  # and a spawn that was under way is over
         agents = [entry for entry in _read_roster(self._roster_path) if entry.role == "agent"]
@@ -119,7 +119,7 @@ class LocalAgent:
         self._child = None
         code = os.waitstatus_to_exitcode(status)
         lived_s = time.monotonic() - self._spawned_at
-        if not self._ending:
+        if not self.ending:
             self._failed(f"the local agent (pid {pid}) ended with {code} after {lived_s:.1f} s; see {self._log_path}")
             if lived_s >= self._settings.stable_s:
                 self._early_deaths = 0

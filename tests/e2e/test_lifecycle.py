@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -129,9 +131,28 @@ def test_nothing_is_left_after_a_stop(cluster: Cluster) -> None:
     parting = cluster.log().partition("stopping: ")[2]
     assert "Stopped" in parting
     assert not any(reason in parting for reason in ("Scheduled", "Crashed", "BackOff")), parting
+    assert _troubles(cluster) == []
     left = {path.name for path in (cluster.directory / "run").glob("*")}
     assert not left & {"agent.sock", "agent.token", "roster.json"}
     assert not any(name.startswith(("sllm", "sl")) for name in os.listdir("/dev/shm"))  # noqa: PTH208
+
+
+def test_a_stop_that_does_not_wait_is_no_trouble_either(cluster: Cluster) -> None:
+    assert cluster.manager is not None
+    with client(cluster) as api, Endless(api) as running:
+        assert running.token()
+        cluster.manager.send_signal(signal.SIGTERM)
+        cluster.until(lambda: "stopping: " in cluster.log(), "it has heard the first signal", 30)
+        assert cluster.stop() == 0
+    (said,) = _troubles(cluster)
+    assert "asked again" in said
+    assert "Traceback" not in (cluster.directory / "manager.log").read_text()
+
+
+def _troubles(cluster: Cluster) -> list[str]:
+    """What the manager has logged that an operator must look at."""
+    lines = (cluster.directory / "manager.log").read_text().splitlines()
+    return [line for line in lines if re.match(r"\S+ (WARNING|ERROR|CRITICAL) manager ", line)]
 
 
 def test_a_stopped_manager_starts_again_with_its_models(cluster: Cluster) -> None:
