@@ -283,7 +283,7 @@ class ArenaStore:
         self._start(fill, entry.manifest)
 
     def _start(self, fill: Fill, manifest: Manifest) -> None:
-        fill.image_bytes, fill.manifest = manifest.image_bytes, manifest
+        fill.image_bytes, fill.manifest, fill.copy = manifest.image_bytes, manifest, catalog.identity(fill.directory)
         fill.verifying = not catalog.is_verified(fill.directory)
         fill.occupant = self._residency.begin(fill.digest, fill.image_bytes)
         chunks = fill.occupant.chunks
@@ -315,11 +315,13 @@ class ArenaStore:
         """Act on how a verification ended, then tell it."""
         error, digest = verdict.error, verdict.digest
         if error is None:
-            mark(catalog.release, verdict.directory)
+            mark(catalog.release, verdict.directory, verdict.copy)
         elif isinstance(error, InvalidCheckpoint):
-            mark(catalog.quarantine, verdict.directory, str(error))
+            mark(catalog.quarantine, verdict.directory, verdict.copy, str(error))
         elif not isinstance(error, Cancelled):
-            mark(catalog.unmark_verified, verdict.directory)
+            mark(catalog.unmark_verified, verdict.directory, verdict.copy)
+        if verdict.copy is not None and catalog.identity(verdict.directory) != verdict.copy:
+            error = Conflict(f"another copy lies at {verdict.directory} now, or none: it was replaced while it was verified")
         occupant = self._residency.get(digest)
         if verdict.image_error is not None and occupant is not None:
             self._residency.condemn(occupant, str(verdict.image_error))
@@ -378,7 +380,7 @@ class ArenaStore:
         if error is None:
             self._residency.commit(fill.occupant)
             if fill.verifying and fill.source is None:
-                mark(catalog.mark_verified, fill.directory)
+                mark(catalog.mark_verified, fill.directory, fill.copy)
             self._tell(fill, time.monotonic(), fill.image_bytes)
             for op in fill.ops:
                 self._listener.filled(op, self._residency.tell(fill.occupant, op, fill.image_bytes))
@@ -388,9 +390,9 @@ class ArenaStore:
         else:
             self._residency.release(fill.occupant)
             if job.corrupt:
-                mark(catalog.quarantine, fill.directory, str(job.error))
+                mark(catalog.quarantine, fill.directory, fill.copy, str(job.error))
             elif fill.source is None and not isinstance(error, Cancelled):
-                mark(catalog.unmark_verified, fill.directory)
+                mark(catalog.unmark_verified, fill.directory, fill.copy)
             self._fail(fill, error)
         self._begin_waiting()
 

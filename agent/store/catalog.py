@@ -29,9 +29,11 @@ __all__ = [
     "CatalogEntry",
     "DamagedCopy",
     "Found",
+    "Identity",
     "changed_source",
     "check_assets",
     "commit",
+    "identity",
     "is_sound",
     "is_verified",
     "look",
@@ -50,6 +52,7 @@ MANIFEST_FILE: Final = "manifest.json"
 _VERIFIED: Final = "verified"
 _QUARANTINED: Final = "quarantined"
 _MAX_MANIFEST_BYTES: Final = 256 << 20
+Identity = tuple[int, int, int]
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _log = logging.getLogger(__name__)
 
@@ -270,6 +273,16 @@ def release(directory: Path) -> None:
     """Note that every byte of this copy was found right after all: it may be used again."""
     mark_verified(directory)
     (directory / _QUARANTINED).unlink(missing_ok=True)
+
+
+def identity(directory: Path) -> Identity | None:
+    """What tells this copy from another that is put in its place: of its manifest, since markers change the directory. None
+    when there is none."""
+    try:
+        status = (directory / MANIFEST_FILE).stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_ctime_ns
 
 
 def quarantine(directory: Path, reason: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from agent.native.reader import Priority, ReadJob, Unit
 from agent.store import catalog
 from agent.store.cache import ArenaStore
 from agent.store.catalog import CatalogEntry
+from agent.store.fills import mark
 from agent.store.layers import Layers
 from agent.store.streaming import Stream, Streams
 from schema.checkpoint import Partition
@@ -18,8 +18,6 @@ from schema.errors import Cancelled, InvalidCheckpoint, OutOfSpace, SllmError
 from schema.states import Tier
 
 __all__ = ["DeviceLoad"]
-
-_log = logging.getLogger(__name__)
 
 
 class DeviceLoad:
@@ -56,6 +54,7 @@ class DeviceLoad:
         self._told_layers = 0
         self._starts = {_path(entry, part): part.start_bytes for part in manifest.partitions}
         self._verifying = not catalog.is_verified(entry.directory)
+        self._copy = catalog.identity(entry.directory)
         self._borrowed = self._bringing = False
         self._stream: Stream | None = None
         if all(each.digest != self.digest for each in arena.residents()):
@@ -157,19 +156,13 @@ class DeviceLoad:
         if error is None:
             self._copier.finish(self._job)
             if self._verifying:
-                self._mark(lambda: catalog.mark_verified(self._entry.directory))
+                mark(catalog.mark_verified, self._entry.directory, self._copy)
             return
         self._copier.fail(self._job, error)
         if read.corrupt:
-            self._mark(lambda: catalog.quarantine(self._entry.directory, str(read.error)))
+            mark(catalog.quarantine, self._entry.directory, self._copy, str(read.error))
         elif not isinstance(read.error, Cancelled):
-            self._mark(lambda: catalog.unmark_verified(self._entry.directory))
-
-    def _mark(self, write: Callable[[], None]) -> None:
-        try:
-            write()
-        except OSError as error:
-            _log.warning("cannot write a marker in %s: %s", self._entry.directory, error)
+            mark(catalog.unmark_verified, self._entry.directory, self._copy)
 
     # --- on other threads
 

@@ -44,7 +44,8 @@ class FillSource(Protocol):
 
 @dataclass(slots=True)
 class Fill:
-    """A checkpoint on its way in, for all ``ops`` that asked. ``occupant`` and ``job`` are there once it is being read.
+    """A checkpoint on its way in, for all ``ops`` that asked. ``occupant`` and ``job`` are there once it is being read, and
+    ``copy`` is then the identity of what is read.
 
     ``layers`` are those of an image whose layers come in the order in which they are used; ``offered`` the ops that were told
     where it comes to lie, and of ``told_layers``.
@@ -58,6 +59,7 @@ class Fill:
     occupant: Occupant | None = None
     job: ReadJob | None = None
     manifest: Manifest | None = None
+    copy: catalog.Identity | None = None
     image_bytes: int = 0
     verifying: bool = False
     given_up: bool = False
@@ -106,8 +108,11 @@ def fill_units(
             )
 
 
-def mark(write: Callable[..., None], directory: Path, *reason: str) -> None:
-    """A marker that cannot be written costs a second look later, not the load."""
+def mark(write: Callable[..., None], directory: Path, copy: catalog.Identity | None, *reason: str) -> None:
+    """Write down what was found of a copy, unless another lies in its place by now. A marker that cannot be written costs a
+    second look later, not the load."""
+    if catalog.identity(directory) != copy:
+        return
     try:
         write(directory, *reason)
     except OSError as error:

@@ -35,11 +35,12 @@ Image = Callable[[int, int], list[memoryview]]
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """How a verification ended. ``error`` is of the copy on disk: an InvalidCheckpoint when it is bad; ``image_error`` of the
-    image in the arena, None too when there was none or it was not looked at."""
+    image in the arena, None too when there was none or it was not looked at. ``copy`` is the identity of what was read."""
 
     op: str
     digest: str
     directory: Path
+    copy: catalog.Identity | None
     error: SllmError | None
     image_error: InvalidCheckpoint | None = None
 
@@ -141,6 +142,7 @@ class Verifier:
         error: SllmError | None = None
         image_error: InvalidCheckpoint | None = None
         manifest: Manifest | None = None
+        copy = catalog.identity(asked.directory)
         try:
             _check_cancel(asked)
             entry = catalog.read_entry(asked.directory)
@@ -165,7 +167,7 @@ class Verifier:
         # A traceback would keep the frames, and with them the memory, alive.
         error = error.with_traceback(None) if error is not None else None
         image_error = image_error.with_traceback(None) if image_error is not None else None
-        return Verdict(asked.op, asked.digest, asked.directory, error, image_error)
+        return Verdict(asked.op, asked.digest, asked.directory, copy, error, image_error)
 
     def _verify_disk(self, asked: _Asked, manifest: Manifest) -> None:
         asked.stage, asked.done_bytes = "verify disk", 0

@@ -14,7 +14,7 @@ import pytest
 
 from agent.native.arena import Arena
 from agent.store import catalog
-from schema.checkpoint import AssetEntry, decode_manifest, encode_manifest
+from schema.checkpoint import AssetEntry, Manifest, decode_manifest, encode_manifest
 from schema.errors import Conflict, SllmError
 from tests.agent.store.images import CHUNK, Bench, commit, read_image
 
@@ -259,3 +259,34 @@ def test_a_failed_read_takes_the_mark_away_so_that_the_next_load_looks_again(
     bench.wait("b")
     assert bench.told.faults["b"].code == "invalid_checkpoint"
     assert catalog.quarantine_reason(directory) is not None
+
+
+@pytest.mark.parametrize("what", ["verify", "fill"])
+def test_what_was_found_of_a_copy_says_nothing_of_another_in_its_place(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    digest, directory, _ = commit(tmp_path, 1, CHUNK)
+    _, other, _ = commit(tmp_path / "again", 1, CHUNK)
+    flip(other / "partition_0.bin", 7)
+
+    looks: list[Manifest] = []
+
+    def replace_it(manifest: Manifest) -> None:
+        looks.append(manifest)
+        if len(looks) == 2:  # all of the copy was read
+            directory.rename(tmp_path / "old")
+            other.rename(directory)
+
+    monkeypatch.setattr(catalog, "changed_source", replace_it)
+    if what == "verify":
+        bench.store.verify("v", digest, directory)
+        bench.wait("v")
+        fault = bench.told.verdicts["v"]
+        assert fault is not None
+        assert fault.code == "conflict"
+    else:
+        bench.store.fill("f", digest, directory)
+        bench.wait("f")
+        assert bench.told.faults == {}
+    assert not catalog.is_verified(directory)
+    assert catalog.quarantine_reason(directory) is None
