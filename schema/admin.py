@@ -232,11 +232,12 @@ class RequestTimeline(_View, frozen=True, kw_only=True):
 
 
 class RequestView(_View, frozen=True, kw_only=True):
-    """A live request, or a finished one while it is remembered."""
+    """A live request, or a finished one while it is remembered; ``node`` and ``instance`` where it runs, or ran last."""
 
     id: str
     model: str
     state: RequestState
+    node: str | None = None
     instance: str | None
     attempts: int
     prompt_tokens: int

@@ -93,6 +93,7 @@ def _columns() -> list[Column[RequestView]]:
         Column("TOTAL", lambda r: _seconds(r.timeline.ended_s), right=True),
         Column("AGE", lambda r: age(moment - r.received_at), right=True),
         Column("ATTEMPTS", lambda r: str(r.attempts), wide=True, right=True),
+        Column("NODE", lambda r: r.node or "-", wide=True),
         Column("INSTANCE", lambda r: r.instance or "-", wide=True),
     ]
 
@@ -103,6 +104,7 @@ def _fields(request: RequestView) -> list[tuple[str, str]]:
         ("Id", request.id),
         ("Model", request.model),
         ("State", str(request.state)),
+        ("Node", request.node or "none"),
         ("Instance", request.instance or "none"),
         ("Attempts", str(request.attempts)),
         ("Tokens", f"{request.prompt_tokens} prompt, {request.generated_tokens} generated"),

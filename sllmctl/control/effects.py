@@ -416,6 +416,7 @@ class RouteChanged:
     kv_capacity_tokens: int
     max_context_tokens: int
     max_concurrency: int
+    node_name: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,6 +74,7 @@ def route(turn: Turn, instance: Instance) -> None:
             kv_capacity_tokens=instance.kv_capacity_tokens,
             max_context_tokens=instance.max_context_tokens,
             max_concurrency=turn.view.models[instance.model].spec.scale.max_concurrency,
+            node_name=turn.view.nodes[instance.node].name,
         )
     )
 

@@ -166,8 +166,10 @@ class Dispatcher:
         self.touch_route(route)
         attempt.sequence.attempt = attempt
         attempt.sequence.fruitless += 1
-        attempt.sequence.request.attempts += 1
-        attempt.sequence.request.instance = route.instance
+        request = attempt.sequence.request
+        request.attempts += 1
+        request.instance = route.instance
+        request.node = attempt.node if route.change is None else route.change.node_name
 
     def _close(self, attempt: Attempt) -> None:
         """It counts nowhere any more; whoever waits for its room is looked at."""

@@ -141,8 +141,8 @@ class Request:
 
     __slots__ = (
         "_cancel", "_leave", "attempts", "cancelled", "cold", "complete", "ended_at", "engine", "first_token_at", "id",
-        "instance", "live", "model", "orphaned", "params", "readers", "received_at", "retry", "routed_at", "sequences", "start",
-        "tenant", "timer", "waiting",
+        "instance", "live", "model", "node", "orphaned", "params", "readers", "received_at", "retry", "routed_at", "sequences",
+        "start", "tenant", "timer", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -173,6 +173,7 @@ class Request:
         self.attempts = 0
         self.cancelled = False
         self.cold = False
+        self.node: str | None = None
         self.instance: str | None = None
         self.routed_at: float | None = None
         self.first_token_at: float | None = None
@@ -237,6 +238,7 @@ class Request:
             id=self.id,
             model=self.model,
             state=self.state,
+            node=self.node,
             instance=self.instance,
             attempts=self.attempts,
             prompt_tokens=len(self.sequences[0].prompt) if self.sequences else 0,

@@ -86,6 +86,9 @@ class Router:
         route = self._core.routes.change(effect)
         if route is None:
             return
+        for attempt in route.attempts.values():
+            if attempt.sequence.request.instance == effect.instance:
+                attempt.sequence.request.node = effect.node_name  # of one that was found on the node before this was known
         newest_lost = effect.epoch if effect.state in GONE else effect.epoch - 1
         doomed = [attempt for attempt in route.attempts.values() if attempt.instance_epoch <= newest_lost]
         for attempt in doomed:

@@ -28,7 +28,7 @@ class Requests(View[RequestView]):
             Column("id", "REQUEST", 13, lambda one: short(one.id, 13), lambda one: one.id),
             Column("model", "MODEL", 12, lambda one: one.model, lambda one: one.model, flex=True),
             Column("state", "STATE", 9, lambda one: state(one.state.value), lambda one: one.state),
-            Column("node", "NODE", 10, self._node, lambda one: str(self._node(one)), since=92),
+            Column("node", "NODE", 10, lambda one: one.node or "", lambda one: one.node or "", since=92),
             Column(
                 "instance", "INSTANCE", 13, lambda one: short(one.instance or "", 13), lambda one: one.instance or "", since=110
             ),
@@ -55,13 +55,13 @@ class Requests(View[RequestView]):
         return row.id
 
     def words(self, row: RequestView) -> str:
-        return f"{row.id} {row.model} {row.state} {row.instance or ''} {self._node(row)}"
+        return f"{row.id} {row.model} {row.state} {row.instance or ''} {row.node or ''}"
 
     def detail(self, row: RequestView, cluster: Cluster) -> Detail:
         self._cluster = cluster
         line = row.timeline
         detail = Detail(row.id).field("model", row.model).field("state", state(row.state.value))
-        detail.field("instance", row.instance or "").field("node", str(self._node(row))).field("attempts", str(row.attempts))
+        detail.field("instance", row.instance or "").field("node", row.node or "").field("attempts", str(row.attempts))
         detail.field("came", f"{age(cluster.now() - row.received_at)} ago").field("client", "gone" if row.orphaned else "")
         detail.field("tokens", f"{row.prompt_tokens} in, {row.generated_tokens} out")
         detail.field("pace", f"{self._pace(row):.1f} tokens/s" if self._pace(row) else "")
@@ -75,10 +75,6 @@ class Requests(View[RequestView]):
             detail.field("prefill", seconds(engine.prefill_s))
             detail.field("total", f"{seconds(engine.total_s)} in {engine.steps} steps")
         return detail
-
-    def _node(self, request: RequestView) -> str:
-        instance = self._cluster.instances.get(request.instance or "") if self._cluster is not None else None
-        return instance.node if instance is not None else ""
 
     def _pace(self, request: RequestView) -> float:
         """Tokens per second since the first."""

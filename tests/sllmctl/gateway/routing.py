@@ -125,7 +125,9 @@ class Bench:
         concurrency: int = 64,
     ) -> None:
         self.router.route_changed(
-            RouteChanged(model, node, instance, epoch or epoch_of(1, 1), state, reachable, kv, context, concurrency)
+            RouteChanged(
+                model, node, instance, epoch or epoch_of(1, 1), state, reachable, kv, context, concurrency, f"{node}.example"
+            )
         )
 
     def warm(self, **scale: int) -> None:

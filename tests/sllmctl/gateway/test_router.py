@@ -361,6 +361,17 @@ def test_finished_requests_are_remembered_up_to_a_bound() -> None:
         bench.router.request(ids[0])
 
 
+def test_a_finished_request_still_says_where_it_ran_when_its_instance_is_gone() -> None:
+    bench = Bench()
+    bench.warm()
+    request = bench.router.submit("m", (1,), params())
+    (submit,) = bench.take(Submit)
+    bench.tokens(run(submit, 2), end(submit, 1))
+    bench.instance(state=InstanceState.STOPPED)
+    view = bench.router.request(request.id)
+    assert (view.state, view.instance, view.node) == (RequestState.FINISHED, "i", "n.example")
+
+
 def test_journals_memory_is_given_back() -> None:
     bench = Bench(RouterSettings(max_journal_tokens=10))
     bench.warm()

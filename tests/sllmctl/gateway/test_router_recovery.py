@@ -199,10 +199,12 @@ def test_the_first_truth_is_adopted_without_a_client_for_a_grace() -> None:
     assert sent == [Cancel(attempt=stale.attempt), Acked(frame=0, ends=(done.attempt,))]
     (view,) = bench.router.requests()
     assert (view.id, view.orphaned, view.generated_tokens, view.instance) == ("req_old", True, 4, "i")
+    assert view.node == "n", "its name is not known before the control loop has spoken"
     assert bench.events(InstanceActivity) == [InstanceActivity("i", 2)]
     bench.instance()
     bench.tokens(run(newest, 8, start=3))
-    assert bench.router.request("req_old").generated_tokens == 5
+    (view,) = bench.router.requests()
+    assert (view.generated_tokens, view.node) == (5, "n.example")
     bench.sent.clear()
     bench.advance(30.0)
     assert [cancel.attempt for cancel in bench.take(Cancel)] == [newest.attempt, other.attempt]

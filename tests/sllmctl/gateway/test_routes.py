@@ -72,7 +72,9 @@ def test_the_pick_is_that_of_a_look_at_all(seed: int) -> None:
             instance = some.instance if some is not None and rng.random() < 0.7 else f"{model}{step}"
             state = rng.choices((InstanceState.READY, InstanceState.DRAINING, InstanceState.STOPPED), (8, 1, 1))[0]
             sizes = (rng.choice((0, 60, 400)), rng.choice((0, 30, 100)), rng.randint(1, 6))
-            route = routes.change(RouteChanged(model, node, instance, epoch_of(1, life), state, rng.random() < 0.9, *sizes))
+            route = routes.change(
+                RouteChanged(model, node, instance, epoch_of(1, life), state, rng.random() < 0.9, *sizes, node)
+            )
             assert route is not None
             twin.known[model].setdefault(instance, route)
         elif act == "node" and rng.random() < 0.3 and node in twin.up:

@@ -341,7 +341,7 @@ async def test_a_stream_goes_through_a_lost_link_unbroken(short_dir: Path) -> No
         peer = await agent.link()
         await links.ready("n", 5)
         router.model_changed(ModelChanged("m", ModelSpec(name="m", source=PathSource("/m")), ModelState.DEPLOYED, "d", 100))
-        router.route_changed(RouteChanged("m", "n", "i", epoch_of(2, 0), InstanceState.READY, True, 0, 0, 8))
+        router.route_changed(RouteChanged("m", "n", "i", epoch_of(2, 0), InstanceState.READY, True, 0, 0, 8, "n"))
         request = router.submit("m", (1, 2), SamplingParams(max_tokens=4))
         submit = await peer.expect(Submit)
         peer.say(Tokens(frame=1, runs=(TokenRun(submit.attempt, 0, (10, 11)),)))
