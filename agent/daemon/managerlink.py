@@ -13,6 +13,7 @@ from schema.link import (
     TOKEN_WINDOW_FRAMES,
     Acked,
     InstanceLoad,
+    InstanceUpdate,
     ManagerMessage,
     Message,
     Shutdown,
@@ -20,6 +21,7 @@ from schema.link import (
     TruthEnd,
     Welcome,
 )
+from schema.states import InstanceState
 
 __all__ = ["ManagerLink"]
 
@@ -45,6 +47,7 @@ class ManagerLink:
         self._complete = False
         self._held: list[Message] = []
         self._loads: dict[str, InstanceLoad] = {}
+        self._untold: dict[str, InstanceLoad] = {}
         self._frame = 0
         self._acked = 0
 
@@ -64,7 +67,7 @@ class ManagerLink:
         self._complete = False
         self._truth = None
         self._held.clear()
-        self._loads.clear()
+        self._untold = dict(self._loads)
         self._frame = self._acked = 0
         connection.begin(ManagerMessage, self, name)
         connection.send(welcome)
@@ -78,6 +81,8 @@ class ManagerLink:
 
     def tell(self, message: Message) -> None:
         """State a difference; without a manager it is dropped, and before its truth is complete it waits for that."""
+        if isinstance(message, InstanceUpdate) and message.truth.state is InstanceState.STOPPED:
+            self._loads.pop(message.truth.instance, None)
         if self._connection is None or (self._truth is None and not self._complete):
             return
         if self._complete:
@@ -86,8 +91,9 @@ class ManagerLink:
             self._held.append(message)
 
     def tell_load(self, load: InstanceLoad) -> None:
-        """How busy an instance is: only the latest word is worth sending."""
-        self._loads[load.instance] = load
+        """How busy an instance is: only the latest word is worth sending. The next manager hears it too, which knows from it
+        where the engine's counts stood."""
+        self._loads[load.instance] = self._untold[load.instance] = load
         self.pump()
 
     def pump(self) -> None:
@@ -109,8 +115,8 @@ class ManagerLink:
             if runs or ends:
                 self._frame += 1
                 connection.send(Tokens(frame=self._frame, runs=runs, ends=ends))
-        if self._loads and connection.backlog_bytes < _BACKLOG_BYTES:
-            loads, self._loads = self._loads, {}
+        if self._untold and connection.backlog_bytes < _BACKLOG_BYTES:
+            loads, self._untold = self._untold, {}
             for load in loads.values():
                 connection.send(load)
 
@@ -145,7 +151,7 @@ class ManagerLink:
         self._truth = None
         self._complete = False
         self._held.clear()
-        self._loads.clear()
+        self._untold.clear()
         self._changed(False)
 
     # --- the truth

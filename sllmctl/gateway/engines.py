@@ -1,7 +1,8 @@
 """What the engines of all instances have done, by model, from the counts that come along with their loads.
 
 An engine counts from its start, and instances come and go; so it is what was added between two words of the same life that
-is summed up here. A life that an earlier manager knew is counted from its first word to this one on.
+is summed up here. A life that an earlier manager knew is counted from its first word to this one on, which its node repeats
+as soon as it is linked.
 """
 
 from __future__ import annotations

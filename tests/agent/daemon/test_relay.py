@@ -11,8 +11,20 @@ import pytest
 from agent.daemon.attempts import Attempt, Journal
 from schema.errors import LinkError
 from schema.ids import Epoch, epoch_of
-from schema.link import TOKEN_WINDOW_FRAMES, Acked, Cancel, Ended, Ping, Pong, Submit, TokenRun, Tokens
-from schema.states import EndReason
+from schema.link import (
+    TOKEN_WINDOW_FRAMES,
+    Acked,
+    Cancel,
+    Ended,
+    InstanceLoad,
+    InstanceUpdate,
+    Ping,
+    Pong,
+    Submit,
+    TokenRun,
+    Tokens,
+)
+from schema.states import EndReason, InstanceState
 from tests.agent.daemon.peers import Manager, Node, Worker, start_instance, submit
 
 A = epoch_of(1, 9)
@@ -75,6 +87,22 @@ async def test_tokens_made_without_a_manager_are_in_the_next_truth_and_go_on_fro
     ids, end = await again.tokens_until_end(A)
     assert [*again.attempts[0].new_ids, *ids] == [1, 2, 3, 4]
     assert known + len(ids) == end.position
+
+
+async def test_the_next_manager_is_told_how_busy_instances_are_and_not_of_those_that_are_gone(node: Node) -> None:
+    manager = await node.manager()
+    start, worker = await node.ready(manager)
+    load = InstanceLoad(instance=start.instance, epoch=start.epoch, running=2, waiting=1, kv_used_tokens=7)
+    worker.peer.send(load)
+    assert await manager.take(InstanceLoad) == load
+    manager = await node.manager()
+    assert await manager.take(InstanceLoad) == load
+    worker.kill()
+    await manager.take(InstanceUpdate, lambda told: told.truth.state is InstanceState.STOPPED)
+    manager = await node.manager()
+    manager.send(Ping(nonce=1))
+    await manager.take(Pong)
+    assert not [told for told in manager.seen if isinstance(told, InstanceLoad)]
 
 
 @pytest.mark.parametrize("reason", [EndReason.CANCELLED, EndReason.STOP])

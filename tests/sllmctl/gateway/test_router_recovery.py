@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from schema.errors import Conflict, Unreachable
-from schema.ids import epoch_of
-from schema.link import Acked, AttemptTruth, Cancel, EngineTiming, Submit
+from schema.ids import Epoch, epoch_of
+from schema.link import Acked, AttemptTruth, Cancel, EngineCounts, EngineTiming, InstanceLoad, Submit
 from schema.states import EndReason, InstanceState, ModelState, RequestState
 from sllmctl.control.effects import InstanceActivity
 from sllmctl.gateway.router_settings import RouterSettings
-from tests.sllmctl.gateway.routing import Bench, end, params, run
+from tests.sllmctl.gateway.routing import GENERATION, Bench, end, params, run
 
 
 def orphan(counter: int = 9, choice: int = 0, request: str = "req_old") -> Submit:
@@ -171,6 +171,21 @@ def test_a_cancel_that_died_with_the_link_is_said_again_after_the_truth() -> Non
     assert bench.router.instance_running("i") == 1
     bench.tokens(end(one, 2, EndReason.CANCELLED))
     assert bench.router.instance_running("i") == 0
+
+
+@pytest.mark.parametrize(("life", "counted"), [(epoch_of(GENERATION - 1, 1), 5), (epoch_of(GENERATION, 1), 12)])
+def test_what_an_engine_did_for_an_earlier_manager_is_not_counted_again(life: Epoch, counted: int) -> None:
+    bench = Bench()
+    bench.node()
+    bench.model()
+    bench.instance(epoch=life)
+    for decoded in (7, 12):
+        counts = EngineCounts(decode_tokens=decoded)
+        bench.router.instance_load_changed(
+            "n", InstanceLoad(instance="i", epoch=life, running=1, waiting=0, kv_used_tokens=9, counts=counts)
+        )
+    samples = [sample for family in bench.router.engines.families({"m"}) for sample in family.samples]
+    assert [each.value for each in samples if each.name == "sllm_engine_decode_tokens_total"] == [counted]
 
 
 def test_unknown_live_attempts_are_cancelled_and_unknown_ends_acknowledged() -> None:
