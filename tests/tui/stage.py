@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from tests.sllmctl.fake_manager import (
 )
 from tui.app import Dashboard
 
-__all__ = ["DIGEST", "FRAME", "Manager", "running", "screen"]
+__all__ = ["DIGEST", "FRAME", "Manager", "running", "screen", "settled", "until"]
 
 DIGEST = CHECKPOINTS[0].digest
 _CHECKPOINT = replace(
@@ -131,6 +131,15 @@ async def settled(app: Dashboard, pilot: Any) -> None:
         await asyncio.sleep(0.01)
     app._redraw()
     await pilot.pause()
+
+
+async def until(pilot: Any, reached: Callable[[], object]) -> None:
+    """Until something has come about; AssertionError if it does not within seconds."""
+    for _ in range(300):
+        if reached():
+            return
+        await pilot.pause(0.01)
+    raise AssertionError("never")
 
 
 def screen(app: Dashboard) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
 from schema.errors import Unreachable
 from tests.sllmctl.fake_manager import CHECKPOINTS, INSTANCES, MODELS, NODES, NOW, REQUESTS
-from tests.tui.stage import FRAME, Manager, running, screen, settled
+from tests.tui.stage import FRAME, Manager, running, screen, settled, until
 from tui.dialogs import Choice, Form, Help
 from tui.feed import Cluster
 from tui.views import VIEWS
@@ -35,14 +34,6 @@ def _hostile() -> Manager:
     return manager
 
 
-async def _until(pilot: Any, reached: Any) -> None:
-    for _ in range(300):
-        if reached():
-            return
-        await pilot.pause(0.01)
-    raise AssertionError("never")
-
-
 async def test_names_that_mean_harm_are_drawn_as_text() -> None:
     async with running(_hostile(), (150, 30)) as (app, pilot):
         for number, view in enumerate(VIEWS[:-1], 1):
@@ -55,12 +46,12 @@ async def test_names_that_mean_harm_are_drawn_as_text() -> None:
             assert "[red]a[/x]" in shown, view.name
         for view, key, kind in (("2", "t", Choice), ("2", "c", Form), ("3", "t", Choice), ("4", "t", Choice), ("5", "p", Form)):
             await pilot.press(view, "G", key)
-            await _until(pilot, lambda kind=kind: isinstance(app.screen, kind))
+            await until(pilot, lambda kind=kind: isinstance(app.screen, kind))
             await pilot.pause()
             assert "[red]a[/x]" in screen(app), key
             await pilot.press("escape")
         await pilot.press("colon", *"[red]x[", "slash", "y", "right_square_bracket", "enter")
-        await _until(pilot, lambda: "'[red]x[/y]'" in screen(app))
+        await until(pilot, lambda: "'[red]x[/y]'" in screen(app))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 40), (40, 2), (3, 5), (12, 8)])
@@ -69,9 +60,9 @@ async def test_a_terminal_too_small_for_anything_is_borne(size: tuple[int, int])
         for number in range(1, len(VIEWS) + 1):
             await pilot.press(str(number), "d", "G", "right", "pagedown", "d")
         await pilot.press("question_mark")
-        await _until(pilot, lambda: isinstance(app.screen, Help))
+        await until(pilot, lambda: isinstance(app.screen, Help))
         await pilot.press("escape", "2", "c")
-        await _until(pilot, lambda: isinstance(app.screen, Form))
+        await until(pilot, lambda: isinstance(app.screen, Form))
         await pilot.resize_terminal(100, 30)
         await pilot.press("escape")
         await settled(app, pilot)
@@ -95,9 +86,9 @@ async def test_a_key_struck_twice_asks_once() -> None:
         await pilot.press("3")
         for key in ("t", "t", "t"):
             app.simulate_key(key)
-        await _until(pilot, lambda: isinstance(app.screen, Choice))
+        await until(pilot, lambda: isinstance(app.screen, Choice))
         await pilot.press("right", "enter")
-        await _until(pilot, lambda: manager.asked)
+        await until(pilot, lambda: manager.asked)
         await settled(app, pilot)
         assert len(app.screen_stack) == 1
         assert len(manager.asked) == 1
@@ -106,12 +97,12 @@ async def test_a_key_struck_twice_asks_once() -> None:
 async def test_leaving_is_possible_while_something_is_asked() -> None:
     async with running(Manager(), owned=True) as (app, pilot):
         await pilot.press("3", "t")
-        await _until(pilot, lambda: isinstance(app.screen, Choice))
+        await until(pilot, lambda: isinstance(app.screen, Choice))
         await pilot.press("ctrl+c", "ctrl+c", "ctrl+q")
-        await _until(pilot, lambda: len(app.screen_stack) == 3)
+        await until(pilot, lambda: len(app.screen_stack) == 3)
         assert "What is to become of it?" in screen(app)
         await pilot.press("right", "enter")
-        await _until(pilot, lambda: not app.is_running)
+        await until(pilot, lambda: not app.is_running)
     assert app.return_value == "leave"
 
 
@@ -120,13 +111,13 @@ async def test_a_manager_that_goes_while_a_form_is_filled_in_is_told_of() -> Non
     manager.answers["models/qwen/deploy"] = Unreachable("no manager answers at /run/admin.sock")
     async with running(manager) as (app, pilot):
         await pilot.press("2", "G", "c")
-        await _until(pilot, lambda: isinstance(app.screen, Form))
+        await until(pilot, lambda: isinstance(app.screen, Form))
         manager.tell(Unreachable("the manager ended the event stream"))
         manager.up = False
-        await _until(pilot, lambda: app.cluster.lost is not None)
+        await until(pilot, lambda: app.cluster.lost is not None)
         await pilot.press("enter", "enter", "enter", "enter")
-        await _until(pilot, lambda: len(app.screen_stack) == 1)
-        await _until(pilot, lambda: app._notifications)
+        await until(pilot, lambda: len(app.screen_stack) == 1)
+        await until(pilot, lambda: app._notifications)
         assert [note.message for note in app._notifications] == ["no manager answers at /run/admin.sock"]
         assert "qwen" in screen(app)
 
@@ -173,6 +164,6 @@ def test_hours_of_news_take_no_more_room() -> None:
 async def test_tasks_end_with_the_dashboard() -> None:
     async with running(Manager()) as (app, pilot):
         await pilot.press("2", "a")
-        await _until(pilot, lambda: isinstance(app.screen, Form))
+        await until(pilot, lambda: isinstance(app.screen, Form))
         app.exit("drain")
     assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []

@@ -17,7 +17,7 @@ from schema.errors import Conflict, Unreachable
 from schema.states import InstanceState, RequestState
 from sllmctl.client import Waited
 from tests.sllmctl.fake_manager import INSTANCES, MODELS, NODES, NOW, REQUESTS
-from tests.tui.stage import DIGEST, FRAME, Manager, running, screen, settled
+from tests.tui.stage import DIGEST, FRAME, Manager, running, screen, settled, until
 from tui.commands import COMMANDS, called, for_key
 from tui.dialogs import Choice, Form, Help
 from tui.feed import Cluster
@@ -35,14 +35,6 @@ def _utc(monkeypatch: pytest.MonkeyPatch) -> None:
 async def _press(app: Any, pilot: Any, *keys: str) -> None:
     await pilot.press(*keys)
     await pilot.pause()
-
-
-async def _until(pilot: Any, reached: Any) -> None:
-    for _ in range(300):
-        if reached():
-            return
-        await pilot.pause(0.01)
-    raise AssertionError("never")
 
 
 def _toasts(app: Any) -> list[str]:
@@ -66,7 +58,7 @@ async def test_every_view_as_it_is_drawn(size: tuple[int, int], views: Any) -> N
         for view in views:
             if view.name == "explain":
                 await _press(app, pilot, "2", "G", "x")
-                await _until(pilot, lambda: app.view.name == "explain")
+                await until(pilot, lambda: app.view.name == "explain")
             else:
                 await _press(app, pilot, str(VIEWS.index(view) + 1))
             await settled(app, pilot)
@@ -92,12 +84,12 @@ async def test_changes_are_drawn_and_the_cursor_stays_on_its_row() -> None:
         assert app.grid.cursor == "inst_2"
         first = [replace(INSTANCES[0], id=f"inst_0{number}", model="alpha") for number in range(40)]
         manager.change(instances=(*first, replace(INSTANCES[1], state=InstanceState.FAILED)))
-        await _until(pilot, lambda: len(app.cluster.instances) == 42)
+        await until(pilot, lambda: len(app.cluster.instances) == 42)
         await settled(app, pilot)
         assert (app.grid.cursor, app.grid.place) == ("inst_2", (42, 42))
         assert "failed" in screen(app)
         manager.change(gone={"instances": ("inst_2",)})
-        await _until(pilot, lambda: len(app.cluster.instances) == 41)
+        await until(pilot, lambda: len(app.cluster.instances) == 41)
         await settled(app, pilot)
         assert app.grid.cursor == "inst_1"
 
@@ -112,12 +104,12 @@ async def test_events_follow_until_one_looks_back() -> None:
         await _press(app, pilot, "7")
         for number in range(50):
             manager.change(events=(event(number),))
-        await _until(pilot, lambda: len(app.cluster.events) == 52)
+        await until(pilot, lambda: len(app.cluster.events) == 52)
         await settled(app, pilot)
         assert "no 49" in screen(app)
         await _press(app, pilot, "up")
         manager.change(events=(event(50),), logs=(LogView(id="l", at=NOW, level="info", logger="a", message="b"),))
-        await _until(pilot, lambda: len(app.cluster.events) == 53)
+        await until(pilot, lambda: len(app.cluster.events) == 53)
         await settled(app, pilot)
         assert app.grid.cursor == "ev_x48"
 
@@ -129,7 +121,7 @@ async def test_a_burst_is_drawn_once() -> None:
         before = app.redraws
         for tokens in range(200):
             manager.change(requests=(replace(REQUESTS[1], generated_tokens=tokens),))
-        await _until(pilot, lambda: app.cluster.requests["req_2"].generated_tokens == 199)
+        await until(pilot, lambda: app.cluster.requests["req_2"].generated_tokens == 199)
         await settled(app, pilot)
         assert app.redraws - before < 20
 
@@ -200,7 +192,7 @@ async def test_help_and_palette_are_made_of_the_table() -> None:
         await _press(app, pilot, *"events")
         await pilot.pause(0.3)
         await _press(app, pilot, "enter", "enter")
-        await _until(pilot, lambda: app.view.name == "events")
+        await until(pilot, lambda: app.view.name == "events")
 
 
 def test_the_table_of_commands_is_sound() -> None:
@@ -219,7 +211,7 @@ def test_the_table_of_commands_is_sound() -> None:
 
 
 async def _dialog(app: Any, pilot: Any, kind: type[Any]) -> Any:
-    await _until(pilot, lambda: isinstance(app.screen, kind) and app.screen.is_mounted)
+    await until(pilot, lambda: isinstance(app.screen, kind) and app.screen.is_mounted)
     await pilot.pause()
     return app.screen
 
@@ -240,12 +232,12 @@ async def test_what_destroys_asks_first_and_cancel_has_the_focus(keys: tuple[str
         dialog = await _dialog(app, pilot, Choice)
         assert dialog.focused is dialog.query_one("#cancel", Button)
         await _press(app, pilot, "enter")
-        await _until(pilot, lambda: not isinstance(app.screen, Choice))
+        await until(pilot, lambda: not isinstance(app.screen, Choice))
         assert manager.asked == []
         await _press(app, pilot, keys[-1])
         await _dialog(app, pilot, Choice)
         await _press(app, pilot, "right", "enter")
-        await _until(pilot, lambda: manager.asked)
+        await until(pilot, lambda: manager.asked)
         assert [call[:2] for call in manager.asked] == [asked]
         await _press(app, pilot, keys[-1])
         await _dialog(app, pilot, Choice)
@@ -265,7 +257,7 @@ async def test_dropping_a_checkpoint_asks_where_and_then_whether() -> None:
         dialog = await _dialog(app, pilot, Choice)
         assert dialog.focused.id == "cancel"
         await _press(app, pilot, "right", "enter")
-        await _until(pilot, lambda: manager.asked)
+        await until(pilot, lambda: manager.asked)
         ((method, path, body),) = manager.asked
         assert (method, path, json.loads(body)) == ("POST", f"checkpoints/{DIGEST}/drop", {"node": "local", "tier": "disk"})
 
@@ -277,7 +269,7 @@ async def test_checkpoints_are_prefetched_and_pinned(key: str, verb: str) -> Non
         await _press(app, pilot, "5", key)
         await _dialog(app, pilot, Form)
         await _press(app, pilot, *"local", "enter", *"dram", "enter")
-        await _until(pilot, lambda: manager.asked)
+        await until(pilot, lambda: manager.asked)
         ((_, path, body),) = manager.asked
         assert (path, json.loads(body)) == (f"checkpoints/{DIGEST}/{verb}", {"node": "local", "tier": "dram"})
 
@@ -292,12 +284,12 @@ async def test_a_model_is_added_scaled_and_deployed() -> None:
         assert "no source" in str(app.screen.query_one("#problem", Static).render())
         app.screen.query_one("#source", Input).value = "org/name"
         await _press(app, pilot, "enter", "enter", "enter")
-        await _until(pilot, lambda: manager.asked)
+        await until(pilot, lambda: manager.asked)
         assert json.loads(manager.asked[0][2] or b"")["source"] == {"kind": "hub", "repo": "org/name", "revision": "main"}
-        await _until(pilot, lambda: not isinstance(app.screen, Form))
+        await until(pilot, lambda: not isinstance(app.screen, Form))
         manager.asked.clear()
         await _press(app, pilot, "G", "o")
-        await _until(pilot, lambda: manager.asked)
+        await until(pilot, lambda: manager.asked)
         assert manager.asked.pop()[:2] == ("POST", "models/qwen/deploy")
         await _press(app, pilot, "c")
         await _dialog(app, pilot, Form)
@@ -306,7 +298,7 @@ async def test_a_model_is_added_scaled_and_deployed() -> None:
         assert "at least 3 is more than at most 2" in str(app.screen.query_one("#problem", Static).render())
         app.screen.query_one("#max", Input).value = "4"
         await _press(app, pilot, "enter", "enter", "enter", "enter")
-        await _until(pilot, lambda: manager.asked)
+        await until(pilot, lambda: manager.asked)
         assert (
             json.loads(manager.asked[0][2] or b"")["scale"] | {"min": 3, "max": 4}
             == json.loads(manager.asked[0][2] or b"")["scale"]
@@ -318,7 +310,7 @@ async def test_a_refusal_is_shown_as_the_manager_says_it() -> None:
     manager.answers["models/qwen/deploy"] = Conflict("model qwen is being [red]removed")
     async with running(manager) as (app, pilot):
         await _press(app, pilot, "2", "G", "o")
-        await _until(pilot, lambda: _toasts(app))
+        await until(pilot, lambda: _toasts(app))
         assert _toasts(app) == ["model qwen is being [red]removed"]
 
 
@@ -332,7 +324,7 @@ async def test_read_only_refuses_what_changes_the_cluster() -> None:
                 assert "read-only" in _toasts(app)[-1]
                 app.clear_notifications()
         await _press(app, pilot, "2", "G", "x")
-        await _until(pilot, lambda: app.view.name == "explain")
+        await until(pilot, lambda: app.view.name == "explain")
         assert [path for _, path, _ in manager.asked] == ["models/qwen/explain"]
         assert "read-only" in screen(app)
 
@@ -347,7 +339,7 @@ async def test_a_lost_manager_leaves_a_stale_picture_until_it_is_back(monkeypatc
         await _press(app, pilot, "2")
         manager.up = False
         manager.tell(Unreachable("the manager at /run/admin.sock ended the event stream; it is stopping"))
-        await _until(pilot, lambda: app.cluster.lost is not None)
+        await until(pilot, lambda: app.cluster.lost is not None)
         await settled(app, pilot)
         shown = screen(app)
         assert "stale" in shown
@@ -355,7 +347,7 @@ async def test_a_lost_manager_leaves_a_stale_picture_until_it_is_back(monkeypatc
         assert app._body.has_class("stale")
         manager.up = True
         manager.change(gone={"models": ("broken",)})
-        await _until(pilot, lambda: app.cluster.lost is None)
+        await until(pilot, lambda: app.cluster.lost is None)
         await settled(app, pilot)
         shown = screen(app)
         assert "live" in shown
@@ -369,18 +361,18 @@ async def test_leaving_a_manager_of_ones_own_asks_while_requests_are_alive() -> 
             await _press(app, pilot, "q")
             await _dialog(app, pilot, Choice)
             await _press(app, pilot, "enter")
-            await _until(pilot, lambda: not isinstance(app.screen, Choice))
+            await until(pilot, lambda: not isinstance(app.screen, Choice))
             await _press(app, pilot, "ctrl+c")
             await _dialog(app, pilot, Choice)
             await _press(app, pilot, *keys)
-            await _until(pilot, lambda: not app.is_running)
+            await until(pilot, lambda: not app.is_running)
         assert app.return_value == ending
     manager = Manager()
     async with running(manager, owned=True) as (app, pilot):
         manager.change(requests=(replace(REQUESTS[1], state=RequestState.FINISHED),))
-        await _until(pilot, lambda: app.cluster.requests["req_2"].state is RequestState.FINISHED)
+        await until(pilot, lambda: app.cluster.requests["req_2"].state is RequestState.FINISHED)
         await _press(app, pilot, "q")
-        await _until(pilot, lambda: not app.is_running)
+        await until(pilot, lambda: not app.is_running)
     assert app.return_value == "drain"
 
 

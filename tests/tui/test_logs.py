@@ -10,20 +10,12 @@ from textual.widgets import Input
 from schema.admin import LogFrame, LogLineView
 from schema.errors import Unreachable
 from sllmctl.client import LogQuery
-from tests.tui.stage import Manager, running, screen
+from tests.tui.stage import Manager, running, screen, until
 from tui.logs import LogPage
 
 
 def lines(*texts: str, source: str = "inst_1") -> LogFrame:
     return LogFrame(items=tuple(LogLineView(node="local", source=source, at=1.0, text=text) for text in texts))
-
-
-async def until(pilot: Any, reached: Any) -> None:
-    for _ in range(300):
-        if reached():
-            return
-        await pilot.pause(0.01)
-    raise AssertionError("never")
 
 
 async def shows(app: Any, pilot: Any, text: str) -> None:

@@ -16,7 +16,7 @@ from textual.widgets import Button, Input
 from schema.errors import Unreachable
 from schema.states import NodeState
 from tests.sllmctl.fake_manager import INSTANCES, NODES, NOW, REQUESTS
-from tests.tui.stage import FRAME, Manager, running, screen, settled
+from tests.tui.stage import FRAME, Manager, running, screen, settled, until
 from tui.background import is_light
 from tui.dialogs import Choice, Form
 from tui.format import MUTED
@@ -71,10 +71,7 @@ async def test_what_a_line_has_no_room_for_ends_with_an_ellipsis() -> None:
     manager = Manager()
     async with running(manager, (80, 24)) as (app, pilot):
         manager.tell(Unreachable("no manager answers at /a/very/long/path/of/a/socket; start it with `sllmctl serve`"))
-        for _ in range(200):
-            await pilot.pause(0.01)
-            if app.cluster.lost is not None:
-                break
+        await until(pilot, lambda: app.cluster.lost is not None)
         await settled(app, pilot)
         assert screen(app).splitlines()[0].endswith("…")
 
