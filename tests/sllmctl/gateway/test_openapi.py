@@ -30,8 +30,8 @@ from sllmctl.control.effects import AddModel, Event
 from sllmctl.control.records import Model, Operation
 from sllmctl.gateway.openapi import operation_of
 from sllmctl.gateway.replies import ChatChunk, CompletionChunk
+from tests.sllmctl.gateway.admin.rig import Manager
 from tests.sllmctl.gateway.harness import END, FakeRequest, Serving, chat_body, ids_of, serving
-from tests.sllmctl.gateway.test_admin import _Manager
 from tests.sllmctl.gateway.test_logs import FakeLinks
 
 _CHECKS = [
@@ -128,7 +128,7 @@ def test_the_inference_api_answers_whatever_comes_as_its_document_says() -> None
 def test_the_admin_api_answers_whatever_comes_as_its_document_says() -> None:
     links = FakeLinks()
     links.pages["node_1"] = []
-    manager = _Manager(AdminSettings(wait_limit_s=0.01, wait_look_s=0.001), links)
+    manager = Manager(AdminSettings(wait_limit_s=0.01, wait_look_s=0.001), links)
     manager.runner.then = lambda event: _added(manager, event)
     manager.view.operations["op_1"] = Operation("op_1", 7, "verify", "ab" * 32, "node_1", Tier.DISK, 4096, 30.0)
     with TestClient(manager.app, base_url="http://sllmctl") as client:
@@ -140,7 +140,7 @@ def test_the_admin_api_answers_whatever_comes_as_its_document_says() -> None:
     assert set(statuses) == reached
 
 
-def _added(manager: _Manager, event: Event) -> tuple[AppliedView, ...]:
+def _added(manager: Manager, event: Event) -> tuple[AppliedView, ...]:
     if isinstance(event, AddModel):
         manager.view.add_model(Model(event.spec, ModelState.INGESTING, None, None, None, None, 1.0, 1.0))
     return tuple(AppliedView(name=spec.name, action="unchanged") for spec in getattr(event, "specs", ()))
