@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Final
 
 import xxhash
 
+from agent.native.blocks import block_memory
 from agent.store.ingest.headers import Sources, SourceTensor
 from agent.store.ingest.journal import Journal
 from schema.errors import SllmError
@@ -206,7 +206,7 @@ class _Filling:
         with self._lock:
             chunk = self._open.get(number)
             if chunk is None or number in self.there:  # of what is there, each reader has a copy that is not written again
-                chunk = self._free.pop() if self._free else _Chunk(memoryview(mmap.mmap(-1, CHUNK_BYTES)))
+                chunk = self._free.pop() if self._free else _Chunk(block_memory(CHUNK_BYTES))
                 if number in self.there:
                     return chunk
                 chunk.missing_bytes = min(CHUNK_BYTES, self.file_bytes - number * CHUNK_BYTES)

@@ -7,13 +7,13 @@ seconds a GB here), and puts out of the cache what others need of it.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import threading
 from typing import Final
 
 import numpy as np
 
+from agent.native.blocks import block_memory
 from agent.native.cachestat import cached_pages
 
 __all__ = ["SourceReader"]
@@ -28,7 +28,7 @@ class _Window(threading.local):
     """Memory of a thread that begins at a page, as direct reads want it; gone with the thread."""
 
     def __init__(self) -> None:
-        self.view = memoryview(mmap.mmap(-1, _WINDOW_BYTES))
+        self.view = block_memory(_WINDOW_BYTES)
 
 
 class SourceReader:

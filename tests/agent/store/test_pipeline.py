@@ -15,6 +15,7 @@ import pytest
 import xxhash
 from safetensors import deserialize
 
+from agent.native.address import address_of
 from agent.store.ingest.files import SourceDirectory
 from agent.store.ingest.headers import Sources, SourceTensor
 from agent.store.ingest.pipeline import CHUNK_BYTES
@@ -136,6 +137,27 @@ def test_writes_that_are_cut_short(tmp_path: Path, sources: Sources, monkeypatch
     monkeypatch.setattr(os, "pwrite", short)
     assert write(tmp_path / "short.bin", sources).partition.chunk_xxh3 == whole.partition.chunk_xxh3
     assert (tmp_path / "short.bin").read_bytes() == (tmp_path / "whole.bin").read_bytes()
+
+
+def test_what_passes_the_cache_lies_in_huge_pages(tmp_path: Path, sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+    begins: list[int] = []
+    write_real, read_real = os.pwrite, os.preadv
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        begins.append(address_of(data))
+        return write_real(descriptor, data, offset)
+
+    def preadv(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            begins.append(address_of(buffers[0]))
+        return read_real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(SourceReader, "_in_cache", lambda self, at, length: False)
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    monkeypatch.setattr(os, "preadv", preadv)
+    write(tmp_path / "p.bin", sources)
+    assert begins
+    assert {address % (2 << 20) for address in begins} == {0}
 
 
 def test_a_caller_that_gives_up_ends_every_thread(tmp_path: Path, sources: Sources) -> None:
