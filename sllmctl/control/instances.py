@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from schema.errors import Fault, InvalidCheckpoint, NotFound
+from schema.errors import Fault, InvalidCheckpoint
 from schema.ids import Epoch
 from schema.link import EngineOptions, InstanceTruth, RemoteCopy, StartInstance, StopInstance
 from schema.states import InstanceState, ModelState, NodeState, Tier, can_become
 from sllmctl.control import disk, learning, remotes
 from sllmctl.control.effects import RouteChanged, StopInstanceNow
 from sllmctl.control.records import HOLDING, LIVE, Instance, Model
+from sllmctl.control.references import missing
 from sllmctl.control.turn import Turn
 from sllmctl.planner.memory import context_tokens, step_bytes
 from sllmctl.planner.plans import Plan
@@ -183,7 +184,7 @@ def stop_now(turn: Turn, event: StopInstanceNow) -> None:
     """An operator stops one instance. Raises NotFound."""
     instance = turn.view.instances.get(event.instance)
     if instance is None:
-        raise NotFound(f"there is no instance {event.instance!r}")
+        raise missing("instance", event.instance)
     stop(turn, instance, "Stopping", "an operator stopped it")
 
 

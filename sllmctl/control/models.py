@@ -6,12 +6,12 @@ import msgspec
 
 from schema.errors import Conflict, Fault, InvalidInput, NotFound
 from schema.link import CancelOperation, Ingest, OperationDone, OperationsAcked
-from schema.names import did_you_mean
 from schema.spec import ModelSpec, PathSource, ScaleSpec, check_spec
 from schema.states import InstanceState, ModelState, NodeState, Tier, can_become
 from sllmctl.control import disk, drops, instances, operations, prefetch
 from sllmctl.control.effects import AddModel, DeployModel, ModelChanged, RejectWaiting, RemoveModel, StopModel
 from sllmctl.control.records import Model, Node
+from sllmctl.control.references import missing
 from sllmctl.control.turn import Turn
 from sllmctl.planner.memory import context_tokens
 
@@ -50,7 +50,7 @@ def _move(turn: Turn, model: Model, state: ModelState) -> None:
 def _known(turn: Turn, name: str) -> Model:
     model = turn.view.models.get(name)
     if model is None:
-        raise NotFound(f"there is no model {name!r}{did_you_mean(name, turn.view.models)}")
+        raise missing("model", name, turn.view.models)
     return model
 
 

@@ -25,7 +25,7 @@ from schema.states import NodeState, Tier, TierState
 from sllmctl.control import disk, remotes
 from sllmctl.control.effects import EndOperation, Operate
 from sllmctl.control.records import Checkpoint, Node, Operation, PlacementRecord
-from sllmctl.control.references import checkpoint_called, node_called
+from sllmctl.control.references import checkpoint_called, missing, node_called
 from sllmctl.control.turn import Turn
 
 __all__ = ["begin", "cancel", "done", "restate"]
@@ -70,7 +70,7 @@ def cancel(turn: Turn, event: EndOperation) -> None:
     """End an operation early; its node says when. Raises NotFound, Conflict for one that has ended, and for a removal."""
     operation = turn.view.operations.get(event.id)
     if operation is None:
-        raise NotFound(f"operation {event.id} is not known; `sllmctl operation ls` shows those that are")
+        raise missing("operation", event.id)
     if operation.ended_at is not None:
         raise Conflict(f"operation {operation.id} has ended")
     if operation.kind == "drop":

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from schema.errors import Conflict, InvalidInput, NotFound
+from schema.names import did_you_mean
 from schema.states import NodeState
 from sllmctl.control.records import Checkpoint, Node
 from sllmctl.control.view import ClusterView
 
-__all__ = ["LEAST_DIGITS", "checkpoint_called", "node_called"]
+__all__ = ["LEAST_DIGITS", "checkpoint_called", "missing", "node_called"]
 
 LEAST_DIGITS = 4
 """So much of a digest at least."""
 
 _DIGITS = re.compile(r"[0-9a-f]{1,64}")
+
+
+def missing(kind: str, name: str, names: Iterable[str] = ()) -> NotFound:
+    """Why a name is refused: nothing of the kind has it. Says the nearest of ``names``, or what shows them all."""
+    near = did_you_mean(name, names)
+    return NotFound(f"there is no {kind} {name!r}{near or f'; `sllmctl {kind} ls` shows what there is'}")
 
 
 def checkpoint_called(view: ClusterView, reference: str) -> Checkpoint:
@@ -37,7 +45,7 @@ def checkpoint_called(view: ClusterView, reference: str) -> Checkpoint:
         names = ", ".join(_described(view, digest) for digest in sorted(meant))
         raise Conflict(f"{reference} is ambiguous: it may mean {names}; give more digits")
     if not meant:
-        raise NotFound(f"there is no checkpoint {reference!r}")
+        raise missing("checkpoint", reference, view.models)
     return view.checkpoints[meant.pop()]
 
 
@@ -45,7 +53,7 @@ def node_called(view: ClusterView, name: str) -> Node:
     """The node of this name, or of this id. Raises NotFound."""
     node = view.node_named(name) or view.nodes.get(name)
     if node is None or node.state is NodeState.REMOVED:
-        raise NotFound(f"there is no node {name!r}")
+        raise missing("node", name, (each.name for each in view.nodes.values() if each.state is not NodeState.REMOVED))
     return node
 
 

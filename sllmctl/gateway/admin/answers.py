@@ -11,8 +11,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Match
 
-from schema.errors import InvalidInput, NotFound, SllmError
-from schema.names import did_you_mean
+from schema.errors import InvalidInput, SllmError
+from sllmctl.control.references import missing
 from sllmctl.gateway.errors import BodyTooLarge, MethodNotAllowed, NoSuchPath, UnsupportedMediaType, http_status, retry_after
 from sllmctl.gateway.openapi import operation_of
 
@@ -129,8 +129,7 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
 def known(kind: str, name: str, found: V | None, names: Iterable[str] = ()) -> V:
     """What was looked for by its name, which is one of ``names``. Raises NotFound for None."""
     if found is None:
-        near = did_you_mean(name, names)
-        raise NotFound(f"there is no {kind} {name!r}{near or f'; `sllmctl {kind} ls` shows what there is'}")
+        raise missing(kind, name, names)
     return found
 
 

@@ -8,7 +8,17 @@ from schema.errors import Fault
 from schema.link import CancelOperation, DropCheckpoint, Ingest, OperationDone, OperationsAcked, Placement, PlacementUpdate
 from schema.spec import ScaleSpec
 from schema.states import InstanceState, ModelState, Tier, TierState
-from sllmctl.control.effects import AddModel, DemandChanged, DeployModel, FromNode, RemoveModel, StopModel
+from sllmctl.control.effects import (
+    AddModel,
+    DemandChanged,
+    DeployModel,
+    EndOperation,
+    FromNode,
+    Pin,
+    RemoveModel,
+    StopInstanceNow,
+    StopModel,
+)
 from tests.sllmctl.control.conftest import MakeWorld
 from tests.sllmctl.control.world import Agent, World, digest_of, spec
 
@@ -129,6 +139,24 @@ def test_a_wrong_command_is_answered_and_changes_nothing(world: World, make: obj
     assert answer is not None
     assert answer.code == code
     assert [step.changes for _, _, step in world.history[before:]] == [[]]
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda ticket: StopModel(ticket, "takn"), "there is no model 'takn'; did you mean 'taken'?"),
+        (lambda ticket: RemoveModel(ticket, "x"), "there is no model 'x'; `sllmctl model ls` shows what there is"),
+        (lambda ticket: StopInstanceNow(ticket, "x"), "there is no instance 'x'; `sllmctl instance ls` shows what there is"),
+        (lambda ticket: EndOperation(ticket, "x"), "there is no operation 'x'; `sllmctl operation ls` shows what there is"),
+        (lambda ticket: Pin(ticket, "ffff", None, None, True), "there is no checkpoint 'ffff'; `sllmctl checkpoint ls` shows"),
+        (lambda ticket: Pin(ticket, "taken", "locl", None, True), "there is no node 'locl'; did you mean 'local'?"),
+    ],
+)
+def test_a_name_that_nothing_has_is_answered_with_what_to_do(world: World, make: object, says: str) -> None:
+    world.ask(lambda ticket: AddModel(ticket, spec("taken")))
+    answer = world.ask(make)  # type: ignore[arg-type]
+    assert answer is not None
+    assert answer.message.startswith(says)
 
 
 def test_stop_drains_its_instances_and_fails_those_who_wait(world: World) -> None:
