@@ -2,8 +2,8 @@
 
 Each round, in turn: the source is read cold with direct reads; as many bytes are written to a new file with direct writes, and
 made durable; both at once, each block read and then written, as an ingest must; as many are hashed as ingest must (sha256 and
-xxh3) on every core; and the source is ingested cold by a process of its own, from its first look at the source to its last
-fsync, imports not counted. All in the same 4 MiB blocks.
+xxh3) on every core; and the source is ingested, cold and then out of the page cache (`memory`, where the disk only writes), by
+processes of their own, from the first look at the source to the last fsync, imports not counted. All in the same 4 MiB blocks.
 
     python -m bench.ingest DIRECTORY [--rounds 5] [--architecture tensors-200] [--json FILE]
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import mmap
 import os
 import shutil
 import statistics
@@ -27,6 +26,8 @@ from typing import Any
 
 import xxhash
 
+from agent.native.blocks import block_memory
+from agent.native.cold import forget, remember
 from bench import make_checkpoint
 from bench.load.prepare import SPECS
 
@@ -76,28 +77,28 @@ def _measure(work: Path, architecture: str, rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         one = {"read": size / _read(weights, size), "write": size / _write(work / "written", size)}
         one |= {"copy": size / _copy(weights, work / "written", size), "hash": size / _hash(size)}
-        _forget(weights)
-        target = work / "data"
-        (target / "checkpoints").mkdir(parents=True)
-        (target / "tmp").mkdir()
-        command = [sys.executable, "-c", _CHILD, str(source), str(target)]
-        child = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
-        shutil.rmtree(target)
-        one |= {"ingest": weights.stat().st_size / child["s"], **child}
+        forget(weights)
+        child = _ingest(source, work / "data")
+        remember(weights)
+        warm = _ingest(source, work / "data")
+        one |= {"ingest": weights.stat().st_size / child["s"], "memory": weights.stat().st_size / warm["s"], **child}
         one["ratio"] = one["ingest"] / min(one["read"], one["write"], one["hash"])
         one["copy_ratio"] = one["ingest"] / min(one["copy"], one["hash"])
+        one["memory_ratio"] = one["memory"] / min(one["write"], one["hash"])
         runs.append(one)
     return {"architecture": architecture, "bytes": weights.stat().st_size, "cores": os.cpu_count(), "runs": runs}
 
 
-def _forget(path: Path) -> None:
-    os.sync()
-    descriptor = os.open(path, os.O_RDONLY)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(descriptor)
+def _ingest(source: Path, target: Path) -> dict[str, float]:
+    (target / "checkpoints").mkdir(parents=True)
+    (target / "tmp").mkdir()
+    command = [sys.executable, "-c", _CHILD, str(source), str(target)]
+    answer = dict(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1]))
+    shutil.rmtree(target)
+    return answer
 
 
-def _blocks(threads: int, size: int, work: Callable[[mmap.mmap, int], object]) -> float:
+def _blocks(threads: int, size: int, work: Callable[[memoryview, int], object]) -> float:
     """Seconds to do ``work`` on every block, on memory that each thread has touched before."""
 
     def share(first: int) -> None:
@@ -105,9 +106,9 @@ def _blocks(threads: int, size: int, work: Callable[[mmap.mmap, int], object]) -
         for at in range(first * _BLOCK, size, threads * _BLOCK):
             work(memory, at)
 
-    memories = [mmap.mmap(-1, _BLOCK) for _ in range(threads)]
+    memories = [block_memory(_BLOCK) for _ in range(threads)]
     for memory in memories:
-        memory.write(os.urandom(_BLOCK))
+        memory[:] = os.urandom(_BLOCK)
     began = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(share, range(threads)))
@@ -115,7 +116,7 @@ def _blocks(threads: int, size: int, work: Callable[[mmap.mmap, int], object]) -
 
 
 def _read(path: Path, size: int) -> float:
-    _forget(path)
+    forget(path)
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
     try:
         return _blocks(_DISK_THREADS, size, lambda memory, at: os.preadv(descriptor, [memory], at))
@@ -128,7 +129,7 @@ def _write(path: Path, size: int) -> float:
 
 
 def _copy(source: Path, path: Path, size: int) -> float:
-    _forget(source)
+    forget(source)
     descriptor = os.open(source, os.O_RDONLY | os.O_DIRECT)
     try:
         return _put(path, size, lambda memory, at: os.preadv(descriptor, [memory], at))
@@ -136,10 +137,10 @@ def _copy(source: Path, path: Path, size: int) -> float:
         os.close(descriptor)
 
 
-def _put(path: Path, size: int, fill: Callable[[mmap.mmap, int], object]) -> float:
+def _put(path: Path, size: int, fill: Callable[[memoryview, int], object]) -> float:
     """Seconds to write a file of blocks that ``fill`` gives, until they are durable."""
 
-    def put(memory: mmap.mmap, at: int) -> None:
+    def put(memory: memoryview, at: int) -> None:
         fill(memory, at)
         os.pwrite(descriptor, memory, at)
 
@@ -156,7 +157,7 @@ def _put(path: Path, size: int, fill: Callable[[mmap.mmap, int], object]) -> flo
 
 
 def _hash(size: int) -> float:
-    def both(memory: mmap.mmap, at: int) -> None:
+    def both(memory: memoryview, at: int) -> None:
         hashlib.sha256(memory).digest()
         xxhash.xxh3_64_intdigest(memory)
 
@@ -166,11 +167,15 @@ def _hash(size: int) -> float:
 def _show(result: dict[str, Any]) -> None:
     runs = result["runs"]
     print(f"{result['architecture']}, {result['bytes'] / 1e9:.2f} GB, {result['cores']} cores, medians of {len(runs)} rounds")
-    for name in ("read", "write", "copy", "hash", "ingest"):
+    for name in ("read", "write", "copy", "hash", "ingest", "memory"):
         print(f"{name:8} {statistics.median(run[name] for run in runs) / 1e9:6.2f} GB/s")
-    for name, what in (("ratio", "min(read, write, hash)"), ("copy_ratio", "min(copy, hash)")):
+    for name, what in (
+        ("ratio", "ingest / min(read, write, hash)"),
+        ("copy_ratio", "ingest / min(copy, hash)"),
+        ("memory_ratio", "memory / min(write, hash)"),
+    ):
         ratios = [run[name] for run in runs]
-        print(f"ingest / {what}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        print(f"{what}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     cpu = statistics.median(run["cpu_s"] for run in runs) / result["bytes"] * 1e9
     memory = max(run["memory_mib"] for run in runs)
     print(

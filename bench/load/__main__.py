@@ -80,24 +80,34 @@ class Bench:
         return [self._ask(_our_command("attach", each.layout), {}, [], "warm") for each in checkpoints]
 
     def ingest(self, rounds: int) -> list[dict[str, Any]]:
-        """Ingests of the small twin (1.1 GB), each beside what the disk reads and writes and what the cores hash."""
+        """Ingests of the small twin (1.1 GB), from the disk and out of the page cache, beside what the machine's parts do."""
         few, found = self.prepared.few, []
-        scratch = self.prepared.work / "written"
+        command = _our_command("ingest", few.source)
         for _ in range(rounds):
-            read = self._ask(self._raw_command("uring", "32", BLOCK, few.shards), {}, few.shards, "cold")
-            with scratch.open("wb") as file:
-                file.truncate(sum(path.stat().st_size for path in few.shards))
-            try:
-                write = self._ask(self._raw_command("write", "4", BLOCK, [scratch]), {}, [], "warm")
-            finally:
-                scratch.unlink()
-            answer = self._ask(_our_command("ingest", few.source), {}, few.shards, "cold")
+            answer = self._ask(command, {}, few.shards, "cold")
+            _show("ingest", "cold", answer)
+            warm = self._ask(command, {}, few.shards, "warm")
+            _show("ingest", "warm", warm)
+            limits = {
+                "read": self._ask(self._raw_command("uring", "32", BLOCK, few.shards), {}, few.shards, "cold"),
+                "write": self._written([]),
+                "copy": self._written(few.shards),
+            }
             rates = {
-                name: each["bytes"] / each["seconds"] for name, each in (("read", read), ("write", write), ("rate", answer))
+                name: each["bytes"] / each["seconds"] for name, each in (limits | {"rate": answer, "warm_rate": warm}).items()
             }
             found.append(answer | rates | {"hash": _hash_bps()})
-            _show("ingest", "cold", answer)
         return found
+
+    def _written(self, source: list[Path]) -> dict[str, Any]:
+        """A file as large as the small twin, written, or copied from the one source."""
+        scratch = self.prepared.work / "written"
+        with scratch.open("wb") as file:
+            file.truncate(sum(path.stat().st_size for path in self.prepared.few.shards))
+        try:
+            return self._ask(self._raw_command("write", "8", BLOCK, [scratch, *source]), {}, source, "cold")
+        finally:
+            scratch.unlink()
 
     def _raw(self, number: int, subject: str, state: str, mode: str, depth: str, block: str, files: list[Path]) -> None:
         self._note(number, subject, state, self._ask(self._raw_command(mode, depth, block, files), {}, files, state))

@@ -6,7 +6,8 @@
  *   threads   DEPTH threads with preads past the page cache, each over its own run of blocks: the loop of ServerlessLLM's store
  *             (sllm_store/csrc/sllm_store/model.cpp, Model::ToHost), whose defaults are 4 threads and 32 MB, into 4 KiB pages
  *   buffered  DEPTH threads with ordinary preads, the next block each: what the page cache gives
- *   write     DEPTH threads write the size of the first FILE, which is replaced, past the page cache, and sync it
+ *   write     DEPTH threads write the size of the first FILE, which is replaced, past the page cache, and sync it; with a second
+ *             FILE each block is read from it before it is written, past the page cache too: a copy
  *
  * Memory is touched before anything is timed: a memfd of huge pages where the machine has them. It prints "ready", waits for a
  * line on standard input, works, and prints one line of JSON. "check" is the sum of all 8-byte words, taken after the time.
@@ -38,7 +39,7 @@ struct block {
 
 static int *descriptors;
 static struct block *blocks;
-static uint64_t block_count, total, arena_bytes;
+static uint64_t block_count, written_bytes, total, arena_bytes;
 static char *arena;
 static const char *pages = "small";
 static atomic_ullong next_block;
@@ -130,23 +131,25 @@ static void *take_own(void *number) {
     return NULL;
 }
 
-static void *write_next(void *length) {
+static void *write_next(void *number) {
+    char *memory = arena + (uintptr_t)number * written_bytes;
     for (;;) {
         uint64_t index = atomic_fetch_add(&next_block, 1);
         if (index >= block_count) return NULL;
-        uint64_t at = index * *(uint64_t *)length;
-        for (uint64_t done = 0; done < *(uint64_t *)length;) {
-            ssize_t count = pwrite(descriptors[0], arena + done, *(uint64_t *)length - done, at + done);
+        uint64_t at = index * written_bytes;
+        if (descriptors[1] >= 0) read_fully(descriptors[1], memory, written_bytes, at);
+        for (uint64_t done = 0; done < written_bytes;) {
+            ssize_t count = pwrite(descriptors[0], memory + done, written_bytes - done, at + done);
             if (count <= 0) die("pwrite");
             done += count;
         }
     }
 }
 
-static void run_threads(void *(*work)(void *), void *argument) {
+static void run_threads(void *(*work)(void *)) {
     pthread_t threads[256];
     for (uintptr_t number = 0; number < (uintptr_t)thread_count; number++)
-        if (pthread_create(&threads[number], NULL, work, argument ? argument : (void *)number)) die("pthread_create");
+        if (pthread_create(&threads[number], NULL, work, (void *)number)) die("pthread_create");
     for (int number = 0; number < thread_count; number++) pthread_join(threads[number], NULL);
 }
 
@@ -214,23 +217,25 @@ int main(int argc, char **argv) {
     if (!strcmp(mode, "write")) {
         struct stat status;
         if (stat(argv[4], &status)) die(argv[4]);
+        written_bytes = block_bytes;
         block_count = status.st_size / block_bytes;
         total = block_count * block_bytes;
-        arena_bytes = (block_bytes + HUGE - 1) / HUGE * HUGE;
+        arena_bytes = (thread_count * block_bytes + HUGE - 1) / HUGE * HUGE;
         make_arena(0);
         int noise = open("/dev/urandom", O_RDONLY);
-        for (uint64_t done = 0; done < block_bytes;) {
-            ssize_t count = read(noise, arena + done, block_bytes - done);
+        for (uint64_t done = 0; done < arena_bytes;) {
+            ssize_t count = read(noise, arena + done, arena_bytes - done);
             if (count <= 0) die("urandom");
             done += count;
         }
-        int file = open(argv[4], O_WRONLY | O_TRUNC | O_DIRECT);
+        int file = open(argv[4], O_WRONLY | O_TRUNC | O_DIRECT), source = -1;
         if (file < 0) die(argv[4]);
-        descriptors = &file;
+        if (argc > 5 && (source = open(argv[5], O_RDONLY | O_DIRECT)) < 0) die(argv[5]);
+        descriptors = (int[]){file, source};
         await_go();
         double began = now(), cpu_began = cpu();
         if (posix_fallocate(file, 0, total)) die("posix_fallocate");
-        run_threads(write_next, &block_bytes);
+        run_threads(write_next);
         if (fsync(file)) die("fsync");
         printf("{\"seconds\": %.6f, \"cpu_s\": %.6f, \"bytes\": %llu}\n", now() - began, cpu() - cpu_began,
                (unsigned long long)total);
@@ -241,8 +246,8 @@ int main(int argc, char **argv) {
     await_go();
     double began = now(), cpu_began = cpu();
     if (!strcmp(mode, "uring")) run_uring(depth);
-    else if (!strcmp(mode, "threads")) run_threads(take_own, NULL);
-    else if (!strcmp(mode, "buffered")) run_threads(take_next, NULL);
+    else if (!strcmp(mode, "threads")) run_threads(take_own);
+    else if (!strcmp(mode, "buffered")) run_threads(take_next);
     else return 2;
     double seconds = now() - began, cpu_s = cpu() - cpu_began;
     uint64_t check = 0;

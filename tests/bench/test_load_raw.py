@@ -64,3 +64,14 @@ def test_the_writer_replaces_a_file_by_as_much(program: Path, tmp_path: Path) ->
     assert json.loads(done.stdout.splitlines()[1])["bytes"] == 4 << 20
     assert path.stat().st_size == 4 << 20
     assert path.read_bytes()[:4096] != bytes(4096)
+
+
+def test_a_copy_is_the_same_bytes(program: Path, tmp_path: Path) -> None:
+    source, path = tmp_path / "source", tmp_path / "file"
+    source.write_bytes(os.urandom((5 << 20) + 4096))
+    path.write_bytes(bytes(5 << 20))
+    done = subprocess.run(
+        [program, "write", "3", str(1 << 20), path, source], input="go\n", capture_output=True, text=True, timeout=60
+    )
+    assert json.loads(done.stdout.splitlines()[1])["bytes"] == 5 << 20
+    assert path.read_bytes() == source.read_bytes()[: 5 << 20]

@@ -50,6 +50,29 @@ def _result() -> dict[str, object]:
     }  # fmt: skip
 
 
+def test_an_ingest_is_set_against_one_way_at_a_time_and_against_both_at_once() -> None:
+    ingest = {
+        "rate": 0.9e9,
+        "warm_rate": 1.8e9,
+        "read": 1.5e9,
+        "write": 2e9,
+        "copy": 1e9,
+        "hash": 3e9,
+        "peak_rss_bytes": 400 << 20,
+    }
+    lines = {line["figure"]: line for line in figures(_result() | {"ingest": [ingest]})}
+    alone, both = lines["ingest"], lines["ingest, against the disk reading and writing at once"]
+    assert (alone["measured"][:4], alone["reached"]) == ("0.60", False)
+    assert alone["measured"].endswith("0.90 of read 1.50, write 2.00, sha256 3.00 GB/s")
+    assert (both["measured"][:4], both["reached"]) == ("0.90", None)
+    warm = lines["ingest of a source in the page cache"]
+    assert (warm["measured"][:4], warm["reached"]) == ("0.90", True)
+    del ingest["copy"], ingest["warm_rate"]
+    assert "ingest" in {
+        line["figure"] for line in figures(_result() | {"ingest": [ingest]})
+    }  # a result of before they were measured
+
+
 def test_ratios_are_of_the_same_round() -> None:
     lines = {line["figure"]: line for line in figures(_result())}
     assert lines["cold, disk to arena"]["measured"].startswith("0.96 (0.96 to 0.96)")
