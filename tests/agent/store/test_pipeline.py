@@ -35,13 +35,18 @@ def sizes() -> list[int]:
     return around + random.integers(0, 5000, 600).tolist() + [2 * CHUNK_BYTES + 255, 0]
 
 
-@pytest.fixture
-def sources(tmp_path: Path) -> Iterator[Sources]:
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
     random = np.random.default_rng(SEED)
-    (tmp_path / "m").mkdir()
     tensors = {f"t{number:04}": ("U8", (size,), random.bytes(size)) for number, size in enumerate(sizes())}
-    write_safetensors(tmp_path / "m" / "model.safetensors", tensors)
-    with Sources(SourceDirectory(tmp_path / "m")) as found:
+    write_safetensors(path / "model.safetensors", tensors)
+    return path
+
+
+@pytest.fixture
+def sources(model: Path) -> Iterator[Sources]:
+    with Sources(SourceDirectory(model)) as found:
         yield found
 
 

@@ -178,7 +178,7 @@ def test_a_cpu_holds_its_weights_in_dram_alone(tmp_path: Path) -> None:
     [
         ("name: [", r"small\.yaml:\d+: not YAML"),
         ("name: a\nname: b\n", r"small\.yaml:2: not YAML: 'name' is given twice"),
-        ("[" * 5000, r"small\.yaml: too deeply nested"),
+        ("[\n" * 5000, r"small\.yaml: too deeply nested"),
         ("- a\n", r"small\.yaml: Expected `object`, got `array`"),
         ("", r"small\.yaml: Expected `object`, got `null`"),
         ("name: a\n", r"missing required field `nodes`"),
