@@ -287,6 +287,7 @@ async def test_a_nodes_whole_life_with_every_kill(machine: Machine) -> None:
     assert not machine.files().keys() & {"agent.sock", "agent.lock", "agent.token", "roster.json"}
 
 
+@pytest.mark.slow
 async def test_a_second_agent_is_refused_and_the_first_serves_on(machine: Machine) -> None:
     machine.start()
     await machine.manager()

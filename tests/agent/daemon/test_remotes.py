@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+import pytest
 import xxhash
 
 from agent.store.catalog import quarantine
@@ -42,6 +43,7 @@ def right(directory: Path) -> bytes:
     return path.read_bytes()
 
 
+@pytest.mark.slow
 async def test_a_publish_is_a_child_of_the_agent(node: Node, tmp_path: Path) -> None:
     manifest = right(node.config.checkpoints_path / DIGEST / "l1")
     (Path(node.config.run_dir) / "node.json").write_bytes(msgspec.json.encode(node.config))  # as the agent's process does

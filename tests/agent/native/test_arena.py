@@ -151,6 +151,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_writer_killed_anywhere_leaves_only_whole_checkpoints(arena: Arena) -> None:
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")

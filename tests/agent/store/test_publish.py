@@ -59,7 +59,7 @@ def put(directory: Path, remote: Remote, settings: RemoteSettings = SETTINGS) ->
 ALL = [PART, "partition_1.bin", "tokenizer.json", "manifest.json"]
 
 
-@pytest.mark.parametrize("kind", ["directory", "s3"])
+@pytest.mark.parametrize("kind", ["directory", pytest.param("s3", marks=pytest.mark.slow)])
 def test_what_is_published_is_compared_mended_and_fetched(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, source: tuple[str, Path, bytes]
 ) -> None:

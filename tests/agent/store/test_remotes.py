@@ -40,7 +40,7 @@ def web(tmp_path: Path) -> Iterator[WebServer]:
         yield server
 
 
-@pytest.fixture(params=["directory", "s3", "http"])
+@pytest.fixture(params=["directory", pytest.param("s3", marks=pytest.mark.slow), "http"])
 def remote(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Remote]:
     """A remote with ``a/file`` on it, written through it where it can be."""
     if request.param == "http":
@@ -331,6 +331,7 @@ def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path: Path) -> Non
             remote.close()
 
 
+@pytest.mark.slow
 def test_no_credential_is_in_what_s3_says(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     remote = s3_remote(s3, "secrets", monkeypatch)
     for path in ("a", "b/c"):
@@ -342,6 +343,7 @@ def test_no_credential_is_in_what_s3_says(s3: str, monkeypatch: pytest.MonkeyPat
     remote.close()
 
 
+@pytest.mark.slow
 def test_uploads_that_were_broken_off_are_ended_and_no_others(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import boto3
 

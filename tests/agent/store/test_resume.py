@@ -151,6 +151,7 @@ def test_nothing_is_believed_without_its_checksum(tmp_path: Path, source: Path, 
     assert image.read_bytes() == (tmp_path / "whole" / "p.bin").read_bytes()
 
 
+@pytest.mark.slow
 def test_killed_at_any_point_it_goes_on_to_the_same_bytes(tmp_path: Path, source: Path) -> None:
     make = random.Random(SEED)
     whole = Tried(source, tmp_path / "whole")

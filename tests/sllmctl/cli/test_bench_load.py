@@ -20,6 +20,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Pa
     return digest, directory
 
 
+@pytest.mark.slow
 def test_a_table_and_a_verdict(sllmctl: Sllmctl, checkpoint: tuple[str, Path]) -> None:
     said = sllmctl("bench", "load", "--rounds", "2")
     assert said.code == 0, said.err

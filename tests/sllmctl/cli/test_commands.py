@@ -439,6 +439,7 @@ def test_a_state_directory_that_cannot_be_made_is_refused(tmp_path: Path, place:
         serve.run(Settings.load({"state_dir": str(tmp_path / place)}, {"HOME": str(tmp_path)}))
 
 
+@pytest.mark.slow
 def test_a_manager_that_cannot_begin_says_why(alone: None, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = subprocess.run(

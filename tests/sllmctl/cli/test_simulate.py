@@ -125,6 +125,7 @@ def simulating(jobs: str) -> Iterator[subprocess.Popen[str]]:
         child.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_an_interrupt_ends_it(jobs: str) -> None:
     with simulating(jobs) as child:
@@ -136,6 +137,7 @@ def test_an_interrupt_ends_it(jobs: str) -> None:
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_no_process_of_one_that_was_killed_goes_on() -> None:
     with simulating("2") as child:
         child.kill()

@@ -119,6 +119,7 @@ async def test_a_template_that_loops_is_killed_and_the_next_one_is_served() -> N
         assert renderer.pid not in (pid, None)
 
 
+@pytest.mark.slow
 async def test_a_template_that_takes_gigabytes_gets_an_error() -> None:
     async with _renderer(template_memory_bytes=256 << 20) as renderer:
         for template in ("{{ 'x' * 10_000_000_000 }}", "{{ ('x' * 200_000_000) ~ ('y' * 200_000_000) }}"):

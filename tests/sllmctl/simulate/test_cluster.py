@@ -128,6 +128,7 @@ def fingerprint() -> str:
     return sha256(b"".join(part.tobytes() for part in (record.startup_s, record.first_token_s, record.ended_s))).hexdigest()
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_same() -> None:
     """Sets of names come in another order in each process, so nothing may depend on it."""
     code = "from tests.sllmctl.simulate.test_cluster import fingerprint; print(fingerprint())"

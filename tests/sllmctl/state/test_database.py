@@ -208,6 +208,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 async def test_kill_9_in_the_middle_loses_no_acknowledged_commit(url: str, tmp_path: Path) -> None:
     child = await asyncio.create_subprocess_exec(
         sys.executable, "-c", _WRITER, url, str(tmp_path), stdout=asyncio.subprocess.PIPE
