@@ -30,10 +30,23 @@ START_S = 60.0
 
 
 class Cluster:
-    """One manager at a time over one scratch directory; leaving the context stops all and checks that nothing is left."""
+    """One manager at a time over one scratch directory; leaving the context stops all and checks that nothing is left.
 
-    def __init__(self, *, arena_bytes: int = 256 << 20, settings: str = "", entry: tuple[str, ...] = ("-m", "sllmctl")) -> None:
+    It begins with the state and the data of the stopped cluster ``like``, if one is given, but without its logs.
+    """
+
+    def __init__(
+        self,
+        *,
+        arena_bytes: int = 256 << 20,
+        settings: str = "",
+        entry: tuple[str, ...] = ("-m", "sllmctl"),
+        like: Cluster | None = None,
+    ) -> None:
         self.directory = Path(tempfile.mkdtemp(dir="/tmp", prefix="sl"))
+        if like is not None:
+            shutil.copytree(like.directory / "state", self.directory / "state")
+            shutil.copytree(like.directory / "data", self.directory / "data", ignore=shutil.ignore_patterns("log"))
         self.entry = entry
         self.config = self.directory / "config.toml"
         self.config.write_text(

@@ -32,6 +32,10 @@ def sllmctl(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, stdin=subprocess.DEVNULL)
 
 
+def checkpoints(cluster: Cluster) -> set[str]:
+    return {one["digest"] for one in cluster.get("/checkpoints")["items"]}
+
+
 @contextlib.contextmanager
 def small_disk(place: Path, size: str) -> Iterator[None]:
     """A file system of a few megabytes at ``place``; only root may make one."""
@@ -61,25 +65,25 @@ def refused_ingest(cluster: Cluster, source: Path) -> str:
     return message
 
 
-def test_a_client_that_disconnects_costs_the_engine_two_steps_at_most(cluster: Cluster, tmp_path: Path) -> None:
-    with client(cluster) as api:
+def test_a_client_that_disconnects_costs_the_engine_two_steps_at_most(standing: Cluster, tmp_path: Path) -> None:
+    with client(standing) as api:
         with Endless(api, max_tokens=1500) as stream:
             assert stream.token()
-            (instance,) = cluster.instances()
+            (instance,) = standing.instances()
             # While the worker is held no step is taken, however slow everything else is.
             os.kill(instance["pid"], signal.SIGSTOP)
             try:
-                refused_ingest(cluster, tmp_path)
-                delivered = cluster.get(f"/requests/{stream.request_id}")["generated_tokens"]
+                refused_ingest(standing, tmp_path)
+                delivered = standing.get(f"/requests/{stream.request_id}")["generated_tokens"]
                 stream.__exit__(None, None, None)
-                cluster.until(
-                    lambda: cluster.get(f"/requests/{stream.request_id}")["state"] == "cancelled", "the cancel is known", 10
+                standing.until(
+                    lambda: standing.get(f"/requests/{stream.request_id}")["state"] == "cancelled", "the cancel is known", 10
                 )
-                refused_ingest(cluster, tmp_path)
+                refused_ingest(standing, tmp_path)
             finally:
                 os.kill(instance["pid"], signal.SIGCONT)
-        engine = cluster.until(
-            lambda: cluster.get(f"/requests/{stream.request_id}")["timeline"]["engine"], "the engine has ended it", 10
+        engine = standing.until(
+            lambda: standing.get(f"/requests/{stream.request_id}")["timeline"]["engine"], "the engine has ended it", 10
         )
     assert 0 < delivered < 450
     assert delivered <= engine["steps"] <= delivered + 2
@@ -110,15 +114,15 @@ def test_more_than_the_queue_takes_is_refused_and_what_waits_is_served(cluster: 
     assert waited[0]
 
 
-def test_a_cold_start_that_takes_too_long_is_504_and_its_instance_serves_the_next(cluster: Cluster) -> None:
-    cluster.add_model("hasty", make_llama_dir(cluster.directory / "hasty"), cold_start_timeout_s=0.001)
-    with client(cluster) as api:
+def test_a_cold_start_that_takes_too_long_is_504_and_its_instance_serves_the_next(standing: Cluster) -> None:
+    standing.add_model("hasty", make_llama_dir(standing.directory / "hasty"), cold_start_timeout_s=0.001)
+    with client(standing) as api:
         with pytest.raises(openai.InternalServerError) as caught:
             api.completions.create(model="hasty", prompt="hi", max_tokens=1)
         assert caught.value.status_code == 504
         assert "cold_start_timeout_s" in caught.value.message
-        cluster.post("/models/hasty/deploy", {"scale": {"min": 1, "max": 1}})
-        cluster.ready_instance("hasty")
+        standing.post("/models/hasty/deploy", {"scale": {"min": 1, "max": 1}})
+        standing.ready_instance("hasty")
 
         def served() -> bool:
             # The router hears of a ready instance a commit later than it is shown, and this model's requests wait 1 ms.
@@ -126,7 +130,7 @@ def test_a_cold_start_that_takes_too_long_is_504_and_its_instance_serves_the_nex
                 return api.completions.create(model="hasty", prompt="hi", max_tokens=1).usage.completion_tokens == 1  # type: ignore[union-attr]
             return False
 
-        cluster.until(served, "the instance serves", 10)
+        standing.until(served, "the instance serves", 10)
 
 
 def _climbs_out(source: Path) -> None:
@@ -161,28 +165,30 @@ def _is_cut_off(source: Path) -> None:
     [(_climbs_out, "outside"), (_claims_gigabytes, "header"), (_overlaps, "overlap"), (_is_cut_off, "model.safetensors")],
 )
 def test_a_hostile_directory_is_refused_by_name_and_leaves_nothing(
-    cluster: Cluster, tmp_path: Path, damage: Callable[[Path], None], said: str
+    standing: Cluster, tmp_path: Path, damage: Callable[[Path], None], said: str
 ) -> None:
     source = make_llama_dir(tmp_path / "model")
     damage(source)
-    done = sllmctl(cluster, "model", "add", "bad", str(source), "--wait")
+    before = checkpoints(standing)
+    done = sllmctl(standing, "model", "add", "bad", str(source), "--wait")
     assert (done.returncode, done.stdout) == (1, ""), done.stderr
     assert said in done.stderr
     assert "Traceback" not in done.stderr
-    assert not list((cluster.directory / "data" / "tmp").glob("*"))
-    assert len(cluster.get("/checkpoints")["items"]) == 1
-    assert ask(cluster, "What is a tier?").text
+    assert not list((standing.directory / "data" / "tmp").glob("*"))
+    assert checkpoints(standing) == before
+    assert ask(standing, "What is a tier?").text
+    assert standing.admin.delete("/models/bad").status_code == 204
 
 
-def test_a_template_that_loops_fails_its_own_requests_only(cluster: Cluster, tmp_path: Path) -> None:
-    source = make_llama_dir(tmp_path / "model")
+def test_a_template_that_loops_fails_its_own_requests_only(standing: Cluster, tmp_path: Path) -> None:
+    source = make_llama_dir(tmp_path / "model", seed=5)
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     (source / "chat_template.jinja").write_text(loop)
-    cluster.add_model("loops", source)
-    with client(cluster) as api:
+    standing.add_model("loops", source)
+    with client(standing) as api:
         with pytest.raises(openai.BadRequestError, match="template"):
             api.chat.completions.create(model="loops", messages=[{"role": "user", "content": "hi"}])
-        assert ask(cluster, "What is a tier?").text
+        assert ask(standing, "What is a tier?").text
         assert api.completions.create(model="loops", prompt="hi", max_tokens=1).choices
 
 
@@ -235,22 +241,22 @@ def test_a_database_of_a_newer_version_is_refused_and_left_alone(cluster: Cluste
     assert ask(cluster, "What is a tier?").text
 
 
-def test_garbage_on_the_agents_socket_disturbs_nobody(cluster: Cluster) -> None:
+def test_garbage_on_the_agents_socket_disturbs_nobody(standing: Cluster) -> None:
     seed = secrets.randbits(32)
     print(f"seed {seed}")
     frames = (b"\xff" * 8, struct.pack(">I", 0), struct.pack("<I", 0xFFFFFFFF) + b"x", seed.to_bytes(4, "big") * 4096)
-    with client(cluster) as api, Endless(api) as stream:
+    with client(standing) as api, Endless(api) as stream:
         assert stream.token()
         for frame in frames:
             with socket.socket(socket.AF_UNIX) as link:
                 link.settimeout(30)
-                link.connect(str(cluster.directory / "run" / "agent.sock"))
+                link.connect(str(standing.directory / "run" / "agent.sock"))
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     link.sendall(frame)
                     link.shutdown(socket.SHUT_WR)
                     while link.recv(65536):
                         pass
         assert len(stream.rest()) > 200
-    assert cluster.get(f"/requests/{stream.request_id}")["attempts"] == 1
-    (instance,) = cluster.instances()
+    assert standing.get(f"/requests/{stream.request_id}")["attempts"] == 1
+    (instance,) = standing.instances()
     assert instance["restarts"] == 0
