@@ -30,6 +30,12 @@ from tests.checkpoints import make_llama_dir
 pytestmark = pytest.mark.slow
 
 MAIN = "import sys; from agent.store.ingest.command import main; sys.exit(main(*sys.argv[1:]))"
+UNCHECKED = """
+from agent.store.ingest import convert
+from schema.memory import StepCosts
+costs = StepCosts(token_bytes=1, layer_kv_bytes=1, item_bytes=4, vocab_size=1)
+convert.check_runnable = lambda facts, tensors: ({}, costs)
+"""
 
 
 class Node:
@@ -45,8 +51,11 @@ class Node:
         config = NodeConfig(run_dir=str(self.root), data_dir=str(self.root / "data"), **settings)
         (self.root / "node.json").write_bytes(msgspec.json.encode(config))
 
-    def start(self, source: Source, **options: Any) -> subprocess.Popen[bytes]:
-        arguments = [sys.executable, "-c", MAIN, str(self.root), "op1", msgspec.json.encode(source).decode()]
+    def start(self, source: Source, *, checked: bool = False, **options: Any) -> subprocess.Popen[bytes]:
+        """An ingest. Only one that is ``checked`` builds its model, for which it imports torch and transformers; that takes
+        many times as long as all else that it does."""
+        code = MAIN if checked else UNCHECKED + MAIN
+        arguments = [sys.executable, "-c", code, str(self.root), "op1", msgspec.json.encode(source).decode()]
         child = subprocess.Popen(arguments, stdout=subprocess.PIPE, **options)
         self.children.append(child)
         return child
@@ -84,7 +93,7 @@ def large(path: Path) -> Path:
 
 
 def test_frames_of_a_success(node: Node, tmp_path: Path) -> None:
-    code, steps, done = node.finish(node.start(PathSource(str(large(tmp_path / "m")))))
+    code, steps, done = node.finish(node.start(PathSource(str(large(tmp_path / "m"))), checked=True))
     assert (code, done.fault) == (0, None)
     assert list(catalog.scan(node.data / "checkpoints")) == [done.digest]
     assert steps
@@ -302,7 +311,7 @@ def hub(tmp_path: Path) -> Iterator[tuple[dict[str, str], list[str]]]:
 
 def test_model_of_a_hub(node: Node, hub: tuple[dict[str, str], list[str]], tmp_path: Path) -> None:
     environment, requested = hub
-    code, _, done = node.finish(node.start(HubSource("org/name"), env=environment))
+    code, _, done = node.finish(node.start(HubSource("org/name"), checked=True, env=environment))
     assert (code, done.fault) == (0, None)
     code, _, local = node.finish(node.start(PathSource(str(tmp_path / "hub"))))
     assert local.digest == done.digest
