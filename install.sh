@@ -403,14 +403,26 @@ run_tests() {
         say "==> $*"
         "$@" || failed+=("$1")
     }
+    check_types() {
+        say "==> mypy (it began before the tests)"
+        wait "$TYPES" || failed+=(mypy)
+        TYPES=
+        cat -- "$SCRATCH/mypy"
+    }
     check ruff check .
     check ruff format --check .
-    check mypy
+    # It keeps one processor busy for a minute, and tests often wait.
+    scratch
+    mypy >"$SCRATCH/mypy" 2>&1 </dev/null &
+    TYPES=$!
+    trap 'if [[ -n $TYPES ]]; then kill "$TYPES" 2>/dev/null || true; fi; rm -rf -- "$SCRATCH"' EXIT
     check lint-imports
     if (($#)); then
         check python -m pytest "$@"
+        check_types
     else
         check python -m pytest -n 2 --dist loadfile -m "not alone"
+        check_types
         check python -m pytest -m alone
     fi
     if ((${#failed[@]})); then die "failed: ${failed[*]}"; fi

@@ -69,6 +69,29 @@ def test_an_interrupted_step_takes_what_it_kept_with_it(tmp_path: Path) -> None:
     assert list(scratch.iterdir()) == []
 
 
+def test_types_are_checked_beside_the_tests_and_before_those_that_run_alone(tmp_path: Path) -> None:
+    """Tools that only say that they were there; mypy waits for the tests to begin, and finds something."""
+    tools, said, together = tmp_path / "venv" / "bin", tmp_path / "said", tmp_path / "together"
+    tools.mkdir(parents=True)
+    os.mkfifo(together)
+    for name, does in {
+        "ruff": ":",
+        "lint-imports": ":",
+        "mypy": f"echo > {together}; echo mypy >> {said}; echo a type is wrong; exit 1",
+        "python": f'case "$*" in *"not alone") cat {together}; echo tests >> {said};; *"-m alone") echo alone >> {said};; esac',
+    }.items():
+        (tools / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tools / name).chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "SLLM_PYTHON"} | {
+        "SLLM_VENV": str(tools.parent)
+    }
+    done = subprocess.run([str(SCRIPT), "test"], capture_output=True, text=True, timeout=60, env=environment)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "install.sh: failed: mypy")
+    assert "a type is wrong" in done.stdout
+    assert sorted(said.read_text().split()) == ["alone", "mypy", "tests"]
+    assert said.read_text().endswith("alone\n")
+
+
 def _can_unshare() -> bool:
     if os.geteuid() != 0:
         return False
