@@ -152,7 +152,8 @@ class Logs:
         readers = [_Reader(self._links, node, self._view.nodes[node].name, wanted) for node in linked]
         lines, lost = await self._pages(readers)
         if not lines and len(lost) == len(readers):
-            raise next(iter(lost.values()))
+            unanswered = (error for error in lost.values() if not isinstance(error, NotFound))
+            raise next(unanswered, missing or NotFound(f"no node has a log of instance {wanted.instance}"))
         if not lines and missing is not None:
             raise missing
         if not follow:

@@ -81,6 +81,7 @@ async def test_what_is_not_there_is_said(admin: httpx.AsyncClient, links: FakeLi
     links.pages["n1"] = [NotFound("this node has no log of instance i")]
     answer = await admin.get("/instances/i/logs")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+    assert answer.json()["error"]["message"] == "there is no instance 'i', and no node has a log of it"
     assert (await admin.get("/nodes/none/logs")).status_code == 404
     for wrong in ("tail=-1", "tail=1.5", "follow=yes", "process=agent"):
         assert (await admin.get(f"/models/m/logs?{wrong}")).status_code == 400, wrong
