@@ -30,7 +30,6 @@ __all__ = [
     "OK",
     "USAGE",
     "ProgressLine",
-    "ReaderGone",
     "Refusals",
     "confirm",
     "guard",
@@ -83,7 +82,7 @@ def guard(command: Callable[[], object]) -> int:
     _stand_in_for_closed_streams()
     try:
         return _run(command)
-    except (BrokenPipeError, ReaderGone):
+    except BrokenPipeError:
         # The reader of our output is gone, which is its own affair.
         _give_up(sys.stdout)
         return FAILED
@@ -97,10 +96,6 @@ def _stand_in_for_closed_streams() -> None:
     for name, flags, mode in (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_WRONLY, "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode, encoding="utf-8"))
-
-
-class ReaderGone(BaseException):
-    """Nobody reads what the command says. No library takes it for a fault of its own, as it may a BrokenPipeError."""
 
 
 class StdoutError(Exception):

@@ -79,7 +79,7 @@ def show_logs(
             printer.show(admin.ask(client.logs(wanted)))
             return
         lost: dict[str, str] = {}
-        with while_read():
+        with while_read(admin.break_off):
             for frame in admin.follow_logs(wanted):
                 for node, why in frame.lost.items():
                     if lost.get(node) != why:

@@ -5,61 +5,47 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import signal
 import sys
 import threading
-from collections.abc import Iterator
-
-from sllmctl.cli.diagnostics import ReaderGone
+from collections.abc import Callable, Iterator
 
 __all__ = ["while_read"]
 
-_AGAIN_MS = 100
-"""A signal that comes just before a call that blocks does not end that call."""
-
 
 @contextlib.contextmanager
-def while_read() -> Iterator[None]:
-    """A block that waits for what to write. Raises ReaderGone in it once nobody has the other end of stdout's pipe any more.
+def while_read(break_off: Callable[[], None]) -> Iterator[None]:
+    """A block that waits for what to write. Raises BrokenPipeError once nobody has the other end of stdout's pipe any more.
 
-    The kernel tells that to whoever polls, a thread here; SIGUSR1 then brings this thread, the main one, out of what it waits
-    in. SIGPIPE would not do: writing to any other closed pipe or socket raises it too.
+    The kernel tells that to whoever polls: a thread here, which then calls ``break_off``. With that, what the block waits for
+    ends as Unreachable. Nothing is raised anywhere else: a signal may come in the middle of a library's own cleaning up.
     """
+    from schema.errors import Unreachable
+
     try:
         output = sys.stdout.fileno()
     except OSError:
         yield  # no file: a test's, which is read to its end
         return
-    over = False
-
-    def end(*_: object) -> None:
-        nonlocal over
-        if not over:
-            over = True
-            raise ReaderGone
-
-    before = signal.signal(signal.SIGUSR1, end)
     left, leave = os.pipe()
-    watcher = threading.Thread(target=_watch, args=(output, left, threading.get_ident()), name="reader of stdout", daemon=True)
+    gone = threading.Event()
+
+    def watch() -> None:
+        poll = select.poll()
+        for descriptor in (left, output):
+            poll.register(descriptor, 0)  # errors and hang-ups are always told
+        if left not in dict(poll.poll()):
+            gone.set()
+            break_off()
+
+    watcher = threading.Thread(target=watch, name="reader of stdout", daemon=True)
     watcher.start()
     try:
         yield
+    except Unreachable:
+        if gone.is_set():
+            raise BrokenPipeError from None
+        raise
     finally:
-        over = True
         os.close(leave)
         watcher.join()
-        signal.signal(signal.SIGUSR1, before)
         os.close(left)
-
-
-def _watch(output: int, left: int, writer: int) -> None:
-    """Until ``left`` is closed at its other end."""
-    poll = select.poll()
-    poll.register(left, 0)
-    poll.register(output, 0)  # errors and hang-ups are always told
-    if left in dict(poll.poll()):
-        return
-    poll.unregister(output)
-    signal.pthread_kill(writer, signal.SIGUSR1)
-    while not poll.poll(_AGAIN_MS):
-        signal.pthread_kill(writer, signal.SIGUSR1)

@@ -69,7 +69,7 @@ def watch_items(
     shown = Watch(form, columns, name)
     names: dict[str, str] = {}
     first: list[Any] | None = []
-    with invocation.admin() as admin, while_read():
+    with invocation.admin() as admin, while_read(admin.break_off):
         for frame in admin.follow(kinds=(kind,)):
             items = [item for item in getattr(frame, kind) if wanted(item)]
             names.update({(key or name)(item): name(item) for item in items})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +30,8 @@ class AdminClient:
 
     def __init__(self, path: Path, settings: ClientSettings) -> None:
         self._socket, self._settings, self._knocked = path, settings, False
+        self._followed: socket.socket | None = None
+        self._broken_off = False
         self._http = httpx.Client(
             transport=httpx.HTTPTransport(uds=str(path), verify=_VERIFY), base_url=_BASE_URL, trust_env=False
         )
@@ -71,11 +73,21 @@ class AdminClient:
                 if answer.status_code >= 400:
                     answer.read()
                     raise problem(answer, self._socket)
+                self._followed = answer.extensions["network_stream"].get_extra_info("socket")
+                if self._broken_off:
+                    raise Unreachable("it was broken off before it began")
                 for chunk in answer.iter_raw():
                     yield from frames.take(chunk)
         except httpx.TransportError as error:
             raise _unanswered(self._socket, error) from error
         raise Unreachable(f"the manager at {self._socket} ended the event stream; it is stopping")
+
+    def break_off(self) -> None:
+        """Called by another thread: whoever follows something meets its end, as if the manager had hung up (Unreachable)."""
+        self._broken_off = True
+        if self._followed is not None:
+            with suppress(OSError):  # it has ended by itself
+                self._followed.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._http.close()

@@ -72,7 +72,14 @@ def test_events_are_watched_of_one_thing_and_from_so_many_on(sllmctl: Sllmctl) -
     assert sllmctl("event", "ls", "-w", "-o", "name", "--limit", "1").out == "ev_2\n"
 
 
-@pytest.mark.parametrize(("lines", "words"), [(3, ("instance", "ls", "--watch")), (1, ("model", "logs", "docs", "--follow"))])
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (3, ("instance", "ls", "--watch")),
+        (1, ("instance", "ls", "--watch")),
+        (1, ("model", "logs", "docs", "--follow")),
+    ],
+)
 def test_it_ends_when_nobody_reads_it_any_more(
     manager: FakeManager, ended: Callable[[subprocess.Popen[str]], None], lines: int, words: tuple[str, ...]
 ) -> None:
