@@ -78,6 +78,7 @@ class _World:
                         100_000,
                         4096,
                         _CONCURRENCY,
+                        f"n{number % _NODES}",
                     )
                 )
 
