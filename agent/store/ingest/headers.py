@@ -81,9 +81,9 @@ class Sources:
             os.close(descriptor)
         self._descriptors.clear()
 
-    def opened(self, file: str) -> tuple[str, int]:
-        """The path of a weight file, free of links, and its descriptor."""
-        return os.path.realpath(self._directory.path / file), self._descriptors[file]
+    def opened(self, file: str) -> tuple[str, int, SourceReader]:
+        """The path of a weight file, free of links, its descriptor, and what reads it."""
+        return os.path.realpath(self._directory.path / file), self._descriptors[file], self._readers[file]
 
     def identities(self) -> list[tuple[str | int, ...]]:
         """Which files these are, as far as can be told without reading them: name, size, time and inode of each."""

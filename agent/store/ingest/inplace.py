@@ -11,6 +11,7 @@ from typing import Final
 
 import xxhash
 
+from agent.native.blocks import block_memory
 from agent.store.ingest.headers import Sources, SourceTensor
 from agent.store.ingest.writer import CHUNK_BYTES
 from schema.checkpoint import Partition, SourceFile, TensorEntry
@@ -64,17 +65,19 @@ def sum_files(sources: Sources, stored: Sequence[SourceTensor], progress: Callab
 def _sum_file(
     sources: Sources, file: str, tensors: Sequence[SourceTensor], read: Callable[[int], None]
 ) -> tuple[int, tuple[int, ...], dict[str, bytes], SourceFile]:
-    path, descriptor = sources.opened(file)
+    path, descriptor, reader = sources.opened(file)
     before = os.fstat(descriptor)
     sums = {tensor.name: hashlib.sha256() for tensor in tensors}
     ordered = sorted(tensors, key=lambda each: (each.offset_bytes, each.size_bytes))
     chunks: list[int] = []
+    memory = block_memory(CHUNK_BYTES)
     at = first = 0
     while at < before.st_size:
-        data = _read(descriptor, min(CHUNK_BYTES, before.st_size - at), at, path)
-        chunks.append(xxhash.xxh3_64_intdigest(data))
-        view = memoryview(data)
-        end = at + len(data)
+        view = memory[: min(CHUNK_BYTES, before.st_size - at)]
+        if (count := reader.read_into(at, view)) < len(view):
+            raise InvalidCheckpoint(f"{path} ended at byte {at + count} while it was read")
+        chunks.append(xxhash.xxh3_64_intdigest(view))
+        end = at + len(view)
         while first < len(ordered) and ordered[first].offset_bytes + ordered[first].size_bytes <= at:
             first += 1
         for tensor in ordered[first:]:
@@ -83,23 +86,12 @@ def _sum_file(
             low, high = max(at, tensor.offset_bytes), min(end, tensor.offset_bytes + tensor.size_bytes)
             sums[tensor.name].update(view[low - at : high - at])
         at = end
-        read(len(data))
+        read(len(view))
     for status in (os.fstat(descriptor), os.lstat(path)):
         if _identity(status) != _identity(before):
             raise InvalidCheckpoint(f"{path} was changed while it was read; add the model again when nobody writes to it")
     identity = SourceFile(path, before.st_mtime_ns, before.st_ino)
     return before.st_size, tuple(chunks), {name: digest.digest() for name, digest in sums.items()}, identity
-
-
-def _read(descriptor: int, size: int, at: int, path: str) -> bytes:
-    parts = []
-    while size:
-        part = os.pread(descriptor, size, at)
-        if not part:
-            raise InvalidCheckpoint(f"{path} ended at byte {at} while it was read")
-        parts.append(part)
-        size, at = size - len(part), at + len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import threading
@@ -22,6 +23,7 @@ from agent.store.cache import ArenaStore
 from agent.store.catalog import CatalogEntry
 from agent.store.index import read_index
 from agent.store.ingest.convert import convert
+from agent.store.ingest.reading import SourceReader
 from agent.store.remote.open import open_remote
 from agent.store.remote.publish import publish
 from agent.store.trial import TrialStore
@@ -58,6 +60,28 @@ def tree(path: Path) -> dict[str, tuple[int, int, bytes]]:
         for each in path.rglob("*")
         if each.is_file()
     }
+
+
+def test_files_are_read_past_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_llama_dir(tmp_path / "m", hidden=64, vocab=8192)
+    (file,) = source.glob("*.safetensors")
+    try:
+        os.close(os.open(file, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        pytest.skip("this file system has no direct reads")
+    monkeypatch.setattr(SourceReader, "_in_cache", lambda self, at, length: False)
+    real, direct = os.preadv, 0
+
+    def preadv(descriptor: int, buffers: list[memoryview], at: int) -> int:
+        nonlocal direct
+        count = real(descriptor, buffers, at)
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            direct += count
+        return count
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    add(source, tmp_path / "data")
+    assert direct == file.stat().st_size
 
 
 @pytest.mark.parametrize("shards", [1, 3])

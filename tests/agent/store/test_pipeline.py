@@ -16,6 +16,7 @@ import xxhash
 from safetensors import deserialize
 
 from agent.native.address import address_of
+from agent.native.blocks import block_memory
 from agent.store.ingest.files import SourceDirectory
 from agent.store.ingest.headers import Sources, SourceTensor
 from agent.store.ingest.pipeline import CHUNK_BYTES
@@ -184,8 +185,10 @@ def test_a_source_is_read_the_same_in_every_way(tmp_path: Path, monkeypatch: pyt
     file.write_bytes(data)
     real = os.preadv
     direct: list[int] = []
+    addresses: list[int] = []
 
     def preadv(descriptor: int, buffers: list[memoryview], at: int) -> int:
+        addresses.append(address_of(buffers[0]))
         if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
             direct.append(at)
             if way == "no direct reads":
@@ -205,6 +208,10 @@ def test_a_source_is_read_the_same_in_every_way(tmp_path: Path, monkeypatch: pyt
             target = bytearray(size)
             assert reader.read_into(start, memoryview(target)) == size
             assert target == data[start : start + size]
+        aligned = block_memory(CHUNK_BYTES)
+        assert reader.read_into(CHUNK_BYTES, aligned) == CHUNK_BYTES
+        assert aligned == data[CHUNK_BYTES : 2 * CHUNK_BYTES]
+        assert way == "cut short" or addresses[-1] == address_of(aligned)
         beyond = bytearray(CHUNK_BYTES)
         assert reader.read_into(len(data) - 300_000, memoryview(beyond)) == 300_000
         assert beyond[:300_000] == data[-300_000:]
