@@ -6,7 +6,6 @@ waits for, into a little memory beside the arena, so that looking at a copy neve
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from typing import Final
 
 import xxhash
 
+from agent.native.blocks import block_memory
 from agent.native.reader import Priority, ReadJob, ReadPool, Unit
 from agent.store import catalog
 from schema.checkpoint import Manifest, Partition
@@ -172,8 +172,7 @@ class Verifier:
     def _verify_disk(self, asked: _Asked, manifest: Manifest) -> None:
         asked.stage, asked.done_bytes = "verify disk", 0
         asked.total_bytes = sum(partition.size_bytes for partition in manifest.partitions)
-        # Unmapped with its last view; it begins on a page, as reads past the page cache want it.
-        memory = memoryview(mmap.mmap(-1, _LANES * _BLOCKS * _BLOCK_BYTES))
+        memory = block_memory(_LANES * _BLOCKS * _BLOCK_BYTES)
         size = _BLOCKS * _BLOCK_BYTES
         lanes = [_Lane(memory[number * size : (number + 1) * size]) for number in range(_LANES)]
         try:

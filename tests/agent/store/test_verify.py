@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +12,14 @@ from typing import Any
 import msgspec
 import pytest
 
+from agent.native.address import address_of
 from agent.native.arena import Arena
+from agent.native.reader import ReadJob, ReadPool, Unit
 from agent.store import catalog
 from schema.checkpoint import AssetEntry, Manifest, decode_manifest, encode_manifest
 from schema.errors import Conflict, SllmError
 from tests.agent.store.images import CHUNK, Bench, commit, read_image
+from tests.mappings import mapping_flags
 
 
 @pytest.fixture
@@ -50,6 +53,23 @@ def test_a_good_copy_is_found_good_and_marked(bench: Bench, tmp_path: Path, size
     assert catalog.is_verified(directory)
     done = [step for step in bench.told.steps if step[0] == "v verify disk"]
     assert all(total == len(image) for _, _, total in done)
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no huge pages to ask for")
+def test_it_reads_into_huge_pages(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, flags = ReadPool.submit, []
+
+    def submit(self: ReadPool, units: Sequence[Unit], *given: Any, **named: Any) -> ReadJob:
+        flags.extend(mapping_flags(address_of(target)) for unit in units for target in unit.targets)
+        return real(self, units, *given, **named)
+
+    monkeypatch.setattr(ReadPool, "submit", submit)
+    digest, directory, _ = commit(tmp_path, 1, 2 * CHUNK)
+    bench.store.verify("v", digest, directory)
+    bench.wait("v")
+    assert bench.told.verdicts["v"] is None
+    assert flags
+    assert all("hg" in each for each in flags)
 
 
 def test_any_flipped_byte_is_found_and_its_file_and_chunk_named(bench: Bench, tmp_path: Path) -> None:
