@@ -145,9 +145,9 @@ class Instances(Lives):
         self._lives.add(life)
         self._set_directory(life)
         self._hold(life)
-        self._own(life, process)
         if entry.fetching and not life.directory and entry.stop_grace_s is None:
             self._fetch(life)  # the store goes on with it under the same name
+        self._own(life, process)
         self._expect(life, self._config.spawn_s, "its worker did not dial the agent again")
         return process
 

@@ -102,6 +102,7 @@ async def test_a_start_that_was_fetching_goes_on_with_its_fetch(after: Node) -> 
     worker.begin()
     manager = await after.manager()
     assert [instance.state for instance in manager.truth.instances] == [InstanceState.STARTING]
+    assert any(each.get("fetching") for each in after.roster()), "the agent after this one must know it too"
     await after.stores[0].until(lambda: bool(after.stores[0].fetches))
     (fetch,) = after.stores[0].fetches
     assert fetch.op.startswith(op)
