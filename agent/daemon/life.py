@@ -40,7 +40,7 @@ class Life:
     ``quiet``: what ends it is not told as stopping, because nobody asked for it. ``asked`` and ``attached`` are what the
     worker has been given: `StartWorker` and `Attach`. On a node with devices it is ``weights`` that it attaches, else the
     ``resident`` image; ``arriving`` is that image while it comes, ``offered`` the arena and extents that the worker was told of
-    it. ``fill`` and ``fetch`` are ops that it waits for.
+    it. ``fill`` and ``fetch`` are ops that it waits for. ``remote`` is what ``fault`` is said of, where that came of a fetch.
     """
 
     start: StartInstance
@@ -48,6 +48,7 @@ class Life:
     partial: str = ""
     state: InstanceState = InstanceState.STARTING
     fault: Fault | None = None
+    remote: str = ""
     stop_grace_s: float | None = None
     process: Process | None = None
     nonce: int = 0
@@ -103,6 +104,7 @@ class Life:
             logits_bytes=self.logits_bytes,
             phases=None if early or self.phases == StartPhases() else self.phases,
             fault=self.fault,
+            remote=self.remote,
             pid=self.process.pid if self.process is not None and not self.stopped else 0,
         )
 

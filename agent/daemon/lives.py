@@ -24,7 +24,7 @@ from agent.daemon.process import Process, describe_status
 from agent.daemon.roster import Roster
 from agent.daemon.storelink import StoreLink
 from agent.daemon.supervisor import KILL_S, TERM_S
-from schema.errors import Fault, InvalidCheckpoint, NotFound, SllmError, TimedOut, Unreachable
+from schema.errors import Fault, InvalidCheckpoint, InvalidInput, NotFound, SllmError, TimedOut, Unreachable
 from schema.link import (
     Arriving,
     Attach,
@@ -152,14 +152,14 @@ class Lives:
             self._store.devices.withdraw(life.fill)
             self._store.withdraw(life.fill)
         if life.fetch:
-            self._store.cancel_fetch(life.fetch)
+            self._store.cancel_fetch(life.fetch, keep=_followed(life))
         life.fill = life.fetch = ""
 
     def _fill(self, life: Life) -> None:
         def answered(answer: Resident | OnDevice | Fault) -> None:
             life.fill, life.arriving = "", None
             if isinstance(answer, Fault):
-                self._fail(life, answer)
+                self._not_loaded(life, answer)
                 return
             if isinstance(answer, OnDevice):
                 life.weights, source, size = answer.weights[0], answer.source, answer.weights[0].image_bytes
@@ -207,8 +207,7 @@ class Lives:
 
         def answered(done: OperationDone) -> None:
             if done.fault is not None:
-                life.fetch = ""
-                self._fail(life, done.fault)
+                self._not_loaded(life, done.fault)
             else:
                 self._owner.checkpoint_fetched(digest, committed)
 
@@ -243,6 +242,12 @@ class Lives:
         if fill and not (life.resident or life.weights or life.fill):
             self._fill(life)
         self._ask_worker(life)
+
+    def _not_loaded(self, life: Life, fault: Fault) -> None:
+        """The store cannot give it its weights; while they are being fetched that is the remote's fault, or the network's."""
+        if life.fetch and life.start.remote is not None:
+            life.remote = life.remote or life.start.remote.url
+        self._fail(life, fault)
 
     def _fetched(self, life: Life) -> None:
         load_s = time.monotonic() - life.begun
@@ -438,3 +443,9 @@ class Lives:
 
     def _tell(self, life: Life) -> None:
         self._owner.instance_changed(life.truth())
+
+
+def _followed(life: Life) -> bool:
+    """True when another life may go on with what was fetched for this one: nobody asked for its end, and it might have run."""
+    permanent = life.fault is not None and life.fault.code in (InvalidCheckpoint.code, InvalidInput.code)
+    return life.stop_grace_s is None and not permanent

@@ -213,10 +213,10 @@ class StoreLink:
         if self._stated:
             self._kin.send(message)
 
-    def cancel_fetch(self, op: str) -> None:
-        """Nobody waits for a fetch any more; it is not answered."""
+    def cancel_fetch(self, op: str, *, keep: bool = False) -> None:
+        """Nobody waits for a fetch any more; it is not answered. With ``keep`` what has come stays for whoever asks next."""
         if self._tasks.pop(op, None) is not None and self._stated:
-            self._kin.send(CancelFetch(op=op))
+            self._kin.send(CancelFetch(op=op, keep=keep))
 
     def reopen(self) -> int:
         """A new descriptor of the arena that can only be read. The caller owns it. Raises Unreachable, OSError."""

@@ -115,7 +115,7 @@ class StartPhases(Part, frozen=True, kw_only=True, omit_defaults=False):
 
 class InstanceTruth(Part, frozen=True, kw_only=True):
     """An instance on a node: its life (``epoch``), state, and, once ready, what it can take, and what a step of it may take
-    of its device beside the KV cache."""
+    of its device beside the KV cache. ``remote`` is where its weights were to come from, when ``fault`` is of that."""
 
     instance: str
     epoch: Life
@@ -128,6 +128,7 @@ class InstanceTruth(Part, frozen=True, kw_only=True):
     logits_bytes: Count = 0
     phases: StartPhases | None = None
     fault: Fault | None = None
+    remote: str = ""
     pid: Count = 0
 
 

@@ -202,10 +202,10 @@ def retire(turn: Turn, instance: Instance, reason: str, message: str, *, level: 
     turn.rescale[instance.model] = None
 
 
-def died(turn: Turn, instance: Instance, fault: Fault | None) -> None:
+def died(turn: Turn, instance: Instance, fault: Fault | None, remote: str = "") -> None:
     """Its life is over. Begin another at once, later, or never, as it is wanted and as often as it died.
 
-    Without a fault it ended in order or is simply not there any more.
+    Without a fault it ended in order or is simply not there any more. ``remote``: the fault is of what lies there.
     """
     if instance.state not in LIVE:
         return
@@ -219,7 +219,7 @@ def died(turn: Turn, instance: Instance, fault: Fault | None) -> None:
         return
     if instance.ready_at is not None and turn.now - instance.ready_at >= turn.settings.healthy_s:
         instance.restarts = 0
-    elsewhere = _doubt_remote(turn, instance, fault)
+    elsewhere = _doubt_remote(turn, instance, fault, remote)
     instance.restarts += 1
     instance.fault = fault or Fault("unreachable", why)
     if instance.fault.short_bytes:  # a start from a remote would have passed the disk's budget
@@ -302,7 +302,7 @@ def adopt(turn: Turn, instance: Instance, truth: InstanceTruth, *, whole: bool) 
     instance.epoch = truth.epoch
     if truth.state is _I.STOPPED:
         if instance.state in LIVE:
-            died(turn, instance, truth.fault)
+            died(turn, instance, truth.fault, truth.remote)
         elif whole and instance.state is _I.FAILED:
             stop_stranger(turn, instance.node, truth)
         return
@@ -404,14 +404,13 @@ def _remote_copy(turn: Turn, instance: Instance) -> RemoteCopy | None:
     return RemoteCopy(url=one.url, layout=one.layout)
 
 
-def _doubt_remote(turn: Turn, instance: Instance, fault: Fault | None) -> bool:
+def _doubt_remote(turn: Turn, instance: Instance, fault: Fault | None, remote: str) -> bool:
     """Its life is over, perhaps by its remote's fault; True when that is in doubt now, and another remote is not."""
-    copy = _remote_copy(turn, instance) if instance.source is Tier.REMOTE else None
-    if copy is None or fault is None:
+    if not remote or fault is None:
         return False
-    remotes.doubt(turn, instance.digest, copy.url, fault)
+    remotes.doubt(turn, instance.digest, remote, fault)
     trusted = [one.url for one in turn.view.trusted_publications_of(instance.digest)]
-    return bool(trusted) and copy.url not in trusted
+    return bool(trusted) and remote not in trusted
 
 
 def _start_limit_s(turn: Turn, instance: Instance) -> float:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import pytest
 
 from schema.errors import Fault
 from schema.link import (
     Evicted,
     Fetching,
+    InstanceUpdate,
     LayersArrived,
     OperationDone,
     PlacementUpdate,
@@ -68,7 +70,42 @@ async def test_a_start_that_is_stopped_gives_its_fetch_up(node: Node) -> None:
     await store.until(lambda: bool(store.fetches))
     manager.send(StopInstance(instance=start.instance, epoch=start.epoch))
     await store.until(lambda: store.fetches[0].op in store.cancelled)
+    assert store.kept == []
     await manager.instance(InstanceState.STOPPED)
+
+
+async def test_what_has_come_for_a_life_that_ends_by_itself_is_kept_for_the_next(node: Node) -> None:
+    manager = await node.manager()
+    store = node.stores[0]
+    manager.send(start := start_of_other())
+    op = await fetched(store, in_memory=True)
+    await manager.instance(InstanceState.READY)
+    node.workers[0].kill()
+    assert (await manager.instance(InstanceState.STOPPED)).fault is not None
+    await store.until(lambda: store.kept == [op])
+    manager.send(msgspec.structs.replace(start, epoch=start.epoch + 1))
+    await store.until(lambda: len(store.fetches) == 2)
+    assert store.fetches[1].op != op
+
+
+@pytest.mark.parametrize("of_the_worker", [True, False])
+async def test_a_remote_is_named_for_what_is_its_fault_alone(node: Node, of_the_worker: bool) -> None:
+    manager = await node.manager()
+    store = node.stores[0]
+    manager.send(start_of_other())
+    op = await fetched(store, in_memory=False)
+    why = Fault("invalid_checkpoint", "it is wrong")
+    if of_the_worker:
+        await node.until(lambda: bool(node.workers) and node.workers[0].start is not None)
+        (worker,) = node.workers
+        worker.peer.send(InstanceUpdate(truth=msgspec.structs.replace(worker.truth(InstanceState.STOPPED), fault=why)))
+    else:
+        store.peer.send(OperationDone(op=op, digest=OTHER, fault=why))
+    truth = await manager.instance(InstanceState.STOPPED)
+    assert (truth.fault, truth.remote) == (why, "" if of_the_worker else "s3://b/c")
+    if of_the_worker:
+        await store.until(lambda: store.cancelled == [op])
+        assert store.kept == [], "no other life could use it"
 
 
 async def fetched(store: Store, **fields: Any) -> str:

@@ -275,13 +275,14 @@ class Agent:
         del self.lives[instance]
         return said
 
-    def become(self, instance: str, state: InstanceState, fault: Fault | None = None) -> list[Said]:
+    def become(self, instance: str, state: InstanceState, fault: Fault | None = None, remote: str = "") -> list[Said]:
         """A life changes; a stopped one is stated until the manager has heard of it and said so."""
         ready = state is _I.READY
         life = msgspec.structs.replace(
             self.lives[instance],
             state=state,
             fault=fault,
+            remote=remote,
             kv_capacity_tokens=4096 if ready else 0,
             max_context_tokens=512,
             pid=77,

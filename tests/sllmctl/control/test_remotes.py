@@ -10,7 +10,7 @@ import pytest
 from schema.admin import OperationKind
 from schema.errors import Fault
 from schema.link import Fetch, OperationDone, Publish, RemoteCopy, StartInstance
-from schema.states import Tier
+from schema.states import InstanceState, Tier
 from sllmctl.control.effects import EndOperation, Forget, Operate
 from sllmctl.control.settings import ControlSettings
 from sllmctl.planner.plans import Abilities
@@ -272,13 +272,24 @@ def test_a_start_whose_remote_is_down_tries_another(make_world: MakeWorld) -> No
 def test_a_start_whose_remote_is_wrong_tries_another_and_then_no_more(make_world: MakeWorld) -> None:
     world = starting_from_two_remotes(make_world)
     for tries in (1, 2):
-        world.crash(world.only(), Fault("invalid_checkpoint", "bytes are wrong"))
+        start = [one for one in world.agents["far"].heard if isinstance(one, StartInstance)][-1]
+        assert start.remote is not None
+        world.crash(world.only(), Fault("invalid_checkpoint", "bytes are wrong"), start.remote.url)
         world.pass_time(1.0)
         starts = [one for one in world.agents["far"].heard if isinstance(one, StartInstance)]
         assert len(starts) == 2, "both remotes, once each"
         assert sum(bool(each.doubt) for each in world.view.publications_of(M)) == tries
     assert {one.remote.url for one in starts if one.remote is not None} == {URL, "file:///srv"}
     world.check_rows()
+
+
+def test_a_model_that_no_worker_can_run_says_nothing_of_its_remotes(make_world: MakeWorld) -> None:
+    world = starting_from_two_remotes(make_world)
+    world.crash(world.only(), Fault("invalid_checkpoint", "no such architecture can be run"))
+    world.pass_time(1000.0)
+    assert sum(isinstance(one, StartInstance) for one in world.agents["far"].heard) == 1
+    assert [each.doubt for each in world.view.publications_of(M)] == ["", ""]
+    assert world.only().state is InstanceState.FAILED
 
 
 def test_a_start_where_the_weights_lie_fetches_nothing_and_one_of_what_lies_nowhere_is_refused(make_world: MakeWorld) -> None:

@@ -242,10 +242,10 @@ class World:
         (instance,) = self.view.instances_of(model).values()
         return instance
 
-    def crash(self, instance: Instance, fault: Fault | None = None) -> None:
+    def crash(self, instance: Instance, fault: Fault | None = None, remote: str = "") -> None:
         fault = fault or Fault("internal", "the worker was killed")
         agent = self.agents[instance.node]
-        self.tell(instance.node, agent.become(instance.id, _I.STOPPED, fault))
+        self.tell(instance.node, agent.become(instance.id, _I.STOPPED, fault, remote))
 
     def reasons(self, kind: str = "") -> list[str]:
         return [one.reason for one in self.events if not kind or one.kind == kind]
