@@ -173,6 +173,8 @@ class Lives:
                     life.phases, load_s=load_s, loaded_from=source, loaded_bytes=answer.read_bytes
                 )
             elif life.phases.loaded_from is Tier.REMOTE:
+                # What lay in memory before, thanks to another start that fetches, did not come for this one.
+                size = answer.read_bytes if life.fetch else size
                 life.phases = msgspec.structs.replace(life.phases, loaded_bytes=size)
             self._expect_attach(life)
 

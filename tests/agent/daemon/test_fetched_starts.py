@@ -10,6 +10,7 @@ import pytest
 from schema.errors import Fault
 from schema.link import (
     Evicted,
+    Extent,
     Fetching,
     InstanceUpdate,
     LayersArrived,
@@ -17,6 +18,7 @@ from schema.link import (
     PlacementUpdate,
     Progress,
     RemoteCopy,
+    Resident,
     StartInstance,
     StopInstance,
 )
@@ -192,3 +194,14 @@ async def test_a_store_that_dies_while_it_fetches_says_anew_where_the_weights_co
     store.peer.send(LayersArrived(op=first.fills[0].op, layers=1))  # of a fill that nobody waits for
     store.answer(store.fills[0])
     await manager.instance(InstanceState.READY)
+
+
+async def test_what_lay_in_memory_already_says_nothing_of_how_fast_a_remote_is(node: Node) -> None:
+    manager = await node.manager()
+    store = node.stores[0]
+    store.residents[OTHER] = Resident(digest=OTHER, extents=(Extent(0, 4096),), image_bytes=4096)
+    manager.send(start_of_other())
+    await fetched(store, in_memory=True)
+    truth = await manager.instance(InstanceState.READY)
+    assert truth.phases is not None
+    assert (truth.phases.loaded_from, truth.phases.loaded_bytes) == (Tier.REMOTE, 0)
