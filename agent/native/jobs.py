@@ -65,7 +65,8 @@ class ReadJob:
     ``error``, once set, is how the job ends; ``corrupt`` says that it is a wrong checksum: the copy on disk is bad, whoever
     reads it. ``finished``: no reader touches the job's memory any more. It is set once, then ``changed`` is called.
     ``stalled``: a read of it does not come back; the job has ended as good as, but its memory is the kernel's.
-    ``done_bytes`` are in memory and right, ``prefix_bytes`` of them without a gap from the job's first unit on.
+    ``done_bytes`` are in memory and right, ``prefix_bytes`` of them without a gap from the job's first unit on; of them
+    ``spared_bytes`` were at hand, and say nothing of how fast the others come.
     """
 
     priority: Priority
@@ -73,6 +74,7 @@ class ReadJob:
     _unit_done: Callable[[ReadJob, Unit], None] | None = None
     done_bytes: int = 0
     prefix_bytes: int = 0
+    spared_bytes: int = 0
     error: SllmError | None = None
     corrupt: bool = False
     finished: bool = False

@@ -78,9 +78,9 @@ class Fill:
         return 0 if self.layers is None or self.job is None else self.layers.usable(self.job.prefix_bytes)
 
     def left_s(self, now: float) -> float:
-        """How long the rest takes, if it comes as fast as what has come."""
-        done = 0 if self.job is None else self.job.done_bytes
-        return inf if not done else (self.image_bytes - done) * (now - self.begun_at) / done
+        """How long the rest takes, if it comes as fast as what has come from there."""
+        done, spared = (0, 0) if self.job is None else (self.job.done_bytes, self.job.spared_bytes)
+        return inf if done <= spared else (self.image_bytes - done) * (now - self.begun_at) / (done - spared)
 
     def arrived(self, job: ReadJob, unit: Unit) -> None:
         """On a reader's thread: bytes that lie in the arena now go on to whoever wants them."""

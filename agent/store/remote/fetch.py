@@ -348,13 +348,14 @@ class Fetch:
             offset += len(block)
         if digest.intdigest() != chunk.xxh3:
             return False
-        self._arrived(job, chunk)
+        self._arrived(job, chunk, spared=True)
         return True
 
-    def _arrived(self, job: FetchJob, chunk: _Chunk) -> None:
+    def _arrived(self, job: FetchJob, chunk: _Chunk, *, spared: bool = False) -> None:
         with self._lock:
             if job.error is not None:
                 raise job.error
+            job.spared_bytes += chunk.length if spared else 0
             job._arrived(chunk.number, chunk.length)
         if job._unit_done is not None and chunk.unit is not None:
             job._unit_done(job, chunk.unit)
