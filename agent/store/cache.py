@@ -1,7 +1,8 @@
 """The DRAM tier: what is brought into the arena, for whom, and what becomes of it.
 
 A checkpoint is in one of three places here: resident (`Residency`), in `_fills` (a read is under way, wanted or given up), or
-in `_waiting` (asked for while chunks that it needs are still under a read that was given up, and will be free in a moment).
+in `_waiting` (asked for while chunks that it needs are still under a read that was given up, and will be free in a moment, or
+while it is not known yet what becomes of the copy on the disk that it was fetched with).
 """
 
 from __future__ import annotations
@@ -130,19 +131,23 @@ class ArenaStore:
         return digest in self._residency and self._residency.condemned(digest) is None
 
     def disown(self, digest: str, why: str) -> None:
-        """The copy on the disk that an image came with has come to nothing: it goes, with its last user if it has one."""
-        occupant = self._residency.get(digest)
-        if occupant is not None and digest in self._fetched:
-            self._residency.condemn(occupant, why)
-            if not self._residency.drop_condemned(occupant):
-                self._listener.condemned(self._residency.tell(occupant))
+        """The copy on the disk that an image came with has come to nothing: it goes, with its last user if it has one. Its
+        bytes are right, so that only who asks anew hears of it."""
+        if digest not in self._fetched:
+            return
         self._fetched.discard(digest)
+        if (occupant := self._residency.get(digest)) is not None:
+            self._residency.condemn(occupant, why)
+            self._residency.drop_condemned(occupant)
+        elif (waiting := self._waiting.pop(digest, None)) is not None:
+            self._fail(waiting, SllmError(why))
 
     def announce(self, digest: str) -> None:
         """The copy on the disk that an image came with is there too: say that the image is, which nobody asked a fill for."""
         self._fetched.discard(digest)
         if (occupant := self._residency.get(digest)) is not None:
             self._listener.filled("", self._residency.tell(occupant))
+        self._begin_waiting()
 
     def new_agent(self) -> None:
         """An agent has come that will say who uses what; of what lies here nothing is forgotten before it has."""
@@ -267,6 +272,9 @@ class ArenaStore:
             for op in fill.ops:
                 self._listener.filled(op, self._residency.tell(occupant, op))
             self._lend(fill, 0)
+            return
+        if fill.digest in self._fetched:  # its image has gone again, and its copy is not there yet
+            self._waiting[fill.digest] = fill
             return
         try:
             entry = catalog.read_entry(fill.directory)

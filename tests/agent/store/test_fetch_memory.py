@@ -32,6 +32,11 @@ def web(tmp_path: Path, source: tuple[str, Path, bytes]) -> Iterator[WebServer]:
         yield server
 
 
+def refuse(handler: Any, path: str, _: int) -> bool:
+    handler.answer(403, b"no")
+    return True
+
+
 def test_into_memory_on_the_way(tmp_path: Path, source: tuple[str, Path, bytes], web: WebServer) -> None:
     digest, _, image = source
     with contextlib.closing(FetchBench(tmp_path / "data", chunks=32)) as bench:
@@ -89,6 +94,7 @@ def test_memory_is_usable_before_the_disk_has_it_and_goes_if_that_never_does(
         assert fault is not None
         assert fault.message == "the disk has gone"
         assert not bench.store.has_sound(digest)
+        assert bench.told.bad == [], "its bytes are right: whoever waited is told why it ends, and nobody else has it"
         bench.store.hold(digest, 0)  # as who waited for it fails
         assert bench.store.arena.used_bytes == 0
         assert bench.told.gone == [digest]
@@ -97,6 +103,92 @@ def test_memory_is_usable_before_the_disk_has_it_and_goes_if_that_never_does(
         assert bench.get(digest, web.url, in_memory=True) is None
         assert web.sent_bytes - before < CHUNK, "what came to the disk is believed by its checksums"
         assert_there(bench, digest, image)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_start_that_finds_its_image_gone_waits_for_what_becomes_of_the_copy(
+    tmp_path: Path, source: tuple[str, Path, bytes], web: WebServer, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    digest, _, image = source
+    go, real = threading.Event(), Partial.commit
+
+    def commit_late(partial: Partial) -> None:
+        assert go.wait(30)
+        if fails:
+            raise SllmError("the disk has gone")
+        real(partial)
+
+    monkeypatch.setattr(Partial, "commit", commit_late)
+    with contextlib.closing(FetchBench(tmp_path / "data", chunks=32)) as bench:
+        bench.fetches.begin("op", digest, web.url, in_memory=True, users=0)
+        bench.until(lambda: bench.store.has_sound(digest))
+        bench.store.drop(digest)
+        bench.store.fill("start", digest, bench.data / "checkpoints" / digest / "exec1")
+        assert (bench.told.resident, bench.told.faults) == ({}, {})
+        go.set()
+        bench.until(lambda: "start" in bench.told.resident.keys() | bench.told.faults.keys())
+        if fails:
+            assert bench.told.faults["start"].code == "internal"
+            assert "the disk has gone" in bench.told.faults["start"].message
+        else:
+            assert read_image(bench.arena.descriptor, bench.told.resident["start"]) == image
+
+
+def test_a_start_that_joins_a_fetch_just_when_it_breaks_hears_why(
+    tmp_path: Path, source: tuple[str, Path, bytes], web: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest, _, _ = source
+    go, real = threading.Event(), Partial.close
+
+    def close_late(partial: Partial, **how: bool) -> None:
+        assert go.wait(30)
+        real(partial, **how)
+
+    monkeypatch.setattr(Partial, "close", close_late)
+    web.fault = lambda handler, path, count: path.endswith(".bin") and refuse(handler, path, count)
+    with contextlib.closing(FetchBench(tmp_path / "data", chunks=32)) as bench:
+        bench.fetches.begin("op", digest, web.url, in_memory=True, users=1)
+        bench.until(lambda: bench.coming_to)
+        bench.until(lambda: not bench.store.fills(digest))
+        bench.store.fill("start", digest, bench.data / "checkpoints" / digest / "exec1")
+        go.set()
+        bench.until(lambda: "op" in bench.answers and "start" in bench.told.faults)
+        fault = bench.answers["op"]
+        assert fault is not None
+        assert bench.told.faults["start"].code == "internal", "not that the checkpoint is wrong"
+        assert fault.message in bench.told.faults["start"].message
+
+
+def test_what_an_earlier_fetch_left_says_nothing_of_how_soon_the_rest_comes(
+    tmp_path: Path, source: tuple[str, Path, bytes], web: WebServer
+) -> None:
+    digest, directory, image = source
+    rewrite(directory, layer_ends=tuple(range(CHUNK, len(image), CHUNK)))
+    held, go = threading.Event(), threading.Event()
+
+    def the_end(handler: Any, path: str) -> bool:
+        return path.endswith("partition_1.bin") and not handler.headers["Range"].startswith("bytes=0-")
+
+    def hold(handler: Any, path: str, _: int) -> bool:
+        if the_end(handler, path):
+            held.set()
+            assert go.wait(30)
+        return False
+
+    with contextlib.closing(FetchBench(tmp_path / "data", changed(SETTINGS, streams=1), chunks=32)) as bench:
+        web.fault = lambda handler, path, count: the_end(handler, path) and refuse(handler, path, count)
+        assert bench.get(digest, web.url, in_memory=True) is not None
+        web.fault = hold
+        bench.coming_to.clear()
+        bench.fetches.begin("op", digest, web.url, in_memory=True, users=1)
+        bench.until(lambda: bench.coming_to)
+        bench.store.fill("start", digest, bench.data / "checkpoints" / digest / "exec1")
+        assert held.wait(30)
+        bench.store.pump()
+        assert bench.told.coming == [], "nobody knows how fast the remote is"
+        go.set()
+        bench.until(lambda: "op" in bench.answers and "start" in bench.told.resident)
+        assert read_image(bench.arena.descriptor, bench.told.resident["start"]) == image
 
 
 def test_who_uses_a_fetched_image_is_whoever_was_told_of_last(
@@ -170,7 +262,7 @@ def test_a_start_that_joined_a_fetch_hears_why_it_broke(
         bench.fetches.begin("op", digest, web.url, in_memory=True, users=1)
         bench.until(lambda: bench.coming_to)
         bench.store.fill("start", digest, bench.data / "checkpoints" / digest / "exec1")
-        web.fault = lambda handler, path, count: handler.answer(403, b"no") is None
+        web.fault = refuse
         bench.until(lambda: "op" in bench.answers)
         assert bench.answers["op"] is not None
         assert bench.told.faults["start"] == bench.answers["op"]
