@@ -98,7 +98,7 @@ class Agent:
         self._manager = ManagerLink(self._journal, self._truth, self._command, self._manager_changed)
         self._server = Server(config.socket_path, self._admit)
         self._inventory = inventory(config, None)
-        self._disk = DiskSpeed(config, self._busy)
+        self._disk = DiskSpeed(config, self._busy, self._has_huge_pages)
         self._logs = NodeLogs(config)
         self._devices = {device.index for device in found}
         self._software: dict[str, str] = {"agent": SOFTWARE}
@@ -272,6 +272,9 @@ class Agent:
         if not (self._store.ready and self._zygote.ready):
             return True
         return self._store.loading or self._instances.starting or bool(self._operations.running)
+
+    def _has_huge_pages(self) -> bool:
+        return self._store.arena is not None and self._store.arena.pages != "small"
 
     def _command(self, message: Any) -> None:
         if isinstance(message, StartInstance | Ingest | LoadCheckpoint | VerifyCheckpoint | Publish | Fetch):

@@ -17,11 +17,11 @@ __all__ = ["block_memory"]
 _HUGE_BYTES: Final = 2 << 20
 
 
-def block_memory(size_bytes: int) -> memoryview:
-    """Private memory that begins at a huge page, and is unmapped with the last view of it."""
+def block_memory(size_bytes: int, *, huge: bool = True) -> memoryview:
+    """Private memory that begins at a huge page, and is unmapped with the last view of it. ``huge`` False: of small pages."""
     area = mmap.mmap(-1, size_bytes + _HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without them
-        area.madvise(mmap.MADV_HUGEPAGE)
+        area.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
     view = memoryview(area)
     start = -address_of(view) % _HUGE_BYTES
     return view[start : start + size_bytes]

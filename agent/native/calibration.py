@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import threading
 import time
@@ -14,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from agent.native.address import address_of
+from agent.native.blocks import block_memory
 from agent.native.uring import NoRing, Ring
 
 __all__ = ["LEAST_FILE_BYTES", "Tuning", "calibrate"]
@@ -39,8 +39,8 @@ _CANDIDATES: Final = (
 )  # fmt: skip
 
 
-def calibrate(file: Path, *, limit_s: float, stop: threading.Event) -> Tuning | None:
-    """The fastest way to read ``file``, within about ``limit_s``.
+def calibrate(file: Path, *, huge: bool, limit_s: float, stop: threading.Event) -> Tuning | None:
+    """The fastest way to read ``file``, into huge pages or small ones, within about ``limit_s``.
 
     None where that cannot be said: ``stop`` was set, the file is short, there is no io_uring, or no direct I/O. Raises OSError.
     """
@@ -50,14 +50,13 @@ def calibrate(file: Path, *, limit_s: float, stop: threading.Event) -> Tuning | 
         size_bytes = os.fstat(descriptor).st_size
         if size_bytes < LEAST_FILE_BYTES:
             return None
-        memory = stack.enter_context(mmap.mmap(-1, max(each.block_bytes for each in _CANDIDATES)))
-        view = stack.enter_context(memoryview(memory))
+        memory = block_memory(max(each.block_bytes for each in _CANDIDATES), huge=huge)
         try:
             ring = Ring(max(each.depth for each in _CANDIDATES))
         except NoRing:
             return None
         stack.callback(ring.close)
-        race = _Race(ring, descriptor, size_bytes, address_of(view))
+        race = _Race(ring, descriptor, size_bytes, address_of(memory))
         best: dict[Tuning, float] = dict.fromkeys(_CANDIDATES, 0.0)
         for _ in range(_ROUNDS):
             for each in _CANDIDATES:

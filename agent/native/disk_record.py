@@ -18,13 +18,14 @@ _VALID_S: Final = 86400.0
 
 class DiskRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``path`` is the checkpoints', ``device`` their file system's (st_dev); ``measured_at`` is Unix seconds, since it outlives
-    the machine's clock. ``tuning`` is None as long as it was not calibrated."""
+    the machine's clock. ``tuning`` is None as long as it was not calibrated. ``huge``: read into huge pages, as the arena's."""
 
     path: str
     device: int
     measured_at: float
     read_bps: Annotated[float, Meta(gt=0)]
     tuning: Tuning | None = None
+    huge: bool = False
 
 
 def record_path(data_dir: str | Path) -> Path:

@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
+from agent.native.blocks import block_memory
 from agent.native.reader import BLOCK_BYTES
 
 __all__ = ["SCRATCH_BYTES", "measure_read_bps"]
@@ -32,11 +33,14 @@ LEAST_BYTES: Final = 8 << 20
 """A shorter file says more of latency than of bandwidth."""
 
 
-def measure_read_bps(directory: Path, file: Path | None, *, threads: int, limit_s: float, stop: threading.Event) -> float:
+def measure_read_bps(
+    directory: Path, file: Path | None, *, huge: bool, threads: int, limit_s: float, stop: threading.Event
+) -> float:
     """Bytes per second of reads of ``file``, or of a nameless one made in ``directory`` and gone afterwards.
 
-    Writing and reading take at most ``limit_s`` each, and a block's time. 0 if ``stop`` was set meanwhile, or nothing could be
-    read in that time. Raises OSError, also for a file that is none or too short, and for a disk with too little room.
+    ``huge``: into huge pages, as into an arena that has them. Writing and reading take at most ``limit_s`` each, and a block's
+    time. 0 if ``stop`` was set meanwhile, or nothing could be read in that time. Raises OSError, also for a file that is none
+    or too short, and for a disk with too little room.
     """
     with ExitStack() as stack:
         if file is not None:
@@ -47,14 +51,16 @@ def measure_read_bps(directory: Path, file: Path | None, *, threads: int, limit_
         else:
             descriptor = stack.enter_context(tempfile.TemporaryFile(dir=directory, buffering=0)).fileno()
         try:
-            return _look(descriptor, file is None, True, threads, limit_s, stop)
+            return _look(descriptor, file is None, True, huge, threads, limit_s, stop)
         except OSError as error:
             if error.errno != errno.EINVAL:  # how a file system refuses direct I/O, or its alignment
                 raise
-        return _look(descriptor, file is None, False, threads, limit_s, stop)
+        return _look(descriptor, file is None, False, huge, threads, limit_s, stop)
 
 
-def _look(descriptor: int, scratch: bool, direct: bool, threads: int, limit_s: float, stop: threading.Event) -> float:
+def _look(
+    descriptor: int, scratch: bool, direct: bool, huge: bool, threads: int, limit_s: float, stop: threading.Event
+) -> float:
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT
     fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | (os.O_DIRECT if direct else 0))
     if scratch:
@@ -66,7 +72,7 @@ def _look(descriptor: int, scratch: bool, direct: bool, threads: int, limit_s: f
         raise OSError(errno.ENODATA, f"there are only {size_bytes} bytes to read, and {LEAST_BYTES} are the least")
     if not direct:
         os.posix_fadvise(descriptor, 0, size_bytes, os.POSIX_FADV_DONTNEED)
-    return _Race(descriptor, size_bytes, limit_s, stop).run(threads)
+    return _Race(descriptor, size_bytes, huge, limit_s, stop).run(threads)
 
 
 def _write(descriptor: int, direct: bool, limit_s: float, stop: threading.Event) -> None:
@@ -88,8 +94,9 @@ def _write(descriptor: int, direct: bool, limit_s: float, stop: threading.Event)
 class _Race:
     """Threads that read a file's whole blocks, each the next that nobody has taken."""
 
-    def __init__(self, descriptor: int, size_bytes: int, limit_s: float, stop: threading.Event) -> None:
+    def __init__(self, descriptor: int, size_bytes: int, huge: bool, limit_s: float, stop: threading.Event) -> None:
         self._descriptor = descriptor
+        self._huge = huge
         self._blocks = iter(range(0, size_bytes - size_bytes % BLOCK_BYTES, BLOCK_BYTES))
         self._limit_s = limit_s
         self._stop = stop
@@ -111,16 +118,16 @@ class _Race:
         return 0.0 if self._stop.is_set() else self._read_bytes / elapsed_s
 
     def _read(self, end: float) -> None:
-        with mmap.mmap(-1, BLOCK_BYTES) as block:
-            while time.monotonic() < end and not self._stop.is_set() and self._error is None:
-                with self._lock:
-                    offset = next(self._blocks, None)
-                if offset is None:
-                    return
-                try:
-                    count = os.preadv(self._descriptor, [block], offset)
-                except OSError as error:
-                    self._error = error
-                    return
-                with self._lock:
-                    self._read_bytes += count
+        block = block_memory(BLOCK_BYTES, huge=self._huge)
+        while time.monotonic() < end and not self._stop.is_set() and self._error is None:
+            with self._lock:
+                offset = next(self._blocks, None)
+            if offset is None:
+                return
+            try:
+                count = os.preadv(self._descriptor, [block], offset)
+            except OSError as error:
+                self._error = error
+                return
+            with self._lock:
+                self._read_bytes += count

@@ -31,7 +31,7 @@ def weights(tmp_path: Path) -> Path:
 
 def test_one_of_the_candidates_is_found_in_the_time(weights: Path) -> None:
     began = time.monotonic()
-    found = calibrate(weights, limit_s=0.3, stop=threading.Event())
+    found = calibrate(weights, huge=True, limit_s=0.3, stop=threading.Event())
     assert found in calibration._CANDIDATES
     assert time.monotonic() - began < 20
 
@@ -44,22 +44,22 @@ def test_the_usual_way_stays_unless_another_is_clearly_faster(
         return other if tuning == Tuning(2 << 20, 32) else 1.0
 
     monkeypatch.setattr(calibration._Race, "run", run)
-    assert calibrate(weights, limit_s=0.1, stop=threading.Event()) == expected
+    assert calibrate(weights, huge=True, limit_s=0.1, stop=threading.Event()) == expected
 
 
 def test_it_ends_when_told(weights: Path) -> None:
     stop = threading.Event()
     stop.set()
-    assert calibrate(weights, limit_s=60.0, stop=stop) is None
+    assert calibrate(weights, huge=True, limit_s=60.0, stop=stop) is None
 
 
 def test_a_short_file_and_a_missing_ring_say_nothing(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short = tmp_path / "short"
     short.write_bytes(bytes(4096))
-    assert calibrate(short, limit_s=0.1, stop=threading.Event()) is None
+    assert calibrate(short, huge=True, limit_s=0.1, stop=threading.Event()) is None
 
     def none(entries: int) -> Ring:
         raise NoRing("the system gives no io_uring: Operation not permitted")
 
     monkeypatch.setattr(calibration, "Ring", none)
-    assert calibrate(weights, limit_s=0.1, stop=threading.Event()) is None
+    assert calibrate(weights, huge=True, limit_s=0.1, stop=threading.Event()) is None

@@ -17,7 +17,7 @@ from agent.native.disk_speed import measure_read_bps
 
 
 def measure(directory: Path, file: Path | None = None, *, limit_s: float = 5.0, stop: threading.Event | None = None) -> float:
-    return measure_read_bps(directory, file, threads=2, limit_s=limit_s, stop=stop or threading.Event())
+    return measure_read_bps(directory, file, huge=False, threads=2, limit_s=limit_s, stop=stop or threading.Event())
 
 
 @pytest.fixture(autouse=True)
