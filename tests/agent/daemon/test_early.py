@@ -157,8 +157,8 @@ async def test_requests_are_computed_while_weights_come_and_told_when_all_have(m
     await machine.until(lambda: not machine.left())
 
 
-@pytest.mark.parametrize("agent_dies", [False, True])
-async def test_a_start_that_fetches_serves_before_its_last_bytes_are_fetched(machine: GatedMachine, agent_dies: bool) -> None:
+@pytest.mark.parametrize("dies", ["", "agent", "store"])
+async def test_a_start_that_fetches_serves_before_its_last_bytes_are_fetched(machine: GatedMachine, dies: str) -> None:
     machine.config = msgspec.structs.replace(machine.config, remote=RemoteSettings(streams=1, part_bytes=4 << 20))
     machine.start()
     manager = await machine.manager()
@@ -179,8 +179,9 @@ async def test_a_start_that_fetches_serves_before_its_last_bytes_are_fetched(mac
         web.fault = hold_the_end
         try:
             start = await machine.early(manager, epoch_of(1, 1), RemoteCopy(url=web.url))
-            if agent_dies:
-                machine.kill("agent")
+            if dies:
+                machine.kill(dies)
+            if dies == "agent":
                 machine.start()
                 manager = await machine.manager()
                 (truth,) = manager.truth.instances
