@@ -19,9 +19,22 @@ def draws(logits: torch.Tensor, count: int, **params: object) -> torch.Tensor:
     return torch.bincount(torch.tensor(tokens), minlength=logits.shape[0]).double()
 
 
-def test_greedy_takes_the_first_of_the_greatest() -> None:
-    logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [5.0, -1.0, 5.0, 5.0]])
-    assert sample(logits, [row(temperature=0.0), row(temperature=0.0)]) == [1, 0]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_greedy_takes_the_first_of_the_greatest(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randint(-4, 5, (50, 71), generator=generator).to(dtype)  # so that many are equal
+    logits[0, 3] = -0.0  # is no less than the zeros behind it
+    logits[0] = logits[0].clamp(max=0)
+    firsts = [each.index(max(each)) for each in logits.tolist()]
+    assert sample(logits.clone(), [row(temperature=0.0)] * 50) == firsts
+
+
+@pytest.mark.parametrize("place", [0, 30, 70])
+def test_one_number_that_is_none_breaks_its_row_wherever_it_stands(place: int) -> None:
+    logits = torch.randn((3, 71), generator=torch.Generator().manual_seed(4))
+    logits[1, place] = math.nan
+    tokens = sample(logits, [row(temperature=0.0)] * 3)
+    assert [token == BROKEN for token in tokens] == [False, True, False]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
