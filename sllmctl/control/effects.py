@@ -223,8 +223,8 @@ class InstanceActivity:
 
 @dataclass(frozen=True, slots=True)
 class PrefillTimed:
-    """An instance computed a sequence of so many tokens in so many seconds: what moving one would cost. Said for a few of
-    them, never for all."""
+    """An instance computed so many tokens of a sequence, those not counted that it found cached, in so many seconds: what
+    moving one would cost. Said for a few of them, never for all."""
 
     instance: str
     tokens: int

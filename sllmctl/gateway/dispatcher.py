@@ -253,7 +253,8 @@ class Dispatcher:
             wait_s = max(2 * route.tell_prefill_s, self._settings.prefill_interval_s)
             route.tell_prefill_s = min(wait_s, self._settings.prefill_longest_s)
             route.tell_prefill_at = now + route.tell_prefill_s
-            self._post(PrefillTimed(attempt.instance, len(sequence.prompt) + attempt.start, timing.prefill_s))
+            computed = len(sequence.prompt) + attempt.start - timing.cached_tokens
+            self._post(PrefillTimed(attempt.instance, max(1, computed), timing.prefill_s))
 
     def _doubt(self, attempt: Attempt) -> None:
         """Put nothing more on the life that lost this attempt, unless it is already known to be over."""

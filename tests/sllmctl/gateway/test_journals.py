@@ -149,6 +149,17 @@ def test_the_end_of_a_load_is_no_part_of_the_pace_nor_of_a_prefill() -> None:
     assert bench.router.journals.remaining_s("i") == pytest.approx(2.0)
 
 
+def test_a_prefill_is_told_of_by_the_tokens_that_were_computed() -> None:
+    bench = taught(concurrency=1)
+    bench.events(PrefillTimed)
+    bench.now += 60
+    bench.router.submit("m", (1,) * 100, params(11))
+    (submit,) = bench.take(Submit)
+    found = EngineTiming(prefill_s=0.5, first_token_s=0.5, total_s=1.0, steps=11, cached_tokens=96)
+    bench.tokens(run(submit, *[5] * 11), end(submit, 11, EndReason.STOP, timing=found))
+    assert bench.events(PrefillTimed) == [PrefillTimed("i", 4, 0.5)]
+
+
 def test_a_few_prefills_are_told_of_and_never_all() -> None:
     bench = taught()
     bench.events(PrefillTimed)
