@@ -49,8 +49,8 @@ def sample(logits: Tensor, rows: Rows[Row]) -> list[int]:
             part_logits = logits if everything else logits.index_select(0, chosen)
             part_best = best if everything else best.index_select(0, chosen)
             tokens.index_copy_(0, chosen, _draw(part_logits, part_best.to(torch.float64), [rows[i] for i in part]))
-    answer: list[int] = torch.where(best.isfinite(), tokens, BROKEN).tolist()
-    return answer
+    found = zip(best.tolist(), tokens.tolist(), strict=True)
+    return [token if math.isfinite(logit) else BROKEN for logit, token in found]
 
 
 def _greatest(logits: Tensor) -> tuple[Tensor, Tensor]:
