@@ -65,20 +65,19 @@ def is_widened(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
-@dataclass(frozen=True, slots=True)
 class Product:
     """x W^T + b. Several ``weights`` [outputs, inputs] stand for one with their rows behind one another."""
 
-    weights: tuple[Tensor, ...]
-    bias: Tensor | None
-    ways: Ways
+    __slots__ = ("bias", "ways", "weights")
+
+    def __init__(self, weights: tuple[Tensor, ...], bias: Tensor | None, ways: Ways) -> None:
+        self.weights = weights
+        self.bias = bias
+        self.ways = ways if sum(weight.numel() for weight in weights) >= ways.least else ROWS
 
     def as_columns(self, tokens: int) -> bool:
         """Whether so many tokens are best left as columns from one product to the next."""
-        ways = self.ways
-        if tokens not in ways.columns and tokens < ways.widened:
-            return False
-        return not ways.least or sum(weight.numel() for weight in self.weights) >= ways.least
+        return tokens in self.ways.columns or tokens >= self.ways.widened
 
     def __call__(self, x: Tensor) -> Tensor:
         """[tokens, outputs] of [tokens, inputs]."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,17 +98,19 @@ class TransformersRunner(Runner):
 class _Linear(nn.Linear):
     """Computes as the native runner's products do."""
 
+    product: Product
+
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        product = Product((weight,), self.bias, ways_of(weight.dtype, weight.device))
-        return product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], weight.shape[0])
+        return self.product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.weight.shape[0])
 
 
 def _multiply_faster(model: nn.Module) -> None:
     """Let the plain linear layers of a model on CPU multiply by the way that is fastest there."""
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.device.type == "cpu":
+            weight = module.weight
             module.__class__ = _Linear
+            cast(_Linear, module).product = Product((weight,), module.bias, ways_of(weight.dtype, weight.device))
 
 
 def register() -> None:
