@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from agent.engine.blocks import BLOCK_TOKENS
@@ -82,20 +84,20 @@ class DecodeGroup:
     end: int
     width: int
     blocks: Tensor
-    lengths: list[int]
+    lengths: NDArray[np.int64]
     run: int = -1
     masks: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def even(self) -> bool:
         """Whether all see equally many keys, so that columns are cut off and nothing need be masked."""
-        return self.lengths[0] == self.lengths[-1]
+        return bool(self.lengths[0] == self.lengths[-1])
 
     def mask(self, window: int, dtype: torch.dtype) -> Tensor:
         """[sequences, 1, 1, columns]."""
         mask = self.masks.get(window)
         if mask is None:
-            lengths = torch.tensor(self.lengths, device=self.blocks.device).unsqueeze(1)
+            lengths = torch.from_numpy(self.lengths).to(self.blocks.device).unsqueeze(1)
             column = torch.arange(self.width * BLOCK_TOKENS, device=self.blocks.device)
             hidden = column >= lengths
             if window:
@@ -136,7 +138,7 @@ class Prefill:
 
 
 def _additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+    return torch.where(hidden, torch.tensor(-torch.inf, dtype=dtype), 0.0)
 
 
 @dataclass(slots=True)

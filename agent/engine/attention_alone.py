@@ -24,7 +24,7 @@ class AloneAttention:
             pool.slots[how.layer].index_copy_(0, batch.slots, fresh)
             out = torch.empty_like(query)
             for group in batch.decodes:
-                for index, length in enumerate(group.lengths):
+                for index, length in enumerate(group.lengths.tolist()):
                     blocks = group.blocks[index * group.width : (index + 1) * group.width]
                     self._chunk(pool, blocks, length - 1, query, out, group.start + index, 1, how)
             for chunk in batch.prefills:

@@ -36,7 +36,7 @@ class SdpaAttention:
         stored = self._read(layer, group.blocks, group.run).view(size, -1, 2 * kv_heads, pool.head_dim).transpose(1, 2)
         mask, first = None, 0
         if group.even:
-            last = group.lengths[0]
+            last = int(group.lengths[0])
             first = max(0, last - how.window) if how.window else 0
             stored = stored[:, :, first:last]
         else:

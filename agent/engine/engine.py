@@ -98,16 +98,16 @@ class BatchEngine:
         sequence = Sequence(submit)
         self._blocks.admit(sequence, reserve=0)
         try:
-            logits, sequences = self._forward(Plan(prefills=[(sequence, 2)]))
+            logits, sequences, _ = self._forward(Plan(prefills=[(sequence, 2)]))
             sample(logits, sequences)
         finally:
             self._blocks.release(sequence, spoiled=True)
 
-    def _forward(self, plan: Plan) -> tuple[Tensor, list[Sequence]]:
+    def _forward(self, plan: Plan) -> tuple[Tensor, list[Sequence], list[Sequence]]:
         """The model over a plan. The first time it must attend as the KV geometry says; raises InvalidCheckpoint otherwise."""
         waited_s = self._runner.waited_s
         try:
-            logits, sequences = self._runner.forward(plan)
+            computed = self._runner.forward(plan)
         finally:
             if waited_s != self._runner.waited_s:
                 for sequence in self._scheduler.running:
@@ -118,7 +118,7 @@ class BatchEngine:
                 plan.undo()
                 raise InvalidCheckpoint(f"{len(attended)} layers attended through the engine, the KV geometry has {layers}")
             self._proven = True
-        return logits, sequences
+        return computed
 
     def submit(self, submit: Submit) -> None:
         if submit.attempt in self._known or any(end.attempt == submit.attempt for end in self._ends):
@@ -174,12 +174,11 @@ class BatchEngine:
 
     def _compute(self, plan: Plan) -> tuple[list[Sequence], list[int], Mapping[int, bytes]]:
         """Whose tokens are all computed, and the next of each with its record of log-probabilities by index."""
-        logits, sequences = self._forward(plan)
-        watched = [sequence for sequence in sequences if sequence.cached < len(sequence.tokens)]
+        logits, sequences, watched = self._forward(plan)
+        sound: list[bool] = []
         try:
-            whole = len(sequences) - len(watched)
-            sound = _sound(logits[whole:]) if watched else []
-            logits, sequences = logits[:whole], sequences[:whole]
+            if watched:
+                sound, logits = _sound(logits[len(sequences) :]), logits[: len(sequences)]
             tokens: list[int] = []
             records: Mapping[int, bytes] = {}
             if sequences:
@@ -195,7 +194,7 @@ class BatchEngine:
         return sequences, tokens, records
 
     def _take(self, sequences: Items[Sequence], tokens: list[int], records: Mapping[int, bytes], output: StepOutput) -> None:
-        publish, runs = self._blocks.publish, output.runs
+        runs = output.runs
         for index, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
             if token == BROKEN:
                 fault = Fault(
@@ -203,7 +202,10 @@ class BatchEngine:
                 )
                 self._end(sequence, EndReason.ERROR, fault, output.ends, spoiled=True)
                 continue
-            publish(sequence)
+            if sequence.cached // BLOCK_TOKENS == sequence.sound // BLOCK_TOKENS:
+                sequence.sound = sequence.cached
+            else:  # a block of it is full
+                self._blocks.publish(sequence)
             record = records.get(index, b"") if records else b""
             runs.append(TokenRun(sequence.attempt, sequence.position, (token,), record))
             if (reason := sequence.append(token)) is not None:

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Final
 
 import numpy as np
@@ -86,20 +87,20 @@ class Runner(ABC):
     def _compute(self, batch: StepBatch) -> Tensor:
         """Logits [wanted, vocabulary]."""
 
-    def forward(self, plan: Plan) -> tuple[Tensor, list[Sequence]]:
-        """Logits [rows, vocabulary] of the last token of each sequence whose tokens are all computed, and these sequences; then
-        those of the last token of chunks that others wait for (``watched``), and their sequences.
+    def forward(self, plan: Plan) -> tuple[Tensor, list[Sequence], list[Sequence]]:
+        """Logits [rows, vocabulary] of the last token of each sequence whose tokens are all computed, then of each chunk that
+        others wait for (``watched``); the sequences of the former, and of the latter.
 
         Marks the plan's tokens as cached. Nothing is marked when the model raises.
         """
-        batch, done = self._batch(plan)
+        batch, done, watched = self._batch(plan)
         with self._within:
             logits = self._compute(batch)
         for sequence in plan.decodes:
             sequence.cached += 1
         for sequence, size in plan.prefills:
             sequence.cached += size
-        return logits, done
+        return logits, done, watched
 
     def _await_layer(self, layer: int) -> None:
         """Return once a layer is there, as `AwaitLayer` does; the wait is counted."""
@@ -109,17 +110,16 @@ class Runner(ABC):
         finally:
             self.waited_s += time.monotonic() - began_s
 
-    def _batch(self, plan: Plan) -> tuple[StepBatch, list[Sequence]]:
-        decodes = plan.decodes
-        if len(decodes) > 1:
-            decodes.sort(key=_length, reverse=True)
-        ids = [sequence.tokens[-1] for sequence in decodes]
-        positions = [sequence.cached for sequence in decodes]
-        rows = [sequence.row for sequence in decodes]
-        wanted = list(range(len(decodes)))
-        done = list(decodes)
+    def _batch(self, plan: Plan) -> tuple[StepBatch, list[Sequence], list[Sequence]]:
+        done = sorted(plan.decodes, key=attrgetter("cached"), reverse=True)
+        decodes = len(done)
+        ids = [sequence.tokens[-1] for sequence in done]
+        positions = [sequence.cached for sequence in done]
+        rows = [sequence.row for sequence in done]
+        wanted = list(range(decodes))
         prefills: list[Prefill] = []
-        watched: list[tuple[int, Sequence]] = []
+        watched: list[Sequence] = []
+        watched_rows: list[int] = []
         for sequence, size in plan.prefills:
             first, last = sequence.cached, sequence.cached + size
             held = self._blocks.tables[sequence.row, : BlockManager.needed(last)].copy()
@@ -131,50 +131,51 @@ class Runner(ABC):
                 wanted.append(len(ids) - 1)
                 done.append(sequence)
             elif sequence.watched:
-                watched.append((len(ids) - 1, sequence))
-        wanted += [row for row, _ in watched]
-        done += [sequence for _, sequence in watched]
-        at = np.asarray(positions, dtype=np.int64)
-        slots = self._blocks.tables[rows, at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS
-        attention = AttentionBatch(self._pool, self._tensor(slots), self._groups(decodes, positions, rows), prefills)
+                watched.append(sequence)
+                watched_rows.append(len(ids) - 1)
+        wanted += watched_rows
+        at, of = _integers(positions), _integers(rows)
+        block, offset = np.divmod(at, BLOCK_TOKENS)
+        slots = self._blocks.tables[of, block] * BLOCK_TOKENS + offset
+        attention = AttentionBatch(self._pool, self._tensor(slots), self._groups(at[:decodes] + 1, of), prefills)
         batch = StepBatch(
-            ids=self._tensor(np.asarray(ids, dtype=np.int64)),
+            ids=self._tensor(_integers(ids)),
             positions=self._tensor(at),
             last_position=max(positions),
-            wanted=None if len(wanted) == len(ids) and not watched else self._tensor(np.asarray(wanted, dtype=np.int64)),
+            wanted=None if len(wanted) == len(ids) and not watched else self._tensor(_integers(wanted)),
             attention=attention,
         )
-        return batch, done
+        return batch, done, watched
 
     def _tensor(self, array: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
 
-    def _groups(self, decodes: list[Sequence], positions: list[int], rows: list[int]) -> list[DecodeGroup]:
+    def _groups(self, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[DecodeGroup]:
         """Decoding sequences, the longest first, cut where padding to the longest would cost more than a group of its own, and
         before they gather more than is kept for that."""
         groups: list[DecodeGroup] = []
+        widths = [BlockManager.needed(length) for length in lengths.tolist()]
         start = 0
-        while start < len(decodes):
-            width = BlockManager.needed(positions[start] + 1)
+        while start < len(widths):
+            width = widths[start]
             waste, end = 0, start + 1
-            last = min(len(decodes), start + max(1, self._most_blocks // width))
+            last = min(len(widths), start + max(1, self._most_blocks // width))
             while end < last:
-                waste += width - BlockManager.needed(positions[end] + 1)
+                waste += width - widths[end]
                 if waste > self._most_waste:
                     break
                 end += 1
             tables = self._blocks.tables[rows[start:end], :width].reshape(-1)
             run = _run(tables) if end == start + 1 else -1
-            lengths = [position + 1 for position in positions[start:end]]
-            groups.append(DecodeGroup(start, end, width, self._tensor(tables), lengths, run))
+            groups.append(DecodeGroup(start, end, width, self._tensor(tables), lengths[start:end], run))
             start = end
         return groups
+
+
+def _integers(numbers: list[int]) -> NDArray[np.int64]:
+    return np.array(numbers, dtype=np.int64)
 
 
 def _run(blocks: NDArray[np.int64]) -> int:
     """The first block where all lie in order, else -1."""
     return int(blocks[0]) if bool((np.diff(blocks) == 1).all()) else -1
-
-
-def _length(sequence: Sequence) -> int:
-    return sequence.cached

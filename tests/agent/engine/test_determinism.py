@@ -36,10 +36,10 @@ def record(engine: BatchEngine) -> dict[tuple[int, int], Tensor]:
     forward = runner.forward
 
     def watched(plan: Any) -> Any:
-        logits, sequences = forward(plan)
-        for row, sequence in zip(logits, sequences, strict=True):
+        logits, sequences, others = forward(plan)
+        for row, sequence in zip(logits, [*sequences, *others], strict=True):
             seen[sequence.attempt, sequence.position] = row.clone()
-        return logits, sequences
+        return logits, sequences, others
 
     runner.forward = watched
     return seen
