@@ -13,6 +13,7 @@ import os
 import pickle
 import platform
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -30,6 +31,8 @@ __all__ = ["SkeletonCache"]
 
 _KEPT: Final = 256
 """How many files stay; a model of 80 layers takes 200 KB."""
+_ABANDONED_S: Final = 60.0
+"""A file that is still being written after so long was left by a process that died; it takes milliseconds."""
 _WRITABLE_BY_OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
 _log = logging.getLogger(__name__)
 
@@ -82,13 +85,16 @@ class SkeletonCache:
                 new.unlink(missing_ok=True)
 
     def _prune(self) -> None:
-        """Those longest unused go."""
-        used = sorted(self._files(), reverse=True)
-        for _, path in used[_KEPT:]:
+        """Those longest unused go, and what nobody will finish."""
+        used = sorted(self._files("*.pickle"), reverse=True)
+        now = time.time()
+        left = [(at, path) for at, path in self._files("*.new") if at < now - _ABANDONED_S]
+        for _, path in (*used[_KEPT:], *left):
             path.unlink(missing_ok=True)
 
-    def _files(self) -> Iterator[tuple[float, Path]]:
-        for path in self._directory.glob("*.pickle"):
+    def _files(self, pattern: str) -> Iterator[tuple[float, Path]]:
+        """When each was last used, or written to."""
+        for path in self._directory.glob(pattern):
             with contextlib.suppress(FileNotFoundError):
                 yield path.stat().st_mtime, path
 

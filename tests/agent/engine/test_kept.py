@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,18 @@ def test_what_cannot_be_trusted_or_read_is_built_anew(tmp_path: Path, builds: li
     path.parent.chmod(0o700)
     cache.skeleton(manifest)
     assert len(builds) == 4
+
+
+def test_what_a_writer_that_died_has_left_is_swept(tmp_path: Path) -> None:
+    directory = tmp_path / "kept"
+    directory.mkdir(mode=0o700)
+    dead, alive = directory / "a.1.new", directory / "a.2.new"
+    dead.write_bytes(b"half")
+    alive.write_bytes(b"half")
+    os.utime(dead, (0, 0))
+    SkeletonCache(directory).skeleton(manifest_of(make_model("llama")))
+    assert sorted(path.suffix for path in directory.iterdir()) == [".new", ".pickle"]
+    assert alive.exists(), "another is just writing it"
 
 
 def test_a_full_disk_keeps_nothing_and_harms_nothing(tmp_path: Path, builds: list[str]) -> None:
