@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from agent.engine.attention import KvPool, LayerAttention
-from agent.engine.blocks import BlockManager
+from agent.engine.blocks import BLOCK_TOKENS, BlockManager
 from agent.engine.products import ROWS, Product, Ways, ways_of
 from agent.engine.runner import AwaitLayer, Runner, StepBatch, all_there
 from agent.engine.weights import fused_view
 from schema.errors import InvalidCheckpoint
+from schema.memory import ROTARY_BLOCK
 
 __all__ = ["NATIVE", "NativeRunner", "is_native"]
 
@@ -30,8 +31,6 @@ NATIVE: Final = frozenset({"cwm", "llama", "ministral", "mistral", "qwen2", "qwe
 _WINDOW_IN_CONFIG: Final = frozenset({"mistral"})
 """Those whose layers all take the config's sliding window. Any other's layer says itself whether it has one: a config may carry
 a window that its model knows nothing of."""
-
-_ROTARY_BLOCK: Final = 256
 
 
 def is_native(model: nn.Module) -> bool:
@@ -81,7 +80,7 @@ class NativeRunner(Runner):
         self._config, self._modules, self._head_module = config, list(inner.layers), source.lm_head
         self._layers: list[_Layer] = []
         self._head: Product | None = None
-        self._rotary = _Rotary(inner.rotary_emb, self._embedding.dtype)
+        self._rotary = _Rotary(inner.rotary_emb, self._embedding.dtype, blocks.tables.shape[1] * BLOCK_TOKENS)
         self._activation: Callable[[Tensor], Tensor] = inner.layers[0].mlp.act_fn
         self._in_place = isinstance(self._activation, nn.SiLU)
         self._kv_heads, self._head_dim = pool.kv_heads, pool.head_dim
@@ -161,12 +160,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class _Rotary:
-    """Cosines and sines by position, from the skeleton's own frequencies, made in blocks when first needed.
+    """Cosines and sines by position, from the skeleton's own frequencies, made in blocks when first needed, of no more than
+    ``most`` positions, rounded up to a block.
 
     The sines of the first half are negated, so that x cos + swap(x) sin turns a head.
     """
 
-    def __init__(self, module: Any, dtype: torch.dtype) -> None:
+    def __init__(self, module: Any, dtype: torch.dtype, most: int) -> None:
+        self._most = most
         self._inverse: Tensor = module.inv_freq.float()
         self._scaling = float(module.attention_scaling)
         self._dtype = dtype
@@ -176,13 +177,13 @@ class _Rotary:
         """[tokens, 1, head_dim] each."""
         known = self._cos.shape[0]
         if last >= known:
-            starts = range(known, max(last + 1, 2 * known), _ROTARY_BLOCK)
+            starts = range(known, max(last + 1, min(2 * known, self._most)), ROTARY_BLOCK)
             cos, sin = zip(*(self._block(start) for start in starts), strict=True)
             self._cos, self._sin = torch.cat((self._cos, *cos)), torch.cat((self._sin, *sin))
         return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
 
     def _block(self, start: int) -> tuple[Tensor, Tensor]:
-        at = torch.arange(start, start + _ROTARY_BLOCK, device=self._inverse.device, dtype=torch.float32)
+        at = torch.arange(start, start + ROTARY_BLOCK, device=self._inverse.device, dtype=torch.float32)
         angles = at.unsqueeze(1) * self._inverse
         cos, sin = angles.cos() * self._scaling, angles.sin() * self._scaling
         return tuple(torch.cat(halves, dim=1).to(self._dtype).unsqueeze(1) for halves in ((cos, cos), (-sin, sin)))  # type: ignore[return-value]

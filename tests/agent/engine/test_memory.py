@@ -6,6 +6,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_iter
 
 from agent.engine import memory
 from agent.engine.build import build_engine
-from agent.engine.memory import free_bytes, plan_memory
+from agent.engine.memory import free_bytes, plan_memory, step_costs
 from schema.errors import OutOfSpace
 from schema.link import EngineOptions
 from schema.memory import GATHERED_BYTES
@@ -67,6 +68,24 @@ def test_no_step_takes_more_than_was_planned(name: str, shared: int) -> None:
         most = max(most, peak.most)
     gathered = plan.blocks * plan.block_bytes // manifest.kv.layers
     assert 0 < most <= plan.activation_bytes - gathered + plan.logits_bytes
+
+
+def test_tables_of_rotary_angles_are_planned_up_to_the_longest_context() -> None:
+    model = make_model("llama")
+    manifest = msgspec.structs.replace(manifest_of(model), max_context_tokens=2048)
+    options = kv_options(manifest, 1600, concurrency=1)
+    runner: Any = build_engine(manifest, tensors_of(model), options)._runner
+    alone = msgspec.structs.replace(step_costs(model, manifest), token_bytes=0, layer_kv_bytes=0)
+    planned = alone.activation_bytes(sequences=1, context_tokens=2048, kv_tokens=1600, prefill_tokens=0)
+    held = 0
+    for last in (0, 1100, 1599):
+        with Peak() as peak:
+            cos, sin = runner._rotary.at(torch.tensor([last]), last)
+        assert held + peak.most <= planned
+        held = runner._rotary._cos.nbytes + runner._rotary._sin.nbytes
+        angles = runner._rotary._inverse * last
+        assert torch.equal(cos[0, 0], torch.cat((angles, angles)).cos())
+        assert torch.equal(sin[0, 0], torch.cat((-angles.sin(), angles.sin())))
 
 
 def test_memory_that_cannot_be_had_is_told_with_its_parts() -> None:
