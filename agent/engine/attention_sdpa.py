@@ -6,6 +6,8 @@ rows of one product, so that keys and values are never repeated.
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -14,6 +16,11 @@ from agent.engine.attention import AttentionBatch, DecodeGroup, KvPool, LayerAtt
 from schema.memory import GATHERED_BYTES, SCORES_AT_ONCE
 
 __all__ = ["SdpaAttention", "attend_rows"]
+
+
+_ROWS_TOGETHER: Final = 64
+"""Of a short chunk, so many queries that share a KV head attend as rows of one product, which reads keys and values once; of a
+long one it would only make masks larger."""
 
 
 class SdpaAttention:
@@ -52,9 +59,12 @@ class SdpaAttention:
         else:
             stored = fresh[chunk.start : chunk.end].transpose(0, 1)
         rows = query[chunk.start : chunk.end].view(size, kv_heads, heads // kv_heads, pool.head_dim).permute(1, 2, 0, 3)
+        mask = chunk.mask(how.window, query.dtype)
+        group = rows.shape[1]
+        if how.fused and mask is not None and group * size <= _ROWS_TOGETHER:
+            rows, mask = rows.reshape(kv_heads, 1, group * size, pool.head_dim), mask.repeat(group, 1)
         shape = (*rows.shape[:2], stored.shape[1], pool.head_dim)
         keys, values = (part.unsqueeze(1).expand(shape) for part in (stored[:kv_heads], stored[kv_heads:]))
-        mask = chunk.mask(how.window, query.dtype)
         most = size if how.fused else max(1, SCORES_AT_ONCE // (heads * stored.shape[1]))
         if most >= size:
             out = attend_rows(rows, keys, values, mask, how, causal=True)
@@ -64,7 +74,7 @@ class SdpaAttention:
                 attend_rows(rows[:, :, at : at + most], keys, values, whole[at : at + most], how) for at in range(0, size, most)
             ]
             out = torch.cat(pieces, dim=2)
-        return out.flatten(0, 1).transpose(0, 1)
+        return out.reshape(heads, size, pool.head_dim).transpose(0, 1).contiguous()
 
     def _read(self, layer: Tensor, blocks: Tensor, run: int) -> Tensor:
         """Blocks in their order: where they lie if ``run`` says so, else gathered."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from agent.engine import attention_sdpa
 from agent.engine.build import build_engine, can_follow
 from agent.engine.skeleton import build_skeleton
 from agent.engine.weights import fused_view
@@ -17,7 +18,7 @@ from schema.checkpoint import Manifest, Partition, TensorEntry
 from tests.agent.engine.coming import ComingWeights
 from tests.agent.engine.models import CONFIGS, kv_options, make_model, manifest_of, submit_of, tensors_of
 from tests.agent.engine.test_determinism import record
-from tests.agent.engine.test_engine import drive, prompts
+from tests.agent.engine.test_engine import drive, prompts, reference
 
 
 def fused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -160,3 +161,16 @@ def test_only_what_reads_its_weights_in_their_order_follows_them() -> None:
     other = manifest_of(make_model("gpt2"))
     assert can_follow(build_skeleton(other), *listed(other, [*names[1:], names[0]])), "modules wait for what they hold"
     assert not can_follow(build_skeleton(other), *listed(other, names, "F16"))
+
+
+@pytest.mark.parametrize("together", [0, 1 << 20])
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+def test_chunks_attend_alike_by_head_and_with_their_heads_together(
+    name: str, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_sdpa, "_ROWS_TOGETHER", together)
+    model = make_model(name)
+    manifest = manifest_of(model)
+    prompt = [(3 * at * at + at) % 60 for at in range(90)]
+    engine = build_engine(manifest, tensors_of(model), kv_options(manifest, 256), prefill_tokens=20)
+    assert drive(engine, [submit_of(1, prompt, 12)]).tokens[1] == reference(model, prompt, 12)
