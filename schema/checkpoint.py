@@ -202,16 +202,23 @@ def tensor_bytes(dtype: str, shape: Iterable[int]) -> int | None:
     return None if over else bytes_
 
 
-def content_digest(tensors: Iterable[tuple[str, str, tuple[int, ...], bytes]], config: dict[str, Any]) -> str:
-    """The checkpoint's name: sha256 over each tensor's (name, dtype, shape, sha256 of its bytes) by name, and the config.
+def content_digest(
+    tensors: Iterable[tuple[str, str, tuple[int, ...], bytes]],
+    config: dict[str, Any],
+    assets: Iterable[AssetEntry],
+    defaults: TextDefaults,
+) -> str:
+    """The checkpoint's name: sha256 over each tensor's (name, dtype, shape, sha256 of its bytes) by name, the config, and the
+    text side: its files, as they are kept, and defaults.
 
-    Independent of shards, order and layout; a fine-tune differs from its base although their headers agree.
-    Tied tensors enter under every name they have.
+    Independent of shards, order and layout; a fine-tune differs from its base although their headers agree, and so do the
+    same weights with another tokenizer or chat template. Tied tensors enter under every name they have.
     """
-    digest = hashlib.sha256(b"sllm-checkpoint-1\0")
+    digest = hashlib.sha256(b"sllm-checkpoint-2\0")
     for name, dtype, shape, sha256 in sorted(tensors):
         digest.update(msgspec.msgpack.encode((name, dtype, list(shape), sha256)))
-    digest.update(msgspec.json.encode(config, order="deterministic"))
+    files = sorted((asset.file, asset.sha256) for asset in assets)
+    digest.update(msgspec.json.encode((config, files, defaults), order="deterministic"))
     return digest.hexdigest()
 
 

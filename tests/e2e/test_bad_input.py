@@ -181,7 +181,7 @@ def test_a_hostile_directory_is_refused_by_name_and_leaves_nothing(
 
 
 def test_a_template_that_loops_fails_its_own_requests_only(standing: Cluster, tmp_path: Path) -> None:
-    source = make_llama_dir(tmp_path / "model", seed=5)
+    source = make_llama_dir(tmp_path / "model")
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     (source / "chat_template.jinja").write_text(loop)
     standing.add_model("loops", source)

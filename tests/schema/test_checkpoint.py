@@ -10,6 +10,7 @@ import pytest
 from schema.checkpoint import (
     FORMAT_VERSION,
     INDEX_FILE,
+    AssetEntry,
     KvGeometry,
     Manifest,
     Partition,
@@ -121,13 +122,16 @@ def test_threads_may_be_the_first_to_decode_one_together() -> None:
     subprocess.run([sys.executable, "-c", RACE], input=encode_manifest(manifest()), check=True, timeout=60)
 
 
-def test_the_digest_knows_bytes_and_config_but_not_order() -> None:
-    def digest(*tensors: tuple[str, bytes], config: Plain | None = None) -> str:
+def test_the_digest_knows_bytes_config_and_text_but_not_order() -> None:
+    def digest(*tensors: tuple[str, bytes], config: Plain | None = None, text: str = "", eos: int = 1) -> str:
         entries = [(name, "F32", (1,), hashlib.sha256(data).digest()) for name, data in tensors]
-        return content_digest(entries, config or {"layers": 1})
+        assets = [AssetEntry("tokenizer.json", 1, "00"), AssetEntry("chat_template.jinja", len(text), text)]
+        return content_digest(entries, config or {"layers": 1}, assets, TextDefaults(stop_token_ids=(eos,)))
 
     base = digest(("a", b"1"), ("b", b"2"))
     assert base == digest(("b", b"2"), ("a", b"1"))
     assert base != digest(("a", b"1"), ("b", b"3"))
     assert base != digest(("a", b"2"), ("b", b"1"))
     assert base != digest(("a", b"1"), ("b", b"2"), config={"layers": 2})
+    assert base != digest(("a", b"1"), ("b", b"2"), text="another")
+    assert base != digest(("a", b"1"), ("b", b"2"), eos=2)

@@ -16,7 +16,7 @@ from agent.store.index import encode_index, read_index
 from agent.store.ingest.files import SourceDirectory
 from agent.store.ingest.headers import Sources, SourceTensor, parse_json
 from agent.store.ingest.inplace import sum_files
-from agent.store.ingest.model import ModelFacts, check_runnable, read_facts
+from agent.store.ingest.model import check_runnable, read_facts
 from agent.store.ingest.order import execution_key, find_ties
 from agent.store.ingest.text import read_text_side, write_assets
 from agent.store.ingest.writer import CHUNK_BYTES, same_bytes, write_partition
@@ -102,9 +102,10 @@ def convert(
                 resumed=resumed,
             )
             partitions, entries, sha256 = (written.partition,), written.tensors, written.sha256
+        assets = write_assets(text, new)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
-            digest=_digest(entries, sha256, ties, facts),
+            digest=content_digest(_named(entries, sha256, ties), facts.config, assets, text.defaults),
             layout=layout,
             architecture=facts.architecture,
             parameters=sum(_elements(tensor) for tensor in stored),
@@ -119,7 +120,7 @@ def convert(
             kv=facts.kv,
             config=config,
             text=text.defaults,
-            assets=(*write_assets(text, new), _write_index(entries, new)),
+            assets=(*assets, _write_index(entries, new)),
         )
         data = encode_manifest(manifest)
         read_index(new, decode_manifest(data))  # what cannot be read back must never be committed
@@ -135,10 +136,12 @@ def _clear(new: Path) -> None:
             child.unlink()
 
 
-def _digest(tensors: Iterable[TensorEntry], sha256: Mapping[str, bytes], ties: Mapping[str, str], facts: ModelFacts) -> str:
+def _named(
+    tensors: Iterable[TensorEntry], sha256: Mapping[str, bytes], ties: Mapping[str, str]
+) -> list[tuple[str, str, tuple[int, ...], bytes]]:
+    """Name, dtype, shape and hash of every tensor, tied ones under each of their names."""
     entries = {entry.name: (entry.dtype, entry.shape, sha256[entry.name]) for entry in tensors}
-    named = [(name, *entry) for name, entry in entries.items()] + [(alias, *entries[name]) for alias, name in ties.items()]
-    return content_digest(named, facts.config)
+    return [(name, *entry) for name, entry in entries.items()] + [(alias, *entries[name]) for alias, name in ties.items()]
 
 
 def _write_index(tensors: Sequence[TensorEntry], directory: Path) -> AssetEntry:

@@ -131,6 +131,19 @@ def test_digest_is_of_the_content_alone(tmp_path: Path) -> None:
     assert len({one.digest, tuned.digest, longer.digest}) == 3
 
 
+def test_the_same_weights_with_another_text_side_are_another_checkpoint(tmp_path: Path) -> None:
+    source = make_llama_dir(tmp_path / "m")
+    plain, _ = ingest(source, tmp_path)
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    templated, directory = ingest(source, tmp_path)
+    assert (directory / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+    (source / "generation_config.json").write_text('{"temperature": 0.25}')
+    cooler, _ = ingest(source, tmp_path)
+    assert cooler.text.temperature == 0.25
+    assert len({plain.digest, templated.digest, cooler.digest}) == 3
+    assert plain.partitions == templated.partitions == cooler.partitions
+
+
 def test_what_is_there_is_not_rewritten_unless_it_is_bad(tmp_path: Path) -> None:
     source = make_llama_dir(tmp_path / "m")
     _, directory = ingest(source, tmp_path)
