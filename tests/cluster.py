@@ -12,7 +12,6 @@ import os
 import shutil
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -48,9 +47,6 @@ class Cluster:
         if like is not None:
             shutil.copytree(like.directory / "state", self.directory / "state")
             shutil.copytree(like.directory / "data", self.directory / "data", ignore=shutil.ignore_patterns("log"))
-            with contextlib.closing(sqlite3.connect(self.directory / "state" / "state.db")) as database, database:
-                moved = str(like.directory), str(self.directory)
-                database.execute("UPDATE nodes SET address = replace(address, ?, ?)", moved)
         self.entry = entry
         self.config = self.directory / "config.toml"
         self.config.write_text(

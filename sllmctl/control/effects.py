@@ -78,7 +78,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class AddNode:
-    """A node that the configuration or an operator names; known ones are left as they are."""
+    """A node that the configuration or an operator names; of a known one the address may be another."""
 
     node: str
     name: str

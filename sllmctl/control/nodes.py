@@ -22,8 +22,13 @@ def move(turn: Turn, node: Node, state: NodeState) -> None:
 
 
 def add(turn: Turn, event: AddNode) -> None:
-    """Name a node and dial it; a known one is left as it is."""
-    if event.node in turn.view.nodes:
+    """Name a node and dial it; a known one is dialled where it is now."""
+    if (known := turn.view.nodes.get(event.node)) is not None:
+        if known.address != event.address:
+            known.address = event.address
+            turn.put_node(known)
+            turn.event("node", known.name, "Moved", f"to {known.address}")
+            turn.do(Connect(known.id, known.address))
         return
     if turn.view.node_named(event.name) is not None:
         turn.do(Log("error", f"node {event.node} is not added: another node is named {event.name!r}"))

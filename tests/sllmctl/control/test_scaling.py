@@ -168,6 +168,16 @@ def test_a_joining_node_that_lacks_it_does_not(make_world: MakeWorld) -> None:
     assert "1 node without the checkpoint" in world.rejected[-1].fault.message
 
 
+def test_a_node_whose_address_is_another_now_is_dialled_there(world: World) -> None:
+    world.do(AddNode("local", "local", "unix:/run/elsewhere"))
+    assert world.view.nodes["local"].address == "unix:/run/elsewhere"
+    assert world.reasons("node").count("Moved") == 1
+    world.do(AddNode("local", "local", "unix:/run/elsewhere"))
+    assert world.reasons("node").count("Moved") == 1
+    world.start_manager()
+    assert world.view.nodes["local"].address == "unix:/run/elsewhere", "it is written down"
+
+
 def test_a_restarted_manager_starts_what_is_missing(world: World) -> None:
     world.serve(spec(least=1))
     world.agents["local"].lives.clear()
