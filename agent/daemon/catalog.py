@@ -110,16 +110,18 @@ class Checkpoints:
         return lies and not any(asset in reason for asset in assets)
 
     async def remove(self, digest: str) -> None:
-        """Take it from the disk for good. Raises NotFound, SllmError."""
-        entry = self._entries.pop(digest, None) or self._damaged.pop(digest, None)
-        if entry is None:
+        """Take it from the disk for good, in every layout. Raises NotFound, SllmError."""
+        copy: CatalogEntry | DamagedCopy | None = self._entries.pop(digest, None) or self._damaged.pop(digest, None)
+        if copy is None:
             raise NotFound(f"checkpoint {digest} is not on this node's disk")
-        try:
-            await asyncio.to_thread(catalog.remove, entry)
-        except OSError as error:
-            raise SllmError(f"cannot remove {entry.directory}: {error.strerror}") from error
-        finally:
-            await self.scan()
+        while copy is not None:
+            try:
+                await asyncio.to_thread(catalog.remove, copy)
+            except OSError as error:
+                raise SllmError(f"cannot remove {copy.directory}: {error.strerror}") from error
+            finally:
+                await self.scan()
+            copy = self._entries.get(digest) or self._damaged.get(digest)
 
     def truth(self, digest: str) -> CheckpointTruth:
         """Where a checkpoint lies on this node now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
 from pathlib import Path
 
@@ -157,6 +158,19 @@ async def test_loads_and_drops_of_what_is_not_here_are_refused(node: Node, diges
         assert answer.fault is not None
         codes[answer.op] = answer.fault.code
     assert codes == {"op_1": "not_found", "op_2": "not_found", "op_3": "invalid_input"}
+
+
+async def test_a_drop_takes_every_layout_from_the_disk(node: Node) -> None:
+    layouts = node.config.checkpoints_path / DIGEST
+    for name in ("l2", "l3"):
+        shutil.copytree(layouts / "l1", layouts / name)
+        manifest = decode_manifest((layouts / name / "manifest.json").read_bytes())
+        (layouts / name / "manifest.json").write_bytes(encode_manifest(msgspec.structs.replace(manifest, layout=name)))
+    (layouts / "l3" / "manifest.json").write_text("damaged")
+    manager = await node.manager()
+    manager.send(DropCheckpoint(op="op_1", digest=DIGEST, tier=Tier.DISK))
+    assert (await manager.take(OperationDone)).fault is None
+    assert not layouts.exists()
 
 
 async def test_what_is_used_is_not_dropped_and_what_is_not_is(node: Node) -> None:
