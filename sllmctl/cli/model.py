@@ -132,7 +132,8 @@ def add(
         admin.ask(client.add_model(spec, deploy=deploy))
         if wait or deploy:
             wait_for(admin, name, "ready" if wait and deploy else "ingested", patience)
-    note(f"model {name} is {'deployed' if deploy else 'added' if wait else 'being ingested; see `sllmctl model show {name}`'}")
+    done = "deployed" if deploy else "added" if wait else f"being ingested; see `sllmctl model show {name}`"
+    note(f"model {name} is {done}")
 
 
 @command.command("deploy")

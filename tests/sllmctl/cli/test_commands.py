@@ -226,6 +226,12 @@ def test_what_a_source_means(
     assert manager.asked[0][2]["source"] == expected
 
 
+def test_a_model_that_is_added_is_named_with_where_to_look(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    manager.answer("POST models", 201, MODELS[2])
+    said = sllmctl("model", "add", "new", "org/name")
+    assert said.err == "model new is being ingested; see `sllmctl model show new`\n"
+
+
 def test_scaling_keeps_what_is_not_given(sllmctl: Sllmctl, manager: FakeManager) -> None:
     manager.answer("POST models/qwen/deploy", 200, MODELS[0])
     assert sllmctl("model", "scale", "qwen", "--min", "1", "--keep-alive", "9").code == 0
