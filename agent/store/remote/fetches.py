@@ -252,13 +252,15 @@ class Fetches:
         return True
 
     def _tell_coming(self, fetch: _Fetch) -> None:
+        if not (waiting := fetch.ops.keys() - fetch.told):
+            return
         assert fetch.fetch is not None
+        digest, layout = fetch.digest, fetch.manifest.layout
         directory = str(fetch.fetch.directory.relative_to(self._data))
-        in_memory = self._store.has_sound(fetch.digest) or self._store.fills(fetch.digest)
-        for op in fetch.ops.keys() - fetch.told:
-            fetch.told.add(op)
-            layout = fetch.manifest.layout
-            self._listener.coming(Fetching(op=op, digest=fetch.digest, layout=layout, directory=directory, in_memory=in_memory))
+        in_memory = self._store.has_sound(digest) or self._store.fills(digest)
+        fetch.told |= waiting
+        for op in waiting:
+            self._listener.coming(Fetching(op=op, digest=digest, layout=layout, directory=directory, in_memory=in_memory))
 
     def _start(self) -> None:
         """Begin what does not have to wait until an earlier fetch of the same checkpoint, given up, lets go of the disk."""
