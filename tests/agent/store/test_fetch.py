@@ -27,13 +27,12 @@ from tests.agent.store.fetching import (
     FetchBench,
     assert_there,
     changed,
-    make_source,
     open_files,
     rewrite,
     spoil,
 )
 from tests.agent.store.images import CHUNK, commit, read_image
-from tests.remotes import WebServer, cut, web_server
+from tests.remotes import WebServer, cut
 
 
 @pytest.fixture
@@ -42,17 +41,6 @@ def bench(tmp_path: Path) -> Iterator[FetchBench]:
     yield bench
     bench.close()
     assert not [name for name in open_files() if name.startswith(str(bench.data))], "descriptors have leaked"
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> tuple[str, Path, bytes]:
-    return make_source(tmp_path / "remote")
-
-
-@pytest.fixture
-def web(tmp_path: Path, source: tuple[str, Path, bytes]) -> Iterator[WebServer]:
-    with web_server(tmp_path / "remote") as server:
-        yield server
 
 
 def test_to_the_disk_alone(bench: FetchBench, source: tuple[str, Path, bytes], web: WebServer) -> None:

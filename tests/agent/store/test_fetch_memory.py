@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,9 @@ from agent.store.remote.partial import Partial
 from schema.checkpoint import decode_manifest
 from schema.errors import SllmError
 from schema.link import Arriving, Fetching
-from tests.agent.store.fetching import SETTINGS, FetchBench, assert_there, changed, make_source, rewrite
+from tests.agent.store.fetching import SETTINGS, FetchBench, assert_there, changed, rewrite
 from tests.agent.store.images import CHUNK, read_image
 from tests.remotes import WebServer, web_server
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> tuple[str, Path, bytes]:
-    return make_source(tmp_path / "remote")
-
-
-@pytest.fixture
-def web(tmp_path: Path, source: tuple[str, Path, bytes]) -> Iterator[WebServer]:
-    with web_server(tmp_path / "remote") as server:
-        yield server
 
 
 def refuse(handler: Any, path: str, _: int) -> bool:
