@@ -162,20 +162,22 @@ class Lives:
                 self._not_loaded(life, answer)
                 return
             if isinstance(answer, OnDevice):
-                life.weights, source, size = answer.weights[0], answer.source, answer.weights[0].image_bytes
+                life.weights, source, image_bytes = answer.weights[0], answer.source, answer.weights[0].image_bytes
             else:
-                life.resident, source, size = answer, Tier.DISK if answer.read_bytes else Tier.DRAM, answer.image_bytes
-            if life.fetch and not life.phases.load_s:
+                life.resident, image_bytes = answer, answer.image_bytes
+                source = Tier.DISK if answer.read_bytes else Tier.DRAM
+            if life.fetch:
                 self._fetched(life)
-            if not life.phases.load_s:
-                load_s = time.monotonic() - life.begun
+            elif not life.phases.load_s:
                 life.phases = msgspec.structs.replace(
-                    life.phases, load_s=load_s, loaded_from=source, loaded_bytes=answer.read_bytes
+                    life.phases,
+                    load_s=time.monotonic() - life.begun,
+                    loaded_from=source,
+                    loaded_bytes=answer.read_bytes,
                 )
-            elif life.phases.loaded_from is Tier.REMOTE:
-                # What lay in memory before, thanks to another start that fetches, did not come for this one.
-                size = answer.read_bytes if life.fetch else size
-                life.phases = msgspec.structs.replace(life.phases, loaded_bytes=size)
+            if life.phases.loaded_from is Tier.REMOTE:
+                came = 0 if life.lay_there else image_bytes
+                life.phases = msgspec.structs.replace(life.phases, loaded_bytes=came)
             self._expect_attach(life)
 
         def progressed(progress: Progress) -> None:
@@ -222,14 +224,14 @@ class Lives:
                 self._fail(life, Fault.of(NotFound(f"checkpoint {digest} was fetched and is gone again")))
                 return
             self._roster.put(life.entry())
-            if not life.phases.load_s:
-                self._fetched(life)
+            self._fetched(life)
             self._go_on(life, fill=True)
 
         def progressed(progress: Progress) -> None:
             self._owner.instance_progress(msgspec.structs.replace(progress, op=life.start.instance))
 
         life.fetch = f"fetch {life.user}"
+        life.lay_there = digest in self._store.residents
         users = self._store.holds.count(digest)
         devices = life.start.devices if self._on_device(life) else ()
         asked = FetchStored(
@@ -252,8 +254,9 @@ class Lives:
         self._fail(life, fault)
 
     def _fetched(self, life: Life) -> None:
-        load_s = time.monotonic() - life.begun
-        life.phases = msgspec.structs.replace(life.phases, load_s=load_s, loaded_from=Tier.REMOTE)
+        if not life.phases.load_s:
+            load_s = time.monotonic() - life.begun
+            life.phases = msgspec.structs.replace(life.phases, load_s=load_s, loaded_from=Tier.REMOTE)
 
     def _ask_worker(self, life: Life) -> None:
         """Let the worker, if it is there, build its model; and give it its weights, if those are."""
