@@ -7,11 +7,11 @@ from typing import Any, Final
 from schema.errors import InvalidInput
 from schema.spec import parse_spec
 
-__all__ = ["faults_of"]
+__all__ = ["STAND_INS", "faults_of"]
 
 _MOST: Final = 20
 """So many are told of one spec; each takes another look at all of it."""
-_REQUIRED: Final[dict[str, Any]] = {"name": "name", "source": {"kind": "path", "path": "/"}}
+STAND_INS: Final[dict[str, Any]] = {"name": "name", "source": {"kind": "path", "path": "/"}}
 """What stands in for a key that cannot be left out."""
 
 
@@ -26,7 +26,7 @@ def faults_of(value: dict[str, Any]) -> list[InvalidInput]:
             found.append(error)
             key = error.param or ""
             needed = key.partition(".")[0]
-            before, rest = rest, rest | {needed: _REQUIRED[needed]} if needed in _REQUIRED else _without(rest, key)
+            before, rest = rest, rest | {needed: STAND_INS[needed]} if needed in STAND_INS else _without(rest, key)
             if rest == before:
                 break
         else:

@@ -11,12 +11,14 @@ from typing import Any, Final
 from schema.errors import InvalidInput
 from schema.spec import ModelSpec, parse_spec
 from sllmctl.specs import foreign
-from sllmctl.specs.faults import faults_of
+from sllmctl.specs.faults import STAND_INS, faults_of
 from sllmctl.specs.nodes import MOST_BYTES, Document, Problem, read_documents
+from sllmctl.specs.words import source_in_word
 
 __all__ = ["Entry", "InvalidSpecs", "read_specs"]
 
 _ENDINGS: Final = (".yaml", ".yml", ".json")
+_STDIN: Final = "<stdin>"
 
 
 class InvalidSpecs(InvalidInput):
@@ -68,7 +70,7 @@ def _contents(names: Iterable[str], problems: list[str]) -> Iterator[tuple[str, 
     for name in names:
         try:
             if name == "-":
-                yield "<stdin>", sys.stdin.buffer.read(MOST_BYTES + 1)
+                yield _STDIN, sys.stdin.buffer.read(MOST_BYTES + 1)
             elif Path(name).is_dir():
                 found = sorted(path for path in Path(name).iterdir() if path.suffix in _ENDINGS and path.is_file())
                 if not found:
@@ -126,7 +128,15 @@ def _entry(name: str, document: Document) -> Entry:
             raise _problem(document, error, keys) from error
         notes = [f"{name}:{document.line_of(key)}: {key}: {why}" for key, why in translated.unused]
         value, keys = translated.spec, translated.keys
-    if wrong := faults_of(value):
+    wrong: list[InvalidInput] = []
+    if isinstance(word := value.get("source"), str):
+        try:
+            value = value | {"source": source_in_word(word, Path() if name == _STDIN else Path(name).parent)}
+        except InvalidInput as error:
+            wrong.append(error)
+            value = value | {"source": STAND_INS["source"]}
+    wrong += faults_of(value)
+    if wrong:
         raise _Problems(_problem(document, error, keys) for error in wrong)
     return Entry(parse_spec(value), name, document, tuple(notes), keys)
 

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from schema.spec import ModelSpec
+from sllmctl.specs.words import WORD_SCHEMA
 
 __all__ = ["file_schema", "schema_text"]
 
@@ -20,6 +21,7 @@ _DRAFT = "http://json-schema.org/draft-07/schema#"
 def file_schema() -> dict[str, Any]:
     """One spec, or a list of them, as a document of a file may be."""
     (reference,), parts = msgspec.json.schema_components([ModelSpec], ref_template="#/definitions/{name}")
+    parts["ModelSpec"]["properties"]["source"]["anyOf"].append(WORD_SCHEMA)
     return {
         "$schema": _DRAFT,
         "title": "Model specs of sllmctl",

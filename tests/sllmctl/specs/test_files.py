@@ -66,6 +66,33 @@ def test_a_directory_gives_its_files_in_order(tmp_path: Path) -> None:
     assert [entry.spec.name for entry in read_specs([str(tmp_path)])] == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    ("word", "source"),
+    [
+        ("/models/a", PathSource("/models/a")),
+        ("gpu1:/models/a", PathSource("/models/a", "gpu1")),
+        ("Qwen/Qwen3-0.6B", HubSource("Qwen/Qwen3-0.6B")),
+        ("Qwen/Qwen3-0.6B@v1/x", HubSource("Qwen/Qwen3-0.6B", "v1/x")),
+        ("https://models.example/a", UrlSource("https://models.example/a")),
+    ],
+)
+def test_a_source_may_be_a_word(tmp_path: Path, word: str, source: object) -> None:
+    (tmp_path / "a.yaml").write_text(f"name: a\nsource: {word}\n")
+    (entry,) = read_specs([str(tmp_path / "a.yaml")])
+    assert entry.spec.source == source
+
+
+def test_a_directory_in_a_word_is_looked_for_from_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "specs").mkdir()
+    models = "- {name: a, source: ./a}\n- {name: b, source: ../b/c}\n- {name: c, source: .}\n"
+    (tmp_path / "specs" / "a.yaml").write_text(models)
+    monkeypatch.chdir(tmp_path)
+    entries = read_specs(["specs/a.yaml"])
+    assert [entry.spec.source for entry in entries] == [
+        PathSource(f"{tmp_path}/specs/a"), PathSource(f"{tmp_path}/b/c"), PathSource(f"{tmp_path}/specs"),
+    ]  # fmt: skip
+
+
 def test_what_is_written_out_reads_back_as_it_was(tmp_path: Path) -> None:
     spec = ModelSpec(
         name="a", source=PathSource("/m\t\U0001f600", "gpu1", True), devices=2,
@@ -101,6 +128,9 @@ def test_what_is_written_out_reads_back_as_it_was(tmp_path: Path) -> None:
         ("name: a\nsource: {kind: hub, repo: justaname}\n", "2: source.repo: expected ORGANISATION/NAME"),
         ("name: a\nsource: {kind: ftp, url: x}\n", "2: source.kind: expected one of path, hub, url"),
         ("name: a\nsource: {path: /m}\n", "2: source.kind: it is missing"),
+        ("name: a\nsource: ~/m\n", "2: source: '~/m' is none; it is /PATH, ./PATH, "),
+        ("name: a\nsource: [/m]\n", "2: source: expected object, got array"),
+        ("name: a\nsource: http://u:secret@h/m\n", "2: source: the URL of a remote has no user"),
         ("name: a\nsource: {kind: url, url: 'http://u:secret@h/m'}\n", "2: source.url: the URL of a remote has no user"),
         ('name: "a\\n"\nsource: {kind: path, path: /m}\n', "1: name: expected 1 to 63 letters"),
         ("name: 12\nsource: {kind: path, path: /m}\n", "1: name: expected str, got int 12"),
@@ -137,7 +167,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     ]
     text = "source: hub\nscale: []\nengine:\n  threads: two\n  thread: 2\nscal: 1\ncold_start_timeout_s: soon\n"
     assert _said(tmp_path, text) == [
-        "models.yaml:1: source: expected object, got str 'hub'",
+        "models.yaml:1: source: 'hub' is none; it is /PATH, ./PATH, NODE:/PATH, ORGANISATION/NAME of a hub, or https://HOST/PATH",
         "models.yaml:1: name: it is missing",
         "models.yaml:2: scale: expected object, got array",
         "models.yaml:4: engine.threads: expected int | null, got str 'two'",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import schema
 from schema.errors import InvalidInput
 from schema.spec import parse_spec
+from sllmctl.specs.files import read_specs
 from sllmctl.specs.published import file_schema, schema_text
 
 _PUBLISHED = Path(schema.__file__).parent / "model-spec.schema.json"
@@ -38,7 +40,6 @@ _BAD: list[Any] = [
     _SPEC | {"name": "a/b"},
     _SPEC | {"name": "A" * 64},
     _SPEC | {"name": 1},
-    _SPEC | {"source": "Qwen/Qwen3-0.6B"},
     _SPEC | {"source": {"path": "/m"}},
     _SPEC | {"source": {"kind": "ftp", "path": "/m"}},
     _SPEC | {"source": {"kind": "path", "path": "m"}},
@@ -75,6 +76,9 @@ _UNSAID = [
 ]
 """What a schema cannot say, or (line breaks) validators in Python do not hear, and the manager refuses all the same."""
 
+_WORDS = ["/m", "./m", "..", "gpu1:/m", "Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B@v1.0/x", "https://host/m"]
+_NO_WORDS = ["", "m", "~/m", "a/b/c", "gpu1://m", "ftp://host/m", "https:///m", "/a\0", "./a\0", ".hidden/m/x"]
+
 _VALIDATOR = jsonschema.Draft7Validator(file_schema())
 
 
@@ -102,6 +106,18 @@ def test_what_a_schema_cannot_say_is_refused_by_the_decoder(spec: Any) -> None:
     assert _VALIDATOR.is_valid(spec)
     with pytest.raises(InvalidInput):
         parse_spec(spec)
+
+
+@pytest.mark.parametrize("word", _WORDS + _NO_WORDS)
+def test_of_a_source_in_a_word_both_say_the_same(word: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(_SPEC | {"source": word}))
+    try:
+        read_specs([str(tmp_path / "a.json")])
+    except InvalidInput:
+        taken = False
+    else:
+        taken = True
+    assert taken == _VALIDATOR.is_valid(_SPEC | {"source": word}) == (word in _WORDS)
 
 
 def test_every_key_is_described() -> None:
