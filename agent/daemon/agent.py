@@ -94,7 +94,8 @@ class Agent:
         self._zygote.instances = self._instances
         self._relay = Relay(self._journal, self._instances, self, config.hang_s)
         self._checkpoints = Checkpoints(config.checkpoints_path, self._store)
-        self._operations = Operations(config, self._roster, self._store, self._checkpoints, self, ingest)
+        fork_ingest = self._zygote.fork_ingest
+        self._operations = Operations(config, self._roster, self._store, self._checkpoints, self, fork_ingest, ingest)
         self._manager = ManagerLink(self._journal, self._truth, self._command, self._manager_changed)
         self._server = Server(config.socket_path, self._admit)
         self._inventory = inventory(config, None)

@@ -1,4 +1,4 @@
-"""One ingest or publish as a child process, whose standard output is frames: progress, then the one end."""
+"""One ingest or publish as a child process, which writes frames to a pipe: progress, then the one end."""
 
 from __future__ import annotations
 
@@ -7,26 +7,44 @@ import contextlib
 import os
 import signal
 import sys
-from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import Callable
-from typing import Final
+from asyncio.subprocess import DEVNULL
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import IO, Final, Protocol
 
 import msgspec
 
 from agent.config import NodeConfig
 from agent.daemon.process import describe_status, start_ticks
 from agent.daemon.roster import Roster, RosterEntry
-from agent.daemon.supervisor import log_path
+from agent.daemon.supervisor import KILL_S, TERM_S, log_path
 from schema.errors import Fault, LinkError, SllmError
 from schema.link import FrameDecoder, Ingest, OperationDone, Progress, Publish
 
-__all__ = ["IngestCommand", "ingest_command", "publish_command", "run_child", "run_ingest"]
+__all__ = ["Child", "ForkIngestDoor", "IngestCommand", "ingest_command", "publish_command", "run_ingest", "run_publish"]
 
 IngestCommand = Callable[[NodeConfig, Ingest], list[str]]
 """The command line of the child of one ingest."""
-
-TERM_S: Final = 3.0
+_Launch = Callable[[int, Path], Awaitable["Child"]]
+"""Starts a child whose frames go to this descriptor, and all else that it says to this log. Raises OSError."""
 _READ_BYTES: Final = 1 << 16
+
+
+class Child(Protocol):
+    """A process that does one operation."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def send_signal(self, number: signal.Signals, /) -> None:
+        """Raises ProcessLookupError when it is known to have ended."""
+
+    async def wait(self) -> int | None:
+        """Wait for its end; returns its exit code, negative for a signal, None when nobody could tell."""
+
+
+ForkIngestDoor = Callable[[Ingest, int], Awaitable[Child | None]]
+"""Forks a child for an ingest whose frames go to this descriptor; None where that cannot be had."""
 
 
 def ingest_command(config: NodeConfig, message: Ingest) -> list[str]:
@@ -42,62 +60,99 @@ def publish_command(config: NodeConfig, message: Publish, directory: str) -> lis
 
 
 async def run_ingest(
-    config: NodeConfig, message: Ingest, command: IngestCommand, roster: Roster, progress: Callable[[Progress], None]
+    config: NodeConfig,
+    message: Ingest,
+    fork: ForkIngestDoor,
+    command: IngestCommand,
+    roster: Roster,
+    progress: Callable[[Progress], None],
 ) -> OperationDone:
-    """Run an ingest to its end, which is always an `OperationDone`. Cancelled, it ends the child and whatever that started."""
-    return await run_child(config, "ingest", message.op, command(config, message), roster, progress)
+    """Run an ingest to its end, which is always an `OperationDone`. Cancelled, it ends the child.
+
+    To judge a model takes torch and transformers, seconds to import. A fork of the zygote has them; without one the child is
+    a process of its own.
+    """
+
+    async def launch(frames: int, log: Path) -> Child:
+        return await fork(message, frames) or await _execute(command(config, message), frames, log)
+
+    return await _run_child(config, "ingest", message.op, launch, roster, progress)
 
 
-async def run_child(
-    config: NodeConfig, what: str, op: str, command: list[str], roster: Roster, progress: Callable[[Progress], None]
+async def run_publish(
+    config: NodeConfig, message: Publish, directory: str, roster: Roster, progress: Callable[[Progress], None]
 ) -> OperationDone:
-    """Run a child of this kind to its end; ``what`` it does names its log."""
+    """Run a publish of the checkpoint in ``directory`` to its end, as `run_ingest` does."""
+
+    async def launch(frames: int, log: Path) -> Child:
+        return await _execute(publish_command(config, message, directory), frames, log)
+
+    return await _run_child(config, "publish", message.op, launch, roster, progress)
+
+
+async def _execute(command: list[str], frames: int, log: Path) -> Child:
+    with log.open("ab") as errors:
+        return await asyncio.create_subprocess_exec(
+            *command, stdin=DEVNULL, stdout=frames, stderr=errors, start_new_session=True
+        )
+
+
+async def _run_child(
+    config: NodeConfig, what: str, op: str, launch: _Launch, roster: Roster, progress: Callable[[Progress], None]
+) -> OperationDone:
+    """Run a child to its end; ``what`` it does names its log."""
     log = log_path(config, what)
-    try:
-        with log.open("ab") as errors:
-            child = await asyncio.create_subprocess_exec(
-                *command, stdin=DEVNULL, stdout=PIPE, stderr=errors, start_new_session=True
-            )
-    except OSError as error:
-        return OperationDone(op=op, fault=Fault.of(SllmError(f"cannot start the {what}: {error}")))
-    # Both are known as ingests: children of one operation, which a new agent ends.
-    entry = RosterEntry(role="ingest", pid=child.pid, ticks=start_ticks(child.pid) or 0, instance=op)
-    roster.put(entry)
-    try:
-        done = await _relay(child, op, progress)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(child.wait(), TERM_S)
-        if done is None:
-            why = f"the {what} {describe_status(child.returncode)} without an answer; see {log}"
-            return OperationDone(op=op, fault=Fault.of(SllmError(why)))
-        return done
-    except LinkError as error:
-        return OperationDone(op=op, fault=Fault.of(error))
-    finally:
-        await _end(child)
-        roster.remove(entry)
+    reading, frames = os.pipe()
+    with os.fdopen(reading, "rb", buffering=0) as pipe:
+        try:
+            child = await launch(frames, log)
+        except OSError as error:
+            return OperationDone(op=op, fault=Fault.of(SllmError(f"cannot start the {what}: {error}")))
+        finally:
+            os.close(frames)
+        # All are known as ingests: children of one operation, which a new agent ends.
+        entry = RosterEntry(role="ingest", pid=child.pid, ticks=start_ticks(child.pid) or 0, instance=op)
+        roster.put(entry)
+        status: int | None = None
+        try:
+            done = await _relay(pipe, op, progress)
+            with contextlib.suppress(TimeoutError):
+                status = await asyncio.wait_for(child.wait(), TERM_S)
+            if done is None:
+                why = f"the {what} {describe_status(status)} without an answer; see {log}"
+                return OperationDone(op=op, fault=Fault.of(SllmError(why)))
+            return done
+        except LinkError as error:
+            return OperationDone(op=op, fault=Fault.of(error))
+        finally:
+            await _end(child)
+            roster.remove(entry)
 
 
-async def _relay(child: Process, op: str, progress: Callable[[Progress], None]) -> OperationDone | None:
-    assert child.stdout is not None
+async def _relay(pipe: IO[bytes], op: str, progress: Callable[[Progress], None]) -> OperationDone | None:
+    stream = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stream), pipe)
     decoder: FrameDecoder[Progress | OperationDone] = FrameDecoder(Progress | OperationDone)
-    while data := await child.stdout.read(_READ_BYTES):
-        for message in decoder.feed(data):
-            if message.op != op:
-                raise LinkError(f"the child of {op} spoke of {message.op}")
-            if isinstance(message, OperationDone):
-                return message
-            progress(message)
-    return None
+    try:
+        while data := await stream.read(_READ_BYTES):
+            for message in decoder.feed(data):
+                if message.op != op:
+                    raise LinkError(f"the child of {op} spoke of {message.op}")
+                if isinstance(message, OperationDone):
+                    return message
+                progress(message)
+        return None
+    finally:
+        transport.close()
 
 
-async def _end(child: Process) -> None:
-    """End the child's whole session; it has been told its end, or nobody wants it any more."""
-    if child.returncode is not None:
-        return
-    for number, limit_s in ((signal.SIGTERM, TERM_S), (signal.SIGKILL, None)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, number)
+async def _end(child: Child) -> None:
+    """End the child; it has been told its end, or nobody wants it any more."""
+    for number, limit_s in ((signal.SIGTERM, TERM_S), (signal.SIGKILL, KILL_S)):
+        try:
+            child.send_signal(number)
+        except ProcessLookupError:
+            return
         with contextlib.suppress(TimeoutError):
             await asyncio.shield(asyncio.wait_for(child.wait(), limit_s))
             return

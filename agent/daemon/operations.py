@@ -11,7 +11,7 @@ import msgspec
 
 from agent.config import NodeConfig
 from agent.daemon.catalog import Checkpoints
-from agent.daemon.ingest import IngestCommand, publish_command, run_child, run_ingest
+from agent.daemon.ingest import ForkIngestDoor, IngestCommand, run_ingest, run_publish
 from agent.daemon.roster import Roster
 from agent.daemon.storelink import StoreLink
 from agent.native.jobs import Priority
@@ -55,7 +55,7 @@ class OperationOwner(Protocol):
 
 
 class Operations:
-    """Every operation by its op, each a task of its own."""
+    """Every operation by its op, each a task of its own. ``fork`` and ``ingest`` are the two ways to the child of an ingest."""
 
     def __init__(
         self,
@@ -64,6 +64,7 @@ class Operations:
         store: StoreLink,
         checkpoints: Checkpoints,
         owner: OperationOwner,
+        fork: ForkIngestDoor,
         ingest: IngestCommand,
     ) -> None:
         self._config = config
@@ -71,6 +72,7 @@ class Operations:
         self._store = store
         self._checkpoints = checkpoints
         self._owner = owner
+        self._fork = fork
         self._ingest = ingest
         self._running: dict[str, asyncio.Task[None]] = {}
         self._done: dict[str, OperationDone] = {}
@@ -154,7 +156,7 @@ class Operations:
     async def _run_ingest(self, message: Ingest) -> OperationDone:
         await self._drops_over()
         async with self._ingest_slots:
-            done = await run_ingest(self._config, message, self._ingest, self._roster, self._owner.tell)
+            done = await run_ingest(self._config, message, self._fork, self._ingest, self._roster, self._owner.tell)
         await self._checkpoints.scan()
         self._owner.disk_changed()
         if done.digest:
@@ -163,11 +165,11 @@ class Operations:
 
     async def _publish(self, message: Publish) -> OperationDone:
         digest = message.digest
-        command = publish_command(self._config, message, self._checkpoints.directory(digest))
+        directory = self._checkpoints.directory(digest)
         self._store.holds.add(digest, message.op)  # so that it is not taken from the disk meanwhile
         try:
             async with self._publish_slots:
-                done = await run_child(self._config, "publish", message.op, command, self._roster, self._owner.tell)
+                done = await run_publish(self._config, message, directory, self._roster, self._owner.tell)
         finally:
             self._store.holds.release(digest, message.op)
         if done.fault is not None and done.fault.code == InvalidCheckpoint.code:  # it may have put the copy into quarantine

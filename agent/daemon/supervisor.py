@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -110,11 +110,11 @@ class Kin:
         self._dialled.clear()
         return True
 
-    def send(self, message: Message) -> bool:
-        """Say something to it, if it is there."""
+    def send(self, message: Message, descriptors: Sequence[int] = ()) -> bool:
+        """Say something to it, if it is there. ``descriptors`` are duplicated."""
         if self.connection is None:
             return False
-        self.connection.send(message)
+        self.connection.send(message, descriptors)
         return True
 
     async def stop(self) -> None:

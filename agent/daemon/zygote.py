@@ -2,19 +2,70 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
+import secrets
+import signal
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from agent.daemon.connection import Connection
 from agent.daemon.instances import Instances
+from agent.daemon.process import Process
 from agent.daemon.supervisor import Kin
 from schema.errors import LinkError
-from schema.link import ChildExited, Forked, Hello, KeepSpares, Message, Welcome, ZygoteMessage, ZygoteTruth
+from schema.link import (
+    ChildExited,
+    Forked,
+    ForkIngest,
+    Hello,
+    Ingest,
+    KeepSpares,
+    Message,
+    Welcome,
+    ZygoteMessage,
+    ZygoteTruth,
+)
 
 __all__ = ["ZygoteLink"]
 
+_FORK_S: Final = 10.0
+"""How long an ingest waits for its fork. A zygote that still imports is ready no later than a new process would be."""
+_STATUS_S: Final = 0.2
+"""How long it may take to say how a child ended."""
 _log = logging.getLogger(__name__)
+
+
+class ForkedChild:
+    """A child of the zygote's that does one operation: a `Child` of agent/daemon/ingest.py."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._process = Process.open(pid)
+        self._status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def send_signal(self, number: signal.Signals) -> None:
+        if self._process is None or not self._process.alive:
+            raise ProcessLookupError(f"process {self.pid} has ended")
+        self._process.signal(number)
+
+    async def wait(self) -> int | None:
+        if self._process is not None:
+            await self._process.died.wait()
+        try:
+            return await asyncio.wait_for(asyncio.shield(self._status), _STATUS_S)
+        except TimeoutError:
+            return self._process.status if self._process is not None else None
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.send_signal(signal.SIGKILL)
+
+    def exited(self, status: int) -> None:
+        """The zygote says how it ended."""
+        if not self._status.done():
+            self._status.set_result(status)
 
 
 class ZygoteLink:
@@ -23,24 +74,46 @@ class ZygoteLink:
     def __init__(self, kin: Kin, cuda: tuple[int, ...] = ()) -> None:
         self._kin = kin
         self._cuda = cuda
-        self._stated = False
+        self._stated = asyncio.Event()
+        self._forking: dict[int, asyncio.Future[ForkedChild | None]] = {}
+        self._children: dict[int, ForkedChild] = {}
         self.instances: Instances | None = None
 
     @property
     def ready(self) -> bool:
         """True when the present zygote has stated its truth: it has imported all, and can fork."""
-        return self._stated
+        return self._stated.is_set()
 
     def welcome(self, connection: Connection, hello: Hello, welcome: Callable[[int], Welcome]) -> None:
         """A zygote has dialled. Raises Conflict for another than ours."""
         self._kin.claim(connection, hello.pid)
-        self._stated = False
+        self._stated.clear()
         connection.begin(ZygoteMessage, self, f"zygote (pid {hello.pid})")
         connection.send(welcome(0))
 
     def ask(self, message: Message) -> bool:
         """Say something to a zygote that has stated its truth; False when there is none."""
-        return self._stated and self._kin.send(message)
+        return self.ready and self._kin.send(message)
+
+    async def fork_ingest(self, message: Ingest, frames: int) -> ForkedChild | None:
+        """A child that does this ingest, with its frames to ``frames``; None where no zygote comes to be, or it cannot fork."""
+        nonce = secrets.randbits(52) + 1
+        fork = ForkIngest(nonce=nonce, op=message.op, source=message.source)
+        answer: asyncio.Future[ForkedChild | None] = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(_FORK_S):
+                await self._stated.wait()
+                self._forking[nonce] = answer
+                return await answer if self._kin.send(fork, (frames,)) else None
+        except (TimeoutError, asyncio.CancelledError) as error:
+            if answer.done() and not answer.cancelled() and (child := answer.result()) is not None:
+                child.kill()  # it came at that very moment
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            _log.warning("the zygote has not forked for the ingest %s within %g s", message.op, _FORK_S)
+            return None
+        finally:
+            self._forking.pop(nonce, None)  # what comes later is ended, as one that nobody asked for
 
     # --- Handler
 
@@ -50,14 +123,18 @@ class ZygoteLink:
             case ZygoteTruth():
                 if message.threads != 1:
                     _log.error("the zygote has %d threads; its forks may hang", message.threads)
-                self._stated = True
+                self._stated.set()
                 if self._cuda:
                     self._kin.send(KeepSpares(cuda=self._cuda))
                 self.instances.zygote_ready()
-            case _ if not self._stated:
+            case _ if not self.ready:
                 raise LinkError(f"the zygote said {type(message).__name__} before its truth")
+            case Forked() if (answer := self._forking.get(message.nonce)) is not None and not answer.done():
+                self._forked(message, answer)
             case Forked():
                 self.instances.forked(message)
+            case ChildExited() if (child := self._children.pop(message.pid, None)) is not None:
+                child.exited(message.status)
             case ChildExited():
                 self.instances.child_exited(message.pid, message.status)
             case _:
@@ -68,5 +145,17 @@ class ZygoteLink:
 
     def lost(self, connection: Connection, why: str) -> None:
         if self._kin.disclaim(connection):
-            self._stated = False
+            self._stated.clear()
+            self._children.clear()
+            for answer in self._forking.values():
+                if not answer.done():
+                    answer.set_result(None)
             _log.warning("the link to the zygote is lost: %s", why)
+
+    def _forked(self, message: Forked, answer: asyncio.Future[ForkedChild | None]) -> None:
+        if message.fault is not None:
+            _log.warning("the zygote cannot fork for an ingest: %s", message.fault.message)
+            answer.set_result(None)
+            return
+        child = self._children[message.pid] = ForkedChild(message.pid)
+        answer.set_result(child)

@@ -1,4 +1,4 @@
-"""The zygote: a process that has imported everything a worker needs, and forks workers in milliseconds.
+"""The zygote: a process that has imported everything a worker or an ingest needs, and forks one in milliseconds.
 
 It has one thread, has touched no device and run no parallel region, since a fork after either may hang. So this module imports
 torch only after the environment is set, in `main`.
@@ -27,8 +27,22 @@ from agent.config import NodeConfig, load_config
 from agent.logs import OutputFile, begin_log, write_to
 from agent.workers.kin import kin_token
 from agent.workers.spares import Spares, open_context, wait_as_spare
-from schema.errors import Fault, SllmError
-from schema.link import ChildExited, Fork, Forked, Hello, KeepSpares, Ping, Pong, Role, Shutdown, ToZygote, Welcome, ZygoteTruth
+from schema.errors import Fault, LinkError, SllmError
+from schema.link import (
+    ChildExited,
+    Fork,
+    Forked,
+    ForkIngest,
+    Hello,
+    KeepSpares,
+    Ping,
+    Pong,
+    Role,
+    Shutdown,
+    ToZygote,
+    Welcome,
+    ZygoteTruth,
+)
 from schema.version import VERSION
 
 __all__ = ["ENVIRONMENT", "main"]
@@ -74,13 +88,14 @@ def main(run_dir: str | Path) -> int:
 
 
 def _import_all() -> None:
-    """Everything that a worker imports, and what its first model would import lazily."""
+    """Everything that a worker or an ingest imports, and what its first model would import lazily."""
     import torch
 
     torch.set_num_threads(1)
     for name in _ARCHITECTURES:
         with contextlib.suppress(ImportError):  # not every transformers knows every family
             importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    importlib.import_module("agent.store.ingest.command")
     importlib.import_module("agent.workers.worker")
     importlib.import_module("agent.workers.rehearsal").rehearse()
 
@@ -140,6 +155,8 @@ class _Zygote:
                 self._channel.send(ZygoteTruth(pids=tuple(sorted(self._children)), threads=_threads()))
             case Fork():
                 self._fork(message)
+            case ForkIngest():
+                self._fork_ingest(message)
             case KeepSpares():
                 self._spares.want(message.cuda)
             case Ping():
@@ -153,28 +170,50 @@ class _Zygote:
         pid = self._spares.take(fork)
         if pid is None:
             began_s = time.monotonic()
-            try:
-                pid = self._child(fork.instance, lambda: (fork, began_s))
-            except OSError as error:
-                fault = Fault("out_of_space", f"cannot fork a worker: {error.strerror}")
-                self._channel.send(Forked(nonce=fork.nonce, fault=fault))
-                return
+            self._launch(fork.nonce, f"the worker of {fork.instance}", lambda: self._work(fork, began_s))
+        else:
+            self._launched(fork.nonce, pid)
+
+    def _fork_ingest(self, fork: ForkIngest) -> None:
+        try:
+            (frames,) = self._channel.take_descriptors(1)
+        except LinkError as error:
+            self._channel.send(Forked(nonce=fork.nonce, fault=Fault.of(error)))
+            return
+        try:
+            self._launch(fork.nonce, f"the ingest {fork.op}", lambda: self._ingest(fork, frames))
+        finally:
+            os.close(frames)
+
+    def _launch(self, nonce: int, name: str, live: Callable[[], int]) -> None:
+        try:
+            pid = self._child(name, live)
+        except OSError as error:
+            self._channel.send(Forked(nonce=nonce, fault=Fault("out_of_space", f"cannot fork {name}: {error.strerror}")))
+        else:
+            self._launched(nonce, pid)
+
+    def _launched(self, nonce: int, pid: int) -> None:
         self._children.add(pid)
-        self._channel.send(Forked(nonce=fork.nonce, pid=pid))
+        self._channel.send(Forked(nonce=nonce, pid=pid))
 
     def _launch_spare(self, device: int, line: socket.socket) -> int:
-        return self._child(f"spare of device {device}", lambda: wait_as_spare(line, lambda: open_context(device)))
+        def wait() -> int:
+            begun = wait_as_spare(line, lambda: open_context(device))
+            return self._work(*begun) if begun is not None else 0
 
-    def _child(self, name: str, begin: Callable[[], tuple[Fork, float] | None]) -> int:
-        """Fork; the child becomes the worker that ``begin`` returns, None for none. Raises OSError."""
+        return self._child(f"the spare of device {device}", wait)
+
+    def _child(self, name: str, live: Callable[[], int]) -> int:
+        """Fork; the child's life is ``live``, which returns its exit code. Raises OSError."""
         sys.stdout.flush()
         sys.stderr.flush()
         pid = os.fork()
         if pid == 0:
-            os._exit(self._become_worker(name, begin))
+            os._exit(self._live(name, live))
         return pid
 
-    def _become_worker(self, name: str, begin: Callable[[], tuple[Fork, float] | None]) -> int:
+    def _live(self, name: str, live: Callable[[], int]) -> int:
         """The child's whole life. It lets go of everything that is the zygote's: lock, link, signals, spares."""
         code = 1
         try:
@@ -186,20 +225,26 @@ class _Zygote:
             for descriptor in (self._lock, self._wake_read, self._wake_write):
                 os.close(descriptor)
             self._spares.abandon()
-            if (begun := begin()) is None:
-                return 0
-            fork, began_s = begun
-            output = self._begin_log(fork)
-            from agent.workers.worker import Worker
-
-            code = Worker(self._config, fork, began_s, output).run()
+            code = live()
         except BaseException:
-            _log.critical("the worker of %s failed", name, exc_info=True)
+            _log.critical("%s failed", name, exc_info=True)
         finally:
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
                 sys.stderr.flush()
         return code
+
+    def _work(self, fork: Fork, began_s: float) -> int:
+        output = self._begin_log(fork)
+        from agent.workers.worker import Worker
+
+        return Worker(self._config, fork, began_s, output).run()
+
+    def _ingest(self, fork: ForkIngest, frames: int) -> int:
+        write_to(self._config.log_path / "ingest.log")
+        from agent.store.ingest.command import ingest
+
+        return ingest(self._config.run_dir, fork.op, fork.source, frames)
 
     def _begin_log(self, fork: Fork) -> OutputFile:
         """A file of the worker's own, for its lines, what libraries print, and the stack of a crash."""

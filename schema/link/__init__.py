@@ -102,7 +102,17 @@ from schema.link.store import (
     StoreTruth,
     VerifyStored,
 )
-from schema.link.workers import Attach, ChildExited, Fork, Forked, KeepSpares, StartWorker, WorkerTruth, ZygoteTruth
+from schema.link.workers import (
+    Attach,
+    ChildExited,
+    Fork,
+    Forked,
+    ForkIngest,
+    KeepSpares,
+    StartWorker,
+    WorkerTruth,
+    ZygoteTruth,
+)
 from schema.sampling import SamplingParams
 
 __all__ = [
@@ -144,6 +154,7 @@ __all__ = [
     "FillArena",
     "FillDevice",
     "Fork",
+    "ForkIngest",
     "Forked",
     "FrameDecoder",
     "Hello",
@@ -243,7 +254,7 @@ ToStore = (
     | Shutdown
 )  # fmt: skip
 ZygoteMessage = Ping | Pong | ZygoteTruth | Forked | ChildExited
-ToZygote = Welcome | Refused | Ping | Pong | Descriptors | Fork | KeepSpares | Shutdown
+ToZygote = Welcome | Refused | Ping | Pong | Descriptors | Fork | ForkIngest | KeepSpares | Shutdown
 WorkerMessage = Ping | Pong | WorkerTruth | AttemptTruth | TruthEnd | InstanceUpdate | InstanceLoad | Tokens
 ToWorker = (
     Welcome | Refused | Ping | Pong | Descriptors | StartWorker | Arriving | LayersArrived | Attach | Submit | Cancel | Acked

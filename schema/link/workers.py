@@ -13,8 +13,9 @@ from schema.link.commands import StartInstance
 from schema.link.handshake import DeviceWeights
 from schema.link.node import InstanceTruth
 from schema.link.store import Extent
+from schema.spec import Source
 
-__all__ = ["Attach", "ChildExited", "Fork", "Forked", "KeepSpares", "StartWorker", "WorkerTruth", "ZygoteTruth"]
+__all__ = ["Attach", "ChildExited", "Fork", "ForkIngest", "Forked", "KeepSpares", "StartWorker", "WorkerTruth", "ZygoteTruth"]
 
 
 class Fork(Message, frozen=True, kw_only=True, tag="fork"):
@@ -28,6 +29,15 @@ class Fork(Message, frozen=True, kw_only=True, tag="fork"):
     cuda: tuple[int, ...] = ()
 
 
+class ForkIngest(Message, frozen=True, kw_only=True, tag="forkingest"):
+    """Agent -> zygote: fork a child that ingests ``source`` as this operation. One descriptor comes with it, to which the child
+    writes its frames: `Progress`, then one `OperationDone`. Answered like a `Fork`."""
+
+    nonce: int
+    op: str
+    source: Source
+
+
 class KeepSpares(Message, frozen=True, kw_only=True, tag="keepspares"):
     """Agent -> zygote: have a child ready for each of these devices that holds a context there."""
 
@@ -35,7 +45,7 @@ class KeepSpares(Message, frozen=True, kw_only=True, tag="keepspares"):
 
 
 class Forked(Message, frozen=True, kw_only=True, tag="forked"):
-    """Zygote -> agent: the worker's pid, or why there is none."""
+    """Zygote -> agent: the child's pid, or why there is none."""
 
     nonce: int
     pid: int = 0
@@ -43,7 +53,7 @@ class Forked(Message, frozen=True, kw_only=True, tag="forked"):
 
 
 class ChildExited(Message, frozen=True, kw_only=True, tag="exited"):
-    """Zygote -> agent: a worker is gone; ``status`` is its exit code, negative for the signal that killed it."""
+    """Zygote -> agent: a child is gone; ``status`` is its exit code, negative for the signal that killed it."""
 
     pid: int
     status: int

@@ -1,4 +1,4 @@
-"""The ingest child: one operation, progress and its end as frames on standard output, then gone."""
+"""The ingest child: one operation, its progress and its end as frames on a pipe, then gone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from agent.store.temporary import kept_directory, sweep
 from schema.errors import Cancelled, Fault, InvalidInput, SllmError
 from schema.spec import HubSource, PathSource, Source, UrlSource
 
-__all__ = ["main"]
+__all__ = ["ingest", "main"]
 
 _log = logging.getLogger(__name__)
 
@@ -36,11 +36,23 @@ class _Stopped(BaseException):
 
 
 def main(run_dir: str | Path, op: str, source: str | bytes) -> int:
-    """Ingest ``source`` (the JSON of a `Source`) on the node of this run directory. Returns 0, or 1 after a fault.
+    """`ingest` as a program: ``source`` is the JSON of a `Source`, the frames go to standard output."""
+    frames = _own_stdout()
+    try:
+        wanted = msgspec.json.decode(source, type=Source)
+    except msgspec.DecodeError as error:
+        invalid = InvalidInput(f"the source to ingest is not valid: {error}", "source")
+        Reporter(frames, op).done("", Fault.of(invalid))
+        return 1
+    return ingest(run_dir, op, wanted, frames)
+
+
+def ingest(run_dir: str | Path, op: str, source: Source, frames: int) -> int:
+    """Ingest ``source`` on the node of this run directory, with frames to this descriptor. Returns 0, or 1 after a fault.
 
     SIGTERM cancels. What was written so far stays for the next ingest of the same source, as after a kill.
     """
-    reporter = Reporter(_own_stdout(), op)
+    reporter = Reporter(frames, op)
     allow_open_files()
     try:
         with _cancel_on_sigterm():
@@ -78,12 +90,8 @@ class _Stage:
             self._notes.append(f"{spared_bytes} bytes were there of {self._what} that had been broken off")
 
 
-def _ingest(config: NodeConfig, source: str | bytes, reporter: Reporter) -> tuple[str, str]:
+def _ingest(config: NodeConfig, source: Source, reporter: Reporter) -> tuple[str, str]:
     """The digest, and what is to be said of how it was made."""
-    try:
-        wanted = msgspec.json.decode(source, type=Source)
-    except msgspec.DecodeError as error:
-        raise InvalidInput(f"the source to ingest is not valid: {error}", "source") from error
     data = Path(config.data_dir)
     temporary = data / "tmp"
     for name in sweep(temporary, config.remote.keep_partial_s):
@@ -99,11 +107,11 @@ def _ingest(config: NodeConfig, source: str | bytes, reporter: Reporter) -> tupl
             directory, config.checkpoints_path, temporary, stage.progress, claim=claim, in_place=in_place, resumed=stage.resumed
         )
 
-    if isinstance(wanted, PathSource):
-        digest = converted(Path(wanted.path), in_place=wanted.in_place)
+    if isinstance(source, PathSource):
+        digest = converted(Path(source.path), in_place=source.in_place)
     else:
-        with kept_directory(temporary, "fetch", hashlib.sha256(msgspec.json.encode(wanted)).hexdigest()[:32]) as directory:
-            _interruptible(lambda: _download(config, wanted, directory, reporter, notes))
+        with kept_directory(temporary, "fetch", hashlib.sha256(msgspec.json.encode(source)).hexdigest()[:32]) as directory:
+            _interruptible(lambda: _download(config, source, directory, reporter, notes))
             digest = converted(directory)
     for note in notes:
         _log.info("%s", note)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -41,15 +43,16 @@ from tests.agent.daemon.peers import DIGEST, Manager, Node, alive, make_checkpoi
 SOURCE = PathSource("/models/m")
 
 
-def child(node: Node, body: str) -> None:
-    """Let an ingest be this program; it gets the op as its argument."""
+def child(node: Node, body: str, *, forked: bool = False) -> None:
+    """Let an ingest be this program; it gets the op as its argument. ``forked``: it is a child of the zygote's."""
     prelude = (
         "import os, sys, time\n"
         "from schema.link import *\n"
         "op = sys.argv[1]\n"
         "def say(m):\n    sys.stdout.buffer.write(encode_frame(m)); sys.stdout.buffer.flush()\n"
     )
-    node.ingest_args = [sys.executable, "-c", prelude + body]
+    arguments = [sys.executable, "-c", prelude + body]
+    node.ingest_args, node.forked_args = (["/bin/false"], arguments) if forked else (arguments, [])
 
 
 async def done(manager: Manager, op: str) -> OperationDone:
@@ -83,6 +86,9 @@ async def test_an_ingest_tells_progress_the_placement_and_its_end(node: Node) ->
     assert (await node.manager()).truth.done == ()
 
 
+FORKED = pytest.mark.parametrize("forked", [False, True])
+
+
 @pytest.mark.parametrize(
     ("body", "word"),
     [
@@ -92,18 +98,23 @@ async def test_an_ingest_tells_progress_the_placement_and_its_end(node: Node) ->
         ("say(OperationDone(op='another', digest=''))", "another"),
     ],
 )
-async def test_an_ingest_that_ends_without_an_answer_fails_with_how(node: Node, body: str, word: str) -> None:
+@FORKED
+async def test_an_ingest_that_ends_without_an_answer_fails_with_how(node: Node, body: str, word: str, forked: bool) -> None:
     manager = await node.manager()
-    child(node, body)
+    child(node, body, forked=forked)
+    await node.ready(manager)  # so that there is a zygote that forks
     manager.send(Ingest(op="op_1", source=SOURCE))
     fault = (await done(manager, "op_1")).fault
     assert fault is not None
     assert word in fault.message
 
 
-async def test_a_cancelled_ingest_is_killed_and_says_so(node: Node) -> None:
+@FORKED
+async def test_a_cancelled_ingest_is_killed_and_says_so(node: Node, forked: bool) -> None:
     manager = await node.manager()
-    child(node, "say(Progress(op=op, stage=str(os.getpid()), done_bytes=0, total_bytes=0))\ntime.sleep(600)")
+    say = "say(Progress(op=op, stage=str(os.getpid()), done_bytes=0, total_bytes=0))\ntime.sleep(600)"
+    child(node, say, forked=forked)
+    await node.ready(manager)
     manager.send(Ingest(op="op_1", source=SOURCE))
     pid = int((await manager.take(Progress)).stage)
     assert {entry["role"] for entry in node.roster()} >= {"ingest"}
@@ -115,6 +126,35 @@ async def test_a_cancelled_ingest_is_killed_and_says_so(node: Node) -> None:
     assert fault.code == "cancelled"
     assert not alive(pid)
     assert "ingest" not in {entry["role"] for entry in node.roster()}
+
+
+async def test_an_ingest_is_forked_by_the_zygote_and_outlives_it(node: Node) -> None:
+    manager = await node.manager()
+    go_on = node.directory / "go-on"
+    body = f"say(Progress(op=op, stage='here', done_bytes=0, total_bytes=0))\nwhile not os.path.exists({str(go_on)!r}):\n    "
+    child(node, f"{body}time.sleep(0.01)\nsay(OperationDone(op=op, digest={DIGEST!r}))", forked=True)
+    await node.ready(manager)
+    manager.send(Ingest(op="op_1", source=SOURCE))
+    await manager.take(Progress, lambda m: m.stage == "here")
+    (fork,) = node.zygotes[0].ingests
+    assert (fork.op, fork.source) == ("op_1", SOURCE)
+    os.kill(node.zygotes[0].pid, signal.SIGKILL)
+    await node.until(lambda: len(node.zygotes) == 2)
+    go_on.touch()
+    assert (await done(manager, "op_1")).digest == DIGEST
+
+
+async def test_a_child_that_nobody_waits_for_any_more_is_ended(node: Node) -> None:
+    manager = await node.manager()
+    child(node, "time.sleep(600)", forked=True)
+    await node.ready(manager)
+    node.zygotes[0].answers = False
+    manager.send(Ingest(op="op_1", source=SOURCE))
+    await node.until(lambda: bool(node.zygotes[0].ingests))
+    manager.send(CancelOperation(op="op_1"))
+    assert (await done(manager, "op_1")).fault is not None
+    node.zygotes[0].fork_ingest(node.zygotes[0].ingests[0])
+    await node.until(lambda: not alive(node.pids[-1]))
 
 
 async def test_a_cancel_of_what_is_not_under_way_is_answered(node: Node) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,23 @@ import pytest
 import torch
 
 from agent.store.layers import Layers
+from schema.checkpoint import LAYOUT
 from schema.ids import Epoch
 from schema.link import (
     Acked,
     AttemptTruth,
     Cancel,
     ChildExited,
+    Forked,
+    ForkIngest,
+    FrameDecoder,
     InstanceLoad,
     InstanceUpdate,
     LayersArrived,
+    OperationDone,
     Ping,
     Pong,
+    Progress,
     Role,
     Shutdown,
     StopInstance,
@@ -32,9 +39,11 @@ from schema.link import (
     WorkerTruth,
     ZygoteTruth,
 )
+from schema.spec import PathSource, Source, UrlSource
 from schema.states import EndReason, InstanceState
 from tests.agent.engine.models import submit_of
 from tests.agent.workers.fake_agent import DIGEST, Heard, Node, Peer, alive, await_gone, node
+from tests.checkpoints import make_llama_dir
 
 pytestmark = pytest.mark.slow
 
@@ -353,6 +362,49 @@ def test_grace_that_runs_out_ends_the_rest_as_lost(here: Node) -> None:
     assert {end.reason for end in heard.ends.values()} == {EndReason.LOST}
     assert zygote.expect(ChildExited).status == 0
     await_gone(pid)
+
+
+def fork_ingest(zygote: Peer, op: str, source: Source) -> tuple[int, int]:
+    """The pid of an ingest's child, and the end of the pipe that it writes to."""
+    reading, frames = os.pipe()
+    zygote.send(ForkIngest(nonce=5, op=op, source=source), descriptors=(frames,))
+    os.close(frames)
+    forked = zygote.expect(Forked)
+    assert (forked.nonce, forked.fault) == (5, None)
+    return forked.pid, reading
+
+
+def test_an_ingest_is_forked(here: Node, tmp_path: Path) -> None:
+    source = make_llama_dir(tmp_path / "source")
+    here.config.log_path.mkdir(parents=True)
+    _, zygote, _ = here.zygote()
+    decoder: FrameDecoder[Any] = FrameDecoder(Progress | OperationDone)
+    for op, path, code in (("op_1", source, 0), ("op_2", tmp_path / "not there", 1)):
+        pid, reading = fork_ingest(zygote, op, PathSource(str(path)))
+        with os.fdopen(reading, "rb") as pipe:
+            *steps, ended = decoder.feed(pipe.read())
+        assert {step.op for step in steps} <= {op}
+        assert (ended.op, ended.fault is None) == (op, code == 0), ended
+        assert zygote.expect(ChildExited) == ChildExited(pid=pid, status=code)
+        assert (here.config.checkpoints_path / ended.digest / LAYOUT).is_dir() or code
+    assert "not there" in ended.fault.message
+
+
+def test_a_forked_ingest_holds_nothing_of_the_zygotes_and_can_be_killed(here: Node) -> None:
+    here.config.log_path.mkdir(parents=True)
+    process, zygote, _ = here.zygote()
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # whoever downloads from it waits
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/model"
+        pid, reading = fork_ingest(zygote, "op_1", UrlSource(url))
+        silent.settimeout(60)
+        with silent.accept()[0]:
+            ours, its = ({str(entry.readlink()) for entry in Path(f"/proc/{each}/fd").iterdir()} for each in (process.pid, pid))
+            assert not {path for path in ours & its if path.startswith(("socket:", "pipe:")) or path.endswith(".lock")}
+            assert os.getsid(pid) == pid
+            os.kill(pid, signal.SIGKILL)
+            assert zygote.expect(ChildExited) == ChildExited(pid=pid, status=-signal.SIGKILL)
+            with os.fdopen(reading, "rb") as pipe:
+                assert not FrameDecoder[Any](OperationDone).feed(pipe.read()), "nobody else holds the pipe"
 
 
 def test_without_an_agent_what_runs_is_finished_and_all_end_after_their_grace() -> None:

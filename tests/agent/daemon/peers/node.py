@@ -54,6 +54,7 @@ class Node:
         self.store_answers = True
         self.store_fetching: tuple[str, ...] = ()
         self.ingest_args: list[str] = ["/bin/false"]
+        self.forked_args: list[str] = []
         self.kin_dial = True
         self.agent: Agent | None = None
         self.task: asyncio.Task[None] | None = None

@@ -7,10 +7,12 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
+from schema.errors import Fault
 from schema.link import (
     ChildExited,
     Fork,
     Forked,
+    ForkIngest,
     Ping,
     Pong,
     Role,
@@ -34,6 +36,7 @@ class Zygote:
         self.pid = pid
         self.peer = Peer(ToZygote)
         self.forks: list[Fork] = []
+        self.ingests: list[ForkIngest] = []
         self.answers = True
         self.listens = True
 
@@ -48,6 +51,10 @@ class Zygote:
                     self.forks.append(message)
                     if self.answers:
                         self.fork(message)
+                elif isinstance(message, ForkIngest):
+                    self.ingests.append(message)
+                    if self.answers:
+                        self.fork_ingest(message)
                 elif isinstance(message, Ping) and self.listens:
                     self.peer.send(Pong(nonce=message.nonce))
                 elif isinstance(message, Shutdown):
@@ -59,6 +66,19 @@ class Zygote:
         worker.begin()
         self.peer.send(Forked(nonce=message.nonce, pid=worker.pid))
         return worker
+
+    def fork_ingest(self, message: ForkIngest) -> None:
+        """Run the node's ``forked_args`` as its child; without them the answer is that it cannot."""
+        frames = self.peer.descriptors.pop()
+        if self.node.forked_args:
+            arguments = [*self.node.forked_args, message.op]
+            to_frames = [(os.POSIX_SPAWN_DUP2, frames, 1)]
+            pid = os.posix_spawn(arguments[0], arguments, os.environ, file_actions=to_frames, setsid=True)
+            self.node.pids.append(pid)
+            self.peer.send(Forked(nonce=message.nonce, pid=pid))
+        else:
+            self.peer.send(Forked(nonce=message.nonce, fault=Fault("out_of_space", "there is no memory")))
+        os.close(frames)
 
     def exited(self, pid: int, status: int) -> None:
         self.peer.send(ChildExited(pid=pid, status=status))
