@@ -106,7 +106,8 @@ class NodeView(_View, frozen=True, kw_only=True):
 
 
 class ModelView(_View, frozen=True, kw_only=True):
-    """``instances`` counts by state those that exist; ``waiting`` and ``running`` are requests now."""
+    """``instances`` counts by state those that exist; ``waiting`` and ``running`` are requests now. ``no_place``: why no node
+    could take another instance when one was last wanted, "" if one could."""
 
     name: str
     state: ModelState
@@ -118,6 +119,7 @@ class ModelView(_View, frozen=True, kw_only=True):
     fault: Fault | None
     progress: ProgressView | None
     created_at: float
+    no_place: str = ""
 
 
 class InstanceView(_View, frozen=True, kw_only=True):

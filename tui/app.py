@@ -158,7 +158,7 @@ class Dashboard(App[Ending]):
         if order is not None:
             rows.sort(key=order, reverse=down)
         grid.follow_end = view.follows_end and not key
-        grid.empty = "nothing has all of that" if place.filter else view.empty
+        grid.empty = "nothing has all of that" if place.filter else view.nothing(cluster, place.scope)
         grid.show(columns, rows, view.key, self._sorts[view.name])
         self._body.set_class(cluster.lost is not None, "stale")
         self._draw_detail()

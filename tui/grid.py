@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any, Generic, TypeVar
 
 from rich.cells import cell_len, set_cell_size
@@ -214,8 +215,9 @@ class Grid(Widget, can_focus=True):
             )
         index = self._top + y - 1
         if index >= len(self._rows):
-            if not self._rows and y == 2 and self.empty:
-                return Strip([Segment(f"  {self.empty}", style_of(MUTED))])
+            said = [] if self._rows else wrap(printable(self.empty), max(1, width - 4))
+            if 2 <= y < len(said) + 2:
+                return Strip([Segment(f"  {said[y - 2]}", style_of(MUTED))]).extend_cell_length(width, style_of(_NONE))
             return Strip.blank(width, style_of(_NONE))
         row = self._rows[index]
         background = _NONE

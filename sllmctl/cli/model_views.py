@@ -58,6 +58,8 @@ def fields(model: ModelView) -> list[tuple[str, str]]:
     pairs.append(("Age", age(now() - model.created_at)))
     if model.progress is not None:
         pairs.append(("Progress", progress_text(model.progress)))
+    if model.no_place:
+        pairs.append(("No place", model.no_place))
     if model.fault is not None:
         pairs.append(("Fault", f"{model.fault.message} ({model.fault.code})"))
     return pairs

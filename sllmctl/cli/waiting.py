@@ -55,6 +55,11 @@ def told_of(noun: str, name: str) -> Iterator[None]:
         raise Fault(error.code, f"{noun} {name}: {error.message}").to_error() from error
 
 
+def _held_up(until: Until, model: ModelView) -> str:
+    """Why a model that is waited for does not start, where that is known."""
+    return f": {model.no_place}" if until == "ready" and model.no_place and not model.instances else ""
+
+
 @contextlib.contextmanager
 def _goes_on(name: str) -> Iterator[None]:
     try:
@@ -86,6 +91,7 @@ def wait_for(admin: AdminClient, name: str, until: Until, patience: Patience) ->
                 return answer.view
             if not left_s:
                 raise TimedOut(
-                    f"model {name} is not {until} after {patience}; it goes on, `sllmctl event ls --object {name}` says how"
+                    f"model {name} is not {until} after {patience}{_held_up(until, answer.view)}; "
+                    f"it goes on, `sllmctl event ls --object {name}` says how"
                 )
-            line.show(f"{_DOING[until]} {name}", answer.view.progress)
+            line.show(f"{_DOING[until]} {name}{_held_up(until, answer.view)}", answer.view.progress)

@@ -95,6 +95,7 @@ def scale(turn: Turn, model: Model, *, look: bool = False) -> None:
     """
     if model.state is not ModelState.DEPLOYED:
         turn.view.set_refusal(model, "")
+        model.no_place = ""
         for instance in list(turn.view.instances_of(model.name).values()):
             instances.stop(turn, instance, "Stopping", f"model {model.name} is {model.state.value}")
         return
@@ -120,6 +121,7 @@ def _start_missing(turn: Turn, model: Model, look: bool) -> None:
             instance = placing.carry_out(turn, model, decision)
             core.decisions.add(turn.now, model.name, instance.id, waiting, decision)
             view.set_refusal(model, "")
+            model.no_place = ""
             missing -= 1
             continue
         core.decisions.add(turn.now, model.name, None, model.waiting, decision)
@@ -146,6 +148,7 @@ def _refused(turn: Turn, model: Model, refusal: Refusal) -> None:
     if refusal.reason != model.refusal:
         turn.event("model", model.name, "Unschedulable", refusal.reason, level="warning")
     turn.view.set_refusal(model, refusal.reason)
+    model.no_place = refusal.reason
     if not model.waiting:
         return
     if not refusal.hopeless:

@@ -121,7 +121,7 @@ class LocalityPlanner:
 
     def _unknown(self, model: Model) -> Refusal:
         count = len(self._view.nodes) - len(self.fleet().removed)
-        return refusal(model, {Rejection.UNKNOWN: count} if count else {})
+        return refusal(self._view, model, {Rejection.UNKNOWN: count} if count else {})
 
     def _searched(self, inquiry: Inquiry, *, bounded: bool = True) -> tuple[Search, Inquiry]:
         """Look for a place with room for a KV cache that is not short; and, unless that is as good as any, for one with room
@@ -155,7 +155,7 @@ class LocalityPlanner:
     def _decide(self, search: Search, inquiry: Inquiry, wait_s: float | None) -> Decision:
         found, rejected = search.found(), search.rejected()
         if not found:
-            return refusal(inquiry.asked.model, rejected)
+            return refusal(self._view, inquiry.asked.model, rejected)
         best = candidate(inquiry, found[0], roomy=True)
         others = tuple(candidate(inquiry, one) for one in found[1 : self._settings.plan_candidates])
         limit = best.startup_s if inquiry.asked.aged else best.cost_s

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from schema.states import TierState
 from sllmctl.control.records import Model
 from sllmctl.control.view import ClusterView
 from sllmctl.planner.plans import Candidate, Refusal, Rejection
@@ -25,10 +28,26 @@ def wait_reason(best: Candidate, wait_s: float) -> str:
     )
 
 
-def refusal(model: Model, rejected: dict[Rejection, int]) -> Refusal:
+def refusal(view: ClusterView, model: Model, rejected: dict[Rejection, int]) -> Refusal:
     hopeless = not any(reason.passing for reason in rejected)
     what = f"no node can hold model {model.name!r}" if hopeless else f"no node has room for model {model.name!r} now"
-    return Refusal(rejected, hopeless, f"{what}: {_counts(rejected)}" if rejected else f"{what}: there is no node")
+    why = _counts(rejected) if rejected else "there is no node"
+    return Refusal(rejected, hopeless, "; ".join([f"{what}: {why}", *(_remedies(view, model, rejected) if hopeless else ())]))
+
+
+def _remedies(view: ClusterView, model: Model, rejected: dict[Rejection, int]) -> Iterator[str]:
+    """What an operator can do about what time will not lift."""
+    checkpoint = view.checkpoints.get(model.digest or "")
+    if checkpoint is None:
+        return
+    if Rejection.SMALL_ARENA in rejected:
+        yield f"raise node.arena_bytes: the weights take {-(-checkpoint.image_bytes >> 20)} MiB"
+    if Rejection.SMALL_DEVICE in rejected:
+        yield "raise node.device_bytes, or ask for less by engine.kv_bytes and engine.max_context_tokens"
+    bad = {record.node for record in view.placements_of(checkpoint.digest).values() if record.state is TierState.QUARANTINED}
+    if bad and Rejection.NO_COPY in rejected:
+        names = ", ".join(sorted(view.nodes[node].name for node in bad if node in view.nodes))
+        yield f"the copy on {names} is in quarantine: `sllmctl checkpoint show {model.name}` says why"
 
 
 def _leaving(best: Candidate) -> list[str]:

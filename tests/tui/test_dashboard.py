@@ -14,7 +14,7 @@ from textual.widgets import Button, Input, Static
 
 from schema.admin import EventView, LogView
 from schema.errors import Conflict, Unreachable
-from schema.states import InstanceState, RequestState
+from schema.states import InstanceState, ModelState, RequestState
 from sllmctl.client import Waited
 from tests.sllmctl.fake_manager import INSTANCES, MODELS, NODES, NOW, REQUESTS
 from tests.tui.stage import DIGEST, FRAME, Manager, running, screen, settled, until
@@ -140,6 +140,27 @@ async def test_enter_goes_to_what_belongs_to_a_row_and_escape_comes_back() -> No
         assert (app.view.name, app.grid.cursor) == ("models", "qwen")
         await _press(app, pilot, "1", "down", "enter")
         assert "of node local" in screen(app)
+
+
+async def test_a_model_without_instances_says_why() -> None:
+    manager = Manager()
+    async with running(manager) as (app, pilot):
+        await _press(app, pilot, "2", "g", "enter")
+        assert "of model broken" in screen(app)
+        assert "no instance: broken could not be ingested: model.safetensors is cut short" in screen(app)
+        assert "adds it again" in screen(app)
+        why = "no node can hold model 'broken': 1 node with a DRAM budget below the weights; raise node.arena_bytes"
+        broken = replace(MODELS[1], fault=None, state=ModelState.DEPLOYED, no_place=why)
+        manager.change(models=(broken,))
+        await until(pilot, lambda: "node.arena_bytes" in screen(app))
+        await _press(app, pilot, "escape", "d")
+        assert "DRAM budget" in screen(app)
+        await _press(app, pilot, "enter")
+        for state, said in ((ModelState.STOPPED, "is stopped; o"), (ModelState.INGESTING, "is being ingested")):
+            manager.change(models=(replace(broken, state=state),))
+            await until(pilot, lambda said=said: said in screen(app))
+        manager.change(models=(replace(broken, no_place=""),))
+        await until(pilot, lambda: "starts one when a request comes" in screen(app))
 
 
 async def test_a_filter_is_live_kept_and_cleared() -> None:

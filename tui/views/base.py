@@ -62,6 +62,10 @@ class View(ABC, Generic[T]):
     @abstractmethod
     def detail(self, row: T, cluster: Cluster) -> Detail: ...
 
+    def nothing(self, cluster: Cluster, scope: Scope | None) -> str:
+        """What is said when there is no row, of all or of a scope."""
+        return self.empty
+
     def drill(self, row: T) -> tuple[str, Scope] | None:
         """Where Enter leads: another view, and what of it."""
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from schema.admin import InstanceView
+from schema.states import ModelState
 from tui.feed import Cluster
 from tui.format import MUTED, WARN, Cell, Span, age, bar, count, seconds, short, size, state
 from tui.grid import Column
@@ -18,6 +19,22 @@ class Instances(View[InstanceView]):
     help = "Instances: node, devices, state, running sequences, KV cache, and why it is there."
     empty = "no instance: models that are scaled to zero start one when a request comes"
     sort = ("model", False)
+
+    def nothing(self, cluster: Cluster, scope: Scope | None) -> str:
+        model = cluster.models.get(scope.value) if scope is not None and scope.field == "model" else None
+        if model is None:
+            return self.empty
+        match model.state:
+            case ModelState.FAILED:
+                why = f": {model.fault.message}" if model.fault is not None else ""
+                return f"no instance: {model.name} could not be ingested{why}; a, among the models, adds it again"
+            case ModelState.INGESTING:
+                return f"no instance: {model.name} is being ingested"
+            case ModelState.STOPPED:
+                return f"no instance: {model.name} is stopped; o, among the models, deploys it"
+        if model.no_place:
+            return f"no instance: {model.no_place}"
+        return f"no instance: {model.name} starts one when a request comes"
 
     def columns(self, cluster: Cluster) -> Sequence[Column[InstanceView]]:
         return _COLUMNS

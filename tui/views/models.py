@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from schema.admin import ModelView
 from schema.spec import HubSource, UrlSource
 from tui.feed import Cluster
-from tui.format import MUTED, WARN, Cell, Span, age, count, seconds, state
+from tui.format import BAD, MUTED, WARN, Cell, Span, age, count, seconds, state
 from tui.grid import Column
 from tui.views.base import Detail, Scope, View, progress_cell
 
@@ -40,13 +40,16 @@ class Models(View[ModelView]):
         detail = Detail(row.name).field("state", state(row.state.value)).field("source", _source(row))
         detail.field("age", age(cluster.now() - row.created_at)).field("devices", f"{spec.devices} an instance")
         detail.field("checkpoint", row.digest[:16] if row.digest else "")
+        detail.progress(row.progress).fault(row.fault)
+        if row.no_place:
+            detail.head("no place").line(Span(row.no_place, BAD))
         detail.head("scale").field("instances", f"{scale.min} to {scale.max}")
         for name, number in sorted(row.instances.items()):
             detail.field("", [Span(f"{number} "), state(name)])
         detail.field("keep alive", seconds(scale.keep_alive_s) or "as a reload costs")
         detail.field("at once", f"{scale.max_concurrency} an instance").field("queue", str(scale.queue_limit))
         detail.head("requests").field("waiting", str(row.waiting)).field("running", str(row.running))
-        return detail.progress(row.progress).fault(row.fault)
+        return detail
 
 
 def _source(model: ModelView) -> str:

@@ -112,6 +112,8 @@ class Feed(logging.Handler):
                     if shown is not None:
                         node = self._view.node_named(shown.node)
                         self._touch_instance(change.id, shown.model, node.id if node is not None else "")
+                case EventView(kind="model", object=name):
+                    self._touch("models", name)
                 case effects.PutModel():
                     self._touch("models", change.spec.name)
                     if change.digest is not None:

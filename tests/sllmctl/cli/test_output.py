@@ -147,6 +147,12 @@ def test_a_request_that_needed_no_decision_is_told_why(sllmctl: Sllmctl, manager
     assert told(kept=False, cold=True, routed_s=0.2) == "decisions of that time are not all remembered any more"
 
 
+def test_a_model_that_found_no_place_is_shown_with_the_reason(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    why = "no node can hold model 'qwen': 1 node without the checkpoint"
+    manager.answer("GET models/qwen", 200, msgspec.structs.replace(MODELS[0], no_place=why))
+    assert f"No place:   {why}\n" in sllmctl("model", "show", "qwen").out
+
+
 def test_estimates_without_outcomes_say_so_beside_the_output(sllmctl: Sllmctl, manager: FakeManager) -> None:
     manager.answer("GET estimates", 200, EstimatesView(errors=(), outcomes=(), coefficients={}))
     said = sllmctl("bench", "estimates", "-o", "wide")

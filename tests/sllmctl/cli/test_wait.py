@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -73,6 +74,12 @@ def test_a_wait_that_ran_out_says_for_how_long_it_was(sllmctl: Sllmctl, manager:
     manager.answer("GET models/qwen", 202, MODELS[0])
     ended = sllmctl("wait", "model/qwen", "--for", "ready", "--timeout", "0.0125")
     assert (ended.code, "model qwen is not ready after 0.0125 s" in ended.err) == (7, True), ended.err
+
+
+def test_a_wait_for_a_model_without_a_place_says_why(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    manager.answer("GET models/qwen", 202, msgspec.structs.replace(MODELS[0], instances={}, no_place="there is no node"))
+    ended = sllmctl("wait", "model/qwen", "--for", "ready", "--timeout", "0.01")
+    assert (ended.code, "is not ready after 0.01 s: there is no node; it goes on" in ended.err) == (7, True), ended.err
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,8 @@ def test_what_no_node_can_ever_hold_is_refused_with_the_reason(world: World) -> 
     assert refused.fault.code == "unschedulable"
     assert "1 node with too little device memory in all" in refused.fault.message
     world.demand("m", 0)
+    model = world.view.models["m"]
+    assert (model.refusal, model.no_place) == ("", refused.fault.message), "nobody waits for it, and still it can be told"
     world.demand("m", 1)
     assert len(world.rejected) == 2
     assert world.reasons("model").count("Unschedulable") == 2
@@ -129,7 +131,7 @@ def test_what_has_no_room_now_waits_and_starts_when_there_is(world: World) -> No
     assert world.view.models["c"].refusal == "no node has room for model 'c' now: 1 node with its device memory in use"
     world.pass_time(50.0)
     assert world.only("c").state is _I.READY
-    assert world.view.models["c"].refusal == ""
+    assert (world.view.models["c"].refusal, world.view.models["c"].no_place) == ("", "")
 
 
 def test_those_who_wait_longest_get_the_room_first(world: World) -> None:

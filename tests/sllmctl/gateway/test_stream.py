@@ -159,6 +159,16 @@ async def _until(frames: AsyncIterator[StreamFrame | None], kind: str) -> Stream
             return frame
 
 
+async def test_a_model_is_looked_at_when_something_is_told_of_it() -> None:
+    rig = _Rig()
+    async with _reading(rig) as frames:
+        await _next(frames)
+        rig.view.models["m"].no_place = "no node can hold it"
+        rig.feed.committed([_event(2)])
+        frame = await _until(frames, "models")
+        assert frame.models[0].no_place == "no node can hold it"
+
+
 async def test_a_picture_comes_first_and_then_only_what_changed() -> None:
     rig = _Rig()
     async with _reading(rig) as frames:

@@ -8,8 +8,8 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 
-from schema.states import InstanceState, Tier
-from sllmctl.control.records import HOLDING, LEAVING, Model
+from schema.states import InstanceState, Tier, TierState
+from sllmctl.control.records import HOLDING, LEAVING, Model, PlacementRecord
 from sllmctl.planner import PlannerOptions
 from sllmctl.planner.estimates import Estimates
 from sllmctl.planner.plans import Abilities, Candidate, Plan, Refusal, Rejection, Wait
@@ -267,6 +267,7 @@ def test_a_start_from_the_device_needs_no_dram() -> None:
     found = crowd.planner().plan(model, NOW)
     assert isinstance(found, Refusal)
     assert found.rejected == {Rejection.SMALL_ARENA: 1}
+    assert found.reason.endswith("1 node with a DRAM budget below the weights; raise node.arena_bytes: the weights take 1 MiB")
     crowd.lies("m", "n0", Tier.DEVICE)
     assert isinstance(crowd.planner().plan(model, NOW), Plan)
 
@@ -454,6 +455,19 @@ def test_a_reload_takes_what_the_fastest_tier_that_has_it_takes() -> None:
     assert from_dram == pytest.approx(1.0)
     crowd.lies("m", "n0", Tier.DEVICE)
     assert planner.reload_s(model, NOW) == pytest.approx(RULES.start_base_s)
+
+
+def test_a_copy_in_quarantine_is_said() -> None:
+    crowd = Crowd()
+    model = crowd.model("m", 10)
+    crowd.node("n0", [20])
+    crowd.view.put_placement(PlacementRecord("w-m", "n0", Tier.DISK, 0, TierState.QUARANTINED, 10))
+    found = crowd.planner().plan(model, NOW)
+    assert isinstance(found, Refusal)
+    assert found.reason == (
+        "no node can hold model 'm': 1 node without the checkpoint; "
+        "the copy on n0 is in quarantine: `sllmctl checkpoint show m` says why"
+    )
 
 
 def test_no_node_at_all_is_said() -> None:
