@@ -15,6 +15,7 @@ __all__ = [
     "CHAT_TEMPLATE",
     "SPECIAL_TOKENS",
     "Tensor",
+    "framed_tokenizer",
     "llama_tensors",
     "make_llama_dir",
     "make_tokenizer",
@@ -54,6 +55,19 @@ def make_tokenizer(vocab: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(_CORPUS, trainer)
     return tokenizer
+
+
+def framed_tokenizer(tokenizer: str, ids: list[int] | None) -> str:
+    """A tokenizer.json that puts ``ids`` before every text; for None a token that it does not define, and so panics in use."""
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    frame = {"<frame>": {"id": "<frame>", "ids": ids, "tokens": ["<frame>"]}} if ids is not None else {}
+    post = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<frame>", "type_id": 0}}, text],
+        "pair": [text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": frame,
+    }
+    return json.dumps(json.loads(tokenizer) | {"post_processor": post})
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

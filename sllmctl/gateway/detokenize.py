@@ -16,6 +16,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from sllmctl.gateway.tokenizer_faults import checkpoint_at_fault
+
 __all__ = ["DetokenizerFactory"]
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -247,7 +249,8 @@ class DetokenizerFactory:
         return name
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode([token for token in ids if token not in self._skipped], skip_special_tokens=False)
+        with checkpoint_at_fault("the model's tokenizer cannot decode what the model said"):
+            return self._tokenizer.decode([token for token in ids if token not in self._skipped], skip_special_tokens=False)
 
 
 def _steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from sllmctl.gateway.detokenize import DetokenizerFactory
 from sllmctl.gateway.ports import TextAssetsPort
 from sllmctl.gateway.settings import GatewaySettings
 from sllmctl.gateway.template import TemplateRenderer
+from sllmctl.gateway.tokenizer_faults import checkpoint_at_fault
 
 __all__ = ["TextModel", "TextService"]
 
@@ -39,6 +40,8 @@ class _TokenizerFile(msgspec.Struct):
 
 # Made here, on the importing thread: two threads that are the first to decode a type crash the process (msgspec 0.22).
 _TOKENIZER_FILES: Final = msgspec.json.Decoder(_TokenizerFile)
+
+_CANNOT_ENCODE: Final = "the model's tokenizer cannot encode this text"
 
 
 class TextModel:
@@ -62,14 +65,25 @@ class TextModel:
         self.template = _read_template(assets.directory) if manifest.text.has_template else None
 
     async def encode(self, text: str, *, special: bool, threads: ThreadPoolExecutor) -> list[int]:
-        """The ids of ``text``; with ``special``, as the tokenizer frames a whole text (a beginning token and the like)."""
+        """The ids of ``text``; with ``special``, as the tokenizer frames a whole text (a beginning token and the like).
+
+        Raises InvalidCheckpoint when the tokenizer fails at it, or makes an id that the model does not have.
+        """
         if len(text) <= self._inline_chars:
-            return self._tokenizer.encode(text, add_special_tokens=special).ids
-        return await asyncio.get_running_loop().run_in_executor(threads, self._encode_long, text, special)
+            with checkpoint_at_fault(_CANNOT_ENCODE):
+                ids = self._tokenizer.encode(text, add_special_tokens=special).ids
+        else:
+            ids = await asyncio.get_running_loop().run_in_executor(threads, self._encode_long, text, special)
+        if (highest := max(ids, default=0)) >= self.vocab_size:
+            raise InvalidCheckpoint(
+                f"the model's tokenizer makes token id {highest} of this text, beyond its vocabulary of {self.vocab_size}"
+            )
+        return ids
 
     def _encode_long(self, text: str, special: bool) -> list[int]:
         # Encoding a batch lets go of the interpreter lock, encoding a single text does not; the fast one keeps no offsets.
-        return self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
+        with checkpoint_at_fault(_CANNOT_ENCODE):
+            return self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
 
 
 class TextService:
@@ -165,12 +179,10 @@ class TextService:
 
 
 def _read_tokenizer(path: Path) -> tuple[Tokenizer, _TokenizerFile]:
-    try:
+    with checkpoint_at_fault(f"the tokenizer {path} cannot be read"):
         data = path.read_bytes()
         tokenizer = Tokenizer.from_buffer(data)
         parts = _TOKENIZER_FILES.decode(data)
-    except Exception as error:  # the library raises bare Exception for whatever a file can be wrong in
-        raise InvalidCheckpoint(f"the tokenizer {path} cannot be read: {error}") from error
     # What a training run left set would cut and fill prompts unasked.
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -55,7 +57,7 @@ def read_text_side(directory: SourceDirectory, config: dict[str, Any], vocab_siz
     settings = _json(directory, "tokenizer_config.json")
     if "auto_map" in settings:
         raise InvalidCheckpoint("tokenizer_config.json asks for the model's own code (auto_map), which is never run")
-    tokenizer = _tokenizer(directory, scratch)
+    tokenizer = _tokenizer(directory, vocab_size, scratch)
     template = _template(directory, settings)
     special = _special_tokens(_json(directory, "special_tokens_map.json") | settings)
     generation = _json(directory, "generation_config.json")
@@ -92,21 +94,33 @@ def _json(directory: SourceDirectory, name: str) -> dict[str, Any]:
     return parse_json(directory.read(name), name) if directory.has(name) else {}
 
 
-def _tokenizer(directory: SourceDirectory, scratch: Path) -> Tokenizer:
+def _tokenizer(directory: SourceDirectory, vocab_size: int, scratch: Path) -> Tokenizer:
     if directory.has(TOKENIZER_FILE):
         data, what = directory.read(TOKENIZER_FILE), TOKENIZER_FILE
     else:
         data, what = _convert(directory, scratch), "the converted tokenizer"
-    try:
+    with _refused(f"{what} is not readable"):
         tokenizer = Tokenizer.from_str(data.decode())
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":  # where Rust's panics come from
-            raise
-        raise InvalidCheckpoint(f"{what} is not readable: {error}") from error
     # Limits and padding are the gateway's affair: what a request says must arrive whole.
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    with _refused(f"{what} cannot frame a text"):
+        frame = tokenizer.encode("").ids
+    if (highest := max(frame, default=0)) >= vocab_size:
+        raise InvalidCheckpoint(f"{what} frames every text with token id {highest}, beyond the vocabulary of {vocab_size}")
     return tokenizer
+
+
+@contextlib.contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Whatever the library raises in here, a panic of Rust's too, as InvalidCheckpoint with its first line."""
+    try:
+        yield
+    except BaseException as error:  # hostile files fail in as many ways as there are tokenizers
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":  # where Rust's panics come from
+            raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InvalidCheckpoint(f"{what}: {reason[0]}") from error
 
 
 def _convert(directory: SourceDirectory, scratch: Path) -> bytes:
@@ -119,12 +133,10 @@ def _convert(directory: SourceDirectory, scratch: Path) -> bytes:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(scratch, trust_remote_code=False, local_files_only=True, use_fast=True)
-        backend: Tokenizer = tokenizer.backend_tokenizer
-        return backend.to_str().encode()
-    except Exception as error:  # hostile files fail in as many ways as there are tokenizers
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InvalidCheckpoint(f"the tokenizer ({', '.join(found)}) cannot be made a tokenizer.json: {reason[0]}") from error
+        with _refused(f"the tokenizer ({', '.join(found)}) cannot be made a tokenizer.json"):
+            tokenizer = AutoTokenizer.from_pretrained(scratch, trust_remote_code=False, local_files_only=True, use_fast=True)
+            backend: Tokenizer = tokenizer.backend_tokenizer
+            return backend.to_str().encode()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

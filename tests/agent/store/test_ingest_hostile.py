@@ -14,7 +14,7 @@ import pytest
 
 from agent.store.ingest.convert import convert
 from schema.errors import InvalidCheckpoint, NotFound, OutOfSpace, SllmError
-from tests.checkpoints import make_llama_dir
+from tests.checkpoints import framed_tokenizer, make_llama_dir
 
 Header = dict[str, Any]
 
@@ -383,6 +383,15 @@ def test_text_side_that_makes_no_sense(source: Path, tmp_path: Path, file: str, 
         (source / file).unlink()
     else:
         (source / file).write_text(content)
+    refused(source, tmp_path, match)
+
+
+@pytest.mark.parametrize(
+    ("ids", "match"), [(None, "cannot frame a text"), ([384], "id 384, beyond"), ([4_000_000_000], "id 4000000000, beyond")]
+)
+def test_tokenizer_whose_frame_cannot_be(source: Path, tmp_path: Path, ids: list[int] | None, match: str) -> None:
+    path = source / "tokenizer.json"
+    path.write_text(framed_tokenizer(path.read_text(), ids))
     refused(source, tmp_path, match)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+
 import pytest
 
 from schema.checkpoint import TextDefaults
@@ -15,8 +18,10 @@ from schema.errors import (
     TimedOut,
     Unschedulable,
 )
+from schema.states import EndReason
 from sllmctl.gateway.settings import GatewaySettings
-from tests.sllmctl.gateway.harness import FakeRequest, chat_body, serving
+from tests.checkpoints import framed_tokenizer
+from tests.sllmctl.gateway.harness import TOKENIZER, WAIT_S, FakeRequest, chat_body, serving
 from tests.sllmctl.gateway.official import says
 
 
@@ -74,6 +79,38 @@ async def test_text_assets_that_are_missing_or_broken() -> None:
         for _ in range(3):
             assert (await here.client.post("/v1/chat/completions", json=chat_body())).status_code == 200
         assert here.assets.asked == 3, "a loaded tokenizer is not asked for again"
+
+
+@pytest.mark.parametrize("inline_chars", [1, 4096])
+async def test_a_tokenizer_that_fails_at_a_text_fails_that_request_as_the_checkpoints_fault(inline_chars: int) -> None:
+    words = TOKENIZER.to_str()
+    one_word = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "none"}
+    for tokenizer, why in (
+        (framed_tokenizer(words, None), "cannot encode"),
+        (framed_tokenizer(words, [4_000_000_000]), "id 4000000000 of this text, beyond its vocabulary"),
+        (json.dumps(json.loads(words) | {"model": one_word}), "cannot encode"),
+    ):
+        async with serving(GatewaySettings(inline_encode_chars=inline_chars, drain_s=1.0)) as here:
+            (here.assets.directory / "tokenizer.json").write_text(tokenizer)
+            response = await here.client.post("/v1/completions", json={"model": "tiny", "prompt": "a text"})
+            assert (response.status_code, response.json()["error"]["code"]) == (422, InvalidCheckpoint.code)
+            assert why in response.json()["error"]["message"]
+            assert not here.router.requests, "no engine is asked"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_tokenizer_that_fails_at_a_reply_fails_that_request_as_the_checkpoints_fault(stream: bool) -> None:
+    # It panics at a token that is this character alone: what is cut on the left and on the right overlaps.
+    tokenizer = json.loads(TOKENIZER.to_str()) | {"decoder": {"type": "Strip", "content": "x", "start": 1, "stop": 1}}
+    async with serving() as here:
+        (here.assets.directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+        here.router.reply = lambda request: request.say("x", None if stream else EndReason.LENGTH)
+        body = {"model": "tiny", "prompt": "a text", "stream": stream}
+        response = await here.client.post("/v1/completions", json=body)
+        assert (response.status_code, response.json()["error"]["code"]) == (422, InvalidCheckpoint.code)
+        assert "cannot decode" in response.json()["error"]["message"]
+        if stream:
+            await asyncio.wait_for(here.router.requests[0].cancelled.wait(), WAIT_S)
 
 
 async def test_a_template_that_refuses_loops_or_is_not_there() -> None:
