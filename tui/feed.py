@@ -45,8 +45,9 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 5.0
 class Cluster:
     """Things by key and kind, as they were last told.
 
-    ``lost`` says why nothing is told any more: what is here is then the last picture, of ``told_at`` (our clock). ``tokens`` is
-    the history of tokens per second by node's name, a sample for each `sample`. ``explained`` is what was last asked for.
+    ``lost`` says why nothing is told any more: what is here is then the last picture, right at ``told_at`` (our clock).
+    ``tokens`` is the history of tokens per second by node's name, a sample for each `sample`. ``explained`` is what was last
+    asked for.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
@@ -114,7 +115,10 @@ class Cluster:
         self._skew_s = frame.at - self.told_at
 
     def lose(self, why: str) -> None:
-        """Nothing is told any more; a picture that was not here in whole never comes."""
+        """Nothing is told any more; a picture that was not here in whole never comes. Until now it was right, however long ago
+        something in it changed."""
+        if self.lost is None:
+            self.told_at = self._clock()
         self.lost = why
         self._coming = None
 

@@ -146,6 +146,17 @@ def test_a_picture_that_broke_off_in_the_middle_leaves_the_last_one() -> None:
     assert (len(cluster.nodes), len(cluster.models), cluster.cursor) == (len(NODES), len(MODELS), "p-2")
 
 
+def test_a_picture_is_stale_from_when_the_manager_went_and_not_from_its_last_change() -> None:
+    now = [NOW]
+    cluster = Cluster(lambda: now[0])
+    cluster.apply(FRAME)
+    now[0] += 3600
+    cluster.lose("it went away")
+    now[0] += 5
+    cluster.lose("and is still away")
+    assert (cluster.stale_s(), cluster.now()) == (5, NOW + 3600)
+
+
 def test_hours_of_news_take_no_more_room() -> None:
     now = [NOW]
     cluster = Cluster(lambda: now[0])
