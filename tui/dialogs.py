@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from rich.console import Group
 from rich.table import Column, Table
 from rich.text import Text
 from textual import on
@@ -154,16 +155,22 @@ class Help(ModalScreen[None]):
 
     def compose(self) -> ComposeResult:
         with VerticalScroll(classes="dialog help"):
-            yield Static(self._table())
+            yield Static(self._text())
 
     def on_mount(self) -> None:
         self.query_one(VerticalScroll).focus()
 
-    def _table(self) -> Table:
-        table = Table.grid(Column(width=7), Column(width=15), Column(ratio=1), padding=(0, 1), expand=True)
+    def _text(self) -> Group:
         paint = palette_of(self.app).text
+        parts: list[Text | Table] = []
+
+        def begin(section: str) -> Table:
+            table = Table.grid(Column(width=7), Column(width=15), Column(ratio=1), padding=(0, 1), expand=True)
+            parts.extend((paint(Text(section, style=f"bold {ACCENT}")), table))
+            return table
+
         for section, commands in groupby(self._commands, key=lambda command: command.section):
-            table.add_row(paint(Text(section, style=f"bold {ACCENT}")))
+            table = begin(section)
             for command in commands:
                 usable = command.is_for(self._view)
                 plain, name = (PLAIN, ACCENT) if usable else (MUTED, MUTED)
@@ -173,11 +180,10 @@ class Help(ModalScreen[None]):
                     paint(Text(command.help, style=plain)),
                 )
             table.add_row()
-        table.add_row(paint(Text("Tables", style=f"bold {ACCENT}")))
-        table.add_row(
+        begin("Tables").add_row(
             Text("arrows"), Text("j k PgUp PgDn"), Text("and g, G, the wheel; left and right go through many columns")
         )
-        return table
+        return Group(*parts)
 
     def action_dismiss_with_nothing(self) -> None:
         self.dismiss(None)

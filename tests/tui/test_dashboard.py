@@ -154,6 +154,7 @@ async def test_a_model_without_instances_says_why() -> None:
         manager.change(models=(broken,))
         await until(pilot, lambda: "node.arena_bytes" in screen(app))
         await _press(app, pilot, "escape", "d")
+        assert "no node can hold mo" in screen(app), "in its row, too"
         assert "DRAM budget" in screen(app)
         await _press(app, pilot, "enter")
         for state, said in ((ModelState.STOPPED, "is stopped; o"), (ModelState.INGESTING, "is being ingested")):
@@ -206,7 +207,7 @@ async def test_help_and_palette_are_made_of_the_table() -> None:
         await _press(app, pilot, "question_mark")
         assert isinstance(app.screen, Help)
         shown = screen(app)
-        assert all(f":{command.name}" in shown for command in COMMANDS)
+        assert all(f":{command.name}" in shown and command.section in shown for command in COMMANDS)
         await _press(app, pilot, "escape")
         assert [one.title for one in app.get_system_commands(app.screen)][:2] == ["cluster", "models"]
         await _press(app, pilot, "ctrl+p")

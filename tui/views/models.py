@@ -81,6 +81,8 @@ def _what(model: ModelView) -> Cell:
         return progress_cell(model.progress)
     if model.fault is not None:
         return Span(model.fault.message, state("failed").style)
+    if model.no_place:
+        return Span(model.no_place, WARN)
     return Span(_source(model), MUTED)
 
 
