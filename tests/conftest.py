@@ -14,6 +14,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 _MARK = f"MARK_OF_TEST_RUN={uuid.uuid4().hex}"
@@ -29,6 +30,9 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     name, _, value = _MARK.partition("=")
     os.environ[name] = value
+    # How long an example takes says how loaded the machine is.
+    hypothesis.settings.register_profile("here", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+    hypothesis.settings.load_profile("here")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -77,7 +77,7 @@ def test_only_pages_that_are_there_are_pinned_ahead_of_need() -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=examples(60), deadline=None)
+@settings(max_examples=examples(60))
 def test_every_byte_arrives_once_whatever_the_runs_and_shards(data: st.DataObject) -> None:
     pages = data.draw(st.integers(1, 80))
     bench = Bench(pages)
@@ -144,7 +144,7 @@ def test_nobody_waits_for_a_copy_and_layers_become_usable_in_order() -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=examples(80), deadline=None)
+@settings(max_examples=examples(80))
 def test_whatever_fails_everything_unwinds(data: st.DataObject) -> None:
     bench = Bench(data.draw(st.integers(4, 64)))
     with closing(bench.copier):  # also when hypothesis gives an example up

@@ -147,6 +147,4 @@ class Budget(RuleBasedStateMachine):
 
 
 TestBudget = Budget.TestCase
-TestBudget.settings = settings(
-    max_examples=examples(15), stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
-)
+TestBudget.settings = settings(max_examples=examples(15), stateful_step_count=20, suppress_health_check=list(HealthCheck))

@@ -374,7 +374,7 @@ def test_a_wrong_byte_puts_the_copy_in_quarantine(tmp_path: Path) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_happens_everything_unwinds(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     root = tmp_path_factory.mktemp("images")
     arena_bytes = data.draw(st.sampled_from([2 * CHUNK, 16 * MIB]))

@@ -143,7 +143,7 @@ ACTIONS = st.one_of(
 
 @pytest.mark.parametrize("backend", ["io_uring", "threads"])
 @given(actions=st.lists(ACTIONS, min_size=5, max_size=30))
-@settings(max_examples=examples(40), deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(40), suppress_health_check=list(HealthCheck))
 def test_each_op_ends_once_and_nothing_is_left(made: Made, backend: str, actions: list[Any]) -> None:
     disk = Disk()
     with pytest.MonkeyPatch.context() as monkeypatch:

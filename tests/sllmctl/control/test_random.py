@@ -329,7 +329,7 @@ class Migrations(Devices):
     abilities = Abilities(migrate=True)
 
 
-_RUNS = settings(max_examples=examples(30), stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+_RUNS = settings(max_examples=examples(30), stateful_step_count=40, suppress_health_check=list(HealthCheck))
 
 TestCluster = Cluster.TestCase
 TestDevices = Devices.TestCase

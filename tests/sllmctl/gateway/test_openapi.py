@@ -100,7 +100,6 @@ def _fuzz(raw: Any, call: Any) -> dict[str, set[int]]:
 
             @settings(
                 max_examples=_EXAMPLES * (_TIMES_MORE if said.get("parameters") else 1),
-                deadline=None,
                 database=None,
                 derandomize=True,
                 suppress_health_check=list(HealthCheck),

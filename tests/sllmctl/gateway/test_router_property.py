@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -229,7 +229,5 @@ TestRouterMachine = RouterMachine.TestCase
 TestRouterMachine.settings = settings(
     max_examples=examples(100),
     stateful_step_count=50,
-    deadline=None,
     print_blob=True,
-    suppress_health_check=[HealthCheck.too_slow],
 )

@@ -218,7 +218,7 @@ _VALUE = st.recursive(
 )
 
 
-@settings(max_examples=examples(60), deadline=None)
+@settings(max_examples=examples(60))
 @given(value=st.dictionaries(st.text(max_size=20), _VALUE, max_size=4), plain=st.booleans())
 def test_json_is_read_as_json_is(value: dict[str, Any], plain: bool) -> None:
     (document,) = read_documents(json.dumps(value, ensure_ascii=plain, indent="\t").encode(), as_json=True)
