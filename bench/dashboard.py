@@ -114,7 +114,7 @@ def _instance(number: int, now: float) -> InstanceView:
         retry_at=None,
         pid=7,
         running=1,
-        kv_bytes=1 << 30,
+        working_bytes=1 << 30,
         kv_used_tokens=random.randrange(60_000),
         kv_capacity_tokens=65_536,
         phases=None,

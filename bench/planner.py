@@ -144,7 +144,7 @@ class Cluster:
         self._count += 1
         instance = Instance(
             id=f"inst-{self._count:06d}", model=model, node=node, digest=digest, epoch=Epoch(1), state=InstanceState.STARTING,
-            devices=devices, kv_bytes=kv_bytes, restarts=0, retry_at=None, fault=None, phases=None, reason="",
+            devices=devices, working_bytes=kv_bytes, restarts=0, retry_at=None, fault=None, phases=None, reason="",
             created_at=0.0, changed_at=0.0, served=True, ready_at=_NOW - 600,
         )  # fmt: skip
         self.view.add_instance(instance)

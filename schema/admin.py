@@ -123,9 +123,9 @@ class ModelView(_View, frozen=True, kw_only=True):
 
 
 class InstanceView(_View, frozen=True, kw_only=True):
-    """``reason`` says why it runs where it runs; ``phases`` where the time of its last start went. ``kv_bytes`` are promised on
-    each device, for the KV cache and what a step takes beside it: of that at most ``activation_bytes`` and ``logits_bytes``, as
-    the engine reckons once it is ready."""
+    """``reason`` says why it runs where it runs; ``phases`` where the time of its last start went. ``working_bytes`` are
+    promised on each device beside its weights, for the KV cache and what a step takes: of that at most ``activation_bytes``
+    and ``logits_bytes``, as the engine reckons once it is ready."""
 
     id: str
     model: str
@@ -138,7 +138,7 @@ class InstanceView(_View, frozen=True, kw_only=True):
     retry_at: float | None
     pid: int
     running: int
-    kv_bytes: int
+    working_bytes: int
     kv_used_tokens: int
     kv_capacity_tokens: int
     activation_bytes: int = 0

@@ -152,7 +152,7 @@ class InstanceRow(Base):
     epoch: Mapped[int] = mapped_column(BigInteger)
     state: Mapped[InstanceState] = mapped_column(_enum(InstanceState))
     devices: Mapped[str] = mapped_column(Text)
-    kv_bytes: Mapped[int] = mapped_column(BigInteger)
+    working_bytes: Mapped[int] = mapped_column(BigInteger)
     restarts: Mapped[int] = mapped_column(Integer, default=0)
     retry_at: Mapped[float | None] = mapped_column(Float, default=None)
     fault: Mapped[str | None] = mapped_column(Text, default=None)

@@ -150,9 +150,9 @@ def _state(instance: InstanceView) -> str:
 def _memory(instance: InstanceView) -> str:
     """What is promised beside the weights, and what of it is not for the KV cache."""
     if not instance.logits_bytes:
-        return size(instance.kv_bytes)
+        return size(instance.working_bytes)
     steps = f"{size(instance.activation_bytes)} activations, {size(instance.logits_bytes)} logits"
-    return f"{size(instance.kv_bytes)} beside its weights; of that at most {steps}"
+    return f"{size(instance.working_bytes)} beside its weights; of that at most {steps}"
 
 
 def _kv(instance: InstanceView) -> str:

@@ -350,7 +350,7 @@ class PutInstance:
     truth: InstanceTruth
     model: str
     node: str
-    kv_bytes: int
+    working_bytes: int
     restarts: int
     retry_at: float | None
     reason: str

@@ -71,7 +71,7 @@ def _memory(view: ClusterView) -> Metric:
     )
     parts: Counter[tuple[str, str]] = Counter()
     for instance in view.instances.values():
-        parts[instance.model, "promised"] += instance.kv_bytes * len(instance.devices)
+        parts[instance.model, "promised"] += instance.working_bytes * len(instance.devices)
         parts[instance.model, "activations"] += instance.activation_bytes
         parts[instance.model, "logits"] += instance.logits_bytes
     for key, size_bytes in parts.items():

@@ -92,7 +92,7 @@ def create(turn: Turn, model: Model, plan: Plan) -> Instance:
         epoch=Epoch(0),
         state=_I.PLANNED,
         devices=best.devices,
-        kv_bytes=best.kv_bytes,
+        working_bytes=best.working_bytes,
         restarts=0,
         retry_at=None,
         fault=None,
@@ -136,7 +136,7 @@ def begin_life(turn: Turn, instance: Instance) -> None:
             digest=instance.digest,
             devices=instance.devices,
             options=EngineOptions(
-                kv_bytes=max(0, instance.kv_bytes - beside),
+                kv_bytes=max(0, instance.working_bytes - beside),
                 step_bytes=beside,
                 max_context_tokens=context_tokens(model.spec, checkpoint),
                 max_concurrency=model.spec.scale.max_concurrency,

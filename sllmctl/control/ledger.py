@@ -87,14 +87,14 @@ class MemoryLedger:
             return {}
         return {digest: copy.size_bytes for digest, copy in here.items() if not self._standing.get((node, device, digest))}
 
-    def device_need_bytes(self, node: str, digest: str, devices: tuple[int, ...], kv_bytes: int) -> dict[int, int]:
+    def device_need_bytes(self, node: str, digest: str, devices: tuple[int, ...], working_bytes: int) -> dict[int, int]:
         """What an instance takes of each of its devices: its KV cache, and a share of the weights on all but CPUs."""
         record, checkpoint = self.nodes.get(node), self.checkpoints.get(digest)
         kinds = (
             {d.index: d.kind for d in record.inventory.devices} if record is not None and record.inventory is not None else {}
         )
         share = -(-checkpoint.image_bytes // len(devices)) if checkpoint is not None and devices else 0
-        return {device: kv_bytes + (0 if kinds.get(device, "cpu") == "cpu" else share) for device in devices}
+        return {device: working_bytes + (0 if kinds.get(device, "cpu") == "cpu" else share) for device in devices}
 
     def planned_on(self, node: str) -> Mapping[str, Instance]:
         """The instances on a node whose life has not begun, in the order in which they were made."""
@@ -146,7 +146,9 @@ class MemoryLedger:
                 del promised[key]
         for instance in instances:
             if instance.state in HOLDING:
-                for device, need in self.device_need_bytes(node, instance.digest, instance.devices, instance.kv_bytes).items():
+                for device, need in self.device_need_bytes(
+                    node, instance.digest, instance.devices, instance.working_bytes
+                ).items():
                     self.committed_bytes[node, device] = self.committed_bytes.get((node, device), 0) + need
             if _rests(instance):
                 self._promise(self.resting_bytes, instance, 1)
@@ -232,7 +234,7 @@ class MemoryLedger:
             self._commit(instance, -1)
 
     def _commit(self, instance: Instance, sign: int) -> None:
-        needs = self.device_need_bytes(instance.node, instance.digest, instance.devices, instance.kv_bytes)
+        needs = self.device_need_bytes(instance.node, instance.digest, instance.devices, instance.working_bytes)
         for device, need in needs.items():
             key = (instance.node, device)
             self.committed_bytes[key] = self.committed_bytes.get(key, 0) + sign * need
@@ -262,7 +264,7 @@ class MemoryLedger:
             self._promise(self.resting_bytes, instance, 1 if rests else -1)
 
     def _promise(self, promised: dict[tuple[str, int], int], instance: Instance, sign: int) -> None:
-        needs = self.device_need_bytes(instance.node, instance.digest, instance.devices, instance.kv_bytes)
+        needs = self.device_need_bytes(instance.node, instance.digest, instance.devices, instance.working_bytes)
         for device, need in needs.items():
             key = (instance.node, device)
             promised[key] = promised.get(key, 0) + sign * need

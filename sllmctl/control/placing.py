@@ -89,12 +89,12 @@ def _lacks(turn: Turn, node: Node, instance: Instance, ahead: list[Instance]) ->
     memory = turn.view.memory
     sizes = {device.index: device.memory_bytes for device in node.inventory.devices}
     found: list[_Lack] = []
-    for device, need in memory.device_need_bytes(node.id, instance.digest, instance.devices, instance.kv_bytes).items():
+    for device, need in memory.device_need_bytes(node.id, instance.digest, instance.devices, instance.working_bytes).items():
         lying = {digest: size for digest, size in memory.lying_bytes(node.id, device).items() if digest != instance.digest}
         taken = memory.live_bytes(node.id, device)
         for one in ahead:
             if device in one.devices:
-                taken += memory.device_need_bytes(node.id, one.digest, one.devices, one.kv_bytes)[device]
+                taken += memory.device_need_bytes(node.id, one.digest, one.devices, one.working_bytes)[device]
                 lying.pop(one.digest, None)
         missing = taken + sum(lying.values()) + need - sizes.get(device, 0)
         leaving = (
@@ -168,7 +168,7 @@ def _leaving_by_moves(turn: Turn, node: str, device: int) -> int:
     for name in turn.core.moves:
         one = view.instances.get(name)
         if one is not None and one.node == node and device in one.devices and one.state is _I.READY:
-            total += view.memory.device_need_bytes(node, one.digest, one.devices, one.kv_bytes)[device]
+            total += view.memory.device_need_bytes(node, one.digest, one.devices, one.working_bytes)[device]
     return total
 
 
@@ -209,7 +209,7 @@ def _make_target(turn: Turn, source: Instance, move: Move) -> Instance:
         node=move.node,
         name=node.name,
         devices=move.devices,
-        kv_bytes=move.kv_bytes,
+        working_bytes=move.working_bytes,
         source=move.source,
         peer=move.peer,
         startup_s=move.ready_s,

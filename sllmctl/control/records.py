@@ -174,8 +174,8 @@ class Model:
 
 @dataclass(slots=True)
 class Instance:
-    """One replica. ``epoch`` is its present or last life. ``kv_bytes`` are promised on each device: its KV cache, with what a
-    step takes beside it (`sllmctl.planner.memory`).
+    """One replica. ``epoch`` is its present or last life. ``working_bytes`` are promised on each device beside its weights:
+    its KV cache, with what a step takes (`sllmctl.planner.memory`).
 
     Live only: what its engine can take, ``pid``, ``running`` sequences, ``idle_since`` (None while busy or not ready),
     ``life_at`` (when this life was begun or its stop was asked for), ``ready_at`` of this life, ``plan`` (the decision that
@@ -192,7 +192,7 @@ class Instance:
     epoch: Epoch
     state: InstanceState
     devices: tuple[int, ...]
-    kv_bytes: int
+    working_bytes: int
     restarts: int
     retry_at: float | None
     fault: Fault | None

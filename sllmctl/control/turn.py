@@ -368,7 +368,7 @@ def _instance_row(instance: Instance) -> PutInstance:
         truth,
         instance.model,
         instance.node,
-        instance.kv_bytes,
+        instance.working_bytes,
         instance.restarts,
         instance.retry_at,
         instance.reason,

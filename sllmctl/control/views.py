@@ -131,7 +131,7 @@ def instance_view(view: ClusterView, live: LiveNumbers, instance: Instance) -> I
         retry_at=instance.retry_at,
         pid=instance.pid,
         running=load.running if load is not None else instance.running,
-        kv_bytes=instance.kv_bytes,
+        working_bytes=instance.working_bytes,
         kv_used_tokens=load.kv_used_tokens if load is not None else 0,
         kv_capacity_tokens=instance.kv_capacity_tokens,
         activation_bytes=instance.activation_bytes,

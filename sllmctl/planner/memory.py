@@ -1,4 +1,4 @@
-"""How much of a device an instance takes beside its weights: the rule for its KV cache, and what a step takes with it.
+"""The working memory of an instance, which is what it takes of a device beside its weights: KV cache, and what a step takes.
 
 A spec's ``engine.kv_bytes`` is the cache's size. Otherwise, with the context c of the spec or checkpoint, whichever is shorter:
 
@@ -20,10 +20,10 @@ from schema.spec import ModelSpec
 from sllmctl.control.records import Checkpoint
 from sllmctl.control.settings import ControlSettings
 
-__all__ = ["KvNeed", "context_tokens", "kv_given_bytes", "kv_need", "step_bytes"]
+__all__ = ["WorkingNeed", "context_tokens", "given_bytes", "step_bytes", "working_need"]
 
 
-class KvNeed(msgspec.Struct, frozen=True):
+class WorkingNeed(msgspec.Struct, frozen=True):
     """Bytes on each device: with fewer than ``least_bytes`` it does not start, more than ``wanted_bytes`` it is not given. Of
     either, ``step_bytes`` are for what a step takes beside the KV cache."""
 
@@ -37,15 +37,15 @@ def context_tokens(spec: ModelSpec, checkpoint: Checkpoint) -> int:
     return min(spec.engine.max_context_tokens or checkpoint.max_context_tokens, checkpoint.max_context_tokens)
 
 
-def kv_need(spec: ModelSpec, checkpoint: Checkpoint, settings: ControlSettings) -> KvNeed:
+def working_need(spec: ModelSpec, checkpoint: Checkpoint, settings: ControlSettings) -> WorkingNeed:
     """What one instance takes on each device it spans, beside its weights. A cache is spread over the devices evenly."""
     beside = step_bytes(spec, checkpoint, settings)
     if spec.engine.kv_bytes is not None:
-        return KvNeed(spec.engine.kv_bytes + beside, spec.engine.kv_bytes + beside, beside)
+        return WorkingNeed(spec.engine.kv_bytes + beside, spec.engine.kv_bytes + beside, beside)
     token_bytes = -(-checkpoint.kv_token_bytes // spec.devices)
     least_tokens = min(context_tokens(spec, checkpoint), settings.kv_least_tokens)
     wanted_tokens = _wanted_tokens(spec, checkpoint, settings)
-    return KvNeed(least_tokens * token_bytes + beside, wanted_tokens * token_bytes + beside, beside)
+    return WorkingNeed(least_tokens * token_bytes + beside, wanted_tokens * token_bytes + beside, beside)
 
 
 def step_bytes(spec: ModelSpec, checkpoint: Checkpoint, settings: ControlSettings) -> int:
@@ -67,6 +67,6 @@ def _wanted_tokens(spec: ModelSpec, checkpoint: Checkpoint, settings: ControlSet
     return max(min(context, settings.kv_least_tokens), min(most_tokens, settings.kv_sequence_tokens * settings.kv_sequences))
 
 
-def kv_given_bytes(need: KvNeed, free_bytes: int, *, cpu: bool) -> int:
+def given_bytes(need: WorkingNeed, free_bytes: int, *, cpu: bool) -> int:
     """What is given of ``free_bytes`` (weights already taken off), which are at least ``need.least_bytes``."""
     return max(need.least_bytes, min(need.wanted_bytes, free_bytes // 2 if cpu else free_bytes))

@@ -95,7 +95,7 @@ class Movers:
             return None
         soonest_s, target = soonest
         pause_s = self._times(victim, target.node)[1]
-        found = Exit(dict.fromkeys(instance.devices, instance.kv_bytes), len(victim.sequences) * pause_s, soonest_s)
+        found = Exit(dict.fromkeys(instance.devices, instance.working_bytes), len(victim.sequences) * pause_s, soonest_s)
         found.ids = (instance.id,)
         found.victim = instance.id
         return found

@@ -18,7 +18,7 @@ from schema.states import Tier
 from sllmctl.control.records import Node
 from sllmctl.control.view import ClusterView
 from sllmctl.planner.estimates import Estimates
-from sllmctl.planner.memory import KvNeed, kv_given_bytes
+from sllmctl.planner.memory import WorkingNeed, given_bytes
 from sllmctl.planner.prices import Prices
 from sllmctl.planner.rooms import Ask
 
@@ -52,10 +52,10 @@ class Tenant:
 
 @dataclass(slots=True, frozen=True)
 class Packing:
-    """Where the tenants go, in their order: devices, KV bytes, and when each is ready; what is dropped, and what that costs."""
+    """Where the tenants go, in their order: devices, working memory, when each is ready; what is dropped, what that costs."""
 
     places: tuple[tuple[int, ...], ...]
-    kv_bytes: tuple[int, ...]
+    working_bytes: tuple[int, ...]
     ready_s: tuple[float, ...]
     drops: tuple[str, ...]
     drops_s: float
@@ -261,7 +261,7 @@ class Packer:
         for tenant, devices in zip(tenants, places, strict=True):
             free = tenant.least + min(rooms[index] for index in devices)
             cpu = self._share(tenant.start) == 0
-            size = kv_given_bytes(KvNeed(tenant.least, max(tenant.least, tenant.start.ask.wanted)), free, cpu=cpu)
+            size = given_bytes(WorkingNeed(tenant.least, max(tenant.least, tenant.start.ask.wanted)), free, cpu=cpu)
             for index in devices:
                 rooms[index] -= size - tenant.least
             given.append(size)

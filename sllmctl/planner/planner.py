@@ -21,7 +21,7 @@ from sllmctl.control.settings import ControlSettings
 from sllmctl.control.view import ClusterView
 from sllmctl.planner.estimates import Estimates
 from sllmctl.planner.inquiry import Inquiry, PlannerOptions
-from sllmctl.planner.memory import KvNeed, kv_given_bytes
+from sllmctl.planner.memory import WorkingNeed, given_bytes
 from sllmctl.planner.plans import Abilities, Candidate, Decision, Journals, Plan, Refusal, Rejection, Wait
 from sllmctl.planner.reasons import plan_reason, refusal, wait_reason
 from sllmctl.planner.rooms import Fleet, ask, fleet
@@ -149,7 +149,7 @@ class LocalityPlanner:
     def _priced(self, inquiry: Inquiry, option: Option) -> float:
         """What a place costs, the shortness of its KV cache included."""
         wanted = inquiry.asked.wanted
-        given = kv_given_bytes(KvNeed(inquiry.asked.least, wanted), option.free, cpu=option.ground.cpu)
+        given = given_bytes(WorkingNeed(inquiry.asked.least, wanted), option.free, cpu=option.ground.cpu)
         return option.key[0] + self._settings.kv_short_s * (1.0 - given / wanted)
 
     def _decide(self, search: Search, inquiry: Inquiry, wait_s: float | None) -> Decision:

@@ -63,7 +63,7 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
     instance: str
     node: str
     devices: tuple[int, ...]
-    kv_bytes: int
+    working_bytes: int
     target: str = ""
     source: Tier = Tier.DRAM
     peer: str = ""
@@ -92,7 +92,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     node: str
     name: str
     devices: tuple[int, ...]
-    kv_bytes: int
+    working_bytes: int
     source: Tier
     peer: str = ""
     queue_s: float = 0.0

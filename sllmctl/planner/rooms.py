@@ -11,7 +11,7 @@ from sllmctl.control.records import HOLDING, Checkpoint, Model, Node
 from sllmctl.control.room import RoomIndex
 from sllmctl.control.settings import ControlSettings
 from sllmctl.control.view import ClusterView
-from sllmctl.planner.memory import kv_need
+from sllmctl.planner.memory import working_need
 from sllmctl.planner.plans import Rejection
 
 __all__ = ["Ask", "Fleet", "Ground", "arena_deficit_bytes", "ask", "fleet", "ground"]
@@ -38,7 +38,7 @@ class Ask:
 
 
 def ask(model: Model, checkpoint: Checkpoint, settings: ControlSettings, now: float) -> Ask:
-    need = kv_need(model.spec, checkpoint, settings)
+    need = working_need(model.spec, checkpoint, settings)
     count = model.spec.devices
     since = model.waiting_since
     return Ask(

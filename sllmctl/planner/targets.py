@@ -82,7 +82,7 @@ class Targets:
             slots = model.spec.scale.max_concurrency - other.running - coming
             capacity = other.kv_capacity_tokens
             if not capacity:
-                kv_bytes = other.kv_bytes - step_bytes(model.spec, checkpoint, self._settings)
+                kv_bytes = other.working_bytes - step_bytes(model.spec, checkpoint, self._settings)
                 capacity = max(0, kv_bytes) * len(other.devices) // max(1, checkpoint.kv_token_bytes)
             room_tokens = capacity - sum(self._journals.tokens(other.id)) - coming_tokens
             if slots >= count and room_tokens >= tokens:

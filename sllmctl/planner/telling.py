@@ -1,9 +1,9 @@
-"""A place as it is told: who leaves by name, and the size of the KV cache that it gets."""
+"""A place as it is told: who leaves by name, and the working memory that it gets."""
 
 from __future__ import annotations
 
 from sllmctl.planner.inquiry import CHEAP, Inquiry
-from sllmctl.planner.memory import KvNeed, kv_given_bytes
+from sllmctl.planner.memory import WorkingNeed, given_bytes
 from sllmctl.planner.plans import Candidate
 from sllmctl.planner.spot import Option
 from sllmctl.planner.victims import Exit
@@ -12,19 +12,19 @@ __all__ = ["candidate"]
 
 
 def candidate(inquiry: Inquiry, option: Option, *, roomy: bool = False) -> Candidate:
-    """``roomy``: weights that cost next to nothing to drop go too, until the KV cache gets what it wants."""
+    """``roomy``: weights that cost next to nothing to drop go too, until it gets all that it wants."""
     asked = inquiry.asked
     exits = option.exits
     free, delay_s = option.free, option.delay_s
     if roomy and free < asked.wanted and not option.ground.cpu and inquiry.options.sharing:
         exits, free, delay_s = _widened(inquiry, option)
     halved = option.ground.cpu and inquiry.options.sharing
-    kv_bytes = kv_given_bytes(KvNeed(asked.least, asked.wanted), free, cpu=halved)
+    working_bytes = given_bytes(WorkingNeed(asked.least, asked.wanted), free, cpu=halved)
     return Candidate(
         node=option.node.id,
         name=option.node.name,
         devices=option.devices,
-        kv_bytes=kv_bytes,
+        working_bytes=working_bytes,
         source=option.source,
         peer=option.peer,
         queue_s=option.startup.queue_s,

@@ -177,7 +177,7 @@ class Exits:
         now = asked.now
         if instance.state in LEAVING:
             gone_s = remaining_s(instance, self._journals, settings, now)
-            found = Exit(dict.fromkeys(instance.devices, instance.kv_bytes), 0.0, gone_s)
+            found = Exit(dict.fromkeys(instance.devices, instance.working_bytes), 0.0, gone_s)
         elif instance.state is not InstanceState.READY or instance.moving or instance.model == asked.model.name:
             return None
         elif instance.running:
@@ -191,7 +191,7 @@ class Exits:
                 return None
             delay_s = self._prices.instance_s(instance, busy=True)
             gone_s = remaining_s(instance, self._journals, settings, now)
-            found = Exit(dict.fromkeys(instance.devices, instance.kv_bytes), delay_s, gone_s)
+            found = Exit(dict.fromkeys(instance.devices, instance.working_bytes), delay_s, gone_s)
             found.drains = (instance.id,)
         else:
             since = instance.idle_since
@@ -199,7 +199,7 @@ class Exits:
             if since is None or since + least_s > now or not self._is_spare(instance):
                 return None
             delay_s = self._prices.instance_s(instance, busy=False)
-            found = Exit(dict.fromkeys(instance.devices, instance.kv_bytes), delay_s)
+            found = Exit(dict.fromkeys(instance.devices, instance.working_bytes), delay_s)
             found.stops = (instance.id,)
         found.ids = (instance.id,)
         return found

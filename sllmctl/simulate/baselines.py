@@ -21,7 +21,7 @@ from sllmctl.control.settings import ControlSettings
 from sllmctl.control.view import ClusterView
 from sllmctl.planner.cover import choose
 from sllmctl.planner.estimates import Estimates, Startup
-from sllmctl.planner.memory import KvNeed, kv_given_bytes
+from sllmctl.planner.memory import WorkingNeed, given_bytes
 from sllmctl.planner.planner import LocalityPlanner
 from sllmctl.planner.plans import Abilities, Candidate, Decision, Journals, Plan, Refusal, Rejection
 from sllmctl.planner.prices import Prices
@@ -192,7 +192,7 @@ class _Baseline(ABC):
             node=here.node.id,
             name=here.node.name,
             devices=tuple(sorted(place.devices)),
-            kv_bytes=kv_given_bytes(KvNeed(asked.least, asked.wanted), free, cpu=here.cpu),
+            working_bytes=given_bytes(WorkingNeed(asked.least, asked.wanted), free, cpu=here.cpu),
             source=source[0],
             peer=source[1],
             queue_s=startup.queue_s,
@@ -359,7 +359,7 @@ class Preempting(_Baseline):
             others = self._view.instances_of(instance.model).values()
             if sum(one.state in HOLDING and one.state not in LEAVING for one in others) <= owner.spec.scale.min:
                 return None
-        found = Exit(dict.fromkeys(instance.devices, instance.kv_bytes), _PREEMPTION_S)
+        found = Exit(dict.fromkeys(instance.devices, instance.working_bytes), _PREEMPTION_S)
         found.ids = (instance.id,)
         return found
 

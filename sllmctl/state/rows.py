@@ -125,7 +125,7 @@ def _values(change: RowChange) -> dict[str, Any]:
                 "epoch": truth.epoch,
                 "state": truth.state,
                 "devices": _json(truth.devices),
-                "kv_bytes": change.kv_bytes,
+                "working_bytes": change.working_bytes,
                 "restarts": change.restarts,
                 "retry_at": change.retry_at,
                 "fault": _json(truth.fault),

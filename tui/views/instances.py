@@ -62,7 +62,8 @@ class Instances(View[InstanceView]):
         detail.field("checkpoint", row.digest[:16])
         detail.head("why here").line(row.reason)
         detail.head("KV cache").line(*bar(_kv(row), 20), f" {_kv(row):.0%}")
-        detail.line(f"{count(row.kv_used_tokens)} of {count(row.kv_capacity_tokens)} tokens, {size(row.kv_bytes)}")
+        detail.line(f"{count(row.kv_used_tokens)} of {count(row.kv_capacity_tokens)} tokens")
+        detail.line(f"{size(row.working_bytes)} beside its weights")
         if (phases := row.phases) is not None:
             detail.start("last start", phases)
         return detail.progress(row.progress).fault(row.fault)

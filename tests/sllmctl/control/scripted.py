@@ -31,7 +31,7 @@ def place(
     preempts: tuple[str, ...] = (),
 ) -> Plan:
     best = Candidate(
-        node=node, name=node, devices=devices, kv_bytes=kv_mib * MIB, source=Tier.DISK, startup_s=startup_s, room_s=room_s,
+        node=node, name=node, devices=devices, working_bytes=kv_mib * MIB, source=Tier.DISK, startup_s=startup_s, room_s=room_s,
         drops=drops, stops=stops, drains=drains, moves=moves, preempts=preempts,
     )  # fmt: skip
     return Plan(best, (), {}, f"on {node}, as the script says")
@@ -47,7 +47,7 @@ def move(
     drops: tuple[str, ...] = (),
 ) -> Move:
     return Move(
-        instance=instance, node=node, devices=devices, kv_bytes=kv_mib * MIB, target=target, drops=drops,
+        instance=instance, node=node, devices=devices, working_bytes=kv_mib * MIB, target=target, drops=drops,
         ready_s=1.0, migrate_s=1.0, pause_s=0.1,
     )  # fmt: skip
 

@@ -103,7 +103,7 @@ def test_another_engine_makes_other_instances(world: World) -> None:
     world.pass_time(1)
     after = world.only()
     assert after.id != before.id
-    assert (after.state, after.kv_bytes) == (InstanceState.READY, 20 << 20)
+    assert (after.state, after.working_bytes) == (InstanceState.READY, 20 << 20)
     assert "Replaced" in world.reasons("instance")
     world.check_rows()
 

@@ -46,7 +46,7 @@ def _view() -> ClusterView:
 
 
 def _candidate(node: str = "node_1", name: str = "local", **more: object) -> Candidate:
-    return Candidate(node=node, name=name, devices=(0,), kv_bytes=1, source=Tier.DISK, startup_s=2.0, **more)  # type: ignore[arg-type]
+    return Candidate(node=node, name=name, devices=(0,), working_bytes=1, source=Tier.DISK, startup_s=2.0, **more)  # type: ignore[arg-type]
 
 
 _BEST, _OTHER = _candidate(), _candidate("node_2", "gpu2", delay_s=0.5)
@@ -75,13 +75,15 @@ def test_actions_are_words_with_names() -> None:
         instance="inst_3",
         node="node_2",
         devices=(0,),
-        kv_bytes=1,
+        working_bytes=1,
         drops=(_SMALL,),
         ready_s=1.0,
         migrate_s=1.0,
         pause_s=0.1,
     )
-    there = Move(instance="gone", node="node_2", devices=(0,), kv_bytes=1, target="inst_4", ready_s=0, migrate_s=1, pause_s=0)
+    there = Move(
+        instance="gone", node="node_2", devices=(0,), working_bytes=1, target="inst_4", ready_s=0, migrate_s=1, pause_s=0
+    )
     best = _candidate(
         peer="node_2",
         drops=(_SMALL, _LOST),

@@ -22,7 +22,7 @@ def test_a_cold_start_is_written_then_sent_then_routed(world: World) -> None:
     assert not world.view.instances
     world.demand("m", 1)
     instance = world.only()
-    assert (instance.state, instance.kv_bytes) == (_I.READY, 10 << 20)
+    assert (instance.state, instance.working_bytes) == (_I.READY, 10 << 20)
     assert world.puts(instance.id) == [_I.STARTING, _I.READY]
     route = world.routes[instance.id]
     assert (route.state, route.reachable, route.kv_capacity_tokens, route.max_concurrency) == (_I.READY, True, 4096, 4)
@@ -39,7 +39,7 @@ def test_what_a_step_takes_is_promised_with_the_cache_and_told_apart_to_the_node
     beside = checkpoint.step.step_bytes(sequences=4, context_tokens=512, kv_tokens=10240)
     world.demand("m", 1)
     instance = world.only()
-    assert instance.kv_bytes == (10 << 20) + beside
+    assert instance.working_bytes == (10 << 20) + beside
     (start,) = [one for one in world.agents["local"].heard if isinstance(one, StartInstance)]
     assert (start.options.kv_bytes, start.options.step_bytes) == (10 << 20, beside)
 

@@ -87,7 +87,7 @@ class Crowd:
         """Busy with ``tokens``, or resting for ``idle_s``; its weights lie on its devices."""
         instance = Instance(
             id=name, model=model, node=node, digest=f"w-{model}", epoch=Epoch(1), state=InstanceState.STARTING,
-            devices=devices, kv_bytes=kv, restarts=0, retry_at=None, fault=None, phases=None, reason="",
+            devices=devices, working_bytes=kv, restarts=0, retry_at=None, fault=None, phases=None, reason="",
             created_at=0.0, changed_at=0.0, kv_capacity_tokens=kv * len(devices) * 1000, served=served,
             ready_at=NOW - ready_s, life_at=NOW,
         )  # fmt: skip

@@ -104,7 +104,7 @@ class Twin:
         found = {index: size for index, _, size in self.devices(node)}
         for one in self.at(node):
             for index in one.devices:
-                found[index] -= one.kv_bytes + self.share(node, one.model)
+                found[index] -= one.working_bytes + self.share(node, one.model)
         return found
 
     def victims(self, node: str, newcomer: str) -> list[str]:
@@ -242,7 +242,7 @@ class Twin:
                 leaving = [*stops, *(self.view.instances[name] for name in movers)]
                 room = {
                     index: free[index]
-                    + sum(one.kv_bytes + self.share(node, one.model) for one in leaving if index in one.devices)
+                    + sum(one.working_bytes + self.share(node, one.model) for one in leaving if index in one.devices)
                     - sum(on.get(index, 0) for model, on in idle.items() if model not in gone and model != "m")
                     for index in devices
                 }
@@ -292,11 +292,11 @@ class Twin:
             drops = [digest.removeprefix("w-") for move in moves for digest in move.drops]
             assert len(set(drops)) == len(drops)
             assert set(drops) <= set(self.droppable(there, starts, best.node, best.devices))
-            assert self.fits(there, starts, drops, {move.instance: move.kv_bytes for move in moves})
+            assert self.fits(there, starts, drops, {move.instance: move.working_bytes for move in moves})
             assert not starts or self.arena_holds(there, [goal for goal in starts if goal], best.node)
             ready_s = self.ready_s(there, starts, best.node)
             for move in moves:
-                assert move.kv_bytes >= self.least(move.instance)
+                assert move.working_bytes >= self.least(move.instance)
                 assert move.ready_s <= ready_s[move.instance] + 1e-9 or move.source is not Tier.DEVICE
         for move in best.moves:
             assert best.room_s >= move.ready_s + move.migrate_s - 1e-9

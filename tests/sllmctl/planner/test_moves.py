@@ -43,20 +43,20 @@ def _compare(crowd: Crowd) -> None:
         assert found.best.cost_s >= min(start_s + room_s for start_s, room_s in costs) - 1e-6
 
 
-@settings(max_examples=examples(80), deadline=None)
+@settings(max_examples=examples(80))
 @given(straits())
 def test_no_choice_of_victims_and_targets_is_cheaper(crowd: Crowd) -> None:
     _compare(crowd)
 
 
 @pytest.mark.slow
-@settings(max_examples=examples(1000), deadline=None)
+@settings(max_examples=examples(1000))
 @given(straits())
 def test_no_choice_is_cheaper_in_many_clusters(crowd: Crowd) -> None:
     _compare(crowd)
 
 
-@settings(max_examples=examples(80), deadline=None)
+@settings(max_examples=examples(80))
 @given(straits())
 def test_what_was_left_out_at_first_is_looked_at_again_where_it_might_be_better(crowd: Crowd) -> None:
     model = crowd.view.models["m"]
@@ -96,7 +96,7 @@ def _simulated(tokens: Sequence[int], token_s: float, base_s: float, nearly: flo
     return clock, sum(waits) / len(waits)
 
 
-@settings(max_examples=examples(100), deadline=None)
+@settings(max_examples=examples(100))
 @given(
     st.lists(st.integers(1, 4000), min_size=1, max_size=16),
     st.sampled_from([1e-4, 1e-3, 1e-2]),
@@ -338,7 +338,7 @@ def test_a_victim_on_two_devices_makes_room_on_one() -> None:
     assert moves is not None
     (move,) = moves
     assert (move.node, move.devices) == ("n2", (0, 1))
-    assert move.kv_bytes == 20
+    assert move.working_bytes == 20
 
 
 def test_nobody_moves_where_it_would_cost_more_than_what_others_leave() -> None:

@@ -64,7 +64,7 @@ def _arena_freed(crowd: Crowd, node: str, leaving: tuple[Exit, ...]) -> int:
     return sum(crowd.view.memory.arena_bytes_of(node, digest) for digest in {one.digest for one in here} - kept)
 
 
-@settings(max_examples=examples(300), deadline=None)
+@settings(max_examples=examples(300))
 @given(crowds())
 def test_the_cost_is_within_its_bound_of_brute_force(case: tuple[Crowd, Model]) -> None:
     crowd, model = case
@@ -83,7 +83,7 @@ def test_the_cost_is_within_its_bound_of_brute_force(case: tuple[Crowd, Model]) 
         assert found.best.cost_s >= min(start for start, _ in twin) - 1e-9
 
 
-@settings(max_examples=examples(200), deadline=None)
+@settings(max_examples=examples(200))
 @given(crowds())
 def test_what_is_explained_in_full_is_what_is_planned(case: tuple[Crowd, Model]) -> None:
     crowd, model = case
@@ -108,13 +108,13 @@ def test_what_is_explained_in_full_is_what_is_planned(case: tuple[Crowd, Model])
 def _carry_out(crowd: Crowd, best: Candidate) -> None:
     """The memory as it is when everybody who is to leave has left: the newcomer is there, and so are the targets."""
     view = crowd.view
-    crowd.runs("new", "m", best.node, best.devices, kv=best.kv_bytes)
+    crowd.runs("new", "m", best.node, best.devices, kv=best.working_bytes)
     gone = {*best.stops, *best.drains, *(move.instance for move in best.moves)}
     gone |= {one.id for one in view.instances.values() if one.state in LEAVING}
     for move in best.moves:
         if not move.target:
             source = view.instances[move.instance]
-            crowd.runs(f"target-{move.instance}", source.model, move.node, move.devices, kv=move.kv_bytes)
+            crowd.runs(f"target-{move.instance}", source.model, move.node, move.devices, kv=move.working_bytes)
     for name in gone:
         one = view.instances[name]
         if all(other.digest != one.digest or other.id in gone for other in view.instances_on(one.node).values()):
@@ -167,7 +167,7 @@ def _check_victims(crowd: Crowd, model: Model, best: Candidate) -> None:
         assert not ended or len(there) - len(ended) >= other.spec.scale.min
 
 
-@settings(max_examples=examples(300), deadline=None)
+@settings(max_examples=examples(300))
 @given(crowds())
 def test_memory_is_never_promised_twice_and_victims_are_fair(case: tuple[Crowd, Model]) -> None:
     crowd, model = case
@@ -178,7 +178,7 @@ def test_memory_is_never_promised_twice_and_victims_are_fair(case: tuple[Crowd, 
         _check_memory(crowd, found.best)
 
 
-@settings(max_examples=examples(300), deadline=None)
+@settings(max_examples=examples(300))
 @given(crowds(roomy_arena=True))
 def test_migrations_have_targets_with_room_and_are_chosen_only_if_better(case: tuple[Crowd, Model]) -> None:
     crowd, model = case
@@ -205,7 +205,7 @@ def test_migrations_have_targets_with_room_and_are_chosen_only_if_better(case: t
         else:
             assert move.node != found.best.node or not set(move.devices) & set(found.best.devices)
             checkpoint = crowd.view.checkpoints[source.digest]
-            assert move.kv_bytes * len(move.devices) >= sum(crowd.journals.tokens(source.id)) * checkpoint.kv_token_bytes
+            assert move.working_bytes * len(move.devices) >= sum(crowd.journals.tokens(source.id)) * checkpoint.kv_token_bytes
         assert found.best.room_s >= move.ready_s + move.migrate_s - 1e-9
     _carry_out(crowd, found.best)
     _check_memory(crowd, found.best)
@@ -253,7 +253,7 @@ def test_a_short_cache_is_taken_only_if_what_it_saves_is_worth_it(short_s: float
     planner = crowd.planner(settings=msgspec.structs.replace(RULES, kv_short_s=short_s))
     found = planner.plan(model, NOW)
     assert isinstance(found, Plan)
-    assert (found.best.node, found.best.kv_bytes) == (node, kv_bytes)
+    assert (found.best.node, found.best.working_bytes) == (node, kv_bytes)
     explained, _ = planner.explain(model, NOW)
     assert isinstance(explained, Plan)
     assert explained.best.node == node

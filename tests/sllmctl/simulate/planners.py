@@ -66,7 +66,7 @@ class FirstFit:
                     instance=victim.id,
                     node=other.id,
                     devices=target.devices,
-                    kv_bytes=target.kv_bytes,
+                    working_bytes=target.working_bytes,
                     source=target.source,
                     ready_s=1.0,
                     migrate_s=1.0,
@@ -87,7 +87,7 @@ class FirstFit:
         return None
 
     def _needs(self, one: Instance) -> dict[int, int]:
-        return self._view.memory.device_need_bytes(one.node, one.digest, one.devices, one.kv_bytes)
+        return self._view.memory.device_need_bytes(one.node, one.digest, one.devices, one.working_bytes)
 
     def _devices(self, node: Node) -> tuple[DeviceInfo, ...]:
         return () if node.inventory is None else node.inventory.devices
@@ -117,7 +117,7 @@ class FirstFit:
             node=node.id,
             name=node.name,
             devices=tuple(fit[: model.spec.devices]),
-            kv_bytes=kv_bytes,
+            working_bytes=kv_bytes,
             source=Tier.DRAM if Tier.DRAM in tiers else Tier.DISK,
             startup_s=1.0,
             **more,  # type: ignore[arg-type]

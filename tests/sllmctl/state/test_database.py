@@ -45,7 +45,7 @@ async def test_what_is_committed_is_loaded_again(url: str, tmp_path: Path) -> No
     assert (model.spec, model.digest, model.op, model.fault) == (put_model.spec, rows.DIGEST, "op_1", put_model.fault)
     assert (instance.epoch, instance.state, instance.devices) == (rows.EPOCH, InstanceState.BACKOFF, (0, 2))
     assert (instance.phases, instance.fault) == (put.truth.phases, put.truth.fault)
-    assert (instance.kv_bytes, instance.restarts, instance.retry_at, instance.reason) == (1 << 33, 2, 99.5, "why")
+    assert (instance.working_bytes, instance.restarts, instance.retry_at, instance.reason) == (1 << 33, 2, 99.5, "why")
     assert view.memory.committed_bytes["n1", 2] == 1 << 33
 
 
@@ -153,7 +153,7 @@ async def test_a_newer_schema_is_refused_and_left_alone(database: Database, url:
     with sqlite3.connect(tmp_path / "state.db") as connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
     connection.close()
-    with pytest.raises(Conflict, match=r"9999.*0007"):
+    with pytest.raises(Conflict, match=r"9999.*0008"):
         await Database.open(url, backup_dir=tmp_path)
     connection = sqlite3.connect(tmp_path / "state.db")
     assert connection.execute("SELECT version_num FROM alembic_version").fetchone() == ("9999",)

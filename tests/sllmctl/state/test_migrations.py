@@ -56,6 +56,7 @@ def _make_first(path: Path) -> None:
     connection.execute("ALTER TABLE placements DROP COLUMN used_at")
     connection.execute("ALTER TABLE models DROP COLUMN deploy_next")
     connection.execute("ALTER TABLE checkpoints DROP COLUMN step")
+    connection.execute("ALTER TABLE instances RENAME COLUMN working_bytes TO kv_bytes")
     connection.execute("UPDATE alembic_version SET version_num = '0001'")
     connection.commit()
     connection.close()

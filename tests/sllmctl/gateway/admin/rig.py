@@ -84,7 +84,7 @@ class Database:
         ]
 
 
-_BEST = Candidate(node="node_1", name="local", devices=(0,), kv_bytes=1, source=Tier.DISK, startup_s=2.0)
+_BEST = Candidate(node="node_1", name="local", devices=(0,), working_bytes=1, source=Tier.DISK, startup_s=2.0)
 
 
 @dataclass(frozen=True)
