@@ -119,7 +119,7 @@ async def _run_child(
             with contextlib.suppress(TimeoutError):
                 status = await asyncio.wait_for(child.wait(), TERM_S)
             if done is None:
-                why = f"the {what} {describe_status(status)} without an answer; see {log}"
+                why = f"the {what} {describe_status(status)} without an answer; ask for it again, and see {log}"
                 return OperationDone(op=op, fault=Fault.of(SllmError(why)))
             return done
         except LinkError as error:

@@ -88,9 +88,11 @@ def find_entry(checkpoints: Path, digest: str) -> CatalogEntry:
 @contextlib.contextmanager
 def _entry_in(directory: Path) -> Iterator[CatalogEntry]:
     """The checkpoint in a directory; for a Hugging Face model's, one in place that lasts as long as this."""
-    if (directory / catalog.MANIFEST_FILE).exists() or not any(directory.glob("*.safetensors")):
+    if (directory / catalog.MANIFEST_FILE).exists():
         yield catalog.read_entry(directory)
         return
+    if not any(directory.glob("*.safetensors")):
+        raise InvalidInput(f"{directory} is neither a checkpoint's directory nor a model's with safetensors files", "dir")
     with tempfile.TemporaryDirectory(prefix="sllmctl-bench-") as scratch:
         checkpoints, temporary = Path(scratch, "checkpoints"), Path(scratch, "tmp")
         for made in (checkpoints, temporary):

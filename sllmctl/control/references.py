@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from schema.errors import Conflict, InvalidInput, NotFound
 from schema.names import did_you_mean
-from schema.states import NodeState
+from schema.states import ModelState, NodeState
 from sllmctl.control.records import Checkpoint, Node
 from sllmctl.control.view import ClusterView
 
@@ -36,6 +36,9 @@ def checkpoint_called(view: ClusterView, reference: str) -> Checkpoint:
     model = view.models.get(reference)
     if len(reference) < LEAST_DIGITS and model is None:
         raise InvalidInput(f"{reference!r} is too short for a digest; give {LEAST_DIGITS} digits or more", "digest")
+    if model is not None and model.state is ModelState.FAILED and not found:
+        why = model.fault.message if model.fault is not None else "unknown"
+        raise Conflict(f"model {reference!r} could not be ingested: {why}; add it again")
     if model is not None and model.digest is None and not found:
         raise Conflict(f"model {reference!r} has no checkpoint yet ({model.state.value}); wait until it is ingested")
     if len(reference) < LEAST_DIGITS:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from schema.errors import NotFound
 from schema.link import RetryKey, SamplingParams
@@ -23,6 +23,13 @@ from sllmctl.gateway.text import TextModel, TextService
 __all__ = ["Gateway", "Job"]
 
 R = TypeVar("R")
+_UNSERVED: Final = {
+    ModelState.INGESTING: "is being ingested; try again later",
+    ModelState.FAILED: "could not be ingested; `sllmctl model show {}` says why",
+    ModelState.STOPPED: "is not deployed; `sllmctl model deploy {}` serves it",
+    ModelState.DEPLOYED: "has no checkpoint; `sllmctl model show {}` says more",
+    ModelState.DELETING: "is being removed",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +101,8 @@ class Gateway:
             model = self.router.model(name)
         except NotFound as error:
             raise NotFound(f"the model {name!r} does not exist; see GET /v1/models") from error
-        if model.state != ModelState.DEPLOYED or model.digest is None:
-            raise NotFound(f"the model {name!r} is not deployed, it is {model.state.value}; deploy it first")
+        if model.state is not ModelState.DEPLOYED or model.digest is None:
+            raise NotFound(f"the model {name!r} {_UNSERVED[model.state].format(name)}")
         text = self.text.cached(model.digest)
         if text is None:
             text = await self.text.load(await self._assets.get(model.digest, self.settings.assets_timeout_s))

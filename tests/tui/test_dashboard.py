@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -207,7 +208,8 @@ async def test_help_and_palette_are_made_of_the_table() -> None:
         await _press(app, pilot, "question_mark")
         assert isinstance(app.screen, Help)
         shown = screen(app)
-        assert all(f":{command.name}" in shown and command.section in shown for command in COMMANDS)
+        assert all(f":{command.name}" in shown for command in COMMANDS)
+        assert all(re.search(rf"│ +{command.section} +│", shown) for command in COMMANDS), "no heading is cut"
         await _press(app, pilot, "escape")
         assert [one.title for one in app.get_system_commands(app.screen)][:2] == ["cluster", "models"]
         await _press(app, pilot, "ctrl+p")

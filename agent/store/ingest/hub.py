@@ -55,7 +55,9 @@ def fetch(source: HubSource, directory: Path, progress: Callable[[int, int], Non
     except errors.GatedRepoError as error:
         raise Unauthorised(f"{what} is gated; accept its terms on the hub and set HF_TOKEN for the agent") from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise NotFound(f"{what} is not on the hub, or not open to this token") from error
+        raise NotFound(
+            f"{what} is not on the hub, or not open to this node; check the name, or set HF_TOKEN for the agent"
+        ) from error
     except (http_error, errors.LocalEntryNotFoundError, OSError) as error:
         raise Unreachable(f"the hub did not give {what}: {_first_line(error)}") from error
     except SllmError:

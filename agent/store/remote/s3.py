@@ -233,6 +233,8 @@ def _explain(code: str, status: int, where: str) -> SllmError:
         return OutOfSpace(f"{where}: the store takes no more ({code})")
     if status >= 500 or code in _PASSING:
         return Interrupted(f"{where}: the store answers {code or status}")
+    if code == "NoSuchBucket":
+        return NotFound(f"{where}: there is no such bucket; make it, or name another remote")
     if code in _MISSING or status == 404:
         return nothing_there(where)
     if code in _FORBIDDEN:

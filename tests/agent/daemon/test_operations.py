@@ -93,7 +93,7 @@ FORKED = pytest.mark.parametrize("forked", [False, True])
     ("body", "word"),
     [
         ("sys.exit(3)", "status 3"),
-        ("os.kill(os.getpid(), 9)", "SIGKILL"),
+        ("os.kill(os.getpid(), 9)", "SIGKILL without an answer; ask for it again"),
         ("sys.stdout.write('hello, this is no frame at all')", "frame"),
         ("say(OperationDone(op='another', digest=''))", "another"),
     ],

@@ -323,6 +323,7 @@ def test_model_that_a_hub_does_not_have(node: Node, hub: tuple[dict[str, str], l
     _, _, done = node.finish(node.start(HubSource("org/other"), env=hub[0]))
     assert done.fault is not None
     assert done.fault.code == "not_found"
+    assert "check the name, or set HF_TOKEN" in done.fault.message
     assert node.nothing_left()
 
 

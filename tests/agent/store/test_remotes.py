@@ -386,6 +386,7 @@ def test_what_s3_says_means() -> None:
     }
     for (code, status), kind in kinds.items():
         assert isinstance(s3_module._explain(code, status, "s3://a/b"), kind), code
+    assert "no such bucket; make it" in s3_module._explain("NoSuchBucket", 404, "s3://a/b").message
 
 
 def test_s3_without_credentials_or_server_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

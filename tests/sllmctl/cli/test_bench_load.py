@@ -69,7 +69,7 @@ def test_what_is_not_there_or_is_bad_ends_with_its_own_code(
     said = sllmctl("bench", "load", "123456", "--rounds", "1")
     assert (said.code, "there is no checkpoint 123456" in said.err) == (5, True)
     said = sllmctl("bench", "load", "--dir", str(tmp_path))
-    assert (said.code, "manifest.json" in said.err) == (1, True)
+    assert (said.code, "is neither a checkpoint's directory nor a model's" in said.err) == (2, True)
     assert sllmctl("bench", "load", "123456", "--dir", str(tmp_path)).code == 2
     (directory / "partition_1.bin").write_bytes(bytes(3 * CHUNK))
     said = sllmctl("bench", "load", "--rounds", "1")

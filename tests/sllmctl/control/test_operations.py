@@ -8,7 +8,7 @@ import pytest
 from schema.admin import OperationKind
 from schema.errors import Fault
 from schema.link import CheckpointTruth, DropCheckpoint, LoadCheckpoint, Placement, PlacementUpdate, VerifyCheckpoint
-from schema.states import InstanceState, Tier, TierState
+from schema.states import InstanceState, ModelState, Tier, TierState
 from sllmctl.control.effects import FromNode, Operate
 from sllmctl.control.records import Operation
 from tests.sllmctl.control.conftest import MakeWorld
@@ -85,6 +85,16 @@ def test_a_model_is_a_name_of_its_checkpoint(world: World) -> None:
     assert operation.digest == digest_of("m")
     assert isinstance(world.agents["local"].done, dict)
     assert any(isinstance(one, VerifyCheckpoint) for one in world.agents["local"].heard)
+
+
+def test_the_checkpoint_of_a_model_that_could_not_be_ingested_is_not_to_be_waited_for(world: World) -> None:
+    world.serve(spec())
+    model = world.view.models["m"]
+    world.view.set_digest(model, None)
+    model.state, model.fault = ModelState.FAILED, Fault("not_found", "it is not on the hub")
+    fault = ask(world, "verify", "m")
+    assert fault is not None
+    assert fault.message == "model 'm' could not be ingested: it is not on the hub; add it again"
 
 
 def test_what_is_ambiguous_is_refused_by_name(make_world: MakeWorld) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import pytest
 
 from schema.checkpoint import TextDefaults
 from schema.link import SamplingParams
-from schema.states import EndReason
-from tests.sllmctl.gateway.harness import CONTEXT_TOKENS, END, FakeRequest, chat_body, ids_of, serving
+from schema.states import EndReason, ModelState
+from tests.sllmctl.gateway.harness import CONTEXT_TOKENS, END, FakeRequest, chat_body, ids_of, model_named, serving
 from tests.sllmctl.gateway.official import says
 
 
@@ -168,6 +169,22 @@ async def test_what_is_refused_is_refused_by_name() -> None:
         response = await here.client.post("/v1/chat/completions", json={"model": "tiny"})
         assert response.json()["error"]["param"] == "messages"
         assert not here.router.requests
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        (ModelState.FAILED, "could not be ingested; `sllmctl model show asleep` says why"),
+        (ModelState.STOPPED, "is not deployed; `sllmctl model deploy asleep` serves it"),
+        (ModelState.INGESTING, "is being ingested"),
+        (ModelState.DELETING, "is being removed"),
+    ],
+)
+async def test_a_model_that_is_not_served_is_refused_with_what_to_do(state: ModelState, said: str) -> None:
+    async with serving() as here:
+        here.router.routed["asleep"] = model_named("asleep", state=state)
+        response = await here.client.post("/v1/chat/completions", json={**chat_body(), "model": "asleep"})
+        assert (response.status_code, said in response.json()["error"]["message"]) == (404, True), response.text
 
 
 async def test_completions_refuse_by_name_too() -> None:
