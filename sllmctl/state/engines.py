@@ -75,7 +75,8 @@ def error_of(error: DBAPIError | sqlite3.Error | OSError, path: Path) -> SllmErr
     text = str(cause)
     if name.startswith("SQLITE_FULL") or "disk is full" in text or getattr(cause, "errno", 0) == errno.ENOSPC:
         return OutOfSpace(
-            f"the disk that holds the database {path} is full; nothing of this change was kept; make room there, and start the manager if it has ended"
+            f"the disk that holds the database {path} is full; nothing of this change was kept; make room there, and start the "
+            "manager if it has ended"
         )
     if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")) or "malformed" in text or "not a database" in text:
         return InvalidInput(f"the database {path} is damaged or not a SQLite file ({text}); restore a backup", "database_url")
