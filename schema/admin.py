@@ -107,7 +107,7 @@ class NodeView(_View, frozen=True, kw_only=True):
 
 class ModelView(_View, frozen=True, kw_only=True):
     """``instances`` counts by state those that exist; ``waiting`` and ``running`` are requests now. ``no_place``: why no node
-    could take another instance when one was last wanted, "" if one could."""
+    can take the instance that is wanted, or could take the last one that was; "" if one can."""
 
     name: str
     state: ModelState

@@ -9,10 +9,10 @@ from sllmctl.cli.findings import Finding
 from sllmctl.cli.format import short_digest
 
 if TYPE_CHECKING:
-    from schema.admin import CheckpointView, InstanceView, NodeView
+    from schema.admin import CheckpointView, InstanceView, ModelView, NodeView
     from sllmctl.cli.told import Told
 
-__all__ = ["check_cluster", "failed_instances", "node_versions", "quarantined_copies"]
+__all__ = ["check_cluster", "failed_instances", "node_versions", "placeless_models", "quarantined_copies"]
 
 _NAMED = 5
 """So many are named; the commands that the advice names list all."""
@@ -24,6 +24,7 @@ def check_cluster(told: Told) -> Iterator[Finding]:
     yield node_versions(told.status.version, told.nodes)
     yield quarantined_copies(told.checkpoints)
     yield failed_instances(told.instances)
+    yield placeless_models(told.models)
 
 
 def node_versions(manager: str, nodes: Sequence[NodeView]) -> Finding:
@@ -64,6 +65,15 @@ def failed_instances(instances: Sequence[InstanceView]) -> Finding:
     ]
     advice = "`sllmctl instance show` says more; mend what it names, then `sllmctl instance stop` lets the model start anew"
     return Finding("instances", "warn", f"{len(bad)} failed: {_some(texts)}", advice)
+
+
+def placeless_models(models: Sequence[ModelView]) -> Finding:
+    """Models that no node could take an instance of when one was last wanted, and that have none now."""
+    bad = [each.no_place for each in models if each.no_place and not each.instances]
+    if not bad:
+        return Finding("places", "ok", "every model whose instance was wanted found a place")
+    advice = "`sllmctl explain MODEL` weighs every node"
+    return Finding("places", "warn", f"{len(bad)} without a place: {_some(bad)}", advice)
 
 
 def _some(texts: Sequence[str]) -> str:

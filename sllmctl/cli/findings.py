@@ -53,6 +53,7 @@ CHECKS = {
     "node_versions": "the versions of agents, stores, zygotes and workers beside the manager's",
     "quarantine": "copies of checkpoints that are wrong",
     "instances": "instances that failed",
+    "places": "models that no node could hold when an instance was wanted",
 }
 """What each check looks at, by its id; docs/doctor.md has the same table with levels."""
 

@@ -141,8 +141,8 @@ class Model:
     """``waiting`` and ``running`` are the router's last word; ``waiting_since`` is when the first of those waiting came.
 
     ``refusal`` is why the planner found no place, "" if it found one or was not asked; while it is not "", the model is looked
-    at again whenever room appears (`ClusterView.set_refusal`). ``no_place`` is the last such reason, also once nobody waits any
-    more, "" since a place was found. ``heat`` counts recent calls that found the model idle or
+    at again whenever room appears (`ClusterView.set_refusal`). ``no_place`` is such a reason that time will not lift, also once
+    nobody waits any more, "" since it was answered otherwise. ``heat`` counts recent calls that found the model idle or
     without an instance, decaying since ``heat_at``: what a reload would be paid for. ``made_room``: so often
     copies were put out of a disk for its ingest. ``ingested`` holds the digest of an ingest
     that is done while its checkpoint has not been stated yet. ``deploy_next``: it is served as soon as it has been ingested.

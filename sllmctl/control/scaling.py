@@ -127,6 +127,7 @@ def _start_missing(turn: Turn, model: Model, look: bool) -> None:
         core.decisions.add(turn.now, model.name, None, model.waiting, decision)
         if isinstance(decision, Wait):
             view.set_refusal(model, "")
+            model.no_place = ""
             _look_later(turn, model, min(max(decision.wait_s / 2, turn.settings.evict_look_s), _LONGEST_LOOK_S))
         else:
             _refused(turn, model, decision)
@@ -148,7 +149,7 @@ def _refused(turn: Turn, model: Model, refusal: Refusal) -> None:
     if refusal.reason != model.refusal:
         turn.event("model", model.name, "Unschedulable", refusal.reason, level="warning")
     turn.view.set_refusal(model, refusal.reason)
-    model.no_place = refusal.reason
+    model.no_place = refusal.reason if refusal.hopeless else ""
     if not model.waiting:
         return
     if not refusal.hopeless:

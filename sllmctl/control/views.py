@@ -107,7 +107,7 @@ def model_view(view: ClusterView, live: LiveNumbers, model: Model) -> ModelView:
         fault=model.fault,
         progress=live.progress(model.op) if model.op is not None else None,
         created_at=model.created_at,
-        no_place=model.no_place,
+        no_place=model.refusal or model.no_place,
     )
 
 

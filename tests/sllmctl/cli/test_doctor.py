@@ -86,6 +86,15 @@ def test_a_manager_alone_is_no_fault(state: Path, manager: FakeManager, monkeypa
     assert (found["agent"].level, "manager alone" in found["agent"].message) == ("warn", True)
 
 
+def test_models_that_no_node_can_hold_are_named(state: Path, manager: FakeManager) -> None:
+    settings = _settings(state, admin_socket=str(manager.socket))
+    assert _found(settings)["places"].level == "ok"
+    why = "no node can hold model 'qwen': 1 node with a DRAM budget below the weights"
+    manager.answer("GET models", 200, {"items": [msgspec.structs.replace(MODELS[0], instances={}, no_place=why)]})
+    found = _found(settings)["places"]
+    assert (found.level, found.message) == ("warn", f"1 without a place: {why}")
+
+
 def test_copies_in_quarantine_and_failed_instances_are_named(state: Path, manager: FakeManager) -> None:
     settings = _settings(state, admin_socket=str(manager.socket))
     found = _found(settings)

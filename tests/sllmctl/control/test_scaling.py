@@ -129,6 +129,7 @@ def test_what_has_no_room_now_waits_and_starts_when_there_is(world: World) -> No
     assert not world.view.instances_of("c")
     assert world.rejected == []
     assert world.view.models["c"].refusal == "no node has room for model 'c' now: 1 node with its device memory in use"
+    assert world.view.models["c"].no_place == "", "it waits for room, and is refused for nothing else"
     world.pass_time(50.0)
     assert world.only("c").state is _I.READY
     assert (world.view.models["c"].refusal, world.view.models["c"].no_place) == ("", "")

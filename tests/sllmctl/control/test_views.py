@@ -47,6 +47,17 @@ def test_every_noun_is_shown(world: World) -> None:
     assert (checkpoint.digest, checkpoint.models, len(checkpoint.placements)) == (digest_of("m"), ("m",), 1)
 
 
+def test_a_model_without_a_place_is_shown_with_the_reason(world: World) -> None:
+    world.serve(spec(kv_mib=1000))
+    world.demand("m", 1)
+    world.demand("m", 0)
+    (model,) = model_views(world.view, Numbers(None))
+    assert "too little device memory" in model.no_place
+    world.view.set_refusal(world.view.models["m"], "there is no room now")
+    (model,) = model_views(world.view, Numbers(None))
+    assert model.no_place == "there is no room now"
+
+
 def test_what_is_taken_of_a_node_is_what_lies_there_now(world: World) -> None:
     agent = world.agents["local"]
     agent.hold("a", image_mib=3, dram=True)
