@@ -46,11 +46,16 @@ class _File(msgspec.Struct, frozen=True):
 
 
 class Roster:
-    """``roster.json`` in the run directory, rewritten on every change (not flushed to the disk: it need not survive a boot)."""
+    """``roster.json`` in the run directory, rewritten on every change (not flushed to the disk: it need not survive a boot).
+
+    Where it cannot be written that is logged, and the node goes on without it until a later change can be: processes also
+    dial an agent that does not know of them.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._entries: dict[str, RosterEntry] = {}
+        self._stale = False
 
     def load(self) -> dict[str, RosterEntry]:
         """What an earlier life wrote, by key, without the agent itself; kept until each is proven dead and removed.
@@ -88,7 +93,14 @@ class Roster:
 
     def _write(self) -> None:
         data = msgspec.json.encode(_File(tuple(self._entries.values())))
-        write_atomic(self._path, msgspec.json.format(data, indent=1), durable=False)
+        try:
+            write_atomic(self._path, msgspec.json.format(data, indent=1), durable=False)
+        except OSError as error:
+            if not self._stale:
+                _log.error("the roster %s cannot be written, and is stale until it can be: %s", self._path, error)
+            self._stale = True
+        else:
+            self._stale = False
 
 
 def _key(entry: RosterEntry) -> str:

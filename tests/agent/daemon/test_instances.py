@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -68,6 +69,26 @@ async def test_the_truth_states_what_each_process_runs(node: Node) -> None:
     manager.send(StopInstance(instance=start.instance, epoch=start.epoch))
     await manager.instance(InstanceState.STOPPED)
     assert (await node.manager()).truth.inventory.software == kin
+
+
+async def test_a_full_run_directory_keeps_no_instance_from_ending_or_starting(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = await node.manager()
+    first, killed = await node.ready(manager)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("agent.daemon.roster.write_atomic", full)
+        killed.kill()
+        await manager.instance(InstanceState.STOPPED, first.epoch)
+        second, worker = await node.ready(manager, start_instance(epoch=epoch_of(1, 2)))
+    manager.send(StopInstance(instance=second.instance, epoch=second.epoch))
+    await manager.instance(InstanceState.STOPPED, second.epoch)
+    await node.until(lambda: "worker" not in {each["role"] for each in node.roster()})
+    assert not alive(worker.pid)
 
 
 async def test_a_start_told_twice_is_stated_again_and_made_once(node: Node) -> None:
