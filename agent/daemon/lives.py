@@ -152,7 +152,7 @@ class Lives:
             self._store.devices.withdraw(life.fill)
             self._store.withdraw(life.fill)
         if life.fetch:
-            self._store.cancel_fetch(life.fetch, keep=_followed(life))
+            self._store.cancel_fetch(life.fetch, keep=_is_usable(life))
         life.fill = life.fetch = ""
 
     def _fill(self, life: Life) -> None:
@@ -450,7 +450,6 @@ class Lives:
         self._owner.instance_changed(life.truth())
 
 
-def _followed(life: Life) -> bool:
-    """True when another life may go on with what was fetched for this one: nobody asked for its end, and it might have run."""
-    permanent = life.fault is not None and life.fault.code in (InvalidCheckpoint.code, InvalidInput.code)
-    return life.stop_grace_s is None and not permanent
+def _is_usable(life: Life) -> bool:
+    """True when what was fetched for this life is of use to the next one: its checkpoint is not at fault."""
+    return life.fault is None or life.fault.code not in (InvalidCheckpoint.code, InvalidInput.code)

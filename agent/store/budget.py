@@ -33,7 +33,8 @@ def used_bytes(data: Path, *, but: Path | None = None) -> int:
 def claim_room(limit_bytes: int, data: Path, need_bytes: int, what: str, *, but: Path | None = None) -> Iterator[None]:
     """Check the budget, and have the disk's room reserved inside, while no other does: two could else find the same room free.
 
-    What ingests that broke off have left for another try goes before anything is refused. Raises as `check_room` does.
+    What fetches and ingests that broke off have left for another try goes before anything is refused. Raises what
+    `check_room` does.
     """
     data.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(data, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -46,7 +47,8 @@ def claim_room(limit_bytes: int, data: Path, need_bytes: int, what: str, *, but:
         except OutOfSpace:
             short = True
         if short:
-            sweep(data / "tmp", kept_alone=True)
+            for name in ("tmp", "partial"):
+                sweep(data / name, kept_alone=True)
             check_room(limit_bytes, data, need_bytes, what, but=but)  # a disk that is full says so when it is to reserve
         yield
     finally:

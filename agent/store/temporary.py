@@ -1,4 +1,5 @@
-"""Directories under the data directory's ``tmp``: some live no longer than the process that made them, some wait for the next.
+"""Directories under the data directory's ``tmp`` and ``partial``: some live no longer than the process that made them, some
+wait for the next.
 
 Each is held with flock by its maker, so that what a killed process left can be told from what is being written. What a next
 process can go on with has its key in its name, behind a plus.
@@ -18,12 +19,12 @@ from typing import Final
 
 from schema.errors import InvalidInput, OutOfSpace
 
-__all__ = ["hold", "kept_directory", "newest", "sweep", "temporary_directory"]
+__all__ = ["hold_kept", "kept_directory", "sweep", "temporary_directory"]
 
 _TRASH_S: Final = 600.0
 
 
-def hold(path: Path) -> int | None:
+def _hold(path: Path) -> int | None:
     """A descriptor that holds a directory until it is closed; None while another process holds it. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -34,13 +35,21 @@ def hold(path: Path) -> int | None:
     return descriptor
 
 
+def hold_kept(path: Path) -> int | None:
+    """Make a directory whose name has a key, if need be, and hold it until the descriptor is closed; None: another has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.parent):  # so that no sweep meets it before it is held
+        path.mkdir(exist_ok=True)
+        return _hold(path)
+
+
 @contextlib.contextmanager
 def temporary_directory(root: Path, kind: str) -> Iterator[Path]:
     """A fresh directory under ``root``, gone at the end unless it was moved away meanwhile."""
     root.mkdir(parents=True, exist_ok=True)
     with _locked(root):  # so that no sweep meets it before it is held
         path = Path(tempfile.mkdtemp(dir=root, prefix=f"{kind}-"))
-        held = hold(path)
+        held = _hold(path)
         assert held is not None
     try:
         yield path
@@ -56,11 +65,8 @@ def kept_directory(root: Path, kind: str, key: str) -> Iterator[Path]:
     Gone at the end, and after an error that another try would meet again; after any other it waits for that try, as it does
     when the budget was short of what making room would give.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    with _locked(root):
-        path = root / f"{kind}+{key}"
-        path.mkdir(exist_ok=True)
-        held = hold(path)
+    path = root / f"{kind}+{key}"
+    held = hold_kept(path)
     if held is None:
         with temporary_directory(root, kind) as path:
             yield path
@@ -94,11 +100,11 @@ def sweep(root: Path, older_than_s: float = 0.0, *, kept_alone: bool = False) ->
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 kept = "+" in path.name
                 trash = path.name.startswith("trash-")  # was moved here, which its ctime tells alone
-                latest = max(newest(path), path.stat().st_ctime) if trash else newest(path)
+                latest = max(_newest(path), path.stat().st_ctime) if trash else _newest(path)
                 age_s = older_than_s if kept else _TRASH_S if trash else 0.0
                 if path.is_symlink() or (kept_alone and not kept) or (age_s and time.time() - latest < age_s):
                     continue
-                held = hold(path)
+                held = _hold(path)
                 if held is not None:
                     shutil.rmtree(path, ignore_errors=True)
                     os.close(held)
@@ -106,7 +112,7 @@ def sweep(root: Path, older_than_s: float = 0.0, *, kept_alone: bool = False) ->
     return swept
 
 
-def newest(path: Path) -> float:
+def _newest(path: Path) -> float:
     """When a file in a directory was last written, or the directory if there is none, in seconds since the epoch.
 
     Raises FileNotFoundError.

@@ -18,7 +18,7 @@ from agent.store.cache import ArenaStore
 from agent.store.catalog import CatalogEntry
 from agent.store.remote.fetch import Fetch
 from agent.store.remote.open import open_remote
-from agent.store.remote.partial import sweep_partials
+from agent.store.temporary import sweep
 from schema.checkpoint import Manifest
 from schema.errors import Fault, SllmError
 from schema.link import Fetching
@@ -283,7 +283,7 @@ class Fetches:
     def _prepare(self, fetch: _Fetch, layout: str) -> None:
         """On the fetch's own thread."""
         try:
-            for name in sweep_partials(self._data, self._settings.keep_partial_s):
+            for name in sweep(self._data / "partial", self._settings.keep_partial_s):
                 _log.info("deleted %s, a fetch that was never resumed", name)
             remote = open_remote(fetch.url, self._settings)
             made = Fetch(

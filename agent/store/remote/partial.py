@@ -1,26 +1,24 @@
-"""A checkpoint that is on its way to the disk: ``<data>/partial/<digest>-<layout>/``, kept for the next try, then committed.
+"""A checkpoint that is on its way to the disk: ``<data>/partial/<digest>+<layout>/``, kept for the next try, then committed.
 
 What lies in it is believed only after its checksum. Its directory is held with flock by the one who fetches.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import secrets
 import shutil
-import time
 from pathlib import Path
 
 from agent.store import catalog
 from agent.store.budget import claim_room
 from agent.store.durable import disk_errors, reserve
-from agent.store.temporary import hold, newest
+from agent.store.temporary import hold_kept
 from schema.checkpoint import Manifest
 from schema.errors import Conflict
 
-__all__ = ["Partial", "sweep_partials"]
+__all__ = ["Partial"]
 
 
 class Partial:
@@ -29,7 +27,7 @@ class Partial:
     def __init__(self, data: Path, checkpoints: Path, manifest: Manifest, encoded: bytes) -> None:
         self._data = data
         self.manifest = manifest
-        self.path = data / "partial" / f"{manifest.digest}-{manifest.layout}"
+        self.path = data / "partial" / f"{manifest.digest}+{manifest.layout}"
         self.target = checkpoints / manifest.digest / manifest.layout
         self._trash = data / "tmp" / f"trash-{manifest.digest[:16]}-{manifest.layout}-{secrets.token_hex(4)}"
         self._encoded = encoded
@@ -43,8 +41,7 @@ class Partial:
         ``limit_bytes``: what checkpoints may take of the disk, 0 for all of it.
         """
         with disk_errors(f"fetching checkpoint {self.manifest.digest}"):
-            self.path.mkdir(parents=True, exist_ok=True)
-            held = hold(self.path)
+            held = hold_kept(self.path)
             if held is None:
                 raise Conflict(f"checkpoint {self.manifest.digest} is being fetched by another process")
             self._held = held
@@ -112,21 +109,3 @@ class Partial:
         if self._held >= 0:
             os.close(self._held)
             self._held = -1
-
-
-def sweep_partials(data: Path, older_than_s: float) -> list[str]:
-    """Delete what nobody fetches and nobody has touched for so long; returns the names."""
-    swept = []
-    with contextlib.suppress(FileNotFoundError):
-        for path in sorted((data / "partial").iterdir()):
-            with contextlib.suppress(OSError):
-                if time.time() - newest(path) < older_than_s:
-                    continue
-                held = hold(path)
-                if held is not None:
-                    try:
-                        shutil.rmtree(path)
-                        swept.append(path.name)
-                    finally:
-                        os.close(held)
-    return swept

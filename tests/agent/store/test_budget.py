@@ -20,13 +20,13 @@ def put(path: Path, blocks: int) -> None:
 def test_what_is_committed_or_claimed_counts_and_nothing_else(tmp_path: Path) -> None:
     assert used_bytes(tmp_path) == 0
     put(tmp_path / "checkpoints" / "ab" / "exec1" / "partition_0.bin", 3)
-    put(tmp_path / "partial" / "cd-exec1" / "partition_0.bin", 2)
+    put(tmp_path / "partial" / "cd+exec1" / "partition_0.bin", 2)
     put(tmp_path / "tmp" / "ingest-1" / "exec1" / "partition_0.bin", 4)
     put(tmp_path / "tmp" / "trash-ef" / "partition_0.bin", 50)
     put(tmp_path / "tmp" / "fetch-1" / "model.safetensors", 60)
     (tmp_path / "checkpoints" / "link").symlink_to(tmp_path / "tmp")
     assert used_bytes(tmp_path) == 9 * BLOCK
-    assert used_bytes(tmp_path, but=tmp_path / "partial" / "cd-exec1") == 7 * BLOCK
+    assert used_bytes(tmp_path, but=tmp_path / "partial" / "cd+exec1") == 7 * BLOCK
 
 
 @pytest.mark.parametrize(("limit", "need", "short"), [(0, 1 << 50, None), (10, 7, None), (10, 8, 1), (10, 10, 3), (10, 11, 0)])

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from agent.store import catalog
+from agent.store.temporary import hold_kept
 from schema.checkpoint import AssetEntry
 from tests.agent.store.fetching import (
     PART,
@@ -129,7 +130,7 @@ def test_a_server_that_stays_away_leaves_what_came_for_the_next_try(
     assert fault.code == "unreachable"
     assert f"{web.url}/{digest}/exec1/partition_" in fault.message
     assert "502 (tried 4 times)" in fault.message
-    assert bench.leftovers == [f"partial/{digest}-exec1"]
+    assert bench.leftovers == [f"partial/{digest}+exec1"]
     assert bench.store.arena.used_bytes == 0
     web.fault = None
     before = web.sent_bytes
@@ -181,7 +182,7 @@ def test_what_an_earlier_fetch_left_is_believed_only_after_its_checksum(
     bench: FetchBench, source: tuple[str, Path, bytes], web: WebServer
 ) -> None:
     digest, directory, image = source
-    partial = bench.data / "partial" / f"{digest}-exec1"
+    partial = bench.data / "partial" / f"{digest}+exec1"
     partial.mkdir(parents=True)
     for file in ("manifest.json", "partition_0.bin", "partition_1.bin"):
         (partial / file).write_bytes((directory / file).read_bytes())
@@ -198,7 +199,7 @@ def test_a_partial_of_another_manifest_is_begun_anew(
     bench: FetchBench, source: tuple[str, Path, bytes], web: WebServer
 ) -> None:
     digest, _, image = source
-    partial = bench.data / "partial" / f"{digest}-exec1"
+    partial = bench.data / "partial" / f"{digest}+exec1"
     partial.mkdir(parents=True)
     (partial / "manifest.json").write_bytes(b"{}")
     (partial / "other").write_bytes(b"x")
@@ -309,7 +310,7 @@ def test_a_store_that_ends_keeps_what_came(tmp_path: Path, source: tuple[str, Pa
     bench.until(lambda: bench.progress and bench.progress[-1][1] > 0)
     bench.close()
     web.pause_s = 0.0
-    assert bench.leftovers == [f"partial/{digest}-exec1"]
+    assert bench.leftovers == [f"partial/{digest}+exec1"]
     again = FetchBench(tmp_path / "data")
     assert again.get(digest, web.url) is None
     assert_there(again, digest, image)
@@ -429,13 +430,13 @@ def test_what_is_nowhere(bench: FetchBench, tmp_path: Path, web: WebServer) -> N
 
 
 def test_abandoned_partials_go_in_the_end(bench: FetchBench, source: tuple[str, Path, bytes], web: WebServer) -> None:
-    old, new = (bench.data / "partial" / name for name in ("old", "new"))
+    old, new = (bench.data / "partial" / name for name in ("old+l", "new+l"))
     for path in (old, new):
         path.mkdir(parents=True)
         (path / "file").write_bytes(b"x")
     os.utime(old / "file", (1, 1))
     assert bench.get(source[0], web.url) is None
-    assert bench.leftovers == ["partial/new"]
+    assert bench.leftovers == ["partial/new+l"]
 
 
 def test_a_fetch_that_would_pass_the_disks_budget_is_refused_before_it_writes(
@@ -451,4 +452,23 @@ def test_a_fetch_that_would_pass_the_disks_budget_is_refused_before_it_writes(
     assert bench.leftovers == []
     shutil.rmtree(tmp_path / "small" / "checkpoints" / f"{3:064x}")
     assert bench.get(digest, f"file://{tmp_path}/remote") is None
+    bench.close()
+
+
+def test_what_broken_off_fetches_have_left_goes_before_another_is_refused(
+    tmp_path: Path, source: tuple[str, Path, bytes]
+) -> None:
+    digest, _, image = source
+    bench = FetchBench(tmp_path / "small", disk_bytes=len(image) + CHUNK)
+    left = bench.data / "partial" / f"{'e' * 64}+exec1"
+    left.mkdir(parents=True)
+    (left / "partition_0.bin").write_bytes(bytes(2 * CHUNK))
+    held = hold_kept(left)
+    assert held is not None
+    fault = bench.get(digest, f"file://{tmp_path}/remote")
+    assert fault is not None
+    assert fault.code == "out_of_space"
+    os.close(held)
+    assert bench.get(digest, f"file://{tmp_path}/remote") is None
+    assert bench.leftovers == []
     bench.close()
