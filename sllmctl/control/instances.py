@@ -5,7 +5,7 @@ from __future__ import annotations
 from schema.errors import Fault, InvalidCheckpoint
 from schema.ids import Epoch
 from schema.link import EngineOptions, InstanceTruth, RemoteCopy, StartInstance, StopInstance
-from schema.states import InstanceState, ModelState, NodeState, Tier, can_become
+from schema.states import InstanceState, ModelState, NodeState, Tier, TierState, can_become
 from sllmctl.control import disk, learning, remotes
 from sllmctl.control.effects import RouteChanged, StopInstanceNow
 from sllmctl.control.records import HOLDING, LIVE, Instance, Model
@@ -225,13 +225,19 @@ def died(turn: Turn, instance: Instance, fault: Fault | None, remote: str = "") 
     if instance.fault.short_bytes:  # a start from a remote would have passed the disk's budget
         disk.make_room(turn, instance.node, instance.fault.short_bytes, f"model {instance.model}")
     turn.event("instance", instance.id, "Crashed", why, level="warning")
-    if instance.fault.code == InvalidCheckpoint.code and turn.view.has_bad_copy(instance):
+    wrong = instance.fault.code == InvalidCheckpoint.code
+    # Its node looks at the copy now: if that is found wrong the instance is planned anew (`nodes.py`), and who waits is served.
+    looked_at = wrong and not elsewhere and instance.restarts == 1
+    looked_at = looked_at and turn.view.has_replaceable_copy(instance, TierState.RESIDENT)
+    if wrong and turn.view.has_replaceable_copy(instance, TierState.QUARANTINED):
         _acknowledge(turn, instance)
         retire(turn, instance, "Gone", "its weights were found wrong; it is planned anew", level="warning")
-    elif instance.restarts > turn.settings.restarts_max or (instance.fault.code in _PERMANENT and not elsewhere):
+    elif instance.restarts > turn.settings.restarts_max or (
+        instance.fault.code in _PERMANENT and not elsewhere and not looked_at
+    ):
         _fail(turn, instance)
     else:
-        _back_off(turn, instance)
+        _back_off(turn, instance, least_s=turn.settings.restart_first_s if looked_at else 0.0)
 
 
 def keep_alive_s(turn: Turn, model: Model) -> float:
@@ -271,10 +277,10 @@ def _fail(turn: Turn, instance: Instance) -> None:
     turn.rescale[instance.model] = None
 
 
-def _back_off(turn: Turn, instance: Instance) -> None:
+def _back_off(turn: Turn, instance: Instance, *, least_s: float = 0.0) -> None:
     """The first restart is immediate, since a stream may be waiting for it; then the delay doubles."""
     settings = turn.settings
-    delay_s = 0.0
+    delay_s = least_s
     if instance.restarts > 1:
         delay_s = min(settings.restart_longest_s, settings.restart_first_s * 2.0 ** (instance.restarts - 2))
     instance.retry_at = turn.now + delay_s

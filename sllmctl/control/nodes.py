@@ -208,7 +208,7 @@ def _quarantined(turn: Turn, node: Node, record: PlacementRecord) -> None:
     if record.tier is Tier.DISK:
         for instance in list(turn.view.instances_on(node.id).values()):
             failed = instance.fault is not None and instance.fault.code == InvalidCheckpoint.code
-            if instance.digest == record.digest and failed and turn.view.has_bad_copy(instance):
+            if instance.digest == record.digest and failed and turn.view.has_replaceable_copy(instance, TierState.QUARANTINED):
                 instances.stop(turn, instance, "Quarantined", "it is planned anew, with weights from elsewhere")
                 turn.rescale[instance.model] = None
         return

@@ -101,12 +101,13 @@ class ClusterView:
     def node_named(self, name: str) -> Node | None:
         return next((node for node in self.nodes.values() if node.name == name), None)
 
-    def has_bad_copy(self, instance: Instance) -> bool:
-        """True if the copy on the disk of an instance's node is in quarantine, and a sound one can be had elsewhere."""
+    def has_replaceable_copy(self, instance: Instance, state: TierState) -> bool:
+        """True if the copy on the disk of an instance's node is in this state, and a sound one can be had elsewhere."""
         record = self.placements.get((instance.digest, instance.node, Tier.DISK, 0))
-        if record is None or record.state is not TierState.QUARANTINED:
+        if record is None or record.state is not state:
             return False
-        return bool(self.nodes_with(instance.digest, Tier.DISK) or self.trusted_publications_of(instance.digest))
+        elsewhere = any(node != instance.node for node in self.nodes_with(instance.digest, Tier.DISK))
+        return elsewhere or bool(self.trusted_publications_of(instance.digest))
 
     def pins_on(self, node: str) -> list[tuple[str, Tier]]:
         """What is kept on tiers of a node, in order."""

@@ -360,6 +360,7 @@ def test_all_of_a_checkpoint_includes_what_lies_on_devices(make_world: MakeWorld
 def test_a_start_from_a_bad_copy_is_planned_anew_with_another(make_world: MakeWorld, quarantine_first: bool) -> None:
     world = two(make_world)
     world.serve(spec(least=1))
+    world.demand("m", 1)
     first = world.only()
     other = "far" if first.node == "local" else "local"
     truth = world.agents[first.node].checkpoints[digest_of("m")]
@@ -376,7 +377,21 @@ def test_a_start_from_a_bad_copy_is_planned_anew_with_another(make_world: MakeWo
     world.pass_time(5)
     again = world.only()
     assert (again.node, again.state) == (other, InstanceState.READY)
+    assert world.rejected == [], "who waits is served by the other"
     world.check_rows()
+
+
+def test_a_checkpoint_that_no_copy_can_be_started_from_is_tried_once_more(make_world: MakeWorld) -> None:
+    world = two(make_world)
+    world.serve(spec(least=1))
+    world.demand("m", 1)
+    fault = Fault("invalid_checkpoint", "the engine cannot run it")
+    world.crash(world.only(), fault)
+    assert (world.only().state, world.rejected) == (InstanceState.BACKOFF, []), "its copy may yet be found wrong"
+    world.pass_time(5)
+    world.crash(world.only(), fault)
+    assert world.only().state is InstanceState.FAILED
+    assert len(world.rejected) == 1
 
 
 def test_a_start_from_the_only_copy_fails_with_what_is_wrong_with_it(world: World) -> None:
