@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sllmctl.cli.context import Invocation, output_option, pass_invocation
-from sllmctl.cli.format import age
+from sllmctl.cli.format import age, short_digest
 from sllmctl.cli.output import Column, Format, now, show_items
 from sllmctl.cli.watch import watch_items, watch_option
 
@@ -24,7 +24,7 @@ def command() -> None:
 
 @command.command("ls")
 @click.option("--kind", type=click.Choice(["model", "instance", "node", "checkpoint"]), help="Only of this kind of thing.")
-@click.option("--object", "name", help="Only of the thing of this name or id.")
+@click.option("--object", "name", help="Only of the thing of this name or id, or beginning of a digest.")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=100, show_default=True, help="So many, the newest.")
 @output_option
 @watch_option
@@ -46,7 +46,7 @@ def ls(invocation: Invocation, kind: EventKind | None, name: str | None, limit: 
             form,
             _columns,
             lambda event: event.id,
-            wanted=lambda event: kind in (None, event.kind) and name in (None, event.object),
+            wanted=lambda event: kind in (None, event.kind) and (name is None or _is_of(event, name)),
             limit=limit,
         )
         return
@@ -55,12 +55,17 @@ def ls(invocation: Invocation, kind: EventKind | None, name: str | None, limit: 
     show_items(form, items, _columns(), lambda event: event.id)
 
 
+def _is_of(event: EventView, name: str) -> bool:
+    """As the manager chooses events: a checkpoint is also meant by a beginning of its digest, as the table shows it."""
+    return event.object == name or (event.kind == "checkpoint" and event.object.startswith(name))
+
+
 def _columns() -> list[Column[EventView]]:
     moment = now()
     return [
         Column("AGE", lambda e: age(moment - e.at), right=True),
         Column("LEVEL", lambda e: e.level),
-        Column("OBJECT", lambda e: f"{e.kind}/{e.object}"),
+        Column("OBJECT", lambda e: f"{e.kind}/{short_digest(e.object) if e.kind == 'checkpoint' else e.object}"),
         Column("REASON", lambda e: e.reason),
         Column("ID", lambda e: e.id, wide=True),
         Column("MESSAGE", lambda e: e.message),

@@ -203,7 +203,8 @@ def take_checkpoint(turn: Turn, node: Node, truth: CheckpointTruth) -> None:
 def _quarantined(turn: Turn, node: Node, record: PlacementRecord) -> None:
     """A copy was found wrong: nothing starts from it any more. Wrong weights in memory also end their instances."""
     why = record.reason or "a checksum failed"
-    message = f"on {record.tier.value} of node {node.name}: {why}; ingest it again, or verify it once its files are right"
+    where = f"on {record.tier.value} of node {node.name}"
+    message = f"{where}: {why}; fetch or ingest it again, or verify it once its files are right"
     turn.event("checkpoint", record.digest, "Quarantined", message, level="error")
     if record.tier is Tier.DISK:
         for instance in list(turn.view.instances_on(node.id).values()):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
-from sqlalchemy import ColumnClause, Connection, Integer, delete, insert, literal_column, or_, select, update
+from sqlalchemy import ColumnClause, Connection, Integer, and_, delete, insert, literal_column, or_, select, update
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -149,12 +149,14 @@ class Database:
         limit: int = 100,
         after: str | None = None,
     ) -> list[EventView]:
-        """Events, oldest first: the last ``limit`` of them, or the first ``limit`` that follow the event ``after``."""
+        """Events, oldest first: the last ``limit`` of them, or the first ``limit`` that follow the event ``after``. Of an
+        ``object``, or of the checkpoints whose digests begin so."""
         query = select(*EventRow.__table__.columns)
         if kind is not None:
             query = query.where(EventRow.kind == kind)
         if object is not None:
-            query = query.where(EventRow.object == object)
+            digest = and_(EventRow.kind == "checkpoint", EventRow.object.startswith(object, autoescape=True))
+            query = query.where(or_(EventRow.object == object, digest))
         if after is not None:
             place = select(_rowid).select_from(EventRow).where(EventRow.id == after).scalar_subquery()
             query = query.where(or_(_rowid > place, place.is_(None) & (EventRow.id > after)))

@@ -118,7 +118,7 @@ class Cluster:
         Items[EventView],
         query=(
             Query("kind", EventKind, "Only those of this kind of thing."),
-            Query("object", str, "Only those of the thing of this name."),
+            Query("object", str, "Only those of the thing of this name, or of checkpoints whose digests begin so."),
             Query("limit", Annotated[int, Meta(ge=1, le=_EVENTS_LIMIT)], "How many; 100 if not given."),
             Query("after", str, "Only those after the event of this id."),
         ),

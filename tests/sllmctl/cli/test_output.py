@@ -147,6 +147,14 @@ def test_a_request_that_needed_no_decision_is_told_why(sllmctl: Sllmctl, manager
     assert told(kept=False, cold=True, routed_s=0.2) == "decisions of that time are not all remembered any more"
 
 
+def test_an_events_checkpoint_is_named_as_short_as_elsewhere(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    event = msgspec.structs.replace(EVENTS[0], kind="checkpoint", object=_DIGEST)
+    manager.answer("GET events", 200, {"items": [event]})
+    assert f" checkpoint/{_DIGEST[:12]}  deployed " in sllmctl("event", "ls").out
+    manager.answer("GET events", 200, {"items": [event]})
+    assert json.loads(sllmctl("event", "ls", "-o", "json").out)[0]["object"] == _DIGEST
+
+
 def test_a_model_that_found_no_place_is_shown_with_the_reason(sllmctl: Sllmctl, manager: FakeManager) -> None:
     why = "no node can hold model 'qwen': 1 node without the checkpoint"
     manager.answer("GET models/qwen", 200, msgspec.structs.replace(MODELS[0], no_place=why))

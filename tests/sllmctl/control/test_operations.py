@@ -277,6 +277,7 @@ def test_a_quarantined_copy_is_no_source_says_why_and_comes_back(world: World) -
     quarantine(world, Tier.DISK)
     record = world.view.placements[digest_of("m"), "local", Tier.DISK, 0]
     assert record.reason == "partition_0.bin: 9 bytes are wrong"
+    assert any("fetch or ingest it again" in event.message for event in world.events), "what to do is said"
     assert not world.view.nodes_with(digest_of("m"), Tier.DISK)
     assert any("9 bytes are wrong" in one.message for one in world.events if one.reason == "Quarantined")
     world.demand("m", 1)

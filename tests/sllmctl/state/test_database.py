@@ -96,6 +96,9 @@ async def test_events_by_object_page_and_are_cut(url: str, tmp_path: Path) -> No
     assert [one.message for one in await database.events(after="ev_00000056", limit=2)] == ["57", "58"]
     assert [one.message for one in await database.events(after="ev_00000003", limit=1)] == [everything[0].message]
     assert await database.events(kind="node") == []
+    await database.commit([rows.event(60, kind="checkpoint", name="ab" * 32), rows.event(61, name="ab_")])
+    assert [one.message for one in await database.events(object="abab")] == ["60"]
+    assert [one.message for one in await database.events(object="ab_")] == ["61"], "it is no pattern"
     await database.close()
 
 
