@@ -64,16 +64,20 @@ def simulate(
     """
     began = time.perf_counter()
     cluster = _Cluster(scenario, policy, iter(arrivals), progress)
-    # What is there by now stays, and need not be looked at each time that ended requests are collected.
+    # What is there by now stays, and need not be looked at each time that ended requests are collected; unless whoever calls
+    # has seen to that, whose frozen objects would be let go with ours.
     thresholds = gc.get_threshold()
-    gc.collect()
-    gc.freeze()
+    freezes = not gc.get_freeze_count()
+    if freezes:
+        gc.collect()
+        gc.freeze()
     gc.set_threshold(_COLLECT_EVERY, *thresholds[1:])
     try:
         cluster.run()
     finally:
         gc.set_threshold(*thresholds)
-        gc.unfreeze()
+        if freezes:
+            gc.unfreeze()
     cluster.record.wall_s = time.perf_counter() - began
     return cluster.record
 

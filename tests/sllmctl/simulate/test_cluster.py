@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -196,6 +197,13 @@ def test_what_is_not_in_the_scenario_is_refused() -> None:
         simulate(scenario(), first_fit(), iter([Arrival(0.0, "other", 10, 10)]))
     with pytest.raises(InvalidInput, match="no_such_setting"):
         simulate(scenario(control={"no_such_setting": 1.0}), first_fit(), iter([]))
+
+
+def test_what_its_caller_froze_stays_frozen() -> None:
+    gc.freeze()
+    before = gc.get_freeze_count()
+    simulate(scenario(), first_fit(), iter([Arrival(0.0, "m-00000", 10, 10)]))
+    assert gc.get_freeze_count() > 0.9 * before, "but for what was let go meanwhile"
 
 
 def test_arrivals_are_drawn_as_time_goes_on() -> None:
