@@ -25,7 +25,7 @@ from tests.agent.store.images import CHUNK, Bench, commit
 SETTINGS = RemoteSettings(
     streams=3, part_bytes=2 * CHUNK, connect_s=5, read_s=5, part_s=20, attempts=4, longest_delay_s=0.01
 )  # fmt: skip
-SIZE = 10 * CHUNK + 12_345
+SIZE = 5 * CHUNK + 12_345
 PART = "partition_0.bin"
 
 

@@ -50,7 +50,7 @@ def test_to_the_disk_alone(bench: FetchBench, source: tuple[str, Path, bytes], w
     assert_there(bench, digest, image)
     assert bench.store.residents() == ()
     fetched = [(path, sent) for path, sent in web.ranges if path.endswith(".bin")]
-    assert len(fetched) == 12  # of 2 x 11 chunks, two at a time
+    assert len(fetched) == 6  # of 2 x 6 chunks, two at a time
     # One more asked for the newest layout, which is not there, and was closed.
     assert web.connections <= SETTINGS.streams + 1
 
@@ -144,14 +144,14 @@ def test_a_server_that_stays_away_leaves_what_came_for_the_next_try(
 
 def test_a_part_that_is_wrong_once_is_fetched_again(bench: FetchBench, source: tuple[str, Path, bytes], web: WebServer) -> None:
     digest, directory, image = source
-    spoil(directory, 5 * CHUNK + 99)
+    spoil(directory, 3 * CHUNK + 99)
     lock = threading.Lock()
 
     def mend(handler: object, path: str, count: int) -> bool:
         start = handler.headers.get("Range", "")  # type: ignore[attr-defined]
         with lock:
-            if path.endswith(PART) and start.startswith(f"bytes={5 * CHUNK}-"):
-                spoil(directory, 5 * CHUNK + 99)  # that was its second try, from the wrong chunk on
+            if path.endswith(PART) and start.startswith(f"bytes={3 * CHUNK}-"):
+                spoil(directory, 3 * CHUNK + 99)  # that was its second try, from the wrong chunk on
         return False
 
     web.fault = mend
@@ -165,12 +165,12 @@ def test_a_part_that_is_wrong_twice_is_named(
 ) -> None:
     digest, directory, _ = source
     bench = FetchBench(tmp_path / "data", chunks=32)
-    spoil(directory, 5 * CHUNK + 99)
+    spoil(directory, 3 * CHUNK + 99)
     fault = bench.get(digest, web.url, in_memory=in_memory)
     assert fault is not None
     assert fault.code == "invalid_checkpoint"
     assert (
-        f"{web.url}/{digest}/exec1/{PART}: the {CHUNK} bytes at offset {5 * CHUNK} are not what was published" in fault.message
+        f"{web.url}/{digest}/exec1/{PART}: the {CHUNK} bytes at offset {3 * CHUNK} are not what was published" in fault.message
     )
     assert bench.leftovers == []
     assert not catalog.scan(tmp_path / "data" / "checkpoints")

@@ -42,9 +42,9 @@ def test_without_room_in_memory_it_still_comes_to_the_disk(
     tmp_path: Path, source: tuple[str, Path, bytes], web: WebServer
 ) -> None:
     digest, _, image = source
-    with contextlib.closing(FetchBench(tmp_path / "data", chunks=16)) as bench:
+    with contextlib.closing(FetchBench(tmp_path / "data", chunks=8)) as bench:
         web.pause_s = 0.005
-        assert bench.get(digest, web.url, in_memory=True) is None  # 22 chunks do not fit 16
+        assert bench.get(digest, web.url, in_memory=True) is None  # 12 chunks do not fit 8
         assert_there(bench, digest, image)
         assert bench.store.residents() == ()
         assert [message.in_memory for message in bench.coming_to] == [False]
@@ -223,7 +223,7 @@ def test_a_start_joins_while_the_last_parts_are_under_way(tmp_path: Path, source
         assert decode_manifest((there / "manifest.json").read_bytes()).digest == digest
         assert (there / "tokenizer.json").read_bytes() == b"{}" * 1000
         bench.store.fill("start", digest, bench.data / "checkpoints" / digest / "exec1")
-        bench.until(lambda: bench.told.coming and bench.told.coming[-1].layers >= 12)
+        bench.until(lambda: bench.told.coming and bench.told.coming[-1].layers >= 7)
         assert held.wait(30)
         offer = bench.told.coming[0]
         assert isinstance(offer, Arriving)
