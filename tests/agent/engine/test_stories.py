@@ -123,7 +123,13 @@ def alone(engine: BatchEngine, submit: Submit) -> tuple[list[int], bytes, EndRea
 
 @pytest.mark.parametrize(
     ("name", "deterministic"),
-    [("llama", False), ("mistral-window", False), ("gpt_oss", False), ("falcon-alibi", False), ("mistral-window", True)],
+    [
+        ("mistral-window", False),
+        *(
+            pytest.param(*story, marks=pytest.mark.slow)
+            for story in (("llama", False), ("gpt_oss", False), ("falcon-alibi", False), ("mistral-window", True))
+        ),
+    ],
 )
 def test_whatever_happens_around_it_a_request_says_what_it_would_alone(name: str, deterministic: bool) -> None:
     """Deterministic ones in bfloat16, their log-probabilities to the bit."""

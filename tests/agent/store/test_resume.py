@@ -23,6 +23,7 @@ from agent.store.ingest.writer import Written, write_partition
 from agent.store.temporary import kept_directory, sweep, temporary_directory
 from schema.errors import InvalidCheckpoint, OutOfSpace, Unreachable
 from tests.checkpoints import Tensor, write_safetensors
+from tests.examples import sampled
 
 SEED = 20261128
 WORK = """
@@ -125,7 +126,7 @@ def test_a_source_that_is_changed_meanwhile_is_refused(tmp_path: Path, source: P
             )
 
 
-@pytest.mark.parametrize("harm", ["chunk", "length", "gone", "line", "torn", "zeros"])
+@pytest.mark.parametrize("harm", sampled(["chunk", "length", "gone", "line", "torn", "zeros"], "chunk", "torn"))
 def test_nothing_is_believed_without_its_checksum(tmp_path: Path, source: Path, harm: str) -> None:
     whole = Tried(source, tmp_path / "whole")
     Tried(source, tmp_path / "part")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -333,5 +334,5 @@ _RUNS = settings(max_examples=examples(30), stateful_step_count=40, suppress_hea
 
 TestCluster = Cluster.TestCase
 TestDevices = Devices.TestCase
-TestMigrations = Migrations.TestCase
+TestMigrations = pytest.mark.slow(Migrations.TestCase)
 TestCluster.settings = TestDevices.settings = TestMigrations.settings = _RUNS

@@ -11,6 +11,7 @@ from dataclasses import fields
 from hashlib import sha256
 from math import isnan
 from random import Random
+from typing import Any
 
 import pytest
 from msgspec import structs
@@ -99,7 +100,11 @@ def history(policy: Policy) -> Record:
     return simulate(scenario(), policy, iter(ARRIVALS))
 
 
-@pytest.fixture(scope="module", params=POLICIES, ids=_called)
+def _param(policy: Policy) -> Any:
+    return pytest.param(policy, id=_called(policy), marks=() if policy in (POLICIES[0], POLICIES[4]) else pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=[_param(policy) for policy in POLICIES])
 def played(request: pytest.FixtureRequest) -> tuple[Policy, Record]:
     """A policy, and its history of the ARRIVALS."""
     return request.param, history(request.param)
