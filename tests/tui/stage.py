@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from tests.sllmctl.fake_manager import (
 )
 from tui.app import Dashboard
 
+WAIT_S = 30.0
 __all__ = ["DIGEST", "FRAME", "Manager", "running", "screen", "settled", "until"]
 
 DIGEST = CHECKPOINTS[0].digest
@@ -124,22 +126,18 @@ async def running(manager: Manager, size: tuple[int, int] = (100, 30), **options
 
 async def settled(app: Dashboard, pilot: Any) -> None:
     """Until what was told has been taken in and drawn."""
-    for _ in range(200):
-        await pilot.pause()
-        if app._pending is None:
-            break
-        await asyncio.sleep(0.01)
+    await pilot.pause()
+    await until(pilot, lambda: app._pending is None)
     app._redraw()
     await pilot.pause()
 
 
 async def until(pilot: Any, reached: Callable[[], object]) -> None:
-    """Until something has come about; AssertionError if it does not within seconds."""
-    for _ in range(300):
-        if reached():
-            return
+    """Until something has come about; AssertionError if it does not within `WAIT_S`."""
+    deadline = time.monotonic() + WAIT_S
+    while not reached():
+        assert time.monotonic() < deadline, "never"
         await pilot.pause(0.01)
-    raise AssertionError("never")
 
 
 def screen(app: Dashboard) -> str:

@@ -90,13 +90,13 @@ async def test_all_views_have_a_tab_at_80_columns_and_tabs_stay_where_they_are()
 async def test_numbers_in_a_form_say_what_they_are() -> None:
     async with running(Manager(), (80, 24)) as (app, pilot):
         await pilot.press("2", "G", "c")
-        await pilot.pause()
-        assert "sequences on one instance" in screen(app)
+        await until(pilot, lambda: "sequences on one instance" in screen(app))
 
 
 async def test_every_answer_of_a_question_is_within_its_dialog() -> None:
     async with running(Manager(), (80, 24), owned=True) as (app, pilot):
         await pilot.press("q")
+        await until(pilot, lambda: isinstance(app.screen, Choice) and app.screen.query(Button))
         await pilot.pause()
         assert isinstance(app.screen, Choice)
         inside = app.screen.query_one(".buttons").region
@@ -263,19 +263,17 @@ async def test_a_filter_takes_slashes_and_colons() -> None:
 async def test_what_is_typed_right_behind_a_slash_filters_a_log() -> None:
     async with running(Manager()) as (app, pilot):
         await pilot.press("2", "G", "l")
-        await pilot.pause()
+        await until(pilot, lambda: isinstance(app.screen, LogPage))
         page = app.screen
         assert isinstance(page, LogPage)
         _type(app, "/req/q")
-        await pilot.pause()
+        await until(pilot, lambda: page._words == "req/q")
         assert app.screen is page
-        assert page._words == "req/q"
 
 
 async def test_views_are_suggested_before_what_changes_something() -> None:
     async with running(Manager()) as (app, pilot):
         await pilot.press("2", "colon", "r", "e")
-        await pilot.pause()
         prompt = app.query_one("#prompt", Input)
         assert prompt.suggester is not None
         assert await prompt.suggester.get_suggestion("re") == "requests"
@@ -288,10 +286,9 @@ async def test_the_beginning_of_a_choice_is_enough() -> None:
     manager = Manager()
     async with running(manager) as (app, pilot):
         await pilot.press("5", "p")
-        await pilot.pause()
-        assert isinstance(app.screen, Form)
+        await until(pilot, lambda: isinstance(app.screen, Form))
         await pilot.press("enter", "d", "r", "enter")
-        await pilot.pause()
+        await until(pilot, lambda: manager.asked)
         assert len(manager.asked) == 1
         assert b"dram" in (manager.asked[0][2] or manager.asked[0][1].encode())
 

@@ -104,7 +104,7 @@ async def test_an_older_start_is_dropped(node: Node) -> None:
     start, worker = await node.ready(manager, start_instance(epoch=epoch_of(1, 5)))
     manager.send(start_instance(epoch=epoch_of(1, 4)))
     manager.send(start)
-    assert (await manager.next()).truth.pid == worker.pid
+    assert (await manager.instance_update()).pid == worker.pid
 
 
 async def test_a_newer_start_ends_the_older_life_first(node: Node) -> None:
@@ -338,11 +338,10 @@ async def test_a_worker_that_never_becomes_ready_times_out() -> None:
 
 async def test_a_worker_that_never_comes_times_out() -> None:
     node = Node(spawn_s=0.3)
+    node.zygote_answers = False
     make_checkpoint(node.config.checkpoints_path)
     async with node:
         manager = await node.manager()
-        await node.until(lambda: bool(node.zygotes))
-        node.zygotes[0].answers = False
         manager.send(start_instance())
         truth = await manager.instance(InstanceState.STOPPED)
         assert truth.fault is not None
@@ -351,13 +350,13 @@ async def test_a_worker_that_never_comes_times_out() -> None:
 
 
 async def test_a_worker_that_answers_no_more_is_ended_and_what_it_ran_is_lost() -> None:
-    node = Node(hang_s=0.2, spawn_s=0.3)
+    node = Node(hang_s=1.0)
     make_checkpoint(node.config.checkpoints_path)
     async with node:
         manager = await node.manager()
         start, worker = await node.ready(manager)
         await worker.redial()
-        for _ in range(8):
+        for _ in range(6):
             await worker.hear(Ping)
         assert alive(worker.pid), "one that answers is left alone, however little it says"
         manager.send(submit(epoch_of(1, 9), start))
@@ -371,7 +370,7 @@ async def test_a_worker_that_answers_no_more_is_ended_and_what_it_ran_is_lost() 
 
 
 async def test_a_ready_worker_that_never_dials_again_is_ended() -> None:
-    node = Node(spawn_s=0.3)
+    node = Node(spawn_s=2.0)
     make_checkpoint(node.config.checkpoints_path)
     async with node:
         manager = await node.manager()

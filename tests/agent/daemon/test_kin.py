@@ -91,7 +91,7 @@ async def test_a_killed_zygote_is_made_again_and_forks_what_waited(node: Node) -
 
 
 async def test_kin_that_answers_no_more_is_ended_and_made_again() -> None:
-    node = Node(hang_s=0.2)
+    node = Node(hang_s=1.0)
     make_checkpoint(node.config.checkpoints_path)
     async with node:
         await node.until(lambda: bool(node.stores) and bool(node.zygotes))

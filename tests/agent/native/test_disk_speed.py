@@ -102,7 +102,7 @@ def test_its_time_is_bounded_and_nothing_read_is_no_figure(tmp_path: Path, weigh
     assert measure(tmp_path, weights, limit_s=0.0) == 0
     with pytest.raises(OSError, match="only 0 bytes"):  # it was not written in that time either
         measure(tmp_path, limit_s=0.0)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 60
 
 
 def test_what_is_too_small_or_no_plain_file_is_an_error(tmp_path: Path) -> None:

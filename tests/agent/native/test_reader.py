@@ -365,7 +365,7 @@ def test_an_opening_that_does_not_come_back_ends_its_job_and_no_other(
     monkeypatch.setattr(ring_reader, "_TICK_S", 0.05)
     monkeypatch.setattr(threads, "_TICK_S", 0.05)
     try:
-        pool = ReadPool(1, backend=backend, depth=2, stall_s=0.2)
+        pool = ReadPool(1, backend=backend, depth=2, stall_s=1.0)
     except NoRing as error:
         pytest.skip(str(error))
     watch = Watch()
@@ -406,7 +406,7 @@ def test_a_read_that_does_not_come_back_ends_its_job_and_no_other(tmp_path: Path
         return real(descriptor, buffers, offset, flags)
 
     monkeypatch.setattr(threads.os, "preadv", held)
-    pool, watch = ReadPool(1, backend="threads", stall_s=0.1), Watch()
+    pool, watch = ReadPool(1, backend="threads", stall_s=1.0), Watch()
     stuck = pool.submit(units(tmp_path / "stuck", MIB, memoryview(bytearray(MIB))), watch)
     memory = memoryview(bytearray(MIB))
     job = pool.submit(units(tmp_path / "f", MIB, memory), watch)

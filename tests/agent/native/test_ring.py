@@ -177,7 +177,7 @@ def test_a_read_that_does_not_come_back_ends_its_job_and_no_other(tmp_path: Path
     faulty(monkeypatch, lambda offset, result, direct: HELD if offset == 7 * 4096 and not leave.is_set() else result)
     monkeypatch.setattr(ring_reader, "_TICK_S", 0.05)
     data = cold(tmp_path / "f", MIB)
-    pool, watch, memory = ReadPool(1, backend="io_uring", depth=1, stall_s=0.2), Watch(), memoryview(bytearray(MIB))
+    pool, watch, memory = ReadPool(1, backend="io_uring", depth=1, stall_s=1.0), Watch(), memoryview(bytearray(MIB))
     stuck = pool.submit([Unit(tmp_path / "f", MIB, 7 * 4096, (memoryview(bytearray(4096)),))], watch)
     job = pool.submit(units(tmp_path / "f", MIB, memory), watch)
     watch.wait(job)
@@ -208,12 +208,12 @@ def test_a_disk_that_holds_all_reads_at_once_ends_their_job_and_not_the_process(
         def enter(self, timeout_s: float, completions: int = 1) -> None:
             if len(self.kept) == depth and not late.is_set():
                 late.set()
-                time.sleep(0.3)  # all of them are overdue when they are looked at next
+                time.sleep(1.2)  # all of them are overdue when they are looked at next
                 pool._reader.wake()
             super().enter(timeout_s, completions)
 
     monkeypatch.setattr(ring_reader, "Ring", LateRing)
-    pool, watch = ReadPool(1, backend="io_uring", depth=depth, block_bytes=4096, stall_s=0.2), Watch()
+    pool, watch = ReadPool(1, backend="io_uring", depth=depth, block_bytes=4096, stall_s=1.0), Watch()
     blocks = [Unit(tmp_path / "f", MIB, 4096 * each, (memoryview(bytearray(4096)),)) for each in range(4 * depth)]
     job = pool.submit(blocks[depth:], watch, priority=Priority.BACKGROUND)
     stuck = pool.submit(blocks[:depth], watch)
@@ -232,7 +232,7 @@ def test_closing_waits_for_no_read_that_never_ends(tmp_path: Path, monkeypatch: 
     begun = faulty(monkeypatch, lambda offset, result, direct: result if leave.is_set() else HELD)
     monkeypatch.setattr(ring_reader, "_TICK_S", 0.05)
     cold(tmp_path / "f", MIB)
-    pool, watch = ReadPool(1, backend="io_uring", stall_s=0.2), Watch()
+    pool, watch = ReadPool(1, backend="io_uring", stall_s=1.0), Watch()
     job = pool.submit(units(tmp_path / "f", MIB, memoryview(bytearray(MIB))), watch)
     until(lambda: bool(begun))
     began = time.monotonic()

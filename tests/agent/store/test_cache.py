@@ -331,7 +331,7 @@ def test_a_disk_that_stalls_is_answered_for_and_keeps_only_its_own_chunks(
 ) -> None:
     stuck, next_one, big = (commit(tmp_path, number, size * CHUNK) for number, size in ((1, 3), (2, 5), (3, 6)))
     entered, leave = hold_reads(monkeypatch, stuck[0])
-    bench = Bench(Arena.create(8 * CHUNK, CHUNK), pool=ReadPool(2, backend="threads", stall_s=0.2))
+    bench = Bench(Arena.create(8 * CHUNK, CHUNK), pool=ReadPool(2, backend="threads", stall_s=1.0))
     bench.store.fill("a", stuck[0], stuck[1])
     assert entered.wait(30)
     bench.store.hold(stuck[0], 0)

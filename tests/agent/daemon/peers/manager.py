@@ -28,7 +28,7 @@ class Manager(Peer):
 
     async def instance(self, state: InstanceState, epoch: Epoch | None = None) -> InstanceTruth:
         update = await self.take(
-            InstanceUpdate, lambda m: m.truth.state is state and (epoch is None or m.truth.epoch == epoch), 20
+            InstanceUpdate, lambda m: m.truth.state is state and (epoch is None or m.truth.epoch == epoch), WAIT_S
         )
         return update.truth
 

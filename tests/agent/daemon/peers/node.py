@@ -52,6 +52,7 @@ class Node:
         self.pids: list[int] = []
         self.worker_becomes_ready = True
         self.store_answers = True
+        self.zygote_answers = True
         self.store_fetching: tuple[str, ...] = ()
         self.ingest_args: list[str] = ["/bin/false"]
         self.forked_args: list[str] = []

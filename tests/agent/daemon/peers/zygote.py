@@ -37,7 +37,7 @@ class Zygote:
         self.peer = Peer(ToZygote)
         self.forks: list[Fork] = []
         self.ingests: list[ForkIngest] = []
-        self.answers = True
+        self.answers = node.zygote_answers
         self.listens = True
 
     async def run(self) -> None:
