@@ -17,6 +17,8 @@ from typing import Any
 import hypothesis
 import pytest
 
+from tests.examples import examples
+
 _MARK = f"MARK_OF_TEST_RUN={uuid.uuid4().hex}"
 _GRACE_S = 10.0
 _EXIT_S = 60.0
@@ -31,7 +33,9 @@ def pytest_configure() -> None:
     name, _, value = _MARK.partition("=")
     os.environ[name] = value
     # How long an example takes says how loaded the machine is.
-    hypothesis.settings.register_profile("here", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+    hypothesis.settings.register_profile(
+        "here", max_examples=examples(100), deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
     hypothesis.settings.load_profile("here")
 
 

@@ -74,7 +74,9 @@ def test_generation_ends_at_the_end_token() -> None:
     assert generation["eos_token_id"] == config["eos_token_id"]
 
 
-@pytest.mark.parametrize(("question", "word"), ANSWERS)
+@pytest.mark.parametrize(
+    ("question", "word"), [pytest.param(*one, marks=() if one in ANSWERS[::4] else pytest.mark.slow) for one in ANSWERS]
+)
 def test_it_answers_questions_about_its_documentation(loaded: tuple[Any, Any], question: str, word: str) -> None:
     model, tokenizer = loaded
     chat = [{"role": "user", "content": question}]

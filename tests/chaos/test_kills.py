@@ -3,6 +3,7 @@ is left."""
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ def settled(cluster: Cluster) -> None:
         30,
     )
     instance = cluster.ready_instance()
-    cluster.until(lambda: all(one["running"] == 0 for one in cluster.instances()), "no instance counts a sequence", 10)
+    cluster.until(lambda: all(one["running"] == 0 for one in cluster.instances()), "no instance counts a sequence", 30)
     assert not [one for one in cluster.get("/requests")["items"] if one["state"] in LIVE]
     workers = {role: pid for role, pid in cluster.roster().items() if role.startswith("worker:")}
     assert workers == {f"worker:{instance['id']}": instance["pid"]}
@@ -80,8 +81,9 @@ def test_a_manager_killed_at_random_points_comes_back_to_one_instance_and_no_orp
         havoc = Havoc([chance.randrange(1, 800)], lambda _: cluster.kill_manager())
 
         def listen(prompt: str, havoc: Havoc = havoc) -> None:
-            with pytest.raises((openai.APIError, httpx.TransportError)):
-                hear_out(cluster, prompt, havoc.read)
+            with contextlib.suppress(openai.APIError, httpx.TransportError):
+                # A slow reader's stream may have been sent to its end before the kill.
+                assert hear_out(cluster, prompt, havoc.read) == texts[prompt]
 
         havoc.run(listen, list(PROMPTS), 60)
         if chance.random() < 0.5:
@@ -94,7 +96,7 @@ def test_a_manager_killed_at_random_points_comes_back_to_one_instance_and_no_orp
         cluster.until(
             lambda: not [one for one in cluster.get("/requests")["items"] if one["orphaned"] and one["state"] in LIVE],
             "orphans have ended",
-            ORPHAN_GRACE_S + 5,
+            ORPHAN_GRACE_S + 30,
         )
         print(f"orphans gone {time.monotonic() - began:.2f} s after the start")
         settled(cluster)

@@ -96,7 +96,7 @@ def test_one_file_is_the_manager_its_commands_and_its_dashboard(bare: Bare) -> N
         assert not older.exists()
         status = _status(bare)
         assert status is not None
-        metrics = httpx.get(f"{status['api_url']}/metrics", timeout=10)
+        metrics = httpx.get(f"{status['api_url']}/metrics", timeout=30)
         assert metrics.status_code == 200
         assert "sllm_" in metrics.text
         findings = {each["check"]: each for each in json.loads(bare.run("doctor", "-o", "json"))}

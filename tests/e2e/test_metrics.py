@@ -61,14 +61,14 @@ def test_metrics_show_the_cluster_and_what_it_served(cluster: Cluster) -> None:
         settled = now.get(steps, 0) > first.get(steps, 0) and now.get('sllm_link_round_trip_seconds{node="local"}', 0) > 0
         return now if settled and now['sllm_kv_used_tokens{model="docs"}'] == 0 else None
 
-    now = cluster.until(counted, "the engine's counts and a heartbeat have come", 15)
+    now = cluster.until(counted, "the engine's counts and a heartbeat have come", 60)
     assert now['sllm_requests_total{model="docs",status="200"}'] == 2
     assert now['sllm_engine_prompt_tokens_total{model="docs"}'] == now['sllm_prompt_tokens_total{model="docs"}']
     assert now['sllm_engine_decode_tokens_total{model="docs"}'] >= now[steps]
     assert now['sllm_kv_capacity_tokens{model="docs"}'] > 0
 
     cluster.post("/models/docs/stop")
-    cluster.until(lambda: not cluster.instances(), "no instance is left", 20)
+    cluster.until(lambda: not cluster.instances(), "no instance is left", 30)
     assert cluster.admin.delete("/models/docs").status_code == 204
     assert not [name for name in scrape(cluster) if 'model="docs"' in name]
 
@@ -88,7 +88,7 @@ def test_the_running_manager_has_neither_torch_nor_transformers() -> None:
         assert cluster.manager is not None
         cluster.manager.send_signal(signal.SIGUSR1)
         told = cluster.config.with_name("config.toml.modules")
-        cluster.until(lambda: cluster.get("/status") and told.exists(), "the manager told its modules", 10)
+        cluster.until(lambda: cluster.get("/status") and told.exists(), "the manager told its modules", 30)
         modules = {name.partition(".")[0] for name in told.read_text().splitlines()}
     assert "starlette" in modules
     assert not modules & {"torch", "transformers", "agent", "safetensors", "numpy"}

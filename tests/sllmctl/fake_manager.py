@@ -497,7 +497,7 @@ def fake_manager() -> Iterator[FakeManager]:
         yield manager
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(60)
         local.close()
         tcp.close()
         shutil.rmtree(directory)

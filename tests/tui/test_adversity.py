@@ -15,7 +15,7 @@ from tui.dialogs import Choice, Form, Help
 from tui.feed import Cluster
 from tui.views import VIEWS
 
-HOSTILE = "[red]a[/x]\x1b[2J\u202e" + "汉字" * 100 + "\n\t" + "e\N{COMBINING ACUTE ACCENT}" * 50
+HOSTILE = "[red]a[/x]\x1b[2J\u202e" + "汉字" * 80 + "\n\t" + "e\N{COMBINING ACUTE ACCENT}" * 20
 
 
 def _hostile() -> Manager:

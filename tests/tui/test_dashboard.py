@@ -286,7 +286,10 @@ async def test_dropping_a_checkpoint_asks_where_and_then_whether() -> None:
         assert (method, path, json.loads(body)) == ("POST", f"checkpoints/{DIGEST}/drop", {"node": "local", "tier": "disk"})
 
 
-@pytest.mark.parametrize(("key", "verb"), [("f", "prefetch"), ("p", "pin"), ("u", "unpin")])
+@pytest.mark.parametrize(
+    ("key", "verb"),
+    [("f", "prefetch"), *(pytest.param(*one, marks=pytest.mark.slow) for one in (("p", "pin"), ("u", "unpin")))],
+)
 async def test_checkpoints_are_prefetched_and_pinned(key: str, verb: str) -> None:
     manager = Manager()
     async with running(manager) as (app, pilot):

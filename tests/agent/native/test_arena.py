@@ -20,6 +20,7 @@ from agent.native.mapping import ImageMapping, read_only
 from agent.native.uring import NoRing, Ring
 from schema.errors import InvalidInput, LinkError
 from schema.link import Extent
+from tests.examples import examples
 
 CHUNK = 2 << 20
 BUDGET = 6 * CHUNK
@@ -68,7 +69,7 @@ def test_released_and_given_to_another_is_forgotten(arena: Arena) -> None:
     again.close()
 
 
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", range(examples(200)))
 def test_damaged_table_yields_less_and_never_something_wrong(arena: Arena, seed: int) -> None:
     put(arena, 0, [0, 3])
     put(arena, 1, [2, 1, 5])

@@ -13,6 +13,7 @@ from sllmctl.control.disk import victims
 from sllmctl.control.effects import AddModel, Operate, Pin
 from sllmctl.control.records import Operation, PlacementRecord, Publication
 from sllmctl.control.turn import Drop
+from tests.examples import examples
 from tests.sllmctl.control.conftest import MakeWorld
 from tests.sllmctl.control.world import MIB, Agent, World, digest_of, spec
 
@@ -186,7 +187,7 @@ def disturb(world: World, draw: random.Random) -> None:
         world.lose(draw.choice(NODES))
 
 
-@pytest.mark.parametrize("round_", range(60))
+@pytest.mark.parametrize("round_", range(examples(60)))
 def test_the_choice_is_that_of_brute_force(make_world: MakeWorld, round_: int) -> None:
     seed = random.randrange(1 << 32)
     print("seed", seed)

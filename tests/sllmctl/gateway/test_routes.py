@@ -12,6 +12,7 @@ from schema.states import InstanceState
 from sllmctl.control.effects import RouteChanged
 from sllmctl.gateway.journal import Attempt, Request, Sequence
 from sllmctl.gateway.routes import Route, Routes
+from tests.examples import examples
 
 MODELS, NODES = ("a", "b"), ("n", "o", "p")
 
@@ -58,7 +59,7 @@ def _attempt(epoch: int, route: Route, model: str, kv_tokens: int) -> Attempt:
     return Attempt(epoch_of(1, epoch), Sequence(request, 0, (1,)), "n", route.instance, epoch_of(1, 1), 0, 5.0, 0, kv_tokens, 1)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(examples(8)))
 def test_the_pick_is_that_of_a_look_at_all(seed: int) -> None:
     rng = random.Random(seed)
     routes, twin, life, picked = Routes(), Twin(), 0, 0

@@ -103,8 +103,10 @@ class FakeAgent:
     async def stop(self) -> None:
         if self._server is not None:
             self._server.close()
+            await _turns()  # a connection that was taken before comes to `_accepted` meanwhile
             for peer in self._all:
                 peer.close()
+            await _turns()
             await self._server.wait_closed()
             self._server = None
             self.path.unlink(missing_ok=True)
@@ -133,6 +135,12 @@ class FakeAgent:
         peer = await self.accept()
         peer.say(Refused(fault=fault))
         await peer.gone()
+
+
+async def _turns() -> None:
+    """Let the event loop carry out what it has begun, which takes it a few turns and no time."""
+    for _ in range(10):
+        await asyncio.sleep(0)
 
 
 def welcome() -> Welcome:
