@@ -423,7 +423,10 @@ run_tests() {
     else
         check python -m pytest -n 2 --dist loadfile -m "not alone"
         check_types
-        check python -m pytest -m alone
+        # To import all the other tests takes a good part of the time of the few that run alone.
+        local alone
+        mapfile -t alone < <(grep -rl --include='test_*.py' 'pytest\.mark\.alone' tests)
+        check python -m pytest "${alone[@]}" -m alone
     fi
     if ((${#failed[@]})); then die "failed: ${failed[*]}"; fi
     say "All checks passed"

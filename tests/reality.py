@@ -67,19 +67,18 @@ class Reality:
     """A cluster with its models ingested; `measure` first, then `play` and `simulate` the same arrivals."""
 
     def __init__(self, directory: Path) -> None:
-        path = directory / "model-00000"
-        make_llama_dir(path, hidden=640, layers=12, context=512, eos=False)
-        weights = (path / "model.safetensors").stat().st_size
+        self._paths = [
+            make_llama_dir(directory / f"model-{rank:05d}", hidden=640, layers=12, context=512, eos=False, seed=rank)
+            for rank in range(MODELS)
+        ]
+        weights = (self._paths[0] / "model.safetensors").stat().st_size
         self.cluster = Cluster(arena_bytes=int(ARENA_MODELS * weights) >> 22 << 22, settings=f"device_bytes = {DEVICE_BYTES}\n")
-        self._directory = directory
 
     def __enter__(self) -> Reality:
         self.cluster.__enter__()
-        for rank in range(MODELS):
-            name = f"model-{rank:05d}"
-            path = make_llama_dir(self._directory / name, hidden=640, layers=12, context=512, eos=False, seed=rank)
+        for path in self._paths:
             scale = {"min": 0, "max": 1, "keep_alive_s": KEEP_ALIVE_S, "max_concurrency": CONCURRENCY}
-            self.cluster.add_model(name, path, scale=scale, engine={"kv_bytes": 64 << 20})
+            self.cluster.add_model(path.name, path, scale=scale, engine={"kv_bytes": 64 << 20})
         self._api = httpx.Client(base_url=self.cluster.url, timeout=120)
         return self
 
@@ -108,6 +107,12 @@ class Reality:
     def _all_idle(self) -> None:
         self.cluster.until(lambda: not self.cluster.get("/instances")["items"], "all instances have gone", 60)
 
+    def _stop_all(self) -> None:
+        """Let no instance wait for the end of its keep-alive."""
+        for instance in self.cluster.get("/instances")["items"]:
+            self.cluster.admin.post(f"/instances/{instance['id']}/stop", json={})  # it may have gone by itself
+        self._all_idle()
+
     # --- what the simulator is told
 
     def measure(self) -> Scenario:
@@ -116,7 +121,7 @@ class Reality:
         starts: list[dict[str, Any]] = []
         for name in [f"model-{rank:05d}" for rank in range(MODELS)] * 2:
             starts.append(self._timeline(self._ask(name, PROMPT_TOKENS, 4)))
-            self._all_idle()
+            self._stop_all()
         disk = [one["start"] for one in starts if one["start"]["loaded_bytes"]]
         bandwidth = statistics.median(one["loaded_bytes"] / one["load_s"] for one in disk)
         build = statistics.median(one["start"]["fork_s"] + one["start"]["build_s"] for one in starts)
