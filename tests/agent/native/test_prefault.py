@@ -37,7 +37,7 @@ class Counted:
 
     def wait(self, chunks: int) -> None:
         with self._condition:
-            assert self._condition.wait_for(lambda: self.chunks >= chunks, timeout=30)
+            assert self._condition.wait_for(lambda: self.chunks >= chunks, timeout=100)
 
 
 def present_bytes(arena: Arena) -> int:
@@ -69,7 +69,7 @@ def test_while_held_only_what_is_hurried_for_is_touched(arena: Arena, monkeypatc
     real = prefault.Prefault._touch
 
     def seen(self: prefault.Prefault, chunk: int) -> None:
-        assert gate.acquire(timeout=30)
+        assert gate.acquire(timeout=100)
         touched.append(chunk)
         real(self, chunk)
 

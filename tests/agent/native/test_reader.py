@@ -54,7 +54,7 @@ class Watch:
 
     def until(self, true: Callable[[], bool]) -> None:
         with self._done:
-            assert self._done.wait_for(true, timeout=30)
+            assert self._done.wait_for(true, timeout=100)
 
 
 def units(path: Path, size: int, memory: memoryview, step: int = MIB) -> list[Unit]:

@@ -54,7 +54,7 @@ class FetchBench(Bench):
         assert op not in self.answers, f"{op} was answered twice"
         self.answers[op], self.layouts[op] = fault, layout
 
-    def until(self, what: object, timeout_s: float = 30.0) -> None:
+    def until(self, what: object, timeout_s: float = 100.0) -> None:
         """Pump until ``what()`` holds."""
         deadline = time.monotonic() + timeout_s
         while not what():  # type: ignore[operator]

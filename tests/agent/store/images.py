@@ -144,14 +144,14 @@ class Bench:
         self._write = os.eventfd_write
         self.store = ArenaStore(arena, self.told, reader_threads=threads, wake=lambda: self._write(self._event, 1), pool=pool)
 
-    def wait(self, *ops: str, timeout_s: float = 30.0) -> None:
+    def wait(self, *ops: str, timeout_s: float = 100.0) -> None:
         """Returns when every op is answered."""
         deadline = time.monotonic() + timeout_s
         told = self.told
         while not all(op in told.resident or op in told.faults or op in told.verdicts for op in ops):
             self.turn(deadline - time.monotonic(), f"{ops} were not answered")
 
-    def turn(self, timeout_s: float = 30.0, otherwise: str = "nothing changed") -> None:
+    def turn(self, timeout_s: float = 100.0, otherwise: str = "nothing changed") -> None:
         """Pumps once there is something to."""
         assert select.select([self._event], [], [], max(0.0, timeout_s))[0], otherwise
         os.eventfd_read(self._event)

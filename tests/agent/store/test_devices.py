@@ -105,14 +105,14 @@ class Devices:
             self.release()
 
     def wait(self, *ops: str) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 100
         while not all(op in self.answers or op in self.faults for op in ops):
             assert time.monotonic() < deadline, f"{ops} were not answered"
             self.pump(0.02)
 
     def quiet(self) -> None:
         """Pump until nothing is under way."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 100
         while self.store._loads or self.store.filling or self.gone or self.bench.store._fills:
             assert time.monotonic() < deadline
             self.pump(0.02)
@@ -444,7 +444,7 @@ def test_a_fetch_goes_on_to_a_device_as_it_comes(tmp_path: Path, breaks: bool) -
         )  # fmt: skip
 
         def until(true: Callable[[], bool]) -> None:
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 100
             while not true():
                 assert time.monotonic() < deadline
                 node.pump(0.02)
