@@ -62,7 +62,9 @@ def add(turn: Turn, event: AddModel) -> None:
     spec = check_spec(event.spec)
     model = turn.view.models.get(spec.name)
     if model is not None and model.state is not _M.FAILED:
-        raise Conflict(f"model {spec.name!r} exists already ({model.state.value}); remove it first or choose another name")
+        name = spec.name
+        serve = f"serve it by `sllmctl model deploy {name}`, " if model.state is _M.STOPPED else ""
+        raise Conflict(f"model {name!r} exists already ({model.state.value}); {serve}remove it first or choose another name")
     node = ingest_node(turn, spec)
     op = turn.core.ids("op")
     if model is None:

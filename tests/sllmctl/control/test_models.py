@@ -120,6 +120,17 @@ def test_an_ingest_that_takes_too_long_is_cancelled(world: World) -> None:
     assert agent.ops == {}
 
 
+def test_a_name_that_is_taken_is_refused_with_what_to_do(world: World) -> None:
+    world.ask(lambda ticket: AddModel(ticket, spec()))
+    taken = world.ask(lambda ticket: AddModel(ticket, spec()))
+    assert taken is not None
+    assert "serve it by `sllmctl model deploy m`, remove it first or choose another name" in taken.message
+    world.ask(lambda ticket: DeployModel(ticket, "m", None))
+    taken = world.ask(lambda ticket: AddModel(ticket, spec()))
+    assert taken is not None
+    assert "exists already (deployed); remove it first" in taken.message
+
+
 @pytest.mark.parametrize(
     ("make", "code"),
     [
