@@ -123,6 +123,11 @@ def _add(function: Any, x: Any, other: Any, alpha: Any = 1) -> Any:
     return function(x, other if alpha == 1 else other * alpha)
 
 
+def _addcmul(_: Any, x: Tensor, left: Tensor, right: Tensor, value: float = 1) -> Tensor:
+    """Vectors round the sum of products once, where a number alone is rounded at each step."""
+    return x + left * right * value
+
+
 def _reduced(function: Any, x: Tensor, *args: Any, **named: Any) -> Any:
     """Over a row's own numbers: over another dimension they may be other tokens'."""
     name = function.__name__
@@ -143,7 +148,7 @@ def _cumsum(function: Any, x: Tensor, *args: Any, **named: Any) -> Any:
 
 _INSTEAD: Final[dict[str, Callable[..., Any]]] = {
     "linear": _linear, "addmm": _addmm, "addmm_": _addmm_in_place, "matmul": _matmul, "__matmul__": _matmul,
-    "add": _add, "add_": _add, "sub": _add, "sub_": _add, "rsqrt": _rsqrt, "rsqrt_": _rsqrt,
+    "add": _add, "add_": _add, "sub": _add, "sub_": _add, "addcmul": _addcmul, "rsqrt": _rsqrt, "rsqrt_": _rsqrt,
     "cumsum": _cumsum, "silu": _silu, "pow": _pow, "__pow__": _pow,
     **dict.fromkeys(("argmax", "linalg_vector_norm", "max", "mean", "min", "sort", "sum", "topk"), _reduced),
     **dict.fromkeys(("cos", "exp", "expm1", "gelu", "log", "sigmoid", "sin", "softmax", "softplus", "tanh"), _row_by_row),
@@ -156,7 +161,7 @@ _PASSED: Final = frozenset({
     "broadcast_to", "cat", "chunk", "clone", "contiguous", "copy_", "detach", "dim", "dropout", "embedding", "empty",
     "empty_like", "expand", "expand_as", "flatten", "float", "full", "gather", "index_copy_", "index_select",
     "is_floating_point", "item", "long", "masked_fill", "masked_fill_", "narrow", "new_empty", "new_ones", "new_zeros",
-    "nonzero", "numel", "one_hot", "ones", "ones_like", "permute", "repeat", "repeat_interleave", "reshape", "scatter",
+    "nonzero", "numel", "one_hot", "ones", "ones_like", "permute", "repeat", "repeat_interleave", "reshape", "roll", "scatter",
     "scatter_", "size", "split", "squeeze", "stack", "stride", "t", "tensor", "to", "tolist", "transpose", "triu_", "type",
     "type_as", "unbind", "unflatten", "unsqueeze", "view", "where", "zeros", "zeros_like",
     # correctly rounded in every element

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
+from transformers.activations import SiLUActivation
 
 from agent.engine.attention import KvPool, LayerAttention
 from agent.engine.blocks import BLOCK_TOKENS, BlockManager
@@ -73,7 +75,7 @@ class NativeRunner(Runner):
         super().__init__(pool, blocks, device, deterministic, await_layer)
         source: Any = model
         config, inner = source.config, source.model
-        self._eps: float = config.rms_norm_eps
+        self._eps = torch.tensor(config.rms_norm_eps, device=self._device)
         self._embedding: Tensor = inner.embed_tokens.weight
         self._norm: Tensor = inner.norm.weight
         self._ways = ROWS if deterministic else ways_of(self._embedding.dtype, self._device)
@@ -81,8 +83,7 @@ class NativeRunner(Runner):
         self._layers: list[_Layer] = []
         self._head: Product | None = None
         self._rotary = _Rotary(inner.rotary_emb, self._embedding.dtype, blocks.tables.shape[1] * BLOCK_TOKENS)
-        self._activation: Callable[[Tensor], Tensor] = inner.layers[0].mlp.act_fn
-        self._in_place = isinstance(self._activation, nn.SiLU)
+        self._activation = _activation(inner.layers[0].mlp.act_fn)
         self._kv_heads, self._head_dim = pool.kv_heads, pool.head_dim
         self._heads: int = config.num_attention_heads
         first = inner.layers[0].self_attn
@@ -112,10 +113,10 @@ class NativeRunner(Runner):
             states = rms_norm(x, layer.post_norm, self._eps)
             if layer.gate_up.as_columns(tokens):
                 gate, up = layer.gate_up.columns(states.t()).chunk(2)
-                layer.down.add_to(x, self._gated(gate, up).t())
+                layer.down.add_to(x, (self._activation(gate) * up).t())
             else:
                 gate, up = layer.gate_up(states).chunk(2, dim=1)
-                layer.down.add_to(x, self._gated(gate, up))
+                layer.down.add_to(x, self._activation(gate) * up)
         head = self._product_of_head()
         if batch.wanted is not None:
             x = x.index_select(0, batch.wanted)
@@ -140,20 +141,19 @@ class NativeRunner(Runner):
     def _rotate(self, states: Tensor, norm: Tensor | None, cos: Tensor, sin: Tensor) -> None:
         """Turn query and key heads [tokens, heads, head_dim] by their positions, in place: x cos + (-x2, x1) sin."""
         source = states if norm is None else rms_norm(states, norm, self._eps)
-        half = states.shape[2] // 2
-        swapped = torch.cat((source[:, :, half:], source[:, :, :half]), dim=2).mul_(sin)
+        swapped = source.roll(states.shape[2] // 2, dims=2).mul_(sin)
         torch.mul(source, cos, out=states).add_(swapped)
 
-    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        gate = silu(gate, inplace=True) if self._in_place else self._activation(gate)
-        return gate * up
+
+def _activation(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A layer's activation, in place where it is SiLU: what is activated was made for that alone."""
+    return partial(silu, inplace=True) if isinstance(module, nn.SiLU | SiLUActivation) else module
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 up to the product with the weight."""
-    size = x.shape[-1]
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    scale = norm.square_().mul_(1.0 / size).add_(eps).rsqrt_()
+    scale = torch.addcmul(eps, norm, norm, value=1.0 / x.shape[-1]).rsqrt_()
     if x.dtype == torch.float32:
         return (x * scale).mul_(weight)
     return x.float().mul_(scale).to(x.dtype).mul_(weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import msgspec
 import pytest
@@ -174,3 +175,15 @@ def test_chunks_attend_alike_by_head_and_with_their_heads_together(
     prompt = [(3 * at * at + at) % 60 for at in range(90)]
     engine = build_engine(manifest, tensors_of(model), kv_options(manifest, 256), prefill_tokens=20)
     assert drive(engine, [submit_of(1, prompt, 12)]).tokens[1] == reference(model, prompt, 12)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_gates_are_activated_where_they_lie(name: str) -> None:
+    """transformers' SiLU is a class of its own, which takes new memory."""
+    model = make_model(name)
+    manifest = manifest_of(model)
+    runner: Any = build_engine(manifest, tensors_of(model), kv_options(manifest, 256))._runner
+    gate = torch.randn(3, 8)
+    wanted = torch.nn.functional.silu(gate)
+    assert runner._activation(gate) is gate
+    assert torch.equal(gate, wanted)
