@@ -56,6 +56,7 @@ class BatchEngine:
         self._context_tokens = context_tokens
         self._scheduler = Scheduler(blocks, prefill_tokens)
         self._tally = Tally(self._scheduler)
+        self._inference = torch.inference_mode()  # to make one takes longer than to enter it
         self._proven = False
         self._known: dict[Epoch, Sequence] = {}
         self._ends: list[Ended] = []
@@ -140,7 +141,6 @@ class BatchEngine:
         if sequence is not None:
             self._end(sequence, reason, None, self._ends)
 
-    @torch.inference_mode()
     def step(self) -> StepOutput:
         output = StepOutput(ends=self._ends)
         self._ends = []
@@ -151,7 +151,8 @@ class BatchEngine:
         if plan.empty:
             return output
         began_s, waited_s = time.perf_counter(), self._runner.waited_s
-        self._run(plan, output)
+        with self._inference:
+            self._run(plan, output)
         self._tally.stepped(plan, time.perf_counter() - began_s - (self._runner.waited_s - waited_s))
         return output
 
@@ -194,7 +195,6 @@ class BatchEngine:
         return sequences, tokens, records
 
     def _take(self, sequences: Items[Sequence], tokens: list[int], records: Mapping[int, bytes], output: StepOutput) -> None:
-        runs = output.runs
         for index, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
             if token == BROKEN:
                 fault = Fault(
@@ -207,7 +207,7 @@ class BatchEngine:
             else:  # a block of it is full
                 self._blocks.publish(sequence)
             record = records.get(index, b"") if records else b""
-            runs.append(TokenRun(sequence.attempt, sequence.position, (token,), record))
+            output.runs.append(TokenRun(sequence.attempt, sequence.position, (token,), record))
             if (reason := sequence.append(token)) is not None:
                 self._end(sequence, reason, None, output.ends)
 

@@ -24,8 +24,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "_admitted_s", "_arrived_s", "_counts", "_first_s", "account", "arrival", "attempt", "awaited", "blocks", "cached",
-        "choice", "found", "params", "plain", "position", "prefixes", "row", "sound", "steps", "stop_ids", "tokens",
+        "_admitted_s", "_arrived_s", "_counts", "_first_s", "_most", "account", "arrival", "attempt", "awaited", "blocks",
+        "cached", "choice", "found", "params", "plain", "position", "prefixes", "row", "sound", "steps", "stop_ids", "tokens",
         "watched", "weights_s",
     )  # fmt: skip
 
@@ -35,6 +35,7 @@ class Sequence:
         self.choice = submit.choice
         self.tokens: list[int] = [*submit.prompt, *submit.generated]
         self.position = len(submit.generated)
+        self._most = submit.params.max_tokens
         self.stop_ids = frozenset(submit.params.stop_token_ids)
         early = submit.params.min_tokens > 0 and bool(self.stop_ids)
         self.plain = not (submit.params.logit_bias or submit.params.penalised or early)
@@ -79,14 +80,16 @@ class Sequence:
         self.tokens.append(token)
         if self._counts is not None:
             self._counts.add(token)
-        self.position += 1
-        return self.finish()
+        self.position = position = self.position + 1
+        if token in self.stop_ids:
+            return EndReason.STOP
+        return EndReason.LENGTH if position >= self._most else None
 
     def finish(self) -> EndReason | None:
         """How the tokens so far end the sequence, if they do."""
         if self.position and self.tokens[-1] in self.stop_ids:
             return EndReason.STOP
-        return EndReason.LENGTH if self.position >= self.params.max_tokens else None
+        return EndReason.LENGTH if self.position >= self._most else None
 
     def ended(self, reason: EndReason, fault: Fault | None = None) -> Ended:
         """The end of this attempt, with what it spent where."""
