@@ -86,7 +86,23 @@ class DecodeGroup:
     blocks: Tensor
     lengths: NDArray[np.int64]
     run: int = -1
+    kept_at: int = 0
+    newest: Tensor | None = None
+    goes_on: bool = False
     masks: dict[int, Tensor] = field(default_factory=dict)
+
+    def advance(self, lengths: NDArray[np.int64]) -> bool:
+        """Go on to the batch's ``lengths``. False where these are not one token more each, or take blocks it does not know."""
+        lengths = lengths[self.start : self.end]
+        if self.newest is None and self.end - self.start > 1:
+            return False
+        if lengths[0] > self.width * BLOCK_TOKENS or not np.array_equal(lengths, self.lengths + 1):
+            return False
+        if self.newest is not None:
+            self.newest += 1
+        self.lengths, self.goes_on = lengths, True
+        self.masks.clear()
+        return True
 
     @property
     def even(self) -> bool:
@@ -94,15 +110,15 @@ class DecodeGroup:
         return bool(self.lengths[0] == self.lengths[-1])
 
     def mask(self, window: int, dtype: torch.dtype) -> Tensor:
-        """[sequences, 1, 1, columns]."""
+        """[sequences, 1, 1, tokens of the longest]."""
         mask = self.masks.get(window)
         if mask is None:
-            lengths = torch.from_numpy(self.lengths).to(self.blocks.device).unsqueeze(1)
-            column = torch.arange(self.width * BLOCK_TOKENS, device=self.blocks.device)
+            lengths = torch.from_numpy(self.lengths).to(self.blocks.device).view(-1, 1, 1, 1)
+            column = torch.arange(int(self.lengths[0]), device=self.blocks.device)
             hidden = column >= lengths
             if window:
                 hidden |= column < lengths - window
-            mask = self.masks[window] = _additive(hidden, dtype)[:, None, None, :]
+            mask = self.masks[window] = _additive(hidden, dtype)
         return mask
 
 
@@ -138,7 +154,7 @@ class Prefill:
 
 
 def _additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.where(hidden, torch.tensor(-torch.inf, dtype=dtype), 0.0)
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
 
 
 @dataclass(slots=True)

@@ -33,15 +33,15 @@ def test_a_cold_start_is_written_then_sent_then_routed(world: World) -> None:
 
 
 def test_what_a_step_takes_is_promised_with_the_cache_and_told_apart_to_the_node(world: World) -> None:
-    world.serve(spec())
+    world.serve(spec(kv_mib=2))
     checkpoint = world.view.checkpoints[digest_of("m")]
     checkpoint.step = StepCosts(token_bytes=64, layer_kv_bytes=8, item_bytes=2, vocab_size=100)
-    beside = checkpoint.step.step_bytes(sequences=4, context_tokens=512, kv_tokens=10240)
+    beside = checkpoint.step.step_bytes(sequences=4, context_tokens=512, kv_tokens=2048)
     world.demand("m", 1)
     instance = world.only()
-    assert instance.working_bytes == (10 << 20) + beside
+    assert instance.working_bytes == (2 << 20) + beside
     (start,) = [one for one in world.agents["local"].heard if isinstance(one, StartInstance)]
-    assert (start.options.kv_bytes, start.options.step_bytes) == (10 << 20, beside)
+    assert (start.options.kv_bytes, start.options.step_bytes) == (2 << 20, beside)
 
 
 def test_the_first_restart_is_immediate_and_the_router_hears_of_the_death_first(world: World) -> None:
