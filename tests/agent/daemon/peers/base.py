@@ -16,7 +16,7 @@ from schema.link import (
     encode_frame,
 )
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 DIGEST = "ab" * 32
 T = TypeVar("T")
 
