@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -21,6 +23,9 @@ from schema.errors import InvalidCheckpoint
 
 __all__ = ["build_skeleton"]
 
+_MOST_BYTES: Final = 1 << 29
+"""What building may take; skeletons of today's largest models take some ten MiB."""
+
 _homes: tuple[Any, ...] = (initialization, modeling_utils)
 _no_init_weights: Any = next(home.no_init_weights for home in _homes if hasattr(home, "no_init_weights"))
 
@@ -31,6 +36,11 @@ def build_skeleton(manifest: Manifest) -> nn.Module:
     Raises InvalidCheckpoint, naming the architecture and the reason, for a model that this engine cannot run exactly; code
     that a checkpoint brings along is never run.
     """
+    with _bounded_memory():
+        return _build(manifest)
+
+
+def _build(manifest: Manifest) -> nn.Module:
     config, model_class = _classes(manifest)
     reason = unfit(config, model_class)
     if reason is not None:
@@ -40,8 +50,8 @@ def build_skeleton(manifest: Manifest) -> nn.Module:
     try:
         with _default_dtype(torch_dtype(manifest.kv.dtype)), torch.device("meta"), _no_init_weights():
             model: nn.Module = model_class(config)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        raise InvalidCheckpoint(f"{manifest.architecture} cannot be built from its config: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, MemoryError) as error:
+        raise InvalidCheckpoint(f"{manifest.architecture} cannot be built from its config: {_said(error)}") from error
     replace_attention(model, manifest.max_context_tokens)
     if config.model_type not in MASKED:
         config._attn_implementation = IMPLEMENTATION
@@ -55,13 +65,32 @@ def _classes(manifest: Manifest) -> tuple[Any, Any]:
     try:
         config = CONFIG_MAPPING[model_type].from_dict(manifest.config)
     except Exception as error:  # hostile values fail in as many ways as there are configs
-        raise InvalidCheckpoint(f"the config of this {model_type} model is not valid: {error}") from error
+        raise InvalidCheckpoint(f"the config of this {model_type} model is not valid: {_said(error)}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InvalidCheckpoint(f"model type {model_type!r} is no causal language model")
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if isinstance(model_class, tuple) or model_class.__name__ != manifest.architecture:
         raise InvalidCheckpoint(f"architecture {manifest.architecture!r} is not the causal language model of {model_type!r}")
     return config, model_class
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return f"it asks for a model whose description takes over {_MOST_BYTES >> 20} MiB of memory"
+    return str(error)
+
+
+@contextmanager
+def _bounded_memory() -> Iterator[None]:
+    """Private memory may grow by `_MOST_BYTES` in here: a hostile config's counts of labels or experts are lists in memory."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    now = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    most = [limit for limit in (now + _MOST_BYTES, soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(most), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 @contextmanager
