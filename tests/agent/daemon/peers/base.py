@@ -72,7 +72,7 @@ class Peer:
             finally:
                 loop.remove_reader(self.socket)
             try:
-                data, descriptors, _, _ = socket.recv_fds(self.socket, 1 << 18, 16)
+                data, descriptors, _, _ = socket.recv_fds(self.socket, 1 << 18, 16, socket.MSG_CMSG_CLOEXEC)
             except ConnectionResetError:
                 data, descriptors = b"", []
             self.descriptors.extend(descriptors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -76,9 +77,16 @@ class Zygote:
             pid = os.posix_spawn(arguments[0], arguments, os.environ, file_actions=to_frames, setsid=True)
             self.node.pids.append(pid)
             self.peer.send(Forked(nonce=message.nonce, pid=pid))
+            self.node.go(self._reap(pid))
         else:
             self.peer.send(Forked(nonce=message.nonce, fault=Fault("out_of_space", "there is no memory")))
         os.close(frames)
+
+    async def _reap(self, pid: int) -> None:
+        """Say how a child ended, as its parent, unless the agent, which is in this process too, was first to ask."""
+        with contextlib.suppress(OSError):
+            _, status = await asyncio.to_thread(os.waitpid, pid, 0)
+            self.exited(pid, os.waitstatus_to_exitcode(status))
 
     def exited(self, pid: int, status: int) -> None:
         self.peer.send(ChildExited(pid=pid, status=status))
