@@ -336,6 +336,7 @@ def test_pickled_weights(source: Path, tmp_path: Path) -> None:
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
         ({"eos_token_id": "end"}, "eos_token_id"),
         ({"num_labels": 1 << 24}, "over 512 MiB"),
+        ({"pad_token_id": 1 << 31}, "cannot be built from its config: Padding_idx"),
     ],
 )
 def test_config_that_cannot_be_run(source: Path, tmp_path: Path, values: dict[str, Any], match: str) -> None:
