@@ -76,11 +76,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"LEFT BEHIND by the tests: {line}", red=True)
 
 
-def pytest_unconfigure() -> None:
+def pytest_unconfigure(config: pytest.Config) -> None:
     """A run that cannot end shows where each of its threads stands, and ends."""
     for pid, _ in _processes():
         os.kill(pid, signal.SIGKILL)
-    faulthandler.dump_traceback_later(_EXIT_S, exit=True, file=sys.__stderr__)
+    if not hasattr(config, "workerinput"):  # one of several processes of tests is ended by the run, and may wait for others
+        faulthandler.dump_traceback_later(_EXIT_S, exit=True, file=sys.__stderr__)
 
 
 def _distributes(config: pytest.Config) -> bool:
