@@ -304,6 +304,7 @@ def test_directory_in_a_files_place(source: Path, tmp_path: Path) -> None:
 
 def test_no_such_directory(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", tmp_path, "is no directory", NotFound)
+    refused(tmp_path / ("long" * 100), tmp_path, "is no directory", NotFound)
 
 
 def test_pickled_weights(source: Path, tmp_path: Path) -> None:
