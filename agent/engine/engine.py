@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ from schema.states import EndReason
 
 __all__ = ["BatchEngine"]
 
+_LEAST_WAIT_S: Final = 1e-4
+"""So long at least a step waits for weights; what is shorter is the look that finds them there."""
 _log = logging.getLogger(__name__)
 
 
@@ -106,13 +109,13 @@ class BatchEngine:
 
     def _forward(self, plan: Plan) -> tuple[Tensor, list[Sequence], list[Sequence]]:
         """The model over a plan. The first time it must attend as the KV geometry says; raises InvalidCheckpoint otherwise."""
-        waited_s = self._runner.waited_s
+        before_s = self._runner.waited_s
         try:
             computed = self._runner.forward(plan)
         finally:
-            if waited_s != self._runner.waited_s:
+            if (waited_s := self._runner.waited_s - before_s) >= _LEAST_WAIT_S:
                 for sequence in self._scheduler.running:
-                    sequence.weights_s += self._runner.waited_s - waited_s
+                    sequence.weights_s += waited_s
         if not self._proven:
             attended, layers = self._runner.attended_layers, len(self._pool.layers)
             if attended != list(range(layers)):
