@@ -17,7 +17,7 @@ from pathlib import Path
 from agent.store.temporary import sweep
 from schema.errors import OutOfSpace
 
-__all__ = ["check_room", "claim_room", "used_bytes"]
+__all__ = ["check_room", "claim_room", "free_bytes", "used_bytes"]
 
 _BLOCK_BYTES = 512
 
@@ -46,13 +46,22 @@ def claim_room(limit_bytes: int, data: Path, need_bytes: int, what: str, *, but:
             short = shutil.disk_usage(data).free + lies < need_bytes
         except OutOfSpace:
             short = True
+        if short and (not limit_bytes or need_bytes <= limit_bytes):
+            _sweep_kept(data)
         if short:
-            for name in ("tmp", "partial"):
-                sweep(data / name, kept_alone=True)
             check_room(limit_bytes, data, need_bytes, what, but=but)  # a disk that is full says so when it is to reserve
         yield
     finally:
         os.close(descriptor)
+
+
+def free_bytes(data: Path, need_bytes: int) -> int:
+    """What the disk has free; where that is less than is needed, what broken-off fetches and ingests have left goes first."""
+    free = shutil.disk_usage(data).free
+    if free >= need_bytes:
+        return free
+    _sweep_kept(data)
+    return shutil.disk_usage(data).free
 
 
 def check_room(limit_bytes: int, data: Path, need_bytes: int, what: str, *, but: Path | None = None) -> None:
@@ -71,6 +80,11 @@ def check_room(limit_bytes: int, data: Path, need_bytes: int, what: str, *, but:
         f"{short} are missing; remove checkpoints (`sllmctl checkpoint rm`) or raise the budget",
         short_bytes=short if need_bytes <= limit_bytes else 0,
     )
+
+
+def _sweep_kept(data: Path) -> None:
+    for name in ("tmp", "partial"):
+        sweep(data / name, kept_alone=True)
 
 
 def _tree_bytes(path: Path, but: Path | None) -> int:

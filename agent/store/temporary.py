@@ -96,8 +96,8 @@ def sweep(root: Path, older_than_s: float = 0.0, *, kept_alone: bool = False) ->
     swept = []
     with _locked(root):
         for path in sorted(root.iterdir()):
-            # What is being removed by others may be gone at any moment.
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            # What is being removed by others may be gone at any moment; what cannot be read is left to people.
+            with contextlib.suppress(OSError):
                 kept = "+" in path.name
                 trash = path.name.startswith("trash-")  # was moved here, which its ctime tells alone
                 latest = max(_newest(path), path.stat().st_ctime) if trash else _newest(path)

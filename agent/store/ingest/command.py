@@ -17,7 +17,7 @@ import msgspec
 from agent.config import NodeConfig, load_config
 from agent.logs import begin_log
 from agent.native.files import allow_open_files
-from agent.store.budget import claim_room
+from agent.store.budget import claim_room, free_bytes
 from agent.store.ingest.convert import convert
 from agent.store.ingest.hub import fetch
 from agent.store.ingest.report import Reporter
@@ -120,10 +120,14 @@ def _ingest(config: NodeConfig, source: Source, reporter: Reporter) -> tuple[str
 
 def _download(config: NodeConfig, source: HubSource | UrlSource, directory: Path, reporter: Reporter, notes: list[str]) -> None:
     stage = _Stage("fetch", "a download", reporter, notes)
+
+    def free(need_bytes: int) -> int:
+        return free_bytes(Path(config.data_dir), need_bytes)
+
     if isinstance(source, HubSource):
-        fetch(source, directory, stage.progress)
+        fetch(source, directory, stage.progress, free)
     else:
-        fetch_directory(source, directory, config.remote, stage.progress, stage.resumed)
+        fetch_directory(source, directory, config.remote, stage.progress, free, stage.resumed)
 
 
 def _interruptible(work: Callable[[], None]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
@@ -26,12 +25,13 @@ _WANTED: Final = (
 _LOOK_S: Final = 0.2
 
 
-def fetch(source: HubSource, directory: Path, progress: Callable[[int, int], None]) -> None:
+def fetch(source: HubSource, directory: Path, progress: Callable[[int, int], None], free: Callable[[int], int]) -> None:
     """Download a model's revision into ``directory``; ``progress`` hears (done, total) bytes. HF_ENDPOINT names the hub.
 
     Raises NotFound for an unknown model or revision, Unauthorised for a gated one, Unreachable when the hub does not answer,
     OutOfSpace before the download when the disk has no room, InvalidCheckpoint when the model has no weights that are read.
-    Pickled weights are fetched only where there are no others.
+    Pickled weights are fetched only where there are no others. ``free`` says how many bytes the disk has, if that many are
+    needed.
     """
     from huggingface_hub import HfApi, errors, snapshot_download
 
@@ -46,8 +46,9 @@ def fetch(source: HubSource, directory: Path, progress: Callable[[int, int], Non
             raise InvalidCheckpoint(f"{what} has neither model*.safetensors nor pytorch_model*.bin")
         sizes = {name: size for name, size in there.items() if _matches(name, (*_WANTED, *weights))}
         total = sum(sizes.values())
-        if (free := shutil.disk_usage(directory).free + _directory_bytes(directory)) < total:
-            raise OutOfSpace(f"{what} has {total} bytes; {directory} has {free} free")
+        lie = _directory_bytes(directory)
+        if (room := free(total - lie) + lie) < total:
+            raise OutOfSpace(f"{what} has {total} bytes; {directory} has {room} free")
         with disk_errors(f"fetching {what}"), _Watch(directory, total, progress):
             snapshot_download(
                 source.repo, revision=info.sha or source.revision, local_dir=directory, allow_patterns=list(sizes)

@@ -79,9 +79,11 @@ def fetch_directory(
     directory: Path,
     settings: RemoteSettings,
     progress: Callable[[int, int], None],
+    free: Callable[[int], int],
     resumed: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Fetch a model into ``directory``, which may hold a part of it from before; ``resumed`` hears how many bytes it holds.
+    ``free`` says how many bytes the disk has, if so many are needed.
 
     ``progress`` hears (done, total) bytes of the weights. Raises NotFound where there is no model, Unauthorised,
     Unreachable when the server does not answer, breaks off again and again or has no valid certificate, InvalidInput when it
@@ -91,7 +93,7 @@ def fetch_directory(
     remote = WebRemote(check_remote_url(source.url), settings)
     try:
         with disk_errors(f"fetching {source.url}"):
-            _Fetch(remote, directory, settings, progress, resumed).run()
+            _Fetch(remote, directory, settings, progress, free, resumed).run()
     finally:
         remote.close()
 
@@ -103,8 +105,10 @@ class _Fetch:
         directory: Path,
         settings: RemoteSettings,
         progress: Callable[[int, int], None],
+        free: Callable[[int], int],
         resumed: Callable[[int], None],
     ) -> None:
+        self._free = free
         self._remote = remote
         self._directory = directory
         self._settings = settings
@@ -198,8 +202,8 @@ class _Fetch:
     def _fetch_weights(self, found: list[_Weights]) -> None:
         total = sum(weights.size_bytes for weights in found)
         lie = sum(path.stat().st_blocks * 512 for each in found if (path := self._directory / each.name).exists())
-        if (free := shutil.disk_usage(self._directory).free + lie) < total:
-            raise OutOfSpace(f"{self._remote.url} has {total} bytes of weights; {self._directory} has {free} free")
+        if (room := self._free(total - lie) + lie) < total:
+            raise OutOfSpace(f"{self._remote.url} has {total} bytes of weights; {self._directory} has {room} free")
         for weights in found:
             self._begin(weights)
         self._resumed(self._done_bytes)

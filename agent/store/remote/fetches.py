@@ -271,7 +271,8 @@ class Fetches:
                 fetch.thread.start()
 
     def _end(self, fetch: _Fetch, keep: bool) -> None:
-        fetch.cancelled, fetch.keep = True, keep
+        fetch.keep = keep  # first, since whoever prepares looks at it when it finds itself cancelled
+        fetch.cancelled = True
         if keep and fetch.fetch is not None:
             fetch.fetch.stop(keep=True)
         if fetch.job is not None:

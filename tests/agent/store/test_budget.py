@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.store.budget import check_room, used_bytes
+from agent.store.budget import check_room, claim_room, free_bytes, used_bytes
 from schema.errors import Fault, OutOfSpace
 
 BLOCK = 4096
@@ -41,3 +41,15 @@ def test_what_would_pass_it_is_refused_with_what_is_missing(tmp_path: Path, limi
     again = Fault.of(error.value).to_error()
     assert isinstance(again, OutOfSpace)
     assert again.short_bytes == short * BLOCK
+
+
+def test_what_was_broken_off_goes_where_it_makes_room_and_only_there(tmp_path: Path) -> None:
+    kept = [tmp_path / "partial" / "ab+exec1", tmp_path / "tmp" / "fetch+key"]
+    for path in kept:
+        put(path / "file", 2)
+    assert free_bytes(tmp_path, 1) > 0
+    with pytest.raises(OutOfSpace), claim_room(10 * BLOCK, tmp_path, 11 * BLOCK, "it"):
+        pass
+    assert all(path.is_dir() for path in kept)
+    assert free_bytes(tmp_path, 1 << 60) < 1 << 60
+    assert not any(path.exists() for path in kept)

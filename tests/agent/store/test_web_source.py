@@ -53,7 +53,9 @@ def directory(tmp_path: Path) -> Path:
 def fetch(web: WebServer, directory: Path, settings: RemoteSettings = QUICK) -> tuple[int, list[int]]:
     spared: list[int] = []
     heard: list[int] = []
-    fetch_directory(UrlSource(f"{web.url}/m"), directory, settings, lambda done, _: heard.append(done), spared.append)
+    fetch_directory(
+        UrlSource(f"{web.url}/m"), directory, settings, lambda done, _: heard.append(done), lambda _: 1 << 40, spared.append
+    )
     return spared[0], heard
 
 
