@@ -25,8 +25,8 @@ __all__ = ["Child", "ForkIngestDoor", "IngestCommand", "ingest_command", "publis
 
 IngestCommand = Callable[[NodeConfig, Ingest], list[str]]
 """The command line of the child of one ingest."""
-_Launch = Callable[[int, Path], Awaitable["Child"]]
-"""Starts a child whose frames go to this descriptor, and all else that it says to this log. Raises OSError."""
+_Launch = Callable[[Path], Awaitable[tuple["Child", IO[bytes]]]]
+"""Starts a child that logs to this file; returns it and the pipe that its frames come from. Raises OSError."""
 _READ_BYTES: Final = 1 << 16
 
 
@@ -73,8 +73,9 @@ async def run_ingest(
     a process of its own.
     """
 
-    async def launch(frames: int, log: Path) -> Child:
-        return await fork(message, frames) or await _execute(command(config, message), frames, log)
+    async def launch(log: Path) -> tuple[Child, IO[bytes]]:
+        # Each has a pipe of its own: nobody hears a fork that came to be after all when the zygote was given up.
+        return await _piped(lambda frames: fork(message, frames)) or await _execute(command(config, message), log)
 
     return await _run_child(config, "ingest", message.op, launch, roster, progress)
 
@@ -84,17 +85,35 @@ async def run_publish(
 ) -> OperationDone:
     """Run a publish of the checkpoint in ``directory`` to its end, as `run_ingest` does."""
 
-    async def launch(frames: int, log: Path) -> Child:
-        return await _execute(publish_command(config, message, directory), frames, log)
+    async def launch(log: Path) -> tuple[Child, IO[bytes]]:
+        return await _execute(publish_command(config, message, directory), log)
 
     return await _run_child(config, "publish", message.op, launch, roster, progress)
 
 
-async def _execute(command: list[str], frames: int, log: Path) -> Child:
-    with log.open("ab") as errors:
-        return await asyncio.create_subprocess_exec(
-            *command, stdin=DEVNULL, stdout=frames, stderr=errors, start_new_session=True
-        )
+async def _execute(command: list[str], log: Path) -> tuple[Child, IO[bytes]]:
+    async def start(frames: int) -> Child:
+        with log.open("ab") as errors:
+            return await asyncio.create_subprocess_exec(
+                *command, stdin=DEVNULL, stdout=frames, stderr=errors, start_new_session=True
+            )
+
+    started = await _piped(start)
+    assert started is not None
+    return started
+
+
+async def _piped(start: Callable[[int], Awaitable[Child | None]]) -> tuple[Child, IO[bytes]] | None:
+    """What ``start`` returns when it is given the writing end of a pipe, and the reading end; None if it returns none."""
+    reading, frames = os.pipe()
+    child: Child | None = None
+    try:
+        child = await start(frames)
+    finally:
+        os.close(frames)
+        if child is None:
+            os.close(reading)
+    return None if child is None else (child, os.fdopen(reading, "rb", buffering=0))
 
 
 async def _run_child(
@@ -102,31 +121,28 @@ async def _run_child(
 ) -> OperationDone:
     """Run a child to its end; ``what`` it does names its log."""
     log = log_path(config, what)
-    reading, frames = os.pipe()
-    with os.fdopen(reading, "rb", buffering=0) as pipe:
-        try:
-            child = await launch(frames, log)
-        except OSError as error:
-            return OperationDone(op=op, fault=Fault.of(SllmError(f"cannot start the {what}: {error}")))
-        finally:
-            os.close(frames)
-        # All are known as ingests: children of one operation, which a new agent ends.
-        entry = RosterEntry(role="ingest", pid=child.pid, ticks=start_ticks(child.pid) or 0, instance=op)
-        roster.put(entry)
-        status: int | None = None
-        try:
-            done = await _relay(pipe, op, progress)
-            with contextlib.suppress(TimeoutError):
-                status = await asyncio.wait_for(child.wait(), TERM_S)
-            if done is None:
-                why = f"the {what} {describe_status(status)} without an answer; ask for it again, and see {log}"
-                return OperationDone(op=op, fault=Fault.of(SllmError(why)))
-            return done
-        except LinkError as error:
-            return OperationDone(op=op, fault=Fault.of(error))
-        finally:
-            await _end(child)
-            roster.remove(entry)
+    try:
+        child, pipe = await launch(log)
+    except OSError as error:
+        return OperationDone(op=op, fault=Fault.of(SllmError(f"cannot start the {what}: {error}")))
+    # All are known as ingests: children of one operation, which a new agent ends.
+    entry = RosterEntry(role="ingest", pid=child.pid, ticks=start_ticks(child.pid) or 0, instance=op)
+    roster.put(entry)
+    status: int | None = None
+    try:
+        done = await _relay(pipe, op, progress)
+        with contextlib.suppress(TimeoutError):
+            status = await asyncio.wait_for(child.wait(), TERM_S)
+        if done is None:
+            why = f"the {what} {describe_status(status)} without an answer; ask for it again, and see {log}"
+            return OperationDone(op=op, fault=Fault.of(SllmError(why)))
+        return done
+    except LinkError as error:
+        return OperationDone(op=op, fault=Fault.of(error))
+    finally:
+        pipe.close()
+        await _end(child)
+        roster.remove(entry)
 
 
 async def _relay(pipe: IO[bytes], op: str, progress: Callable[[Progress], None]) -> OperationDone | None:

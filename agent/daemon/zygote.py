@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import secrets
 import signal
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any, Final
 
 from agent.daemon.connection import Connection
 from agent.daemon.instances import Instances
-from agent.daemon.process import Process
+from agent.daemon.process import Process, start_ticks
 from agent.daemon.supervisor import Kin
 from schema.errors import LinkError
 from schema.link import (
@@ -44,6 +45,11 @@ class ForkedChild:
         self.pid = pid
         self._process = Process.open(pid)
         self._status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    @property
+    def watched(self) -> bool:
+        """False for one that was dead when it was looked at, or could not be."""
+        return self._process is not None
 
     def send_signal(self, number: signal.Signals) -> None:
         if self._process is None or not self._process.alive:
@@ -157,5 +163,10 @@ class ZygoteLink:
             _log.warning("the zygote cannot fork for an ingest: %s", message.fault.message)
             answer.set_result(None)
             return
-        child = self._children[message.pid] = ForkedChild(message.pid)
+        child = ForkedChild(message.pid)
+        if not child.watched and start_ticks(message.pid) is not None:  # the system has no descriptor to watch it by
+            os.kill(message.pid, signal.SIGKILL)
+            answer.set_result(None)
+            return
+        self._children[message.pid] = child
         answer.set_result(child)
