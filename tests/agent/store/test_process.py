@@ -213,8 +213,8 @@ def test_store_outlives_its_agent_and_offers_its_arena(agent: Agent) -> None:
     _, kept = agent.accept(agent.arenas[0])
     assert len(agent.arenas) == 1, "an agent that holds this arena is not offered it"
     _, after = agent.accept()
-    assert kept.arena == after.arena
-    assert after.arena.id == before.arena.id
+    assert {kept.arena.id, after.arena.id} == {before.arena.id}
+    assert kept.arena.used_bytes == after.arena.used_bytes == CHUNK  # its pages are still being touched: their count may differ
     assert len(agent.arenas) == 2, "an agent without an arena is offered it"
     assert read_image(agent.arenas[1], after.residents[0]) == image
     assert after.residents[0].digest == digest
