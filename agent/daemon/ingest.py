@@ -10,7 +10,7 @@ import sys
 from asyncio.subprocess import DEVNULL
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import IO, Final, Protocol
+from typing import Final, Protocol
 
 import msgspec
 
@@ -25,8 +25,10 @@ __all__ = ["Child", "ForkIngestDoor", "IngestCommand", "ingest_command", "publis
 
 IngestCommand = Callable[[NodeConfig, Ingest], list[str]]
 """The command line of the child of one ingest."""
-_Launch = Callable[[Path], Awaitable[tuple["Child", IO[bytes]]]]
-"""Starts a child that logs to this file; returns it and the pipe that its frames come from. Raises OSError."""
+_Launched = tuple["Child", asyncio.StreamReader, asyncio.ReadTransport]
+"""A child, its frames, and the pipe that they come from."""
+_Launch = Callable[[Path], Awaitable[_Launched]]
+"""Starts a child that logs to this file. Raises OSError."""
 _READ_BYTES: Final = 1 << 16
 
 
@@ -73,7 +75,7 @@ async def run_ingest(
     a process of its own.
     """
 
-    async def launch(log: Path) -> tuple[Child, IO[bytes]]:
+    async def launch(log: Path) -> _Launched:
         # Each has a pipe of its own: nobody hears a fork that came to be after all when the zygote was given up.
         return await _piped(lambda frames: fork(message, frames)) or await _execute(command(config, message), log)
 
@@ -85,13 +87,13 @@ async def run_publish(
 ) -> OperationDone:
     """Run a publish of the checkpoint in ``directory`` to its end, as `run_ingest` does."""
 
-    async def launch(log: Path) -> tuple[Child, IO[bytes]]:
+    async def launch(log: Path) -> _Launched:
         return await _execute(publish_command(config, message, directory), log)
 
     return await _run_child(config, "publish", message.op, launch, roster, progress)
 
 
-async def _execute(command: list[str], log: Path) -> tuple[Child, IO[bytes]]:
+async def _execute(command: list[str], log: Path) -> _Launched:
     async def start(frames: int) -> Child:
         with log.open("ab") as errors:
             return await asyncio.create_subprocess_exec(
@@ -103,17 +105,23 @@ async def _execute(command: list[str], log: Path) -> tuple[Child, IO[bytes]]:
     return started
 
 
-async def _piped(start: Callable[[int], Awaitable[Child | None]]) -> tuple[Child, IO[bytes]] | None:
-    """What ``start`` returns when it is given the writing end of a pipe, and the reading end; None if it returns none."""
-    reading, frames = os.pipe()
+async def _piped(start: Callable[[int], Awaitable[Child | None]]) -> _Launched | None:
+    """A child that ``start`` began with the writing end of a pipe as its frames' descriptor; None if it returned none."""
+    reading, writing = os.pipe()
+    frames = asyncio.StreamReader()
+    transport: asyncio.ReadTransport | None = None
     child: Child | None = None
     try:
-        child = await start(frames)
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(frames), os.fdopen(reading, "rb", buffering=0)
+        )
+        child = await start(writing)
     finally:
-        os.close(frames)
-        if child is None:
-            os.close(reading)
-    return None if child is None else (child, os.fdopen(reading, "rb", buffering=0))
+        os.close(writing)
+        if child is None and transport is not None:
+            transport.close()
+    return None if child is None else (child, frames, transport)
 
 
 async def _run_child(
@@ -122,7 +130,7 @@ async def _run_child(
     """Run a child to its end; ``what`` it does names its log."""
     log = log_path(config, what)
     try:
-        child, pipe = await launch(log)
+        child, frames, transport = await launch(log)
     except OSError as error:
         return OperationDone(op=op, fault=Fault.of(SllmError(f"cannot start the {what}: {error}")))
     # All are known as ingests: children of one operation, which a new agent ends.
@@ -130,7 +138,7 @@ async def _run_child(
     roster.put(entry)
     status: int | None = None
     try:
-        done = await _relay(pipe, op, progress)
+        done = await _relay(frames, op, progress)
         with contextlib.suppress(TimeoutError):
             status = await asyncio.wait_for(child.wait(), TERM_S)
         if done is None:
@@ -140,26 +148,21 @@ async def _run_child(
     except LinkError as error:
         return OperationDone(op=op, fault=Fault.of(error))
     finally:
-        pipe.close()
         await _end(child)
+        transport.close()  # after its end: one that is told to end may still write of its progress
         roster.remove(entry)
 
 
-async def _relay(pipe: IO[bytes], op: str, progress: Callable[[Progress], None]) -> OperationDone | None:
-    stream = asyncio.StreamReader()
-    transport, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stream), pipe)
+async def _relay(frames: asyncio.StreamReader, op: str, progress: Callable[[Progress], None]) -> OperationDone | None:
     decoder: FrameDecoder[Progress | OperationDone] = FrameDecoder(Progress | OperationDone)
-    try:
-        while data := await stream.read(_READ_BYTES):
-            for message in decoder.feed(data):
-                if message.op != op:
-                    raise LinkError(f"the child of {op} spoke of {message.op}")
-                if isinstance(message, OperationDone):
-                    return message
-                progress(message)
-        return None
-    finally:
-        transport.close()
+    while data := await frames.read(_READ_BYTES):
+        for message in decoder.feed(data):
+            if message.op != op:
+                raise LinkError(f"the child of {op} spoke of {message.op}")
+            if isinstance(message, OperationDone):
+                return message
+            progress(message)
+    return None
 
 
 async def _end(child: Child) -> None:
