@@ -25,10 +25,10 @@ from schema.link import ArenaInfo, DeviceInfo, InstanceTruth, Inventory
 from schema.spec import ModelSpec, PathSource
 from schema.states import InstanceState, ModelState, NodeState, RequestState
 from sllmctl.client import AsyncAdminClient
+from sllmctl.cluster.changes import PutInstance
+from sllmctl.cluster.records import Checkpoint, Instance, Model, Node
+from sllmctl.cluster.view import ClusterView
 from sllmctl.config import ClientSettings, StreamSettings
-from sllmctl.control.effects import PutInstance
-from sllmctl.control.records import Checkpoint, Instance, Model, Node
-from sllmctl.control.view import ClusterView
 from sllmctl.gateway.admin.feed import Feed
 from sllmctl.gateway.admin.picture import KINDS
 from tui.app import Dashboard

@@ -25,12 +25,13 @@ from schema.ids import Epoch
 from schema.link import ArenaInfo, DeviceInfo, Inventory
 from schema.spec import EngineSpec, ModelSpec, PathSource, ScaleSpec
 from schema.states import InstanceState, ModelState, NodeState, Tier, TierState
-from sllmctl.control.records import Checkpoint, Instance, Model, Node, PlacementRecord
-from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import ClusterView
+from sllmctl.cluster.plans import Plan
+from sllmctl.cluster.records import Checkpoint, Instance, Model, Node, PlacementRecord
+from sllmctl.cluster.settings import ControlSettings
+from sllmctl.cluster.view import ClusterView
 from sllmctl.planner.estimates import Estimates
+from sllmctl.planner.interface import Abilities
 from sllmctl.planner.planner import LocalityPlanner
-from sllmctl.planner.plans import Abilities, Plan
 
 _GB = 10**9
 _NOW = 10_000.0

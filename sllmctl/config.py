@@ -22,7 +22,7 @@ from msgspec import Meta
 from schema.errors import InvalidInput
 from schema.logs import LogFormat, LogLevel
 from schema.nodesettings import NodeSettings
-from sllmctl.control.settings import ControlSettings
+from sllmctl.cluster.settings import ControlSettings
 from sllmctl.gateway.router_settings import RouterSettings
 from sllmctl.gateway.settings import GatewaySettings
 from sllmctl.nodes.settings import AssetSettings, LinkSettings, LocalSettings

@@ -25,7 +25,7 @@ from schema.errors import InvalidInput, SllmError, TimedOut, Unreachable
 from schema.ids import EpochCounter, system_ids
 from schema.states import NodeState
 from sllmctl import __version__
-from sllmctl.control.effects import AddNode, Close
+from sllmctl.control.events import AddNode, Close
 from sllmctl.control.gauges import cluster_gauges, decision_counts
 from sllmctl.control.live import LiveEffects
 from sllmctl.control.loop import ControlLoop
@@ -46,14 +46,14 @@ from sllmctl.nodes.assets import Assets
 from sllmctl.nodes.links import Links
 from sllmctl.nodes.local import LocalAgent, need_memory
 from sllmctl.planner.estimates import Estimates
+from sllmctl.planner.interface import Abilities
 from sllmctl.planner.planner import LocalityPlanner
-from sllmctl.planner.plans import Abilities
 from sllmctl.state import Cluster, Database
 
 if TYPE_CHECKING:
+    from sllmctl.cluster.changes import PutEstimate
+    from sllmctl.cluster.view import ClusterView
     from sllmctl.config import Settings
-    from sllmctl.control.effects import PutEstimate
-    from sllmctl.control.view import ClusterView
 
 __all__ = ["run"]
 

@@ -12,9 +12,9 @@ from schema.admin import AppliedView, ChangeView
 from schema.errors import Conflict, Fault, InvalidInput, SllmError
 from schema.spec import ModelSpec, PathSource, check_spec
 from schema.states import ModelState
+from sllmctl.cluster.records import Instance, Model
 from sllmctl.control import instances, models
-from sllmctl.control.effects import AddModel, ApplyModels, DeployModel, RemoveModel
-from sllmctl.control.records import Instance, Model
+from sllmctl.control.events import AddModel, ApplyModels, DeployModel, RemoveModel
 from sllmctl.control.turn import Turn
 
 __all__ = ["apply"]

@@ -6,7 +6,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sllmctl.planner.plans import Decision, Plan, kind_of
+from sllmctl.cluster.plans import Decision, Plan, kind_of
 
 __all__ = ["Decisions", "Made"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import exp
 
-from sllmctl.control.records import Model
+from sllmctl.cluster.records import Model
 
 __all__ = ["called", "heat"]
 

@@ -8,8 +8,8 @@ or while it lies on a remote, from where a start can fetch it.
 from __future__ import annotations
 
 from schema.states import ModelState, NodeState, Tier, TierState
+from sllmctl.cluster.records import PlacementRecord
 from sllmctl.control import drops
-from sllmctl.control.records import PlacementRecord
 from sllmctl.control.turn import Core, Turn
 
 __all__ = ["make_room", "victims"]

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from schema.admin import CandidateView, DecisionView, ExplainView, NodeVerdictView, RequestExplainView, RequestView
-from sllmctl.control.records import Model
-from sllmctl.control.view import ClusterView
-from sllmctl.planner.plans import Candidate, Decision, Move, Plan, Rejection, Wait, kind_of
+from sllmctl.cluster.plans import Candidate, Decision, Move, Plan, Rejection, Wait, kind_of
+from sllmctl.cluster.records import Model
+from sllmctl.cluster.view import ClusterView
 
 __all__ = ["DecisionsPort", "ExplainerPort", "MadePort", "decision_view", "explain", "explain_request"]
 

@@ -9,8 +9,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from schema.states import NodeState, Tier, TierState
-from sllmctl.control.records import Node
-from sllmctl.control.view import ClusterView
+from sllmctl.cluster.records import Node
+from sllmctl.cluster.view import ClusterView
 from sllmctl.control.views import LiveNumbers
 
 __all__ = ["cluster_gauges", "decision_counts"]

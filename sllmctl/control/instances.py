@@ -6,13 +6,14 @@ from schema.errors import Fault, InvalidCheckpoint
 from schema.ids import Epoch
 from schema.link import EngineOptions, InstanceTruth, RemoteCopy, StartInstance, StopInstance
 from schema.states import InstanceState, ModelState, NodeState, Tier, TierState, can_become
+from sllmctl.cluster.plans import Plan
+from sllmctl.cluster.records import HOLDING, LIVE, Instance, Model
 from sllmctl.control import disk, learning, remotes
-from sllmctl.control.effects import RouteChanged, StopInstanceNow
-from sllmctl.control.records import HOLDING, LIVE, Instance, Model
+from sllmctl.control.effects import RouteChanged
+from sllmctl.control.events import StopInstanceNow
 from sllmctl.control.references import missing
 from sllmctl.control.turn import Turn
 from sllmctl.planner.memory import context_tokens, step_bytes
-from sllmctl.planner.plans import Plan
 
 __all__ = [
     "ACTIVE",

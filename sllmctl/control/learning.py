@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from schema.admin import OutcomeView
 from schema.states import NodeState, Tier, TierState
-from sllmctl.control.effects import PrefillTimed
-from sllmctl.control.records import Instance
+from sllmctl.cluster.records import Instance
+from sllmctl.cluster.view import ClusterView
+from sllmctl.control.events import PrefillTimed
 from sllmctl.control.turn import Turn
-from sllmctl.control.view import ClusterView
 
 __all__ = ["began", "ended", "prefilled", "started"]
 

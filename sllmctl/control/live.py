@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from schema.link import ManagerMessage
+from sllmctl.cluster.changes import RowChange
 from sllmctl.control.effects import (
     CheckpointKnown,
     Connect,
@@ -16,7 +17,6 @@ from sllmctl.control.effects import (
     ModelChanged,
     RejectWaiting,
     RouteChanged,
-    RowChange,
     Send,
 )
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from schema.errors import Fault, SllmError
 from schema.ids import EpochCounter, IdSource
 from schema.link import InstanceUpdate, NodeTruth, OperationDone, PlacementUpdate
 from schema.states import InstanceState, ModelState, NodeState
+from sllmctl.cluster.settings import ControlSettings
+from sllmctl.cluster.view import ClusterView
 from sllmctl.control import (
     applying,
     demand,
@@ -24,12 +24,12 @@ from sllmctl.control import (
     scaling,
 )
 from sllmctl.control.decisions import Decisions
-from sllmctl.control.effects import (
+from sllmctl.control.effects import Connect, Log, Reply, Step
+from sllmctl.control.events import (
     AddModel,
     AddNode,
     ApplyModels,
     Close,
-    Connect,
     DemandChanged,
     DeployModel,
     EndOperation,
@@ -37,25 +37,18 @@ from sllmctl.control.effects import (
     Forget,
     FromNode,
     InstanceActivity,
-    Log,
     NodeLost,
     Operate,
     Pin,
     PrefillTimed,
     RemoveModel,
-    Reply,
-    Step,
     StopInstanceNow,
     StopModel,
     Tick,
 )
-from sllmctl.control.settings import ControlSettings
 from sllmctl.control.turn import Core, Turn
-from sllmctl.control.view import ClusterView
-from sllmctl.planner.plans import Journals, NoJournals, Planner
-
-if TYPE_CHECKING:
-    from sllmctl.planner.estimates import Estimates
+from sllmctl.planner.estimates import Estimates
+from sllmctl.planner.interface import Journals, NoJournals, Planner
 
 __all__ = ["ControlLoop"]
 

@@ -8,9 +8,10 @@ from schema.errors import Conflict, Fault, InvalidInput, NotFound
 from schema.link import CancelOperation, Ingest, OperationDone, OperationsAcked
 from schema.spec import ModelSpec, PathSource, ScaleSpec, check_spec
 from schema.states import InstanceState, ModelState, NodeState, Tier, can_become
+from sllmctl.cluster.records import Model, Node
 from sllmctl.control import disk, drops, instances, operations, prefetch
-from sllmctl.control.effects import AddModel, DeployModel, ModelChanged, RejectWaiting, RemoveModel, StopModel
-from sllmctl.control.records import Model, Node
+from sllmctl.control.effects import ModelChanged, RejectWaiting
+from sllmctl.control.events import AddModel, DeployModel, RemoveModel, StopModel
 from sllmctl.control.references import missing
 from sllmctl.control.turn import Turn
 from sllmctl.planner.memory import context_tokens

@@ -7,9 +7,10 @@ from dataclasses import replace
 from schema.errors import InvalidCheckpoint
 from schema.link import CancelOperation, CheckpointTruth, Ingest, NodeTruth
 from schema.states import InstanceState, ModelState, NodeState, Tier, TierState, can_become
+from sllmctl.cluster.records import LIVE, Checkpoint, Node, PlacementKey, PlacementRecord
 from sllmctl.control import drops, instances, models, operations, pins, prefetch
-from sllmctl.control.effects import AddNode, CheckpointKnown, Connect, Log, NodeLost
-from sllmctl.control.records import LIVE, Checkpoint, Node, PlacementKey, PlacementRecord
+from sllmctl.control.effects import CheckpointKnown, Connect, Log
+from sllmctl.control.events import AddNode, NodeLost
 from sllmctl.control.turn import Turn
 
 __all__ = ["add", "check", "lost", "move", "take_checkpoint", "take_truth"]

@@ -22,9 +22,9 @@ from schema.link import (
     VerifyCheckpoint,
 )
 from schema.states import NodeState, Tier, TierState
+from sllmctl.cluster.records import Checkpoint, Node, Operation, PlacementRecord
 from sllmctl.control import disk, remotes
-from sllmctl.control.effects import EndOperation, Operate
-from sllmctl.control.records import Checkpoint, Node, Operation, PlacementRecord
+from sllmctl.control.events import EndOperation, Operate
 from sllmctl.control.references import checkpoint_called, missing, node_called
 from sllmctl.control.turn import Turn
 

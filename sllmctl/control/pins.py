@@ -5,8 +5,8 @@ from __future__ import annotations
 from schema.errors import Conflict, InvalidInput, NotFound
 from schema.link import PinTo, SetPins
 from schema.states import Tier
-from sllmctl.control.effects import Pin
-from sllmctl.control.records import Checkpoint, Node, PinKey
+from sllmctl.cluster.records import Checkpoint, Node, PinKey
+from sllmctl.control.events import Pin
 from sllmctl.control.references import checkpoint_called, node_called
 from sllmctl.control.turn import Turn
 

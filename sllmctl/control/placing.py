@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from schema.states import InstanceState, NodeState, Tier, TierState
+from sllmctl.cluster.plans import Candidate, Move, Plan
+from sllmctl.cluster.records import LEAVING, STANDING, Instance, Model, Node
 from sllmctl.control import drops, instances
 from sllmctl.control.effects import Migrate
-from sllmctl.control.records import LEAVING, STANDING, Instance, Model, Node
 from sllmctl.control.turn import Moving, Turn
-from sllmctl.planner.plans import Candidate, Move, Plan
 
 __all__ = ["carry_out", "follow", "give_up", "settle"]
 

@@ -11,8 +11,8 @@ from heapq import nlargest
 
 from schema.link import LoadCheckpoint
 from schema.states import ModelState, NodeState, Tier
+from sllmctl.cluster.records import Node
 from sllmctl.control.demand import heat
-from sllmctl.control.records import Node
 from sllmctl.control.turn import Turn
 from sllmctl.planner.estimates import Channel
 

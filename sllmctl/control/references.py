@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from schema.errors import Conflict, InvalidInput, NotFound
 from schema.names import did_you_mean
 from schema.states import ModelState, NodeState
-from sllmctl.control.records import Checkpoint, Node
-from sllmctl.control.view import ClusterView
+from sllmctl.cluster.records import Checkpoint, Node
+from sllmctl.cluster.view import ClusterView
 
 __all__ = ["LEAST_DIGITS", "checkpoint_called", "missing", "node_called"]
 

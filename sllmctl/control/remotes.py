@@ -11,8 +11,8 @@ from dataclasses import replace
 from schema.errors import Conflict, Fault, InvalidCheckpoint, InvalidInput, NotFound
 from schema.remote import check_remote_url
 from schema.states import NodeState, Tier
-from sllmctl.control.effects import Forget, Operate
-from sllmctl.control.records import Checkpoint, Node, Operation, Publication
+from sllmctl.cluster.records import Checkpoint, Node, Operation, Publication
+from sllmctl.control.events import Forget, Operate
 from sllmctl.control.references import checkpoint_called
 from sllmctl.control.turn import Turn
 

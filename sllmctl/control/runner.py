@@ -9,7 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from schema.errors import SllmError, TimedOut, Unreachable
-from sllmctl.control.effects import Effect, Effects, Event, Reply, RowChange, Step, Tick, WakeAt
+from sllmctl.cluster.changes import RowChange
+from sllmctl.control.effects import Effect, Effects, Reply, Step, WakeAt
+from sllmctl.control.events import Event, Tick
 from sllmctl.control.loop import ControlLoop
 
 __all__ = ["Runner"]

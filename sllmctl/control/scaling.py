@@ -12,11 +12,11 @@ from itertools import islice
 
 from schema.errors import Fault, Unschedulable
 from schema.states import InstanceState, ModelState, NodeState
+from sllmctl.cluster.plans import Plan, Refusal, Wait
+from sllmctl.cluster.records import Instance, Model
 from sllmctl.control import instances, placing
 from sllmctl.control.effects import RejectWaiting
-from sllmctl.control.records import Instance, Model
 from sllmctl.control.turn import Turn
-from sllmctl.planner.plans import Plan, Refusal, Wait
 
 __all__ = ["look_around", "place_aged", "place_refused", "scale"]
 

@@ -8,8 +8,8 @@ from typing import Protocol
 from schema.ids import Epoch, generation_of
 from schema.link import StartPhases
 from schema.states import InstanceState, Tier
-from sllmctl.control.effects import PutInstance, RowChange
-from sllmctl.control.view import ClusterView
+from sllmctl.cluster.changes import PutInstance, RowChange
+from sllmctl.cluster.view import ClusterView
 
 __all__ = ["StartMeter", "StartsPort"]
 

@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from schema.admin import EventKind, EventView
 from schema.ids import EpochCounter, IdSource
 from schema.link import InstanceTruth, ManagerMessage
 from schema.states import NodeState, Tier
-from sllmctl.control.decisions import Decisions
-from sllmctl.control.effects import (
-    Effect,
-    Log,
+from sllmctl.cluster.changes import (
     PutCheckpoint,
     PutInstance,
     PutModel,
@@ -32,17 +28,14 @@ from sllmctl.control.effects import (
     RemovePlacement,
     RemovePublication,
     RowChange,
-    Send,
-    Step,
-    WakeAt,
 )
-from sllmctl.control.records import Checkpoint, Instance, Model, Node, PinKey, PlacementKey, PlacementRecord, Publication
-from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import ClusterView
-from sllmctl.planner.plans import Journals, Planner
-
-if TYPE_CHECKING:
-    from sllmctl.planner.estimates import Estimates
+from sllmctl.cluster.records import Checkpoint, Instance, Model, Node, PinKey, PlacementKey, PlacementRecord, Publication
+from sllmctl.cluster.settings import ControlSettings
+from sllmctl.cluster.view import ClusterView
+from sllmctl.control.decisions import Decisions
+from sllmctl.control.effects import Effect, Log, Send, Step, WakeAt
+from sllmctl.planner.estimates import Estimates
+from sllmctl.planner.interface import Journals, Planner
 
 __all__ = ["Core", "Drop", "Moving", "Timers", "Turn"]
 

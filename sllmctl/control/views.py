@@ -21,8 +21,8 @@ from schema.admin import (
 )
 from schema.link import InstanceLoad, Inventory
 from schema.states import Tier
-from sllmctl.control.records import Checkpoint, Instance, Model, Node, Operation
-from sllmctl.control.view import ClusterView
+from sllmctl.cluster.records import Checkpoint, Instance, Model, Node, Operation
+from sllmctl.cluster.view import ClusterView
 
 __all__ = [
     "LiveNumbers",

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from schema.admin import OutcomeView
-from sllmctl.control.effects import RowChange
+from sllmctl.cluster.changes import RowChange
 from sllmctl.control.live import DatabasePort
 
 __all__ = ["WatchedDatabase"]

@@ -18,7 +18,7 @@ from schema.ids import Epoch, EpochCounter
 from schema.link import Cancel, Ended, EngineTiming, ManagerMessage, SamplingParams, Submit, TokenRun
 from schema.sampling import LOGPROB_BYTES
 from schema.states import EndReason
-from sllmctl.control.effects import Event, InstanceActivity, PrefillTimed
+from sllmctl.control.events import Event, InstanceActivity, PrefillTimed
 from sllmctl.gateway import story
 from sllmctl.gateway.journal import Attempt, Request, Sequence
 from sllmctl.gateway.queues import CallLater, ModelQueue

@@ -9,7 +9,7 @@ __all__ = ["LiveJournals"]
 
 
 class LiveJournals:
-    """`sllmctl.planner.plans.Journals` of a router as it is now. Sequences given up count for nothing: they end at once."""
+    """`sllmctl.planner.interface.Journals` of a router as it is now. Sequences given up count for nothing: they end at once."""
 
     def __init__(self, core: Dispatcher) -> None:
         self._core = core

@@ -9,7 +9,7 @@ from schema.errors import Conflict, NotFound, SllmError
 from schema.link import SamplingParams
 from schema.spec import ModelSpec
 from schema.states import ModelState
-from sllmctl.control.effects import DemandChanged, Event
+from sllmctl.control.events import DemandChanged, Event
 from sllmctl.gateway.journal import Request, Sequence, Timer
 from sllmctl.gateway.line import Line
 from sllmctl.gateway.pace import Pace

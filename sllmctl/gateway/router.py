@@ -33,7 +33,8 @@ from schema.link import (
     Tokens,
     TruthEnd,
 )
-from sllmctl.control.effects import Event, ModelChanged, RejectWaiting, RouteChanged
+from sllmctl.control.effects import ModelChanged, RejectWaiting, RouteChanged
+from sllmctl.control.events import Event
 from sllmctl.gateway import story
 from sllmctl.gateway.dispatcher import Dispatcher
 from sllmctl.gateway.engines import EngineTotals

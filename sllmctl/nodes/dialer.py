@@ -25,7 +25,7 @@ from schema.link import (
     TruthEnd,
 )
 from schema.states import InstanceState
-from sllmctl.control.effects import Event, FromNode, NodeLost
+from sllmctl.control.events import Event, FromNode, NodeLost
 from sllmctl.nodes.connection import Connection, LinkListener, News
 from sllmctl.nodes.local import LocalAgent
 from sllmctl.nodes.settings import LinkSettings

@@ -20,7 +20,7 @@ from prometheus_client.metrics_core import Metric
 
 from schema.errors import InvalidInput, LinkError, Unreachable
 from schema.link import Hello, LogChunk, ManagerMessage, ReadFile, ReadLog, Role
-from sllmctl.control.effects import Event
+from sllmctl.control.events import Event
 from sllmctl.nodes.connection import LinkListener
 from sllmctl.nodes.dialer import Dialer
 from sllmctl.nodes.local import LocalAgent

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from sllmctl.cluster.plans import Candidate, Plan, Refusal, Rejection, Wait
 from sllmctl.planner.memory import context_tokens
 from sllmctl.planner.planner import LocalityPlanner, PlannerOptions
-from sllmctl.planner.plans import Candidate, Plan, Refusal, Rejection, Wait
 
 __all__ = [
     "Candidate",

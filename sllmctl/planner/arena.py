@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from schema.states import Tier
-from sllmctl.control.records import HOLDING, Instance
+from sllmctl.cluster.records import HOLDING, Instance
 from sllmctl.planner.cover import cover
 from sllmctl.planner.inquiry import Inquiry
 from sllmctl.planner.victims import Exit

@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from sllmctl.control.records import Instance, Model, Node
+from sllmctl.cluster.plans import Move
+from sllmctl.cluster.records import Instance, Model, Node
 from sllmctl.planner.packing import Packing, Start, Tenant
-from sllmctl.planner.plans import Move
 from sllmctl.planner.targets import Ready
 from sllmctl.planner.victims import Exit
 

@@ -14,9 +14,9 @@ import msgspec
 
 from schema.link import Inventory, StartPhases
 from schema.states import Tier
-from sllmctl.control.effects import PutEstimate
-from sllmctl.control.records import Checkpoint, Node
-from sllmctl.control.settings import ControlSettings
+from sllmctl.cluster.changes import PutEstimate
+from sllmctl.cluster.records import Checkpoint, Node
+from sllmctl.cluster.settings import ControlSettings
 from sllmctl.planner.coefficients import Line, Window
 from sllmctl.planner.loads import ChannelKey, Loads, Record
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import msgspec
 
 from schema.states import Tier
-from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import ClusterView
+from sllmctl.cluster.settings import ControlSettings
+from sllmctl.cluster.view import ClusterView
 from sllmctl.planner.estimates import Estimates
-from sllmctl.planner.plans import Abilities, Journals
+from sllmctl.planner.interface import Abilities, Journals
 from sllmctl.planner.prices import Prices
 from sllmctl.planner.rooms import Ask, Fleet
 

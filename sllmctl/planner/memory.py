@@ -17,8 +17,8 @@ from __future__ import annotations
 import msgspec
 
 from schema.spec import ModelSpec
-from sllmctl.control.records import Checkpoint
-from sllmctl.control.settings import ControlSettings
+from sllmctl.cluster.records import Checkpoint
+from sllmctl.cluster.settings import ControlSettings
 
 __all__ = ["WorkingNeed", "context_tokens", "given_bytes", "step_bytes", "working_need"]
 

@@ -23,13 +23,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from schema.states import Tier
-from sllmctl.control.records import Instance, Node
-from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import ClusterView
+from sllmctl.cluster.plans import Move
+from sllmctl.cluster.records import Instance, Node
+from sllmctl.cluster.settings import ControlSettings
+from sllmctl.cluster.view import ClusterView
 from sllmctl.planner.assignment import Lot, Partial, Victim, keep, kind_of, told
 from sllmctl.planner.estimates import Estimates
+from sllmctl.planner.interface import Abilities, Journals
 from sllmctl.planner.packing import Packer, Start, Tenant
-from sllmctl.planner.plans import Abilities, Journals, Move
 from sllmctl.planner.prices import Prices
 from sllmctl.planner.rooms import Ask, Fleet, Ground
 from sllmctl.planner.rounds import rounds_s

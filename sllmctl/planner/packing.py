@@ -15,8 +15,8 @@ from itertools import combinations, islice, product
 from math import comb
 
 from schema.states import Tier
-from sllmctl.control.records import Node
-from sllmctl.control.view import ClusterView
+from sllmctl.cluster.records import Node
+from sllmctl.cluster.view import ClusterView
 from sllmctl.planner.estimates import Estimates
 from sllmctl.planner.memory import WorkingNeed, given_bytes
 from sllmctl.planner.prices import Prices

@@ -16,13 +16,14 @@ only the soonest few targets of a victim, and only so many nodes, are worked out
 from __future__ import annotations
 
 from schema.states import Tier
-from sllmctl.control.records import Model
-from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import ClusterView
+from sllmctl.cluster.plans import Candidate, Decision, Plan, Refusal, Rejection, Wait
+from sllmctl.cluster.records import Model
+from sllmctl.cluster.settings import ControlSettings
+from sllmctl.cluster.view import ClusterView
 from sllmctl.planner.estimates import Estimates
 from sllmctl.planner.inquiry import Inquiry, PlannerOptions
+from sllmctl.planner.interface import Abilities, Journals
 from sllmctl.planner.memory import WorkingNeed, given_bytes
-from sllmctl.planner.plans import Abilities, Candidate, Decision, Journals, Plan, Refusal, Rejection, Wait
 from sllmctl.planner.reasons import plan_reason, refusal, wait_reason
 from sllmctl.planner.rooms import Fleet, ask, fleet
 from sllmctl.planner.search import Search

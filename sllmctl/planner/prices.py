@@ -10,9 +10,9 @@ from __future__ import annotations
 from math import exp
 
 from schema.states import ModelState, Tier
-from sllmctl.control.records import Instance, Node
-from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import ClusterView
+from sllmctl.cluster.records import Instance, Node
+from sllmctl.cluster.settings import ControlSettings
+from sllmctl.cluster.view import ClusterView
 from sllmctl.planner.estimates import Channel, Estimates
 
 __all__ = ["Prices"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from schema.states import TierState
-from sllmctl.control.records import Model
-from sllmctl.control.view import ClusterView
-from sllmctl.planner.plans import Candidate, Refusal, Rejection
+from sllmctl.cluster.plans import Candidate, Refusal, Rejection
+from sllmctl.cluster.records import Model
+from sllmctl.cluster.view import ClusterView
 
 __all__ = ["plan_reason", "refusal", "wait_reason"]
 

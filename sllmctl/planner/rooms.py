@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from schema.link import Inventory
 from schema.states import NodeState, Tier, TierState
-from sllmctl.control.records import HOLDING, Checkpoint, Model, Node
-from sllmctl.control.room import RoomIndex
-from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import ClusterView
+from sllmctl.cluster.plans import Rejection
+from sllmctl.cluster.records import HOLDING, Checkpoint, Model, Node
+from sllmctl.cluster.room import RoomIndex
+from sllmctl.cluster.settings import ControlSettings
+from sllmctl.cluster.view import ClusterView
 from sllmctl.planner.memory import working_need
-from sllmctl.planner.plans import Rejection
 
 __all__ = ["Ask", "Fleet", "Ground", "arena_deficit_bytes", "ask", "fleet", "ground"]
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from schema.states import Tier
-from sllmctl.control.records import Node
+from sllmctl.cluster.plans import Rejection
+from sllmctl.cluster.records import Node
 from sllmctl.planner.estimates import Channel
 from sllmctl.planner.inquiry import CHEAP, Inquiry
-from sllmctl.planner.plans import Rejection
 from sllmctl.planner.spot import Option, Spots
 
 __all__ = ["Search"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from schema.states import Tier
-from sllmctl.control.records import Node
+from sllmctl.cluster.plans import Move, Rejection
+from sllmctl.cluster.records import Node
 from sllmctl.planner.arena import clear_arena
 from sllmctl.planner.cover import pick, spared
 from sllmctl.planner.estimates import Startup
 from sllmctl.planner.inquiry import CHEAP, Inquiry
-from sllmctl.planner.plans import Move, Rejection
 from sllmctl.planner.rooms import Ground, arena_deficit_bytes, ground
 from sllmctl.planner.victims import Exit, Exits
 from sllmctl.planner.working import Working

@@ -13,12 +13,12 @@ from heapq import nsmallest
 from itertools import chain, islice
 
 from schema.states import InstanceState, Tier
-from sllmctl.control.records import LEAVING, Instance, Model, Node
-from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import ClusterView
+from sllmctl.cluster.records import LEAVING, Instance, Model, Node
+from sllmctl.cluster.settings import ControlSettings
+from sllmctl.cluster.view import ClusterView
+from sllmctl.planner.interface import Abilities, Journals
 from sllmctl.planner.memory import step_bytes
 from sllmctl.planner.packing import Packer, Start
-from sllmctl.planner.plans import Abilities, Journals
 from sllmctl.planner.rooms import Ask, Fleet, ask, ground
 
 __all__ = ["Ready", "Targets"]

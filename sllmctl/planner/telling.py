@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from sllmctl.cluster.plans import Candidate
 from sllmctl.planner.inquiry import CHEAP, Inquiry
 from sllmctl.planner.memory import WorkingNeed, given_bytes
-from sllmctl.planner.plans import Candidate
 from sllmctl.planner.spot import Option
 from sllmctl.planner.victims import Exit
 

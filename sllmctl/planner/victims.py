@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Container
 
 from schema.states import InstanceState, Tier
-from sllmctl.control.records import HOLDING, LEAVING, Instance, Node
-from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import ClusterView
-from sllmctl.planner.plans import Journals
+from sllmctl.cluster.records import HOLDING, LEAVING, Instance, Node
+from sllmctl.cluster.settings import ControlSettings
+from sllmctl.cluster.view import ClusterView
+from sllmctl.planner.interface import Journals
 from sllmctl.planner.prices import Prices
 from sllmctl.planner.rooms import Ask
 

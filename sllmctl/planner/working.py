@@ -7,11 +7,11 @@ from itertools import combinations
 from math import comb
 
 from schema.states import InstanceState
-from sllmctl.control.records import Instance, Node
+from sllmctl.cluster.plans import Move
+from sllmctl.cluster.records import Instance, Node
 from sllmctl.planner.cover import choose, pick
 from sllmctl.planner.inquiry import Inquiry
 from sllmctl.planner.moves import Movers
-from sllmctl.planner.plans import Move
 from sllmctl.planner.rooms import Ground
 from sllmctl.planner.victims import Exit, Exits
 

@@ -16,14 +16,15 @@ from random import Random
 from typing import Protocol, runtime_checkable
 
 from schema.states import Tier
-from sllmctl.control.records import HOLDING, LEAVING, Instance, Model, Node
-from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import ClusterView
+from sllmctl.cluster.plans import Candidate, Decision, Plan, Refusal, Rejection
+from sllmctl.cluster.records import HOLDING, LEAVING, Instance, Model, Node
+from sllmctl.cluster.settings import ControlSettings
+from sllmctl.cluster.view import ClusterView
 from sllmctl.planner.cover import choose
 from sllmctl.planner.estimates import Estimates, Startup
+from sllmctl.planner.interface import Abilities, Journals
 from sllmctl.planner.memory import WorkingNeed, given_bytes
 from sllmctl.planner.planner import LocalityPlanner
-from sllmctl.planner.plans import Abilities, Candidate, Decision, Journals, Plan, Refusal, Rejection
 from sllmctl.planner.prices import Prices
 from sllmctl.planner.rooms import Ask, Fleet, Ground, arena_deficit_bytes, ask, fleet, ground
 from sllmctl.planner.victims import Exit, exits_on

@@ -12,9 +12,9 @@ import msgspec
 from schema.errors import InvalidInput
 from schema.spec import EngineSpec, ModelSpec, PathSource, ScaleSpec
 from schema.states import ModelState, NodeState, Tier
-from sllmctl.control.records import Model, Node
-from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import ClusterView
+from sllmctl.cluster.records import Model, Node
+from sllmctl.cluster.settings import ControlSettings
+from sllmctl.cluster.view import ClusterView
 from sllmctl.simulate.policies import Policy
 from sllmctl.simulate.scenario import Scenario
 from sllmctl.simulate.store import SimModel, Store

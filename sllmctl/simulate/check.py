@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import msgspec
 
 from schema.spec import ModelSpec
-from sllmctl.control.settings import ControlSettings
+from sllmctl.cluster.settings import ControlSettings
 from sllmctl.simulate.parts import Lengths, ModelGroup, NodeGroup, Scenario, Workload
 from sllmctl.simulate.trace import LONGEST_S, read_counts, read_trace
 
@@ -64,7 +64,7 @@ def _settings(scenario: Scenario) -> ControlSettings:
         return msgspec.convert(scenario.control, ControlSettings)
     except msgspec.ValidationError as error:
         reason, _, place = str(error).partition(" - at `$")
-        raise Fault(f"control{place.rstrip('`')}", f"{reason}; see sllmctl.control.settings for what can be set") from error
+        raise Fault(f"control{place.rstrip('`')}", f"{reason}; see sllmctl.cluster.settings for what can be set") from error
 
 
 def least_kv_bytes(group: ModelGroup, settings: ControlSettings) -> int:

@@ -21,20 +21,11 @@ from schema.link import (
     TruthEnd,
 )
 from schema.states import Tier
-from sllmctl.control.effects import (
-    Connect,
-    Effect,
-    Event,
-    FromNode,
-    Migrate,
-    ModelChanged,
-    RejectWaiting,
-    RouteChanged,
-    RowChange,
-    Send,
-)
+from sllmctl.cluster.changes import RowChange
+from sllmctl.cluster.view import ClusterView
+from sllmctl.control.effects import Connect, Effect, Migrate, ModelChanged, RejectWaiting, RouteChanged, Send
+from sllmctl.control.events import Event, FromNode
 from sllmctl.control.loop import ControlLoop
-from sllmctl.control.view import ClusterView
 from sllmctl.gateway.journal import Sequence as Journal
 from sllmctl.gateway.router import Router
 from sllmctl.gateway.router_settings import RouterSettings

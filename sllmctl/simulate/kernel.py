@@ -6,7 +6,9 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from sllmctl.control.effects import Effect, Event, RowChange, Step, Tick, WakeAt
+from sllmctl.cluster.changes import RowChange
+from sllmctl.control.effects import Effect, Step, WakeAt
+from sllmctl.control.events import Event, Tick
 from sllmctl.control.loop import ControlLoop
 
 __all__ = ["Kernel", "LoopRunner", "Timer"]

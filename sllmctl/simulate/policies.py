@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from random import Random
 
 from schema.errors import InvalidInput
-from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import ClusterView
+from sllmctl.cluster.settings import ControlSettings
+from sllmctl.cluster.view import ClusterView
 from sllmctl.planner.estimates import Estimates
+from sllmctl.planner.interface import Abilities, Journals, Planner
 from sllmctl.planner.planner import LocalityPlanner, PlannerOptions
-from sllmctl.planner.plans import Abilities, Journals, Planner
 from sllmctl.simulate.baselines import Preempting, RandomPlanner, Unwaiting
 
 __all__ = ["POLICIES", "MakePlanner", "Policy", "policy_named"]

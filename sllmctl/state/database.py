@@ -21,8 +21,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from schema.admin import EventView, OutcomeView
 from schema.errors import Conflict, InvalidInput
 from schema.tables import Base, ClusterRow, EventRow, OutcomeRow
-from sllmctl.control.effects import PutEstimate, RowChange
-from sllmctl.control.view import ClusterView
+from sllmctl.cluster.changes import PutEstimate, RowChange
+from sllmctl.cluster.view import ClusterView
 from sllmctl.state.engines import database_path, error_of, read_engine, write_engine
 from sllmctl.state.migrate import migrate
 from sllmctl.state.rows import apply, read_estimates, read_view

@@ -29,7 +29,7 @@ from schema.tables import (
     PlacementRow,
     PublicationRow,
 )
-from sllmctl.control.effects import (
+from sllmctl.cluster.changes import (
     PutCheckpoint,
     PutEstimate,
     PutInstance,
@@ -46,8 +46,8 @@ from sllmctl.control.effects import (
     RemovePublication,
     RowChange,
 )
-from sllmctl.control.records import Checkpoint, Instance, Model, Node, PlacementRecord, Publication
-from sllmctl.control.view import ClusterView
+from sllmctl.cluster.records import Checkpoint, Instance, Model, Node, PlacementRecord, Publication
+from sllmctl.cluster.view import ClusterView
 
 __all__ = ["apply", "read_estimates", "read_view"]
 

@@ -18,8 +18,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from schema.admin import StatusView
 from schema.errors import InvalidInput, SllmError, Unauthorised
+from sllmctl.cluster.view import ClusterView
 from sllmctl.config import AdminSettings
-from sllmctl.control.view import ClusterView
 from sllmctl.gateway.admin.answers import RefusalBody, Routes, broken, error_answer, no_route, refuse
 from sllmctl.gateway.admin.checkpoints import Checkpoints
 from sllmctl.gateway.admin.cluster import Cluster, RequestsPort

@@ -14,10 +14,10 @@ from starlette.responses import Response
 
 from schema.admin import CheckpointBody, CheckpointView, OperationKind, OperationView, RemoteBody
 from schema.errors import Conflict, NotFound
+from sllmctl.cluster.view import ClusterView
 from sllmctl.config import AdminSettings
-from sllmctl.control.effects import EndOperation, Event, Forget, Operate, Pin
+from sllmctl.control.events import EndOperation, Event, Forget, Operate, Pin
 from sllmctl.control.references import checkpoint_called
-from sllmctl.control.view import ClusterView
 from sllmctl.control.views import LiveNumbers, checkpoint_view, checkpoint_views, operation_view
 from sllmctl.gateway.admin.answers import (
     Items,

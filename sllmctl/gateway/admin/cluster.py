@@ -11,8 +11,8 @@ from starlette.responses import Response
 
 from schema.admin import EventKind, EventView, InstanceView, NodeView, RequestView, StatusView
 from schema.errors import NotFound
-from sllmctl.control.effects import StopInstanceNow
-from sllmctl.control.view import ClusterView
+from sllmctl.cluster.view import ClusterView
+from sllmctl.control.events import StopInstanceNow
 from sllmctl.control.views import LiveNumbers, instance_view, instance_views, node_view, node_views
 from sllmctl.gateway.admin.answers import Items, Routes, item_answer, json_answer, known, read_choice, read_count, read_query
 from sllmctl.gateway.admin.commands import COMMAND, RunnerPort

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from schema.errors import Conflict, InvalidCheckpoint, NotFound, OutOfSpace, Overloaded, TimedOut, Unreachable, Unschedulable
-from sllmctl.control.effects import Event
+from sllmctl.control.events import Event
 from sllmctl.gateway.errors import BodyTooLarge, UnsupportedMediaType
 
 __all__ = ["BODY", "COMMAND", "RunnerPort"]

@@ -12,8 +12,8 @@ from starlette.responses import Response
 
 from schema.admin import EstimatesView, ExplainView, OutcomeView, RequestExplainView, RequestView
 from schema.errors import NotFound
+from sllmctl.cluster.view import ClusterView
 from sllmctl.control.explain import DecisionsPort, ExplainerPort, explain, explain_request
-from sllmctl.control.view import ClusterView
 from sllmctl.gateway.admin.answers import Routes, json_answer, known, read_count, read_query
 from sllmctl.gateway.openapi import Query, operation
 from sllmctl.planner.outcomes import summarise

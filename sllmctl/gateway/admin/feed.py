@@ -21,10 +21,10 @@ from msgspec.structs import replace
 
 from schema.admin import EventView, InstanceView, LogView, RequestView, StatusView, StreamFrame, StreamKind
 from schema.errors import Overloaded, Unreachable
+from sllmctl.cluster import changes
+from sllmctl.cluster.changes import RowChange
+from sllmctl.cluster.view import ClusterView
 from sllmctl.config import StreamSettings
-from sllmctl.control import effects
-from sllmctl.control.effects import RowChange
-from sllmctl.control.view import ClusterView
 from sllmctl.control.views import LiveNumbers, checkpoint_view, instance_view, model_view, node_view, operation_view
 from sllmctl.gateway import story
 from sllmctl.gateway.admin.picture import KINDS, Picture
@@ -96,39 +96,39 @@ class Feed(logging.Handler):
             )
         )
 
-    def committed(self, changes: Sequence[RowChange]) -> None:
+    def committed(self, rows: Sequence[RowChange]) -> None:
         """Rows are durable: what they are of is looked at in the next turn."""
-        self._events.extend(change for change in changes if isinstance(change, EventView))
+        self._events.extend(change for change in rows if isinstance(change, EventView))
         if self._picture is None:
             return
-        for change in changes:
+        for change in rows:
             match change:
-                case effects.PutNode():
+                case changes.PutNode():
                     self._touch("nodes", change.id)
-                case effects.PutInstance():
+                case changes.PutInstance():
                     self._touch_instance(change.truth.instance, change.model, change.node)
-                case effects.RemoveInstance():
+                case changes.RemoveInstance():
                     shown: InstanceView | None = self._picture.views("instances").get(change.id)
                     if shown is not None:
                         node = self._view.node_named(shown.node)
                         self._touch_instance(change.id, shown.model, node.id if node is not None else "")
                 case EventView(kind="model", object=name):
                     self._touch("models", name)
-                case effects.PutModel():
+                case changes.PutModel():
                     self._touch("models", change.spec.name)
                     if change.digest is not None:
                         self._touch("checkpoints", change.digest)
-                case effects.RemoveModelRow():
+                case changes.RemoveModelRow():
                     self._touch("models", change.name)
                     self._touched["checkpoints"].update(dict.fromkeys(self._view.checkpoints))
-                case effects.PutPlacement() | effects.RemovePlacement() | effects.PutPin() | effects.RemovePin():
+                case changes.PutPlacement() | changes.RemovePlacement() | changes.PutPin() | changes.RemovePin():
                     self._touch("checkpoints", change.digest)
                     self._touch("nodes", change.node)
                 case (
-                    effects.PutCheckpoint()
-                    | effects.RemoveCheckpointRow()
-                    | effects.PutPublication()
-                    | effects.RemovePublication()
+                    changes.PutCheckpoint()
+                    | changes.RemoveCheckpointRow()
+                    | changes.PutPublication()
+                    | changes.RemovePublication()
                 ):
                     self._touch("checkpoints", change.digest)
 

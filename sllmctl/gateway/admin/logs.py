@@ -21,8 +21,8 @@ from starlette.responses import Response, StreamingResponse
 from schema.admin import LogFrame, LogLineView
 from schema.errors import NotFound, Overloaded, SllmError, TimedOut, Unreachable
 from schema.link import LogChunk, ReadLog
+from sllmctl.cluster.view import ClusterView
 from sllmctl.config import LogSettings
-from sllmctl.control.view import ClusterView
 from sllmctl.gateway.admin.answers import (
     Flag,
     Items,

@@ -15,9 +15,9 @@ from schema.admin import AppliedView, ApplyBody, DeployBody, ModelView
 from schema.errors import Conflict, InvalidInput
 from schema.spec import ModelSpec, parse_spec
 from schema.states import InstanceState, ModelState
+from sllmctl.cluster.view import ClusterView
 from sllmctl.config import AdminSettings
-from sllmctl.control.effects import AddModel, ApplyModels, DeployModel, RemoveModel, StopModel
-from sllmctl.control.view import ClusterView
+from sllmctl.control.events import AddModel, ApplyModels, DeployModel, RemoveModel, StopModel
 from sllmctl.control.views import LiveNumbers, model_view, model_views
 from sllmctl.gateway.admin.answers import (
     Flag,

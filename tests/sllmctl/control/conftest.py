@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sllmctl.planner.plans import Abilities
+from sllmctl.planner.interface import Abilities
 from tests.sllmctl.control.scripted import MODELS, SETTINGS, ScriptedPlanner
 from tests.sllmctl.control.world import Agent, World, spec
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
-from sllmctl.control.ledger import MemoryLedger
-from sllmctl.control.room import RoomIndex
-from sllmctl.control.view import ClusterView
+from sllmctl.cluster.ledger import MemoryLedger
+from sllmctl.cluster.room import RoomIndex
+from sllmctl.cluster.view import ClusterView
 
 __all__ = ["check_indexes"]
 

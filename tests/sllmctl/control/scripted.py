@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import deque
 
 from schema.states import InstanceState, Tier
-from sllmctl.control.records import Instance, Model
-from sllmctl.control.settings import ControlSettings
-from sllmctl.planner.plans import Candidate, Decision, Move, Plan, Refusal, Rejection
+from sllmctl.cluster.plans import Candidate, Decision, Move, Plan, Refusal, Rejection
+from sllmctl.cluster.records import Instance, Model
+from sllmctl.cluster.settings import ControlSettings
 from tests.sllmctl.control.agents import MIB
 from tests.sllmctl.control.world import Agent, World
 

@@ -10,7 +10,7 @@ from schema.errors import Fault
 from schema.link import Ingest
 from schema.spec import EngineSpec, HubSource, ModelSpec, PathSource, ScaleSpec
 from schema.states import InstanceState, ModelState
-from sllmctl.control.effects import AddModel, ApplyModels, RemoveModel, StopModel
+from sllmctl.control.events import AddModel, ApplyModels, RemoveModel, StopModel
 from tests.sllmctl.control.world import World, spec
 
 _replace = msgspec.structs.replace

@@ -7,11 +7,12 @@ import pytest
 from schema.admin import OutcomeView
 from schema.link import LoadCheckpoint, StartPhases
 from schema.states import InstanceState, Tier
+from sllmctl.cluster.changes import PutEstimate
+from sllmctl.cluster.plans import Plan, Refusal, Rejection, Wait
+from sllmctl.cluster.settings import ControlSettings
 from sllmctl.control.decisions import Decisions
 from sllmctl.control.demand import called, heat
-from sllmctl.control.effects import PrefillTimed, PutEstimate, StopInstanceNow
-from sllmctl.control.settings import ControlSettings
-from sllmctl.planner.plans import Plan, Refusal, Rejection, Wait
+from sllmctl.control.events import PrefillTimed, StopInstanceNow
 from tests.sllmctl.control.conftest import MakeWorld
 from tests.sllmctl.control.scripted import ScriptedPlanner, place
 from tests.sllmctl.control.world import Agent, World, digest_of, spec

@@ -9,9 +9,9 @@ import pytest
 from schema.errors import Fault
 from schema.link import DropCheckpoint, Ingest
 from schema.states import InstanceState, ModelState, NodeState, Tier, TierState
+from sllmctl.cluster.records import Operation, PlacementRecord, Publication
 from sllmctl.control.disk import victims
-from sllmctl.control.effects import AddModel, Operate, Pin
-from sllmctl.control.records import Operation, PlacementRecord, Publication
+from sllmctl.control.events import AddModel, Operate, Pin
 from sllmctl.control.turn import Drop
 from tests.examples import examples
 from tests.sllmctl.control.conftest import MakeWorld

@@ -11,10 +11,10 @@ from schema.admin import RequestTimeline, RequestView
 from schema.ids import Epoch
 from schema.spec import ModelSpec, PathSource
 from schema.states import InstanceState, ModelState, NodeState, RequestState, Tier
+from sllmctl.cluster.plans import Candidate, Decision, Move, Plan, Refusal, Rejection, Wait
+from sllmctl.cluster.records import Instance, Model, Node
+from sllmctl.cluster.view import ClusterView
 from sllmctl.control.explain import decision_view, explain, explain_request
-from sllmctl.control.records import Instance, Model, Node
-from sllmctl.control.view import ClusterView
-from sllmctl.planner.plans import Candidate, Decision, Move, Plan, Refusal, Rejection, Wait
 
 _SMALL, _LOST = "5" * 64, "9" * 64
 

@@ -9,8 +9,9 @@ from schema.ids import Epoch
 from schema.link import InstanceTruth, InstanceUpdate, StartInstance, StopInstance
 from schema.memory import StepCosts
 from schema.states import InstanceState
-from sllmctl.control.effects import AddModel, DeployModel, FromNode, RouteChanged, StopInstanceNow
-from sllmctl.control.settings import ControlSettings
+from sllmctl.cluster.settings import ControlSettings
+from sllmctl.control.effects import RouteChanged
+from sllmctl.control.events import AddModel, DeployModel, FromNode, StopInstanceNow
 from tests.sllmctl.control.conftest import MakeWorld
 from tests.sllmctl.control.world import Agent, World, digest_of, spec
 

@@ -8,7 +8,7 @@ from schema.errors import Fault
 from schema.link import CancelOperation, DropCheckpoint, Ingest, OperationDone, OperationsAcked, Placement, PlacementUpdate
 from schema.spec import ScaleSpec
 from schema.states import InstanceState, ModelState, Tier, TierState
-from sllmctl.control.effects import (
+from sllmctl.control.events import (
     AddModel,
     DemandChanged,
     DeployModel,

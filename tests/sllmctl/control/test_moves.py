@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from schema.states import InstanceState
-from sllmctl.control.effects import InstanceActivity, StopModel
-from sllmctl.control.records import Instance
+from sllmctl.cluster.records import Instance
+from sllmctl.control.events import InstanceActivity, StopModel
 from tests.sllmctl.control.scripted import SETTINGS, ScriptedPlanner, busy_on, end, gpu, lone, manual, move, place, ready
 from tests.sllmctl.control.world import World, digest_of
 

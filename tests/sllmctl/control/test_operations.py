@@ -9,8 +9,8 @@ from schema.admin import OperationKind
 from schema.errors import Fault
 from schema.link import CheckpointTruth, DropCheckpoint, LoadCheckpoint, Placement, PlacementUpdate, VerifyCheckpoint
 from schema.states import InstanceState, ModelState, Tier, TierState
-from sllmctl.control.effects import FromNode, Operate
-from sllmctl.control.records import Operation
+from sllmctl.cluster.records import Operation
+from sllmctl.control.events import FromNode, Operate
 from tests.sllmctl.control.conftest import MakeWorld
 from tests.sllmctl.control.world import Agent, World, digest_of, spec
 

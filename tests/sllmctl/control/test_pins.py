@@ -7,7 +7,7 @@ from typing import Any
 from schema.errors import Fault
 from schema.link import DropCheckpoint, Placement, PlacementUpdate, SetPins
 from schema.states import InstanceState, Tier, TierState
-from sllmctl.control.effects import FromNode, Operate, Pin, RemoveModel
+from sllmctl.control.events import FromNode, Operate, Pin, RemoveModel
 from tests.sllmctl.control.conftest import MakeWorld
 from tests.sllmctl.control.world import MIB, Agent, World, digest_of, spec
 

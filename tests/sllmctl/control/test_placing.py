@@ -7,8 +7,9 @@ import pytest
 from schema.errors import Fault
 from schema.link import DropCheckpoint, OperationDone, StartInstance, StopInstance
 from schema.states import InstanceState, Tier, TierState
-from sllmctl.control.effects import DemandChanged, DeployModel, FromNode, Send, StopModel
-from sllmctl.control.records import Instance
+from sllmctl.cluster.records import Instance
+from sllmctl.control.effects import Send
+from sllmctl.control.events import DemandChanged, DeployModel, FromNode, StopModel
 from tests.sllmctl.control.scripted import SETTINGS, ScriptedPlanner, busy_on, end, gpu, lone, manual, place, ready
 from tests.sllmctl.control.world import World, digest_of
 

@@ -13,7 +13,9 @@ from schema.errors import Fault
 from schema.link import DropCheckpoint
 from schema.spec import ModelSpec, ScaleSpec
 from schema.states import InstanceState, ModelState, NodeState
-from sllmctl.control.effects import (
+from sllmctl.cluster.settings import ControlSettings
+from sllmctl.cluster.view import ClusterView
+from sllmctl.control.events import (
     AddModel,
     DemandChanged,
     DeployModel,
@@ -23,9 +25,7 @@ from sllmctl.control.effects import (
     StopModel,
 )
 from sllmctl.control.instances import ACTIVE
-from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import ClusterView
-from sllmctl.planner.plans import Abilities, NoJournals
+from sllmctl.planner.interface import Abilities, NoJournals
 from tests.examples import examples
 from tests.sllmctl.control.world import Agent, World, digest_of, spec
 

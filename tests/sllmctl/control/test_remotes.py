@@ -11,9 +11,9 @@ from schema.admin import OperationKind
 from schema.errors import Fault
 from schema.link import Fetch, OperationDone, Publish, RemoteCopy, StartInstance
 from schema.states import InstanceState, Tier
-from sllmctl.control.effects import EndOperation, Forget, Operate
-from sllmctl.control.settings import ControlSettings
-from sllmctl.planner.plans import Abilities
+from sllmctl.cluster.settings import ControlSettings
+from sllmctl.control.events import EndOperation, Forget, Operate
+from sllmctl.planner.interface import Abilities
 from tests.sllmctl.control.conftest import MakeWorld
 from tests.sllmctl.control.world import Agent, World, digest_of, spec
 

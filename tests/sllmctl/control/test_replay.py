@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sllmctl.control.effects import AddModel, DeployModel, InstanceActivity, RemoveModel
+from sllmctl.control.events import AddModel, DeployModel, InstanceActivity, RemoveModel
 from tests.sllmctl.control.conftest import MakeWorld
 from tests.sllmctl.control.world import Agent, World, spec
 

@@ -12,22 +12,12 @@ import pytest
 from schema.errors import Conflict, NotFound, OutOfSpace, TimedOut, Unreachable
 from schema.ids import EpochCounter, system_ids
 from schema.link import ManagerMessage
-from sllmctl.control.effects import (
-    AddModel,
-    AddNode,
-    DeployModel,
-    Effect,
-    Event,
-    FromNode,
-    ModelChanged,
-    RejectWaiting,
-    RouteChanged,
-    RowChange,
-    StopModel,
-)
+from sllmctl.cluster.changes import RowChange
+from sllmctl.cluster.settings import ControlSettings
+from sllmctl.control.effects import Effect, ModelChanged, RejectWaiting, RouteChanged
+from sllmctl.control.events import AddModel, AddNode, DeployModel, Event, FromNode, StopModel
 from sllmctl.control.live import LiveEffects
 from sllmctl.control.runner import Runner
-from sllmctl.control.settings import ControlSettings
 from sllmctl.state import Database
 from tests.sllmctl.control.world import Agent, control_loop, spec
 
@@ -135,7 +125,7 @@ class Recorder:
 
 
 def _runner(recorder: Recorder, **rules: float) -> Runner:
-    from sllmctl.control.view import ClusterView
+    from sllmctl.cluster.view import ClusterView
 
     settings = ControlSettings(**rules)  # type: ignore[arg-type]
     return Runner(control_loop(ClusterView(), ids=system_ids, epochs=EpochCounter(1), settings=settings), recorder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from schema.link import StopInstance
 from schema.spec import ScaleSpec
 from schema.states import InstanceState
-from sllmctl.control.effects import AddModel, AddNode, Close, DeployModel
+from sllmctl.control.events import AddModel, AddNode, Close, DeployModel
 from tests.sllmctl.control.conftest import MakeWorld
 from tests.sllmctl.control.world import Agent, World, spec
 

@@ -6,9 +6,9 @@ from schema.errors import Fault
 from schema.ids import Epoch, epoch_of
 from schema.link import InstanceTruth, StartPhases
 from schema.states import InstanceState, Tier
-from sllmctl.control.effects import PutInstance
+from sllmctl.cluster.changes import PutInstance
+from sllmctl.cluster.view import ClusterView
 from sllmctl.control.starts import StartMeter
-from sllmctl.control.view import ClusterView
 
 
 class Heard:

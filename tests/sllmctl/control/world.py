@@ -25,36 +25,38 @@ from schema.link import (
 from schema.spec import EngineSpec, ModelSpec, PathSource, ScaleSpec
 from schema.states import InstanceState
 from schema.tables import Base
+from sllmctl.cluster.changes import PutInstance
+from sllmctl.cluster.records import Instance
+from sllmctl.cluster.settings import ControlSettings
+from sllmctl.cluster.view import ClusterView
 from sllmctl.control.effects import (
-    AddModel,
-    AddNode,
     CheckpointKnown,
     Connect,
-    DemandChanged,
-    DeployModel,
-    Event,
-    FromNode,
-    InstanceActivity,
     Log,
     Migrate,
     ModelChanged,
-    NodeLost,
-    PutInstance,
     RejectWaiting,
     Reply,
     RouteChanged,
     Send,
     Step,
-    Tick,
     WakeAt,
 )
+from sllmctl.control.events import (
+    AddModel,
+    AddNode,
+    DemandChanged,
+    DeployModel,
+    Event,
+    FromNode,
+    InstanceActivity,
+    NodeLost,
+    Tick,
+)
 from sllmctl.control.loop import ControlLoop
-from sllmctl.control.records import Instance
-from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import ClusterView
 from sllmctl.planner.estimates import Estimates
+from sllmctl.planner.interface import Abilities, Journals, NoJournals, Planner
 from sllmctl.planner.planner import LocalityPlanner
-from sllmctl.planner.plans import Abilities, Journals, NoJournals, Planner
 from sllmctl.state.rows import apply, read_view
 from tests.sllmctl.control.agents import MIB, Agent, digest_of
 from tests.sllmctl.control.recount import check_indexes

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sllmctl.cluster.view import ClusterView
 from sllmctl.control.gauges import cluster_gauges, decision_counts
-from sllmctl.control.view import ClusterView
 from sllmctl.gateway.engines import EngineTotals
 from sllmctl.gateway.metrics import Metrics
 from sllmctl.nodes.links import Links

@@ -23,7 +23,8 @@ from schema.link import (
 )
 from schema.spec import ModelSpec, PathSource, ScaleSpec
 from schema.states import EndReason, InstanceState, ModelState
-from sllmctl.control.effects import Event, ModelChanged, RouteChanged
+from sllmctl.control.effects import ModelChanged, RouteChanged
+from sllmctl.control.events import Event
 from sllmctl.gateway.router import Router
 from sllmctl.gateway.router_settings import RouterSettings
 

@@ -8,9 +8,9 @@ import pytest
 
 from schema.link import EngineTiming, Submit
 from schema.states import EndReason, InstanceState
-from sllmctl.control.effects import PrefillTimed
+from sllmctl.control.events import PrefillTimed
 from sllmctl.gateway.router_settings import RouterSettings
-from sllmctl.planner.plans import Journals
+from sllmctl.planner.interface import Journals
 from tests.sllmctl.gateway.routing import Bench, end, params, run
 
 

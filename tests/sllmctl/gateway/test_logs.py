@@ -15,9 +15,9 @@ from schema.admin import LogFrame
 from schema.errors import NotFound, SllmError, Unreachable
 from schema.link import LogChunk, LogLine, ReadLog
 from schema.states import NodeState
+from sllmctl.cluster.records import Node
+from sllmctl.cluster.view import ClusterView
 from sllmctl.config import LogSettings
-from sllmctl.control.records import Node
-from sllmctl.control.view import ClusterView
 from sllmctl.gateway.admin.answers import refuse
 from sllmctl.gateway.admin.logs import Logs
 

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from schema.admin import OutcomeView, RequestTimeline
 from schema.link import STEP_BOUNDS_S, EngineCounts, StartPhases, StepCounts
 from schema.states import EndReason, Tier
-from sllmctl.control.effects import RemoveInstance, RowChange
+from sllmctl.cluster.changes import RemoveInstance, RowChange
 from sllmctl.control.watched import WatchedDatabase
 from sllmctl.gateway.engines import EngineTotals
 from sllmctl.gateway.metrics import Metrics

@@ -25,9 +25,9 @@ from starlette.testclient import TestClient
 
 from schema.admin import AppliedView
 from schema.states import EndReason, ModelState, Tier
+from sllmctl.cluster.records import Model, Operation
 from sllmctl.config import AdminSettings
-from sllmctl.control.effects import AddModel, Event
-from sllmctl.control.records import Model, Operation
+from sllmctl.control.events import AddModel, Event
 from sllmctl.gateway.openapi import operation_of
 from sllmctl.gateway.replies import ChatChunk, CompletionChunk
 from tests.sllmctl.gateway.admin.rig import Manager

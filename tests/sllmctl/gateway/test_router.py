@@ -25,7 +25,8 @@ from schema.ids import EpochCounter, epoch_of, system_ids
 from schema.link import Acked, Cancel, EngineTiming, InstanceLoad, Progress, StartPhases, Submit, TokenRun
 from schema.spec import ModelSpec, PathSource
 from schema.states import EndReason, InstanceState, ModelState, RequestState
-from sllmctl.control.effects import DemandChanged, Event, InstanceActivity, ModelChanged, RejectWaiting
+from sllmctl.control.effects import ModelChanged, RejectWaiting
+from sllmctl.control.events import DemandChanged, Event, InstanceActivity
 from sllmctl.gateway.router import Router
 from sllmctl.gateway.router_settings import RouterSettings
 from tests.sllmctl.gateway.routing import Bench, end, params, run

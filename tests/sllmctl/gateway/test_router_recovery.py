@@ -8,7 +8,7 @@ from schema.errors import Conflict, Unreachable
 from schema.ids import Epoch, epoch_of
 from schema.link import Acked, AttemptTruth, Cancel, EngineCounts, EngineTiming, InstanceLoad, Submit
 from schema.states import EndReason, InstanceState, ModelState, RequestState
-from sllmctl.control.effects import InstanceActivity
+from sllmctl.control.events import InstanceActivity
 from sllmctl.gateway.router_settings import RouterSettings
 from tests.sllmctl.gateway.routing import GENERATION, Bench, end, params, run
 

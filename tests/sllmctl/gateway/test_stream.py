@@ -21,10 +21,10 @@ from schema.link import InstanceLoad, InstanceTruth
 from schema.spec import ModelSpec, PathSource
 from schema.states import InstanceState, ModelState, NodeState, RequestState, Tier, TierState
 from sllmctl.client import AdminClient, AsyncAdminClient
+from sllmctl.cluster.changes import PutInstance, PutPlacement, RemoveInstance
+from sllmctl.cluster.records import Checkpoint, Instance, Model, Node, PlacementRecord
+from sllmctl.cluster.view import ClusterView
 from sllmctl.config import ClientSettings, StreamSettings
-from sllmctl.control.effects import PutInstance, PutPlacement, RemoveInstance
-from sllmctl.control.records import Checkpoint, Instance, Model, Node, PlacementRecord
-from sllmctl.control.view import ClusterView
 from sllmctl.gateway.admin.app import admin_app
 from sllmctl.gateway.admin.feed import Feed
 from sllmctl.gateway.admin.picture import KINDS, Picture

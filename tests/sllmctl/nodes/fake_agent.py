@@ -32,7 +32,7 @@ from schema.link import (
     Welcome,
     encode_frame,
 )
-from sllmctl.control.effects import Event
+from sllmctl.control.events import Event
 
 M = TypeVar("M")
 WAIT_S = 30.0

@@ -35,7 +35,8 @@ from schema.link import (
 )
 from schema.spec import ModelSpec, PathSource
 from schema.states import EndReason, InstanceState, ModelState
-from sllmctl.control.effects import Event, FromNode, ModelChanged, NodeLost, RouteChanged
+from sllmctl.control.effects import ModelChanged, RouteChanged
+from sllmctl.control.events import Event, FromNode, NodeLost
 from sllmctl.gateway.router import Router
 from sllmctl.gateway.router_settings import RouterSettings
 from sllmctl.nodes.links import Links, parse_address

@@ -17,7 +17,7 @@ import pytest
 
 from schema.errors import Conflict, Fault, TimedOut
 from schema.nodesettings import NodeSettings
-from sllmctl.control.effects import FromNode, NodeLost
+from sllmctl.control.events import FromNode, NodeLost
 from sllmctl.nodes.links import Links
 from sllmctl.nodes.local import LocalAgent, is_locked
 from sllmctl.nodes.settings import LinkSettings, LocalSettings

@@ -10,12 +10,12 @@ from schema.ids import Epoch
 from schema.link import ArenaInfo, DeviceInfo, Inventory
 from schema.spec import EngineSpec, ModelSpec, PathSource, ScaleSpec
 from schema.states import InstanceState, ModelState, NodeState, Tier, TierState
-from sllmctl.control.records import Checkpoint, Instance, Model, Node, PlacementRecord
-from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import ClusterView
+from sllmctl.cluster.records import Checkpoint, Instance, Model, Node, PlacementRecord
+from sllmctl.cluster.settings import ControlSettings
+from sllmctl.cluster.view import ClusterView
 from sllmctl.planner import LocalityPlanner, PlannerOptions
 from sllmctl.planner.estimates import Estimates
-from sllmctl.planner.plans import Abilities
+from sllmctl.planner.interface import Abilities
 
 NOW = 1000.0
 RULES = ControlSettings(

@@ -11,9 +11,9 @@ import msgspec
 from hypothesis import strategies as st
 
 from schema.states import InstanceState, Tier
-from sllmctl.control.records import Instance
+from sllmctl.cluster.plans import Candidate
+from sllmctl.cluster.records import Instance
 from sllmctl.planner.estimates import Estimates
-from sllmctl.planner.plans import Candidate
 from sllmctl.planner.rounds import rounds_s
 from tests.sllmctl.planner.crowds import RULES, Crowd
 

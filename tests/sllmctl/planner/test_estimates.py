@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from schema.link import ArenaInfo, DeviceInfo, Inventory, StartPhases
 from schema.states import NodeState, Tier
-from sllmctl.control.effects import PutEstimate
-from sllmctl.control.records import Checkpoint, Node
-from sllmctl.control.settings import ControlSettings
+from sllmctl.cluster.changes import PutEstimate
+from sllmctl.cluster.records import Checkpoint, Node
+from sllmctl.cluster.settings import ControlSettings
 from sllmctl.planner.coefficients import Line, Window
 from sllmctl.planner.estimates import Channel, Estimates
 from sllmctl.planner.loads import Loads

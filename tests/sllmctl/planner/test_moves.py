@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schema.states import InstanceState, Tier
-from sllmctl.control.records import Model
+from sllmctl.cluster.plans import Move, Plan, Refusal
+from sllmctl.cluster.records import Model
 from sllmctl.planner import moves as moves_module
 from sllmctl.planner.estimates import Estimates
-from sllmctl.planner.plans import Abilities, Move, Plan, Refusal
+from sllmctl.planner.interface import Abilities
 from sllmctl.planner.rounds import rounds_s
 from tests.examples import examples
 from tests.sllmctl.planner.crowds import NOW, RULES, Crowd

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 
 from schema.states import InstanceState, Tier, TierState
-from sllmctl.control.records import HOLDING, LEAVING, Model, PlacementRecord
+from sllmctl.cluster.plans import Candidate, Plan, Refusal, Rejection, Wait
+from sllmctl.cluster.records import HOLDING, LEAVING, Model, PlacementRecord
 from sllmctl.planner import PlannerOptions
 from sllmctl.planner.estimates import Estimates
-from sllmctl.planner.plans import Abilities, Candidate, Plan, Refusal, Rejection, Wait
+from sllmctl.planner.interface import Abilities
 from sllmctl.planner.prices import Prices
 from sllmctl.planner.rooms import arena_deficit_bytes, ask, ground
 from sllmctl.planner.victims import Exit, exits_on

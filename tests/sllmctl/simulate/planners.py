@@ -6,11 +6,12 @@ from random import Random
 
 from schema.link import DeviceInfo
 from schema.states import InstanceState, NodeState, Tier, TierState
-from sllmctl.control.records import Instance, Model, Node
-from sllmctl.control.settings import ControlSettings
-from sllmctl.control.view import ClusterView
+from sllmctl.cluster.plans import Candidate, Decision, Move, Plan, Refusal, Rejection
+from sllmctl.cluster.records import Instance, Model, Node
+from sllmctl.cluster.settings import ControlSettings
+from sllmctl.cluster.view import ClusterView
 from sllmctl.planner.estimates import Estimates
-from sllmctl.planner.plans import Abilities, Candidate, Decision, Journals, Move, Plan, Planner, Refusal, Rejection
+from sllmctl.planner.interface import Abilities, Journals, Planner
 from sllmctl.simulate.policies import Policy
 
 __all__ = ["FirstFit", "first_fit"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from random import Random
 from typing import cast
 
-from sllmctl.control.effects import Effect, Event, InstanceActivity, Log, RowChange, Step, Tick, WakeAt
+from sllmctl.cluster.changes import RowChange
+from sllmctl.control.effects import Effect, Log, Step, WakeAt
+from sllmctl.control.events import Event, InstanceActivity, Tick
 from sllmctl.control.loop import ControlLoop
 from sllmctl.simulate.kernel import Kernel, LoopRunner
 

@@ -9,8 +9,9 @@ import pytest
 
 from schema.errors import InvalidInput
 from schema.states import InstanceState, Tier
+from sllmctl.cluster.plans import Candidate, Plan, Refusal
 from sllmctl.planner.estimates import Estimates
-from sllmctl.planner.plans import Candidate, NoJournals, Plan, Planner, Refusal
+from sllmctl.planner.interface import NoJournals, Planner
 from sllmctl.simulate.policies import POLICIES, policy_named
 from tests.sllmctl.planner.crowds import NOW, RULES, Crowd, Told
 

@@ -9,7 +9,7 @@ from schema.link import InstanceTruth, StartPhases
 from schema.memory import StepCosts
 from schema.spec import ModelSpec, PathSource
 from schema.states import InstanceState, ModelState, NodeState, Tier, TierState
-from sllmctl.control.effects import PutCheckpoint, PutInstance, PutModel, PutNode, PutPlacement, RowChange
+from sllmctl.cluster.changes import PutCheckpoint, PutInstance, PutModel, PutNode, PutPlacement, RowChange
 
 DIGEST = "ab" * 32
 STEP = StepCosts(token_bytes=9, layer_kv_bytes=8, item_bytes=2, vocab_size=7, unfused_heads=6, head_bytes=5)

@@ -16,14 +16,7 @@ from schema.admin import OutcomeView
 from schema.errors import Conflict, InvalidInput, OutOfSpace, SllmError
 from schema.states import InstanceState, NodeState, Tier
 from schema.tables import ClusterRow
-from sllmctl.control.effects import (
-    PutEstimate,
-    PutModel,
-    RemoveCheckpointRow,
-    RemoveInstance,
-    RemoveModelRow,
-    RemovePlacement,
-)
+from sllmctl.cluster.changes import PutEstimate, PutModel, RemoveCheckpointRow, RemoveInstance, RemoveModelRow, RemovePlacement
 from sllmctl.state import Database
 from sllmctl.state.engines import database_path, write_engine
 from tests.sllmctl.state import rows

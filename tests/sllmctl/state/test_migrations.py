@@ -15,7 +15,7 @@ from schema.errors import SllmError
 from schema.spec import ModelSpec, PathSource
 from schema.states import ModelState, Tier, TierState
 from schema.tables import Base
-from sllmctl.control.effects import (
+from sllmctl.cluster.changes import (
     PutEstimate,
     PutModel,
     PutPin,

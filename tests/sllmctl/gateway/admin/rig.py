@@ -15,14 +15,14 @@ from schema.ids import Epoch
 from schema.link import InstanceLoad
 from schema.spec import ModelSpec, PathSource, ScaleSpec
 from schema.states import InstanceState, ModelState, NodeState, RequestState, Tier, TierState
+from sllmctl.cluster.plans import Candidate, Decision, Refusal, Rejection, Wait
+from sllmctl.cluster.records import Checkpoint, Instance, Model, Node, PlacementRecord
+from sllmctl.cluster.view import ClusterView
 from sllmctl.config import AdminSettings, LogSettings
-from sllmctl.control.effects import Event
-from sllmctl.control.records import Checkpoint, Instance, Model, Node, PlacementRecord
-from sllmctl.control.view import ClusterView
+from sllmctl.control.events import Event
 from sllmctl.gateway.admin.app import admin_app
 from sllmctl.gateway.admin.explanations import Explanations
 from sllmctl.gateway.admin.logs import Logs, LogsPort
-from sllmctl.planner.plans import Candidate, Decision, Refusal, Rejection, Wait
 
 A, B = "ab" * 32, "abcd" + "0" * 60
 

@@ -12,7 +12,8 @@ from schema.admin import AppliedView
 from schema.errors import Conflict, Fault, InvalidCheckpoint, NotFound, Overloaded, SllmError
 from schema.spec import ModelSpec, PathSource, ScaleSpec
 from schema.states import ModelState, Tier
-from sllmctl.control.effects import (
+from sllmctl.cluster.records import Operation
+from sllmctl.control.events import (
     AddModel,
     ApplyModels,
     DeployModel,
@@ -22,7 +23,6 @@ from sllmctl.control.effects import (
     StopInstanceNow,
     StopModel,
 )
-from sllmctl.control.records import Operation
 from tests.sllmctl.gateway.admin.rig import A, Manager, made_model, refusal
 
 

@@ -17,8 +17,8 @@ from schema.errors import NotFound
 from schema.states import InstanceState
 from sllmctl import client
 from sllmctl.client import AsyncAdminClient
+from sllmctl.cluster.records import Checkpoint
 from sllmctl.config import ClientSettings
-from sllmctl.control.records import Checkpoint
 from tests.sllmctl.gateway.admin.rig import A, B, Manager, refusal
 
 

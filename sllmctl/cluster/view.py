@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 from schema.link import Inventory
 from schema.states import InstanceState, NodeState, Tier, TierState
-from sllmctl.control.ledger import MemoryLedger
-from sllmctl.control.nested import discard
-from sllmctl.control.records import (
+from sllmctl.cluster.ledger import MemoryLedger
+from sllmctl.cluster.nested import discard
+from sllmctl.cluster.records import (
     Checkpoint,
     Instance,
     Model,

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from schema.link import DeviceInfo
 from schema.states import InstanceState, NodeState, Tier, TierState
-from sllmctl.control.nested import discard
-from sllmctl.control.records import HOLDING, LEAVING, STANDING, Checkpoint, Instance, Node, PlacementRecord
-from sllmctl.control.room import RoomIndex
+from sllmctl.cluster.nested import discard
+from sllmctl.cluster.records import HOLDING, LEAVING, STANDING, Checkpoint, Instance, Node, PlacementRecord
+from sllmctl.cluster.room import RoomIndex
 
 __all__ = ["MemoryLedger"]
 

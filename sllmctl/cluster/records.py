@@ -6,7 +6,6 @@ Fields may be read freely. What an index of the view depends on is changed only 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from schema.admin import OperationKind
 from schema.errors import Fault
@@ -15,9 +14,7 @@ from schema.link import Inventory, StartPhases
 from schema.memory import StepCosts
 from schema.spec import ModelSpec
 from schema.states import InstanceState, ModelState, NodeState, Tier, TierState
-
-if TYPE_CHECKING:
-    from sllmctl.planner.plans import Plan
+from sllmctl.cluster.plans import Plan
 
 __all__ = [
     "HOLDING",
