@@ -2,8 +2,8 @@
 
 `python -m bench.engine.architectures [MODEL_TYPE ...]`: all that the engine says it runs, or those named, COMPARED or not.
 One line each: equal, how many prompts differ, or why it does not run; and the layers in the order in which a first step that
-follows its weights waits for them, the last being all. Each runs in a process of its own: new ones fail in
-new ways.
+follows its weights waits for them, the last being all. Each is also saved by transformers and ingested, which must make the
+model's own bytes. Each runs in a process of its own: new ones fail in new ways.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -22,6 +24,7 @@ from agent.engine.build import build_engine
 from tests.agent.engine.coming import ComingWeights
 from tests.agent.engine.models import CONTEXT, VOCAB, kv_options, manifest_of, submit_of, tensors_of
 from tests.agent.engine.test_engine import drive, prompts, reference
+from tests.agent.store.test_ingest_naming import strange
 
 LIMIT_S = 120
 SIZES: dict[str, Any] = {
@@ -80,6 +83,9 @@ def compare(model_type: str) -> str:
         engine = coming.engine(kv_options(manifest, 512), prefill_tokens=24)
     if drive(engine, submits).tokens != outcome.tokens:
         return "READS WEIGHTS before they have come"
+    with mock.patch.object(architectures, "COMPARED", architectures.COMPARED | {model_type}), TemporaryDirectory() as directory:
+        if other_bytes := strange(model, Path(directory)):
+            return f"INGESTED OTHERWISE: {', '.join(other_bytes)}"
     distinct = len({token for tokens in wanted.values() for token in tokens})
     return f"equal, {distinct} different tokens; weights asked for: {' '.join(map(str, dict.fromkeys(coming.asked)))}"
 

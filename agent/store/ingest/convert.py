@@ -76,8 +76,8 @@ def convert(
         if in_place and sources.pickled:
             raise InvalidCheckpoint(f"{source} has no safetensors; files of torch.save cannot be loaded in place, only copied")
         facts = read_facts(config, sources.tensors)
-        tied, step = check_runnable(facts, sources.tensors)
-        ties = find_ties(sources.tensors, tied, lambda one, other: same_bytes(sources, one, other))
+        tensors, tied, step = check_runnable(facts, sources.tensors)
+        ties = find_ties(tensors, tied, lambda one, other: same_bytes(sources, one, other))
         layout = IN_PLACE if in_place else LAYOUT
         new = staging / layout
         new.mkdir(exist_ok=True)
@@ -87,7 +87,7 @@ def convert(
         scratch.mkdir()
         text = read_text_side(directory, config, facts.vocab_size, scratch)
         shutil.rmtree(scratch, ignore_errors=True)
-        stored = [sources.tensors[name] for name in sorted(sources.tensors, key=execution_key) if name not in ties]
+        stored = [tensors[name] for name in sorted(tensors, key=execution_key) if name not in ties]
         total = sum(tensor.size_bytes for tensor in stored)
         if in_place:
             partitions, entries, sha256 = sum_files(sources, stored, lambda done: progress(min(done, total), total))

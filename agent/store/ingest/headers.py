@@ -36,7 +36,8 @@ _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 class SourceTensor:
     """A tensor in a source file: ``offset_bytes`` from the file's beginning.
 
-    ``strides``, in elements, of a view whose bytes do not follow each other, as a pickled file may have them.
+    ``strides``, in elements, of a view whose bytes do not follow each other, as a pickled file may have them. ``parts``: its
+    bytes are theirs, one after the other, and ``offset_bytes`` says nothing.
     """
 
     name: str
@@ -46,6 +47,7 @@ class SourceTensor:
     offset_bytes: int
     size_bytes: int
     strides: tuple[int, ...] | None = None
+    parts: tuple[SourceTensor, ...] = ()
 
 
 class Sources:
@@ -104,6 +106,14 @@ class Sources:
 
         Of a view with strides both ends lie between elements.
         """
+        for part in tensor.parts:
+            if start < part.size_bytes and target:
+                size = min(len(target), part.size_bytes - start)
+                self.read_into(part, start, target[:size])
+                target, start = target[size:], start + size
+            start -= part.size_bytes
+        if tensor.parts:
+            return
         if tensor.strides is None:
             self._read_at(tensor.file, tensor.offset_bytes + start, target)
             return

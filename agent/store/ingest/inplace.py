@@ -28,12 +28,16 @@ def sum_files(sources: Sources, stored: Sequence[SourceTensor], progress: Callab
     """The partitions, the tensors in the given order, and the sha256 of each tensor's bytes by name.
 
     ``progress`` hears the bytes read so far. Some files are read at a time, a chunk of each in memory. Raises InvalidCheckpoint
-    for a file that changes meanwhile.
+    for a file that changes meanwhile, and for a tensor that is put together of several.
     """
     files = sorted({tensor.file for tensor in sources.tensors.values()})
     numbers = {file: number for number, file in enumerate(files)}
     wanted: dict[str, list[SourceTensor]] = {file: [] for file in files}
     for tensor in stored:
+        if tensor.parts:
+            raise InvalidCheckpoint(
+                f"tensor {tensor.name!r} is {len(tensor.parts)} in the files, which cannot be loaded in place; have it copied"
+            )
         wanted[tensor.file].append(tensor)
     lock = threading.Lock()
     done = 0

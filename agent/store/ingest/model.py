@@ -10,6 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from agent.store.ingest.headers import SourceTensor
+from agent.store.ingest.naming import named_as_in
 from schema.checkpoint import FORMAT_VERSION, KvGeometry, Manifest, TextDefaults
 from schema.errors import InvalidCheckpoint
 from schema.memory import StepCosts
@@ -77,11 +78,13 @@ def _shares_one_head(config: dict[str, Any]) -> bool:
     return bool(config.get("multi_query", True)) and not config.get("new_decoder_architecture", False)
 
 
-def check_runnable(facts: ModelFacts, tensors: Mapping[str, SourceTensor]) -> tuple[dict[str, str], StepCosts]:
-    """Build the model without weights, as the engine will, and hold the tensors against it; returns its tied names, and what a
-    step of it costs.
+def check_runnable(
+    facts: ModelFacts, tensors: Mapping[str, SourceTensor]
+) -> tuple[dict[str, SourceTensor], dict[str, str], StepCosts]:
+    """Build the model without weights, as the engine will, and hold the tensors against it; returns them as the model has
+    them (`named_as_in`), its tied names, and what a step of it costs.
 
-    The former map the name that the model ties to the one it is tied to, as the source names them. Imports torch and
+    Tied names map the one that the model ties to the one it is tied to, as the tensors are named then. Imports torch and
     transformers. Raises InvalidCheckpoint when the engine would refuse the model, or a tensor is missing, unknown or of
     another shape.
     """
@@ -90,6 +93,7 @@ def check_runnable(facts: ModelFacts, tensors: Mapping[str, SourceTensor]) -> tu
 
     draft = _draft(facts)
     model: Any = build_skeleton(draft)
+    tensors = named_as_in(model, tensors)
     ties: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     prefix = f"{model.base_model_prefix}."
@@ -110,7 +114,7 @@ def check_runnable(facts: ModelFacts, tensors: Mapping[str, SourceTensor]) -> tu
             raise InvalidCheckpoint(f"tensor {name!r}, which {facts.architecture} needs, is missing")
     stored_as = {name: tensor.name for name, tensor in given.items()}
     named = {stored_as.get(alias, alias): stored_as.get(name, name) for alias, name in ties.items()}
-    return named, step_costs(model, draft)
+    return tensors, named, step_costs(model, draft)
 
 
 def _draft(facts: ModelFacts) -> Manifest:
