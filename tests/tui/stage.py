@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from msgspec.structs import replace
+from textual._context import active_app
 
 from schema.admin import LogFrame, LogView, PinView, PlacementView, PublicationView, StreamFrame, StreamKind
 from schema.errors import SllmError, Unreachable
@@ -30,7 +33,7 @@ from tests.sllmctl.fake_manager import (
 )
 from tui.app import Dashboard
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 __all__ = ["DIGEST", "FRAME", "Manager", "running", "screen", "settled", "until"]
 
 DIGEST = CHECKPOINTS[0].digest
@@ -117,17 +120,42 @@ class _Client(AsyncAdminClient):
 
 @contextlib.asynccontextmanager
 async def running(manager: Manager, size: tuple[int, int] = (100, 30), **options: Any) -> AsyncIterator[tuple[Dashboard, Any]]:
-    """The application with its first picture drawn, and a pilot."""
+    """The application with its first picture drawn, and a pilot.
+
+    Textual's pilot takes an application for idle when its process has had little time of a processor, which it also has where
+    others have it all: here it waits until nothing is left to do. No message goes because its time is over.
+    """
     app = Dashboard(manager.client, clock=lambda: NOW, **options)
-    async with app.run_test(size=size, tooltips=False, notifications=True) as pilot:
-        await settled(app, pilot)
-        yield app, pilot
+    with (
+        patch("textual.pilot.wait_for_idle", _still),
+        patch("textual.app.wait_for_idle", _still),
+        patch("textual.pilot.Pilot._wait_for_screen", _still),
+        patch("textual.notifications.time", lambda: -math.inf),
+    ):
+        async with app.run_test(size=size, tooltips=False, notifications=True) as pilot:
+            await settled(app, pilot)
+            yield app, pilot
+
+
+async def _still(*_: object) -> None:
+    """Until no callback is ready to run, and the screen has drawn what it waits to draw."""
+    ready = asyncio.get_running_loop()._ready  # type: ignore[attr-defined]
+    drawn = False
+    while not drawn:
+        await asyncio.sleep(0)
+        while ready:  # noqa: ASYNC110 - what is left in the loop has no event
+            await asyncio.sleep(0)
+        drawn = True
+        if (app := active_app.get(None)) is not None and app.is_running and app.screen_stack:
+            screen = app.screen
+            drawn = not (screen._callbacks or screen._dirty_widgets or screen._layout_required or screen._repaint_required)
+            screen._on_timer_update()
 
 
 async def settled(app: Dashboard, pilot: Any) -> None:
-    """Until what was told has been taken in and drawn."""
+    """Until what was told has been taken in and drawn, at the size that the terminal has."""
     await pilot.pause()
-    await until(pilot, lambda: app._pending is None)
+    await until(pilot, lambda: app._pending is None and app._resize_timer is None and app._resize_event is None)
     app._redraw()
     await pilot.pause()
 
@@ -137,7 +165,8 @@ async def until(pilot: Any, reached: Callable[[], object]) -> None:
     deadline = time.monotonic() + WAIT_S
     while not reached():
         assert time.monotonic() < deadline, "never"
-        await pilot.pause(0.01)
+        await asyncio.sleep(0.01)
+        await _still()
 
 
 def screen(app: Dashboard) -> str:

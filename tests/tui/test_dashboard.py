@@ -6,11 +6,13 @@ import asyncio
 import json
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
+from textual.command import CommandList
 from textual.widgets import Button, Input, Static
 
 from schema.admin import EventView, LogView
@@ -28,8 +30,11 @@ _GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(autouse=True)
-def _utc(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TZ", "UTC")
+def _utc() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as here:
+        here.setenv("TZ", "UTC")
+        time.tzset()
+        yield
     time.tzset()
 
 
@@ -40,6 +45,11 @@ async def _press(app: Any, pilot: Any, *keys: str) -> None:
 
 def _toasts(app: Any) -> list[str]:
     return [note.message for note in app._notifications]
+
+
+def _best_of_palette(app: Any) -> str:
+    commands = app.screen.query_one(CommandList)
+    return commands.get_option_at_index(0).prompt.plain.splitlines()[0] if commands.option_count else ""
 
 
 # --- what is shown
@@ -214,8 +224,8 @@ async def test_help_and_palette_are_made_of_the_table() -> None:
         assert [one.title for one in app.get_system_commands(app.screen)][:2] == ["cluster", "models"]
         await _press(app, pilot, "ctrl+p")
         await _press(app, pilot, *"events")
-        await pilot.pause(0.3)
-        await _press(app, pilot, "enter", "enter")
+        await until(pilot, lambda: _best_of_palette(app) == "events")
+        await _press(app, pilot, "enter")
         await until(pilot, lambda: app.view.name == "events")
 
 

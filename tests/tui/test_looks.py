@@ -211,6 +211,7 @@ def test_the_terminal_is_asked_whether_it_is_light(monkeypatch: pytest.MonkeyPat
             return near
 
     monkeypatch.delenv("COLORFGBG", raising=False)
+    monkeypatch.setattr("tui.background._PATIENCE_S", 60.0)
     monkeypatch.setattr("sys.stdin", _End())
     monkeypatch.setattr("sys.stdout", _End())
     thread = threading.Thread(target=terminal)
@@ -218,7 +219,7 @@ def test_the_terminal_is_asked_whether_it_is_light(monkeypatch: pytest.MonkeyPat
     try:
         assert is_light() is light
     finally:
-        thread.join(5)
+        thread.join(60)
         os.close(near)
         os.close(far)
 
