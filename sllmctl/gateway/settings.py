@@ -30,8 +30,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     ``chars_per_token_limit`` characters for each token of the context is refused without that: tokenising takes some hundred
     bytes of memory for each token, however few of them the model can take.
 
-    Templates run in a helper process of ``template_memory_bytes`` address space, one at a time: ``template_timeout_s`` each,
-    after at most ``template_queue_timeout_s`` in the queue; ``template_output_bytes`` bounds what one may write.
+    Templates run in a helper process of ``template_memory_bytes`` address space, one at a time: ``template_timeout_s`` of a
+    processor each, after ``template_queue_timeout_s`` in the queue at most; ``template_output_bytes`` bounds what one writes.
     ``template_spawn_timeout_s``: how long the helper may take to start.
     """
 
@@ -56,6 +56,6 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
     template_timeout_s: _Seconds = 2.0
     template_queue_timeout_s: _Seconds = 10.0
-    template_spawn_timeout_s: _Seconds = 10.0
+    template_spawn_timeout_s: _Seconds = 60.0
     template_memory_bytes: Annotated[int, Meta(ge=64 << 20)] = 512 << 20
     template_output_bytes: _Count = 16 << 20

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import time
 from collections.abc import AsyncIterator
 from datetime import datetime
@@ -115,6 +116,25 @@ async def test_a_template_that_loops_is_killed_and_the_next_one_is_served() -> N
         assert renderer.pid not in (pid, None)
 
 
+async def test_a_helper_that_has_no_processor_is_waited_for() -> None:
+    async with _renderer(template_timeout_s=1.0) as renderer:
+        pid = renderer.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        task = asyncio.create_task(renderer.render("{{ 1 + 1 }}", {}))
+        await asyncio.wait([task], timeout=1.5)
+        os.kill(pid, signal.SIGCONT)
+        assert await task == "2"
+
+
+async def test_a_helper_that_never_goes_on_is_given_up() -> None:
+    async with _renderer(template_timeout_s=0.01) as renderer:
+        assert renderer.pid is not None
+        os.kill(renderer.pid, signal.SIGSTOP)
+        with pytest.raises(InvalidInput, match="took too long"):
+            await renderer.render("{{ 1 }}", {})
+
+
 @pytest.mark.slow
 async def test_a_template_that_takes_gigabytes_gets_an_error() -> None:
     async with _renderer(template_memory_bytes=256 << 20) as renderer:
@@ -152,12 +172,13 @@ async def test_many_at_once_each_get_their_own() -> None:
 
 async def test_a_full_queue_is_overloaded() -> None:
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    async with _renderer(template_timeout_s=0.5, template_queue_timeout_s=0.05) as renderer:
+    async with _renderer(template_queue_timeout_s=0.05) as renderer:
         first = asyncio.create_task(renderer.render(loop, {}))
         await asyncio.sleep(0)
         with pytest.raises(Overloaded):
             await renderer.render("{{ 1 }}", {})
-        with pytest.raises(InvalidInput):
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
             await first
 
 
