@@ -108,7 +108,7 @@ class Cluster:
                 return status
         return None
 
-    def stop(self, timeout_s: float = 30.0) -> int:
+    def stop(self, timeout_s: float = 60.0) -> int:
         """SIGTERM, and wait for the end; the manager stops its agent first. Returns the exit code."""
         assert self.manager is not None
         self.manager.send_signal(signal.SIGTERM)
@@ -189,10 +189,11 @@ class Cluster:
         deadline = time.monotonic() + timeout_s
         pause = 0.005
         while True:
+            late = time.monotonic() > deadline
             result = probe()
             if result is not None and result is not False:
                 return result
-            if time.monotonic() > deadline:
+            if late:
                 raise AssertionError(f"waited {timeout_s} s in vain until {what}:\n{self.log()}")
             time.sleep(pause)
             pause = min(pause * 1.5, 0.1)

@@ -38,10 +38,10 @@ def settled(cluster: Cluster) -> None:
     cluster.until(
         lambda: {"agent", "store", "zygote"} <= {role for role, pid in cluster.roster().items() if pid in cluster.processes()},
         "agent, store and zygote run",
-        30,
+        60,
     )
     instance = cluster.ready_instance()
-    cluster.until(lambda: all(one["running"] == 0 for one in cluster.instances()), "no instance counts a sequence", 30)
+    cluster.until(lambda: all(one["running"] == 0 for one in cluster.instances()), "no instance counts a sequence", 60)
     assert not [one for one in cluster.get("/requests")["items"] if one["state"] in LIVE]
     workers = {role: pid for role, pid in cluster.roster().items() if role.startswith("worker:")}
     assert workers == {f"worker:{instance['id']}": instance["pid"]}

@@ -79,13 +79,13 @@ def test_a_client_that_disconnects_costs_the_engine_two_steps_at_most(standing: 
                 delivered = standing.get(f"/requests/{stream.request_id}")["generated_tokens"]
                 stream.__exit__(None, None, None)
                 standing.until(
-                    lambda: standing.get(f"/requests/{stream.request_id}")["state"] == "cancelled", "the cancel is known", 30
+                    lambda: standing.get(f"/requests/{stream.request_id}")["state"] == "cancelled", "the cancel is known", 60
                 )
                 refused_ingest(standing, tmp_path)
             finally:
                 os.kill(instance["pid"], signal.SIGCONT)
         engine = standing.until(
-            lambda: standing.get(f"/requests/{stream.request_id}")["timeline"]["engine"], "the engine has ended it", 30
+            lambda: standing.get(f"/requests/{stream.request_id}")["timeline"]["engine"], "the engine has ended it", 60
         )
     assert 0 < delivered < LONG - 2
     assert delivered <= engine["steps"] <= delivered + 2
@@ -102,7 +102,7 @@ def test_more_than_the_queue_takes_is_refused_and_what_waits_is_served(cluster: 
         waiter.start()
         try:
             cluster.until(
-                lambda: any(r["state"] == "waiting" for r in cluster.get("/requests")["items"]), "a request waits", 30
+                lambda: any(r["state"] == "waiting" for r in cluster.get("/requests")["items"]), "a request waits", 60
             )
             with pytest.raises(openai.RateLimitError) as caught:
                 completion(cluster, "One more")
@@ -132,7 +132,7 @@ def test_a_cold_start_that_takes_too_long_is_504_and_its_instance_serves_the_nex
                 return api.completions.create(model="hasty", prompt="hi", max_tokens=1).usage.completion_tokens == 1  # type: ignore[union-attr]
             return False
 
-        standing.until(served, "the instance serves", 30)
+        standing.until(served, "the instance serves", 60)
 
 
 def _climbs_out(source: Path) -> None:
@@ -217,7 +217,7 @@ def test_a_full_disk_under_the_database_is_said_and_nothing_is_lost(tmp_path: Pa
         assert answer.status_code == 507
         assert "is full" in answer.json()["error"]["message"]
         assert cluster.manager is not None
-        assert cluster.manager.wait(30) == 1
+        assert cluster.manager.wait(60) == 1
         filler.unlink()
         cluster.start()
         assert [model["name"] for model in cluster.get("/models")["items"]] == ["docs"]
@@ -251,7 +251,7 @@ def test_garbage_on_the_agents_socket_disturbs_nobody(standing: Cluster) -> None
         assert stream.token()
         for frame in frames:
             with socket.socket(socket.AF_UNIX) as link:
-                link.settimeout(30)
+                link.settimeout(60)
                 link.connect(str(standing.directory / "run" / "agent.sock"))
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     link.sendall(frame)

@@ -96,7 +96,7 @@ def test_one_file_is_the_manager_its_commands_and_its_dashboard(bare: Bare) -> N
         assert not older.exists()
         status = _status(bare)
         assert status is not None
-        metrics = httpx.get(f"{status['api_url']}/metrics", timeout=30)
+        metrics = httpx.get(f"{status['api_url']}/metrics", timeout=60)
         assert metrics.status_code == 200
         assert "sllm_" in metrics.text
         findings = {each["check"]: each for each in json.loads(bare.run("doctor", "-o", "json"))}
@@ -126,7 +126,7 @@ def test_what_it_cannot_do_there_is_said(bare: Bare) -> None:
 
 def _status(bare: Bare) -> dict[str, str] | None:
     try:
-        with httpx.Client(transport=httpx.HTTPTransport(uds=str(bare.state / "admin.sock"))) as client:
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(bare.state / "admin.sock")), timeout=60) as client:
             found: dict[str, str] = client.get("http://sllmctl/admin/v1/status").json()
             return found
     except httpx.TransportError:

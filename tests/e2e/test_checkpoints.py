@@ -50,8 +50,8 @@ def flip(path: Path, offset: int) -> None:
 def kill(cluster: Cluster, role: str) -> None:
     pid = cluster.roster()[role]
     os.kill(pid, signal.SIGKILL)
-    cluster.until(lambda: cluster.roster().get(role, pid) != pid, f"another {role} runs", 30)
-    cluster.until(cluster.ready_status, "the manager is ready", 30)
+    cluster.until(lambda: cluster.roster().get(role, pid) != pid, f"another {role} runs", 60)
+    cluster.until(cluster.ready_status, "the manager is ready", 60)
 
 
 def test_a_checkpoint_is_brought_verified_quarantined_healed_and_removed(cluster: Cluster) -> None:
@@ -84,11 +84,11 @@ def test_a_checkpoint_is_brought_verified_quarantined_healed_and_removed(cluster
     assert said.returncode == 6
     assert instance["id"] in said.stderr
     cluster.post("/models/docs/stop")
-    cluster.until(lambda: not cluster.instances(), "the instance has gone", 30)
+    cluster.until(lambda: not cluster.instances(), "the instance has gone", 60)
     assert run(cluster, "rm", "docs", "--tier", "dram").returncode == 2, "nobody was asked"
     said = run(cluster, "rm", "docs", "-y", "--tier", "dram")
     assert said.returncode == 0, said.stderr
-    cluster.until(lambda: tiers(cluster) == {"disk": "quarantined"}, "only the bad copy is left", 30)
+    cluster.until(lambda: tiers(cluster) == {"disk": "quarantined"}, "only the bad copy is left", 60)
     cluster.post("/models/docs/deploy")
     with pytest.raises(openai.APIStatusError):
         completion(cluster, "hello")
@@ -100,7 +100,7 @@ def test_a_checkpoint_is_brought_verified_quarantined_healed_and_removed(cluster
     assert ask(cluster, "What is a tier?").text == first.text
 
     cluster.admin.delete("/models/docs")
-    cluster.until(lambda: not cluster.get("/checkpoints")["items"], "it has gone with its model", 30)
+    cluster.until(lambda: not cluster.get("/checkpoints")["items"], "it has gone with its model", 60)
     said = run(cluster, "verify", digest[:8])
     assert said.returncode == 5
 
@@ -122,7 +122,7 @@ def test_pins_and_quarantine_outlast_every_process(cluster: Cluster) -> None:
     kept()
     for role in ("store", "agent"):
         kill(cluster, role)
-        cluster.until(lambda: tiers(cluster).get("dram") == "resident", "the image is stated again", 30)
+        cluster.until(lambda: tiers(cluster).get("dram") == "resident", "the image is stated again", 60)
         kept()
     cluster.kill_manager()
     cluster.start()
@@ -132,7 +132,7 @@ def test_pins_and_quarantine_outlast_every_process(cluster: Cluster) -> None:
     assert run(cluster, "verify", "docs").returncode == 1
     cluster.stop()
     cluster.start()
-    cluster.until(lambda: tiers(cluster) == {"disk": "quarantined"}, "a new node states the quarantine", 30)
+    cluster.until(lambda: tiers(cluster) == {"disk": "quarantined"}, "a new node states the quarantine", 60)
     (placement,) = checkpoint(cluster)["placements"]
     assert "bytes at offset 0 " in placement["reason"]
     assert {pin["tier"] for pin in checkpoint(cluster)["pins"]} == {"disk"}

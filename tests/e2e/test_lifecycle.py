@@ -34,7 +34,7 @@ def test_a_cold_request_starts_an_instance_and_a_warm_one_does_not(cluster: Clus
 def test_an_idle_model_goes_to_zero_and_comes_back_without_reading_the_disk(cluster: Cluster) -> None:
     cluster.post("/models/docs/deploy", {"scale": {"min": 0, "max": 1, "keep_alive_s": 0.2}})
     first = ask(cluster, "What is a tier?")
-    cluster.until(lambda: not cluster.instances(), "the instance has gone", 30)
+    cluster.until(lambda: not cluster.instances(), "the instance has gone", 60)
     again = ask(cluster, "What is a tier?")
     assert again.text == first.text
     start = cluster.get(f"/requests/{again.request_id}")["timeline"]["start"]
@@ -49,11 +49,11 @@ def test_min_instances_are_kept_and_stopped_with_the_model(cluster: Cluster) -> 
     other = cluster.until(
         lambda: next((i for i in cluster.instances() if i["state"] == "ready" and i["id"] != instance["id"]), None),
         "another instance took its place",
-        30,
+        60,
     )
     assert other["pid"] != instance["pid"]
     cluster.post("/models/docs/stop")
-    cluster.until(lambda: not cluster.instances(), "the instances have gone", 30)
+    cluster.until(lambda: not cluster.instances(), "the instances have gone", 60)
     with pytest.raises(openai.NotFoundError):
         completion(cluster, "hello")
 
@@ -69,8 +69,8 @@ def test_a_model_whose_instances_are_full_scales_up_to_its_maximum(cluster: Clus
 def test_a_deleted_model_is_gone_with_its_checkpoint(cluster: Cluster) -> None:
     ask(cluster, "What is an epoch?")
     assert cluster.admin.delete("/models/docs").status_code < 300
-    cluster.until(lambda: not cluster.get("/models")["items"], "the model has gone", 30)
-    cluster.until(lambda: not cluster.get("/checkpoints")["items"], "its checkpoint has gone", 30)
+    cluster.until(lambda: not cluster.get("/models")["items"], "the model has gone", 60)
+    cluster.until(lambda: not cluster.get("/checkpoints")["items"], "its checkpoint has gone", 60)
     assert not any((cluster.directory / "data" / "checkpoints").glob("*/*/manifest.json"))
     with pytest.raises(openai.NotFoundError):
         completion(cluster, "hello")
@@ -97,14 +97,14 @@ def test_a_directory_that_is_no_model_fails_with_its_name(standing: Cluster, tmp
 
 def test_a_second_manager_on_the_same_state_is_refused(standing: Cluster) -> None:
     with killed_at_exit(standing.spawn()) as second:
-        assert second.wait(30) == 6
+        assert second.wait(60) == 6
     assert ask(standing, "What is a plan?").text
 
 
 def test_another_clusters_manager_is_refused_by_the_agent_and_disturbs_nothing(standing: Cluster) -> None:
     before = ask(standing, "What is a plan?")
     with killed_at_exit(standing.spawn("--state-dir", str(standing.directory / "other"), "--port", "0")) as second:
-        assert second.wait(30) == 6
+        assert second.wait(60) == 6
     assert "cluster" in standing.log().rpartition("error: ")[2].splitlines()[0]
     again = ask(standing, "What is a plan?")
     assert again.text == before.text
@@ -116,7 +116,7 @@ def test_a_taken_port_is_refused(cluster: Cluster) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         with killed_at_exit(cluster.spawn("--port", port)) as second:
-            assert second.wait(30) == 6
+            assert second.wait(60) == 6
     assert port in cluster.log()
 
 
@@ -142,7 +142,7 @@ def test_a_stop_that_does_not_wait_is_no_trouble_either(cluster: Cluster) -> Non
     with client(cluster) as api, Endless(api) as running:
         assert running.token()
         cluster.manager.send_signal(signal.SIGTERM)
-        cluster.until(lambda: "stopping: " in cluster.log(), "it has heard the first signal", 30)
+        cluster.until(lambda: "stopping: " in cluster.log(), "it has heard the first signal", 60)
         assert cluster.stop() == 0
     (said,) = _troubles(cluster)
     assert "asked again" in said
@@ -175,8 +175,8 @@ def test_specs_are_applied_and_another_engine_makes_other_instances(cluster: Clu
         return next((one for one in cluster.instances("filed") if one["state"] == "ready"), None)
 
     assert applied()[0] == "created"
-    first = cluster.until(ready, "it is served once it has been ingested", 30)
+    first = cluster.until(ready, "it is served once it has been ingested", 60)
     assert applied() == ("unchanged", [])
     assert applied(max_context_tokens=256) == ("configured", ["engine.max_context_tokens"])
-    cluster.until(lambda: (one := ready()) and one["id"] != first["id"], "another instance took its place", 30)
+    cluster.until(lambda: (one := ready()) and one["id"] != first["id"], "another instance took its place", 60)
     assert cluster.get("/models/filed")["spec"]["engine"]["max_context_tokens"] == 256

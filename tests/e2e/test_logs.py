@@ -50,14 +50,23 @@ def test_one_id_tells_the_whole_story_and_no_log_has_a_prompt(monkeypatch: pytes
         refused = chat(cluster, "my-request.2", "none")
         assert (refused.status_code, refused.headers["x-request-id"]) == (404, "my-request.2")
 
-        manager = (cluster.directory / "manager.log").read_text()
+        said = cluster.directory / "manager.log"
+        cluster.until(lambda: "ended" in told(said.read_text(), "my-request.1"), "the manager wrote its end", 60)
+        manager = said.read_text()
         story = told(manager, "my-request.1")
         assert story == ["accepted", "queued", "loaded", "placed", "first token", "ended"]
         assert told(manager, "my-request.2") == ["answered with an error"]
-        agent = (cluster.directory / "data" / "log" / "agent.log").read_text()
-        assert told(agent, "my-request.1") == ["handed to its worker", "ended by its worker"]
+        # Who has ended something tells of it before it writes it down.
+        agent = cluster.directory / "data" / "log" / "agent.log"
+        cluster.until(lambda: "ended by its worker" in told(agent.read_text(), "my-request.1"), "the agent wrote its end", 60)
+        assert told(agent.read_text(), "my-request.1") == ["handed to its worker", "ended by its worker"]
         instance = cluster.ready_instance()["id"]
-        worker = "\n".join(line["text"] for line in logs(cluster, f"instances/{instance}", tail=1000))
+
+        def of_worker() -> str:
+            return "\n".join(line["text"] for line in logs(cluster, f"instances/{instance}", tail=1000))
+
+        cluster.until(lambda: "ended" in told(of_worker(), "my-request.1"), "the worker wrote its end", 60)
+        worker = of_worker()
         assert told(worker, "my-request.1") == ["begun", "ended"]
         ended = [line for line in map(json.loads, worker.splitlines()) if line["message"] == "ended"]
         assert ended[0]["position"] == 8
@@ -81,10 +90,10 @@ def test_the_last_words_of_a_dead_worker_are_read_and_followed(cluster: Cluster)
                 break
         follower.send_signal(signal.SIGINT)
         follower.stdout.read()
-        assert follower.wait(20) == 130
+        assert follower.wait(60) == 130
     assert "Segmentation fault" in seen
     cluster.post("/models/docs/stop")
-    cluster.until(lambda: not cluster.instances(), "no instance is left", 30)
+    cluster.until(lambda: not cluster.instances(), "no instance is left", 60)
     last = [line["text"] for line in logs(cluster, f"instances/{instance['id']}", tail=1000)]
     assert any("Segmentation fault" in line for line in last)
     assert any(re.search(r"worker\.py", line) for line in last), "the stack of the crash"

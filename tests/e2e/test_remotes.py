@@ -51,7 +51,7 @@ def test_published_removed_fetched_served(cluster: Cluster, tmp_path: Path) -> N
     assert "done" in done(cluster, "checkpoint", "publish", "docs", url)
     assert url in done(cluster, "checkpoint", "show", "docs")
     done(cluster, "checkpoint", "rm", "docs", "-y")
-    cluster.until(lambda: not tiers(cluster), "the copies have gone", 30)
+    cluster.until(lambda: not tiers(cluster), "the copies have gone", 60)
     assert not list((cluster.directory / "data" / "checkpoints").iterdir())
     with web_server(share) as web:
         out = done(cluster, "checkpoint", "fetch", "docs", "--from", web.url)
@@ -68,7 +68,7 @@ def test_published_removed_fetched_served(cluster: Cluster, tmp_path: Path) -> N
     assert start["loaded_from"] == "remote"
     assert start["loaded_bytes"] > 1_000_000
     cluster.until(
-        lambda: tiers(cluster) == {"disk", "dram"}, "its copy on the disk is whole too, maybe after its first words", 30
+        lambda: tiers(cluster) == {"disk", "dram"}, "its copy on the disk is whole too, maybe after its first words", 60
     )
     quiet(cluster)
     done(cluster, "checkpoint", "rm", "docs", "-y")

@@ -45,7 +45,7 @@ from tests.sllmctl.fake_manager import (
     fake_manager,
 )
 
-_SETTINGS = ClientSettings(connect_s=1.0, answer_s=5.0)
+_SETTINGS = ClientSettings(connect_s=60.0, answer_s=60.0)
 Ask = Callable[[Call[Any]], Any]
 
 
@@ -208,7 +208,7 @@ def test_a_manager_that_is_silent(directory: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen(8)
-        settings = ClientSettings(connect_s=1.0, answer_s=0.05)
+        settings = ClientSettings(connect_s=60.0, answer_s=0.05)
         with AdminClient(path, settings) as admin, pytest.raises(Unreachable, match="did not answer in time"):
             admin.ask(client.status())
 

@@ -266,9 +266,10 @@ def test_leftovers_have_sizes_ages_and_holders(tmp_path: Path) -> None:
         assert holder.stdout.readline() == b"held\n"
         (found,) = leftover_facts(tmp_path)
         assert found.held
+    began = time.time()
     (found,) = leftover_facts(tmp_path)
     assert (found.path, found.held, found.size_bytes >= 100_000) == (left, False, True)
-    assert found.age_s > time.time() - 10
+    assert found.age_s >= began - 1
 
 
 def test_processes_are_read_from_the_kernel() -> None:
@@ -309,7 +310,7 @@ def test_who_holds_a_port_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         number = taken.getsockname()[1]
         assert any(f"(pid {os.getpid()})" in each for each in listeners(number))
-    assert listeners(number) == []
+    assert not any(f"(pid {os.getpid()})" in each for each in listeners(number))
 
 
 def test_cuda_is_looked_for_without_being_needed() -> None:

@@ -130,7 +130,7 @@ def simulating(jobs: str) -> Iterator[subprocess.Popen[str]]:
 def test_an_interrupt_ends_it(jobs: str) -> None:
     with simulating(jobs) as child:
         os.killpg(child.pid, signal.SIGINT)
-        out, err = child.communicate(timeout=30)
+        out, err = child.communicate(timeout=60)
     assert child.returncode == diagnostics.INTERRUPTED
     assert out == ""
     assert err.splitlines()[-1] == "interrupted"
@@ -142,7 +142,7 @@ def test_no_process_of_one_that_was_killed_goes_on() -> None:
     with simulating("2") as child:
         child.kill()
         # Whoever goes on holds the other end of its pipes.
-        child.communicate(timeout=30)
+        child.communicate(timeout=60)
 
 
 def test_help_loads_no_simulator() -> None:

@@ -94,5 +94,5 @@ def test_it_ends_when_nobody_reads_it_any_more(
     assert process.stderr is not None
     assert all(process.stdout.readline() for _ in range(lines))
     process.stdout.close()
-    assert (process.wait(20), process.stderr.read()) == (1, "")
-    assert manager.gone.wait(10)
+    assert (process.wait(60), process.stderr.read()) == (1, "")
+    assert manager.gone.wait(60)

@@ -42,7 +42,7 @@ class Outside:
                 if kind == what:
                     return value
             self.heard.clear()
-            await asyncio.wait_for(self.heard.wait(), 30)
+            await asyncio.wait_for(self.heard.wait(), 60)
 
     def connect(self, node: str, address: str) -> None:
         self._note("connect", node)

@@ -32,7 +32,7 @@ from sllmctl.gateway.settings import GatewaySettings
 from sllmctl.gateway.text import TextService
 from tests.checkpoints import CHAT_TEMPLATE, SPECIAL_TOKENS, make_tokenizer
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 CONTEXT_TOKENS = 256
 TOKENIZER = make_tokenizer(512)
 

@@ -91,7 +91,7 @@ class _Rig:
         self.view.add_model(Model(spec, ModelState.DEPLOYED, _DIGEST, None, None, None, 10.0, 11.0))
         for number in range(count):
             self.add_instance(f"inst_{number}")
-        chosen = StreamSettings(**{"every_s": 0.001, "idle_s": 5.0, **settings})
+        chosen = StreamSettings(**{"every_s": 0.001, "idle_s": 60.0, **settings})
         self.feed = Feed(
             view=self.view,
             live=self.live,
@@ -146,7 +146,7 @@ async def _reading(rig: _Rig, cursor: str | None = None) -> AsyncIterator[AsyncI
 
 
 async def _next(frames: AsyncIterator[StreamFrame | None]) -> StreamFrame:
-    frame = await asyncio.wait_for(anext(frames), 30)
+    frame = await asyncio.wait_for(anext(frames), 60)
     assert frame is not None
     return frame
 
@@ -277,7 +277,7 @@ async def test_readers_are_bounded_and_learn_of_the_end() -> None:
             await anext(rig.feed.read(None, _ALL))
         await rig.feed.close_feed()
         with pytest.raises(StopAsyncIteration):
-            await asyncio.wait_for(anext(frames), 30)
+            await asyncio.wait_for(anext(frames), 60)
     with pytest.raises(Unreachable):
         await anext(rig.feed.read(None, _ALL))
 
@@ -288,7 +288,7 @@ async def test_without_a_reader_nothing_is_looked_at() -> None:
         await _next(frames)
         ticker = rig.feed._ticker
     assert ticker is not None
-    await asyncio.wait_for(ticker, 30)
+    await asyncio.wait_for(ticker, 60)
     looked = rig.live.asked_for
     rig.commit(rig.add_instance("inst_9"))
     assert not any(rig.feed._touched.values())
@@ -313,13 +313,13 @@ def test_a_line_that_cannot_be_told_does_not_fail_who_logs_it(capsys: pytest.Cap
 async def test_when_it_cannot_be_kept_up_to_date_the_readers_begin_anew(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rig = _Rig(idle_s=60.0)
+    rig = _Rig()
     async with _reading(rig) as frames:
         name = (await _next(frames)).cursor
         with monkeypatch.context() as broken:
             broken.setattr(rig.live, "moving", lambda: [][0])
             with pytest.raises(StopAsyncIteration):
-                await asyncio.wait_for(anext(frames), 30)
+                await asyncio.wait_for(anext(frames), 60)
     assert "cannot be kept up to date" in caplog.text
     rig.commit(rig.add_instance("inst_9"))
     assert not any(rig.feed._touched.values())
@@ -352,11 +352,11 @@ async def test_closing_while_the_first_picture_is_drawn_is_told_to_its_reader(mo
 
     monkeypatch.setattr(rig.live, "events", slowly)
     reading = asyncio.ensure_future(anext(rig.feed.read(None, _ALL)))
-    await asyncio.wait_for(asked.wait(), 30)
+    await asyncio.wait_for(asked.wait(), 60)
     await rig.feed.close_feed()
     go_on.set()
     with pytest.raises(Unreachable, match="stopping"):
-        await asyncio.wait_for(reading, 30)
+        await asyncio.wait_for(reading, 60)
     assert rig.feed._ticker is None
 
 
@@ -395,7 +395,7 @@ async def _served(rig: _Rig) -> AsyncIterator[Path]:
                 await serving
 
 
-_PATIENCE = ClientSettings(connect_s=30.0, answer_s=30.0, silence_s=30.0)
+_PATIENCE = ClientSettings(connect_s=60.0, answer_s=60.0, silence_s=60.0)
 
 
 async def test_the_async_client_follows_until_the_manager_stops() -> None:

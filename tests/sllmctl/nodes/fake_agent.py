@@ -35,7 +35,7 @@ from schema.link import (
 from sllmctl.control.events import Event
 
 M = TypeVar("M")
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 
 def node_truth(node: str = "n", **more: Any) -> NodeTruth:

@@ -14,6 +14,7 @@ from sllmctl.nodes.assets import Assets
 from sllmctl.nodes.settings import AssetSettings
 
 DIGEST = "ab" * 32
+WAIT_S = 60.0
 TOKENIZER = b'{"model": {}}'
 QUICK = AssetSettings(rounds=2, retry_first_s=0.001, retry_longest_s=0.001)
 
@@ -60,14 +61,14 @@ async def test_assets_are_fetched_once_and_kept_over_restarts(tmp_path: Path) ->
     assets = Assets(tmp_path / "assets", nodes, QUICK)
     assets.known(DIGEST, "a")
     assets.known(DIGEST, "a")
-    got = await assets.get(DIGEST, 5)
+    got = await assets.get(DIGEST, WAIT_S)
     assert got.manifest.digest == DIGEST
     assert (got.directory / "tokenizer.json").read_bytes() == TOKENIZER
-    assert await assets.get(DIGEST, 5) is got
+    assert await assets.get(DIGEST, WAIT_S) is got
     assert nodes.reads == [("a", "manifest.json"), ("a", "tokenizer.json")]
     await assets.close()
     again = Assets(tmp_path / "assets", Nodes(), QUICK)
-    assert (await again.get(DIGEST, 5)).directory == got.directory
+    assert (await again.get(DIGEST, WAIT_S)).directory == got.directory
     await again.close()
 
 
@@ -77,7 +78,7 @@ async def test_another_node_is_tried_when_one_cannot_give_them(tmp_path: Path) -
     assets = Assets(tmp_path, nodes, QUICK)
     for node in ("good", "bad", "away"):
         assets.known(DIGEST, node)
-    assert (await assets.get(DIGEST, 5)).manifest.digest == DIGEST
+    assert (await assets.get(DIGEST, WAIT_S)).manifest.digest == DIGEST
     assert [node for node, _ in nodes.reads] == ["away", "bad", "bad", "good", "good"]
     await assets.close()
 
@@ -98,7 +99,7 @@ async def test_a_bad_copy_is_refused_and_leaves_nothing(tmp_path: Path, files: d
     assets = Assets(tmp_path / "assets", Nodes(a=files), QUICK)
     assets.known(DIGEST, "a")
     with pytest.raises(Unschedulable, match=why):
-        await assets.get(DIGEST, 5)
+        await assets.get(DIGEST, WAIT_S)
     assert names_in(tmp_path) == []
     await assets.close()
 
@@ -106,13 +107,13 @@ async def test_a_bad_copy_is_refused_and_leaves_nothing(tmp_path: Path, files: d
 async def test_damaged_assets_on_disk_are_fetched_again(tmp_path: Path) -> None:
     first = Assets(tmp_path, Nodes(a=GOOD), QUICK)
     first.known(DIGEST, "a")
-    directory = (await first.get(DIGEST, 5)).directory
+    directory = (await first.get(DIGEST, WAIT_S)).directory
     await first.close()
     (directory / "tokenizer.json").write_bytes(b"torn")
     (tmp_path / ".part-left").mkdir()
     second = Assets(tmp_path, Nodes(a=GOOD), QUICK)
     second.known(DIGEST, "a")
-    await second.get(DIGEST, 5)
+    await second.get(DIGEST, WAIT_S)
     assert (directory / "tokenizer.json").read_bytes() == TOKENIZER
     assert names_in(tmp_path) == [DIGEST]
     await second.close()
@@ -124,7 +125,7 @@ async def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     assets = Assets(blocked, Nodes(a=GOOD), QUICK)
     assets.known(DIGEST, "a")
     with pytest.raises(Unschedulable, match="cannot be had"):
-        await assets.get(DIGEST, 5)
+        await assets.get(DIGEST, WAIT_S)
     await assets.close()
 
 
@@ -133,7 +134,7 @@ async def test_waiting_is_bounded_and_ends_when_a_node_becomes_known(tmp_path: P
     assets = Assets(tmp_path, nodes, QUICK)
     with pytest.raises(Unschedulable, match="no node"):
         await assets.get(DIGEST, 0.01)
-    waiting = asyncio.create_task(assets.get(DIGEST, 5))
+    waiting = asyncio.create_task(assets.get(DIGEST, WAIT_S))
     nodes.gate.clear()
     assets.known(DIGEST, "a")
     with pytest.raises(TimedOut):
@@ -148,9 +149,9 @@ async def test_a_fetch_that_was_given_up_is_begun_again_when_asked(tmp_path: Pat
     assets = Assets(tmp_path, nodes, QUICK)
     assets.known(DIGEST, "a")
     with pytest.raises(Unschedulable, match="is down"):
-        await assets.get(DIGEST, 5)
+        await assets.get(DIGEST, WAIT_S)
     nodes.files["a"] = GOOD
-    assert (await assets.get(DIGEST, 5)).manifest.digest == DIGEST
+    assert (await assets.get(DIGEST, WAIT_S)).manifest.digest == DIGEST
     await assets.close()
 
 
@@ -159,7 +160,7 @@ async def test_closing_tells_those_who_wait(tmp_path: Path) -> None:
     nodes.gate.clear()
     assets = Assets(tmp_path, nodes, QUICK)
     assets.known(DIGEST, "a")
-    waiting = asyncio.create_task(assets.get(DIGEST, 5))
+    waiting = asyncio.create_task(assets.get(DIGEST, WAIT_S))
     await asyncio.sleep(0)
     await assets.close()
     with pytest.raises(Unschedulable):
@@ -170,5 +171,5 @@ async def test_a_name_that_is_no_digest_never_becomes_a_path(tmp_path: Path) -> 
     assets = Assets(tmp_path / "assets", Nodes(a=GOOD), QUICK)
     assets.known("../escape", "a")
     with pytest.raises(Unschedulable, match="no checkpoint's digest"):
-        await assets.get("../escape", 5)
+        await assets.get("../escape", WAIT_S)
     await assets.close()

@@ -89,7 +89,7 @@ async def test_an_agent_is_made_when_none_is_there_and_ends_when_told(node: Node
         assert os.getsid(pid) == pid
         config = json.loads(log_of(node).split("--config-json', '")[1].split("'")[0])
         assert (config["run_dir"], config["arena_bytes"]) == (node.run_dir, node.arena_bytes)
-        assert await local.shutdown(10) == ()
+        assert await local.shutdown(WAIT_S) == ()
         assert not is_locked(Path(node.run_dir) / "agent.lock")
         assert cmdline(pid) == b""
         await local.ensure()
@@ -105,10 +105,10 @@ async def test_a_living_agent_is_adopted_and_outlives_its_manager(node: NodeSett
     async with managed(second, Recorder()) as links:
         await links.ready("n", WAIT_S)
         assert roster(node)["agent"] == pid
-        assert await second.shutdown(10) == ()
+        assert await second.shutdown(WAIT_S) == ()
         assert not is_locked(Path(node.run_dir) / "agent.lock")
     # Both managers are this one process: who made the agent collects its end.
-    assert await first.shutdown(10) == ()
+    assert await first.shutdown(WAIT_S) == ()
 
 
 async def test_a_killed_agent_is_made_again_at_once(node: NodeSettings) -> None:
@@ -122,7 +122,7 @@ async def test_a_killed_agent_is_made_again_at_once(node: NodeSettings) -> None:
         await recorder.until(NodeLost)
         await recorder.until(FromNode)
         assert roster(node)["agent"] != pid
-        assert await local.shutdown(10) == ()
+        assert await local.shutdown(WAIT_S) == ()
 
 
 async def test_an_agent_that_keeps_dying_is_made_ever_more_seldom(node: NodeSettings, caplog: pytest.LogCaptureFixture) -> None:
@@ -143,7 +143,7 @@ async def test_a_command_that_is_not_there_is_a_failure_that_is_said(node: NodeS
     await local.ensure()
     assert local.failure is not None
     assert "No such file" in local.failure
-    assert await local.shutdown(1) == ()
+    assert await local.shutdown(WAIT_S) == ()
 
 
 async def test_an_agent_that_does_not_end_is_killed_with_its_kin_and_nobody_else(node: NodeSettings) -> None:
@@ -165,7 +165,7 @@ async def test_the_agent_of_another_manager_is_a_conflict_and_is_left_alone(node
             with pytest.raises(Conflict, match="cluster x"):
                 await links.ready("n", WAIT_S)
             await refusing
-            assert await local.shutdown(5) == ()
+            assert await local.shutdown(WAIT_S) == ()
         assert other.poll() is None
 
 
@@ -177,5 +177,5 @@ async def test_the_package_beside_this_manager_is_what_is_run(node: NodeSettings
     monkeypatch.chdir(stray.parent)
     local = LocalAgent(node, command=(sys.executable, "-c", "import agent; print(agent.__file__)"))
     await local.ensure()
-    await local.shutdown(20)
+    await local.shutdown(WAIT_S)
     assert Path(log_of(node).strip()) == Path(__file__).parents[3] / "agent" / "__init__.py"

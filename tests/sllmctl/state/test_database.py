@@ -213,7 +213,7 @@ async def test_kill_9_in_the_middle_loses_no_acknowledged_commit(url: str, tmp_p
     try:
         acknowledged = 0
         while acknowledged < 40:
-            acknowledged = int(await asyncio.wait_for(child.stdout.readline(), 30))
+            acknowledged = int(await asyncio.wait_for(child.stdout.readline(), 60))
     finally:
         child.send_signal(signal.SIGKILL)
         rest, _ = await child.communicate()

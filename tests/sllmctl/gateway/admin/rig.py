@@ -166,7 +166,7 @@ class Manager:
                 clock=lambda: 77.0,
             ),
             status=self.status,
-            settings=settings or AdminSettings(wait_limit_s=5.0, wait_look_s=0.001, body_bytes=2000),
+            settings=settings or AdminSettings(wait_limit_s=60.0, wait_look_s=0.001, body_bytes=2000),
             logs=None if links is None else Logs(self.view, links, LogSettings()),
         )
 

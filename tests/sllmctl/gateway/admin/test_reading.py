@@ -103,7 +103,7 @@ async def test_the_typed_client_understands_it(manager: Manager) -> None:
                 assert (await admin.ask(client.checkpoint("ababa"))).placements[0].node == "local"
                 assert not (await admin.ask(client.wait_model("tiny", "ready", 0.0))).done
                 manager.view.set_state(manager.view.instances["inst_1"], InstanceState.READY)
-                assert (await admin.ask(client.wait_model("tiny", "ready", 5.0))).done
+                assert (await admin.ask(client.wait_model("tiny", "ready", 60.0))).done
                 assert (await admin.ask(client.explain_model("tiny"))).decision.candidates[0].node == "local"
                 assert (await admin.ask(client.explain_request("req_1"))).decisions[0].reason == "no room"
                 assert (await admin.ask(client.estimates())).errors[0].count == 5
