@@ -36,6 +36,8 @@ __all__ = ["Relay", "RelayOwner"]
 
 _ACK_FRAMES: Final = 32
 """A worker's frames are acknowledged at least so often, well within its window."""
+_BEATS: Final = 4
+"""So many questions in a row, over ``hang_s``, must go by unanswered: a time in which this process stood still counts once."""
 _MAX_REPEATS: Final = 3
 """How often an attempt that its worker does not know is handed over again."""
 _log = logging.getLogger(__name__)
@@ -135,6 +137,7 @@ class _WorkerLink:
         self._frame = 0
         self._acked_frame = 0
         self._asked_at = 0.0
+        self._unanswered = 0
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -257,11 +260,13 @@ class _WorkerLink:
             return
         loop = asyncio.get_running_loop()
         if self._connection.heard_at >= self._asked_at:
-            self._asked_at = loop.time()
+            self._asked_at, self._unanswered = loop.time(), 0
             self.send(Ping(nonce=0))
-        elif loop.time() - self._asked_at >= self._relay.hang_s:
-            self._relay.instances.worker_hung(self._life, loop.time() - self._asked_at)
-        self._timer = loop.call_later(self._relay.hang_s / 4, self._beat)
+        else:
+            self._unanswered += 1
+            if self._unanswered >= _BEATS:
+                self._relay.instances.worker_hung(self._life, loop.time() - self._asked_at)
+        self._timer = loop.call_later(self._relay.hang_s / _BEATS, self._beat)
 
     # --- its tokens
 

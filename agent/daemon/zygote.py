@@ -59,10 +59,12 @@ class ForkedChild:
     async def wait(self) -> int | None:
         if self._process is not None:
             await self._process.died.wait()
+            if self._process.status is not None:
+                return self._process.status
         try:
             return await asyncio.wait_for(asyncio.shield(self._status), _STATUS_S)
         except TimeoutError:
-            return self._process.status if self._process is not None else None
+            return None
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):

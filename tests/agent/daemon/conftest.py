@@ -4,7 +4,15 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.agent.daemon.peers import Node, make_checkpoint
+from agent.daemon import ingest, zygote
+from tests.agent.daemon.peers import WAIT_S, Node, make_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peers answer in this process: how long the agent waits for them says how loaded the machine is."""
+    monkeypatch.setattr(ingest, "TERM_S", WAIT_S)
+    monkeypatch.setattr(zygote, "_FORK_S", WAIT_S)
 
 
 @pytest.fixture

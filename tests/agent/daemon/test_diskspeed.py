@@ -19,7 +19,7 @@ from agent.native.calibration import Tuning
 from agent.native.disk_record import remembered
 from schema.link import LoadCheckpoint, OperationDone, Ping, Pong
 from schema.states import InstanceState, Tier
-from tests.agent.daemon.peers import DIGEST, Manager, Node, make_checkpoint, start_instance
+from tests.agent.daemon.peers import DIGEST, WAIT_S, Manager, Node, make_checkpoint, start_instance
 
 _BLOCKS = 8 << 20
 
@@ -29,6 +29,7 @@ def _small_and_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diskspeed, "_AGAIN_S", 0.001)
     monkeypatch.setattr(diskspeed, "SCRATCH_BYTES", _BLOCKS)
     monkeypatch.setattr(disk_speed, "SCRATCH_BYTES", _BLOCKS)
+    monkeypatch.setattr(diskspeed, "_LIMIT_S", WAIT_S)
 
 
 class Look:
@@ -189,7 +190,7 @@ async def test_it_does_nothing_once_closed(tmp_path: Path, look: Look) -> None:
 async def test_closing_ends_a_measurement(tmp_path: Path, look: Look) -> None:
     speed = DiskSpeed(config_in(tmp_path), quiet, small_pages)
     running = asyncio.create_task(speed.run())
-    await asyncio.to_thread(look.began.wait, 10)
+    await asyncio.to_thread(look.began.wait, WAIT_S)
     speed.close()
     await running
     assert (speed.read_bps, look.ended_early) == (0, 1)
@@ -222,9 +223,10 @@ async def test_the_truth_states_what_was_measured_since(fresh: Node, look: Look)
     async with fresh as node:
         assert (await node.manager()).truth.inventory.disk_read_bps == 0
         look.let(2e9)
-        await node.until((Path(node.config.data_dir) / "disk.json").exists)
-        await turns(await node.manager())
-        assert (await node.manager()).truth.inventory.disk_read_bps == 2e9
+        async with asyncio.timeout(WAIT_S):
+            while not (found := (await node.manager()).truth.inventory.disk_read_bps):
+                pass
+        assert found == 2e9
 
 
 async def test_nothing_is_measured_before_the_nodes_processes_serve(fresh: Node, look: Look) -> None:

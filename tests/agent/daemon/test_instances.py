@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import fcntl
 import mmap
 import os
+import time
+from typing import Any
 
 import msgspec
 import pytest
@@ -23,6 +26,7 @@ from schema.link import (
     OperationDone,
     Ping,
     PlacementUpdate,
+    Pong,
     StopInstance,
     Submit,
 )
@@ -337,11 +341,12 @@ async def test_a_worker_that_never_becomes_ready_times_out() -> None:
 
 
 async def test_a_worker_that_never_comes_times_out() -> None:
-    node = Node(spawn_s=0.3)
+    node = Node()
     node.zygote_answers = False
     make_checkpoint(node.config.checkpoints_path)
     async with node:
         manager = await node.manager()
+        node.change(spawn_s=0.3)
         manager.send(start_instance())
         truth = await manager.instance(InstanceState.STOPPED)
         assert truth.fault is not None
@@ -369,12 +374,32 @@ async def test_a_worker_that_answers_no_more_is_ended_and_what_it_ran_is_lost() 
         assert not alive(worker.pid)
 
 
+async def test_a_worker_whose_answer_the_agent_itself_was_late_for_is_left_alone() -> None:
+    node = Node(hang_s=0.4)
+    make_checkpoint(node.config.checkpoints_path)
+    async with node:
+        _, worker = await node.ready(await node.manager())
+        answer = worker.peer.send
+
+        def late(message: Any) -> None:
+            """The machine stands still, and the worker has its turn after the agent."""
+            if isinstance(message, Pong):
+                time.sleep(node.config.hang_s + 0.1)
+                asyncio.get_running_loop().call_later(0.01, answer, message)
+
+        worker.peer.send = late  # type: ignore[assignment, method-assign]
+        for _ in range(4):
+            await worker.hear(Ping)
+        assert alive(worker.pid)
+
+
 async def test_a_ready_worker_that_never_dials_again_is_ended() -> None:
-    node = Node(spawn_s=2.0)
+    node = Node()
     make_checkpoint(node.config.checkpoints_path)
     async with node:
         manager = await node.manager()
         _, worker = await node.ready(manager)
+        node.change(spawn_s=0.3)
         await worker.hang_up()
         truth = await manager.instance(InstanceState.STOPPED)
         assert truth.fault is not None

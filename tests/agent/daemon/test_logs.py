@@ -80,8 +80,8 @@ def test_what_was_put_aside_is_read_to_its_end_first(config: NodeConfig) -> None
 def test_only_what_is_young_enough(config: NodeConfig) -> None:
     logs = NodeLogs(config)
     now = time.time()
-    put(config, "m@i", f"{stamp(now - 100)} old", f"{stamp(now - 5)} new", "  its trace")
-    assert [line[-5:] for line in texts(logs.read(ReadLog(op="x", instance="i", tail=9, newer_s=30)))] == ["Z new", "trace"]
+    put(config, "m@i", f"{stamp(now - 7200)} old", f"{stamp(now)} new", "  its trace")
+    assert [line[-5:] for line in texts(logs.read(ReadLog(op="x", instance="i", tail=9, newer_s=3600)))] == ["Z new", "trace"]
     assert len(texts(logs.read(ReadLog(op="x", instance="i", tail=9, newer_s=1e308)))) == 3
 
 

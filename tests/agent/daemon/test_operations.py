@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from agent.daemon import zygote
 from agent.daemon.pins import Pins
 from agent.store.catalog import quarantine, release
 from schema.checkpoint import AssetEntry, decode_manifest, encode_manifest
@@ -38,7 +39,7 @@ from schema.link import (
 )
 from schema.spec import PathSource
 from schema.states import InstanceState, Tier, TierState
-from tests.agent.daemon.peers import DIGEST, Manager, Node, alive, make_checkpoint, start_instance
+from tests.agent.daemon.peers import DIGEST, WAIT_S, Manager, Node, alive, make_checkpoint, start_instance
 
 SOURCE = PathSource("/models/m")
 
@@ -99,7 +100,10 @@ FORKED = pytest.mark.parametrize("forked", [False, True])
     ],
 )
 @FORKED
-async def test_an_ingest_that_ends_without_an_answer_fails_with_how(node: Node, body: str, word: str, forked: bool) -> None:
+async def test_an_ingest_that_ends_without_an_answer_fails_with_how(
+    node: Node, monkeypatch: pytest.MonkeyPatch, body: str, word: str, forked: bool
+) -> None:
+    monkeypatch.setattr(zygote, "_STATUS_S", WAIT_S)  # it says it surely, if the system does not
     manager = await node.manager()
     child(node, body, forked=forked)
     await node.ready(manager)  # so that there is a zygote that forks

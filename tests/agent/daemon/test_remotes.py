@@ -30,7 +30,7 @@ OTHER = "ef" * 32
 
 
 async def done(manager: Manager, op: str) -> OperationDone:
-    return await manager.take(OperationDone, lambda m: m.op == op, 30)
+    return await manager.take(OperationDone, lambda m: m.op == op)
 
 
 def right(directory: Path) -> bytes:

@@ -50,6 +50,8 @@ from schema.link import (
 from tests.agent.engine.models import make_model, manifest_of, tensors_of
 
 TIMEOUT_S = 60.0
+LONG = 1 << 16
+"""Tokens that no worker generates before a test that the machine lets wait has gone on."""
 M = TypeVar("M", bound=Message)
 DIGEST = "ab" * 32
 
@@ -125,7 +127,7 @@ class Heard:
 class Node:
     """A run directory, a checkpoint in memory, and the agent's socket; `zygote` starts the real process."""
 
-    def __init__(self, agent_grace_s: float = 30.0, model: str = "llama") -> None:
+    def __init__(self, agent_grace_s: float = 300.0, model: str = "llama") -> None:
         self.directory = Path(tempfile.mkdtemp(dir="/tmp", prefix="sl"))
         self.config = NodeConfig(
             run_dir=str(self.directory), data_dir=str(self.directory / "data"), threads=1, agent_grace_s=agent_grace_s
@@ -139,6 +141,12 @@ class Node:
         self._peers: list[Peer] = []
         self.model = make_model(model)
         self.manifest, self._image = make_image(self.model)
+        if model == "llama":  # whose positions are computed, so that there may be any number of them
+            self.manifest = msgspec.structs.replace(
+                self.manifest,
+                max_context_tokens=LONG,
+                config={**self.manifest.config, "max_position_embeddings": LONG},
+            )
         path = self.config.checkpoints_path / DIGEST / "l1"
         path.mkdir(parents=True)
         path.joinpath("manifest.json").write_bytes(encode_manifest(self.manifest))
@@ -204,7 +212,7 @@ class Node:
             model="m",
             digest=digest,
             devices=(0,),
-            options=EngineOptions(kv_bytes=options.pop("kv_bytes", 1 << 22), **options),
+            options=EngineOptions(kv_bytes=options.pop("kv_bytes", 1 << 25), **options),
         )
         worker.send(StartWorker(start=start, directories=directories or (f"{DIGEST}/l1",)))
 
@@ -291,7 +299,7 @@ def make_image(model: Any) -> tuple[Manifest, int]:
 
 
 @contextlib.contextmanager
-def node(agent_grace_s: float = 30.0, model: str = "llama") -> Iterator[Node]:
+def node(agent_grace_s: float = 300.0, model: str = "llama") -> Iterator[Node]:
     made = Node(agent_grace_s, model)
     try:
         yield made
@@ -299,4 +307,4 @@ def node(agent_grace_s: float = 30.0, model: str = "llama") -> Iterator[Node]:
         made.close()
 
 
-__all__ = ["DIGEST", "Heard", "Node", "Peer", "alive", "await_gone", "make_image", "node"]
+__all__ = ["DIGEST", "LONG", "Heard", "Node", "Peer", "alive", "await_gone", "make_image", "node"]

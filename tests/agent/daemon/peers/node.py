@@ -39,7 +39,8 @@ class Node:
 
     def __init__(self, directory: Path | None = None, **settings: Any) -> None:
         self.directory = directory or Path(tempfile.mkdtemp(dir="/tmp", prefix="sl"))
-        settings = {"adopt_s": 5.0, "manager_grace_s": 60.0, "spawn_s": 20.0} | settings
+        # None of these is over because a loaded machine lets this process wait: a test that is about one sets it.
+        settings = {"adopt_s": 600.0, "manager_grace_s": 600.0, "spawn_s": 600.0} | settings
         self.config = NodeConfig(run_dir=str(self.directory / "run"), data_dir=str(self.directory / "data"), **settings)
         for name in ("run", "data/checkpoints", "data/tmp", "data/log"):
             (self.directory / name).mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -73,7 +74,7 @@ class Node:
         try:
             if self.task is not None and self.agent is not None:
                 self.agent.shut_down()
-                async with asyncio.timeout(30):
+                async with asyncio.timeout(WAIT_S):
                     await self.task
         finally:
             for task in self._tasks:
@@ -88,6 +89,11 @@ class Node:
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(pid, 0)  # noqa: ASYNC222 - it was just killed
             shutil.rmtree(self.directory, ignore_errors=True)
+
+    def change(self, **settings: Any) -> None:
+        """Change settings of the agent that runs, for what it begins from now on."""
+        for name, value in settings.items():
+            msgspec.structs.force_setattr(self.config, name, value)
 
     async def until(self, true: Callable[[], bool]) -> None:
         """Wait for what has no event to await: it is looked at on every turn of the loop."""
