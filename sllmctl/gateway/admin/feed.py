@@ -152,25 +152,29 @@ class Feed(logging.Handler):
         if self._readers >= self._settings.readers:
             raise Overloaded(f"{self._readers} readers follow the event stream, as many as may (admin.stream.readers)", 5.0)
         self._readers += 1
+        loop = asyncio.get_running_loop()
         try:
             picture = await self._drawn()
-            place = _place(cursor, picture)
+            place, told_at = _place(cursor, picture), loop.time()
             shown: StatusView | None = None
             while not self._closed and picture is self._picture:
                 news, status, wake = picture.since(place, kinds), self._status(), self._news
                 if news.entries or news.fresh or news.gap or status != shown:
                     for frame in news.frames(picture.name, self._clock(), self._settings.part):
                         yield frame if frame.more or status == shown else replace(frame, status=status)
-                    place, shown = news.cursor, status
+                    place, shown, told_at = news.cursor, status, loop.time()
                 else:
                     place = news.cursor
+                    # Counted from what was told last: what wakes it may all be of kinds that this reader does not want.
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(wake.wait(), self._settings.idle_s)
+                        async with asyncio.timeout_at(told_at + self._settings.idle_s):
+                            await wake.wait()
                         continue
                     yield None
+                    told_at = loop.time()
         finally:
             self._readers -= 1
-            self._left_at = asyncio.get_running_loop().time()
+            self._left_at = loop.time()
 
     async def close_feed(self) -> None:
         """End all readers, and the work for them; one whose picture is just being drawn is told that it ends."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import socket
 import tempfile
@@ -206,6 +207,29 @@ async def test_requests_are_followed_with_their_model_and_instance() -> None:
         rig.live.load = None
         assert (await _until(frames, "instances")).instances[0].running == 0
     await rig.feed.close_feed()
+
+
+async def test_a_reader_of_what_stands_still_hears_signs_of_life_while_other_things_change() -> None:
+    rig, told = _Rig(idle_s=0.05), asyncio.Event()
+
+    async def change() -> None:
+        async with _reading(rig) as frames:
+            for tokens in itertools.count(1):
+                if told.is_set():
+                    return
+                rig.request("req_1", tokens)
+                await _until(frames, "requests")
+
+    changing = asyncio.create_task(change())
+    quiet = rig.feed.read(None, frozenset({"operations"}))
+    try:
+        assert (await asyncio.wait_for(anext(quiet), 30)) is not None
+        assert await asyncio.wait_for(anext(quiet), 5) is None
+    finally:
+        told.set()
+        await changing
+        await quiet.aclose()
+        await rig.feed.close_feed()
 
 
 async def test_placements_events_and_log_lines_are_told() -> None:
