@@ -178,6 +178,7 @@ class Manager:
             settings=settings.gateway,
             status=self.status,
             metrics=metrics,
+            hosts=None if settings.api.without_keys else (settings.api.host, *settings.api.hosts),
         )
         self._logs = Logs(view, self._links, settings.admin.logs)
         admin = admin_app(

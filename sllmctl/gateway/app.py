@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
 import msgspec
 from starlette.routing import Route, Router
@@ -20,9 +20,10 @@ from schema.states import ModelState
 from sllmctl.gateway import story
 from sllmctl.gateway.chat import chat_job
 from sllmctl.gateway.completions import completion_job
-from sllmctl.gateway.errors import ErrorBody, NoSuchPath, answer_of
+from sllmctl.gateway.errors import ErrorBody, NoSuchPath, WrongHost, answer_of
 from sllmctl.gateway.exchange import ClientGone, Exchange
 from sllmctl.gateway.generate import Gateway, Job
+from sllmctl.gateway.hosts import KnownHosts
 from sllmctl.gateway.keys import KEY_HEADER, retry_key
 from sllmctl.gateway.metrics import CONTENT_TYPE, Metrics
 from sllmctl.gateway.openapi import document, operation
@@ -51,8 +52,12 @@ def api_app(
     settings: GatewaySettings,
     status: Callable[[], StatusView],
     metrics: Metrics | None = None,
+    hosts: Iterable[str] | None = None,
 ) -> ASGIApp:
-    """The OpenAI API, ``/healthz``, ``/readyz`` and ``/metrics``. Its lifespan starts and closes ``text``."""
+    """The OpenAI API, ``/healthz``, ``/readyz`` and ``/metrics``. Its lifespan starts and closes ``text``.
+
+    ``hosts``: names that requests may be for, as `KnownHosts` has it; None is any.
+    """
     metrics = metrics or Metrics()
     gateway = Gateway(router, assets, text, settings, metrics)
     created = int(time.time())
@@ -107,8 +112,8 @@ def api_app(
         *(("POST", path, make_job) for path, make_job in generations),
         *(("GET", path, answerer) for path, answerer in endpoints),
     ]
-    said = document(_TITLE, _ABOUT, table, error=ErrorBody, always=(InvalidInput, SllmError))
-    return Router(
+    said = document(_TITLE, _ABOUT, table, error=ErrorBody, always=(InvalidInput, WrongHost, SllmError))
+    app = Router(
         [
             *(Route(path, _Generation(gateway, make_job)) for path, make_job in generations),
             *(Route(path, _Endpoint(answerer)) for path, answerer in (*endpoints, ("/openapi.json", describe))),
@@ -117,6 +122,7 @@ def api_app(
         default=_Endpoint(_no_such_path, any_method=True),
         lifespan=lifespan,
     )
+    return app if hosts is None else KnownHosts(app, hosts)
 
 
 def _card(model: RoutedModelPort, created: int) -> ModelCard:

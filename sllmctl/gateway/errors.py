@@ -37,6 +37,7 @@ __all__ = [
     "UnknownParameter",
     "UnsupportedMediaType",
     "UnsupportedParameter",
+    "WrongHost",
     "answer_of",
     "answer_of_kind",
     "error_body",
@@ -76,7 +77,7 @@ class BodyTooSlow(InvalidInput):
 
 
 class UnsupportedMediaType(InvalidInput):
-    """The request's body is said to be something else than JSON."""
+    """The request's body is said to be something else than JSON, or to be compressed."""
 
     code = "unsupported_media_type"
 
@@ -89,6 +90,12 @@ class MethodNotAllowed(InvalidInput):
     def __init__(self, message: str, allow: str) -> None:
         super().__init__(message)
         self.allow = allow
+
+
+class WrongHost(Unauthorised):
+    """The request is for a host that this server is not; a web page may have sent it."""
+
+    code = "wrong_host"
 
 
 class NoSuchPath(NotFound):
@@ -120,6 +127,7 @@ _ANSWERS: dict[type[SllmError], Answer] = {
     UnsupportedMediaType: Answer(415, _REQUEST, "unsupported_media_type"),
     MethodNotAllowed: Answer(405, _REQUEST, "method_not_allowed"),
     Unauthorised: Answer(401, "authentication_error", "invalid_api_key"),
+    WrongHost: Answer(403, "permission_error", "wrong_host"),
     NotFound: Answer(404, _REQUEST, "model_not_found"),
     NoSuchPath: Answer(404, _REQUEST, "unknown_path"),
     Conflict: Answer(409, _REQUEST, "conflict"),

@@ -98,15 +98,19 @@ class Exchange:
 
         Raises UnsupportedMediaType, BodyTooLarge, BodyTooSlow, Overloaded, ClientGone.
         """
-        length, kind = 0, b""
+        length, kind, coding = 0, b"", b"identity"
         for name, value in self._scope["headers"]:
             if name == b"content-type":
                 kind = value.partition(b";")[0].strip().lower()
+            elif name == b"content-encoding":
+                coding = value.strip().lower()
             elif name == b"content-length":
                 length = int(value)
         # What a web page can send to another site without being asked, of another type or none, must not get through as JSON.
         if kind != b"application/json" and not kind.endswith(b"+json"):
             raise UnsupportedMediaType(f"content type {kind.decode('latin-1')!r} is not application/json")
+        if coding != b"identity":
+            raise UnsupportedMediaType(f"content encoding {coding.decode('latin-1')!r} is not taken; send the body as it is")
         try:
             async with asyncio.timeout(settings.body_timeout_s):
                 return await self._read_body(length, settings.body_limit_bytes, budget)

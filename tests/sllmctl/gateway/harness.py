@@ -281,6 +281,7 @@ async def serving(
     template: str = CHAT_TEMPLATE,
     text: TextDefaults | None = None,
     router: RouterPort | None = None,
+    hosts: tuple[str, ...] | None = None,
 ) -> AsyncIterator[Serving]:
     """A gateway over ``router``, or over a fake one that the test finds in what it is given."""
     settings = settings or GatewaySettings(drain_s=1.0)
@@ -295,6 +296,7 @@ async def serving(
             settings=settings,
             status=here.status,
             metrics=metrics,
+            hosts=hosts,
         )
         server = uvicorn.Server(server_config(app, settings, metrics))
         # Signals are the test runner's.

@@ -326,6 +326,44 @@ async def test_content_types(kind: str, status: int) -> None:
         assert response.status_code == status
 
 
+@pytest.mark.parametrize(("coding", "status"), [("gzip", 415), ("br", 415), ("Identity", 200)])
+@on_uvloop
+async def test_a_body_that_is_said_to_be_compressed_is_refused_by_that_name(coding: str, status: int) -> None:
+    async with serving() as here:
+        here.router.reply = lambda request: request.say("fine", EndReason.LENGTH)
+        headers = {"content-type": "application/json", "content-encoding": coding}
+        response = await here.client.post(_CHAT, content=msgspec.json.encode(chat_body()), headers=headers)
+        assert response.status_code == status
+        assert status == 200 or f"'{coding}'" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8080", 200),
+        ("[::1]:8080", 200),
+        ("192.0.2.7", 200),
+        ("LocalHost.:8080", 200),
+        ("app.localhost", 200),
+        ("llm.example.com:443", 200),
+        ("", 200),
+        ("example.com", 403),
+        ("rebound.attacker.test:8080", 403),
+        ("127.0.0.1.attacker.test", 403),
+        ("[attacker.test]", 403),
+    ],
+)
+@on_uvloop
+async def test_a_request_for_a_host_that_is_not_this_one_is_refused(host: str, status: int) -> None:
+    async with serving(hosts=("LLM.example.com",)) as here:
+        for path in ("/v1/models", "/healthz", "/nowhere"):
+            response = await here.client.get(path, headers={"host": host})
+            assert (response.status_code == 403) == (status == 403)
+        response = await here.client.post(_CHAT, json=chat_body(), headers={"host": host, "content-type": "text/plain"})
+        assert response.status_code == (403 if status == 403 else 415)
+        assert status == 200 or response.json()["error"]["code"] == "wrong_host"
+
+
 @on_uvloop
 async def test_headers_that_never_end_or_do_not_come() -> None:
     settings = GatewaySettings(header_limit_bytes=4096, drain_s=1.0)
