@@ -53,7 +53,7 @@ def _set(turn: Turn, instance: Instance, state: InstanceState) -> None:
         turn.settle[instance.node] = None
     if instance.state is _I.READY:
         turn.look_now(instance.model)
-    if instance.state is _I.STARTING and state is not _I.READY:
+    if state is not _I.READY:  # one that is ready may still wait for the last of its weights
         learning.ended(turn, instance)
     if turn.core.takes_part(instance.id):
         turn.involved[instance.id] = None

@@ -66,7 +66,7 @@ def started(turn: Turn, instance: Instance) -> None:
 
 
 def ended(turn: Turn, instance: Instance) -> None:
-    """Its load, if it was one, is over."""
+    """Its load, if one is still under way, is over."""
     turn.core.estimates.ended(instance.id, turn.now)
 
 

@@ -269,16 +269,20 @@ def test_an_outcome_stands_beside_its_estimate(make_world: MakeWorld) -> None:
     assert not world.loop._core.estimates._records
 
 
-@pytest.mark.parametrize("how", ["death", "stop", "lost"])
-def test_a_start_that_ends_otherwise_leaves_no_load_behind(make_world: MakeWorld, how: str) -> None:
+@pytest.mark.parametrize("early", [False, True], ids=["starting", "ready before its last weights"])
+@pytest.mark.parametrize("how", ["end", "stop", "lost"])
+def test_a_start_that_ends_otherwise_leaves_no_load_behind(make_world: MakeWorld, how: str, early: bool) -> None:
     world = learning(make_world)
     instance = world.only("a")
+    if early:
+        world.agents["n"].phases = None
+        world.tell("n", world.agents["n"].become(instance.id, _I.READY))
     estimates = world.loop._core.estimates
     assert set(estimates._records) == {instance.id}
     world.demand("a", 0)
     match how:
-        case "death":
-            world.crash(instance)
+        case "end":
+            world.tell("n", world.agents["n"].become(instance.id, _I.STOPPED))
         case "stop":
             world.ask(lambda ticket: StopInstanceNow(ticket, instance.id))
         case _:

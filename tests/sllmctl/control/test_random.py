@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from schema.errors import Fault
-from schema.link import DropCheckpoint
+from schema.link import DropCheckpoint, StartPhases
 from schema.spec import ModelSpec, ScaleSpec
-from schema.states import InstanceState, ModelState, NodeState
+from schema.states import InstanceState, ModelState, NodeState, Tier
 from sllmctl.cluster.settings import ControlSettings
 from sllmctl.cluster.view import ClusterView
 from sllmctl.control.events import (
@@ -32,6 +32,7 @@ from tests.sllmctl.control.world import Agent, World, digest_of, spec
 _I = InstanceState
 NODES = ("a", "b")
 MODELS = ("m0", "m1", "m2")
+PHASES = StartPhases(load_s=1.0, loaded_from=Tier.DISK, loaded_bytes=8 << 20, build_s=0.5, total_s=2.0)
 HEALED_S = 900.0
 """By then all who wait are served: what is planned without hope has been given up, and drains have come to their end."""
 nodes = st.sampled_from(NODES)
@@ -185,7 +186,7 @@ class Cluster(RuleBasedStateMachine):
             )
             self.world.tell(node, agent.finish(op, None if well else busy))
 
-    @rule(node=nodes, pick=picks, what=st.sampled_from(["ready", "crash", "end", "drain"]))
+    @rule(node=nodes, pick=picks, what=st.sampled_from(["ready", "whole", "crash", "end", "drain"]))
     def live(self, node: str, pick: int, what: str) -> None:
         agent = self.world.agents[node]
         ids = sorted(id_ for id_, life in agent.lives.items() if life.state is not _I.STOPPED)
@@ -195,6 +196,10 @@ class Cluster(RuleBasedStateMachine):
         state = agent.lives[id_].state
         if what == "ready" and state is _I.STARTING:
             self.world.tell(node, agent.become(id_, _I.READY))
+        elif what == "whole" and state is _I.READY:
+            phases, agent.phases = agent.phases, PHASES
+            self.world.tell(node, agent.become(id_, _I.READY))
+            agent.phases = phases
         elif what == "crash":
             self.world.tell(node, agent.become(id_, _I.STOPPED, Fault("internal", "it was killed")))
         elif what == "end" and state is _I.DRAINING:
@@ -242,6 +247,13 @@ class Cluster(RuleBasedStateMachine):
             active = [one for one in there if one.state in (*ACTIVE, _I.FAILED) and not one.moving]
             if all(self.world.view.nodes[one.node].state is NodeState.READY for one in active):
                 assert len(active) <= model.spec.scale.max
+
+    @invariant()
+    def what_is_waited_for_is_on_its_way(self) -> None:
+        core = self.world.loop._core
+        there = self.world.view.instances
+        coming = {id_ for id_, one in there.items() if one.state is _I.STARTING or (one.state is _I.READY and not one.phases)}
+        assert core.estimates._records.keys() <= coming | core.prefetches.keys()
 
     @invariant()
     def an_instance_lives_once(self) -> None:
