@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from schema.link import DeviceInfo
 from schema.states import InstanceState, NodeState, Tier, TierState
-from sllmctl.cluster.nested import discard
+from sllmctl.cluster.nested import count, discard
 from sllmctl.cluster.records import HOLDING, LEAVING, STANDING, Checkpoint, Instance, Node, PlacementRecord
 from sllmctl.cluster.room import RoomIndex
 
@@ -122,8 +122,8 @@ class MemoryLedger:
         planned: dict[str, int] = {}
         for instance in self.planned_on(node).values():
             planned[instance.digest] = planned.get(instance.digest, 0) + 1
-        for other, count in planned.items():
-            alone = self._holders.get((node, other), 0) == count and (node, other) not in self._pinned
+        for other, users in planned.items():
+            alone = self._holders.get((node, other), 0) == users and (node, other) not in self._pinned
             if other != digest and alone:
                 held -= self.arena_bytes_of(node, other)
         return held if self.keeps_arena(node, digest) else held + self.arena_bytes_of(node, digest)
@@ -240,7 +240,7 @@ class MemoryLedger:
             self.committed_bytes[key] = self.committed_bytes.get(key, 0) + sign * need
             self._room(instance.node, device, -sign * need, -sign * need)
             user = (instance.node, device, instance.digest)
-            self._device_users[user] = self._device_users.get(user, 0) + sign
+            count(self._device_users, user, sign)
             self._weigh_idle(*user)
         self._hold(instance.node, instance.digest, sign)
         self._stale[instance.node] = None
@@ -255,8 +255,7 @@ class MemoryLedger:
                 discard(self._planned, instance.node, instance.id)
         elif instance.state in STANDING:
             for device in instance.devices:
-                user = (instance.node, device, instance.digest)
-                self._standing[user] = self._standing.get(user, 0) + sign
+                count(self._standing, (instance.node, device, instance.digest), sign)
 
     def _rest(self, instance: Instance, rested: bool) -> None:
         rests = _rests(instance)
@@ -316,13 +315,8 @@ class MemoryLedger:
         self._stale[node] = None
 
     def _hold(self, node: str, digest: str, sign: int) -> None:
-        key = (node, digest)
         kept = self.keeps_arena(node, digest)
-        after = self._holders.get(key, 0) + sign
-        if after:
-            self._holders[key] = after
-        else:
-            del self._holders[key]
+        count(self._holders, (node, digest), sign)
         self._weigh_arena(node, digest, kept)
 
     def _weigh_arena(self, node: str, digest: str, kept: bool) -> None:

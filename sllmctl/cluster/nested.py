@@ -1,10 +1,10 @@
-"""Indexes of two levels, without empty ones among the inner."""
+"""Indexes that hold nothing of what is gone: of two levels without empty inner ones, and counts without zeros."""
 
 from __future__ import annotations
 
 from typing import TypeVar
 
-__all__ = ["discard"]
+__all__ = ["count", "discard"]
 
 _O = TypeVar("_O")
 _K = TypeVar("_K")
@@ -16,3 +16,13 @@ def discard(index: dict[_O, dict[_K, _V]], outer: _O, key: _K) -> None:
     del index[outer][key]
     if not index[outer]:
         del index[outer]
+
+
+def count(counts: dict[_K, int], key: _K, more: int) -> int:
+    """Count so many more of a key, or fewer; one that comes to 0 is taken out. Returns its count."""
+    after = counts.get(key, 0) + more
+    if after:
+        counts[key] = after
+    else:
+        counts.pop(key, None)
+    return after

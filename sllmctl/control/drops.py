@@ -64,8 +64,9 @@ def _stays(turn: Turn, drop: Drop) -> None:
     """It was not dropped: it may be used again, and is not asked to leave its devices again at once."""
     if drop.tier is not Tier.DEVICE:
         return
-    view, settings = turn.view, turn.settings
-    turn.core.kept[drop.node, drop.digest] = turn.now + settings.drop_retry_s * settings.drop_attempts
+    core, view, settings = turn.core, turn.view, turn.settings
+    core.kept = {key: until for key, until in core.kept.items() if until > turn.now}
+    core.kept[drop.node, drop.digest] = turn.now + settings.drop_retry_s * settings.drop_attempts
     for record in list(view.placements_at(drop.digest, drop.node).values()):
         if record.tier is Tier.DEVICE and record.state is TierState.EVICTING:
             back = replace(record, state=TierState.RESIDENT)
