@@ -90,6 +90,7 @@ class ControlLoop:
                 node.unreachable_since = now
                 turn.wake("node", node.id, now + self.settings.unreachable_grace_s)
         for model in list(self.view.models.values()):
+            models.let_go(turn, model)
             models.say(turn, model)
             if model.state is ModelState.DEPLOYED:
                 self.view.set_refusal(model, "no node has connected since the manager started")

@@ -24,6 +24,7 @@ __all__ = [
     "finish_removal",
     "forget_checkpoint",
     "ingest_node",
+    "let_go",
     "operation_done",
     "remove",
     "say",
@@ -249,6 +250,15 @@ def remove(turn: Turn, event: RemoveModel) -> None:
         else:
             turn.view.set_operation(model, None, None)
     _undeploy(turn, model, "is being removed")
+
+
+def let_go(turn: Turn, model: Model) -> None:
+    """The node that does something for a model is away, or does it no more: a removal does not wait for it. Should it still
+    go on there, its next truth says so, and it is ended."""
+    if model.state is _M.DELETING and model.op is not None:
+        turn.view.set_operation(model, None, None)
+        turn.put_model(model)
+        turn.rescale[model.name] = None
 
 
 def finish_removal(turn: Turn, model: Model) -> None:

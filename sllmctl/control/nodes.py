@@ -60,10 +60,7 @@ def lost(turn: Turn, event: NodeLost) -> None:
     for instance in list(turn.view.memory.planned_on(node.id).values()):
         instances.retire(turn, instance, "Gone", f"node {node.name} is unreachable, and it had not begun")
     for model in turn.view.operating_on(node.id):
-        if model.state is ModelState.DELETING:
-            turn.view.set_operation(model, None, None)
-            turn.put_model(model)
-            turn.rescale[model.name] = None
+        models.let_go(turn, model)
     drops.lost(turn, node.id)
     prefetch.lost(turn, node.id)
 
@@ -129,10 +126,8 @@ def _take_operations(turn: Turn, node: Node, truth: NodeTruth) -> None:
             wanted.add(model.op)
             if model.ingested is None:
                 turn.send(node.id, Ingest(op=model.op, source=model.spec.source))
-        elif model.state is ModelState.DELETING and model.op not in truth.ops:
-            turn.view.set_operation(model, None, None)
-            turn.put_model(model)
-            turn.rescale[model.name] = None
+        elif model.op not in truth.ops:
+            models.let_go(turn, model)
     wanted |= operations.restate(turn, node, truth)
     for op in truth.ops:
         if op not in wanted and op not in turn.core.drops and op not in turn.core.prefetches:

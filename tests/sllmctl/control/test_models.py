@@ -229,6 +229,18 @@ def test_remove_while_the_ingesting_node_is_away_cancels_when_it_is_back(world: 
     assert agent.done == {}
 
 
+def test_a_removal_goes_on_when_neither_its_manager_nor_the_node_comes_back(world: World) -> None:
+    agent = world.agents["local"]
+    agent.automatic = False
+    world.ask(lambda ticket: AddModel(ticket, spec()))
+    world.say(RemoveModel(0, "m"))
+    world.start_manager()
+    assert not world.view.models
+    world.check_rows()
+    world.connect("local")
+    assert agent.ops == {}
+
+
 def test_a_checkpoint_still_in_use_is_dropped_later(world: World) -> None:
     world.serve(spec())
     agent = world.agents["local"]
