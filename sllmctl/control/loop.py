@@ -100,6 +100,8 @@ class ControlLoop:
                 turn.rescale[model.name] = None
         for instance in self.view.instances.values():
             instance.life_at = now
+            if instance.retry_at is not None:  # the clock may have been set back since
+                instance.retry_at = min(instance.retry_at, now + self.settings.restart_longest_s)
             instances.route(turn, instance)
         if self.settings.prefetch_every_s:
             turn.wake("prefetch", "", now + self.settings.prefetch_every_s)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from schema.errors import SllmError, TimedOut, Unreachable
 from sllmctl.cluster.changes import RowChange
+from sllmctl.control.clock import LoopClock
 from sllmctl.control.effects import Effect, Effects, Reply, Step, WakeAt
 from sllmctl.control.events import Event, Tick
 from sllmctl.control.loop import ControlLoop
@@ -17,7 +17,7 @@ from sllmctl.control.loop import ControlLoop
 __all__ = ["Runner"]
 
 _LONGEST_SLEEP_S = 30.0
-"""The wall clock may be set while we sleep on the monotonic one; so a long wait is cut and looked at again."""
+"""The wall clock may be set forward while we sleep on the monotonic one; so a long wait is cut and looked at again."""
 
 
 class Runner:
@@ -27,10 +27,10 @@ class Runner:
     on intent that it may forget.
     """
 
-    def __init__(self, loop: ControlLoop, effects: Effects, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, loop: ControlLoop, effects: Effects, clock: Callable[[], float] | None = None) -> None:
         self._loop = loop
         self._effects = effects
-        self._clock = clock
+        self._clock = clock or LoopClock()
         self._queue: deque[Event] = deque()
         self._arrived = asyncio.Event()
         self._wake_at: float | None = None

@@ -88,6 +88,18 @@ def test_further_restarts_back_off_and_end(make_world: MakeWorld) -> None:
     world.check_rows()
 
 
+def test_a_restart_is_not_put_off_by_a_clock_that_was_set_back(world: World) -> None:
+    world.serve(spec(least=1))
+    for _ in range(3):
+        world.crash(world.only())
+    assert world.only().state is _I.BACKOFF
+    world.now -= 3600.0
+    world.start_manager()
+    world.connect("local")
+    world.pass_time(world.settings.restart_longest_s)
+    assert world.only().state is _I.READY
+
+
 def test_a_healthy_life_sets_the_count_back(world: World) -> None:
     world.serve(spec(least=1))
     instance = world.only()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from schema.ids import EpochCounter, system_ids
 from schema.link import ManagerMessage
 from sllmctl.cluster.changes import RowChange
 from sllmctl.cluster.settings import ControlSettings
+from sllmctl.control.clock import LoopClock
 from sllmctl.control.effects import Effect, ModelChanged, RejectWaiting, RouteChanged
 from sllmctl.control.events import AddModel, AddNode, DeployModel, Event, FromNode, StopModel
 from sllmctl.control.live import LiveEffects
@@ -109,6 +111,7 @@ class Recorder:
     def __init__(self) -> None:
         self.commits: list[list[RowChange]] = []
         self.performed: list[Effect] = []
+        self.more = asyncio.Event()
         self.began = asyncio.Event()
         self.gate = asyncio.Event()
         self.failure: Exception | None = None
@@ -122,13 +125,14 @@ class Recorder:
 
     def perform(self, effect: Effect) -> None:
         self.performed.append(effect)
+        self.more.set()
 
 
-def _runner(recorder: Recorder, **rules: float) -> Runner:
+def _runner(recorder: Recorder, clock: Callable[[], float] | None = None, **rules: float) -> Runner:
     from sllmctl.cluster.view import ClusterView
 
     settings = ControlSettings(**rules)  # type: ignore[arg-type]
-    return Runner(control_loop(ClusterView(), ids=system_ids, epochs=EpochCounter(1), settings=settings), recorder)
+    return Runner(control_loop(ClusterView(), ids=system_ids, epochs=EpochCounter(1), settings=settings), recorder, clock)
 
 
 async def test_events_that_arrive_during_a_commit_share_the_next(database: Database) -> None:
@@ -209,3 +213,20 @@ async def test_the_loop_is_woken_at_the_time_it_asked_for(database: Database) ->
     await runner.stop()
     await running
     assert not view.instances
+
+
+async def test_the_loop_is_woken_although_the_clock_was_set_back() -> None:
+    recorder = Recorder()
+    recorder.gate.set()
+    set_back_s = 0.0
+    runner = _runner(recorder, LoopClock(wall=lambda: time.time() - set_back_s), ingest_timeout_s=0.5)
+    running = asyncio.create_task(runner.run())
+    runner.post(AddNode("n0", "n0", "unix:/0"))
+    await runner.ask(lambda ticket: AddModel(ticket, spec(node="n0")))
+    set_back_s = 3600.0
+    async with asyncio.timeout(30):
+        while not any(isinstance(effect, ModelChanged) and effect.state == "failed" for effect in recorder.performed):
+            await recorder.more.wait()
+            recorder.more.clear()
+    await runner.stop()
+    await running
