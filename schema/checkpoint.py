@@ -186,6 +186,13 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return sum(partition.padded_bytes for partition in self.partitions)
 
     @property
+    def image_id(self) -> str:
+        """Which bytes lie where in the image. It tells the images of one digest apart: a copy and the user's own files, or two
+        directories of those, have the same tensors at other places."""
+        parts = [(partition.start_bytes, partition.size_bytes, partition.chunk_xxh3) for partition in self.partitions]
+        return hashlib.sha256(msgspec.msgpack.encode((self.chunk_bytes, parts))).hexdigest()[:32]
+
+    @property
     def index(self) -> AssetEntry | None:
         """The file that lists the tensors; None where ``tensors`` does."""
         return next((asset for asset in self.assets if asset.file == INDEX_FILE), None)

@@ -364,7 +364,7 @@ class Agent:
     def instance_progress(self, progress: Progress) -> None:
         self._manager.tell(progress)
 
-    def directory_of(self, start: StartInstance) -> str:
+    def directory_of(self, start: StartInstance) -> tuple[str, str]:
         if self._shutdown.is_set():
             raise Conflict("this agent is shutting down")
         unknown = [str(device) for device in start.devices if device not in self._devices]
@@ -372,19 +372,21 @@ class Agent:
             raise InvalidInput(f"this node has no device {', '.join(unknown) or '(none was given)'}")
         if len(start.devices) > 1:
             raise InvalidInput("the engine runs an instance on one device; start one instance per device")
-        return self._checkpoints.directory(start.digest)
+        return self._checkpoints.source(start.digest)
 
     def worker_dialled(self, life: Life) -> None:
         self._adoption.arrived(life.key)
 
     def placement_changed(self, digest: str) -> None:
         if self._checkpoints.knows(digest):
+            self._checkpoints.drop_stale(digest)
             self._manager.tell(PlacementUpdate(truth=self._checkpoints.truth(digest)))
         else:  # it came with a fetch just now: what it is stands on the disk
             self._own(self._look_anew(digest), f"look for {digest}")
 
     async def _look_anew(self, digest: str) -> None:
         await self._checkpoints.scan()
+        self._checkpoints.drop_stale(digest)
         self._manager.tell(PlacementUpdate(truth=self._checkpoints.truth(digest)))
 
     def load_failed(self, digest: str, fault: Fault) -> None:

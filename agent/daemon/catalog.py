@@ -29,6 +29,7 @@ class Checkpoints:
         self._root = root
         self._store = store
         self._entries: dict[str, CatalogEntry] = {}
+        self._images: dict[tuple[str, str], CatalogEntry] = {}
         self._damaged: dict[str, DamagedCopy] = {}
         self._facts: dict[str, CheckpointTruth] = {}
         self._scanning = asyncio.Lock()
@@ -38,6 +39,7 @@ class Checkpoints:
         async with self._scanning:  # so that an earlier look never replaces a later one
             found = await asyncio.to_thread(catalog.look, self._root)
             self._entries, self._damaged = found.entries, found.damaged
+            self._images = {(copy.digest, copy.manifest.image_id): copy for copy in found.copies}
         for digest, entry in self._entries.items():
             manifest = entry.manifest
             self._facts[digest] = CheckpointTruth(
@@ -63,24 +65,55 @@ class Checkpoints:
         return entry
 
     def directory(self, digest: str) -> str:
-        """Its directory, relative to the checkpoints'. Raises NotFound, InvalidCheckpoint for one in quarantine.
-
-        A copy whose weights went bad can still be started from a good image in DRAM, or where they lie on a device.
-        """
+        """Its directory, relative to the checkpoints'. Raises NotFound, InvalidCheckpoint for one in quarantine."""
         entry = self.entry(digest)
-        if entry.quarantined is not None and not self._usable(entry):
+        if entry.quarantined is not None:
             raise _in_quarantine(digest, entry.quarantined)
         return self.relative(entry)
+
+    def source(self, digest: str) -> tuple[str, str]:
+        """Where weights are loaded from: the directory, relative to the checkpoints', and the image's id. Raises NotFound,
+        InvalidCheckpoint for a copy in quarantine.
+
+        Of several copies it is the one that lies in memory already, or comes there. One whose weights went bad can still be
+        started from a good image in DRAM, or where they lie on a device.
+        """
+        entry = self._lying(digest)
+        if entry is None or (entry.quarantined is not None and not self._usable(entry)):
+            entry = self.entry(digest)
+        if entry.quarantined is not None and not self._usable(entry):
+            raise _in_quarantine(digest, entry.quarantined)
+        return self.relative(entry), entry.manifest.image_id
+
+    def drop_stale(self, digest: str) -> None:
+        """Let what lies in memory of it go when it is of no use to anybody: no copy here has that image, or only one that is
+        unusable beside one that is not. A copy that is alone and cannot be read may be put right."""
+        lying, best = self._lying(digest), self._entries.get(digest)
+        useless = lying is not None and lying is not best and lying.quarantined is not None and not self._usable(lying)
+        if (lying is None or useless) and digest not in self._damaged:
+            self._store.drop_idle(digest)
+
+    def _lying(self, digest: str) -> CatalogEntry | None:
+        """The copy whose image lies in memory or on a device, or comes there."""
+        image_id = self._store.image_id(digest)
+        return self._images.get((digest, image_id)) if image_id else self._entries.get(digest)
 
     def layout(self, digest: str) -> str | None:
         """The layout of a sound copy on the disk, or None."""
         entry = self._entries.get(digest)
         return entry.manifest.layout if entry is not None and entry.quarantined is None else None
 
-    def copy(self, digest: str) -> str:
-        """The directory of what lies on the disk of it, in whatever state, as the store names it. Raises NotFound."""
-        copy = self._damaged.get(digest) or self.entry(digest)
-        return self.relative(copy)
+    def copies(self, digest: str) -> list[str]:
+        """The directories of all that lies on the disk of it, in whatever state, as the store names them, the best one first.
+        Raises NotFound."""
+        best = self._damaged.get(digest) or self.entry(digest)
+        others = [copy for (found, _), copy in self._images.items() if found == digest and copy is not best]
+        return [self.relative(copy) for copy in (best, *others)]
+
+    def size(self, digest: str) -> int:
+        """Bytes of all copies that can be read."""
+        copies = [copy for (found, _), copy in self._images.items() if found == digest]
+        return sum(partition.size_bytes for copy in copies for partition in copy.manifest.partitions)
 
     def relative(self, entry: CatalogEntry | DamagedCopy) -> str:
         """An entry's directory as the store names it."""
@@ -105,6 +138,7 @@ class Checkpoints:
         """True when weights and text can be had without the bytes for which a copy is in quarantine."""
         resident = self._store.residents.get(entry.digest)
         lies = (resident is not None and not resident.condemned) or entry.digest in self._store.devices.digests
+        lies = lies and self._store.image_id(entry.digest) in ("", entry.manifest.image_id)
         reason = entry.quarantined or ""
         assets = (str(entry.directory / file) for file in (catalog.MANIFEST_FILE, *(a.file for a in entry.manifest.assets)))
         return lies and not any(asset in reason for asset in assets)
@@ -141,7 +175,8 @@ class Checkpoints:
         if resident is not None:
             bad = resident.condemned
             # Without usable files beside it no worker can be built over the image, however good that is.
-            barred = entry is None or (entry.quarantined is not None and not self._usable(entry))
+            lying = self._lying(digest)
+            barred = lying is None or (lying.quarantined is not None and not self._usable(lying))
             fetched = entry is None and damaged is None and users > 0  # its copy on the disk is not committed yet
             without = TierState.FILLING if fetched else TierState.EVICTING
             state = TierState.QUARANTINED if bad else without if barred else TierState.RESIDENT

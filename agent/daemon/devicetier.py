@@ -71,6 +71,12 @@ class DeviceTier:
         """Checkpoints that lie on a device."""
         return {weights.digest for weights, _ in self._kept.values()}
 
+    def image_id(self, digest: str) -> str:
+        """Which image of a checkpoint lies on a device, or comes there; "" when none does."""
+        lying = [weights.image_id for weights, _ in self._kept.values() if weights.digest == digest]
+        coming = [fill.message.image_id for fill in self._fills.values() if fill.message.digest == digest]
+        return next(iter(lying + coming), "")
+
     def given_back(self) -> list[tuple[Descriptors, int]]:
         """What a new store gets: one message, and its descriptor, per weights."""
         return [(Descriptors(what="device", weights=weights), fd) for weights, fd in self._kept.values()]
@@ -107,12 +113,15 @@ class DeviceTier:
         progress: Callable[[Progress], None],
         *,
         priority: Priority = Priority.REQUEST,
+        image_id: str = "",
     ) -> str:
         """Ask for weights on devices, after `hold`; answered once, now or later, unless it is withdrawn. Returns its op."""
         self._count += 1
         op = f"device-{os.getpid()}-{self._count}"
         users = self._most(digest, devices)
-        message = FillDevice(op=op, digest=digest, directory=directory, devices=devices, users=users, priority=priority)
+        message = FillDevice(
+            op=op, digest=digest, directory=directory, image_id=image_id, devices=devices, users=users, priority=priority
+        )
         self._fills[op] = _Fill(message, answered, progress)
         self._say(message)
         self._changed(digest)
@@ -127,6 +136,11 @@ class DeviceTier:
         """Free weights where nobody uses them; answered once."""
         self._drops[op] = _Drop(DropDevice(op=op, digest=digest), answered)
         self._say(self._drops[op].message)
+
+    def drop_idle(self, op: str, digest: str) -> None:
+        """Free weights that nobody uses on any device; nothing is answered."""
+        if digest in self.digests and not self.users(digest) and op not in self._drops:
+            self.drop(op, digest, lambda fault: None)
 
     def descriptor(self, weights: DeviceWeights) -> int:
         """The descriptor of weights, which stays here. Raises NotFound when they have gone."""

@@ -34,7 +34,7 @@ class WorkerDoor(Protocol):
 @dataclass(eq=False, slots=True)
 class Life:
     """``directory`` is the checkpoint's, relative to the node's checkpoints, and ``partial`` where it lies while it is fetched,
-    relative to the node's data. ``worker`` is None while no worker's truth is known.
+    relative to the node's data; ``image_id`` is of the manifest there. ``worker`` is None while no worker's truth is known.
 
     ``after`` is the older life that must be dead before this one begins, ``before`` the newer one that waits for this one.
     ``quiet``: what ends it is not told as stopping, because nobody asked for it. ``asked`` and ``attached`` are what the
@@ -46,6 +46,7 @@ class Life:
 
     start: StartInstance
     directory: str = ""
+    image_id: str = ""
     partial: str = ""
     state: InstanceState = InstanceState.STARTING
     fault: Fault | None = None

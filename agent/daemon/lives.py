@@ -69,8 +69,9 @@ class InstanceOwner(Protocol):
     def checkpoint_fetched(self, digest: str, then: Callable[[], None]) -> None:
         """A checkpoint has come to the disk: ``then`` is called once its directory is known."""
 
-    def directory_of(self, start: StartInstance) -> str:
-        """The checkpoint's directory, relative to the node's. Raises SllmError for what this node cannot start."""
+    def directory_of(self, start: StartInstance) -> tuple[str, str]:
+        """The checkpoint's directory, relative to the node's, and its image's id. Raises SllmError for what this node cannot
+        start."""
 
 
 class Lives:
@@ -105,7 +106,7 @@ class Lives:
 
     def _begin(self, life: Life) -> None:
         try:
-            life.directory = self._owner.directory_of(life.start)
+            life.directory, life.image_id = self._owner.directory_of(life.start)
         except SllmError as error:
             if life.start.remote is None or not isinstance(error, NotFound | InvalidCheckpoint):
                 life.fault = Fault.of(error)
@@ -125,7 +126,7 @@ class Lives:
 
     def _set_directory(self, life: Life) -> None:
         try:
-            life.directory = self._owner.directory_of(life.start)
+            life.directory, life.image_id = self._owner.directory_of(life.start)
         except SllmError as error:
             _log.warning("instance %s: %s", life.start.instance, error)
 
@@ -192,11 +193,12 @@ class Lives:
                 life.arriving = msgspec.structs.replace(life.arriving, layers=message.layers)
             self._offer(life)
 
-        start = life.start
+        digest, directory, image_id = life.start.digest, life.directory, life.image_id
         if self._on_device(life):
-            life.fill = self._store.devices.fill(start.digest, life.directory, start.devices, answered, progressed)
+            tier, devices = self._store.devices, life.start.devices
+            life.fill = tier.fill(digest, directory, devices, answered, progressed, image_id=image_id)
         else:
-            life.fill = self._store.fill(start.digest, life.directory, answered, progressed, arriving=arriving)
+            life.fill = self._store.fill(digest, directory, answered, progressed, arriving=arriving, image_id=image_id)
 
     def _fetch(self, life: Life) -> None:
         """Its weights come from a remote, to the disk and into the arena at once. The worker builds its model beside that, and
@@ -207,6 +209,7 @@ class Lives:
 
         def coming(message: Fetching) -> None:
             life.directory, life.partial = f"{digest}/{message.layout}", message.directory
+            life.image_id = message.image_id
             self._go_on(life, fill=message.in_memory and not self._on_device(life))
 
         def answered(done: OperationDone) -> None:
@@ -322,7 +325,13 @@ class Lives:
             os.close(descriptor)
         resident = life.resident
         life.attached = True
-        life.worker.send(Attach(arena=self._store.arena.id, extents=resident.extents, image_bytes=resident.image_bytes))
+        place = Attach(
+            arena=self._store.arena.id,
+            extents=resident.extents,
+            image_id=resident.image_id,
+            image_bytes=resident.image_bytes,
+        )
+        life.worker.send(place)
         if life.state is _State.STARTING:
             self._expect(life, self._config.start_s, "its worker did not become ready")
 
@@ -357,7 +366,7 @@ class Lives:
             return
         life.attached = True
         life.worker.send(Descriptors(what="device", weights=weights), (descriptor,))
-        life.worker.send(Attach(image_bytes=weights.image_bytes, weights=weights))
+        life.worker.send(Attach(image_id=weights.image_id, image_bytes=weights.image_bytes, weights=weights))
         self._expect(life, self._config.start_s, "its worker did not become ready")
 
     def _drain(self, life: Life) -> None:

@@ -220,24 +220,27 @@ class Operations:
     async def _load(self, message: LoadCheckpoint) -> OperationDone:
         if message.tier not in (Tier.DRAM, Tier.DEVICE):
             raise InvalidInput(f"a checkpoint can be loaded ahead to {Tier.DRAM} or {Tier.DEVICE}, not to {message.tier}")
-        directory = self._checkpoints.directory(message.digest)
+        source = self._checkpoints.source(message.digest)
 
         def progressed(progress: Progress) -> None:
             self._owner.tell(msgspec.structs.replace(progress, op=message.op))
 
         load = self._load_device if message.tier is Tier.DEVICE else self._load_memory
-        result = await load(message, directory, progressed)
+        result = await load(message, source, progressed)
         if isinstance(result, Fault):
             return OperationDone(op=message.op, digest=message.digest, fault=result)
         return OperationDone(op=message.op, digest=message.digest, read_bytes=result.read_bytes)
 
     async def _load_memory(
-        self, message: LoadCheckpoint, directory: str, progressed: Callable[[Progress], None]
+        self, message: LoadCheckpoint, source: tuple[str, str], progressed: Callable[[Progress], None]
     ) -> Resident | Fault:
         answer: asyncio.Future[Resident | Fault] = asyncio.get_running_loop().create_future()
         self._store.holds.add(message.digest, message.op)
         try:
-            fill = self._store.fill(message.digest, directory, _answer(answer), progressed, priority=Priority.PREFETCH)
+            directory, image_id = source
+            fill = self._store.fill(
+                message.digest, directory, _answer(answer), progressed, priority=Priority.PREFETCH, image_id=image_id
+            )
             try:
                 return await answer
             finally:
@@ -246,14 +249,17 @@ class Operations:
             self._store.holds.release(message.digest, message.op)
 
     async def _load_device(
-        self, message: LoadCheckpoint, directory: str, progressed: Callable[[Progress], None]
+        self, message: LoadCheckpoint, source: tuple[str, str], progressed: Callable[[Progress], None]
     ) -> OnDevice | Fault:
         """Weights that nobody uses, so that they stay until the memory is needed."""
         tier, devices = self._store.devices, (message.device,)
         answer: asyncio.Future[OnDevice | Fault] = asyncio.get_running_loop().create_future()
         tier.hold(message.digest, devices, message.op, 0)
         try:
-            fill = tier.fill(message.digest, directory, devices, _answer(answer), progressed, priority=Priority.PREFETCH)
+            directory, image_id = source
+            fill = tier.fill(
+                message.digest, directory, devices, _answer(answer), progressed, priority=Priority.PREFETCH, image_id=image_id
+            )
             try:
                 return await answer
             finally:
@@ -264,19 +270,21 @@ class Operations:
     async def _verify(self, message: VerifyCheckpoint) -> OperationDone:
         """Both quarantine and its end are written by the store; what it found is read again before the end is told."""
         digest = message.digest
-        directory = self._checkpoints.copy(digest)
-        answer: asyncio.Future[OperationDone] = asyncio.get_running_loop().create_future()
-        self._store.verify(message.op, digest, directory, _answer(answer), self._owner.tell)
-        try:
-            fault = (await answer).fault
-        finally:
-            self._store.cancel_verify(message.op)
+        faults = [await self._verify_copy(message.op, digest, copy) for copy in self._checkpoints.copies(digest)]
         await self._checkpoints.scan()
         self._owner.placement_changed(digest)
-        read = 0
-        if fault is None:
-            read = sum(partition.size_bytes for partition in self._checkpoints.entry(digest).manifest.partitions)
-        return OperationDone(op=message.op, digest=digest, fault=fault, read_bytes=read)
+        fault = next((fault for fault in faults if fault is not None), None)
+        return OperationDone(
+            op=message.op, digest=digest, fault=fault, read_bytes=0 if fault else self._checkpoints.size(digest)
+        )
+
+    async def _verify_copy(self, op: str, digest: str, directory: str) -> Fault | None:
+        answer: asyncio.Future[OperationDone] = asyncio.get_running_loop().create_future()
+        self._store.verify(op, digest, directory, _answer(answer), self._owner.tell)
+        try:
+            return (await answer).fault
+        finally:
+            self._store.cancel_verify(op)
 
     async def _drops_over(self) -> None:
         """What is said after a drop finds its room free."""

@@ -127,6 +127,13 @@ class StoreLink:
     def filling(self, digest: str) -> bool:
         return any(fill.message.digest == digest for fill in self._fills.values())
 
+    def image_id(self, digest: str) -> str:
+        """Which image of a checkpoint lies in memory or on a device, or comes there; "" when none does."""
+        if (resident := self.residents.get(digest)) is not None:
+            return resident.image_id
+        coming = (fill.message.image_id for fill in self._fills.values() if fill.message.digest == digest)
+        return next(coming, "") or self.devices.image_id(digest)
+
     def welcome(self, connection: Connection, hello: Hello, welcome: Callable[[int], Welcome]) -> None:
         """A store has dialled: it gets its arena back if one is held. Raises Conflict for another than ours."""
         self._kin.claim(connection, hello.pid)
@@ -149,6 +156,7 @@ class StoreLink:
         *,
         priority: Priority = Priority.REQUEST,
         arriving: Callable[[Arriving | LayersArrived], None] = lambda _: None,
+        image_id: str = "",
     ) -> str:
         """Ask for a checkpoint in the arena; answered once, now or later, unless it is withdrawn. Returns its op.
 
@@ -157,7 +165,7 @@ class StoreLink:
         self._count += 1
         op = op or f"fill-{os.getpid()}-{self._count}"
         users = self.holds.count(digest)
-        message = FillArena(op=op, digest=digest, directory=directory, users=users, priority=priority)
+        message = FillArena(op=op, digest=digest, directory=directory, image_id=image_id, users=users, priority=priority)
         fill = self._fills[op] = _Fill(message, answered, progress, arriving)
         if self._stated:
             self._kin.send(fill.message)
@@ -175,6 +183,13 @@ class StoreLink:
         self._drops[op] = _Drop(DropResident(op=op, digest=digest), answered)
         if self._stated:
             self._kin.send(self._drops[op].message)
+
+    def drop_idle(self, digest: str) -> None:
+        """Free what lies of it in memory or on devices, if nobody uses it; nothing is answered."""
+        op = f"drop {digest}"
+        if digest in self.residents and not self.holds.count(digest) and op not in self._drops and digest not in self._pinned:
+            self.drop(op, digest, _ignore)
+        self.devices.drop_idle(op, digest)
 
     def verify(
         self,
@@ -384,5 +399,5 @@ class StoreLink:
         self._owner.placement_changed(digest)
 
 
-def _ignore(_: Fetching) -> None:
-    """Whoever asked waits for the end."""
+def _ignore(_: object) -> None:
+    """Nobody waits for this."""

@@ -21,7 +21,7 @@ from schema.errors import InvalidInput
 __all__ = ["ChunkTable", "Geometry", "Occupant", "table_bytes"]
 
 _MAGIC: Final = b"sllmctl arena\x00\r\n"
-_VERSION: Final = 1
+_VERSION: Final = 2
 _FREE, _FILLING, _RESIDENT = 0, 1, 2
 _CONDEMNED_AT: Final = 1
 """A byte of a slot outside of its checksum: its image was found wrong."""
@@ -32,7 +32,7 @@ _CHECK = struct.Struct("<Q")
 _SLOT_BYTES: Final = 128
 _SLOT_HINTS = struct.Struct("<QQ")  # users, stamp: outside of the checksum, a torn one harms nothing
 _SLOT_HINTS_AT: Final = 8
-_SLOT_BODY = struct.Struct("<32sQQQQ")  # digest, image bytes, chunks, generation, checksum of the chunks in order
+_SLOT_BODY = struct.Struct("<32s16sQQQQ")  # digest, image id, image bytes, chunks, generation, checksum of the chunks in order
 _SLOT_BODY_AT: Final = 32
 _CHUNK = struct.Struct("<B7xIIQ8x")  # state, slot, index in the image, generation
 _CHUNK_OWNER = struct.Struct("<IIQ")
@@ -55,6 +55,7 @@ class Occupant:
 
     slot: int
     digest: str
+    image_id: str
     image_bytes: int
     chunks: tuple[int, ...]
     generation: int
@@ -140,17 +141,18 @@ class ChunkTable:
                 self._memory[self._chunk(chunk)] = _FREE
         return list(occupants.values())
 
-    def begin(self, slot: int, digest: str, image_bytes: int, chunks: Sequence[int]) -> Occupant:
+    def begin(self, slot: int, digest: str, image_id: str, image_bytes: int, chunks: Sequence[int]) -> Occupant:
         """Give free chunks to a slot, as being filled: a life that ends now leaves them free."""
         self._generation += 1
-        occupant = Occupant(slot, digest, image_bytes, tuple(chunks), self._generation)
+        occupant = Occupant(slot, digest, image_id, image_bytes, tuple(chunks), self._generation)
         self._memory[self._slot(slot) + _CONDEMNED_AT] = 0
         self._memory[self._slot(slot)] = _FILLING
         for index, chunk in enumerate(chunks):
             at = self._chunk(chunk)
             self._memory[at] = _FILLING
             _CHUNK_OWNER.pack_into(self._memory, at + _CHUNK_OWNER_AT, slot, index, self._generation)
-        body = _SLOT_BODY.pack(bytes.fromhex(digest), image_bytes, len(chunks), self._generation, _chunks_check(chunks))
+        names = bytes.fromhex(digest), bytes.fromhex(image_id)
+        body = _SLOT_BODY.pack(*names, image_bytes, len(chunks), self._generation, _chunks_check(chunks))
         at = self._slot(slot) + _SLOT_BODY_AT
         self._memory[at : at + len(body)] = body
         _CHECK.pack_into(self._memory, at + len(body), xxhash.xxh3_64_intdigest(body))
@@ -185,7 +187,7 @@ class ChunkTable:
         (check,) = _CHECK.unpack_from(self._memory, at + _SLOT_BODY_AT + _SLOT_BODY.size)
         if self._memory[at] != _RESIDENT or check != xxhash.xxh3_64_intdigest(body):
             return None
-        digest, image_bytes, count, generation, chunks_check = _SLOT_BODY.unpack(body)
+        digest, image_id, image_bytes, count, generation, chunks_check = _SLOT_BODY.unpack(body)
         if (
             count != len(owned)
             or not (count - 1) * self.geometry.chunk_bytes < image_bytes <= count * self.geometry.chunk_bytes
@@ -201,7 +203,8 @@ class ChunkTable:
             return None
         users, stamp = _SLOT_HINTS.unpack_from(self._memory, at + _SLOT_HINTS_AT)
         condemned = self._memory[at + _CONDEMNED_AT] != 0
-        return Occupant(slot, digest.hex(), image_bytes, tuple(chunks), generation, users, stamp, condemned)
+        names = digest.hex(), image_id.hex()
+        return Occupant(slot, *names, image_bytes, tuple(chunks), generation, users, stamp, condemned)
 
     def _slot(self, slot: int) -> int:
         return self._slots_at + slot * _SLOT_BYTES

@@ -63,13 +63,22 @@ class Store(Protocol):
     def residents(self) -> tuple[Resident, ...]:
         """What lies whole in the arena, also after a restart, from the chunk table in the arena itself."""
 
-    def fill(self, op: str, digest: str, directory: Path, users: int = 1, priority: Priority = Priority.REQUEST) -> None:
+    def fill(
+        self,
+        op: str,
+        digest: str,
+        directory: Path,
+        users: int = 1,
+        priority: Priority = Priority.REQUEST,
+        image_id: str = "",
+    ) -> None:
         """Bring a checkpoint into the arena, held by ``users`` from now on; one that is there, or being filled, is not read
         again, and every ``op`` is answered. What is asked for again more urgently is read more urgently from then on.
 
         Room is reserved before the first read: free chunks, then those of the least recently used without users. Fails
-        with OutOfSpace when that is not enough, InvalidCheckpoint when a file is short or a checksum wrong. A failed or
-        cancelled fill gives every chunk back.
+        with OutOfSpace when that is not enough, InvalidCheckpoint when a file is short or a checksum wrong, Conflict when
+        another image of the digest than ``image_id`` ("" is any) lies there or comes. A failed or cancelled fill gives every
+        chunk back.
         """
 
     def hold(self, digest: str, users: int, condemned: str = "") -> None:
@@ -82,7 +91,7 @@ class Store(Protocol):
         """All checkpoints that are kept in the arena, once they are there, whatever room is needed; unless found wrong."""
 
     def verify(self, op: str, digest: str, directory: Path) -> None:
-        """Compare a copy on disk with its checksums, and its image if it lies in the arena.
+        """Compare a copy on disk with its checksums, and its image if that is what lies in the arena of its digest.
 
         A bad copy is quarantined, a good one freed of that. A bad image is dropped at once, or with its last user.
         """

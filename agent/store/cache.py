@@ -22,7 +22,7 @@ from agent.native.calibration import Tuning
 from agent.native.reader import Priority, ReadJob, ReadPool
 from agent.store import catalog
 from agent.store.api import FillSink, StoreListener
-from agent.store.fills import Fill, FillSource, changed_meanwhile, fill_units, mark
+from agent.store.fills import Fill, FillSource, changed_meanwhile, clash, fill_units, mark
 from agent.store.layers import Layers
 from agent.store.residency import Residency
 from agent.store.verify import Verdict, Verifier
@@ -89,7 +89,15 @@ class ArenaStore:
         """The ops that wait for an answer."""
         return tuple(op for fill in (*self._fills.values(), *self._waiting.values()) for op in fill.ops)
 
-    def fill(self, op: str, digest: str, directory: Path, users: int = 1, priority: Priority = Priority.REQUEST) -> None:
+    def fill(
+        self,
+        op: str,
+        digest: str,
+        directory: Path,
+        users: int = 1,
+        priority: Priority = Priority.REQUEST,
+        image_id: str = "",
+    ) -> None:
         self._residency.count(digest, users)
         known = self._fills.get(digest)
         if known is not None and known.job is not None and known.job.stalled is not None:
@@ -98,11 +106,14 @@ class ArenaStore:
         if known is not None and known.given_up:
             known = self._waiting.get(digest)
             if known is None:
-                self._waiting[digest] = Fill(digest, directory, [op], priority)
+                self._waiting[digest] = Fill(digest, directory, [op], priority, image_id=image_id)
                 return
         known = known or self._waiting.get(digest)
         if known is None:
-            self._begin(Fill(digest, directory, [op], priority))
+            self._begin(Fill(digest, directory, [op], priority, image_id=image_id))
+            return
+        if (fault := clash(digest, known.image_id, image_id)) is not None:
+            self._listener.failed(op, digest, Fault.of(fault))
             return
         self.raise_to(digest, priority)
         if op not in known.ops:
@@ -121,14 +132,17 @@ class ArenaStore:
             source.do_without()
         return room
 
-    def fills(self, digest: str) -> bool:
-        """True while an image comes here that somebody waits for."""
+    def fills(self, digest: str, image_id: str = "") -> bool:
+        """True while this image, or any, comes here and somebody waits for it."""
         fill = self._fills.get(digest)
-        return fill is not None and not fill.given_up
+        return fill is not None and image_id in ("", fill.image_id) and not fill.given_up
 
-    def has_sound(self, digest: str) -> bool:
-        """True when an image lies here that nothing speaks against, whatever has become of the copy on the disk."""
-        return digest in self._residency and self._residency.condemned(digest) is None
+    def has_sound(self, digest: str, image_id: str = "") -> bool:
+        """True when this image, or any, lies here and nothing speaks against it, whatever has become of the copy."""
+        occupant = self._residency.get(digest)
+        if occupant is None or image_id not in ("", occupant.image_id):
+            return False
+        return self._residency.condemned(digest) is None
 
     def disown(self, digest: str, why: str) -> None:
         """The copy on the disk that an image came with has come to nothing: it goes, with its last user if it has one. Its
@@ -160,7 +174,7 @@ class ArenaStore:
         """The one reader of this store."""
         return self._pool
 
-    def bring(self, sink: FillSink, digest: str, directory: Path, priority: Priority) -> None:
+    def bring(self, sink: FillSink, digest: str, directory: Path, priority: Priority, image_id: str = "") -> None:
         """Bring a checkpoint into the arena for a sink, which borrows it from `FillSink.filled` until `give_back`."""
         known = self._fills.get(digest)
         if known is not None and known.job is not None and known.job.stalled is not None:
@@ -169,11 +183,14 @@ class ArenaStore:
         if known is not None and known.given_up:
             known = None
             if digest not in self._waiting:
-                self._waiting[digest] = Fill(digest, directory, [], priority, sinks=(sink,))
+                self._waiting[digest] = Fill(digest, directory, [], priority, image_id=image_id, sinks=(sink,))
                 return
         known = known or self._waiting.get(digest)
         if known is None:
-            self._begin(Fill(digest, directory, [], priority, sinks=(sink,)))
+            self._begin(Fill(digest, directory, [], priority, image_id=image_id, sinks=(sink,)))
+            return
+        if (fault := clash(digest, known.image_id, image_id)) is not None:
+            sink.failed(fault)
             return
         known.sinks += (sink,)
         self.raise_to(digest, priority)
@@ -230,7 +247,7 @@ class ArenaStore:
         occupant = self._residency.get(digest)
         chunks = list(occupant.chunks) if occupant is not None else []
         image = partial(self._arena.views, chunks) if chunks else None
-        self._verifier.begin(op, digest, directory, image)
+        self._verifier.begin(op, digest, directory, image, occupant.image_id if occupant is not None else "")
 
     def cancel_verify(self, op: str) -> None:
         if op in self._verifier.asked:
@@ -267,6 +284,9 @@ class ArenaStore:
         if occupant is not None and (why := self._residency.condemned(fill.digest)) is not None:
             self._fail(fill, InvalidCheckpoint(f"{why}; {occupant.users} users still have it, stop them first"))
             return
+        if occupant is not None and (fault := clash(fill.digest, occupant.image_id, fill.image_id)) is not None:
+            self._fail(fill, fault)
+            return
         if occupant is not None:
             self._residency.use(occupant)
             for op in fill.ops:
@@ -282,6 +302,8 @@ class ArenaStore:
                 raise InvalidCheckpoint(f"{fill.directory} holds checkpoint {entry.digest}, not {fill.digest}")
             if entry.quarantined is not None:
                 raise InvalidCheckpoint(f"{fill.directory} is quarantined: {entry.quarantined}")
+            if fill.image_id not in ("", entry.manifest.image_id):
+                raise Conflict(f"another copy lies in {fill.directory} now: it was replaced; try again")
             if not self._make_room(entry.manifest.image_bytes):
                 self._waiting[fill.digest] = fill
                 return
@@ -293,7 +315,8 @@ class ArenaStore:
     def _start(self, fill: Fill, manifest: Manifest) -> None:
         fill.image_bytes, fill.manifest, fill.copy = manifest.image_bytes, manifest, catalog.identity(fill.directory)
         fill.verifying = not catalog.is_verified(fill.directory)
-        fill.occupant = self._residency.begin(fill.digest, fill.image_bytes)
+        fill.image_id = manifest.image_id
+        fill.occupant = self._residency.begin(fill.digest, fill.image_id, fill.image_bytes)
         chunks = fill.occupant.chunks
         trusted = not fill.verifying and fill.source is None
         units = list(fill_units(self._arena, fill.directory, manifest, chunks, fill.verifying, _UNIT_BYTES if trusted else 0))
@@ -370,7 +393,14 @@ class ArenaStore:
                 fill.offered.add(op)
                 extents = self._arena.extents(fill.occupant.chunks)
                 self._listener.arriving(
-                    Arriving(op=op, digest=fill.digest, extents=extents, image_bytes=fill.image_bytes, layers=fill.told_layers)
+                    Arriving(
+                        op=op,
+                        digest=fill.digest,
+                        image_id=fill.image_id,
+                        extents=extents,
+                        image_bytes=fill.image_bytes,
+                        layers=fill.told_layers,
+                    )
                 )
             elif fill.told_layers > before:
                 self._listener.arriving(LayersArrived(op=op, layers=fill.told_layers))

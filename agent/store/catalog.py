@@ -88,6 +88,8 @@ class Found:
 
     entries: dict[str, CatalogEntry]
     damaged: dict[str, DamagedCopy]
+    copies: tuple[CatalogEntry, ...] = ()
+    """All that can be read, of every layout."""
 
 
 def look(checkpoints_path: Path) -> Found:
@@ -97,6 +99,7 @@ def look(checkpoints_path: Path) -> Found:
     """
     entries: dict[str, CatalogEntry] = {}
     damaged: dict[str, DamagedCopy] = {}
+    copies: list[CatalogEntry] = []
     for directory in _directories(checkpoints_path):
         try:
             entry = read_entry(directory)
@@ -111,10 +114,11 @@ def look(checkpoints_path: Path) -> Found:
                 reason = quarantine_reason(directory) or reason
             damaged.setdefault(directory.parent.name, DamagedCopy(directory.parent.name, directory, reason, _size(directory)))
             continue
+        copies.append(entry)
         known = entries.get(entry.digest)
         if known is None or _rank(entry) < _rank(known):
             entries[entry.digest] = entry
-    return Found(entries, {digest: copy for digest, copy in damaged.items() if digest not in entries})
+    return Found(entries, {digest: copy for digest, copy in damaged.items() if digest not in entries}, tuple(copies))
 
 
 def scan(checkpoints_path: Path) -> dict[str, CatalogEntry]:

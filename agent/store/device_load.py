@@ -14,7 +14,7 @@ from agent.store.fills import mark
 from agent.store.layers import Layers
 from agent.store.streaming import Stream, Streams
 from schema.checkpoint import Partition
-from schema.errors import Cancelled, InvalidCheckpoint, OutOfSpace, SllmError
+from schema.errors import Cancelled, Conflict, InvalidCheckpoint, OutOfSpace, SllmError
 from schema.states import Tier
 
 __all__ = ["DeviceLoad"]
@@ -61,7 +61,7 @@ class DeviceLoad:
             self.source = Tier.DISK
         self._job = copier.submit(targets, self._copied, priority=priority)
         self._bringing = True
-        arena.bring(self, self.digest, entry.directory, priority)
+        arena.bring(self, self.digest, entry.directory, priority, manifest.image_id)
 
     @property
     def done_bytes(self) -> int:
@@ -125,7 +125,7 @@ class DeviceLoad:
 
     def failed(self, error: SllmError) -> None:
         self._bringing = False
-        if isinstance(error, OutOfSpace) and not self._job.copied_bytes:
+        if isinstance(error, OutOfSpace | Conflict) and not self._job.copied_bytes:
             try:
                 self._begin_stream()
                 return

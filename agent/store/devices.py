@@ -24,6 +24,7 @@ from agent.store import catalog
 from agent.store.cache import ArenaStore
 from agent.store.catalog import CatalogEntry
 from agent.store.device_load import DeviceLoad
+from agent.store.fills import clash
 from agent.store.streaming import Streams
 from schema.errors import Cancelled, Conflict, Fault, InvalidCheckpoint, InvalidInput, NotFound, OutOfSpace, SllmError
 from schema.link import DeviceWeights
@@ -61,6 +62,7 @@ class _Weights:
     id: str
     digest: str
     device: int
+    image_id: str
     size_bytes: int
     image_bytes: int
     descriptor: int
@@ -72,6 +74,7 @@ class _Weights:
             id=self.id,
             digest=self.digest,
             device=self.device,
+            image_id=self.image_id,
             size_bytes=self.size_bytes,
             image_bytes=self.image_bytes,
             users=self.users,
@@ -108,6 +111,7 @@ class _Load:
 @dataclass(slots=True)
 class _Asked:
     digest: str
+    image_id: str
     directory: Path
     devices: tuple[int, ...]
     priority: Priority
@@ -175,7 +179,7 @@ class DeviceStore:
         if known is not None or told.device not in self._budgets:
             os.close(descriptor)
             return known is not None and known.id == told.id
-        self._weights[key] = _Weights(told.id, *key, told.size_bytes, told.image_bytes, descriptor)
+        self._weights[key] = _Weights(told.id, *key, told.image_id, told.size_bytes, told.image_bytes, descriptor)
         self._use(self._weights[key])
         return True
 
@@ -187,14 +191,23 @@ class DeviceStore:
         self._evict(device, self._over(device, 0))
         self._settle()
 
-    def fill(self, op: str, digest: str, directory: Path, devices: tuple[int, ...], users: int, priority: Priority) -> None:
+    def fill(
+        self,
+        op: str,
+        digest: str,
+        directory: Path,
+        devices: tuple[int, ...],
+        users: int,
+        priority: Priority,
+        image_id: str = "",
+    ) -> None:
         """Bring weights onto devices, each held by ``users`` from now on; those that are there, or under way, are not loaded
         again, and every ``op`` is answered."""
         if unknown := [device for device in devices if device not in self._budgets]:
             fault = Fault.of(InvalidInput(f"this store has no device {unknown[0]}"))
             self._listener.failed(op, digest, fault)
             return
-        self._asked[op] = _Asked(digest, directory, devices, priority)
+        self._asked[op] = _Asked(digest, image_id, directory, devices, priority)
         for device in devices:
             self.hold(digest, device, users)
         for load in self._loads:
@@ -277,6 +290,10 @@ class DeviceStore:
         for op, asked in list(self._asked.items()):
             if op not in self._asked:
                 continue
+            if (fault := self._clash(asked)) is not None:
+                del self._asked[op]
+                self._listener.failed(op, asked.digest, Fault.of(fault))
+                continue
             missing = [device for device in asked.devices if (asked.digest, device) not in self._weights]
             if missing:
                 self._ensure(asked, [device for device in missing if not self._underway(asked.digest, device)])
@@ -285,6 +302,12 @@ class DeviceStore:
         for load in list(self._loads):
             if load.load is None and not load.given_up and load in self._loads:
                 self._try(load)
+
+    def _clash(self, asked: _Asked) -> SllmError | None:
+        coming = [(load.entry.manifest.image_id, load.devices) for load in self._loads if load.digest == asked.digest]
+        lying = [(each.image_id, (each.device,)) for each in self._weights.values() if each.digest == asked.digest]
+        found = [clash(asked.digest, here, asked.image_id) for here, devices in coming + lying if {*devices} & {*asked.devices}]
+        return next((fault for fault in found if fault is not None), None)
 
     def _underway(self, digest: str, device: int) -> bool:
         return any(load.digest == digest and device in load.devices for load in self._loads)
@@ -296,7 +319,9 @@ class DeviceStore:
             entry = catalog.read_entry(asked.directory)
             if entry.digest != asked.digest:
                 raise InvalidCheckpoint(f"{asked.directory} holds checkpoint {entry.digest}, not {asked.digest}")
-            if entry.quarantined is not None and not self._arena.has_sound(asked.digest):
+            if asked.image_id not in ("", entry.manifest.image_id):
+                raise Conflict(f"another copy lies in {asked.directory} now: it was replaced; try again")
+            if entry.quarantined is not None and not self._arena.has_sound(asked.digest, entry.manifest.image_id):
                 raise InvalidCheckpoint(f"{asked.directory} is quarantined: {entry.quarantined}")
         except SllmError as error:
             self._fail(asked.digest, tuple(devices), error)
@@ -389,7 +414,8 @@ class DeviceStore:
             memory = load.memory[device]
             image_bytes = load.entry.manifest.image_bytes
             name = secrets.token_hex(16)
-            weights = _Weights(name, load.digest, device, memory.size_bytes, image_bytes, descriptor)
+            image_id = load.entry.manifest.image_id
+            weights = _Weights(name, load.digest, device, image_id, memory.size_bytes, image_bytes, descriptor)
             self._weights[load.digest, device] = weights
             self._use(weights)
             self._listener.loaded(weights.told(), descriptor)

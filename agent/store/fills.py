@@ -16,9 +16,9 @@ from agent.store import catalog
 from agent.store.api import FillSink
 from agent.store.layers import Layers
 from schema.checkpoint import Manifest
-from schema.errors import InvalidCheckpoint, SllmError
+from schema.errors import Conflict, InvalidCheckpoint, SllmError
 
-__all__ = ["Fill", "FillSource", "changed_meanwhile", "fill_units", "mark"]
+__all__ = ["Fill", "FillSource", "changed_meanwhile", "clash", "fill_units", "mark"]
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ class Fill:
     """A checkpoint on its way in, for all ``ops`` that asked. ``occupant`` and ``job`` are there once it is being read, and
     ``copy`` is then the identity of what is read.
 
+    ``image_id`` is what who asked expects to find, "" if that is not known, and what is read once it is.
     ``layers`` are those of an image whose layers come in the order in which they are used; ``offered`` the ops that were told
     where it comes to lie, and of ``told_layers``.
     """
@@ -59,6 +60,7 @@ class Fill:
     occupant: Occupant | None = None
     job: ReadJob | None = None
     manifest: Manifest | None = None
+    image_id: str = ""
     copy: catalog.Identity | None = None
     image_bytes: int = 0
     verifying: bool = False
@@ -124,3 +126,13 @@ def changed_meanwhile(fill: Fill) -> SllmError | None:
     if fill.source is not None or fill.manifest is None or (changed := catalog.changed_source(fill.manifest)) is None:
         return None
     return InvalidCheckpoint(changed)
+
+
+def clash(digest: str, here: str, asked: str) -> Conflict | None:
+    """What is said when another image of a digest is asked for than lies here, or comes; None where that is not known."""
+    if not here or not asked or here == asked:
+        return None
+    return Conflict(
+        f"checkpoint {digest} lies in memory from another copy, its tensors at other places; this one cannot be loaded "
+        "beside that; stop the instances that use it, then try again"
+    )

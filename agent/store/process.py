@@ -276,7 +276,8 @@ class StoreProcess:
                 self.failed(message.op, message.digest, Fault.of(error))
                 return
             self._look_up_tuning()
-            self._store.fill(message.op, message.digest, directory, message.users, Priority(message.priority))
+            priority = Priority(message.priority)
+            self._store.fill(message.op, message.digest, directory, message.users, priority, message.image_id)
         elif isinstance(message, HoldCheckpoint):
             self._store.hold(message.digest, message.users, message.condemned)
         elif isinstance(message, PinResidents):
@@ -342,7 +343,7 @@ class StoreProcess:
                     return
                 self._look_up_tuning()
                 priority = Priority(message.priority)
-                devices.fill(message.op, message.digest, directory, message.devices, message.users, priority)
+                devices.fill(message.op, message.digest, directory, message.devices, message.users, priority, message.image_id)
             case HoldDevice():
                 devices.hold(message.digest, message.device, message.users)
             case ReserveDevice():

@@ -61,6 +61,7 @@ class Residency:
         """A resident as it is stated on a link, in answer to ``op``."""
         return Resident(
             digest=occupant.digest,
+            image_id=occupant.image_id,
             extents=self._arena.extents(occupant.chunks),
             image_bytes=occupant.image_bytes,
             users=occupant.users,
@@ -154,10 +155,10 @@ class Residency:
             self._evict(occupant)
         return True
 
-    def begin(self, digest: str, image_bytes: int) -> Occupant:
+    def begin(self, digest: str, image_id: str, image_bytes: int) -> Occupant:
         """Chunks and a slot for an image that is to be filled, for which `make_room` has made room."""
         chunks = self._free.take(self._arena.chunks_for(image_bytes))
-        return self._arena.table.begin(self._free_slots.pop(), digest, image_bytes, chunks)
+        return self._arena.table.begin(self._free_slots.pop(), digest, image_id, image_bytes, chunks)
 
     def commit(self, occupant: Occupant) -> None:
         """All of it is there and right."""

@@ -51,6 +51,7 @@ class _Asked:
     digest: str
     directory: Path
     image: Image | None
+    image_id: str
     cancelled: threading.Event = field(default_factory=threading.Event)
     stage: str = ""
     done_bytes: int = 0
@@ -85,9 +86,10 @@ class Verifier:
         """The digest of each op that is not answered yet."""
         return {op: asked.digest for op, asked in self._asked.items()}
 
-    def begin(self, op: str, digest: str, directory: Path, image: Image | None) -> None:
-        """Verify a copy, and its ``image`` in the arena, which must stay where it is until the verdict is taken."""
-        asked = _Asked(op, digest, directory, image)
+    def begin(self, op: str, digest: str, directory: Path, image: Image | None, image_id: str) -> None:
+        """Verify a copy, and the ``image`` of its digest in the arena if it is this copy's, which must stay where it is until
+        the verdict is taken."""
+        asked = _Asked(op, digest, directory, image, image_id)
         self._asked[op] = asked
         with self._condition:
             self._queue.append(asked)
@@ -157,7 +159,8 @@ class Verifier:
             error = failure
         except Exception as failure:  # this thread has no caller: whatever it is, it is the verification's end
             error = SllmError(f"verifying {asked.directory} failed: {type(failure).__name__}: {failure}")
-        if manifest is not None and asked.image is not None and not isinstance(error, Cancelled):
+        mine = manifest is not None and manifest.image_id == asked.image_id
+        if manifest is not None and mine and asked.image is not None and not isinstance(error, Cancelled):
             try:
                 self._verify_image(asked, manifest, asked.image)
             except InvalidCheckpoint as failure:

@@ -14,6 +14,7 @@ class Coming:
 
     def __init__(self, descriptor: int, message: Arriving) -> None:
         self._place = message.arena, message.extents
+        self._image_id = message.image_id
         self.mapping = ImageMapping(descriptor, message.extents, message.image_bytes)
         self.layers = message.layers
         self.whole = False
@@ -21,7 +22,7 @@ class Coming:
     def told(self, descriptor: int, message: Arriving | Attach) -> None:
         """More of it has come, or with `Attach` all. A store that was restarted may have begun anew elsewhere: then that is
         mapped in its place. Raises InvalidCheckpoint for another image, LinkError, OutOfSpace."""
-        if message.image_bytes != self.mapping.image_bytes:
+        if (message.image_bytes, message.image_id) != (self.mapping.image_bytes, self._image_id):
             raise InvalidCheckpoint(f"an image of {self.mapping.image_bytes} bytes has become one of {message.image_bytes}")
         place = message.arena, message.extents
         if place != self._place:

@@ -36,7 +36,7 @@ from agent.store.catalog import MANIFEST_FILE
 from agent.store.index import TensorIndex, read_index
 from agent.workers.coming import Coming
 from schema.checkpoint import Manifest, decode_manifest
-from schema.errors import InvalidCheckpoint, LinkError, NotFound
+from schema.errors import Conflict, InvalidCheckpoint, LinkError, NotFound
 from schema.link import Arriving, Attach, LayersArrived, StartPhases, StartWorker
 from schema.logs import about
 
@@ -146,6 +146,8 @@ class Startup:
             raise LinkError(f"{type(message).__name__} came without the memory's descriptor")
         if message.image_bytes != manifest.image_bytes:
             raise InvalidCheckpoint(f"the image has {message.image_bytes} bytes, the manifest says {manifest.image_bytes}")
+        if message.image_id not in ("", manifest.image_id):
+            raise Conflict(f"the image is another copy's of {manifest.digest}, whose tensors lie elsewhere; start it again")
         image, device = self._map(message)
         tensors = image_tensors(index, image)
         attach(model, manifest, tensors, device)

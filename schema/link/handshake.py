@@ -73,10 +73,12 @@ class Pong(Message, frozen=True, kw_only=True, tag="pong"):
 
 
 class DeviceWeights(Part, frozen=True, kw_only=True):
-    """One checkpoint's image in a device's memory: ``id`` is drawn when that is made, ``size_bytes`` is what is mapped."""
+    """One checkpoint's image in a device's memory: ``id`` is drawn when that is made, ``size_bytes`` is what is mapped.
+    ``image_id``: `Manifest.image_id`."""
 
     id: str
     digest: str
+    image_id: str = ""
     device: int
     size_bytes: Count
     image_bytes: Count

@@ -51,12 +51,14 @@ class FillArena(Message, frozen=True, kw_only=True, tag="fill"):
 
     ``users`` hold it from now on. Answered, at once if it is there already, by `Resident` or `OperationDone` with a fault, and
     with this ``op``. ``directory`` is relative to the node's checkpoints directory. ``priority``: 0 if an instance waits for
-    it, 1 if it is read ahead of need; a fill under way is raised by one that is more urgent.
+    it, 1 if it is read ahead of need; a fill under way is raised by one that is more urgent. ``image_id`` is of the manifest
+    there, "" if that is not known; a Conflict when another image of the digest lies in the arena, or comes.
     """
 
     op: str
     digest: str
     directory: str
+    image_id: str = ""
     users: int = 1
     priority: Annotated[int, Meta(ge=0, le=2)] = 0
 
@@ -65,10 +67,11 @@ class Resident(Message, frozen=True, kw_only=True, tag="resident"):
     """Store -> agent: the whole image lies in the arena at ``extents``; said after a fill, and repeated in `StoreTruth`.
 
     ``read_bytes`` were read from disk for this answer, 0 if it was there. ``condemned`` says which bytes of it were found
-    wrong: it goes when its last user has gone, and no other gets it.
+    wrong: it goes when its last user has gone, and no other gets it. ``image_id``: `Manifest.image_id`.
     """
 
     digest: str
+    image_id: str = ""
     extents: tuple[Extent, ...]
     image_bytes: int
     users: int = 0
@@ -87,6 +90,7 @@ class Arriving(Message, frozen=True, kw_only=True, tag="arriving"):
 
     op: str
     digest: str
+    image_id: str = ""
     extents: tuple[Extent, ...]
     image_bytes: int
     layers: Count
@@ -169,6 +173,7 @@ class Fetching(Message, frozen=True, kw_only=True, tag="fetching"):
 
     op: str
     digest: str
+    image_id: str = ""
     layout: str
     directory: str
     in_memory: bool
@@ -202,6 +207,7 @@ class FillDevice(Message, frozen=True, kw_only=True, tag="filldevice"):
     op: str
     digest: str
     directory: str
+    image_id: str = ""
     devices: tuple[int, ...]
     users: int = 1
     priority: Annotated[int, Meta(ge=0, le=2)] = 0

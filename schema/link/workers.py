@@ -81,6 +81,7 @@ class Attach(Message, frozen=True, kw_only=True, tag="attach"):
 
     arena: str = ""
     extents: tuple[Extent, ...] = ()
+    image_id: str = ""
     image_bytes: int
     weights: DeviceWeights | None = None
 

@@ -257,10 +257,12 @@ class Fetches:
         assert fetch.fetch is not None
         digest, layout = fetch.digest, fetch.manifest.layout
         directory = str(fetch.fetch.directory.relative_to(self._data))
-        in_memory = self._store.has_sound(digest) or self._store.fills(digest)
+        image_id = fetch.manifest.image_id
+        in_memory = self._store.has_sound(digest, image_id) or self._store.fills(digest, image_id)
         fetch.told |= waiting
         for op in waiting:
-            self._listener.coming(Fetching(op=op, digest=digest, layout=layout, directory=directory, in_memory=in_memory))
+            said = Fetching(op=op, digest=digest, image_id=image_id, layout=layout, directory=directory, in_memory=in_memory)
+            self._listener.coming(said)
 
     def _start(self) -> None:
         """Begin what does not have to wait until an earlier fetch of the same checkpoint, given up, lets go of the disk."""

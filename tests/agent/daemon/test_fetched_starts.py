@@ -215,11 +215,15 @@ async def test_a_fetch_that_is_over_at_once_came_from_the_remote_all_the_same(no
 async def test_what_lay_in_memory_already_says_nothing_of_how_fast_a_remote_is(node: Node) -> None:
     manager = await node.manager()
     store = node.stores[0]
-    store.residents[OTHER] = Resident(digest=OTHER, extents=(Extent(0, 4096),), image_bytes=4096)
-    store.peer.send(store.residents[OTHER])  # as after the fill of another start
-    await placed(manager, (Tier.DRAM, TierState.EVICTING))
     manager.send(start_of_other())
     await fetched(store, in_memory=True)
-    truth = await manager.instance(InstanceState.READY)
+    await manager.instance(InstanceState.READY)
+    manager.send(msgspec.structs.replace(start_of_other(), instance="inst_2"))
+    await store.until(lambda: len(store.fetches) == 2)
+    await fetched(store, in_memory=True)
+    ready = await manager.take(
+        InstanceUpdate, lambda m: m.truth.instance == "inst_2" and m.truth.state is InstanceState.READY and m.truth.phases
+    )
+    truth = ready.truth
     assert truth.phases is not None
     assert (truth.phases.loaded_from, truth.phases.loaded_bytes) == (Tier.REMOTE, 0)

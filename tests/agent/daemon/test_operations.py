@@ -455,3 +455,68 @@ def test_a_file_of_pins_that_cannot_be_read_is_none(tmp_path: Path) -> None:
         pins = Pins(path)
         pins.load()
         assert pins.on(Tier.DRAM) == ()
+
+
+def resident(image_id: str, users: int = 0) -> Resident:
+    return Resident(digest=DIGEST, image_id=image_id, extents=(Extent(0, 4096),), image_bytes=4096, users=users)
+
+
+def second_copy(node: Node, layout: str) -> tuple[Path, str]:
+    """Another copy of the checkpoint on the disk, and its image's id."""
+    directory = make_checkpoint(node.config.checkpoints_path, layout=layout)
+    return directory, decode_manifest((directory / "manifest.json").read_bytes()).image_id
+
+
+async def test_of_two_copies_the_one_that_lies_in_memory_is_started_from(node: Node) -> None:
+    manager = await node.manager()
+    store = node.stores[0]
+    directory, image_id = second_copy(node, "l2")
+    manager.send(VerifyCheckpoint(op="op_1", digest=DIGEST))  # so that the disk is read again
+    await store.until(lambda: bool(store.verifies))
+    store.peer.send(OperationDone(op="op_1", digest=DIGEST))
+    await done(manager, "op_1")
+    store.residents[DIGEST] = resident(image_id)
+    store.peer.send(store.residents[DIGEST])
+    await manager.take(PlacementUpdate, lambda m: len(m.truth.placements) == 2)
+    manager.send(start_instance())
+    await store.until(lambda: bool(store.fills))
+    assert (store.fills[0].directory, store.fills[0].image_id) == (f"{DIGEST}/l2", image_id)
+    await node.until(lambda: bool(node.workers) and node.workers[0].start is not None)
+    assert node.workers[0].directories == (str(directory),)
+
+
+async def test_every_copy_is_verified_and_a_bad_one_named(node: Node) -> None:
+    manager = await node.manager()
+    store = node.stores[0]
+    second_copy(node, "l2")
+    manager.send(VerifyCheckpoint(op="op_1", digest=DIGEST))
+    await store.until(lambda: bool(store.verifies))
+    store.peer.send(OperationDone(op="op_1", digest=DIGEST))
+    await done(manager, "op_1")
+    manager.send(VerifyCheckpoint(op="op_2", digest=DIGEST))
+    await store.until(lambda: len(store.verifies) == 2)
+    store.peer.send(OperationDone(op="op_2", digest=DIGEST))
+    await store.until(lambda: len(store.verifies) == 3)
+    assert [each.directory for each in store.verifies[1:]] == [f"{DIGEST}/l1", f"{DIGEST}/l2"]
+    store.peer.send(OperationDone(op="op_2", digest=DIGEST, fault=Fault("invalid_checkpoint", "it is wrong")))
+    assert (await done(manager, "op_2")).fault == Fault("invalid_checkpoint", "it is wrong")
+
+
+async def test_an_image_that_no_copy_on_the_disk_has_goes_once_nobody_uses_it(node: Node) -> None:
+    manager = await node.manager()
+    store = node.stores[0]
+    store.residents[DIGEST] = resident("9" * 32)
+    store.peer.send(store.residents[DIGEST])
+    await store.until(lambda: not store.residents)
+    manager.send(LoadCheckpoint(op="op_1", digest=DIGEST))
+    assert (await done(manager, "op_1")).fault is None
+    assert store.fills[0].image_id == store.residents[DIGEST].image_id != "9" * 32
+
+
+async def test_an_image_left_by_a_fetch_that_came_to_nothing_goes(node: Node) -> None:
+    await node.manager()
+    store = node.stores[0]
+    left = "ab" * 32
+    store.residents[left] = msgspec.structs.replace(resident("9" * 32), digest=left)
+    store.peer.send(store.residents[left])
+    await store.until(lambda: not store.residents)

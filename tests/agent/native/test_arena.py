@@ -24,6 +24,7 @@ from tests.examples import examples
 
 CHUNK = 2 << 20
 BUDGET = 6 * CHUNK
+IMAGE = "0123456789abcdef" * 2
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def digest_of(number: int) -> str:
 
 
 def put(arena: Arena, number: int, chunks: list[int], image_bytes: int | None = None) -> None:
-    occupant = arena.table.begin(number, digest_of(number), image_bytes or len(chunks) * CHUNK, chunks)
+    occupant = arena.table.begin(number, digest_of(number), IMAGE, image_bytes or len(chunks) * CHUNK, chunks)
     for index, chunk in enumerate(chunks):
         arena.views([chunk], 0, CHUNK)[0][:] = bytes([number, index]) * (CHUNK // 2)
     arena.table.commit(occupant)
@@ -50,11 +51,12 @@ def adopt(arena: Arena) -> Arena:
 
 def test_next_life_finds_what_was_committed(arena: Arena) -> None:
     put(arena, 1, [4, 0, 1], 2 * CHUNK + 1)
-    arena.table.begin(2, digest_of(2), CHUNK, [2])
+    arena.table.begin(2, digest_of(2), IMAGE, CHUNK, [2])
     again = adopt(arena)
     assert again.id == arena.id
     (occupant,) = again.occupants
-    assert (occupant.digest, occupant.chunks, occupant.image_bytes) == (digest_of(1), (4, 0, 1), 2 * CHUNK + 1)
+    assert (occupant.digest, occupant.image_id, occupant.chunks) == (digest_of(1), IMAGE, (4, 0, 1))
+    assert occupant.image_bytes == 2 * CHUNK + 1
     again.close()
 
 
@@ -144,7 +146,7 @@ while True:
         chunks = chance.sample(sorted(free), min(len(free), chance.randrange(1, 4)))
         if chunks:
             free -= set(chunks)
-            held[number] = arena.table.begin(number, f"{number:064x}", len(chunks) * arena.chunk_bytes, chunks)
+            held[number] = arena.table.begin(number, f"{number:064x}", "0" * 32, len(chunks) * arena.chunk_bytes, chunks)
             for index, chunk in enumerate(chunks):
                 arena.views([chunk], 0, 4096)[0][:] = bytes([number, index]) * 2048
             arena.table.commit(held[number])
@@ -178,7 +180,7 @@ _REGISTER, _REGISTER_BUFFERS, _READ_FIXED = 427, 0, 4
 
 def test_read_of_a_dead_life_that_comes_late_harms_nobody(arena: Arena) -> None:
     """As of a slow disk, whose reads go on when their process is gone: into the very pages, which are pinned for them."""
-    arena.table.begin(1, digest_of(1), 2 * CHUNK, [1, 4])
+    arena.table.begin(1, digest_of(1), IMAGE, 2 * CHUNK, [1, 4])
     memory = arena.views([4], 0, CHUNK)[0]
     memory[:] = bytes([9]) * CHUNK
     late, end = os.pipe()
@@ -208,7 +210,7 @@ def test_what_was_being_filled_stays_unused_while_there_are_no_other_pages_for_i
     arena: Arena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(arena, 0, [0])
-    arena.table.begin(1, digest_of(1), 3 * CHUNK, [1, 2, 4])
+    arena.table.begin(1, digest_of(1), IMAGE, 3 * CHUNK, [1, 2, 4])
     refused: list[int] = []
 
     def refuse(descriptor: int, offset: int, size_bytes: int) -> None:

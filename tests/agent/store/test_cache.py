@@ -273,7 +273,7 @@ def test_next_life_has_whole_checkpoints_with_their_users_and_drops_the_rest(tmp
     bench = Bench(Arena.create(8 * CHUNK, CHUNK))
     bench.store.fill("a", whole[0], whole[1], users=2)
     bench.wait("a")
-    bench.arena.table.begin(5, partial[0], CHUNK, [7])
+    bench.arena.table.begin(5, partial[0], "0" * 32, CHUNK, [7])
     descriptor = os.dup(bench.arena.descriptor)
     bench.close()
     again = Bench(Arena.adopt(descriptor, 8 * CHUNK, CHUNK))
@@ -403,3 +403,46 @@ def next_life(bench: Bench) -> Iterator[Bench]:
         yield later
     finally:
         later.close()
+
+
+def two_copies(tmp_path: Path) -> tuple[str, tuple[Path, str, bytes], tuple[Path, str, bytes]]:
+    """One digest as two copies whose bytes lie differently: of each the directory, the image's id and the image."""
+    digest, *first = commit(tmp_path / "one", 1, 2 * CHUNK)
+    _, *second = commit(tmp_path / "other", 1, CHUNK, partitions=2)
+    copies = [(directory, catalog.read_entry(directory).manifest.image_id, image) for directory, image in (first, second)]
+    assert len({image_id for _, image_id, _ in copies}) == len({image for _, _, image in copies}) == 2
+    return digest, copies[0], copies[1]
+
+
+def test_a_copy_never_gets_the_image_of_another_of_the_same_digest(bench: Bench, tmp_path: Path) -> None:
+    digest, (directory, image_id, _), (other, other_id, _) = two_copies(tmp_path)
+    bench.store.fill("a", digest, directory, image_id=image_id)
+    bench.store.fill("too early", digest, other, image_id=other_id)
+    bench.wait("a", "too early")
+    bench.store.fill("too late", digest, other, image_id=other_id)
+    assert bench.told.resident["a"].image_id == image_id
+    assert [bench.told.faults[op].code for op in ("too early", "too late")] == ["conflict", "conflict"]
+    bench.store.close()
+    bench.store = Bench(Arena.adopt(os.dup(bench.arena.descriptor), 8 * CHUNK, CHUNK)).store
+    (resident,) = bench.store.residents()
+    assert resident.image_id == image_id
+    assert not bench.store.has_sound(digest, other_id)
+    assert bench.store.has_sound(digest, image_id)
+
+
+def test_once_an_image_has_gone_another_copy_of_its_digest_is_loaded(bench: Bench, tmp_path: Path) -> None:
+    digest, (directory, image_id, _), (other, other_id, other_image) = two_copies(tmp_path)
+    bench.store.fill("a", digest, directory, image_id=image_id)
+    bench.wait("a")
+    bench.store.hold(digest, 0)
+    bench.store.drop(digest)
+    bench.store.fill("b", digest, other, image_id=other_id)
+    bench.wait("b")
+    assert read_image(bench.arena.descriptor, bench.told.resident["b"]) == other_image
+
+
+def test_what_was_replaced_since_it_was_looked_at_is_not_loaded(bench: Bench, tmp_path: Path) -> None:
+    digest, (directory, _, _), (_, other_id, _) = two_copies(tmp_path)
+    bench.store.fill("a", digest, directory, image_id=other_id)
+    assert bench.told.faults["a"].code == "conflict"
+    assert bench.store.arena.used_bytes == 0

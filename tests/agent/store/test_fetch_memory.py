@@ -218,7 +218,10 @@ def test_a_start_joins_while_the_last_parts_are_under_way(tmp_path: Path, source
         bench.fetches.begin("op", digest, web.url, in_memory=True, users=1)
         bench.until(lambda: bench.coming_to)
         (coming,) = bench.coming_to
-        assert coming == Fetching(op="op", digest=digest, layout="exec1", directory=coming.directory, in_memory=True)
+        image_id = decode_manifest((directory / "manifest.json").read_bytes()).image_id
+        assert coming == Fetching(
+            op="op", digest=digest, image_id=image_id, layout="exec1", directory=coming.directory, in_memory=True
+        )
         there = bench.data / coming.directory
         assert decode_manifest((there / "manifest.json").read_bytes()).digest == digest
         assert (there / "tokenizer.json").read_bytes() == b"{}" * 1000

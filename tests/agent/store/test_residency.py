@@ -25,7 +25,7 @@ class Held:
     def put(self, number: int, chunks: int) -> str:
         digest = f"{number:064x}"
         assert self.residency.make_room(chunks * CHUNK, ())
-        self.residency.commit(self.residency.begin(digest, chunks * CHUNK))
+        self.residency.commit(self.residency.begin(digest, "0" * 32, chunks * CHUNK))
         return digest
 
 
@@ -72,7 +72,7 @@ def test_what_is_kept_stays_and_nothing_goes_in_vain(held: Held, kept: str) -> N
 
 
 def test_room_that_will_be_free_is_waited_for(held: Held) -> None:
-    ending = held.residency.begin("1" * 64, 4 * CHUNK)
+    ending = held.residency.begin("1" * 64, "0" * 32, 4 * CHUNK)
     assert not held.residency.make_room(3 * CHUNK, [ending])
     held.residency.release(ending)
     assert held.residency.make_room(3 * CHUNK, ())

@@ -310,3 +310,15 @@ def test_what_was_found_of_a_copy_says_nothing_of_another_in_its_place(
         assert bench.told.faults == {}
     assert not catalog.is_verified(directory)
     assert catalog.quarantine_reason(directory) is None
+
+
+def test_an_image_is_not_compared_with_another_copy_of_its_digest(bench: Bench, tmp_path: Path) -> None:
+    digest, directory, _ = commit(tmp_path / "one", 1, 2 * CHUNK)
+    _, other, _ = commit(tmp_path / "other", 1, CHUNK, partitions=2)
+    bench.store.fill("a", digest, directory)
+    bench.wait("a")
+    bench.store.verify("v", digest, other)
+    bench.wait("v")
+    assert bench.told.verdicts["v"] is None
+    assert bench.told.bad == []
+    assert bench.store.has_sound(digest)

@@ -105,7 +105,14 @@ class Store:
 
     def answer(self, fill: FillArena) -> None:
         read = 0 if fill.digest in self.residents else 4096
-        resident = Resident(digest=fill.digest, extents=(Extent(0, 4096),), image_bytes=4096, op=fill.op, read_bytes=read)
+        resident = Resident(
+            digest=fill.digest,
+            image_id=fill.image_id,
+            extents=(Extent(0, 4096),),
+            image_bytes=4096,
+            op=fill.op,
+            read_bytes=read,
+        )
         self.residents[fill.digest] = resident
         self.peer.send(resident)
 

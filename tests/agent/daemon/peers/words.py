@@ -65,21 +65,21 @@ def alive(pid: int) -> bool:
     return state not in (b"Z", b"X")
 
 
-def make_checkpoint(root: Path, digest: str = DIGEST) -> Path:
-    """A committed checkpoint of one tensor, as ingest leaves it."""
-    directory = root / digest / "l1"
+def make_checkpoint(root: Path, digest: str = DIGEST, layout: str = "l1") -> Path:
+    """A committed checkpoint of one tensor, as ingest leaves it. Each layout has an image of its own."""
+    directory = root / digest / layout
     directory.mkdir(parents=True)
     (directory / "part-0").write_bytes(b"\1" * 4096)
     manifest = Manifest(
         format_version=1,
         digest=digest,
-        layout="l1",
+        layout=layout,
         architecture="LlamaForCausalLM",
         parameters=1024,
         vocab_size=64,
         max_context_tokens=128,
         chunk_bytes=4096,
-        partitions=(Partition("part-0", 0, 4096, (0,)),),
+        partitions=(Partition("part-0", 0, 4096, (0 if layout == "l1" else 1,)),),
         tensors=(TensorEntry("w", "F32", (1024,), 0, 0, 4096),),
         ties={},
         kv=KvGeometry(layers=1, kv_heads=1, head_dim=4, dtype="F32"),
