@@ -1,4 +1,4 @@
-"""Text and tokens: each checkpoint's tokenizer and chat template, loaded once, used on or off the event loop by size."""
+"""Text and tokens: each checkpoint's tokenizer and chat template, loaded once, used off the event loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import msgspec
 from tokenizers import Tokenizer
 
 from schema.checkpoint import TextDefaults
-from schema.errors import ContextOverflow, InvalidCheckpoint, InvalidInput
+from schema.errors import ContextOverflow, InvalidCheckpoint, InvalidInput, Overloaded
 from sllmctl.gateway.detokenize import DetokenizerFactory
 from sllmctl.gateway.ports import TextAssetsPort
 from sllmctl.gateway.settings import GatewaySettings
@@ -56,7 +56,8 @@ class TextModel:
         self.digest = manifest.digest
         self.vocab_size = manifest.vocab_size
         self.defaults = _usable(manifest.text)
-        self._inline_chars = settings.inline_encode_chars
+        self._timeout_s = settings.encode_timeout_s
+        self._threads = ThreadPoolExecutor(settings.encode_threads, "encode")
         self._tokenizer, parts = _read_tokenizer(assets.directory / "tokenizer.json")
         special = {token.id for token in parts.added_tokens if token.special}
         self.detokenizer = DetokenizerFactory(
@@ -64,30 +65,38 @@ class TextModel:
         )
         self.template = _read_template(assets.directory) if manifest.text.has_template else None
 
-    async def encode(self, text: str, *, special: bool, threads: ThreadPoolExecutor) -> list[int]:
+    def close(self) -> None:
+        """Encode no more; a text that is being encoded is left to its thread."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def encode(self, text: str, *, special: bool) -> list[int]:
         """The ids of ``text``; with ``special``, as the tokenizer frames a whole text (a beginning token and the like).
 
-        Raises InvalidCheckpoint when the tokenizer fails at it, or makes an id that the model does not have.
+        Raises InvalidCheckpoint when the tokenizer fails at it, or makes an id that the model does not have; Overloaded when it
+        takes too long over this text, or over those before it.
         """
-        if len(text) <= self._inline_chars:
-            with checkpoint_at_fault(_CANNOT_ENCODE):
-                ids = self._tokenizer.encode(text, add_special_tokens=special).ids
-        else:
-            ids = await asyncio.get_running_loop().run_in_executor(threads, self._encode_long, text, special)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                ids = await asyncio.get_running_loop().run_in_executor(self._threads, self._encode, text, special)
+        except TimeoutError:
+            raise Overloaded(
+                f"the model's tokenizer took over {self._timeout_s:g} s for this text or for those before it", 1.0
+            ) from None
         if (highest := max(ids, default=0)) >= self.vocab_size:
             raise InvalidCheckpoint(
                 f"the model's tokenizer makes token id {highest} of this text, beyond its vocabulary of {self.vocab_size}"
             )
         return ids
 
-    def _encode_long(self, text: str, special: bool) -> list[int]:
+    def _encode(self, text: str, special: bool) -> list[int]:
         # Encoding a batch lets go of the interpreter lock, encoding a single text does not; the fast one keeps no offsets.
         with checkpoint_at_fault(_CANNOT_ENCODE):
             return self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
 
 
 class TextService:
-    """Tokenizers and templates of the checkpoints in use, the last used kept; and the template helper process.
+    """Tokenizers and templates of the checkpoints in use, the last used kept; and the template helper process. A tokenizer that
+    is not kept any more ends its threads when the last request lets go of it.
 
     `start` and `close` belong to its owner, the gateway's application.
     """
@@ -97,7 +106,7 @@ class TextService:
         self._renderer = TemplateRenderer(settings)
         self._models: OrderedDict[str, TextModel] = OrderedDict()
         self._loading: dict[str, asyncio.Task[TextModel]] = {}
-        self._threads = ThreadPoolExecutor(settings.encode_threads, "text")
+        self._threads = ThreadPoolExecutor(2, "text")
 
     async def start(self) -> None:
         """Warm the template helper. Raises Unreachable when it cannot be started."""
@@ -109,6 +118,8 @@ class TextService:
         if self._loading:
             await asyncio.wait(self._loading.values())
         self._threads.shutdown(wait=False, cancel_futures=True)
+        for model in self._models.values():
+            model.close()
 
     def cached(self, digest: str) -> TextModel | None:
         """The text side of a checkpoint, if it is loaded."""
@@ -139,7 +150,7 @@ class TextService:
         Raises ContextOverflow for a text so long that it is not worth tokenising for a context of ``context_tokens``.
         """
         self._check_length(len(text), context_tokens, "prompt")
-        return await model.encode(text, special=True, threads=self._threads)
+        return await model.encode(text, special=True)
 
     async def encode_chat(self, model: TextModel, messages: list[dict[str, Any]], context_tokens: int) -> list[int]:
         """A chat's prompt, up to where the assistant speaks.
@@ -159,7 +170,7 @@ class TextService:
         text = await self._renderer.render(model.template, variables)
         self._check_length(len(text), context_tokens, "messages")
         # The template writes the special tokens out; the tokenizer must not add them again.
-        return await model.encode(text, special=False, threads=self._threads)
+        return await model.encode(text, special=False)
 
     def _check_length(self, chars: int, context_tokens: int, param: str) -> None:
         limit = context_tokens * self._settings.chars_per_token_limit

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
+import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +27,9 @@ TOKENIZER_FILE: Final = "tokenizer.json"
 TEMPLATE_FILE: Final = "chat_template.jinja"
 
 _MAX_TEMPLATE_BYTES: Final = 1 << 20
+_MOST_GROWTH: Final = 256
+_LONGEST_MAPPED: Final = 64
+"""Bytes; Unicode's own longest, a ligature of eighteen letters, takes 33."""
 _SPECIAL: Final = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _CONVERTIBLE: Final = (
     "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -104,11 +110,48 @@ def _tokenizer(directory: SourceDirectory, vocab_size: int, scratch: Path) -> To
     # Limits and padding are the gateway's affair: what a request says must arrive whole.
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    _check_growth(tokenizer, what)
     with _refused(f"{what} cannot frame a text"):
         frame = tokenizer.encode("").ids
     if (highest := max(frame, default=0)) >= vocab_size:
         raise InvalidCheckpoint(f"{what} frames every text with token id {highest}, beyond the vocabulary of {vocab_size}")
     return tokenizer
+
+
+def _check_growth(tokenizer: Tokenizer, what: str) -> None:
+    """Raises InvalidCheckpoint for a tokenizer by which a text, or a reply, could become so long that it fills the memory of
+    whoever reads it: replacements feed each other, so twenty of them that each double a text make a million of it."""
+    for kind in ("normalizer", "pre_tokenizer", "decoder"):
+        part = getattr(tokenizer, kind)
+        if part is not None and (growth := _growth(json.loads(part.__getstate__()))) > _MOST_GROWTH:
+            raise InvalidCheckpoint(f"{what}: its {kind} may make a text {growth:g} times as long, which is not taken")
+
+
+def _growth(part: Any) -> float:
+    """How many times as long a step of a tokenizer, as its file describes it, may make a text by what the file says itself."""
+    if not isinstance(part, dict):
+        return 1.0
+    pattern, content = part.get("pattern"), part.get("content")
+    match part.get("type"):
+        case "Sequence":
+            steps = part.get("normalizers") or part.get("pretokenizers") or part.get("decoders") or []
+            return math.prod(map(_growth, steps))
+        case "Replace" if isinstance(pattern, dict) and isinstance(content, str):
+            replaced = pattern.get("String")
+            # Any regular expression may find the empty text between all characters.
+            return max(1.0, len(content) / len(replaced)) if replaced else 1.0 + len(content)
+        case "Prepend":
+            return 1.0 + len(part.get("prepend", ""))
+        case "Precompiled":
+            return max(1.0, _longest_mapped(part.get("precompiled_charsmap") or "") / _LONGEST_MAPPED)
+    return 1.0
+
+
+def _longest_mapped(charsmap: str) -> int:
+    """The bytes of the longest text that SentencePiece's table puts in place of another: they come after its trie, whose size
+    the first four bytes tell, each with a zero byte at its end."""
+    data = base64.b64decode(charsmap)
+    return max(map(len, data[4 + int.from_bytes(data[:4], "little") :].split(b"\0")), default=0)
 
 
 @contextlib.contextmanager

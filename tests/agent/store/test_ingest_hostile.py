@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -396,6 +397,52 @@ def test_tokenizer_whose_frame_cannot_be(source: Path, tmp_path: Path, ids: list
     path = source / "tokenizer.json"
     path.write_text(framed_tokenizer(path.read_text(), ids))
     refused(source, tmp_path, match)
+
+
+def replace(content: str, **pattern: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def charsmap(*mapped: bytes) -> dict[str, Any]:
+    """A SentencePiece table that finds nothing, and these texts that it could put in place of what it finds."""
+    data = (4).to_bytes(4, "little") + bytes(4) + b"".join(each + b"\0" for each in mapped)
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps"),
+    [
+        ("normalizer", [replace("aa", String="a")] * 9),
+        ("normalizer", [replace("a" * 300, String="b")]),
+        ("normalizer", [replace("aaaaaaa", Regex="z*"), replace("a" * 40, String="a")]),
+        ("normalizer", [{"type": "Prepend", "prepend": "a" * 256}]),
+        ("normalizer", [charsmap(b"a", b"b" * (64 * 257))]),
+        ("normalizer", [{"type": "Sequence", "normalizers": [replace("a" * 20, String="a")]}, replace("a" * 20, String="a")]),
+        ("decoder", [replace("aa", String="a")] * 9),
+    ],
+)
+def test_a_tokenizer_that_would_fill_the_memory_of_who_reads_a_text(
+    source: Path, tmp_path: Path, kind: str, steps: list[Any]
+) -> None:
+    path = source / "tokenizer.json"
+    part = {"type": "Sequence", f"{kind}s": steps}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {kind: part}))
+    refused(source, tmp_path, f"its {kind} may make a text .* times as long")
+
+
+def test_replacements_as_tokenizers_of_today_have_them_are_taken(source: Path, tmp_path: Path) -> None:
+    path = source / "tokenizer.json"
+    steps = [
+        {"type": "NFKD"}, replace('"', String="``"), replace('"', String="''"), charsmap(b"a", b"b" * 33),
+        replace("\u2581", Regex=" {2,}"), {"type": "Prepend", "prepend": "\u2581"}, replace("\u2581", String=" "),
+    ]  # fmt: skip
+    decoder = [replace(" ", String="\u2581"), {"type": "ByteFallback"}, {"type": "Fuse"}]
+    parts = {
+        "normalizer": {"type": "Sequence", "normalizers": steps},
+        "decoder": {"type": "Sequence", "decoders": decoder},
+    }
+    path.write_text(json.dumps(json.loads(path.read_text()) | parts))
+    convert(source, tmp_path / "checkpoints", tmp_path / "tmp", lambda done, total: None)
 
 
 def test_tokenizer_that_cannot_be_converted(source: Path, tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""Tokenizers loaded once, long texts off the loop, and what the gateway's process must not import."""
+"""Tokenizers loaded once, texts off the loop, and what the gateway's process must not import."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from schema.checkpoint import TextDefaults
-from schema.errors import ContextOverflow
+from schema.errors import ContextOverflow, Overloaded
 from sllmctl.gateway.settings import GatewaySettings
 from sllmctl.gateway.text import TextModel, TextService
 from tests.sllmctl.gateway.harness import TOKENIZER, assets_directory, make_manifest
@@ -48,14 +49,24 @@ async def test_the_last_used_tokenizers_are_kept() -> None:
         await service.close()
 
 
-async def test_long_and_short_texts_give_the_same_ids() -> None:
+async def test_a_slow_tokenizer_keeps_up_neither_the_loop_nor_other_models() -> None:
+    step = {"type": "Replace", "pattern": {"Regex": "(?!x)a"}, "content": "a"}
+    slow = json.loads(TOKENIZER.to_str()) | {"normalizer": {"type": "Sequence", "normalizers": [step] * 500}}
     text = "Tokens carry positions. " * 50
-    with assets_directory() as assets:
-        for chars in (1, 10_000):
-            service = TextService(GatewaySettings(inline_encode_chars=chars))
-            model = await service.load(assets)
-            assert await service.encode(model, text, 4096) == TOKENIZER.encode(text).ids
-            await service.close()
+    with assets_directory() as assets, assets_directory() as others:
+        (assets.directory / "tokenizer.json").write_text(json.dumps(slow))
+        service = TextService(GatewaySettings(encode_threads=1, encode_timeout_s=0.05))
+        model = await service.load(assets)
+        other = await TextService(GatewaySettings()).load(replace(others, manifest=make_manifest(TextDefaults(), "b" * 64)))
+        kept_up = asyncio.create_task(service.encode(model, "a" * 2000, 4096))
+        assert await service.encode(other, text, 4096) == TOKENIZER.encode(text).ids
+        assert not kept_up.done(), "the loop was held up"
+        with pytest.raises(Overloaded, match=r"over 0\.05 s for this text or for those before it"):
+            await service.encode(model, "short", 4096)
+        with pytest.raises(Overloaded):
+            await kept_up
+        other.close()
+        await service.close()
 
 
 async def test_a_text_that_no_context_holds_is_refused_before_it_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
