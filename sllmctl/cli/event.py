@@ -8,8 +8,8 @@ import click
 
 from sllmctl.cli.context import Invocation, output_option, pass_invocation
 from sllmctl.cli.format import age, short_digest
-from sllmctl.cli.output import Column, Format, now, show_items
-from sllmctl.cli.watch import watch_items, watch_option
+from sllmctl.cli.output import Column, Format, now
+from sllmctl.cli.watch import list_items, watch_option
 
 if TYPE_CHECKING:
     from schema.admin import EventKind, EventView
@@ -39,20 +39,17 @@ def ls(invocation: Invocation, kind: EventKind | None, name: str | None, limit: 
     """
     from sllmctl import client
 
-    if watch:
-        watch_items(
-            invocation,
-            "events",
-            form,
-            _columns,
-            lambda event: event.id,
-            wanted=lambda event: kind in (None, event.kind) and (name is None or _is_of(event, name)),
-            limit=limit,
-        )
-        return
-    with invocation.admin() as admin:
-        items = admin.ask(client.events(kind, name, limit))
-    show_items(form, items, _columns(), lambda event: event.id)
+    list_items(
+        invocation,
+        client.events(kind, name, limit),
+        "events",
+        form,
+        _columns,
+        lambda event: event.id,
+        watch=watch,
+        wanted=lambda event: kind in (None, event.kind) and (name is None or _is_of(event, name)),
+        limit=limit,
+    )
 
 
 def _is_of(event: EventView, name: str) -> bool:

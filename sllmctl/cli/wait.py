@@ -22,11 +22,13 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _LOOK_S: Final = 0.2
+_TIERS: Final = ("disk", "dram", "device")
+_ON: Final = f"on=NODE:{'|'.join(_TIERS)}"
 _CONDITIONS: Final[dict[Noun, tuple[str, ...]]] = {
     "model": ("ingested", "ready", "stopped", "removed"),
     "node": ("ready", "drained", "unreachable", "removed"),
     "instance": ("ready", "stopped"),
-    "checkpoint": ("on=NODE:TIER", "published", "removed"),
+    "checkpoint": (_ON, "published", "removed"),
     "operation": ("ended",),
     "request": ("running", "ended"),
 }
@@ -52,9 +54,17 @@ def _complete_targets(ctx: click.Context, _: click.Parameter, begin: str) -> lis
     return living(ctx, noun, name, f"{noun}/") if noun in _CONDITIONS else []
 
 
-def _complete_conditions(_: click.Context, __: click.Parameter, begin: str) -> list[CompletionItem]:
-    found = dict.fromkeys(each for known in _CONDITIONS.values() for each in known)
-    return [CompletionItem(each) for each in found if each.startswith(begin)]
+def _complete_conditions(ctx: click.Context, _: click.Parameter, begin: str) -> list[CompletionItem]:
+    """What all that stands before may become; what anything may, if nothing does."""
+    words = ctx.params.get("targets") or ctx.args  # arguments are not taken yet while an option lacks its value
+    given = [each for noun, each in _CONDITIONS.items() if any(word.startswith(f"{noun}/") for word in words)]
+    known = dict.fromkeys(each for conditions in given or _CONDITIONS.values() for each in conditions)
+    found = [each for each in known if all(each in conditions for conditions in given)]
+    items = [CompletionItem(each) for each in found if each != _ON]
+    if _ON in found:
+        nodes = living(ctx, "node", "", "on=")
+        items += [CompletionItem(f"{node.value}:{tier}") for node in nodes for tier in _TIERS]
+    return [item for item in items if item.value.startswith(begin)]
 
 
 @click.command("wait")
@@ -72,7 +82,7 @@ def command(invocation: Invocation, targets: tuple[str, ...], condition: str, ti
       model       ingested, ready (as many instances as its scale keeps at least), stopped, removed
       node        ready, drained (without instances), unreachable, removed
       instance    ready, stopped
-      checkpoint  on=NODE:TIER (whole on that tier), published, removed
+      checkpoint  on=NODE:disk, on=NODE:dram, on=NODE:device (whole on that tier), published, removed
       operation   ended
       request     running, ended
     What can never come any more ends its wait with its fault; the others are waited for all the same.
@@ -107,11 +117,14 @@ def _target(word: str, condition: str) -> _Target:
         if known == noun:
             if not slash or not name:
                 raise click.BadParameter(f"{word!r} is no {noun}; write {noun}/NAME", param_hint="NOUN/NAME")
-            if condition not in conditions and not (noun == "checkpoint" and _place(condition)):
+            placed = noun == "checkpoint" and _place(condition) is not None
+            if not placed and (condition == _ON or condition not in conditions):
                 what = f"a {noun} is never {condition!r}; wait for {', '.join(conditions)}"
                 raise click.BadParameter(what + did_you_mean(condition, conditions), param_hint="--for")
             return _Target(known, name)
     what = f"{noun!r} is none of {', '.join(_CONDITIONS)}{did_you_mean(noun, _CONDITIONS)}"
+    if not slash:
+        what = f"{word!r} does not say of what it is the name; write model/{word}, or another of {', '.join(_CONDITIONS)}"
     raise click.BadParameter(what, param_hint="NOUN/NAME")
 
 
@@ -119,7 +132,7 @@ def _place(condition: str) -> tuple[str, str] | None:
     """Node and tier of ``on=NODE:TIER``."""
     kind, _, where = condition.partition("=")
     node, _, tier = where.rpartition(":")
-    return (node, tier) if kind == "on" and node and tier in ("disk", "dram", "device") else None
+    return (node, tier) if kind == "on" and node and tier in _TIERS else None
 
 
 def _wait(admin: AdminClient, target: _Target, condition: str, patience: Patience, line: ProgressLine) -> None:

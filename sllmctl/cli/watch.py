@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from schema.admin import StreamKind
     from sllmctl.client import Call
 
-__all__ = ["list_items", "watch_items", "watch_option"]
+__all__ = ["list_items", "watch_option"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -40,32 +40,38 @@ def list_items(
     *,
     watch: bool,
     key: Callable[[Any], str] | None = None,
+    wanted: Callable[[Any], bool] = lambda _: True,
+    limit: int | None = None,
 ) -> None:
-    """The ``ls`` of a noun: print what ``call`` answers, or with ``watch`` what the stream tells, as `watch_items` does."""
+    """The ``ls`` of a noun: print what ``call`` answers.
+
+    With ``watch`` print instead the list that the stream tells, of it the last ``limit``, then each item that is new or has
+    changed, if ``wanted``, until interrupted or read no more; ``key`` is what the stream knows an item by, else its name.
+    Raises Unreachable when the manager goes away.
+    """
+    from sllmctl.cli.diagnostics import note
+
     if watch:
-        watch_items(invocation, kind, form, columns, name, key=key)
+        _watch_items(invocation, kind, form, columns, name, key=key, wanted=wanted, limit=limit)
         return
     with invocation.admin() as admin:
         items = admin.ask(call)
     show_items(form, items, columns(), name)
+    if not items and form in ("table", "wide"):
+        note(f"no {kind}")
 
 
-def watch_items(
+def _watch_items(
     invocation: Invocation,
     kind: StreamKind,
     form: Format,
     columns: Callable[[], Sequence[Column[Any]]],
     name: Callable[[Any], str],
     *,
-    key: Callable[[Any], str] | None = None,
-    wanted: Callable[[Any], bool] = lambda _: True,
-    limit: int | None = None,
+    key: Callable[[Any], str] | None,
+    wanted: Callable[[Any], bool],
+    limit: int | None,
 ) -> None:
-    """Print the list, then each item that is new or has changed, until interrupted or read no more.
-
-    Of the first list only the last ``limit`` are printed. ``key`` is what the stream knows an item by, else its name. Raises
-    Unreachable when the manager goes away.
-    """
     shown = Watch(form, columns, name)
     names: dict[str, str] = {}
     first: list[Any] | None = []

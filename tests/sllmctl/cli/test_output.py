@@ -167,11 +167,15 @@ def test_estimates_without_outcomes_say_so_beside_the_output(sllmctl: Sllmctl, m
     assert (said.code, said.out, said.err) == (0, "", "nothing has been both estimated and measured yet\n")
 
 
-def test_nothing_to_list_prints_nothing_but_an_empty_list_for_programs(sllmctl: Sllmctl, manager: FakeManager) -> None:
-    manager.answer("GET models", 200, {"items": []})
-    assert sllmctl("model", "ls").out == ""
-    assert json.loads(sllmctl("model", "ls", "-o", "json").out) == []
-    assert sllmctl("model", "ls", "-o", "name").out == ""
+def test_nothing_to_list_is_said_to_people_and_an_empty_list_to_programs(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    for words in (("model", "ls"), ("event", "ls", "--object", "attic")):
+        manager.answer(f"GET {words[0]}s", 200, {"items": []})
+        manager.answer(f"GET {words[0]}s?object=attic&limit=100", 200, {"items": []})
+        said = sllmctl(*words)
+        assert (said.out, said.err) == ("", f"no {words[0]}s\n")
+        for form, out in (("json", "[]\n"), ("name", "")):
+            said = sllmctl(*words, "-o", form)
+            assert (said.out, said.err) == (out, "")
 
 
 def test_the_events_filters_are_passed_on(sllmctl: Sllmctl, manager: FakeManager) -> None:

@@ -91,8 +91,10 @@ def test_a_wait_for_a_model_without_a_place_says_why(sllmctl: Sllmctl, manager: 
         ("node/gpu1", "redy", 2, "did you mean 'ready'?"),
         ("nodes/gpu1", "ready", 2, "did you mean 'node'?"),
         ("node", "ready", 2, "write node/NAME"),
-        ("checkpoint/qwen", "on=local", 2, "wait for on=NODE:TIER, published, removed"),
-        ("checkpoint/qwen", "on=local:attic", 2, "wait for on=NODE:TIER, published, removed"),
+        ("checkpoint/qwen", "on=local", 2, "wait for on=NODE:disk|dram|device, published, removed"),
+        ("checkpoint/qwen", "on=NODE:disk|dram|device", 2, "is never"),
+        ("qwen", "ready", 2, "'qwen' does not say of what it is the name; write model/qwen, or another of"),
+        ("checkpoint/qwen", "on=local:attic", 2, "wait for on=NODE:disk|dram|device, published, removed"),
     ],
 )
 def test_what_cannot_come_ends_it(sllmctl: Sllmctl, target: str, condition: str, code: int, said: str) -> None:
