@@ -206,7 +206,8 @@ def _called(checkpoint: CheckpointView) -> str:
 def _spec(values: Mapping[str, str]) -> ModelSpec:
     source = source_of(values["source"])
     if source is None:
-        raise InvalidInput(f"{values['source']!r} is no source: an absolute path, NODE:/path or organisation/name", "source")
+        kinds = "an absolute path, NODE:/path, organisation/name or https://host/path"
+        raise InvalidInput(f"{values['source']!r} is no source: {kinds}", "source")
     return parse_spec(
         {
             "name": values["name"],

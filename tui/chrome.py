@@ -27,7 +27,7 @@ def status_line(cluster: Cluster, width: int, read_only: bool) -> Text:
             text.append(" ○ no manager yet ", style=f"bold {WARN}")
         else:
             text.append(f" ✖ stale {age(cluster.stale_s())} ", style=f"bold {BAD} reverse")
-        text.append(f" {printable(cluster.lost)}; trying again", style=WARN)
+        text.append(f" trying again: {printable(cluster.lost)}", style=WARN)
         return text
     text.append(" ● live", style=f"bold {GOOD}" if status is not None and status.ready else f"bold {WARN}")
     if status is not None:

@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.table import Column, Table
 from rich.text import Text
 from textual import on
+from textual.actions import SkipAction
 from textual.app import ComposeResult
 from textual.binding import Binding
 from textual.containers import Horizontal, Vertical, VerticalScroll
@@ -82,7 +83,13 @@ class Field:
 class Form(ModalScreen[T | None], Generic[T]):
     """Fields to fill in. ``read`` makes the result of them, or raises InvalidInput, which is shown; Esc gives None."""
 
-    BINDINGS = [_ESCAPE]  # noqa: RUF012 - as Textual declares it
+    BINDINGS = [  # noqa: RUF012 - as Textual declares it
+        _ESCAPE,
+        # At once, since what was typed right behind them belongs to the next field.
+        Binding("enter", "next_field", show=False, priority=True),
+        Binding("tab", "app.focus_next", show=False, priority=True),
+        Binding("shift+tab", "app.focus_previous", show=False, priority=True),
+    ]
 
     def __init__(self, title: str, fields: Sequence[Field], read: Callable[[Mapping[str, str]], T]) -> None:
         super().__init__()
@@ -114,14 +121,16 @@ class Form(ModalScreen[T | None], Generic[T]):
     def on_mount(self) -> None:
         self.query_one(Input).focus()
 
+    def action_next_field(self) -> None:
+        """Enter goes to the next field; in the last one, and on a button, it is theirs."""
+        if not isinstance(self.focused, Input) or self.focused.id == self._fields[-1].name:
+            raise SkipAction
+        self.focus_next(Input)
+
     @on(Input.Submitted)
-    def next_or_submit(self, event: Input.Submitted) -> None:
-        """Enter goes to the next field, and from the last one submits."""
+    def submit(self, event: Input.Submitted) -> None:
         event.stop()
-        if event.input.id == self._fields[-1].name:
-            self._submit()
-        else:
-            self.focus_next(Input)
+        self._submit()
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
         if event.button.id == "ok":

@@ -380,6 +380,7 @@ async def test_a_lost_manager_leaves_a_stale_picture_until_it_is_back(monkeypatc
         await settled(app, pilot)
         shown = screen(app)
         assert "stale" in shown
+        assert "trying again: " in shown
         assert "qwen" in shown
         assert app._body.has_class("stale")
         manager.up = True

@@ -229,7 +229,7 @@ def test_the_terminal_is_asked_whether_it_is_light(monkeypatch: pytest.MonkeyPat
 
 def _type(app: Any, keys: str) -> None:
     """All at once, as a terminal far away hands keys over."""
-    names = {"/": "slash", ":": "colon", "\r": "enter"}
+    names = {"/": "slash", ":": "colon", "\r": "enter", "\t": "tab"}
     for key in keys:
         event = Key(names.get(key, key), key)
         event.set_sender(app)
@@ -252,6 +252,17 @@ async def test_what_is_typed_right_behind_a_colon_is_jumped_to() -> None:
         await settled(app, pilot)
         assert app.view.name == "requests"
         assert app.focused is app.grid
+
+
+async def test_what_is_typed_into_a_form_goes_to_the_fields_that_it_is_for() -> None:
+    async with running(Manager()) as (app, pilot):
+        await pilot.press("2", "a")
+        await until(pilot, lambda: isinstance(app.screen, Form) and app.screen.is_mounted)
+        await pilot.pause()
+        _type(app, "ab\rc\td\te")
+        await settled(app, pilot)
+        typed = {field.id: field.value for field in app.screen.query(Input)}
+        assert typed == {"name": "ab", "source": "c", "min": "d", "max": "e"}
 
 
 async def test_a_filter_takes_slashes_and_colons() -> None:
