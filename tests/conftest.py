@@ -20,7 +20,7 @@ import pytest
 from tests.examples import examples
 
 _MARK = f"MARK_OF_TEST_RUN={uuid.uuid4().hex}"
-_GRACE_S = 10.0
+_GRACE_S = 60.0
 _EXIT_S = 60.0
 _KEY = pytest.StashKey[list[str]]()
 

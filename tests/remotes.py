@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -140,27 +139,20 @@ def cut(handler: _Handler, status: int, promised: int, data: bytes, total: int |
 @contextlib.contextmanager
 def s3_server(log: Path) -> Iterator[str]:
     """A moto server in a process of its own; yields its endpoint."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            [sys.executable, "-u", "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"],
             stdout=output,
             stderr=output,
         )
-    endpoint = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 60
-        while True:
-            try:
-                urllib.request.urlopen(f"{endpoint}/moto-api/data.json", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, "the S3 server does not begin"
-                time.sleep(0.05)
-        yield endpoint
+        # It says where it listens once it does.
+        while (found := re.search(r"Running on (http://127\.0\.0\.1:\d+)\s", log.read_text())) is None:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, "the S3 server does not begin"
+            time.sleep(0.05)
+        yield found[1]
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)

@@ -119,7 +119,7 @@ def test_waiting_is_for_each_model(sllmctl: Sllmctl, manager: FakeManager, file:
     manager.answer("POST apply", 200, {"items": [_CREATED]})
     manager.answer("GET models/new", 202, MODELS[2])
     manager.answer("GET models/new", 200, MODELS[0])
-    assert sllmctl("apply", "-f", file, "--wait", "--timeout", "9").code == 0
+    assert sllmctl("apply", "-f", file, "--wait", "--timeout", "600").code == 0
     assert [path.split("&")[0] for _, path, _ in manager.asked if path.startswith("models/new")] == [
         "models/new?wait=ready"
     ] * 2

@@ -53,7 +53,7 @@ def test_it_waits_until_it_is_so(
         manager.refuse(path, 404, "not_found", "gone")
     else:
         manager.answer(path, 200, after)
-    said = sllmctl("wait", target, "--for", condition, "--timeout", "20")
+    said = sllmctl("wait", target, "--for", condition, "--timeout", "600")
     assert (said.code, said.out, said.err) == (0, "", f"{target}: {condition}\n")
     assert len(manager.asked) == 3
 

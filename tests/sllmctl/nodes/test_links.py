@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from msgspec.structs import force_setattr
 
 from schema.errors import Conflict, Fault, InvalidInput, LinkError, NotFound, TimedOut, Unreachable
 from schema.ids import EpochCounter, epoch_of, system_ids
@@ -221,12 +222,13 @@ async def test_a_link_error_of_the_router_closes_the_connection(short_dir: Path)
 
 async def test_a_silent_node_is_asked_and_then_given_up(short_dir: Path) -> None:
     recorder = Recorder()
-    settings = LinkSettings(heartbeat_s=0.02, heartbeat_timeout_s=1.0)
+    settings = LinkSettings(heartbeat_s=0.02, heartbeat_timeout_s=60.0)
     async with fake_agent(short_dir / "a.sock") as agent, links_to(agent, recorder, settings) as links:
         peer = await agent.link()
         await links.ready("n", WAIT_S)
         ping = await peer.expect(Ping)
         peer.say(Pong(nonce=ping.nonce))
+        force_setattr(settings, "heartbeat_timeout_s", 0.05)
         assert "silent" in (await recorder.until(NodeLost)).why
 
 

@@ -118,7 +118,13 @@ def _outcome(number: int) -> OutcomeView:
     return OutcomeView(at=number, kind="start", model="m", node="n", source="disk", estimated_s=1.0, actual_s=number / 10)
 
 
-async def test_eight_tasks_that_read_and_then_write_lose_nothing(database: Database, url: str) -> None:
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit of another's may take as long as it does."""
+    monkeypatch.setattr("sllmctl.state.engines._BUSY_TIMEOUT_MS", 120_000)
+
+
+async def test_eight_tasks_that_read_and_then_write_lose_nothing(slow_disk: None, database: Database, url: str) -> None:
     await database.claim(1.0, "u")
     engine = write_engine(database_path(url)[0])
 
