@@ -123,7 +123,8 @@ async def running(manager: Manager, size: tuple[int, int] = (100, 30), **options
     """The application with its first picture drawn, and a pilot.
 
     Textual's pilot takes an application for idle when its process has had little time of a processor, which it also has where
-    others have it all: here it waits until nothing is left to do. No message goes because its time is over.
+    others have it all: here it waits until nothing is left to do. No message goes because its time is over, and nothing is
+    drawn because a second has passed.
     """
     app = Dashboard(manager.client, clock=lambda: NOW, **options)
     with (
@@ -131,6 +132,7 @@ async def running(manager: Manager, size: tuple[int, int] = (100, 30), **options
         patch("textual.app.wait_for_idle", _still),
         patch("textual.pilot.Pilot._wait_for_screen", _still),
         patch("textual.notifications.time", lambda: -math.inf),
+        patch("tui.app._TICK_S", 3600.0),
     ):
         async with app.run_test(size=size, tooltips=False, notifications=True) as pilot:
             await settled(app, pilot)
