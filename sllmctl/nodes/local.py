@@ -64,9 +64,11 @@ class LocalAgent:
         with growing delays.
         """
         async with self._busy:
-            if self.ending or self._child_lives() or is_locked(self._lock_path) or time.monotonic() < self._spawn_after:
+            if self.ending or self._child_lives() or time.monotonic() < self._spawn_after:
                 return
             try:
+                if is_locked(self._lock_path):
+                    return
                 self._child = await asyncio.to_thread(self._spawn)
             except (OSError, SllmError) as error:
                 self._failed(f"the local agent cannot be started: {error}")
@@ -230,7 +232,7 @@ def need_memory(node: NodeSettings) -> None:
 
 
 def is_locked(path: Path) -> bool:
-    """True while some process holds the flock on ``path``."""
+    """True while some process holds the flock on ``path``. Raises OSError when that cannot be seen."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:

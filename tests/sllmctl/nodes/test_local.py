@@ -146,6 +146,18 @@ async def test_a_command_that_is_not_there_is_a_failure_that_is_said(node: NodeS
     assert await local.shutdown(WAIT_S) == ()
 
 
+async def test_a_lock_that_cannot_be_looked_at_is_a_failure_that_is_said_and_passes(node: NodeSettings) -> None:
+    lock = Path(node.run_dir) / "agent.lock"
+    lock.mkdir(parents=True)
+    local = LocalAgent(node, command=COMMAND)
+    async with managed(local, Recorder()) as links:
+        with pytest.raises(TimedOut, match="Is a directory"):
+            await links.ready("n", 1.0)
+        lock.rmdir()
+        await links.ready("n", WAIT_S)
+        assert await local.shutdown(10) == ()
+
+
 async def test_an_agent_that_does_not_end_is_killed_with_its_kin_and_nobody_else(node: NodeSettings) -> None:
     local = LocalAgent(node, command=(*COMMAND, "--deaf", "--kin"))
     async with managed(local, Recorder()) as links:
