@@ -27,10 +27,10 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     ``manager_grace_s``: without a manager for so long, the agent stops what is idle and frees its devices.
     ``agent_grace_s``: without an agent for so long, store, zygote and workers end themselves. ``adopt_s``: how long a new agent
-    waits for kin that is alive (its lock is held) to dial before it makes another. ``spawn_s``: how long a child may take
-    to dial. ``start_s``: how long an instance may take from its weights being there to ready. ``hang_s``: a store, zygote
-    or ready worker that does not answer for so long is killed; longer than any engine step takes. ``remote``: how this node
-    publishes and fetches.
+    waits for kin that is alive (its lock is held) to dial before it makes another; what is younger than ``spawn_s`` has that
+    time. ``spawn_s``: how long a child may take to dial. ``start_s``: how long an instance may take from its weights being
+    there to ready. ``hang_s``: a store, zygote or ready worker that does not answer for so long is killed; longer than any
+    engine step takes. ``remote``: how this node publishes and fetches.
     """
 
     run_dir: str

@@ -8,6 +8,7 @@ import ctypes
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,6 +85,11 @@ class Process:
     @property
     def alive(self) -> bool:
         return not self.died.is_set()
+
+    @property
+    def age_s(self) -> float:
+        """Since it began."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - self.ticks / os.sysconf("SC_CLK_TCK")
 
     def when_dead(self, call: Callable[[], None]) -> None:
         """Call once it is proven dead; at once if it is."""

@@ -138,7 +138,9 @@ class Kin:
         loop = asyncio.get_running_loop()
         if self._process is None and is_locked(self._config.lock_path(self.role)):
             await self._wait_dialled(self._config.adopt_s)
-        limit_s = self._config.adopt_s if self._process is not None else self._config.spawn_s
+        limit_s = self._config.spawn_s
+        if self._process is not None:  # an earlier agent may have made it only just now
+            limit_s = max(self._config.adopt_s, limit_s - self._process.age_s)
         while True:
             began = loop.time()
             process = self._process or self._make()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
@@ -203,6 +204,33 @@ async def test_a_worker_that_never_dials_again_is_ended() -> None:
         assert truth.fault is not None
         assert truth.fault.code == "timed_out"
         assert not alive(worker.pid)
+
+
+async def test_kin_that_an_earlier_agent_has_just_made_has_its_time_to_dial() -> None:
+    node = Node(adopt_s=0.2)
+    make_checkpoint(node.config.checkpoints_path)
+    zygote = node.sleeper()
+    write_roster(node, [entry("zygote", zygote)])
+    async with node:
+        manager = await node.manager()  # hears the truth without it
+        late = time.monotonic() + 5 * node.config.adopt_s
+        await node.until(lambda: time.monotonic() > late)
+        node.play("zygote", zygote)
+        manager.send(START)
+        await manager.instance(InstanceState.READY)
+        assert [each.pid for each in node.zygotes] == [zygote]
+        assert alive(zygote)
+
+
+async def test_kin_that_does_not_dial_again_is_ended_and_made_anew() -> None:
+    node = Node(adopt_s=0.2, spawn_s=0.4)
+    make_checkpoint(node.config.checkpoints_path)
+    zygote = node.sleeper()
+    write_roster(node, [entry("zygote", zygote)])
+    async with node:
+        await node.until(lambda: bool(node.zygotes))
+        assert not alive(zygote)
+        assert node.zygotes[0].pid != zygote
 
 
 async def test_a_fork_that_was_not_answered_is_made_anew(after: Node) -> None:
