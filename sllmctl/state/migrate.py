@@ -69,6 +69,8 @@ def _revision(connection: Connection) -> tuple[str | None, bool]:
     damage = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
     if damage != "ok":
         raise sqlite3.DatabaseError(f"malformed: {damage}")
+    if (broken := _broken_reference(connection)) is not None:
+        raise sqlite3.DatabaseError(f"malformed: {broken}")
     tables = connection.exec_driver_sql("SELECT count(*) FROM sqlite_master WHERE type = 'table'").scalar_one()
     return MigrationContext.configure(connection).get_current_revision(), bool(tables)
 
@@ -76,9 +78,13 @@ def _revision(connection: Connection) -> tuple[str | None, bool]:
 def _upgrade(connection: Connection, config: Config) -> None:
     config.attributes["connection"] = connection
     command.upgrade(config, "head")
-    broken = connection.exec_driver_sql("PRAGMA foreign_key_check").first()
-    if broken is not None:
-        raise SllmError(f"the migration would leave {broken[0]} row {broken[1]} pointing nowhere; nothing was changed")
+    if (broken := _broken_reference(connection)) is not None:
+        raise SllmError(f"the migration would leave {broken}; nothing was changed")
+
+
+def _broken_reference(connection: Connection) -> str | None:
+    found = connection.exec_driver_sql("PRAGMA foreign_key_check").first()
+    return None if found is None else f"{found[0]} row {found[1]} pointing nowhere"
 
 
 def _back_up(path: Path, backup_dir: Path, revision: str) -> Path:
@@ -90,6 +96,9 @@ def _back_up(path: Path, backup_dir: Path, revision: str) -> Path:
     source, copy = sqlite3.connect(path), sqlite3.connect(target)
     try:
         source.backup(copy)
+    except sqlite3.Error:
+        target.unlink()  # a manager that is started again and again would leave one each time
+        raise
     finally:
         copy.close()
         source.close()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from sqlalchemy import Connection, Executable, bindparam, delete, insert, select
 from sqlalchemy.dialects.sqlite import insert as upsert_into
 
 from schema.admin import EventView, OutcomeView
-from schema.errors import Fault
+from schema.errors import Fault, InvalidInput
 from schema.ids import Epoch
 from schema.link import StartPhases
 from schema.memory import StepCosts
@@ -156,6 +156,8 @@ def _values(change: RowChange) -> dict[str, Any]:
             return {name: getattr(change, name) for name in change.__slots__}
 
 
+_T = TypeVar("_T")
+
 _samples = msgspec.json.Decoder(tuple[float, ...])
 _devices = msgspec.json.Decoder(tuple[int, ...])
 _faults = msgspec.json.Decoder(Fault)
@@ -164,13 +166,25 @@ _steps = msgspec.json.Decoder(StepCosts)
 _specs = msgspec.json.Decoder(ModelSpec)
 
 
+def _decoded(decoder: msgspec.json.Decoder[_T], text: str, whose: str) -> _T:
+    """What was written as JSON; ``whose`` says by which row. A build that knows more may have written it."""
+    try:
+        return decoder.decode(text)
+    except msgspec.DecodeError as error:
+        raise InvalidInput(
+            f"this build cannot read what the database holds of {whose}: {error}; "
+            "run the sllmctl that wrote it, or restore a backup",
+            "database_url",
+        ) from error
+
+
 def read_view(connection: Connection) -> ClusterView:
-    """The whole cluster as it was last committed."""
+    """The whole cluster as it was last committed. Raises InvalidInput for rows that this build cannot read."""
     view = ClusterView()
     for row in connection.execute(select(*NodeRow.__table__.columns)).mappings():
         view.add_node(Node(**row))
     for row in connection.execute(select(*CheckpointRow.__table__.columns)).mappings():
-        step = None if row["step"] is None else _steps.decode(row["step"])
+        step = None if row["step"] is None else _decoded(_steps, row["step"], f"checkpoint {row['digest'][:12]}")
         view.add_checkpoint(Checkpoint(**{**row, "step": step}))
     for row in connection.execute(select(*PinRow.__table__.columns)).mappings():
         view.add_pin((row["digest"], row["node"], row["tier"]), row["created_at"])
@@ -179,23 +193,24 @@ def read_view(connection: Connection) -> ClusterView:
     for row in connection.execute(select(*PlacementRow.__table__.columns)).mappings():
         view.put_placement(PlacementRecord(**row))
     for row in connection.execute(select(*ModelRow.__table__.columns).order_by(ModelRow.name)).mappings():
-        fault = None if row["fault"] is None else _faults.decode(row["fault"])
+        whose = f"model {row['name']}"
+        fault = None if row["fault"] is None else _decoded(_faults, row["fault"], whose)
         rest = {key: row[key] for key in ("state", "digest", "op", "node", "created_at", "changed_at", "deploy_next")}
-        view.add_model(Model(spec=_specs.decode(row["spec"]), fault=fault, **rest))
+        view.add_model(Model(spec=_decoded(_specs, row["spec"], whose), fault=fault, **rest))
     for row in connection.execute(select(*InstanceRow.__table__.columns).order_by(InstanceRow.id)).mappings():
-        values = dict(row)
+        values, whose = dict(row), f"instance {row['id']}"
         values["epoch"] = Epoch(values["epoch"])
-        values["devices"] = _devices.decode(values["devices"])
-        values["fault"] = None if values["fault"] is None else _faults.decode(values["fault"])
-        values["phases"] = None if values["phases"] is None else _phases.decode(values["phases"])
+        values["devices"] = _decoded(_devices, values["devices"], whose)
+        values["fault"] = None if values["fault"] is None else _decoded(_faults, values["fault"], whose)
+        values["phases"] = None if values["phases"] is None else _decoded(_phases, values["phases"], whose)
         view.add_instance(Instance(**values))
     return view
 
 
 def read_estimates(connection: Connection) -> list[PutEstimate]:
-    """The coefficients as they were last committed."""
+    """The coefficients as they were last committed. Raises InvalidInput as `read_view`."""
     query = select(*EstimateRow.__table__.columns).order_by(EstimateRow.key)
     return [
-        PutEstimate(row["key"], _samples.decode(row["samples"]), row["changed_at"])
+        PutEstimate(row["key"], _decoded(_samples, row["samples"], f"estimate {row['key']}"), row["changed_at"])
         for row in connection.execute(query).mappings()
     ]

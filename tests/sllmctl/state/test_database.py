@@ -172,6 +172,36 @@ async def test_a_damaged_file_is_named(url: str, tmp_path: Path, content: bytes)
     assert (tmp_path / "state.db").read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    ("statement", "whose"),
+    [
+        ("UPDATE models SET spec = json_set(spec, '$.of_a_newer_build', 1)", "model m: .*of_a_newer_build"),
+        ("UPDATE instances SET fault = '[]'", "instance inst_1"),
+        ("UPDATE checkpoints SET step = '{'", f"checkpoint {rows.DIGEST[:12]}"),
+        ("INSERT INTO estimates (key, samples, changed_at) VALUES ('bps/n1/disk', '[null]', 0)", "estimate bps/n1/disk"),
+    ],
+)
+async def test_a_row_that_this_build_cannot_read_is_named(
+    database: Database, tmp_path: Path, statement: str, whose: str
+) -> None:
+    await database.commit(rows.whole())
+    with sqlite3.connect(tmp_path / "state.db") as connection:
+        connection.execute(statement)
+    connection.close()
+    with pytest.raises(InvalidInput, match=f"cannot read what the database holds of {whose}.*run the sllmctl that wrote it"):
+        await asyncio.gather(database.load(), database.estimates())
+
+
+async def test_a_row_that_points_nowhere_is_damage(database: Database, url: str, tmp_path: Path) -> None:
+    await database.commit(rows.whole())
+    await database.close()
+    with sqlite3.connect(tmp_path / "state.db") as connection:
+        connection.execute("DELETE FROM models")
+    connection.close()
+    with pytest.raises(InvalidInput, match=r"state\.db is damaged.*instances row .*restore a backup"):
+        await Database.open(url, backup_dir=tmp_path)
+
+
 async def test_a_directory_in_the_databases_place_is_a_setting_to_change(url: str, tmp_path: Path) -> None:
     (tmp_path / "state.db").mkdir()
     with pytest.raises(InvalidInput, match=r"cannot open the database .*state\.db: Is a directory"):

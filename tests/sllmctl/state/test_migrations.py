@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sqlite3
 from pathlib import Path
 
@@ -122,6 +123,23 @@ async def test_publications_come_back_and_go_with_their_checkpoint(database: Dat
     placements = [RemovePlacement(*key) for key in (await opened.load()).placements]
     await opened.commit([*placements, RemoveInstance("inst_1"), RemoveModelRow("m"), RemoveCheckpointRow(rows.DIGEST)])
     assert (await opened.load()).publications == {}
+    await opened.close()
+
+
+async def test_a_backup_that_has_no_room_leaves_no_part_of_itself(database: Database, url: str, tmp_path: Path) -> None:
+    await database.commit([rows.event(number) for number in range(2000)])
+    await database.close()
+    _make_first(tmp_path / "state.db")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, hard))
+    try:
+        with pytest.raises(SllmError):
+            await Database.open(url, backup_dir=tmp_path / "backups")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((tmp_path / "backups").iterdir()) == []
+    opened = await Database.open(url, backup_dir=tmp_path / "backups")
+    assert len(await opened.events(limit=5000)) == 2000
     await opened.close()
 
 
