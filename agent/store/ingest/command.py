@@ -58,6 +58,7 @@ def ingest(run_dir: str | Path, op: str, source: Source, frames: int) -> int:
         with _cancel_on_sigterm():
             config = load_config(Path(run_dir))
             begin_log("ingest", config.log_path / "ingest.log", config, operation=op)
+            reporter.end_unheard()
             digest, note = _ingest(config, source, reporter)
     except _Stopped:
         reporter.done("", Fault.of(Cancelled("the ingest was cancelled; another one of the same source goes on from there")))

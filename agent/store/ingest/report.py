@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import select
+import signal
 import threading
 import time
 from typing import Final
@@ -13,16 +17,22 @@ from schema.link import Message, OperationDone, Progress, encode_frame
 __all__ = ["Reporter"]
 
 _INTERVAL_S: Final = 0.1
+_log = logging.getLogger(__name__)
 
 
 class Reporter:
-    """Writes `Progress` at most ten times a second, and one `OperationDone`. Safe to call from several threads."""
+    """Writes `Progress` at most ten times a second, and one `OperationDone`. Safe to call from several threads. What nobody
+    reads any more is not written."""
 
     def __init__(self, descriptor: int, op: str) -> None:
         self._descriptor = descriptor
         self._op = op
         self._lock = threading.Lock()
         self._said_at = 0.0
+
+    def end_unheard(self) -> None:
+        """From now on cancel this process, as SIGTERM does, once nobody reads its frames any more: who asked has gone."""
+        threading.Thread(target=self._watch, name="watch the reader", daemon=True).start()
 
     def progress(self, stage: str, done_bytes: int, total_bytes: int) -> None:
         """Say how far it is, unless something was just said."""
@@ -40,5 +50,13 @@ class Reporter:
 
     def _write(self, message: Message) -> None:
         view = memoryview(encode_frame(message))
-        while view:
-            view = view[os.write(self._descriptor, view) :]
+        with contextlib.suppress(BrokenPipeError):
+            while view:
+                view = view[os.write(self._descriptor, view) :]
+
+    def _watch(self) -> None:
+        gone = select.poll()
+        gone.register(self._descriptor, 0)  # an error is told unasked: the pipe has no reader
+        gone.poll()
+        _log.warning("the agent that asked for this has gone; ending")
+        os.kill(os.getpid(), signal.SIGTERM)

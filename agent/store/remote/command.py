@@ -60,6 +60,7 @@ def _publish(config: NodeConfig, directory: str, url: str, reporter: Reporter) -
         remote.abort()
 
     before = signal.signal(signal.SIGTERM, cancel)
+    reporter.end_unheard()
     try:
         mended = publish(entry, remote, config.remote, lambda done, total: reporter.progress("publish", done, total), stopped)
     except SllmError as error:

@@ -34,7 +34,7 @@ UNCHECKED = """
 from agent.store.ingest import convert
 from schema.memory import StepCosts
 costs = StepCosts(token_bytes=1, layer_kv_bytes=1, item_bytes=4, vocab_size=1)
-convert.check_runnable = lambda facts, tensors: ({}, costs)
+convert.check_runnable = lambda facts, tensors: (tensors, {}, costs)
 """
 
 
@@ -165,6 +165,25 @@ def test_sigterm_during_a_download_waits_for_nothing(node: Node, hub: tuple[dict
     assert code == 1
     assert done.fault is not None
     assert done.fault.code == "cancelled"
+
+
+def test_an_ingest_whose_agent_has_gone_ends_in_a_plain_line(
+    node: Node, hub: tuple[dict[str, str], list[str]], tmp_path: Path
+) -> None:
+    environment, requested = hub
+    Hub.held.clear()
+    try:
+        with (tmp_path / "log").open("wb") as log:
+            child = node.start(HubSource("org/name"), env=environment | {"HF_HUB_DOWNLOAD_TIMEOUT": "60"}, stderr=log)
+            assert Hub.asked.wait(60), requested
+            assert child.stdout is not None
+            child.stdout.close()
+            assert child.wait(60) == 1, "it hears of that while it has nothing to say"
+    finally:
+        Hub.held.set()
+    said = (tmp_path / "log").read_text()
+    assert "the agent that asked for this has gone" in said
+    assert "Traceback" not in said
 
 
 def test_a_killed_ingest_is_gone_on_with(node: Node, tmp_path: Path) -> None:
