@@ -19,6 +19,8 @@ from typing import Any
 Fault = Callable[["_Handler", str, int], bool]
 """``(handler, path, count)``: what to do instead of answering the count-th GET of a path; True when it did something."""
 
+NO_LIMIT = 1 << 60
+
 S3_ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "not-to-be-told", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
@@ -65,9 +67,8 @@ class _Handler(BaseHTTPRequestHandler):
     def send(self, descriptor: int, start: int, end: int) -> None:
         while start < end:
             data = os.pread(descriptor, min(end - start, self.server.block_bytes), start)
+            self.server.count(len(data))
             self.wfile.write(data)
-            with self.server.lock:
-                self.server.sent_bytes += len(data)
             start += len(data)
             if self.server.pause_s:
                 time.sleep(self.server.pause_s)
@@ -84,7 +85,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class WebServer(ThreadingHTTPServer):
-    """Serves a directory over HTTP/1.1; counts what it is asked."""
+    """Serves a directory over HTTP/1.1; counts what it is asked. Of files it sends ``limit_bytes``, and at most the rest of a
+    block more, until that is set higher."""
 
     daemon_threads = True
 
@@ -96,6 +98,7 @@ class WebServer(ThreadingHTTPServer):
         self.ranges: list[tuple[str, str]] = []
         self.connections = 0
         self.sent_bytes = 0
+        self.limit_bytes = NO_LIMIT
         self.honour_ranges = True
         self.block_bytes = 1 << 20
         self.pause_s = 0.0
@@ -104,6 +107,21 @@ class WebServer(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def count(self, size_bytes: int) -> None:
+        """So much is about to be sent; returns when it may."""
+        while True:
+            with self.lock:
+                if self.sent_bytes < self.limit_bytes:
+                    self.sent_bytes += size_bytes
+                    return
+            time.sleep(0.005)
+
+    def asked_bytes(self, since: int = 0) -> int:
+        """How much of weights was asked for, by all requests but the first ``since``."""
+        weights = [sent for path, sent in self.ranges[since:] if path.endswith((".bin", ".safetensors"))]
+        asked = [re.fullmatch(r"bytes=(\d+)-(\d+)", sent) for sent in weights]
+        return sum(int(each[2]) + 1 - int(each[1]) for each in asked if each)
 
     def handle_error(self, *_: Any) -> None:
         pass
@@ -117,6 +135,7 @@ def web_server(root: Path) -> Iterator[WebServer]:
     try:
         yield server
     finally:
+        server.limit_bytes = NO_LIMIT
         server.shutdown()
         thread.join()
         server.server_close()

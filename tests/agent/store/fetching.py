@@ -23,7 +23,7 @@ from schema.remote import RemoteSettings
 from tests.agent.store.images import CHUNK, Bench, commit
 
 SETTINGS = RemoteSettings(
-    streams=3, part_bytes=2 * CHUNK, connect_s=5, read_s=5, part_s=20, attempts=4, longest_delay_s=0.01
+    streams=3, part_bytes=2 * CHUNK, connect_s=60, read_s=60, part_s=100, attempts=4, longest_delay_s=0.01
 )  # fmt: skip
 SIZE = 5 * CHUNK + 12_345
 PART = "partition_0.bin"
@@ -58,7 +58,7 @@ class FetchBench(Bench):
         """Pump until ``what()`` holds."""
         deadline = time.monotonic() + timeout_s
         while not what():  # type: ignore[operator]
-            assert select.select([self._event], [], [], deadline - time.monotonic())[0], f"{self.answers}"
+            assert select.select([self._event], [], [], max(0.0, deadline - time.monotonic()))[0], f"{self.answers}"
             os.eventfd_read(self._event)
             self.store.pump()
             self.fetches.pump()

@@ -17,7 +17,7 @@ from schema.errors import SllmError
 from schema.link import Arriving, Fetching
 from tests.agent.store.fetching import SETTINGS, FetchBench, assert_there, changed, rewrite
 from tests.agent.store.images import CHUNK, read_image
-from tests.remotes import WebServer, web_server
+from tests.remotes import NO_LIMIT, WebServer, web_server
 
 
 def refuse(handler: Any, path: str, _: int) -> bool:
@@ -58,7 +58,7 @@ def test_memory_is_usable_before_the_disk_has_it_and_goes_if_that_never_does(
     go, real = threading.Event(), Partial.commit
 
     def commit_late(partial: Partial) -> None:
-        assert go.wait(30)
+        assert go.wait(100)
         if fails:
             raise SllmError("the disk has gone")
         real(partial)
@@ -101,7 +101,7 @@ def test_a_start_that_finds_its_image_gone_waits_for_what_becomes_of_the_copy(
     go, real = threading.Event(), Partial.commit
 
     def commit_late(partial: Partial) -> None:
-        assert go.wait(30)
+        assert go.wait(100)
         if fails:
             raise SllmError("the disk has gone")
         real(partial)
@@ -129,7 +129,7 @@ def test_a_start_that_joins_a_fetch_just_when_it_breaks_hears_why(
     go, real = threading.Event(), Partial.close
 
     def close_late(partial: Partial, **how: bool) -> None:
-        assert go.wait(30)
+        assert go.wait(100)
         real(partial, **how)
 
     monkeypatch.setattr(Partial, "close", close_late)
@@ -160,7 +160,7 @@ def test_what_an_earlier_fetch_left_says_nothing_of_how_soon_the_rest_comes(
     def hold(handler: Any, path: str, _: int) -> bool:
         if the_end(handler, path):
             held.set()
-            assert go.wait(30)
+            assert go.wait(100)
         return False
 
     with contextlib.closing(FetchBench(tmp_path / "data", changed(SETTINGS, streams=1), chunks=32)) as bench:
@@ -171,7 +171,7 @@ def test_what_an_earlier_fetch_left_says_nothing_of_how_soon_the_rest_comes(
         bench.fetches.begin("op", digest, web.url, in_memory=True, users=1)
         bench.until(lambda: bench.coming_to)
         bench.store.fill("start", digest, bench.data / "checkpoints" / digest / "exec1")
-        assert held.wait(30)
+        assert held.wait(100)
         bench.store.pump()
         assert bench.told.coming == [], "nobody knows how fast the remote is"
         go.set()
@@ -198,7 +198,10 @@ def test_who_uses_a_fetched_image_is_whoever_was_told_of_last(
             shutil.rmtree(bench.data / "checkpoints")
 
 
-def test_a_start_joins_while_the_last_parts_are_under_way(tmp_path: Path, source: tuple[str, Path, bytes]) -> None:
+def test_a_start_joins_while_the_last_parts_are_under_way(
+    tmp_path: Path, source: tuple[str, Path, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.store.cache._SOON_S", 1e9)  # however slow the machine
     digest, directory, image = source
     rewrite(directory, layer_ends=tuple(range(CHUNK, len(image), CHUNK)))
     held, go = threading.Event(), threading.Event()
@@ -206,7 +209,7 @@ def test_a_start_joins_while_the_last_parts_are_under_way(tmp_path: Path, source
     def hold_the_end(handler: Any, path: str, count: int) -> bool:
         if path.endswith("partition_1.bin") and not handler.headers["Range"].startswith("bytes=0-"):
             held.set()
-            assert go.wait(30)
+            assert go.wait(100)
         return False
 
     settings = changed(SETTINGS, streams=1)
@@ -227,7 +230,7 @@ def test_a_start_joins_while_the_last_parts_are_under_way(tmp_path: Path, source
         assert (there / "tokenizer.json").read_bytes() == b"{}" * 1000
         bench.store.fill("start", digest, bench.data / "checkpoints" / digest / "exec1")
         bench.until(lambda: bench.told.coming and bench.told.coming[-1].layers >= 7)
-        assert held.wait(30)
+        assert held.wait(100)
         offer = bench.told.coming[0]
         assert isinstance(offer, Arriving)
         assert (offer.op, offer.digest, offer.image_bytes) == ("start", digest, len(image))
@@ -247,13 +250,14 @@ def test_a_start_joins_while_the_last_parts_are_under_way(tmp_path: Path, source
 def test_a_start_that_joined_a_fetch_hears_why_it_broke(
     tmp_path: Path, source: tuple[str, Path, bytes], web: WebServer
 ) -> None:
-    digest, _, _ = source
+    digest, _, image = source
     with contextlib.closing(FetchBench(tmp_path / "data", chunks=32)) as bench:
-        web.pause_s = 0.005
+        web.limit_bytes = len(image) // 2
         bench.fetches.begin("op", digest, web.url, in_memory=True, users=1)
         bench.until(lambda: bench.coming_to)
         bench.store.fill("start", digest, bench.data / "checkpoints" / digest / "exec1")
         web.fault = refuse
+        web.limit_bytes = NO_LIMIT
         bench.until(lambda: "op" in bench.answers)
         assert bench.answers["op"] is not None
         assert bench.told.faults["start"] == bench.answers["op"]

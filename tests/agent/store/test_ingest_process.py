@@ -155,8 +155,9 @@ def test_sigterm_cancels_and_leaves_what_the_next_one_goes_on_with(node: Node, t
 def test_sigterm_during_a_download_waits_for_nothing(node: Node, hub: tuple[dict[str, str], list[str]]) -> None:
     environment, requested = hub
     Hub.held.clear()
+    Hub.asked.clear()
     try:
-        child = node.start(HubSource("org/name"), env=environment | {"HF_HUB_DOWNLOAD_TIMEOUT": "60"})
+        child = node.start(HubSource("org/name"), env=environment)
         assert Hub.asked.wait(60), requested
         child.send_signal(signal.SIGTERM)
         code, _, done = node.finish(child)
@@ -319,6 +320,8 @@ def hub(tmp_path: Path) -> Iterator[tuple[dict[str, str], list[str]]]:
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "60",
+        "HF_HUB_ETAG_TIMEOUT": "60",
         "NO_PROXY": "127.0.0.1",
     }
     environment.pop("HF_HUB_OFFLINE", None)

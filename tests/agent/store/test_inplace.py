@@ -275,7 +275,7 @@ def test_a_file_that_is_written_to_while_it_is_loaded(tmp_path: Path) -> None:
     try:
         store.fill("op", entry.digest, entry.directory)
         while not told.ends:
-            assert awake.wait(20)
+            assert awake.wait(100)
             awake.clear()
             store.pump()
         assert "was written to since it was added in place" in str(told.ends)

