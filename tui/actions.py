@@ -83,7 +83,7 @@ async def scale_model(desk: Desk, model: ModelView) -> None:
         Field("max_concurrency", "At once", str(scale.max_concurrency), hint="sequences on one instance"),
         Field("queue_limit", "Queue", str(scale.queue_limit), hint="requests that may wait"),
     ]
-    new = await desk.fill_in(f"Scale {model.name}", fields, lambda values: _scale(scale, values))
+    new = await desk.fill_in(f"Scale {model.name}", fields, lambda values: _scale(model.spec, values))
     if new is not None:
         await desk.ask(client.deploy_model(model.name, new), f"{model.name}: {new.min} to {new.max} instances")
 
@@ -217,15 +217,9 @@ def _spec(values: Mapping[str, str]) -> ModelSpec:
     )
 
 
-def _scale(before: ScaleSpec, values: Mapping[str, str]) -> ScaleSpec:
-    scale = replace(before, **{key: _number(values, key) for key in values})
-    try:
-        scale = msgspec.convert(msgspec.to_builtins(scale), ScaleSpec)
-    except msgspec.ValidationError as error:
-        raise InvalidInput(str(error)) from error
-    if scale.min > scale.max:
-        raise InvalidInput(f"at least {scale.min} is more than at most {scale.max}", "min")
-    return scale
+def _scale(before: ModelSpec, values: Mapping[str, str]) -> ScaleSpec:
+    scale = replace(before.scale, **{key: _number(values, key) for key in values})
+    return parse_spec(msgspec.to_builtins(replace(before, scale=scale))).scale
 
 
 def _number(values: Mapping[str, str], key: str) -> int:

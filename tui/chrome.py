@@ -24,10 +24,10 @@ def status_line(cluster: Cluster, width: int, read_only: bool) -> Text:
     status = cluster.status
     if cluster.lost is not None:
         if status is None:
-            text.append(" ○ no manager yet ", style=f"bold {WARN}")
+            text.append(" ○ no manager yet, trying again ", style=f"bold {WARN}")
         else:
-            text.append(f" ✖ stale {age(cluster.stale_s())} ", style=f"bold {BAD} reverse")
-        text.append(f" trying again: {printable(cluster.lost)}", style=WARN)
+            text.append(f" ✖ stale {age(cluster.stale_s())}, trying again ", style=f"bold {BAD} reverse")
+        text.append(f" {printable(cluster.lost)}", style=WARN)
         return text
     text.append(" ● live", style=f"bold {GOOD}" if status is not None and status.ready else f"bold {WARN}")
     if status is not None:

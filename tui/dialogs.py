@@ -144,8 +144,8 @@ class Form(ModalScreen[T | None], Generic[T]):
             result = self._read(values)
         except InvalidInput as error:
             self.query_one("#problem", Static).update(Text(printable(str(error))))
-            if error.param in values:
-                self.query_one(f"#{error.param}").focus()
+            if (name := (error.param or "").rpartition(".")[2]) in values:
+                self.query_one(f"#{name}").focus()
             return
         self.dismiss(result)
 

@@ -332,9 +332,14 @@ async def test_a_model_is_added_scaled_and_deployed() -> None:
         await _dialog(app, pilot, Form)
         app.screen.query_one("#min", Input).value = "3"
         await _press(app, pilot, "enter", "enter", "enter", "enter")
-        assert "at least 3 is more than at most 2" in str(app.screen.query_one("#problem", Static).render())
-        app.screen.query_one("#max", Input).value = "4"
+        assert "scale.min: 3 is above scale.max, 2" in str(app.screen.query_one("#problem", Static).render())
+        assert app.focused.id == "min"
+        app.screen.query_one("#max", Input).value = "0"
         await _press(app, pilot, "enter", "enter", "enter", "enter")
+        assert "scale.max: expected int >= 1" in str(app.screen.query_one("#problem", Static).render())
+        assert app.focused.id == "max"
+        app.screen.query_one("#max", Input).value = "4"
+        await _press(app, pilot, "enter", "enter", "enter")
         await until(pilot, lambda: manager.asked)
         assert (
             json.loads(manager.asked[0][2] or b"")["scale"] | {"min": 3, "max": 4}
@@ -379,8 +384,7 @@ async def test_a_lost_manager_leaves_a_stale_picture_until_it_is_back(monkeypatc
         await until(pilot, lambda: app.cluster.lost is not None)
         await settled(app, pilot)
         shown = screen(app)
-        assert "stale" in shown
-        assert "trying again: " in shown
+        assert "trying again" in shown.splitlines()[0][:40]
         assert "qwen" in shown
         assert app._body.has_class("stale")
         manager.up = True
