@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "sllmctl" / "bundled" / "docs-2m"
-START_S = 60.0
+START_S = 180.0
 
 
 class Cluster:
@@ -58,7 +58,7 @@ class Cluster:
         self.manager: subprocess.Popen[bytes] | None = None
         self.admin_socket = self.directory / "state" / "admin.sock"
         transport = httpx.HTTPTransport(uds=str(self.admin_socket))
-        self.admin = httpx.Client(transport=transport, base_url="http://sllmctl/admin/v1", timeout=60)
+        self.admin = httpx.Client(transport=transport, base_url="http://sllmctl/admin/v1", timeout=120)
         self.url = ""
 
     def __enter__(self) -> Cluster:
@@ -137,7 +137,7 @@ class Cluster:
     def add_model(self, name: str = "docs", path: Path = BUNDLED, **spec: Any) -> None:
         """Register, wait for the ingest, deploy."""
         self.post("/models", {"name": name, "source": {"kind": "path", "path": str(path)}, **spec})
-        model = self.until(lambda: self._ended_ingest(name), f"{name} is ingested", 120)
+        model = self.until(lambda: self._ended_ingest(name), f"{name} is ingested", 240)
         assert model["state"] == "stopped", model
         self.post(f"/models/{name}/deploy")
 
@@ -148,7 +148,7 @@ class Cluster:
     def instances(self, model: str = "docs") -> list[dict[str, Any]]:
         return [item for item in self.get("/instances")["items"] if item["model"] == model]
 
-    def ready_instance(self, model: str = "docs", timeout_s: float = 60) -> dict[str, Any]:
+    def ready_instance(self, model: str = "docs", timeout_s: float = 180) -> dict[str, Any]:
         """An instance that is ready, and that the node has stated in this manager's life: before, its pid is not known."""
 
         def ready() -> dict[str, Any] | None:
@@ -197,6 +197,14 @@ class Cluster:
                 raise AssertionError(f"waited {timeout_s} s in vain until {what}:\n{self.log()}")
             time.sleep(pause)
             pause = min(pause * 1.5, 0.1)
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended; init collects those whose parents have ended when it comes to it, or never."""
+    try:
+        return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 @contextlib.contextmanager

@@ -102,7 +102,7 @@ class Reality:
             timeline: dict[str, Any] = self.cluster.get(f"/requests/{request}")["timeline"]
             return timeline if timeline["engine"] is not None else None
 
-        return self.cluster.until(ended, "the request has ended", 30)
+        return self.cluster.until(ended, "the request has ended", 60)
 
     def _all_idle(self) -> None:
         self.cluster.until(lambda: not self.cluster.get("/instances")["items"], "all instances have gone", 60)

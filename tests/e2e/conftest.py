@@ -17,10 +17,10 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def prepared(talker: Path) -> Iterator[Cluster]:
-    """A cluster that was stopped when the random model had been deployed as ``docs``. To ingest it takes as long as all that a
-    cluster does in most tests."""
+    """A cluster that was stopped when the random model had been deployed as ``docs``, deterministic, so that what goes on
+    elsewhere has the same bits. To ingest it takes as long as all that a cluster does in most tests."""
     with Cluster() as made:
-        made.add_model(path=talker)
+        made.add_model(path=talker, engine={"deterministic": True})
         assert made.stop() == 0
         yield made
 

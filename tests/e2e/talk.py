@@ -10,6 +10,8 @@ import openai
 from tests.cluster import Cluster
 
 SEED = 7
+LONG = 3500
+"""Tokens that no machine has made before the test has read one and done something."""
 
 
 @dataclass
@@ -20,7 +22,7 @@ class Answer:
 
 
 def client(cluster: Cluster) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=90)
+    return openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=240)
 
 
 def ask(cluster: Cluster, question: str, *, max_tokens: int = 40) -> Answer:
@@ -41,7 +43,7 @@ def completion(cluster: Cluster, prompt: str, *, max_tokens: int = 16) -> str:
 class Endless:
     """A stream of a long completion, the same each time, read token by token; closing it early disconnects."""
 
-    def __init__(self, api: openai.OpenAI, *, model: str = "docs", prompt: str = "sllmctl is", max_tokens: int = 1500) -> None:
+    def __init__(self, api: openai.OpenAI, *, model: str = "docs", prompt: str = "sllmctl is", max_tokens: int = 600) -> None:
         self._stream = api.completions.create(
             model=model, prompt=prompt, max_tokens=max_tokens, temperature=1, seed=SEED, stream=True
         )

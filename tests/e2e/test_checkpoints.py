@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 def run(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "sllmctl", "--config", str(cluster.config), "checkpoint", *arguments]
-    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240, cwd=ROOT)
 
 
 def checkpoint(cluster: Cluster) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import pytest
 from tests.e2e.test_demo import ROOT, living
 
 pytestmark = pytest.mark.slow
-LIMIT_S = 90
+LIMIT_S = 240
 
 
 def _read_until(terminal: int, *wanted: bytes) -> bytes:

@@ -12,8 +12,8 @@ from typing import Any
 import openai
 import pytest
 
-from tests.cluster import Cluster, killed_at_exit
-from tests.e2e.talk import Endless, ask, client, completion
+from tests.cluster import Cluster, gone, killed_at_exit
+from tests.e2e.talk import LONG, Endless, ask, client, completion
 
 pytestmark = pytest.mark.slow
 
@@ -60,7 +60,7 @@ def test_min_instances_are_kept_and_stopped_with_the_model(cluster: Cluster) -> 
 
 def test_a_model_whose_instances_are_full_scales_up_to_its_maximum(cluster: Cluster) -> None:
     cluster.post("/models/docs/deploy", {"scale": {"min": 0, "max": 2, "max_concurrency": 1}})
-    with client(cluster) as api, Endless(api) as first, Endless(api) as second:
+    with client(cluster) as api, Endless(api, max_tokens=LONG) as first, Endless(api, max_tokens=LONG) as second:
         assert first.token()
         assert second.token()
         assert len([i for i in cluster.instances() if i["state"] == "ready"]) == 2
@@ -127,7 +127,7 @@ def test_nothing_is_left_after_a_stop(cluster: Cluster) -> None:
     assert len(pids) >= 5, "manager, agent, store, zygote and a worker"
     assert cluster.stop() == 0
     assert cluster.processes() == []
-    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    assert all(gone(pid) for pid in pids)
     parting = cluster.log().partition("stopping: ")[2]
     assert "Stopped" in parting
     assert not any(reason in parting for reason in ("Scheduled", "Crashed", "BackOff")), parting
@@ -139,7 +139,7 @@ def test_nothing_is_left_after_a_stop(cluster: Cluster) -> None:
 
 def test_a_stop_that_does_not_wait_is_no_trouble_either(cluster: Cluster) -> None:
     assert cluster.manager is not None
-    with client(cluster) as api, Endless(api) as running:
+    with client(cluster) as api, Endless(api, max_tokens=LONG) as running:
         assert running.token()
         cluster.manager.send_signal(signal.SIGTERM)
         cluster.until(lambda: "stopping: " in cluster.log(), "it has heard the first signal", 60)

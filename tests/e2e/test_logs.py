@@ -24,7 +24,7 @@ SECRET = "zanzibar"
 def chat(cluster: Cluster, request_id: str, model: str = "docs") -> httpx.Response:
     body = {"model": model, "messages": [{"role": "user", "content": f"{SECRET}?"}], "max_tokens": 8}
     headers = {"x-request-id": request_id}
-    return httpx.post(f"{cluster.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+    return httpx.post(f"{cluster.url}/v1/chat/completions", json=body, headers=headers, timeout=240)
 
 
 def told(text: str, request_id: str) -> list[str]:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 def sllmctl(cluster: Cluster, *arguments: str) -> tuple[int, str, str]:
     """The exit code, standard output and standard error of a command."""
     command = [sys.executable, "-m", "sllmctl", "--config", str(cluster.config), *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -19,7 +19,7 @@ REQUESTS = 40
 RATE = 1.0
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_simulation_tells_what_a_real_node_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Reality(tmp_path) as real:
         scenario = real.measure()
