@@ -357,8 +357,12 @@ class Agent:
         self._manager.tell_load(load)
 
     def instance_changed(self, truth: InstanceTruth) -> None:
+        wrong = truth.fault is not None and truth.fault.code == InvalidCheckpoint.code
+        if wrong and not truth.kv_capacity_tokens:  # it never served, so nothing of anybody's has ended with it
+            self._own(self._look_and_tell(truth), f"look again at {truth.digest}")
+            return
         self._manager.tell(InstanceUpdate(truth=truth))
-        if truth.fault is not None and truth.fault.code == InvalidCheckpoint.code:
+        if wrong:
             self._own(self._look_again(truth.digest), f"look again at {truth.digest}")
 
     def instance_progress(self, progress: Progress) -> None:
@@ -397,6 +401,17 @@ class Agent:
         """The store or a worker could not use a copy: see whether its small files are why."""
         await self._checkpoints.check_assets(digest)
         self.placement_changed(digest)
+
+    async def _look_and_tell(self, truth: InstanceTruth) -> None:
+        """What a copy is found to be comes before the end of the life that could not use it: the manager then plans anew with
+        another copy, where it would refuse who waits."""
+        try:
+            async with asyncio.timeout(self._config.hang_s):
+                await self._look_again(truth.digest)
+        except TimeoutError:
+            _log.warning("the disk does not say in %g s whether %s is sound", self._config.hang_s, truth.digest)
+        finally:
+            self._manager.tell(InstanceUpdate(truth=truth))
 
     def checkpoint_fetched(self, digest: str, then: Callable[[], None]) -> None:
         self._own(self._look_then(digest, then), f"look for {digest}")

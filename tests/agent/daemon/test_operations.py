@@ -321,10 +321,10 @@ async def test_a_small_file_that_a_worker_could_not_use_puts_the_copy_into_quara
     fault = Fault("invalid_checkpoint", "tokenizer.json is not what was ingested")
     worker = node.workers[-1]
     worker.peer.send(InstanceUpdate(truth=msgspec.structs.replace(worker.truth(InstanceState.STOPPED), fault=fault)))
-    stopped = await manager.instance(InstanceState.STOPPED)
-    assert stopped.fault == fault
     told = await manager.take(PlacementUpdate, lambda m: m.truth.placements[0].state is TierState.QUARANTINED)
     assert str(directory / "tokenizer.json") in told.truth.placements[0].reason
+    stopped = await manager.instance(InstanceState.STOPPED)
+    assert stopped.fault == fault, "it is told after what the manager plans anew by"
 
 
 async def test_the_manifest_is_read_in_parts(node: Node) -> None:
