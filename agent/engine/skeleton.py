@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,17 +27,20 @@ __all__ = ["build_skeleton"]
 _MOST_BYTES: Final = 1 << 29
 """What building may take; skeletons of today's largest models take some ten MiB."""
 
+_turn: Final = threading.Lock()
+
 _homes: tuple[Any, ...] = (initialization, modeling_utils)
 _no_init_weights: Any = next(home.no_init_weights for home in _homes if hasattr(home, "no_init_weights"))
 
 
 def build_skeleton(manifest: Manifest) -> nn.Module:
-    """The model of ``manifest.config`` in eval mode, every tensor on the meta device. Takes tens of milliseconds.
+    """The model of ``manifest.config`` in eval mode, every tensor on the meta device. Takes tens of milliseconds; one at a
+    time, since the limit on memory and torch's default type that it sets are the process's.
 
     Raises InvalidCheckpoint, naming the architecture and the reason, for a model that this engine cannot run exactly; code
     that a checkpoint brings along is never run.
     """
-    with _bounded_memory():
+    with _turn, _bounded_memory():
         return _build(manifest)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import resource
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from agent.engine import kept
+from agent.engine import kept, skeleton
 from agent.engine.build import assemble
 from agent.engine.kept import SkeletonCache
 from agent.engine.weights import attach
@@ -87,3 +89,31 @@ def test_a_full_disk_keeps_nothing_and_harms_nothing(tmp_path: Path, builds: lis
     assert isinstance(cache.skeleton(manifest), nn.Module)
     assert next(cache.skeleton(manifest).parameters()).device == torch.device("meta")
     assert len(builds) == 2
+
+
+def test_skeletons_built_on_two_threads_leave_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were the second inside before the first is done, it would in the end put back what the first had set."""
+    build, inside, first_done = skeleton._build, threading.Semaphore(0), threading.Event()
+
+    def slow(manifest: Manifest) -> nn.Module:
+        inside.release()
+        if threading.current_thread() is threads[1]:
+            first_done.wait(60)
+        else:
+            inside.acquire(timeout=0.2)  # its own
+            inside.acquire(timeout=0.2)  # the other's, which does not come
+        return build(manifest)
+
+    def one() -> None:
+        skeleton.build_skeleton(manifest)
+        first_done.set()
+
+    monkeypatch.setattr(skeleton, "_build", slow)
+    before = resource.getrlimit(resource.RLIMIT_DATA), torch.get_default_dtype()
+    manifest = manifest_of(make_model("llama", dtype=torch.bfloat16), "BF16")
+    threads = [threading.Thread(target=one) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert (resource.getrlimit(resource.RLIMIT_DATA), torch.get_default_dtype()) == before
