@@ -168,14 +168,14 @@ def test_answers_that_are_no_managers(manager: FakeManager, ask: Ask) -> None:
         ask(client.model("x"))
 
 
-@pytest.mark.parametrize("name", ["", ".", ".."])
+@pytest.mark.parametrize("name", ["", ".", "..", "../instances", "org/model"])
 def test_what_is_no_name_is_not_asked_for(manager: FakeManager, ask: Ask, name: str) -> None:
     with pytest.raises(InvalidInput, match="not a name"):
         ask(client.remove_model(name))
     assert manager.asked == []
 
 
-@pytest.mark.parametrize("name", ["../instances", "a?wait=gone", "a#b", "a b", "%2e%2e"])
+@pytest.mark.parametrize("name", ["a?wait=gone", "a#b", "a b", "%2e%2e"])
 def test_a_name_stays_one_part_of_the_path(manager: FakeManager, ask: Ask, name: str) -> None:
     with pytest.raises(NotFound):
         ask(client.model(name))
