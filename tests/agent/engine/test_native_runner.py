@@ -94,7 +94,8 @@ def test_a_step_that_is_computed_again_waits_for_a_load_that_was_begun_anew(name
 
 
 def test_waiting_for_weights_is_no_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clock goes on by ten seconds wherever a step waits for a layer. A second prompt has its turn in a later step."""
+    """The clock goes on by far more than any machine stands still wherever a step waits for a layer. A second prompt has its turn
+    in a later step."""
     model = make_model("qwen3")
     manifest = manifest_of(model)
     clocks = {name: getattr(time, name) for name in ("monotonic", "perf_counter")}
@@ -105,8 +106,8 @@ def test_waiting_for_weights_is_no_prefill(monkeypatch: pytest.MonkeyPatch) -> N
     def slow(layer: int) -> None:
         nonlocal ahead_s
         come(layer)
-        ahead_s += 10.0
-        if layer == 1 and ahead_s < 30.0:
+        ahead_s += 1000.0
+        if layer == 1 and ahead_s < 3000.0:
             raise MemoryError("computed again, sequence by sequence")
 
     for name, clock in clocks.items():
@@ -119,10 +120,10 @@ def test_waiting_for_weights_is_no_prefill(monkeypatch: pytest.MonkeyPatch) -> N
     for end in (*cold.values(), *warm.values()):
         timing = end.timing
         assert timing is not None
-        assert timing.weights_s == pytest.approx(ahead_s if end.attempt in cold else 0.0, abs=5.0)
-        assert 0 < timing.prefill_s < 5.0
+        assert timing.weights_s == pytest.approx(ahead_s if end.attempt in cold else 0.0, abs=500.0)
+        assert 0 < timing.prefill_s < 500.0
         assert timing.first_token_s == pytest.approx(timing.queued_s + timing.weights_s + timing.prefill_s)
-    assert 0 < engine.counts.prefill.total_s < 5.0
+    assert 0 < engine.counts.prefill.total_s < 500.0
 
 
 @pytest.mark.parametrize("model_type", ["llama", "seed_oss"])

@@ -197,7 +197,7 @@ def test_read_of_a_dead_life_that_comes_late_harms_nobody(arena: Arena) -> None:
     assert again.table.lost_chunks == frozenset()
     put(again, 2, [4])
     os.write(end, bytes([9]) * 4096)
-    ring.enter(5.0, 1)
+    ring.enter(60.0, 1)
     assert ring.completions() == [(1, 4096)]
     assert bytes(again.views([4], 0, CHUNK)[0]) == bytes([2, 0]) * (CHUNK // 2)
     ring.close()

@@ -94,7 +94,7 @@ def test_every_byte_arrives_once_whatever_the_runs_and_shards(data: st.DataObjec
         for low, high in runs:
             bench.copier.put(job, low * PAGE, [bench.view[low * PAGE : high * PAGE]], lambda low=low: freed.append(low))
         bench.copier.finish(job)
-        assert bench.ended.wait(20)
+        assert bench.ended.wait(100)
         assert job.error is None
         image = bytes(bench.area)
         assert job.copied_bytes == job.usable_bytes == len(image)
@@ -120,7 +120,7 @@ def test_adjacent_pieces_are_one_copy_and_both_streams_are_used(monkeypatch: pyt
         bench.copier.put(job, 8 * PAGE, [bench.view[8 * PAGE :]])
         bench.copier.finish(job)
     bench.driver.gate.set()
-    assert bench.ended.wait(20)
+    assert bench.ended.wait(100)
     assert content(target.memory, 64 * PAGE) == bytes(bench.area)
     assert [size // PAGE for _, _, size in bench.driver.copies] == [16, 16, 16, 16]
     assert len(bench.driver.streams) == 2
@@ -137,7 +137,7 @@ def test_nobody_waits_for_a_copy_and_layers_become_usable_in_order() -> None:
     assert not bench.ended.wait(0.05)
     assert job.copied_bytes == 0
     bench.driver.gate.set()
-    assert bench.ended.wait(20)
+    assert bench.ended.wait(100)
     assert (job.copied_bytes, job.usable_bytes) == (16 * PAGE, 0)  # the first half was never put
     assert job.missing(32 * PAGE) == [(0, 16 * PAGE)]
     bench.close(target)
@@ -175,7 +175,7 @@ def test_whatever_fails_everything_unwinds(data: st.DataObject) -> None:
                 job, page * PAGE, [bench.view[page * PAGE : (page + 2) * PAGE]], lambda page=page: freed.append(page)
             )
         bench.copier.finish(job)
-        assert bench.ended.wait(20)
+        assert bench.ended.wait(100)
         assert sorted(freed) == pages
         if how == "register":
             assert job.error is None  # slower, and as right
@@ -216,7 +216,7 @@ def test_the_copying_thread_says_so_when_it_fails_for_good() -> None:
     job = bench.copier.submit([target], bench.changed)
     bench.copier.put(job, 0, [bench.view], lambda: 1 // 0)
     bench.copier.finish(job)
-    assert bench.ended.wait(20)
+    assert bench.ended.wait(100)
     assert isinstance(job.error, SllmError)
     assert "ZeroDivisionError" in str(job.error)
     with pytest.raises(DeviceError, match="restart the store"):
@@ -240,7 +240,7 @@ def test_what_is_put_too_late_is_given_back_once_however_many_pieces_it_has() ->
     target = bench.whole()
     job = bench.copier.submit([target], bench.changed)
     bench.copier.fail(job, Cancelled("nobody wants it any more"))
-    assert bench.ended.wait(10)
+    assert bench.ended.wait(100)
     back: list[int] = []
     # Over three steps of pinned memory, so in three pieces at least.
     bench.copier.put(job, 0, [bench.view], lambda: back.append(1))

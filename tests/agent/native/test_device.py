@@ -108,7 +108,7 @@ def test_fake_copies_are_ordered_asynchronous_and_keep_to_registrations() -> Non
     event = driver.record(stream)
     assert not driver.occurred(event)
     driver.gate.set()
-    assert event.done.wait(10)
+    assert event.done.wait(60)
     assert driver.occurred(event)
     assert content(memory, 2 * mmap.PAGESIZE) == area[: 2 * mmap.PAGESIZE]
     driver.close_event(event)

@@ -16,7 +16,7 @@ from agent.native import disk_speed
 from agent.native.disk_speed import measure_read_bps
 
 
-def measure(directory: Path, file: Path | None = None, *, limit_s: float = 5.0, stop: threading.Event | None = None) -> float:
+def measure(directory: Path, file: Path | None = None, *, limit_s: float = 60.0, stop: threading.Event | None = None) -> float:
     return measure_read_bps(directory, file, huge=False, threads=2, limit_s=limit_s, stop=stop or threading.Event())
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from agent.native import files, ring_reader, threads
+from agent.native import files, threads
 from agent.native.reader import Priority, ReadJob, ReadPool, Unit
 from agent.native.uring import NoRing
+from tests.agent.native.clock import STALL_S, Clock
 
 MIB = 1 << 20
 
@@ -148,14 +149,14 @@ def test_cancel_ends_a_job_and_leaves_its_memory_alone(tmp_path: Path, monkeypat
 
     def held(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
         entered.set()
-        assert leave.wait(30)
+        assert leave.wait(100)
         return real(descriptor, buffers, offset, flags)
 
     monkeypatch.setattr(threads.os, "preadv", held)
     pool, watch = ReadPool(1, backend="threads"), Watch()
     memory = memoryview(bytearray(8 * MIB))
     job = pool.submit(units(tmp_path / "f", 8 * MIB, memory), watch)
-    assert entered.wait(30)
+    assert entered.wait(100)
     pool.cancel(job)
     assert not job.finished
     leave.set()
@@ -182,7 +183,7 @@ class Gate:
 
         def held(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
             self.entered.set()
-            assert self.leave.wait(30)
+            assert self.leave.wait(100)
             return real(descriptor, buffers, offset, flags)
 
         monkeypatch.setattr(threads.os, "preadv", held)
@@ -200,7 +201,7 @@ def read_side_by_side(tmp_path: Path, gate: Gate, priorities: list[Priority], co
         return pool.submit(work, watch, priority=priority, unit_done=lambda *_: order.append(number))
 
     jobs = [submit(-1, Priority.REQUEST, 1)]
-    assert gate.entered.wait(30)
+    assert gate.entered.wait(100)
     jobs += [submit(number, *each) for number, each in enumerate(zip(priorities, counts, strict=True))]
     gate.leave.set()
     for job in jobs:
@@ -231,7 +232,7 @@ def test_a_job_that_is_raised_goes_on_as_urgently_as_those_it_joins(tmp_path: Pa
     memory = memoryview(bytearray(64 * 4096))
     work = units(tmp_path / "f", 64 * 4096, memory, 4096)
     low = pool.submit(work, watch, priority=Priority.BACKGROUND, unit_done=lambda *_: order.append(0))
-    assert gate.entered.wait(30)
+    assert gate.entered.wait(100)
     high = pool.submit(work, watch, unit_done=lambda *_: order.append(1))
     pool.raise_priority(low, Priority.REQUEST)
     pool.raise_priority(low, Priority.PREFETCH)
@@ -285,7 +286,7 @@ def test_a_ring_of_two_slots_takes_a_file_of_any_size(pool: ReadPool, tmp_path: 
     for slot in slots:
         free.put(slot)
     for at in range(0, 16 * MIB, MIB):
-        unit = Unit(tmp_path / "f", 16 * MIB, at, (free.get(timeout=30),))
+        unit = Unit(tmp_path / "f", 16 * MIB, at, (free.get(timeout=100),))
         assert not job.finished
         pool.feed(job, [unit], last=at == 15 * MIB)
     watch.wait(job)
@@ -353,25 +354,26 @@ def test_an_opening_that_does_not_come_back_ends_its_job_and_no_other(
 ) -> None:
     data = write(tmp_path / "f", MIB)
     write(tmp_path / "stuck", MIB)
-    leave = threading.Event()
+    clock, entered, leave = Clock(monkeypatch), threading.Event(), threading.Event()
     real = os.open
 
     def held(path: Path, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
         if Path(path).name == "stuck":
-            assert leave.wait(30)
+            entered.set()
+            assert leave.wait(100)
         return real(path, flags, mode, dir_fd=dir_fd)
 
     monkeypatch.setattr(files.os, "open", held)
-    monkeypatch.setattr(ring_reader, "_TICK_S", 0.05)
-    monkeypatch.setattr(threads, "_TICK_S", 0.05)
     try:
-        pool = ReadPool(1, backend=backend, depth=2, stall_s=1.0)
+        pool = ReadPool(1, backend=backend, depth=2, stall_s=STALL_S)
     except NoRing as error:
         pytest.skip(str(error))
     watch = Watch()
     stuck = pool.submit(units(tmp_path / "stuck", MIB, memoryview(bytearray(MIB)), 4096), watch)
     memory = memoryview(bytearray(MIB))
     job = pool.submit(units(tmp_path / "f", MIB, memory), watch)
+    assert entered.wait(100)
+    clock.forward()
     watch.wait(job)
     assert memory == data
     watch.until(lambda: stuck.stalled is not None)
@@ -397,19 +399,22 @@ def test_a_unit_in_pieces_and_off_every_boundary(pool: ReadPool, tmp_path: Path)
 def test_a_read_that_does_not_come_back_ends_its_job_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write(tmp_path / "f", MIB)
     write(tmp_path / "stuck", MIB)
-    leave = threading.Event()
+    clock, entered, leave = Clock(monkeypatch), threading.Event(), threading.Event()
     real = os.preadv
 
     def held(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
         if Path(f"/proc/self/fd/{descriptor}").readlink().name == "stuck":
-            assert leave.wait(30)
+            entered.set()
+            assert leave.wait(100)
         return real(descriptor, buffers, offset, flags)
 
     monkeypatch.setattr(threads.os, "preadv", held)
-    pool, watch = ReadPool(1, backend="threads", stall_s=1.0), Watch()
+    pool, watch = ReadPool(1, backend="threads", stall_s=STALL_S), Watch()
     stuck = pool.submit(units(tmp_path / "stuck", MIB, memoryview(bytearray(MIB))), watch)
     memory = memoryview(bytearray(MIB))
     job = pool.submit(units(tmp_path / "f", MIB, memory), watch)
+    assert entered.wait(100)
+    clock.forward()
     watch.wait(job)
     assert memory == data
     assert stuck.error is not None

@@ -17,6 +17,7 @@ from agent.native.reader import Priority, ReadJob, ReadPool
 from agent.store import catalog
 from schema.errors import Conflict, NotFound, SllmError
 from schema.link import Arriving, LayersArrived
+from tests.agent.native.clock import STALL_S, Clock
 from tests.agent.store.images import CHUNK, Bench, HandPool, commit, read_image
 
 
@@ -67,7 +68,10 @@ def by_hand() -> Iterator[tuple[Bench, HandPool]]:
     bench.close()
 
 
-def test_layers_are_offered_as_they_come_and_where_they_lie(by_hand: tuple[Bench, HandPool], tmp_path: Path) -> None:
+def test_layers_are_offered_as_they_come_and_where_they_lie(
+    by_hand: tuple[Bench, HandPool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.store.cache._SOON_S", 1e9)  # however long the machine takes for the first unit
     bench, pool = by_hand
     digest, directory, image = commit(tmp_path, 1, 4 * CHUNK, layer_ends=(2 * CHUNK, 3 * CHUNK))
     bench.store.fill("a", digest, directory)
@@ -109,7 +113,7 @@ def test_what_is_not_soon_there_is_not_offered(
     pool.arrive(pool.jobs[0], 0, 1)
     bench.store.pump()
     assert not bench.told.coming
-    monkeypatch.undo()
+    monkeypatch.setattr("agent.store.cache._SOON_S", 1e9)
     bench.store.pump()
     assert [message.layers for message in bench.told.coming] == [1]
     pool.finish(pool.jobs[0], SllmError("the disk has gone"))
@@ -319,7 +323,7 @@ def hold_reads(monkeypatch: pytest.MonkeyPatch, digest: str) -> tuple[threading.
     def held(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
         if digest in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
             entered.set()
-            assert leave.wait(30)
+            assert leave.wait(100)
         return real(descriptor, buffers, offset, flags)
 
     monkeypatch.setattr(threads.os, "preadv", held)
@@ -329,14 +333,16 @@ def hold_reads(monkeypatch: pytest.MonkeyPatch, digest: str) -> tuple[threading.
 def test_a_disk_that_stalls_is_answered_for_and_keeps_only_its_own_chunks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    clock = Clock(monkeypatch)
     stuck, next_one, big = (commit(tmp_path, number, size * CHUNK) for number, size in ((1, 3), (2, 5), (3, 6)))
     entered, leave = hold_reads(monkeypatch, stuck[0])
-    bench = Bench(Arena.create(8 * CHUNK, CHUNK), pool=ReadPool(2, backend="threads", stall_s=1.0))
+    bench = Bench(Arena.create(8 * CHUNK, CHUNK), pool=ReadPool(2, backend="threads", stall_s=STALL_S))
     bench.store.fill("a", stuck[0], stuck[1])
-    assert entered.wait(30)
+    assert entered.wait(100)
     bench.store.hold(stuck[0], 0)
     bench.store.fill("b", stuck[0], stuck[1])
     bench.store.fill("big", big[0], big[1])
+    clock.forward()
     bench.wait("a", "b", "big")
     assert bench.told.faults["a"].code == bench.told.faults["b"].code == "timed_out"
     assert f"{stuck[1] / 'partition_0.bin'} at byte" in bench.told.faults["a"].message
@@ -364,11 +370,12 @@ def test_a_disk_that_stalls_is_answered_for_and_keeps_only_its_own_chunks(
 def test_a_store_that_ends_under_a_read_leaves_its_memory_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stuck, whole = commit(tmp_path, 1, 2 * CHUNK), commit(tmp_path, 2, CHUNK)
     entered, leave = hold_reads(monkeypatch, stuck[0])
-    bench = Bench(Arena.create(4 * CHUNK, CHUNK), pool=ReadPool(2, backend="threads", stall_s=0.1))
+    bench = Bench(Arena.create(4 * CHUNK, CHUNK), pool=(pool := ReadPool(2, backend="threads", stall_s=STALL_S)))
     bench.store.fill("whole", *whole[:2])
     bench.wait("whole")
     bench.store.fill("stuck", *stuck[:2])
-    assert entered.wait(30)
+    assert entered.wait(100)
+    pool._reader._stall_s = 0.1  # type: ignore[union-attr]
     bench.store.close()
     assert len(bench.arena.table.filling()) == 2
     leave.set()
