@@ -323,7 +323,7 @@ def _operate(reference: str, verb: str, node: str | None, tier: Tier | None) -> 
 
 
 def _segment(name: str) -> str:
-    """The name of something in a path. Raises InvalidInput for what nothing can be called, which might be the path of another."""
+    """The name of something in a path. Raises InvalidInput for what nothing can be called: it may lead elsewhere."""
     if name in ("", ".", ".."):
         raise InvalidInput(f"{name!r} is not a name")
     if "/" in name:
