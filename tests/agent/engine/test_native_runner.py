@@ -94,8 +94,7 @@ def test_a_step_that_is_computed_again_waits_for_a_load_that_was_begun_anew(name
 
 
 def test_waiting_for_weights_is_no_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clock goes on by far more than any machine stands still wherever a step waits for a layer. A second prompt has its turn
-    in a later step."""
+    """The clock goes far on wherever a step waits for a layer. A second prompt has its turn in a later step."""
     model = make_model("qwen3")
     manifest = manifest_of(model)
     clocks = {name: getattr(time, name) for name in ("monotonic", "perf_counter")}
