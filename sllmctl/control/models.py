@@ -78,7 +78,8 @@ def add(turn: Turn, event: AddModel) -> None:
         turn.view.set_operation(model, op, node.id)
         _move(turn, model, _M.INGESTING)
     turn.wake("model", model.name, turn.now + turn.settings.ingest_timeout_s)
-    turn.event("model", model.name, "Ingesting", f"on node {node.name}")
+    away = "" if node.state is NodeState.READY else f", once that is ready; it is {node.state.value}"
+    turn.event("model", model.name, "Ingesting", f"on node {node.name}{away}")
     say(turn, model)
     turn.send(node.id, Ingest(op=op, source=spec.source))
 

@@ -61,6 +61,8 @@ def test_an_ingest_asked_for_while_its_node_is_away_begins_with_its_truth(make_w
     world.lose("local")
     assert world.ask(lambda ticket: AddModel(ticket, spec())) is None
     assert not any(isinstance(one, Ingest) for one in world.agents["local"].heard)
+    (told,) = (one.message for one in world.events if one.reason == "Ingesting")
+    assert told == "on node local, once that is ready; it is unreachable"
     world.connect("local")
     assert sum(isinstance(one, Ingest) for one in world.agents["local"].heard) == 1
     assert world.view.models["m"].state is ModelState.STOPPED
