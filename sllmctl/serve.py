@@ -269,6 +269,8 @@ class Manager:
         """In the reverse order: no new requests, running ones drained, the node's processes, the loop, the admin API."""
         self._stopping = True
         loop, _, api, meeting = parts
+        if loop.done():
+            self._router.start_nothing(self._runner.why)
         self._api_server.should_exit = True
         await asyncio.wait([api])
         meeting.cancel()

@@ -42,6 +42,11 @@ class Runner:
         self._ended = asyncio.Event()
         self._why: SllmError = Unreachable("the manager is stopping; try again when it serves")
 
+    @property
+    def why(self) -> SllmError:
+        """What whoever asks is told, once it is ending."""
+        return self._why
+
     def post(self, event: Event) -> None:
         """Hand an event to the loop; never waits. After the end of `run` nothing hears it any more."""
         self._queue.append(event)

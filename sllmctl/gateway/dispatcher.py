@@ -53,6 +53,8 @@ class Dispatcher:
         self.attempts: dict[Epoch, Attempt] = {}
         self.retries = Retries(settings, call_later, self._release)
         self.journal_tokens = 0
+        self.ending: SllmError | None = None
+        """Why nothing is started any more."""
         self._nodes: dict[str, NodeLink] = {}
         self._post = post
         self._epochs = epochs
@@ -409,6 +411,8 @@ class Dispatcher:
                 self.fail(sequence.request, ContextOverflow(message))
             else:
                 break
+        if self.ending is not None and self.is_cold(queue.name):
+            self.fail_waiting(queue, self.ending)
         waits, queue.unarmed = queue.unarmed, []
         for sequence in waits:
             if sequence in queue.waiting and sequence.timer is None and queue.model is not None:

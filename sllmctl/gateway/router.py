@@ -17,7 +17,7 @@ from dataclasses import replace
 from msgspec import structs
 
 from schema.admin import ProgressView, RequestView
-from schema.errors import ContextOverflow, Fault, InvalidInput, NotFound, Overloaded
+from schema.errors import ContextOverflow, Fault, InvalidInput, NotFound, Overloaded, SllmError, Unreachable
 from schema.ids import Epoch, EpochCounter, IdSource, generation_of, made_at
 from schema.link import (
     AttemptTruth,
@@ -115,6 +115,13 @@ class Router:
         """Nothing can come for this model: whoever waits for it is told why."""
         self._core.fail_waiting(self._core.queue(effect.model), effect.fault.to_error())
         self._core.touch_model(effect.model)
+        self._core.settle()
+
+    def start_nothing(self, why: SllmError) -> None:
+        """The control loop has ended: who has an instance goes on, who waits or comes and has none is told why."""
+        self._core.ending = Unreachable(f"the manager is ending, and starts nothing any more: {why.message}")
+        for model in list(self._core.queues):
+            self._core.touch_model(model)
         self._core.settle()
 
     # --- from links

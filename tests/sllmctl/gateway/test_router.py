@@ -19,6 +19,7 @@ from schema.errors import (
     Overloaded,
     SllmError,
     TimedOut,
+    Unreachable,
     Unschedulable,
 )
 from schema.ids import EpochCounter, epoch_of, system_ids
@@ -169,6 +170,24 @@ def test_requests_wait_in_line_and_demand_is_said_when_it_begins_changes_and_end
     assert [submit.request for submit in bench.take(Submit)] == [third.id]
     assert bench.events(DemandChanged) == [DemandChanged("m", 0, 2)]
     assert first.timeline().cold
+
+
+def test_once_nothing_is_started_any_more_only_who_has_an_instance_goes_on() -> None:
+    bench = Bench()
+    bench.node()
+    bench.model("cold")
+    bench.model()
+    bench.instance(concurrency=1)
+    cold, runs, waits = (bench.router.submit(model, (1,), params()) for model in ("cold", "m", "m"))
+    bench.router.start_nothing(OutOfSpace("the disk of the database is full"))
+    late = bench.router.submit("cold", (1,), params())
+    for request in (cold, late):
+        assert isinstance(request.failure, Unreachable)
+        assert "the disk of the database is full" in str(request.failure)
+    (submit,) = bench.take(Submit)
+    assert (submit.request, runs.failure) == (runs.id, None)
+    bench.tokens(run(submit, 7), end(submit, 1, EndReason.STOP))
+    assert [submit.request for submit in bench.take(Submit)] == [waits.id]
 
 
 def test_a_cold_request_shows_the_phases_of_the_start_it_waited_for() -> None:
