@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sllmctl.cli.completion import names
-from sllmctl.cli.context import Invocation, output_option, pass_invocation
+from sllmctl.cli.context import Invocation, output_option, pass_invocation, yes_option
 from sllmctl.cli.format import age, duration
 from sllmctl.cli.output import Column, Format, now, show_item
 from sllmctl.cli.phases import engine_text, start_text, timeline_text
@@ -61,21 +61,23 @@ def show(invocation: Invocation, request_id: str, form: Format) -> None:
 
 @command.command("cancel")
 @click.argument("ids", metavar="ID...", nargs=-1, required=True, shell_complete=names("request"))
+@yes_option
 @pass_invocation
-def cancel(invocation: Invocation, ids: tuple[str, ...]) -> None:
+def cancel(invocation: Invocation, ids: tuple[str, ...], yes: bool) -> None:
     """Cancel requests: their streams end, and their tokens are generated no further.
 
     \b
     Examples:
-      sllmctl request cancel req_01k9zj8x
+      sllmctl request cancel req_01k9zj8x -y
     """
     from sllmctl import client
-    from sllmctl.cli.diagnostics import Refusals, note
+    from sllmctl.cli.diagnostics import Refusals, confirm, note
 
     def ask(request_id: str) -> None:
         admin.ask(client.cancel_request(request_id))
         note(f"request {request_id} is cancelled")
 
+    confirm(f"Cancel {', '.join(ids)}? Clients get no more of the replies.", yes)
     with invocation.admin() as admin, Refusals() as refusals:
         refusals.each(ids, ask)
 

@@ -304,7 +304,9 @@ def test_all_are_stopped_before_any_is_waited_for(sllmctl: Sllmctl, manager: Fak
 
 def test_requests_are_cancelled(sllmctl: Sllmctl, manager: FakeManager) -> None:
     manager.answer("POST requests/req_2/cancel", 204, None)
-    assert sllmctl("request", "cancel", "req_2").code == 0
+    asked = sllmctl("request", "cancel", "req_2")
+    assert (asked.code, "say so with -y" in asked.err, manager.asked) == (2, True, [])
+    assert sllmctl("request", "cancel", "req_2", "-y").code == 0
     assert sllmctl("request", "show", "req_9").code == 5
 
 
