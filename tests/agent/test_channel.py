@@ -15,7 +15,7 @@ from schema.link import Descriptors, FrameDecoder, Hello, Message, Ping, Pong, R
 
 HELLO = Hello(role=Role.WORKER, software="test", pid=1)
 WELCOME = Welcome(protocol=1, software="test", node="", pid=1)
-LONG_S = 20.0
+LONG_S = 60.0
 
 
 class Agent:

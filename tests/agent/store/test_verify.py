@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -243,12 +244,24 @@ def test_an_image_that_is_looked_at_is_neither_evicted_nor_dropped(bench: Bench,
     assert bench.told.gone == [digest]
 
 
-def test_a_cancelled_verification_is_not_answered_and_changes_nothing(bench: Bench, tmp_path: Path) -> None:
+def test_a_cancelled_verification_is_not_answered_and_changes_nothing(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, begun, go = ReadPool.submit, threading.Event(), threading.Event()
+
+    def submit(self: ReadPool, *given: Any, **named: Any) -> ReadJob:
+        begun.set()
+        assert go.wait(100)
+        return real(self, *given, **named)
+
+    monkeypatch.setattr(ReadPool, "submit", submit)
     digest, directory, _ = commit(tmp_path, 1, 40 * CHUNK)
     other = commit(tmp_path, 2, CHUNK)
     bench.store.verify("v", digest, directory)
     bench.store.verify("w", other[0], other[1])
+    assert begun.wait(100)
     bench.store.cancel_verify("v")
+    go.set()
     bench.wait("w")
     assert bench.told.verdicts == {"w": None}
     assert not catalog.is_verified(directory)
