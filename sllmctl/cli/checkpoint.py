@@ -235,7 +235,8 @@ def fetch(
 ) -> None:
     """Bring a checkpoint from a remote to a node: file://, http(s):// or s3://.
 
-    Without --from it comes from where it was last published. One that is not known here is named by its whole digest.
+    Without --from it comes from where it was last published, or from the next of its remotes if that
+    fails. One that is not known here is named by its whole digest.
 
     \b
     Examples:

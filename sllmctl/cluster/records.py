@@ -101,7 +101,8 @@ class PlacementRecord:
 
 @dataclass(slots=True)
 class Operation:
-    """Something long that an operator asked for, all of it live. ``ended_at`` is None while it goes on."""
+    """Something long that an operator asked for, all of it live. ``ended_at`` is None while it goes on. ``others`` are the
+    remotes, and layouts there, that a fetch tries when the one at ``url`` fails."""
 
     id: str
     ticket: int
@@ -118,6 +119,7 @@ class Operation:
     cancelled: bool = False
     url: str = ""
     layout: str = ""
+    others: tuple[tuple[str, str], ...] = ()
     note: str = ""
     device: int = 0
 

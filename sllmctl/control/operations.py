@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from schema.admin import OperationKind
-from schema.errors import Conflict, Fault, NotFound, Unreachable
+from schema.errors import Cancelled, Conflict, Fault, NotFound, OutOfSpace, Unreachable
 from schema.link import (
     CancelOperation,
     DropCheckpoint,
@@ -32,6 +32,8 @@ __all__ = ["begin", "cancel", "done", "restate"]
 
 _DROPPED = (Tier.DEVICE, Tier.DRAM, Tier.DISK)
 """The tiers that a checkpoint can be dropped from, in the order in which that is done."""
+_NO_REMOTES = (OutOfSpace.code, Cancelled.code, Conflict.code)
+"""Faults of a fetch that every remote would meet."""
 _KEPT = 1000
 """So many operations are remembered."""
 
@@ -85,7 +87,7 @@ def done(turn: Turn, said: OperationDone) -> bool:
     operation = turn.view.operations.get(said.op)
     if operation is None:
         return False
-    if operation.ended_at is None and not _fetch_again(turn, operation, said):
+    if operation.ended_at is None and not _fetch_again(turn, operation, said) and not _fetch_elsewhere(turn, operation, said):
         # What somebody else dropped in the meantime is gone, as was asked for.
         operation.read_bytes, operation.note = said.read_bytes, said.note
         gone = operation.kind == "drop" and said.fault is not None and said.fault.code == NotFound.code
@@ -110,6 +112,22 @@ def _fetch_again(turn: Turn, operation: Operation, said: OperationDone) -> bool:
     return True
 
 
+def _fetch_elsewhere(turn: Turn, operation: Operation, said: OperationDone) -> bool:
+    """A fetch has failed at a remote that nobody named: ask the next one that has the checkpoint."""
+    fault = said.fault
+    if fault is None or not operation.others or operation.cancelled or fault.code in _NO_REMOTES:
+        return False
+    remotes.doubt(turn, operation.digest, operation.url, fault)
+    where = _where(turn, operation)
+    (operation.url, operation.layout), *others = operation.others
+    operation.others = tuple(others)
+    told = f"{where}: {fault.message}; trying {operation.url}"
+    turn.event("checkpoint", operation.digest, "FetchFailed", told, level="warning")
+    turn.send(operation.node, OperationsAcked(ops=(operation.id,)))
+    _send(turn, operation)
+    return True
+
+
 def restate(turn: Turn, node: Node, truth: NodeTruth) -> set[str]:
     """A node has stated what it does: ask again for what it does not know of. Returns what is still to be done there."""
     wanted = set()
@@ -130,7 +148,7 @@ def _begin(turn: Turn, event: Operate, checkpoint: Checkpoint, place: _Place, ur
     known = turn.view.operations
     operation = Operation(
         op, event.ticket, event.kind, checkpoint.digest, node.id, place.tier, checkpoint.image_bytes, turn.now,
-        url=url, layout=layout, device=place.device,
+        url=url, layout=layout, others=remotes.others(turn, checkpoint.digest, event, url), device=place.device,
     )  # fmt: skip
     known[op] = operation
     for old in [old for old in known.values() if old.ended_at is not None][: max(0, len(known) - _KEPT)]:

@@ -16,7 +16,7 @@ from sllmctl.control.events import Forget, Operate
 from sllmctl.control.references import checkpoint_called
 from sllmctl.control.turn import Turn
 
-__all__ = ["address", "called", "doubt", "fetcher", "forget", "note", "publisher"]
+__all__ = ["address", "called", "doubt", "fetcher", "forget", "note", "others", "publisher"]
 
 
 def called(turn: Turn, event: Operate) -> Checkpoint:
@@ -45,6 +45,13 @@ def address(turn: Turn, digest: str, event: Operate) -> tuple[str, str]:
     if event.kind == "publish" and url.startswith(("http://", "https://")):
         raise InvalidInput(f"{url} is an HTTP server, which is only read; publish to a directory or to S3", "url")
     return url, known.get(url, "")
+
+
+def others(turn: Turn, digest: str, event: Operate, url: str) -> tuple[tuple[str, str], ...]:
+    """The remotes, and layouts there, beside ``url`` that a fetch may be tried from, unless it was named one."""
+    if event.kind != "fetch" or event.url is not None:
+        return ()
+    return tuple((each.url, each.layout) for each in turn.view.publications_of(digest) if each.url != url)
 
 
 def publisher(turn: Turn, checkpoint: Checkpoint, node: Node | None) -> Node:

@@ -313,3 +313,59 @@ def test_nothing_is_published_to_what_is_only_read(make_world: MakeWorld) -> Non
     assert fault is not None
     assert (fault.code, "only read" in fault.message) == ("invalid_input", True)
     assert not any(isinstance(one, Publish) for one in world.agents["local"].heard)
+
+
+def fetches(world: World) -> list[str]:
+    """Where the far node was told to fetch from, in order."""
+    return [one.url for one in world.agents["far"].heard if isinstance(one, Fetch)]
+
+
+def fail(world: World, fault: Fault) -> None:
+    (op,) = world.agents["far"].ops
+    world.tell("far", world.agents["far"].finish(op, fault))
+
+
+@pytest.mark.parametrize("code", ["unreachable", "not_found", "invalid_checkpoint", "internal"])
+def test_a_fetch_for_which_no_remote_is_named_tries_them_in_order(make_world: MakeWorld, code: str) -> None:
+    world = two(make_world)
+    for url in ("s3://bucket/oldest", URL, "file:///srv"):
+        ask(world, "publish", url)
+        world.pass_time(1)
+    world.agents["far"].automatic = False
+    assert ask(world, "fetch", node="far") is None
+    fail(world, Fault(code, "it is not there"))
+    fail(world, Fault(code, "nor there"))
+    assert fetches(world) == ["file:///srv", URL, "s3://bucket/oldest"]
+    doubted = {each.url for each in world.view.publications_of(M) if each.doubt}
+    assert doubted == ({URL, "file:///srv"} if code in ("not_found", "invalid_checkpoint") else set())
+    (op,) = world.agents["far"].ops
+    world.tell("far", world.agents["far"].finish(op))
+    assert ended(world) is None
+    assert world.reasons("checkpoint").count("FetchFailed") == 2
+    world.check_rows()
+
+
+def test_the_last_remote_that_fails_ends_a_fetch(make_world: MakeWorld) -> None:
+    world = two(make_world)
+    for url in (URL, "file:///srv"):
+        ask(world, "publish", url)
+    world.agents["far"].automatic = False
+    assert ask(world, "fetch", node="far") is None
+    fail(world, Fault("unreachable", "it is down"))
+    fail(world, Fault("unreachable", "so is this"))
+    assert ended(world) == Fault("unreachable", "so is this")
+    assert len(fetches(world)) == 2
+
+
+@pytest.mark.parametrize(("url", "code"), [(URL, "unreachable"), (None, "out_of_space"), (None, "cancelled")])
+def test_a_fetch_that_was_named_a_remote_or_fails_for_the_nodes_sake_tries_no_other(
+    make_world: MakeWorld, url: str | None, code: str
+) -> None:
+    world = two(make_world)
+    for each in (URL, "file:///srv"):
+        ask(world, "publish", each)
+    world.agents["far"].automatic = False
+    assert ask(world, "fetch", url, "far") is None
+    fail(world, Fault(code, "it ends"))
+    assert ended(world) == Fault(code, "it ends")
+    assert len(fetches(world)) == 1
