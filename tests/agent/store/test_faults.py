@@ -183,6 +183,7 @@ def play(bench: Bench, disk: Disk, made: Made, actions: list[Any]) -> None:
         assert bench.store.arena.used_bytes <= CHUNKS * CHUNK
     bench.wait(*ops)  # also while disks stall: by the deadline
     assert bench.store.filling() == ()
+    bench.store.pool._reader._stall_s = 1000.0  # type: ignore[attr-defined]  # from here on no machine is so busy
     disk.heal()
     end = time.monotonic() + 100
     while bench.store.arena.used_bytes != sum(-(-each.image_bytes // CHUNK) * CHUNK for each in bench.store.residents()):
@@ -202,15 +203,11 @@ def play(bench: Bench, disk: Disk, made: Made, actions: list[Any]) -> None:
 
 def refill(bench: Bench, made: Made, number: int) -> None:
     digest, directory, image = made[number]
-    for attempt in range(20):
-        op = f"whole{number}-{attempt}"
-        bench.store.fill(op, digest, directory, 1)
-        bench.wait(op)
-        if op in bench.told.resident:
-            assert read_image(bench.arena.descriptor, bench.told.resident[op]) == image
-            return
-        assert bench.told.faults[op].code == "timed_out"  # by a machine so busy that a sound disk seems to stall
-    raise AssertionError("nothing can be loaded any more")
+    op = f"whole{number}"
+    bench.store.fill(op, digest, directory, 1)
+    bench.wait(op)
+    assert op in bench.told.resident, bench.told.faults
+    assert read_image(bench.arena.descriptor, bench.told.resident[op]) == image
 
 
 def open_files(made: Made) -> int:
