@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -128,8 +129,10 @@ class WebServer(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def web_server(root: Path) -> Iterator[WebServer]:
+def web_server(root: Path, tls: ssl.SSLContext | None = None) -> Iterator[WebServer]:
     server = WebServer(root)
+    if tls is not None:  # before anything waits on its socket
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:

@@ -299,8 +299,7 @@ def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path: Path) -> Non
     (tmp_path / "file").write_bytes(DATA[:5000])
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
-    with web_server(tmp_path) as server:
-        server.socket = context.wrap_socket(server.socket, server_side=True)
+    with web_server(tmp_path, context) as server:
         url = server.url.replace("http:", "https:")
         remote = open_remote(url, SETTINGS)
         with pytest.raises(Unreachable, match="certificate is not valid") as caught:
