@@ -8,7 +8,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from schema.errors import NotFound
+from schema.errors import Conflict, NotFound
 from schema.link import RetryKey, SamplingParams
 from schema.states import ModelState
 from sllmctl.gateway.exchange import BodyBudget, Exchange, Header
@@ -114,6 +114,8 @@ class Gateway:
         joined = request is not None
         metrics = self.metrics
         if request is None:
+            if self.router.model(job.model).digest != job.text.digest:
+                raise Conflict(f"model {job.model!r} was replaced while this request was read; send it again")
             asked = exchange.request_id
             request = self.router.submit(job.model, job.prompt, job.params, job.choices, job.tenant, retry, asked)
             metrics.prompt_tokens.labels(job.model).inc(len(job.prompt))

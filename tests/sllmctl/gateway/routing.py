@@ -100,7 +100,7 @@ class Bench:
 
     def model(self, name: str = "m", *, state: ModelState = ModelState.DEPLOYED, context: int = 1000, **scale: int) -> None:
         spec = ModelSpec(name=name, source=PathSource("/m"), scale=ScaleSpec(**scale), cold_start_timeout_s=60.0)
-        self.router.model_changed(ModelChanged(name, spec, state, "d", context))
+        self.router.model_changed(ModelChanged(name, spec, state, "d" * 64, context))
 
     def node_truth(self, node: str = "n") -> NodeTruth:
         return NodeTruth(node=node, inventory=inventory())

@@ -21,7 +21,7 @@ from schema.errors import (
 from schema.states import EndReason
 from sllmctl.gateway.settings import GatewaySettings
 from tests.checkpoints import framed_tokenizer
-from tests.sllmctl.gateway.harness import TOKENIZER, WAIT_S, FakeRequest, chat_body, serving
+from tests.sllmctl.gateway.harness import TOKENIZER, WAIT_S, FakeAssets, FakeRequest, chat_body, model_named, serving
 from tests.sllmctl.gateway.official import says
 
 
@@ -79,6 +79,20 @@ async def test_text_assets_that_are_missing_or_broken() -> None:
         for _ in range(3):
             assert (await here.client.post("/v1/chat/completions", json=chat_body())).status_code == 200
         assert here.assets.asked == 3, "a loaded tokenizer is not asked for again"
+
+
+async def test_tokens_of_a_checkpoint_that_was_replaced_meanwhile_are_not_for_the_next() -> None:
+    async with serving() as here:
+
+        async def late(digest: str, timeout_s: float) -> FakeAssets:
+            here.router.routed["tiny"] = model_named("tiny", digest="e" * 64)
+            return here.assets
+
+        here.assets.get = late  # type: ignore[method-assign]
+        response = await here.client.post("/v1/chat/completions", json=chat_body())
+        assert (response.status_code, response.json()["error"]["code"]) == (409, "conflict")
+        assert "was replaced" in response.json()["error"]["message"]
+        assert not here.router.requests
 
 
 async def test_a_tokenizer_that_fails_at_a_text_fails_that_request_as_the_checkpoints_fault() -> None:
