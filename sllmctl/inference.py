@@ -10,6 +10,7 @@ import httpx
 import msgspec
 
 from schema.errors import (
+    ContextOverflow,
     InvalidInput,
     LinkError,
     NotFound,
@@ -190,10 +191,10 @@ def _chunk(data: str) -> _Chunk:
 
 def _refusal(status: int, body: bytes, retry_after: str | None) -> SllmError:
     try:
-        message = msgspec.json.decode(body, type=_ErrorBody).error.message
+        problem = msgspec.json.decode(body, type=_ErrorBody).error
     except msgspec.DecodeError:
         return LinkError(f"the inference API answered {status} without an error body; is it sllmctl's?")
-    kind = _BY_STATUS.get(status, SllmError)
+    kind = ContextOverflow if problem.code == "context_length_exceeded" else _BY_STATUS.get(status, SllmError)
     if kind is Overloaded and retry_after is not None:
-        return Overloaded(f"{message}; try again in {retry_after} s", float(retry_after))
-    return kind(message)
+        return Overloaded(f"{problem.message}; try again in {retry_after} s", float(retry_after))
+    return kind(problem.message)

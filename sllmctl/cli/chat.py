@@ -9,7 +9,7 @@ import click
 
 from sllmctl.cli.completion import names
 from sllmctl.cli.context import Invocation, Real, pass_invocation
-from sllmctl.cli.diagnostics import note
+from sllmctl.cli.diagnostics import note, waiting_line
 from sllmctl.cli.format import duration
 from sllmctl.cli.output import read_line, stream, write
 
@@ -97,7 +97,7 @@ class _Chat:
 
     def converse(self) -> None:
         """Read prompts until the end of input. A failed or cancelled reply is not part of the conversation."""
-        from schema.errors import SllmError
+        from schema.errors import ContextOverflow, SllmError
 
         note(f"Talking to {self._model}. {_COMMANDS}.")
         while True:
@@ -120,6 +120,8 @@ class _Chat:
                     self.reply(line)
                 except KeyboardInterrupt:
                     note("\ncancelled")
+                except ContextOverflow as error:
+                    note(f"error: {error}; /reset forgets what was said before")
                 except SllmError as error:
                     note(f"error: {error}")
 
@@ -129,8 +131,10 @@ class _Chat:
 
         asked = [*self._turns, Turn("user", prompt)]
         pieces: list[str] = []
-        with ChatStream(self._url, self._model, asked, self._options, self._settings) as reply:
+        coming = ChatStream(self._url, self._model, asked, self._options, self._settings)
+        with waiting_line(f"waiting for {self._model}") as has_come, coming as reply:
             for text in reply:
+                has_come()
                 stream(text)
                 pieces.append(text)
         write("")

@@ -35,6 +35,7 @@ __all__ = [
     "guard",
     "log_to_stderr",
     "note",
+    "waiting_line",
     "writing_stdout",
 ]
 
@@ -60,6 +61,7 @@ _BY_CODE = {
 
 _SHOW_AFTER_S = 1.0
 _LINE_EVERY_S = 5.0
+_TICK_S = 0.2
 _USUAL_COLUMNS = 80
 
 
@@ -205,6 +207,30 @@ class ProgressLine:
         if self._open and self._terminal:
             _tell("\r\x1b[K")
         self._open = False
+
+
+@contextlib.contextmanager
+def waiting_line(what: str) -> Iterator[Callable[[], None]]:
+    """A block that waits for something it cannot look at: a thread tells ``what``, and since when. What it gives ends that."""
+    import threading
+
+    over, began = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        with ProgressLine() as line:
+            while not over.wait(_TICK_S):
+                line.line(lambda: f"{what} ... {time.monotonic() - began:.0f} s")
+
+    def end() -> None:
+        over.set()
+        teller.join()
+
+    teller = threading.Thread(target=tell, name="waiting line", daemon=True)
+    teller.start()
+    try:
+        yield end
+    finally:
+        end()
 
 
 def _fitting(text: str) -> str:

@@ -9,13 +9,14 @@ import signal
 import ssl
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import msgspec
 import pytest
 
-from sllmctl.cli import chat
+from sllmctl.cli import chat, diagnostics
 from sllmctl.config import ClientSettings
 from sllmctl.inference import ChatOptions, ChatStream
 from tests.sllmctl.cli.conftest import Sllmctl
@@ -143,6 +144,29 @@ def test_a_failed_reply_ends_no_conversation(sllmctl: Sllmctl, manager: FakeMana
     said = sllmctl("chat")
     assert (said.code, said.out) == (0, "")
     assert "no room" in said.err
+
+
+def test_a_conversation_that_has_grown_too_long_is_told_how_to_begin_anew(
+    sllmctl: Sllmctl, manager: FakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _typed(monkeypatch, "one", "/quit")
+    manager.chat_error = (400, b'{"error": {"message": "shorten it", "code": "context_length_exceeded"}}')
+    assert "error: shorten it; /reset forgets what was said before\n" in sllmctl("chat").err
+    assert sllmctl("chat", "one").err == "error: shorten it\n"
+
+
+def test_a_reply_that_is_waited_for_is_told_of(sllmctl: Sllmctl, manager: FakeManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = threading.Event()
+    monkeypatch.setattr(diagnostics, "_SHOW_AFTER_S", 0.0)
+    monkeypatch.setattr(diagnostics, "_tell", lambda text: told.set() if "waiting for qwen ... 0 s" in text else None)
+
+    def pieces() -> Iterator[str]:
+        assert told.wait(30)
+        yield "Hello"
+
+    manager.pieces = pieces()  # type: ignore[assignment]
+    assert sllmctl("chat", "Hi").out == "Hello\n"
+    assert told.is_set()
 
 
 def test_ctrl_c_cancels_the_reply_and_returns_to_the_prompt(
