@@ -107,7 +107,7 @@ def add(
     """
     import msgspec
 
-    from schema.spec import parse_spec
+    from schema.spec import ScaleSpec, parse_spec
     from sllmctl import client
     from sllmctl.cli.diagnostics import note
     from sllmctl.cli.waiting import wait_for
@@ -122,7 +122,7 @@ def add(
         "name": name,
         "source": msgspec.to_builtins(_source(source, in_place)),
         "devices": devices,
-        "scale": _given_scale(scale),
+        "scale": msgspec.to_builtins(_changed(ScaleSpec(), _given_scale(scale))),
         "engine": {key: value for key, value in engine.items() if value is not None},
         "cold_start_timeout_s": cold_start_timeout,
     }

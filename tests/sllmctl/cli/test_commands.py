@@ -287,6 +287,13 @@ def test_what_is_refused_of_one_keeps_no_other_from_its_turn(sllmctl: Sllmctl, m
     assert (said.code, said.err) == (5, "error: gone\ninstance inst_2 is stopping\n")
 
 
+def test_more_at_least_than_at_most_is_told_by_the_options(sllmctl: Sllmctl, manager: FakeManager, tmp_path: Path) -> None:
+    for words, most in ((("add", "new", str(tmp_path)), 1), (("scale", "qwen"), MODELS[0].spec.scale.max)):
+        said = sllmctl("model", *words, "--min", "7")
+        assert (said.code, f"--min 7 is above --max {most}" in said.err) == (2, True), said.err
+    assert not [method for method, _, _ in manager.asked if method == "POST"]
+
+
 def test_all_are_stopped_before_any_is_waited_for(sllmctl: Sllmctl, manager: FakeManager) -> None:
     for name in ("qwen", "coming"):
         manager.answer(f"POST models/{name}/stop", 200, MODELS[0])
