@@ -88,7 +88,7 @@ async def test_completions_of_text_and_of_tokens() -> None:
 
 async def test_the_synchronous_client() -> None:
     def talk(url: str) -> tuple[list[str], str | None, str]:
-        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30) as client:
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
             names = [model.id for model in client.models.list()]
             whole = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}])
             stream = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}], stream=True)
@@ -163,7 +163,7 @@ async def test_an_error_in_a_stream_is_its_last_event() -> None:
                     request.sequence.fail(LinkError("the node broke the protocol"))
 
         with pytest.raises(openai.APIError, match="broke the protocol"):
-            await asyncio.wait_for(read(), 30)
+            await asyncio.wait_for(read(), 60)
         assert "".join(texts) == "so far"
 
         here.router.reply = lambda request: request.say("partial", EndReason.CANCELLED)

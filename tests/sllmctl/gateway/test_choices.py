@@ -67,8 +67,8 @@ async def test_one_choice_that_fails_ends_the_stream_of_all() -> None:
                 request.sequences[1].fail(LinkError("the node broke the protocol"))
 
         with pytest.raises(openai.APIError, match="broke the protocol"):
-            await asyncio.wait_for(read(), 30)
-        await asyncio.wait_for(request.cancelled.wait(), 30)
+            await asyncio.wait_for(read(), 60)
+        await asyncio.wait_for(request.cancelled.wait(), 60)
 
 
 @pytest.mark.parametrize("stream", [False, True])

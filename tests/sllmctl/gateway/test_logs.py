@@ -118,9 +118,9 @@ async def test_followed_it_goes_on_over_a_link_that_breaks(links: FakeLinks) -> 
         "asgi": {"spec_version": "2.4"},
     }  # fmt: skip
     task = asyncio.create_task(Starlette(routes=[route])(scope, receive, send))  # type: ignore[arg-type]
-    await asyncio.wait_for(seen.wait(), 30)
+    await asyncio.wait_for(seen.wait(), 60)
     logs.close()
-    await asyncio.wait_for(task, 30)
+    await asyncio.wait_for(task, 60)
     assert [[item.text for item in frame.items] for frame in frames] == [["a"], [], ["b"]]
     assert [dict(frame.lost) for frame in frames] == [{}, {"name": "broke"}, {}]
     assert links.asked[0][1].process == "store"

@@ -61,13 +61,13 @@ async def test_tokens_reach_a_waiting_consumer_and_the_end_finishes() -> None:
     assert not reader.done()
     bench.now += 0.5
     bench.tokens(run(submit, 11, 12))
-    await asyncio.wait_for(reader, 30)
+    await asyncio.wait_for(reader, 60)
     assert sequence.tokens == [11, 12]
     assert sequence.finish is None
     bench.now += 0.5
     timing = EngineTiming(total_s=1.0, steps=3)
     bench.tokens(run(submit, 13, start=2), end(submit, 3, timing=timing))
-    await asyncio.wait_for(sequence.wait(3), 30)
+    await asyncio.wait_for(sequence.wait(3), 60)
     assert (sequence.tokens, sequence.finish) == ([11, 12, 13], EndReason.LENGTH)
     timeline = request.timeline()
     assert (timeline.cold, timeline.routed_s, timeline.first_token_s, timeline.ended_s) == (False, 0.0, 0.5, 1.0)
@@ -438,7 +438,7 @@ async def test_a_reader_of_the_whole_is_woken_by_the_end_alone() -> None:
     bench.tokens(run(submit, 5, start=2))
     assert await asyncio.wait([reader], timeout=0.02) == (set(), {reader})
     bench.tokens(end(submit, 3))
-    await asyncio.wait_for(reader, 30)
+    await asyncio.wait_for(reader, 60)
 
 
 async def test_a_reader_that_gives_up_waiting_leaves_the_others_waiting() -> None:
@@ -452,7 +452,7 @@ async def test_a_reader_that_gives_up_waiting_leaves_the_others_waiting() -> Non
     one.cancel()
     await asyncio.wait([one])
     bench.tokens(run(submit, 3))
-    await asyncio.wait_for(two, 30)
+    await asyncio.wait_for(two, 60)
 
 
 def test_models_of_one_cluster_do_not_share_instances() -> None:
