@@ -51,7 +51,9 @@ class S3Remote:
         self._wire = Wire(settings)
         self._stopped = threading.Event()
         self._swept = False
-        self._client = _client(settings)
+        self._client = _client(settings, settings.read_s, settings.attempts)
+        # A store puts the parts of a large file together before it answers.
+        self._patient = _client(settings, settings.part_s, 2)
 
     def where(self, path: str) -> str:
         return f"s3://{self._bucket}/{self._key(path)}"
@@ -94,7 +96,7 @@ class S3Remote:
             upload = {**key, "UploadId": self._client.create_multipart_upload(**key)["UploadId"]}
             try:
                 parts = self._upload(upload, size_bytes, source, wrote)
-                self._client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
+                self._complete(upload, parts)
             except BaseException:
                 with contextlib.suppress(Exception):  # what counts is why it failed; a later publish ends the upload
                     self._client.abort_multipart_upload(**upload)
@@ -107,6 +109,20 @@ class S3Remote:
     def close(self) -> None:
         self._wire.close()
         self._client.close()
+        self._patient.close()
+
+    def _complete(self, upload: dict[str, str], parts: list[dict[str, Any]]) -> None:
+        """Make a file of its parts. One whose answer was lost is there all the same, and its upload is no more."""
+        from botocore import exceptions
+
+        try:
+            self._patient.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
+        except (exceptions.ClientError, exceptions.HTTPClientError):
+            with contextlib.suppress(exceptions.ClientError, exceptions.HTTPClientError):
+                found = self._client.head_object(Bucket=upload["Bucket"], Key=upload["Key"])["ETag"]
+                if found == _etag([part["ETag"] for part in parts]):
+                    return
+            raise
 
     def _upload(
         self, upload: dict[str, str], size_bytes: int, source: Source, wrote: Callable[[int], None]
@@ -194,7 +210,17 @@ class S3Remote:
             raise SllmError(f"{where}: {type(error).__name__}: {error}") from error
 
 
-def _client(settings: RemoteSettings) -> Any:
+def _etag(parts: list[str]) -> str:
+    """What a store calls a file that it made of parts with these tags: the MD5 of their MD5s, and how many they are. Tags that
+    are no MD5, as of encrypted parts, make one that no file has."""
+    try:
+        sums = b"".join(bytes.fromhex(part.strip('"')) for part in parts)
+    except ValueError:
+        return ""
+    return f'"{hashlib.md5(sums, usedforsecurity=False).hexdigest()}-{len(parts)}"'
+
+
+def _client(settings: RemoteSettings, read_s: float, attempts: int) -> Any:
     try:
         import boto3
         from botocore.config import Config
@@ -204,8 +230,8 @@ def _client(settings: RemoteSettings) -> Any:
     config = Config(
         signature_version="s3v4",
         connect_timeout=settings.connect_s,
-        read_timeout=settings.read_s,
-        retries={"mode": "standard", "max_attempts": settings.attempts},
+        read_timeout=read_s,
+        retries={"mode": "standard", "max_attempts": attempts},
         max_pool_connections=_UPLOADS + 2,
         request_checksum_calculation="when_required",  # stores other than AWS's do not all know the newer ones
         response_checksum_validation="when_required",

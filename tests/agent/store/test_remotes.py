@@ -372,6 +372,34 @@ def test_uploads_that_were_broken_off_are_ended_and_no_others(s3: str, monkeypat
     client.close()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("made", [True, False])
+def test_an_upload_whose_last_answer_is_lost_is_there_if_the_store_says_so(
+    s3: str, monkeypatch: pytest.MonkeyPatch, made: bool
+) -> None:
+    from botocore.client import BaseClient
+    from botocore.exceptions import ReadTimeoutError
+
+    remote = s3_remote(s3, f"lost-{made}".lower(), monkeypatch)
+    remote.write(
+        "a/file", len(DATA), lambda offset, length: memoryview(bytes(len(DATA)))[offset : offset + length], lambda _: None
+    )
+    real = BaseClient._make_api_call
+
+    def lost(client: Any, operation: str, arguments: dict[str, Any]) -> Any:
+        completes = operation == "CompleteMultipartUpload"
+        answer = real(client, operation, arguments) if made or not completes else None
+        if completes:
+            raise ReadTimeoutError(endpoint_url=s3)
+        return answer
+
+    monkeypatch.setattr(BaseClient, "_make_api_call", lost)
+    with contextlib.nullcontext() if made else pytest.raises(SllmError, match="does not answer"):
+        remote.write("a/file", len(DATA), lambda offset, length: memoryview(DATA)[offset : offset + length], lambda _: None)
+    assert remote.read("a/file", len(DATA)) == (DATA if made else bytes(len(DATA)))
+    remote.close()
+
+
 def test_what_s3_says_means() -> None:
     kinds = {
         ("NoSuchUpload", 404): Interrupted,  # another publish took it for broken off
