@@ -317,11 +317,11 @@ def test_a_fetch_that_was_whole_before_its_cancel_is_told_to_nobody_in_particula
 def test_a_store_that_ends_keeps_what_came(tmp_path: Path, source: tuple[str, Path, bytes], web: WebServer) -> None:
     digest, _, image = source
     bench = FetchBench(tmp_path / "data", chunks=32)
-    web.limit_bytes = len(image) // 2
+    web.limit_bytes, web.pause_s = len(image) * 3 // 4, 0.1  # long enough to be told of once more
     bench.fetches.begin("op", digest, web.url, in_memory=True)
     bench.until(lambda: bench.progress and bench.progress[-1][1] > 0)
     bench.close()
-    web.limit_bytes = NO_LIMIT
+    web.limit_bytes, web.pause_s = NO_LIMIT, 0.0
     assert bench.leftovers == [f"partial/{digest}+exec1"]
     again = FetchBench(tmp_path / "data")
     assert again.get(digest, web.url) is None
