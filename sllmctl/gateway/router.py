@@ -17,7 +17,7 @@ from dataclasses import replace
 from msgspec import structs
 
 from schema.admin import ProgressView, RequestView
-from schema.errors import ContextOverflow, Fault, InvalidInput, NotFound, Overloaded, SllmError, Unreachable
+from schema.errors import Conflict, ContextOverflow, Fault, InvalidInput, NotFound, Overloaded, SllmError, Unreachable
 from schema.ids import Epoch, EpochCounter, IdSource, generation_of, made_at
 from schema.link import (
     AttemptTruth,
@@ -323,11 +323,10 @@ class Router:
         raise NotFound(f"there is no request {id!r}, or it ended too long ago to be remembered")
 
     def cancel(self, id: str) -> None:  # noqa: A002 - as above
-        """End a request; one that has ended is left as it is. Raises NotFound."""
-        if (request := self._core.requests.get(id)) is not None:
-            self._cancel(request)
-        else:
-            self.request(id)
+        """End a request. Raises NotFound, and Conflict for one that has ended already."""
+        if (request := self._core.requests.get(id)) is None:
+            raise Conflict(f"request {id} has ended already: it is {self.request(id).state.value}")
+        self._cancel(request)
 
     def model_counts(self, model: str) -> tuple[int, int]:
         """(waiting, running) requests of a model now."""

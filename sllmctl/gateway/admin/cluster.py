@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from schema.admin import EventKind, EventView, InstanceView, NodeView, RequestView, StatusView
-from schema.errors import NotFound
+from schema.errors import Conflict, NotFound
 from sllmctl.cluster.view import ClusterView
 from sllmctl.control.events import StopInstanceNow
 from sllmctl.control.views import LiveNumbers, instance_view, instance_views, node_view, node_views
@@ -107,7 +107,7 @@ class Cluster:
         read_query(request)
         return json_answer(self._router.request(request.path_params["id"]))
 
-    @operation("End a request.", {204: None}, errors=(NotFound,))
+    @operation("End a request.", {204: None}, errors=(NotFound, Conflict))
     async def cancel_request(self, request: Request) -> Response:
         read_query(request)
         self._router.cancel(request.path_params["id"])

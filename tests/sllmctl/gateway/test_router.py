@@ -351,7 +351,8 @@ def test_cancel_ends_a_running_request_at_once_and_drops_what_still_comes() -> N
     view = bench.router.request(request.id)
     assert (view.state, view.timeline.engine) == (RequestState.CANCELLED, timing)
     assert bench.router.live == 0
-    bench.router.cancel(request.id)
+    with pytest.raises(Conflict, match="cancelled"):
+        bench.router.cancel(request.id)
     with pytest.raises(NotFound):
         bench.router.cancel("req_none")
 
