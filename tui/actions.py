@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -37,6 +37,9 @@ __all__ = [
 
 T = TypeVar("T")
 _HOLD_S = 20.0
+_KEPT = (Tier.DISK, Tier.DRAM)
+_COPIES = (*_KEPT, Tier.DEVICE)
+_MEMORY = (Tier.DRAM, Tier.DEVICE)
 
 
 class Desk(Protocol):
@@ -146,19 +149,19 @@ async def cancel_request(desk: Desk, request: RequestView) -> None:
 
 
 async def pin_checkpoint(desk: Desk, checkpoint: CheckpointView) -> None:
-    where = await _where(desk, f"Pin {_called(checkpoint)}", "where it lies, if empty")
+    where = await _where(desk, f"Pin {_called(checkpoint)}", "where it lies, if empty", _KEPT)
     if where is not None:
         await desk.ask(client.pin_checkpoint(checkpoint.digest, *where), f"{_called(checkpoint)} is pinned")
 
 
 async def unpin_checkpoint(desk: Desk, checkpoint: CheckpointView) -> None:
-    where = await _where(desk, f"Unpin {_called(checkpoint)}", "everywhere, if empty")
+    where = await _where(desk, f"Unpin {_called(checkpoint)}", "everywhere, if empty", _KEPT)
     if where is not None:
         await desk.ask(client.pin_checkpoint(checkpoint.digest, *where, pinned=False), f"{_called(checkpoint)} is let go")
 
 
 async def prefetch_checkpoint(desk: Desk, checkpoint: CheckpointView) -> None:
-    where = await _where(desk, f"Prefetch {_called(checkpoint)}", "wherever it lies on disk, if empty")
+    where = await _where(desk, f"Prefetch {_called(checkpoint)}", "wherever it lies on disk, if empty", _MEMORY)
     if where is not None:
         await desk.ask(client.prefetch_checkpoint(checkpoint.digest, *where), f"{_called(checkpoint)} is being loaded")
 
@@ -169,7 +172,7 @@ async def verify_checkpoint(desk: Desk, checkpoint: CheckpointView) -> None:
 
 
 async def drop_checkpoint(desk: Desk, checkpoint: CheckpointView) -> None:
-    where = await _where(desk, f"Drop {_called(checkpoint)}", "of every node, if empty")
+    where = await _where(desk, f"Drop {_called(checkpoint)}", "of every node, if empty", _COPIES)
     if where is None:
         return
     node, tier = where
@@ -181,19 +184,20 @@ async def drop_checkpoint(desk: Desk, checkpoint: CheckpointView) -> None:
 # --- parts
 
 
-async def _where(desk: Desk, title: str, hint: str) -> tuple[str | None, Tier | None] | None:
-    """A node and a tier, either of which may be left open; None when the user thought better of it."""
+async def _where(desk: Desk, title: str, hint: str, tiers: Sequence[Tier]) -> tuple[str | None, Tier | None] | None:
+    """A node and one of ``tiers``, either of which may be left open; None when the user thought better of it."""
+    named = ", ".join(tiers[:-1]) + f" or {tiers[-1]}"
     nodes = tuple(sorted(node.name for node in desk.cluster.nodes.values()))
     fields = [
         Field("node", "Node", hint=hint, choices=nodes),
-        Field("tier", "Tier", hint="disk, dram or device; the usual one, if empty", choices=("disk", "dram", "device")),
+        Field("tier", "Tier", hint=f"{named}; the usual one, if empty", choices=tuple(tiers)),
     ]
 
     def read(values: Mapping[str, str]) -> tuple[str | None, Tier | None]:
         if values["node"] and values["node"] not in nodes:
             raise InvalidInput(f"there is no node {values['node']!r}", "node")
-        if values["tier"] and values["tier"] not in list(Tier):
-            raise InvalidInput(f"{values['tier']!r} is no tier: disk, dram or device", "tier")
+        if values["tier"] and values["tier"] not in tiers:
+            raise InvalidInput(f"{values['tier']!r} is no tier for this: {named}", "tier")
         return values["node"] or None, Tier(values["tier"]) if values["tier"] else None
 
     return await desk.fill_in(title, fields, read)

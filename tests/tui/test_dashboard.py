@@ -311,6 +311,19 @@ async def test_checkpoints_are_prefetched_and_pinned(key: str, verb: str) -> Non
         assert (path, json.loads(body)) == (f"checkpoints/{DIGEST}/{verb}", {"node": "local", "tier": "dram"})
 
 
+async def test_only_the_tiers_that_an_action_knows_are_taken() -> None:
+    manager = Manager()
+    async with running(manager) as (app, pilot):
+        for key, tier, known in (("p", "device", "disk or dram"), ("f", "disk", "dram or device")):
+            await _press(app, pilot, "5", key)
+            await _dialog(app, pilot, Form)
+            assert f"{known};" in app.screen.query_one("#tier", Input).placeholder
+            await _press(app, pilot, "enter", *tier, "enter")
+            assert f"'{tier}' is no tier for this: {known}" in str(app.screen.query_one("#problem", Static).render())
+            await _press(app, pilot, "escape")
+        assert manager.asked == []
+
+
 async def test_a_model_is_added_scaled_and_deployed() -> None:
     manager = Manager()
     manager.answers["models/new"] = Waited(MODELS[0], done=True)
