@@ -46,6 +46,12 @@ def digest_of(name: str) -> str:
     return (name.encode().hex() * 64)[:64]
 
 
+def name_of(digest: str) -> str:
+    """The name that `digest_of` made this of."""
+    text = bytes.fromhex(digest).decode()
+    return next(text[:size] for size in range(1, 33) if (text[:size] * 32)[:32] == text)
+
+
 @dataclass
 class Agent:
     """A node. Where ``kind`` is not "cpu", weights lie on its devices beside KV caches until they are dropped, and its DRAM
@@ -190,7 +196,7 @@ class Agent:
                     update.append(PlacementUpdate(truth=self.checkpoints[digest]))
                 case Fetch():
                     if digest not in self.checkpoints:
-                        self.hold(bytes.fromhex(digest).decode()[0])  # what `digest_of` made of a name
+                        self.hold(name_of(digest))
                     update.append(PlacementUpdate(truth=self.checkpoints[digest]))
                 case LoadCheckpoint(tier=Tier.DEVICE, device=device):
                     self.weights[digest, device] = self.checkpoints[digest].image_bytes
@@ -235,7 +241,7 @@ class Agent:
             return []
         if message.digest not in self.checkpoints:
             assert message.remote is not None, "nobody starts what is nowhere"
-            self.hold(bytes.fromhex(message.digest).decode()[0])
+            self.hold(name_of(message.digest))
         self.lives[message.instance] = InstanceTruth(
             instance=message.instance,
             epoch=message.epoch,

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from schema.admin import OperationKind
 from schema.errors import Fault
-from schema.link import DropCheckpoint, StartPhases
+from schema.link import DropCheckpoint, LoadCheckpoint, StartPhases
 from schema.spec import ModelSpec, ScaleSpec
-from schema.states import InstanceState, ModelState, NodeState, Tier
+from schema.states import InstanceState, ModelState, NodeState, Tier, TierState
 from sllmctl.cluster.settings import ControlSettings
 from sllmctl.cluster.view import ClusterView
 from sllmctl.control.events import (
     AddModel,
+    ApplyModels,
     DemandChanged,
     DeployModel,
+    EndOperation,
+    Forget,
     InstanceActivity,
+    Operate,
+    Pin,
     RemoveModel,
     StopInstanceNow,
     StopModel,
@@ -27,6 +34,7 @@ from sllmctl.control.events import (
 from sllmctl.control.instances import ACTIVE
 from sllmctl.planner.interface import Abilities, NoJournals
 from tests.examples import examples
+from tests.sllmctl.control.agents import Said
 from tests.sllmctl.control.world import Agent, World, digest_of, spec
 
 _I = InstanceState
@@ -38,6 +46,12 @@ HEALED_S = 900.0
 nodes = st.sampled_from(NODES)
 models = st.sampled_from(MODELS)
 picks = st.integers(0, 7)
+places = st.sampled_from((*NODES, None))
+REMOTE = "file:///srv/models"
+OPERATIONS: tuple[tuple[OperationKind, Tier | None], ...] = (
+    ("prefetch", Tier.DRAM), ("verify", None), ("drop", None), ("drop", Tier.DISK), ("drop", Tier.DRAM), ("drop", Tier.DEVICE),
+    ("publish", None), ("fetch", Tier.DISK),
+)  # fmt: skip
 
 
 class RunningJournals(NoJournals):
@@ -304,14 +318,18 @@ class Cluster(RuleBasedStateMachine):
         began = world.now
         while left:
             for name in sorted(left):
-                held = any(digest_of(name) in agent.checkpoints for agent in world.agents.values())
-                if self.serve_one(name) or (not held and any(one.model == name for one in world.rejected)):
+                if self.serve_one(name) or (not self.can_start(name) and any(one.model == name for one in world.rejected)):
                     left.discard(name)
                     world.do(DemandChanged(name, 0, 0))
             assert not left or world.now - began <= HEALED_S, f"{left} wait for ever"
             world.pass_time(5.0)
         assert not any(model.state in (ModelState.INGESTING, ModelState.DELETING) for model in world.view.models.values())
         self.rows_and_indexes_agree()
+
+    def can_start(self, name: str) -> bool:
+        """True where some node has its weights, and as many devices as it spans."""
+        devices, agents = self.world.view.models[name].spec.devices, self.world.agents.values()
+        return any(digest_of(name) in agent.checkpoints and agent.devices >= devices for agent in agents)
 
     def serve_one(self, name: str) -> bool:
         """A request runs and ends, if there is an instance for it."""
@@ -342,9 +360,92 @@ class Migrations(Devices):
     abilities = Abilities(migrate=True)
 
 
+class CarefulAgent(Agent):
+    """One whose store refuses what an operator wants loaded beyond the arena, and whose disk's copies may be found wrong."""
+
+    def finish(self, op: str, fault: Fault | None = None) -> list[Said]:
+        asked = self.ops[op]
+        if isinstance(asked, LoadCheckpoint) and asked.digest in self.checkpoints and asked.digest not in self.dram:
+            size = self.checkpoints[asked.digest].image_bytes
+            if self.dram_bytes() + size > self.arena_mib << 20:
+                fault = fault or Fault("out_of_memory", "the arena is full")
+        return super().finish(op, fault)
+
+    def judge(self, digest: str, state: TierState) -> list[Said]:
+        """Its copy on disk is found wrong, or sound again."""
+        truth = self.checkpoints[digest]
+        placements = tuple(
+            msgspec.structs.replace(one, state=state) if one.tier is Tier.DISK else one for one in truth.placements
+        )
+        self.checkpoints[digest] = msgspec.structs.replace(truth, placements=placements)
+        return [self._restate(digest)]
+
+
+class Operators(Devices):
+    """The same, with all that operators do to checkpoints and specs meanwhile, copies found wrong, and a remote."""
+
+    abilities = Abilities(published=True)
+
+    def make_agents(self) -> list[Agent]:
+        return [
+            CarefulAgent("a", kind="cuda", devices=2, device_mib=34, arena_mib=24),
+            CarefulAgent("b", kind="cuda", devices=1, device_mib=45, arena_mib=24),
+        ]
+
+    @rule(name=models, node=places, tier=st.sampled_from([None, Tier.DRAM, Tier.DISK]), pinned=st.booleans())
+    def pin(self, name: str, node: str | None, tier: Tier | None, pinned: bool) -> None:
+        self.world.ask(lambda ticket: Pin(ticket, name, node, tier, pinned))
+
+    @rule(name=models, node=places, what=st.sampled_from(OPERATIONS))
+    def operate(self, name: str, node: str | None, what: tuple[OperationKind, Tier | None]) -> None:
+        kind, tier = what
+        url = REMOTE if kind in ("publish", "fetch") else None
+        self.world.ask(lambda ticket: Operate(ticket, kind, name, node, tier, url))
+
+    @precondition(lambda self: self.world.view.operations)
+    @rule(pick=picks)
+    def cancel_operation(self, pick: int) -> None:
+        ids = list(self.world.view.operations)[-8:]
+        self.world.ask(lambda ticket: EndOperation(ticket, ids[pick % len(ids)]))
+
+    @rule(name=models)
+    def forget_remote(self, name: str) -> None:
+        self.world.ask(lambda ticket: Forget(ticket, name, None))
+
+    @rule(name=models, kv_mib=st.sampled_from([10, 14]), most=st.integers(1, 3), deploy=st.booleans(), dry=st.booleans())
+    def apply(self, name: str, kv_mib: int, most: int, deploy: bool, dry: bool) -> None:
+        wanted = self.spec(name, most=most, kv_mib=kv_mib)
+        self.world.ask(lambda ticket: ApplyModels(ticket, (wanted,), deploy=deploy, dry_run=dry))
+
+    @rule(node=nodes, name=models, sound=st.booleans())
+    def judge(self, node: str, name: str, sound: bool) -> None:
+        agent, digest = self.world.agents[node], digest_of(name)
+        assert isinstance(agent, CarefulAgent)
+        if digest in agent.checkpoints:
+            self.world.tell(node, agent.judge(digest, TierState.RESIDENT if sound else TierState.QUARANTINED))
+
+    @invariant()
+    def what_is_kept_of_operations_is_of_them(self) -> None:
+        core = self.world.loop._core
+        assert {(one.node, one.digest, one.tier) for one in core.drops.values()} == core.dropping.keys()
+        running = {id_ for id_, one in self.world.view.operations.items() if one.ended_at is None}
+        loads = {id_ for id_ in core.prefetches if id_ in self.world.view.operations}
+        assert loads <= running
+
+    def heal(self) -> None:
+        for agent in self.world.agents.values():
+            assert isinstance(agent, CarefulAgent)
+            for digest in agent.checkpoints:
+                agent.judge(digest, TierState.RESIDENT)
+        for digest, node, tier in list(self.world.view.pins):
+            self.world.ask(lambda ticket, key=(digest, node, tier): Pin(ticket, *key, False))  # type: ignore[misc]
+        super().heal()
+
+
 _RUNS = settings(max_examples=examples(30), stateful_step_count=40, suppress_health_check=list(HealthCheck))
 
 TestCluster = Cluster.TestCase
 TestDevices = Devices.TestCase
+TestOperators = Operators.TestCase
 TestMigrations = pytest.mark.slow(Migrations.TestCase)
-TestCluster.settings = TestDevices.settings = TestMigrations.settings = _RUNS
+TestCluster.settings = TestDevices.settings = TestOperators.settings = TestMigrations.settings = _RUNS
