@@ -7,6 +7,7 @@ each `Welcome` that comes out of `poll` marks a new connection, upon which the o
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
 import select
@@ -28,6 +29,7 @@ _FIRST_DELAY_S = 0.01
 _LONGEST_DELAY_S = 0.5
 _READ_BYTES = 1 << 18
 _MAX_DESCRIPTORS = 16
+_log = logging.getLogger(__name__)
 
 
 class Channel(Generic[T]):
@@ -186,6 +188,8 @@ class Channel(Generic[T]):
         try:
             messages = self._decoder.feed(data)
         except LinkError as error:
+            if str(error) != self.last_refusal:  # said again on every connection, by an agent of another build
+                _log.error("the link to the agent is dropped: %s", error)
             self.last_refusal = str(error)
             self._lose()
             return []

@@ -238,7 +238,9 @@ class DeviceTier:
             fill.losses += 1
             if fill.losses >= _MAX_LOSSES:
                 del self._fills[op]
-                fill.answered(Fault.of(Unreachable(f"the store died {fill.losses} times while it was loading this checkpoint")))
+                fill.answered(
+                    Fault.of(Unreachable(f"the store was lost {fill.losses} times while it was loading this checkpoint"))
+                )
 
     def _let_go(self, name: str) -> None:
         kept = self._kept.pop(name, None)

@@ -48,7 +48,7 @@ from schema.link import (
 __all__ = ["StoreLink", "StoreOwner"]
 
 _MAX_LOSSES: Final = 3
-"""A fill under which the store died so often is given up: it may be what kills it."""
+"""A fill under which the store was lost so often is given up: it may be what kills it."""
 _log = logging.getLogger(__name__)
 
 
@@ -297,13 +297,15 @@ class StoreLink:
             fill.losses += 1
             if fill.losses >= _MAX_LOSSES:
                 del self._fills[op]
-                fill.answered(Fault.of(Unreachable(f"the store died {fill.losses} times while it was loading this checkpoint")))
+                fill.answered(
+                    Fault.of(Unreachable(f"the store was lost {fill.losses} times while it was loading this checkpoint"))
+                )
         for op, task in list(self._tasks.items()):
             task.losses += 1
             if task.losses >= _MAX_LOSSES:
                 del self._tasks[op]
                 doing = "verifying" if isinstance(task.message, VerifyStored) else "fetching"
-                fault = Fault.of(Unreachable(f"the store died {task.losses} times while it was {doing} this checkpoint"))
+                fault = Fault.of(Unreachable(f"the store was lost {task.losses} times while it was {doing} this checkpoint"))
                 task.answered(OperationDone(op=op, fault=fault))
         self.devices.lost()
         self._owner.store_lost()

@@ -94,3 +94,14 @@ def test_what_an_agent_said_last_is_heard_with_its_descriptors(agent: Agent, cha
         os.close(descriptor)
     while channel.connected:
         assert channel.poll(0.0) == []
+
+
+def test_what_cannot_be_read_is_logged_once(agent: Agent, channel: Channel[ToWorker], caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(3):
+        life = agent.life(HELLO)
+        while channel.poll(0.01) or not select.select([agent.listener], [], [], 0.0)[0]:
+            pass
+        life.close()
+    (record,) = caplog.records
+    assert "the link to the agent is dropped" in record.message
+    assert "is not a message of this link" in record.message
