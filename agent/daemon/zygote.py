@@ -32,7 +32,11 @@ from schema.link import (
 __all__ = ["ZygoteLink"]
 
 _FORK_S: Final = 10.0
-"""How long an ingest waits for its fork. A zygote that still imports is ready no later than a new process would be."""
+"""How long a zygote may take to fork for an ingest."""
+_ABSENT_S: Final = 10.0
+"""How long an ingest waits while no zygote lives."""
+_IMPORT_S: Final = 60.0
+"""How long it waits for one at most. One that still imports is ready no later than a new process would be."""
 _STATUS_S: Final = 0.2
 """How long it may take to say how a child ended."""
 _log = logging.getLogger(__name__)
@@ -109,8 +113,8 @@ class ZygoteLink:
         fork = ForkIngest(nonce=nonce, op=message.op, source=message.source)
         answer: asyncio.Future[ForkedChild | None] = asyncio.get_running_loop().create_future()
         try:
+            await self._until_ready()
             async with asyncio.timeout(_FORK_S):
-                await self._stated.wait()
                 self._forking[nonce] = answer
                 return await answer if self._kin.send(fork, (frames,)) else None
         except (TimeoutError, asyncio.CancelledError) as error:
@@ -118,10 +122,20 @@ class ZygoteLink:
                 child.kill()  # it came at that very moment
             if isinstance(error, asyncio.CancelledError):
                 raise
-            _log.warning("the zygote has not forked for the ingest %s within %g s", message.op, _FORK_S)
+            _log.warning("no zygote has forked for the ingest %s in time; it gets a process of its own", message.op)
             return None
         finally:
             self._forking.pop(nonce, None)  # what comes later is ended, as one that nobody asked for
+
+    async def _until_ready(self) -> None:
+        """Wait for a zygote that can fork. Raises TimeoutError when that takes too long, or none lives to become one."""
+        async with asyncio.timeout(_IMPORT_S):
+            while not self.ready:
+                try:
+                    await asyncio.wait_for(self._stated.wait(), _ABSENT_S)
+                except TimeoutError:
+                    if not self._kin.pid:
+                        raise
 
     # --- Handler
 

@@ -13,6 +13,8 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Peers answer in this process: how long the agent waits for them says how loaded the machine is."""
     monkeypatch.setattr(ingest, "TERM_S", WAIT_S)
     monkeypatch.setattr(zygote, "_FORK_S", WAIT_S)
+    monkeypatch.setattr(zygote, "_ABSENT_S", WAIT_S)
+    monkeypatch.setattr(zygote, "_IMPORT_S", WAIT_S)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import msgspec
@@ -146,6 +147,24 @@ async def test_an_ingest_is_forked_by_the_zygote_and_outlives_it(node: Node) -> 
     await node.until(lambda: len(node.zygotes) == 2)
     go_on.touch()
     assert (await done(manager, "op_1")).digest == DIGEST
+
+
+async def test_an_ingest_waits_for_a_zygote_that_still_imports(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zygote, "_ABSENT_S", 0.1)
+    manager = await node.manager()
+    child(node, f"say(OperationDone(op=op, digest={DIGEST!r}))", forked=True)
+    await node.ready(manager)
+    node.kin_dial = False
+    os.kill(node.zygotes[0].pid, signal.SIGKILL)
+    first = node.zygotes[0].pid
+    await node.until(lambda: any(one["role"] == "zygote" and one["pid"] != first for one in node.roster()))
+    (imports,) = [one["pid"] for one in node.roster() if one["role"] == "zygote"]
+    manager.send(Ingest(op="op_1", source=SOURCE))
+    late = time.monotonic() + 0.5
+    await node.until(lambda: time.monotonic() > late)
+    node.play("zygote", imports)
+    assert (await done(manager, "op_1")).digest == DIGEST
+    assert [fork.op for fork in node.zygotes[1].ingests] == ["op_1"]
 
 
 async def test_a_child_that_nobody_waits_for_any_more_is_ended(node: Node) -> None:
