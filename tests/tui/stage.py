@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -124,9 +125,11 @@ async def running(manager: Manager, size: tuple[int, int] = (100, 30), **options
 
     Textual's pilot takes an application for idle when its process has had little time of a processor, which it also has where
     others have it all: here it waits until nothing is left to do. No message goes because its time is over, and nothing is
-    drawn because a second has passed.
+    drawn because a second has passed. It has its colours, whatever the tests' own terminal is to have.
     """
-    app = Dashboard(manager.client, clock=lambda: NOW, **options)
+    with patch.dict(os.environ):
+        os.environ.pop("NO_COLOR", None)
+        app = Dashboard(manager.client, clock=lambda: NOW, **options)
     with (
         patch("textual.pilot.wait_for_idle", _still),
         patch("textual.app.wait_for_idle", _still),
