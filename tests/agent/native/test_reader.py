@@ -370,10 +370,10 @@ def test_an_opening_that_does_not_come_back_ends_its_job_and_no_other(
         pytest.skip(str(error))
     watch = Watch()
     stuck = pool.submit(units(tmp_path / "stuck", MIB, memoryview(bytearray(MIB)), 4096), watch)
-    memory = memoryview(bytearray(MIB))
-    job = pool.submit(units(tmp_path / "f", MIB, memory), watch)
     assert entered.wait(100)
     clock.forward()
+    memory = memoryview(bytearray(MIB))
+    job = pool.submit(units(tmp_path / "f", MIB, memory), watch)
     watch.wait(job)
     assert memory == data
     watch.until(lambda: stuck.stalled is not None)
