@@ -28,7 +28,7 @@ from schema.states import EndReason, InstanceState, Tier, TierState
 from tests.agent.daemon.peers import Manager
 from tests.agent.daemon.test_processes import ROOT, WAIT_S, Machine, Stream, ended, job
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # of which most is the import of torch
 
 DEVICE_BYTES = 64 << 20
 

@@ -39,7 +39,7 @@ from tests.agent.daemon.test_processes import ROOT, WAIT_S, Machine, Stream, end
 from tests.checkpoints import make_llama_dir
 from tests.remotes import web_server
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # of which most is the import of torch
 
 
 class GatedMachine(Machine):

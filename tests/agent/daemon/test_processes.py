@@ -216,6 +216,7 @@ def has(count: int) -> Callable[[Stream], bool]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 async def test_a_nodes_whole_life_with_every_kill(machine: Machine) -> None:
     """One long walk rather than many tests: what takes the time is the start of the real processes."""
     machine.start()

@@ -49,7 +49,7 @@ from schema.link import (
 )
 from tests.agent.engine.models import make_model, manifest_of, tensors_of
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 120.0
 LONG = 1 << 16
 """Tokens that no worker generates before a test that the machine lets wait has gone on."""
 M = TypeVar("M", bound=Message)

@@ -45,7 +45,7 @@ from tests.agent.engine.models import submit_of
 from tests.agent.workers.fake_agent import DIGEST, LONG, Heard, Node, Peer, alive, await_gone, node
 from tests.checkpoints import make_llama_dir
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # of which most is the import of torch
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
