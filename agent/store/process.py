@@ -150,6 +150,9 @@ class StoreProcess:
                     self._devices.pump()
                 if self._faulted:
                     self._tell_arena()
+                if self._channel.refused:
+                    _log.error("the agent refuses this store: %s", self._channel.last_refusal)
+                    return 1
                 if not self._channel.connected and self._channel.lost_for_s >= grace_s:
                     _log.warning("no agent for %.1f s; ending. %s", grace_s, self._channel.last_refusal or "")
                     break

@@ -21,9 +21,9 @@ __all__ = [
     "Part",
 ]
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 """The newest version of these messages that this build speaks."""
-PROTOCOL_OLDEST: Final = 1
+PROTOCOL_OLDEST: Final = 2
 """The oldest version that this build still speaks."""
 MAX_FRAME_BYTES: Final = 32 << 20
 """A longer frame is refused before its body is read; bulk data never travels here."""

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from agent.channel import Channel
-from schema.link import Descriptors, FrameDecoder, Hello, Message, Ping, Pong, Role, ToWorker, Welcome, encode_frame
+from schema.link import PROTOCOL, Descriptors, FrameDecoder, Hello, Message, Ping, Pong, Role, ToWorker, Welcome, encode_frame
 
 HELLO = Hello(role=Role.WORKER, software="test", pid=1)
-WELCOME = Welcome(protocol=1, software="test", node="", pid=1)
+WELCOME = Welcome(protocol=PROTOCOL, software="test", node="", pid=1)
 LONG_S = 60.0
 
 

@@ -20,7 +20,9 @@ import pytest
 from agent.config import NodeConfig
 from agent.native.calibration import Tuning
 from agent.native.disk_record import DiskRecord, record_path
+from schema.errors import Fault
 from schema.link import (
+    PROTOCOL,
     ArenaState,
     CancelFetch,
     Descriptors,
@@ -37,6 +39,7 @@ from schema.link import (
     Ping,
     Pong,
     Progress,
+    Refused,
     Resident,
     Role,
     Shutdown,
@@ -87,7 +90,7 @@ class Agent:
         self.inbox: list[Any] = []
         self.received: list[int] = []
         hello = self.next(Hello)
-        self.send(Welcome(protocol=1, software="test", node="", pid=os.getpid(), descriptors=int(arena is not None)))
+        self.send(Welcome(protocol=PROTOCOL, software="test", node="", pid=os.getpid(), descriptors=int(arena is not None)))
         if arena is not None:
             self.send(Descriptors(what="arena"), [arena])
         message = self.next(Descriptors, StoreTruth)
@@ -234,13 +237,20 @@ def test_foreign_memory_is_refused_and_a_fresh_arena_made(agent: Agent) -> None:
 def test_command_before_the_announced_arena_closes_the_link(agent: Agent) -> None:
     agent.spawn()
     agent.accept()
-    agent.send(Welcome(protocol=1, software="test", node="", pid=1, descriptors=1))
+    agent.send(Welcome(protocol=PROTOCOL, software="test", node="", pid=1, descriptors=1))
     agent.send(HoldCheckpoint(digest="0" * 64, users=0))
     assert agent.link is not None
     while agent.link.recv(1 << 16):  # what it says of its arena's pages may come before
         pass
     _, truth = agent.accept(agent.arenas[0])
     assert truth.residents == ()
+
+
+def test_a_refused_store_ends(agent: Agent) -> None:
+    store = agent.spawn()
+    agent.accept()
+    agent.send(Refused(fault=Fault("invalid_input", "upgrade the store")))
+    assert store.wait(30) == 1
 
 
 def test_store_ends_by_itself_without_an_agent() -> None:

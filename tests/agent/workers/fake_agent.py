@@ -23,6 +23,7 @@ from schema.checkpoint import ALIGN_BYTES, Manifest, Partition, TensorEntry, enc
 from schema.errors import Fault
 from schema.ids import Epoch
 from schema.link import (
+    PROTOCOL,
     Arriving,
     Attach,
     AttemptTruth,
@@ -176,7 +177,7 @@ class Node:
         if refuse:
             peer.send(Refused(fault=Fault("unauthorised", "not today")))
         else:
-            peer.send(Welcome(protocol=1, software="test", node="n", pid=os.getpid()))
+            peer.send(Welcome(protocol=PROTOCOL, software="test", node="n", pid=os.getpid()))
         return peer, hello
 
     def start_zygote(self) -> subprocess.Popen[bytes]:
