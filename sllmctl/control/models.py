@@ -121,6 +121,8 @@ def operation_done(turn: Turn, node: str, done: OperationDone) -> None:
         finish_removal(turn, model)
         if done.fault is None:
             forget_checkpoint(turn, done.digest)
+    elif turn.core.left.pop(done.op, None) is not None and done.fault is None:
+        forget_checkpoint(turn, done.digest)
     turn.send(node, OperationsAcked(ops=(done.op,)))
 
 
@@ -249,17 +251,24 @@ def remove(turn: Turn, event: RemoveModel) -> None:
         if turn.view.nodes[model.node].state is NodeState.READY and model.ingested is None:
             turn.send(model.node, CancelOperation(op=model.op))
         else:
-            turn.view.set_operation(model, None, None)
+            _leave(turn, model)
     _undeploy(turn, model, "is being removed")
 
 
 def let_go(turn: Turn, model: Model) -> None:
     """The node that does something for a model is away, or does it no more: a removal does not wait for it. Should it still
-    go on there, its next truth says so, and it is ended."""
+    go on there, its next truth says so, and it is ended; what it has brought is forgotten."""
     if model.state is _M.DELETING and model.op is not None:
-        turn.view.set_operation(model, None, None)
+        _leave(turn, model)
         turn.put_model(model)
         turn.rescale[model.name] = None
+
+
+def _leave(turn: Turn, model: Model) -> None:
+    assert model.op is not None
+    assert model.node is not None
+    turn.core.left[model.op] = model.node
+    turn.view.set_operation(model, None, None)
 
 
 def finish_removal(turn: Turn, model: Model) -> None:

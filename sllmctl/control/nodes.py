@@ -116,8 +116,10 @@ def _take_instances(turn: Turn, node: Node, truth: NodeTruth) -> None:
 
 def _take_operations(turn: Turn, node: Node, truth: NodeTruth) -> None:
     """Ended operations are taken in; an ingest is asked for again, which is harmless if it is known; unknown ones are ended."""
-    for done in truth.done:
+    core = turn.core
+    for done in sorted(truth.done, key=lambda done: done.op in core.left):  # first those that say what models have
         models.operation_done(turn, node.id, done)
+    core.left = {op: where for op, where in core.left.items() if where != node.id or op in truth.ops}
     wanted: set[str] = set()
     for model in turn.view.operating_on(node.id):
         if model.op is None:
@@ -130,7 +132,7 @@ def _take_operations(turn: Turn, node: Node, truth: NodeTruth) -> None:
             models.let_go(turn, model)
     wanted |= operations.restate(turn, node, truth)
     for op in truth.ops:
-        if op not in wanted and op not in turn.core.drops and op not in turn.core.prefetches:
+        if op not in wanted and op not in core.drops and op not in core.prefetches:
             turn.send(node.id, CancelOperation(op=op))
 
 

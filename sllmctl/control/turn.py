@@ -96,8 +96,9 @@ class Moving:
 class Core:
     """What lasts from step to step. ``dropping`` finds a drop by what it drops; ``prefetches`` are loads ahead of need by
     operation, each a node and a checkpoint; ``kept``: weights that a node did not drop from its devices, and until when it is
-    not asked again. ``moves`` are by source. ``look_at``: a model is not planned for before then. ``closing``: the manager is
-    ending. ``turned`` and ``unasked`` are of `scaling.look_around`: whose turn is next, and how many were not asked yet."""
+    not asked again. ``left`` are ingests of models that were forgotten before their end was heard, each with its node.
+    ``moves`` are by source. ``look_at``: a model is not planned for before then. ``closing``: the manager is ending. ``turned``
+    and ``unasked`` are of `scaling.look_around`: whose turn is next, and how many were not asked yet."""
 
     view: ClusterView
     ids: IdSource
@@ -112,6 +113,7 @@ class Core:
     dropping: dict[tuple[str, str, Tier], str] = field(default_factory=dict)
     prefetches: dict[str, tuple[str, str]] = field(default_factory=dict)
     kept: dict[tuple[str, str], float] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
     moves: dict[str, Moving] = field(default_factory=dict)
     look_at: dict[str, float] = field(default_factory=dict)
     closing: bool = False

@@ -14,6 +14,7 @@ from sllmctl.control.events import (
     DeployModel,
     EndOperation,
     FromNode,
+    Operate,
     Pin,
     RemoveModel,
     StopInstanceNow,
@@ -241,6 +242,61 @@ def test_a_removal_goes_on_when_neither_its_manager_nor_the_node_comes_back(worl
     world.check_rows()
     world.connect("local")
     assert agent.ops == {}
+
+
+@pytest.mark.parametrize("how", ["restarted", "lost", "away"])
+def test_an_ingest_that_ended_unheard_after_its_model_was_removed_leaves_no_checkpoint(world: World, how: str) -> None:
+    agent = world.agents["local"]
+    agent.automatic = False
+    world.ask(lambda ticket: AddModel(ticket, spec()))
+    (op,) = agent.ops
+    if how == "away":
+        world.lose("local")
+    world.say(RemoveModel(0, "m"))
+    agent.connected = False  # it does not hear that it is cancelled
+    agent.finish(op)
+    if how == "restarted":
+        world.start_manager()
+    elif how == "lost":
+        world.lose("local")
+    assert not world.view.models
+    agent.automatic = True
+    world.connect("local")
+    assert (agent.checkpoints, agent.done, world.view.checkpoints) == ({}, {}, {})
+    world.check_rows()
+
+
+def test_such_an_ingest_leaves_the_checkpoint_that_another_model_has_now(world: World) -> None:
+    agent = world.agents["local"]
+    agent.automatic = False
+    world.ask(lambda ticket: AddModel(ticket, spec()))
+    world.lose("local")
+    world.say(RemoveModel(0, "m"))
+    world.ask(lambda ticket: AddModel(ticket, spec()))
+    (op,) = agent.ops
+    agent.finish(op)
+    again = world.view.models["m"].op
+    assert again is not None
+    agent.done[again] = OperationDone(op=again, digest=digest_of("m"))
+    agent.automatic = True
+    world.connect("local")
+    assert world.view.models["m"].digest == digest_of("m")
+    assert digest_of("m") in agent.checkpoints
+    assert agent.done == {}
+    world.check_rows()
+
+
+def test_what_an_operator_fetched_while_the_manager_was_away_stays(world: World) -> None:
+    agent = world.agents["local"]
+    agent.automatic = False
+    assert world.ask(lambda ticket: Operate(ticket, "fetch", digest_of("m"), "local", None, "file:///srv")) is None
+    (op,) = agent.ops
+    agent.finish(op)
+    world.start_manager()
+    agent.automatic = True
+    world.connect("local")
+    assert digest_of("m") in agent.checkpoints
+    assert agent.done == {}
 
 
 def test_a_checkpoint_still_in_use_is_dropped_later(world: World) -> None:
