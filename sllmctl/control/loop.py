@@ -79,6 +79,7 @@ class ControlLoop:
         """The first step of a manager's life, after its state was loaded: nothing is connected, and the router knows nothing.
 
         Nodes count as unreachable until they state their truth; the grace for their instances begins now.
+        The clock may have been set back since the times of the rows were noted: none of them may lie so far ahead.
         """
         turn = Turn(self._core, now)
         for node in self.view.nodes.values():
@@ -95,14 +96,17 @@ class ControlLoop:
             if model.state is ModelState.DEPLOYED:
                 self.view.set_refusal(model, "no node has connected since the manager started")
             elif model.state is ModelState.INGESTING:
+                model.changed_at = min(model.changed_at, now)
                 turn.wake("model", model.name, model.changed_at + self.settings.ingest_timeout_s)
             else:
                 turn.rescale[model.name] = None
         for instance in self.view.instances.values():
             instance.life_at = now
-            if instance.retry_at is not None:  # the clock may have been set back since
+            if instance.retry_at is not None:
                 instance.retry_at = min(instance.retry_at, now + self.settings.restart_longest_s)
             instances.route(turn, instance)
+        for record in self.view.placements.values():
+            record.used_at = min(record.used_at, now)
         if self.settings.prefetch_every_s:
             turn.wake("prefetch", "", now + self.settings.prefetch_every_s)
         for node in self.view.nodes.values():

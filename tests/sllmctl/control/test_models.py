@@ -299,6 +299,20 @@ def test_what_an_operator_fetched_while_the_manager_was_away_stays(world: World)
     assert agent.done == {}
 
 
+def test_times_that_an_earlier_manager_noted_ahead_of_the_clock_count_as_now(world: World) -> None:
+    agent = world.agents["local"]
+    agent.hold("old")
+    agent.automatic = False
+    world.ask(lambda ticket: AddModel(ticket, spec()))
+    world.connect("local")
+    world.now -= 10 * world.settings.ingest_timeout_s
+    world.start_manager()
+    assert {record.used_at for record in world.view.placements.values()} == {world.now}
+    world.connect("local")
+    world.pass_time(world.settings.ingest_timeout_s + 1)
+    assert world.view.models["m"].state is ModelState.FAILED
+
+
 def test_a_checkpoint_still_in_use_is_dropped_later(world: World) -> None:
     world.serve(spec())
     agent = world.agents["local"]
