@@ -102,7 +102,8 @@ class PlacementRecord:
 @dataclass(slots=True)
 class Operation:
     """Something long that an operator asked for, all of it live. ``ended_at`` is None while it goes on. ``others`` are the
-    remotes, and layouts there, that a fetch tries when the one at ``url`` fails."""
+    remotes, and layouts there, that a fetch tries when the one at ``url`` fails; ``tried`` is how its last try has ended,
+    and ``copied`` says that its node had a sound copy on the disk when it was asked, so that it asks no remote."""
 
     id: str
     ticket: int
@@ -120,6 +121,8 @@ class Operation:
     url: str = ""
     layout: str = ""
     others: tuple[tuple[str, str], ...] = ()
+    tried: Fault | None = None
+    copied: bool = False
     note: str = ""
     device: int = 0
 

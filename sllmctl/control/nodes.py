@@ -118,7 +118,8 @@ def _take_operations(turn: Turn, node: Node, truth: NodeTruth) -> None:
     """Ended operations are taken in; an ingest is asked for again, which is harmless if it is known; unknown ones are ended."""
     core = turn.core
     for done in sorted(truth.done, key=lambda done: done.op in core.left):  # first those that say what models have
-        models.operation_done(turn, node.id, done)
+        if not operations.told_again(turn, done):
+            models.operation_done(turn, node.id, done)
     core.left = {op: where for op, where in core.left.items() if where != node.id or op in truth.ops}
     wanted: set[str] = set()
     for model in turn.view.operating_on(node.id):

@@ -28,7 +28,7 @@ from sllmctl.control.events import EndOperation, Operate
 from sllmctl.control.references import checkpoint_called, missing, node_called
 from sllmctl.control.turn import Turn
 
-__all__ = ["begin", "cancel", "done", "restate"]
+__all__ = ["begin", "cancel", "done", "restate", "told_again"]
 
 _DROPPED = (Tier.DEVICE, Tier.DRAM, Tier.DISK)
 """The tiers that a checkpoint can be dropped from, in the order in which that is done."""
@@ -94,7 +94,7 @@ def done(turn: Turn, said: OperationDone) -> bool:
         _end(turn, operation, None if gone else said.fault)
         if operation.url and said.fault is None:
             remotes.note(turn, operation, said.layout)
-        elif operation.kind == "fetch" and said.fault is not None:
+        elif said.fault is not None and _remote_failed(turn, operation):
             remotes.doubt(turn, operation.digest, operation.url, said.fault)
     return True
 
@@ -107,8 +107,7 @@ def _fetch_again(turn: Turn, operation: Operation, said: OperationDone) -> bool:
     if not disk.make_room(turn, operation.node, fault.short_bytes, f"checkpoint {operation.digest[:16]}"):
         return False
     operation.made_room = True
-    turn.send(operation.node, OperationsAcked(ops=(operation.id,)))  # or the node would tell the old end again
-    _send(turn, operation)
+    _try_again(turn, operation, fault)
     return True
 
 
@@ -117,14 +116,40 @@ def _fetch_elsewhere(turn: Turn, operation: Operation, said: OperationDone) -> b
     fault = said.fault
     if fault is None or not operation.others or operation.cancelled or fault.code in _NO_REMOTES:
         return False
+    if not _remote_failed(turn, operation):
+        return False
     remotes.doubt(turn, operation.digest, operation.url, fault)
     where = _where(turn, operation)
     (operation.url, operation.layout), *others = operation.others
     operation.others = tuple(others)
     told = f"{where}: {fault.message}; trying {operation.url}"
     turn.event("checkpoint", operation.digest, "FetchFailed", told, level="warning")
+    _try_again(turn, operation, fault)
+    return True
+
+
+def _remote_failed(turn: Turn, operation: Operation) -> bool:
+    """A fetch has failed: True if at its remote, False if its node has the checkpoint on the disk and could not load it."""
+    here = operation.copied or operation.node in turn.view.nodes_with(operation.digest, Tier.DISK)
+    return operation.kind == "fetch" and not here
+
+
+def _try_again(turn: Turn, operation: Operation, fault: Fault) -> None:
+    """Ask for the next try of a fetch, under the same name: the node has to forget the end of the last one first."""
+    operation.tried = fault
     turn.send(operation.node, OperationsAcked(ops=(operation.id,)))
     _send(turn, operation)
+
+
+def told_again(turn: Turn, said: OperationDone) -> bool:
+    """True if a node's truth tells the end of a try that the next one was asked for after already, as that was lost with the
+    link: it is no end of the next one, which `restate` asks for again."""
+    operation = turn.view.operations.get(said.op)
+    if operation is None or operation.ended_at is not None or said.fault is None or said.fault != operation.tried:
+        return False
+    if said.fault.short_bytes:
+        operation.made_room = False  # what was to be dropped may not have been heard of either
+    turn.send(operation.node, OperationsAcked(ops=(operation.id,)))
     return True
 
 
@@ -180,6 +205,7 @@ def _send(turn: Turn, operation: Operation) -> None:
             turn.send(operation.node, Publish(op=op, digest=digest, url=operation.url))
         case "fetch":
             url, layout = operation.url, operation.layout
+            operation.copied = operation.node in turn.view.nodes_with(digest, Tier.DISK)
             turn.send(operation.node, Fetch(op=op, digest=digest, url=url, layout=layout, tier=operation.tier))
         case _:
             turn.send(operation.node, DropCheckpoint(op=op, digest=digest, tier=operation.tier))

@@ -11,7 +11,7 @@ from schema.link import DropCheckpoint, Ingest
 from schema.states import InstanceState, ModelState, NodeState, Tier, TierState
 from sllmctl.cluster.records import Operation, PlacementRecord, Publication
 from sllmctl.control.disk import victims
-from sllmctl.control.events import AddModel, Operate, Pin
+from sllmctl.control.events import AddModel, FromNode, Operate, Pin
 from sllmctl.control.turn import Drop
 from tests.examples import examples
 from tests.sllmctl.control.conftest import MakeWorld
@@ -104,6 +104,26 @@ def test_a_fetch_that_lacks_room_gets_it_once(make_world: MakeWorld) -> None:
     world.tell("local", agent.finish(operation.id, lacking))
     (drop,) = [op for op, asked in agent.ops.items() if isinstance(asked, DropCheckpoint)]
     assert list(agent.ops) == [next(iter(agent.ops)), drop, operation.id], "the fetch is asked for again, after the drop"
+    world.tell("local", agent.finish(drop))
+    world.tell("local", agent.finish(operation.id, lacking))
+    assert operation.fault == lacking
+    assert not agent.done
+
+
+def test_a_fetch_whose_room_was_asked_for_over_a_link_that_broke_gets_it(make_world: MakeWorld) -> None:
+    world = two(make_world)
+    agent = world.agents["local"]
+    assert world.ask(lambda ticket: Operate(ticket, "fetch", "ef" * 32, "local", None, "file:///remote")) is None
+    (operation,) = [one for one in world.view.operations.values() if one.ticket == world.tickets]
+    lacking = Fault("out_of_space", "the budget would be passed", 5 * MIB)
+    (end,) = agent.finish(operation.id, lacking)
+    agent.connected = False
+    world.do(FromNode("local", end))
+    world.lose("local")
+    world.connect("local")
+    assert operation.ended_at is None
+    world.tell("local", agent.finish(operation.id, lacking))
+    (drop,) = [op for op, asked in agent.ops.items() if isinstance(asked, DropCheckpoint)]
     world.tell("local", agent.finish(drop))
     world.tell("local", agent.finish(operation.id, lacking))
     assert operation.fault == lacking

@@ -9,10 +9,19 @@ import pytest
 
 from schema.admin import OperationKind
 from schema.errors import Fault
-from schema.link import Fetch, OperationDone, Publish, RemoteCopy, StartInstance
-from schema.states import InstanceState, Tier
+from schema.link import (
+    CancelOperation,
+    Fetch,
+    OperationDone,
+    Placement,
+    PlacementUpdate,
+    Publish,
+    RemoteCopy,
+    StartInstance,
+)
+from schema.states import InstanceState, Tier, TierState
 from sllmctl.cluster.settings import ControlSettings
-from sllmctl.control.events import EndOperation, Forget, Operate
+from sllmctl.control.events import EndOperation, Forget, FromNode, Operate
 from sllmctl.planner.interface import Abilities
 from tests.sllmctl.control.conftest import MakeWorld
 from tests.sllmctl.control.world import Agent, World, digest_of, spec
@@ -369,3 +378,91 @@ def test_a_fetch_that_was_named_a_remote_or_fails_for_the_nodes_sake_tries_no_ot
     fail(world, Fault(code, "it ends"))
     assert ended(world) == Fault(code, "it ends")
     assert len(fetches(world)) == 1
+
+
+def break_before_it_hears(world: World, fault: Fault) -> None:
+    """A try of the far node ends, and its link breaks before what the manager says to that has come."""
+    agent = world.agents["far"]
+    (op,) = [op for op, asked in agent.ops.items() if isinstance(asked, Fetch)]
+    (end,) = agent.finish(op, fault)
+    agent.connected = False
+    world.do(FromNode("far", end))
+    world.lose("far")
+
+
+@pytest.mark.parametrize("code", ["unreachable", "not_found", "invalid_checkpoint"])
+def test_the_end_of_a_try_that_is_told_again_is_not_that_of_the_next(make_world: MakeWorld, code: str) -> None:
+    world = two(make_world)
+    for url in ("s3://bucket/oldest", URL, "file:///srv"):
+        ask(world, "publish", url)
+        world.pass_time(1)
+    agent = world.agents["far"]
+    agent.automatic = False
+    assert ask(world, "fetch", node="far") is None
+    fault = Fault(code, "it is not there")
+    break_before_it_hears(world, fault)
+    world.connect("far")
+    assert fetches(world) == ["file:///srv", URL], "the second is asked, not skipped"
+    assert not agent.done
+    fail(world, fault)
+    assert fetches(world)[2:] == ["s3://bucket/oldest"], "an end of the second remote that is like the first's is one"
+    (op,) = agent.ops
+    world.tell("far", agent.finish(op))
+    assert ended(world) is None
+    doubted = {each.url for each in world.view.publications_of(M) if each.doubt}
+    assert doubted == ({URL, "file:///srv"} if code != "unreachable" else set())
+    world.check_rows()
+
+
+def test_a_fetch_that_is_cancelled_before_its_second_try_is_heard_of_ends(make_world: MakeWorld) -> None:
+    world = two(make_world)
+    for url in (URL, "file:///srv"):
+        ask(world, "publish", url)
+    agent = world.agents["far"]
+    agent.automatic = False
+    assert ask(world, "fetch", node="far") is None
+    (op,) = agent.ops
+    break_before_it_hears(world, Fault("unreachable", "it is down"))
+    assert world.ask(lambda ticket: EndOperation(ticket, op)) is None
+    world.connect("far")
+    assert isinstance(agent.heard[-1], CancelOperation)
+    assert len(fetches(world)) == 1
+    world.tell("far", [OperationDone(op=op, fault=Fault("cancelled", "it is not under way"))])
+    assert world.view.operations[op].fault == Fault("cancelled", "it is not under way")
+
+
+@pytest.mark.parametrize("quarantined", [False, True])
+@pytest.mark.parametrize("code", ["invalid_checkpoint", "not_found"])
+def test_a_copy_that_lies_here_and_cannot_be_loaded_says_nothing_of_the_remotes(
+    make_world: MakeWorld, code: str, quarantined: bool
+) -> None:
+    world = two(make_world)
+    for url in (URL, "file:///srv"):
+        ask(world, "publish", url)
+    agent = world.agents["local"]
+    agent.automatic = False
+    assert ask(world, "fetch", node="local", tier=Tier.DRAM) is None
+    (op,) = agent.ops
+    if quarantined:
+        truth = agent.checkpoints[M]
+        bad = Placement(tier=Tier.DISK, state=TierState.QUARANTINED, size_bytes=truth.image_bytes)
+        world.tell("local", [PlacementUpdate(truth=msgspec.structs.replace(truth, placements=(bad,)))])
+    world.tell("local", agent.finish(op, Fault(code, "its image is condemned")))
+    assert ended(world) == Fault(code, "its image is condemned")
+    assert [each.doubt for each in world.view.publications_of(M)] == ["", ""]
+    assert sum(isinstance(one, Fetch) for one in agent.heard) == 1
+    world.check_rows()
+
+
+def test_a_copy_that_was_fetched_and_cannot_be_loaded_says_nothing_of_the_remotes(make_world: MakeWorld) -> None:
+    world = two(make_world)
+    for url in (URL, "file:///srv"):
+        ask(world, "publish", url)
+    agent = world.agents["far"]
+    agent.automatic = False
+    assert ask(world, "fetch", node="far", tier=Tier.DRAM) is None
+    agent.hold("m")
+    world.tell("far", [PlacementUpdate(truth=agent.checkpoints[M])])
+    fail(world, Fault("invalid_checkpoint", "its image is condemned"))
+    assert ended(world) == Fault("invalid_checkpoint", "its image is condemned")
+    assert [each.doubt for each in world.view.publications_of(M)] == ["", ""]
