@@ -189,7 +189,7 @@ class StoreLink:
         op = f"drop {digest}"
         if digest in self.residents and not self.holds.count(digest) and op not in self._drops and digest not in self._pinned:
             self.drop(op, digest, _ignore)
-        self.devices.drop_idle(op, digest)
+        self.devices.drop_idle(f"{op} on devices", digest)
 
     def verify(
         self,

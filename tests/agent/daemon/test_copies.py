@@ -1,0 +1,102 @@
+"""Several copies of one checkpoint, whose images differ: which one is loaded where, and what of them goes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.daemon.catalog import Checkpoints
+from agent.daemon.storelink import StoreLink
+from agent.store.catalog import quarantine
+from schema.checkpoint import decode_manifest
+from schema.errors import Fault
+from schema.link import (
+    ArenaInfo,
+    DeviceWeights,
+    DropDevice,
+    DropResident,
+    Extent,
+    Message,
+    OperationDone,
+    Resident,
+    StoreTruth,
+)
+from tests.agent.daemon.peers import DIGEST, make_checkpoint
+
+OTHER_ID = "9" * 32
+
+
+class Place:
+    """An agent's knowledge of one checkpoint, over a store that does what it is told: it is its kin and its owner too."""
+
+    def __init__(self, directory: Path) -> None:
+        self.root = directory / "checkpoints"
+        self.root.mkdir()
+        self.said: list[Message] = []
+        kin: Any = self
+        self.store = StoreLink(kin, self)
+        self.checkpoints = Checkpoints(self.root, self.store)
+        info = ArenaInfo(id="arena_1", budget_bytes=1 << 30, chunk_bytes=4 << 20)
+        self.hear(StoreTruth(arena=info))
+
+    def send(self, message: Message) -> None:
+        self.said.append(message)
+
+    def hear(self, message: Message) -> None:
+        self.store.received(None, message)  # type: ignore[arg-type]
+
+    def placement_changed(self, digest: str) -> None:
+        self.checkpoints.drop_stale(digest)
+
+    def load_failed(self, digest: str, fault: Fault) -> None: ...
+
+    def checkpoint_fetched(self, digest: str, then: Callable[[], None]) -> None: ...
+
+    def store_ready(self) -> None: ...
+
+    def store_lost(self) -> None: ...
+
+    async def copy(self, layout: str) -> str:
+        """Another copy on the disk, and its image's id."""
+        directory = make_checkpoint(self.root, layout=layout)
+        await self.checkpoints.scan()
+        return decode_manifest((directory / "manifest.json").read_bytes()).image_id
+
+    async def spoil(self, layout: str, file: str = "part-0") -> None:
+        directory = self.root / DIGEST / layout
+        quarantine(directory, f"{directory}/{file}: bytes are wrong")
+        await self.checkpoints.scan()
+
+    def lies_in_memory(self, image_id: str) -> None:
+        self.hear(Resident(digest=DIGEST, image_id=image_id, extents=(Extent(0, 4096),), image_bytes=4096))
+
+    def lies_on_device(self, image_id: str, device: int) -> DeviceWeights:
+        name = f"weights_{device}"
+        weights = DeviceWeights(id=name, digest=DIGEST, device=device, image_id=image_id, size_bytes=4096, image_bytes=4096)
+        self.store.devices.keep(weights, os.open("/dev/null", os.O_RDONLY))
+        return weights
+
+    def drops(self, kind: type[Message]) -> list[Any]:
+        return [message for message in self.said if isinstance(message, kind)]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+async def test_what_is_dropped_from_devices_is_not_taken_for_dropped_from_memory(place: Place) -> None:
+    await place.copy("l1")
+    place.store.devices.hold(DIGEST, (0,), "inst_1", 0)
+    place.lies_on_device(OTHER_ID, 0)
+    place.lies_in_memory(OTHER_ID)
+    place.store.devices.release(DIGEST, (0,), "inst_1")
+    (memory,), (device,) = place.drops(DropResident), place.drops(DropDevice)
+    place.hear(OperationDone(op=device.op, digest=DIGEST))
+    assert DIGEST in place.store.residents
+    place.hear(OperationDone(op=memory.op, digest=DIGEST, fault=Fault("conflict", "it is being verified")))
+    assert DIGEST in place.store.residents
