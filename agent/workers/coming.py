@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from agent.native.mapping import ImageMapping
-from schema.errors import InvalidCheckpoint, LinkError
+from schema.errors import Conflict, InvalidCheckpoint, LinkError
 from schema.link import Arriving, Attach
 
 __all__ = ["Coming"]
@@ -21,8 +21,11 @@ class Coming:
 
     def told(self, descriptor: int, message: Arriving | Attach) -> None:
         """More of it has come, or with `Attach` all. A store that was restarted may have begun anew elsewhere: then that is
-        mapped in its place. Raises InvalidCheckpoint for another image, LinkError, OutOfSpace."""
-        if (message.image_bytes, message.image_id) != (self.mapping.image_bytes, self._image_id):
+        mapped in its place. Raises Conflict for another copy's image, InvalidCheckpoint for one of another size, LinkError,
+        OutOfSpace."""
+        if message.image_id != self._image_id:
+            raise Conflict("the image that was coming has become another copy's, whose tensors lie elsewhere; start it again")
+        if message.image_bytes != self.mapping.image_bytes:
             raise InvalidCheckpoint(f"an image of {self.mapping.image_bytes} bytes has become one of {message.image_bytes}")
         place = message.arena, message.extents
         if place != self._place:

@@ -100,7 +100,7 @@ class Startup:
         """Weights are where this says, or are coming to be there. Returns the engine over them if it is made by this; one that
         was made over weights on their way has more of them now.
 
-        Raises what makes a start fail: InvalidCheckpoint, LinkError, OutOfSpace and others.
+        Raises what makes a start fail: Conflict for another copy's image, InvalidCheckpoint, LinkError, OutOfSpace and others.
         """
         if self._built is None or self._asked is None or self._attached is not None:
             return None
@@ -144,10 +144,10 @@ class Startup:
         began_s = time.monotonic()
         if self._descriptor < 0:
             raise LinkError(f"{type(message).__name__} came without the memory's descriptor")
+        if message.image_id not in ("", manifest.image_id):  # looked at first, for most copies differ in size too
+            raise Conflict(f"the image is another copy's of {manifest.digest}, whose tensors lie elsewhere; start it again")
         if message.image_bytes != manifest.image_bytes:
             raise InvalidCheckpoint(f"the image has {message.image_bytes} bytes, the manifest says {manifest.image_bytes}")
-        if message.image_id not in ("", manifest.image_id):
-            raise Conflict(f"the image is another copy's of {manifest.digest}, whose tensors lie elsewhere; start it again")
         image, device = self._map(message)
         tensors = image_tensors(index, image)
         attach(model, manifest, tensors, device)

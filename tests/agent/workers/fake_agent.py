@@ -217,10 +217,10 @@ class Node:
         )
         worker.send(StartWorker(start=start, directories=directories or (f"{DIGEST}/l1",)))
 
-    def attach(self, worker: Peer, image_bytes: int | None = None) -> None:
+    def attach(self, worker: Peer, image_bytes: int | None = None, image_id: str = "") -> None:
         self._give(worker, self._image)
         size = self.manifest.image_bytes if image_bytes is None else image_bytes
-        worker.send(Attach(arena="a", extents=self._extents, image_bytes=size))
+        worker.send(Attach(arena="a", extents=self._extents, image_bytes=size, image_id=image_id))
 
     def arrive(self, worker: Peer, memory: int, layers: int) -> None:
         """Say that the image is coming to this memory, from its beginning on, and that so many layers have come."""

@@ -332,6 +332,17 @@ def test_what_cannot_start_says_why_and_ends(here: Node) -> None:
     here.attach(worker, image_bytes=4096)
     assert fault_of(worker)[0] == "invalid_checkpoint"
 
+    # Of another copy, which says nothing of this one: the next start may find the two together.
+    _, worker = here.fork(zygote)
+    here.begin(worker)
+    here.attach(worker, image_bytes=4096, image_id="9" * 32)
+    assert fault_of(worker)[0] == "conflict"
+
+    _, worker, memory = coming(here, zygote, 0)
+    os.close(memory)
+    here.attach(worker, image_id="9" * 32)
+    assert fault_of(worker)[0] == "conflict"
+
     # Stopped while it still waits for its weights.
     pid, worker = here.fork(zygote)
     here.begin(worker)
