@@ -144,6 +144,8 @@ class Instances(Lives):
             return None
         self._lives.add(life)
         self._set_directory(life)
+        if life.directory and entry.directory and not entry.fetching:  # the worker may be built over it
+            life.directory, life.image_id = entry.directory, entry.image_id
         self._hold(life)
         if entry.fetching and not life.directory and entry.stop_grace_s is None:
             self._fetch(life)  # the store goes on with it under the same name

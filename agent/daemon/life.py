@@ -124,6 +124,8 @@ class Life:
             phases=self.phases if self.whole else None,
             stop_grace_s=self.stop_grace_s,
             fetching=bool(self.fetch),
+            directory=self.directory,
+            image_id=self.image_id,
         )
 
     def cancel_timer(self) -> None:

@@ -221,11 +221,14 @@ class Lives:
         def committed() -> None:
             if life not in self._lives or life.ending is not None:
                 return
+            said = life.directory, life.image_id
             life.fetch = life.directory = life.partial = ""
             self._set_directory(life)
             if not life.directory:
                 self._fail(life, Fault.of(NotFound(f"checkpoint {digest} was fetched and is gone again")))
                 return
+            if said[0]:  # the worker is built over this one, though another that came meanwhile may be as good
+                life.directory, life.image_id = said
             self._roster.put(life.entry())
             self._fetched(life)
             self._go_on(life, fill=True)

@@ -23,6 +23,7 @@ class RosterEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
     A worker's entry is written before it is forked, with pid 0. ``phases`` are set once it was ready, ``stop_grace_s`` once
     it was told to stop; ``fetching`` while its checkpoint is on its way to the disk, as it may be after it was ready.
+    ``directory`` and ``image_id`` are of the copy that its weights are loaded from, once that is known.
     """
 
     role: str
@@ -35,6 +36,8 @@ class RosterEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     phases: StartPhases | None = None
     stop_grace_s: float | None = None
     fetching: bool = False
+    directory: str = ""
+    image_id: str = ""
 
     def open(self) -> Process | None:
         """The process itself if it is alive and surely this one."""

@@ -14,6 +14,7 @@ import pytest
 from agent.daemon.files import FileLock, is_locked
 from agent.daemon.process import start_ticks
 from agent.daemon.roster import RosterEntry
+from schema.checkpoint import decode_manifest
 from schema.errors import Conflict
 from schema.ids import epoch_of
 from schema.link import Attach, Cancel, Extent, Fork, OperationDone, RemoteCopy, StartPhases, StopInstance, Submit, Welcome
@@ -111,6 +112,32 @@ async def test_a_start_that_was_fetching_goes_on_with_its_fetch(after: Node) -> 
     after.stores[0].peer.send(OperationDone(op=fetch.op, digest=start.digest, layout="l1"))
     await manager.instance(InstanceState.READY)
     assert worker.start == start
+
+
+async def test_a_worker_that_was_built_over_one_copy_gets_no_other_ones_weights(after: Node) -> None:
+    worker = Worker(after, after.sleeper(), Fork(instance=START.instance, epoch=START.epoch, nonce=77))
+    worker.start = START
+    after.workers.append(worker)
+    directory = make_checkpoint(after.config.checkpoints_path, layout="l2")
+    image_id = decode_manifest((directory / "manifest.json").read_bytes()).image_id
+    words = {"instance": START.instance, "epoch": START.epoch, "nonce": 77, "start": START}
+    left = entry("worker", worker.pid, directory=f"{DIGEST}/l2", image_id=image_id, **words)
+    write_roster(after, [left, entry("store", store := after.sleeper()), entry("zygote", zygote := after.sleeper())])
+    after.begin()
+    after.play("store", store)
+    after.play("zygote", zygote)
+    worker.begin()
+    await (await after.manager()).instance(InstanceState.READY)
+    (fill,) = after.stores[0].fills
+    assert (fill.directory, fill.image_id) == (f"{DIGEST}/l2", image_id)
+
+
+async def test_the_copy_of_a_worker_is_written_down(after: Node) -> None:
+    after.begin()
+    await after.ready(await after.manager())
+    (left,) = (each for each in after.roster() if each["role"] == "worker")
+    assert left["directory"] == f"{DIGEST}/l1"
+    assert left["image_id"] == after.stores[0].fills[0].image_id
 
 
 async def test_an_instance_that_serves_while_its_copy_comes_to_the_disk_goes_on(after: Node) -> None:

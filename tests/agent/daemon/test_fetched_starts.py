@@ -181,6 +181,19 @@ async def test_without_room_in_the_arena_the_weights_are_read_from_the_disk(node
     assert [fill.directory for fill in store.fills] == [f"{OTHER}/l1"]
 
 
+async def test_a_worker_gets_the_weights_of_the_copy_that_it_was_built_over(node: Node) -> None:
+    manager = await node.manager()
+    store = node.stores[0]
+    manager.send(start_of_other())
+    op = await fetched(store, in_memory=False)
+    await node.until(lambda: bool(node.workers) and node.workers[0].start is not None)
+    for layout in ("l0", "l1"):  # the first came meanwhile by an ingest, and is as good
+        make_checkpoint(node.config.checkpoints_path, OTHER, layout)
+    store.peer.send(OperationDone(op=op, digest=OTHER, layout="l1"))
+    await store.until(lambda: bool(store.fills))
+    assert store.fills[0].directory == f"{OTHER}/l1"
+
+
 async def test_a_store_that_dies_while_it_fetches_says_anew_where_the_weights_come(node: Node) -> None:
     manager = await node.manager()
     first = node.stores[0]
