@@ -127,7 +127,7 @@ async def test_a_worker_that_was_built_over_one_copy_gets_no_other_ones_weights(
     after.play("store", store)
     after.play("zygote", zygote)
     worker.begin()
-    await (await after.manager()).instance(InstanceState.READY)
+    await after.until(lambda: bool(after.stores) and bool(after.stores[0].fills))
     (fill,) = after.stores[0].fills
     assert (fill.directory, fill.image_id) == (f"{DIGEST}/l2", image_id)
 
