@@ -26,10 +26,10 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     Bodies: at most ``stop_strings_limit`` stop strings, of ``stop_chars_limit`` characters each.
 
     Text: ``assets_timeout_s`` waits for a checkpoint's tokenizer and template to be here. ``tokenizers_kept`` stay loaded.
-    Texts are tokenised off the event loop, each model's by ``encode_threads`` of its own, so that a slow tokenizer keeps up
-    nobody else; a request waits ``encode_timeout_s`` for that. A text with more than ``chars_per_token_limit`` characters for
-    each token of the context is refused without that: tokenising takes some hundred bytes of memory for each token, however few
-    of them the model can take.
+    Texts over ``inline_encode_chars``, and all of a model whose tokenizer was slow once, are tokenised off the event loop, by
+    ``encode_threads`` for each model; a request waits ``encode_timeout_s`` for that. A text with more than
+    ``chars_per_token_limit`` characters for each token of the context is refused without that: tokenising takes some hundred
+    bytes of memory for each token, however few of them the model can take.
 
     Templates run in a helper process of ``template_memory_bytes`` address space, one at a time: ``template_timeout_s`` of a
     processor each, after ``template_queue_timeout_s`` in the queue at most; ``template_output_bytes`` bounds what one writes.
@@ -51,6 +51,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
     assets_timeout_s: _Seconds = 30.0
     tokenizers_kept: _Count = 16
+    inline_encode_chars: _Count = 512
     chars_per_token_limit: _Count = 128
     encode_threads: Annotated[int, Meta(ge=1, le=64)] = 2
     encode_timeout_s: _Seconds = 30.0

@@ -1,9 +1,12 @@
-"""Text and tokens: each checkpoint's tokenizer and chat template, loaded once, used off the event loop."""
+"""Text and tokens: each checkpoint's tokenizer and chat template, loaded once; what takes long is done off the event loop."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import threading
+import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,6 +45,9 @@ class _TokenizerFile(msgspec.Struct):
 _TOKENIZER_FILES: Final = msgspec.json.Decoder(_TokenizerFile)
 
 _CANNOT_ENCODE: Final = "the model's tokenizer cannot encode this text"
+_PROBE: Final = "The quick brown fox jumps over the lazy dog. "
+_SLOW_S: Final = 0.005
+"""A tokenizer that takes so long of a processor over a short text is not trusted with the event loop again."""
 
 
 class TextModel:
@@ -57,17 +63,19 @@ class TextModel:
         self.vocab_size = manifest.vocab_size
         self.defaults = _usable(manifest.text)
         self._timeout_s = settings.encode_timeout_s
-        self._threads = ThreadPoolExecutor(settings.encode_threads, "encode")
+        self._inline_chars = settings.inline_encode_chars
+        self._slots = asyncio.Semaphore(settings.encode_threads)
         self._tokenizer, parts = _read_tokenizer(assets.directory / "tokenizer.json")
         special = {token.id for token in parts.added_tokens if token.special}
         self.detokenizer = DetokenizerFactory(
             self._tokenizer, parts.decoder, frozenset(special.union(manifest.text.stop_token_ids))
         )
         self.template = _read_template(assets.directory) if manifest.text.has_template else None
-
-    def close(self) -> None:
-        """Encode no more; a text that is being encoded is left to its thread."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._slow = False
+        probe = (_PROBE * (self._inline_chars // len(_PROBE) + 1))[: self._inline_chars]
+        with contextlib.suppress(InvalidCheckpoint):  # told when a request's text meets it
+            self._encode(probe, special=False)  # fills the tokenizer's own caches
+            self._encode_timed(probe, special=False)
 
     async def encode(self, text: str, *, special: bool) -> list[int]:
         """The ids of ``text``; with ``special``, as the tokenizer frames a whole text (a beginning token and the like).
@@ -75,18 +83,61 @@ class TextModel:
         Raises InvalidCheckpoint when the tokenizer fails at it, or makes an id that the model does not have; Overloaded when it
         takes too long over this text, or over those before it.
         """
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                ids = await asyncio.get_running_loop().run_in_executor(self._threads, self._encode, text, special)
-        except TimeoutError:
-            raise Overloaded(
-                f"the model's tokenizer took over {self._timeout_s:g} s for this text or for those before it", 1.0
-            ) from None
+        if len(text) <= self._inline_chars and not self._slow:
+            ids = self._encode_timed(text, special)
+        else:
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    ids = await self._encode_aside(text, special)
+            except TimeoutError:
+                raise Overloaded(
+                    f"the model's tokenizer took over {self._timeout_s:g} s for this text or for those before it", 1.0
+                ) from None
         if (highest := max(ids, default=0)) >= self.vocab_size:
             raise InvalidCheckpoint(
                 f"the model's tokenizer makes token id {highest} of this text, beyond its vocabulary of {self.vocab_size}"
             )
         return ids
+
+    def _encode_timed(self, text: str, special: bool) -> list[int]:
+        began_s = time.thread_time()
+        try:
+            return self._encode(text, special)
+        finally:
+            self._slow = self._slow or time.thread_time() - began_s > _SLOW_S
+
+    async def _encode_aside(self, text: str, special: bool) -> list[int]:
+        """On a thread that nobody has to wait for: a stuck one holds up neither the manager's end nor other models."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[list[int]] = loop.create_future()
+
+        def work() -> None:
+            ids: list[int] = []
+            fault: InvalidCheckpoint | None = None
+            try:
+                ids = self._encode(text, special)
+            except InvalidCheckpoint as error:
+                fault = error
+            finally:
+                with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
+                    loop.call_soon_threadsafe(ended, ids, fault)
+
+        def ended(ids: list[int], fault: InvalidCheckpoint | None) -> None:
+            self._slots.release()
+            if answer.done():
+                return
+            if fault is not None:
+                answer.set_exception(fault)
+            else:
+                answer.set_result(ids)
+
+        await self._slots.acquire()
+        try:
+            threading.Thread(target=work, name="encode", daemon=True).start()
+        except RuntimeError as error:  # the system gives no more threads
+            self._slots.release()
+            raise Overloaded(f"the text cannot be encoded now: {error}", 1.0) from error
+        return await answer
 
     def _encode(self, text: str, special: bool) -> list[int]:
         # Encoding a batch lets go of the interpreter lock, encoding a single text does not; the fast one keeps no offsets.
@@ -95,8 +146,7 @@ class TextModel:
 
 
 class TextService:
-    """Tokenizers and templates of the checkpoints in use, the last used kept; and the template helper process. A tokenizer that
-    is not kept any more ends its threads when the last request lets go of it.
+    """Tokenizers and templates of the checkpoints in use, the last used kept; and the template helper process.
 
     `start` and `close` belong to its owner, the gateway's application.
     """
@@ -118,8 +168,6 @@ class TextService:
         if self._loading:
             await asyncio.wait(self._loading.values())
         self._threads.shutdown(wait=False, cancel_futures=True)
-        for model in self._models.values():
-            model.close()
 
     def cached(self, digest: str) -> TextModel | None:
         """The text side of a checkpoint, if it is loaded."""

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import json
 import subprocess
 import sys
+import threading
+import time
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -50,8 +55,8 @@ async def test_the_last_used_tokenizers_are_kept() -> None:
 
 
 async def test_a_slow_tokenizer_keeps_up_neither_the_loop_nor_other_models() -> None:
-    step = {"type": "Replace", "pattern": {"Regex": "(?!x)a"}, "content": "a"}
-    slow = json.loads(TOKENIZER.to_str()) | {"normalizer": {"type": "Sequence", "normalizers": [step] * 500}}
+    step = {"type": "Replace", "pattern": {"Regex": "(?!x)[aeiou]"}, "content": "a"}
+    slow = json.loads(TOKENIZER.to_str()) | {"normalizer": {"type": "Sequence", "normalizers": [step] * 1000}}
     text = "Tokens carry positions. " * 50
     with assets_directory() as assets, assets_directory() as others:
         (assets.directory / "tokenizer.json").write_text(json.dumps(slow))
@@ -65,7 +70,48 @@ async def test_a_slow_tokenizer_keeps_up_neither_the_loop_nor_other_models() -> 
             await service.encode(model, "short", 4096)
         with pytest.raises(Overloaded):
             await kept_up
-        other.close()
+        await service.close()
+
+
+async def test_texts_that_wait_for_a_stuck_tokenizer_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Text(str):
+        __slots__ = ("__weakref__",)
+
+    async def given_up() -> weakref.ref[Text]:
+        text = Text("a" * 2000)
+        with contextlib.suppress(Overloaded):
+            await service.encode(model, text, 4096)
+        return weakref.ref(text)
+
+    stuck = threading.Event()
+    with assets_directory() as assets:
+        service = TextService(GatewaySettings(encode_threads=1, encode_timeout_s=0.05))
+        model = await service.load(assets)
+        monkeypatch.setattr(model, "_encode", lambda text, special: stuck.wait(60) and [])
+        texts = [await given_up() for _ in range(3)]
+        await asyncio.sleep(0)
+        gc.collect()
+        assert [text() is not None for text in texts] == [True, False, False], "only the one that is being encoded"
+        stuck.set()
+        await service.close()
+
+
+async def test_a_tokenizer_found_slow_is_kept_off_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+
+    def busy(text: str, special: bool) -> list[int]:
+        threads.append(threading.current_thread().name)
+        began = time.thread_time()
+        while time.thread_time() - began < 0.01:
+            pass
+        return [1]
+
+    with assets_directory() as assets:
+        service = TextService(GatewaySettings())
+        model = await service.load(assets)
+        monkeypatch.setattr(model, "_encode", busy)
+        assert [await service.encode(model, "short", 4096) for _ in range(3)] == [[1]] * 3
+        assert threads == ["MainThread", "encode", "encode"]
         await service.close()
 
 
