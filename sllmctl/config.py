@@ -54,13 +54,13 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     It asks for no key, so it listens on loopback alone, unless ``without_keys`` says that whoever reaches it may use it. Until
     then a request is also refused when it is for another name than localhost, ``host`` or one of ``hosts``: a proxy that passes
-    on the name it was called by needs that name there.
+    on the name it was called by needs that name there, without a port.
     """
 
     host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8080
     without_keys: bool = False
-    hosts: tuple[Annotated[str, Meta(min_length=1)], ...] = ()
+    hosts: tuple[Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]+$", max_length=253)], ...] = ()
 
 
 class StreamSettings(msgspec.Struct, frozen=True, kw_only=True):

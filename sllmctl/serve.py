@@ -25,6 +25,7 @@ from schema.errors import InvalidInput, SllmError, TimedOut, Unreachable
 from schema.ids import EpochCounter, system_ids
 from schema.states import NodeState
 from sllmctl import __version__
+from sllmctl.control.clock import LoopClock
 from sllmctl.control.events import AddNode, Close
 from sllmctl.control.gauges import cluster_gauges, decision_counts
 from sllmctl.control.live import LiveEffects
@@ -130,6 +131,7 @@ class Manager:
         self._started_at = time.time()
         self._stopping = False
         epochs = EpochCounter(cluster.generation)
+        clock = LoopClock()  # one for all that compare what they noted with what the loop did
         # The router speaks to links and loop, which are made of it: so it gets them by name.
         self._router = Router(
             send=lambda node, message: self._links.send(node, message),
@@ -137,6 +139,7 @@ class Manager:
             epochs=epochs,
             ids=system_ids,
             settings=settings.router,
+            clock=clock,
         )
         self._local = LocalAgent(settings.node, settings.local)
         self._links = Links(
@@ -166,7 +169,7 @@ class Manager:
         self._feed = Feed(view=view, live=self._router, database=database, status=self.status, settings=settings.admin.stream)
         starts = StartMeter(view, cluster.generation, metrics)
         rows = WatchedDatabase(database, metrics.estimated, self._feed.committed, starts.committed, timed=metrics.committed)
-        self._runner = Runner(loop, LiveEffects(rows, self._links, self._router, self._assets, log))
+        self._runner = Runner(loop, LiveEffects(rows, self._links, self._router, self._assets, log), clock)
         metrics.add(lambda: cluster_gauges(view, self._router))
         metrics.add(lambda: decision_counts(loop.decisions.counts))
         metrics.add(lambda: self._router.engines.families(view.models))
@@ -195,6 +198,7 @@ class Manager:
                 decisions=loop.decisions,
                 estimates=estimates,
                 database=database,
+                clock=clock,
             ),
             feed=self._feed,
             logs=self._logs,
@@ -222,7 +226,7 @@ class Manager:
         running = asyncio.get_running_loop()
         stop = asyncio.Event()
         parts = [
-            asyncio.create_task(self._runner.run(), name="control loop"),
+            asyncio.create_task(self._control(), name="control loop"),
             asyncio.create_task(self._admin_server.serve(sockets=[admin_socket]), name="admin API"),
             asyncio.create_task(self._api_server.serve(sockets=[api_socket]), name="API"),
             asyncio.create_task(self._meet_local_node(), name="local node"),
@@ -234,6 +238,15 @@ class Manager:
             finally:
                 asked.cancel()
                 await self._end(parts)
+        parts[0].result()  # it may have failed while the rest was being stopped
+
+    async def _control(self) -> None:
+        """Run the control loop. When it fails, those who wait for a start are told that none will come."""
+        try:
+            await self._runner.run()
+        except Exception:
+            self._router.start_nothing(self._runner.why)
+            raise
 
     async def _meet_local_node(self) -> None:
         """Adopt or make this machine's agent. Raises Conflict when it belongs to another manager."""
@@ -269,8 +282,6 @@ class Manager:
         """In the reverse order: no new requests, running ones drained, the node's processes, the loop, the admin API."""
         self._stopping = True
         loop, _, api, meeting = parts
-        if loop.done():
-            self._router.start_nothing(self._runner.why)
         self._api_server.should_exit = True
         await asyncio.wait([api])
         meeting.cancel()

@@ -9,7 +9,6 @@ from typing import Any
 
 from schema.errors import SllmError, TimedOut, Unreachable
 from sllmctl.cluster.changes import RowChange
-from sllmctl.control.clock import LoopClock
 from sllmctl.control.effects import Effect, Effects, Reply, Step, WakeAt
 from sllmctl.control.events import Event, Tick
 from sllmctl.control.loop import ControlLoop
@@ -21,16 +20,16 @@ _LONGEST_SLEEP_S = 30.0
 
 
 class Runner:
-    """Owner of the loop. Events that arrive while a commit is in flight share the next one.
+    """Owner of the loop. Events that arrive while a commit is in flight share the next one. ``clock`` is Unix seconds.
 
     ``post`` and ``ask`` are called from the event loop's thread. When a commit fails, `run` raises: a manager must not act
     on intent that it may forget.
     """
 
-    def __init__(self, loop: ControlLoop, effects: Effects, clock: Callable[[], float] | None = None) -> None:
+    def __init__(self, loop: ControlLoop, effects: Effects, clock: Callable[[], float]) -> None:
         self._loop = loop
         self._effects = effects
-        self._clock = clock or LoopClock()
+        self._clock = clock
         self._queue: deque[Event] = deque()
         self._arrived = asyncio.Event()
         self._wake_at: float | None = None

@@ -20,8 +20,8 @@ from sllmctl.gateway.template_helper import HEADER, Render, Rendered
 __all__ = ["TemplateRenderer"]
 
 _log = logging.getLogger(__name__)
-_BUSY = 40
-"""A helper that has no processor is waited for so many quarters of a template's time."""
+_BUSY = 15
+"""A helper that gets no processor is waited for so many times a template's time."""
 _ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
 
 
@@ -102,13 +102,12 @@ class TemplateRenderer:
         answer = asyncio.create_task(exchange)
         try:
             began_s, left_s = _cpu_s(helper.pid), limit_s
-            for _ in range(_BUSY):
-                await asyncio.wait([answer], timeout=max(left_s, limit_s / 4))
-                if answer.done():
-                    return answer.result()
-                left_s = limit_s - (_cpu_s(helper.pid) - began_s)
-                if left_s <= 0:
-                    break
+            async with asyncio.timeout(limit_s * _BUSY):
+                while left_s > 0:
+                    await asyncio.wait([answer], timeout=max(left_s, limit_s / 4))
+                    if answer.done():
+                        return answer.result()
+                    left_s = limit_s - (_cpu_s(helper.pid) - began_s)
             raise TimeoutError
         finally:
             answer.cancel()

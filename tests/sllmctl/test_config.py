@@ -64,6 +64,7 @@ def test_a_file_that_was_asked_for_must_be_there(home: dict[str, str]) -> None:
         ("[api]\nport = '8080'", "api.port", "Expected `int`, got `str`"),
         ("[api]\nport = 70000", "api.port", "<= 65535"),
         ("[api]\nport = true", "api.port", "Expected `int`"),
+        ("[api]\nhosts = ['llm.example:443']", "api.hosts", "matching regex"),
         ("[node]\narena_bytes = '1 gig'", "node.arena_bytes", "no number of bytes"),
         ("[node]\nmanager_grace_s = -1", "node.manager_grace_s", ">= 0"),
         ("[gateway]\nbody_limit_bytes = 0", "gateway.body_limit_bytes", ">= 1"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Annotated, Protocol
 
@@ -49,7 +48,7 @@ class Explanations:
         decisions: DecisionsPort,
         estimates: EstimatesPort,
         database: OutcomesPort,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float],
     ) -> None:
         self._view, self._router, self._database = view, router, database
         self._planner, self._decisions, self._estimates = planner, decisions, estimates

@@ -83,7 +83,7 @@ async def test_a_model_from_add_to_ready_through_the_real_database(database: Dat
     generation = (await database.claim(1.0, "u")).generation
     loop = control_loop(view, ids=system_ids, epochs=EpochCounter(generation), settings=ControlSettings())
     live = LiveEffects(database, outside, outside, outside, logging.getLogger("test"))
-    runner = Runner(loop, live)
+    runner = Runner(loop, live, time.time)
     outside.post = runner.post
     running = asyncio.create_task(runner.run())
     runner.post(AddNode("local", "local", "unix:/x"))
@@ -132,7 +132,9 @@ def _runner(recorder: Recorder, clock: Callable[[], float] | None = None, **rule
     from sllmctl.cluster.view import ClusterView
 
     settings = ControlSettings(**rules)  # type: ignore[arg-type]
-    return Runner(control_loop(ClusterView(), ids=system_ids, epochs=EpochCounter(1), settings=settings), recorder, clock)
+    return Runner(
+        control_loop(ClusterView(), ids=system_ids, epochs=EpochCounter(1), settings=settings), recorder, clock or LoopClock()
+    )
 
 
 async def test_events_that_arrive_during_a_commit_share_the_next(database: Database) -> None:
@@ -199,7 +201,7 @@ async def test_the_loop_is_woken_at_the_time_it_asked_for(database: Database) ->
     settings = ControlSettings(scale_up_after_s=0.0)
     view = await database.load()
     loop = control_loop(view, ids=system_ids, epochs=EpochCounter(1), settings=settings)
-    runner = Runner(loop, LiveEffects(database, outside, outside, outside, logging.getLogger("test")))
+    runner = Runner(loop, LiveEffects(database, outside, outside, outside, logging.getLogger("test")), time.time)
     outside.post = runner.post
     running = asyncio.create_task(runner.run())
     runner.post(AddNode("local", "local", "unix:/x"))
