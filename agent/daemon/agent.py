@@ -376,7 +376,10 @@ class Agent:
             raise InvalidInput(f"this node has no device {', '.join(unknown) or '(none was given)'}")
         if len(start.devices) > 1:
             raise InvalidInput("the engine runs an instance on one device; start one instance per device")
-        return self._checkpoints.source(start.digest)
+        return self._checkpoints.source(start.digest, start.devices)
+
+    def make_way(self, digest: str) -> None:
+        self._checkpoints.make_way(digest)
 
     def worker_dialled(self, life: Life) -> None:
         self._adoption.arrived(life.key)

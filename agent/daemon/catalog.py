@@ -29,6 +29,7 @@ class Checkpoints:
         self._root = root
         self._store = store
         self._entries: dict[str, CatalogEntry] = {}
+        self._copies: tuple[CatalogEntry, ...] = ()
         self._images: dict[tuple[str, str], CatalogEntry] = {}
         self._damaged: dict[str, DamagedCopy] = {}
         self._facts: dict[str, CheckpointTruth] = {}
@@ -39,7 +40,9 @@ class Checkpoints:
         async with self._scanning:  # so that an earlier look never replaces a later one
             found = await asyncio.to_thread(catalog.look, self._root)
             self._entries, self._damaged = found.entries, found.damaged
-            self._images = {(copy.digest, copy.manifest.image_id): copy for copy in found.copies}
+            self._copies, self._images = found.copies, {}
+            for copy in self._copies:  # of several with one image the best comes first
+                self._images.setdefault((copy.digest, copy.manifest.image_id), copy)
         for digest, entry in self._entries.items():
             manifest = entry.manifest
             self._facts[digest] = CheckpointTruth(
@@ -71,31 +74,38 @@ class Checkpoints:
             raise _in_quarantine(digest, entry.quarantined)
         return self.relative(entry)
 
-    def source(self, digest: str) -> tuple[str, str]:
-        """Where weights are loaded from: the directory, relative to the checkpoints', and the image's id. Raises NotFound,
-        InvalidCheckpoint for a copy in quarantine.
+    def source(self, digest: str, devices: tuple[int, ...] = ()) -> tuple[str, str]:
+        """Where weights are loaded from to these devices, or to memory: the directory, relative to the checkpoints', and the
+        image's id. Raises NotFound, InvalidCheckpoint where no copy can be used for that.
 
-        Of several copies it is the one that lies in memory already, or comes there. One whose weights went bad can still be
-        started from a good image in DRAM, or where they lie on a device.
+        Of several copies it is the one that lies on those devices or in memory, or comes there, else the best one. What lies
+        there can be started from though the weights of its copy went bad on the disk.
         """
-        entry = self._lying(digest)
-        if entry is None or (entry.quarantined is not None and not self._usable(entry)):
-            entry = self.entry(digest)
-        if entry.quarantined is not None and not self._usable(entry):
-            raise _in_quarantine(digest, entry.quarantined)
-        return self.relative(entry), entry.manifest.image_id
+        for image_id, lies in (*self._store.devices.images(digest, devices), *self._store.images(digest)):
+            copy = self._copy(digest, image_id)
+            if copy is not None and _has_text(copy) and (lies or copy.quarantined is None):
+                return self.relative(copy), copy.manifest.image_id
+        return self.directory(digest), self.entry(digest).manifest.image_id
 
     def drop_stale(self, digest: str) -> None:
-        """Let what lies in memory of it go when it is of no use to anybody: no copy here has that image, or only one that is
-        unusable beside one that is not. A copy that is alone and cannot be read may be put right."""
-        lying, best = self._lying(digest), self._entries.get(digest)
-        useless = lying is not None and lying is not best and lying.quarantined is not None and not self._usable(lying)
-        if (lying is None or useless) and digest not in self._damaged:
-            self._store.drop_idle(digest)
+        """Let go what lies of it in memory or on devices, where nobody uses it, if nobody can: no copy here has that image, or
+        only one whose text is wrong. Where none is sound the best one may be put right."""
+        if digest not in self._damaged:
+            best = self._entries.get(digest)
+            alone = best.manifest.image_id if best is not None and best.quarantined is not None else None
+            self._store.drop_idle(digest, lambda image_id: image_id == alone or self._startable(digest, image_id))
 
-    def _lying(self, digest: str) -> CatalogEntry | None:
-        """The copy whose image lies in memory or on a device, or comes there."""
-        image_id = self._store.image_id(digest)
+    def make_way(self, digest: str) -> None:
+        """A copy of it is to be fetched, whose image may be another: let go what `drop_stale` would keep to be put right."""
+        self._store.drop_idle(digest, lambda image_id: self._startable(digest, image_id))
+
+    def _startable(self, digest: str, image_id: str) -> bool:
+        """True when a worker can be built over this image, where that lies."""
+        copy = self._copy(digest, image_id)
+        return copy is not None and _has_text(copy)
+
+    def _copy(self, digest: str, image_id: str) -> CatalogEntry | None:
+        """The best copy that has this image; "" is that of the best one."""
         return self._images.get((digest, image_id)) if image_id else self._entries.get(digest)
 
     def layout(self, digest: str) -> str | None:
@@ -104,16 +114,15 @@ class Checkpoints:
         return entry.manifest.layout if entry is not None and entry.quarantined is None else None
 
     def copies(self, digest: str) -> list[str]:
-        """The directories of all that lies on the disk of it, in whatever state, as the store names them, the best one first.
-        Raises NotFound."""
-        best = self._damaged.get(digest) or self.entry(digest)
-        others = [copy for (found, _), copy in self._images.items() if found == digest and copy is not best]
-        return [self.relative(copy) for copy in (best, *others)]
+        """The directories of all that can be read of it, in quarantine or not, as the store names them, the best one first; of
+        a damaged one where nothing can. Raises NotFound."""
+        found = [copy for copy in self._copies if copy.digest == digest]
+        return [self.relative(copy) for copy in found or [self._damaged.get(digest) or self.entry(digest)]]
 
     def size(self, digest: str) -> int:
         """Bytes of all copies that can be read."""
-        copies = [copy for (found, _), copy in self._images.items() if found == digest]
-        return sum(partition.size_bytes for copy in copies for partition in copy.manifest.partitions)
+        copies = [copy.manifest for copy in self._copies if copy.digest == digest]
+        return sum(partition.size_bytes for manifest in copies for partition in manifest.partitions)
 
     def relative(self, entry: CatalogEntry | DamagedCopy) -> str:
         """An entry's directory as the store names it."""
@@ -133,15 +142,6 @@ class Checkpoints:
             except SllmError as error:
                 _log.warning("%s", error)
         await self.scan()
-
-    def _usable(self, entry: CatalogEntry) -> bool:
-        """True when weights and text can be had without the bytes for which a copy is in quarantine."""
-        resident = self._store.residents.get(entry.digest)
-        lies = (resident is not None and not resident.condemned) or entry.digest in self._store.devices.digests
-        lies = lies and self._store.image_id(entry.digest) in ("", entry.manifest.image_id)
-        reason = entry.quarantined or ""
-        assets = (str(entry.directory / file) for file in (catalog.MANIFEST_FILE, *(a.file for a in entry.manifest.assets)))
-        return lies and not any(asset in reason for asset in assets)
 
     async def remove(self, digest: str) -> None:
         """Take it from the disk for good, in every layout. Raises NotFound, SllmError."""
@@ -175,8 +175,7 @@ class Checkpoints:
         if resident is not None:
             bad = resident.condemned
             # Without usable files beside it no worker can be built over the image, however good that is.
-            lying = self._lying(digest)
-            barred = lying is None or (lying.quarantined is not None and not self._usable(lying))
+            barred = not self._startable(digest, resident.image_id)
             fetched = entry is None and damaged is None and users > 0  # its copy on the disk is not committed yet
             without = TierState.FILLING if fetched else TierState.EVICTING
             state = TierState.QUARANTINED if bad else without if barred else TierState.RESIDENT
@@ -207,6 +206,14 @@ class Checkpoints:
         if message.file != catalog.MANIFEST_FILE and message.file not in {asset.file for asset in entry.manifest.assets}:
             raise NotFound(f"checkpoint {message.digest} has no text asset {message.file!r}")
         return await asyncio.to_thread(_read, entry.directory / message.file, message)
+
+
+def _has_text(entry: CatalogEntry) -> bool:
+    """True when none of its small files is why a copy is in quarantine."""
+    if entry.quarantined is None:
+        return True
+    assets = (str(entry.directory / file) for file in (catalog.MANIFEST_FILE, *(a.file for a in entry.manifest.assets)))
+    return not any(asset in entry.quarantined for asset in assets)
 
 
 def _in_quarantine(digest: str, why: str) -> InvalidCheckpoint:

@@ -71,11 +71,12 @@ class DeviceTier:
         """Checkpoints that lie on a device."""
         return {weights.digest for weights, _ in self._kept.values()}
 
-    def image_id(self, digest: str) -> str:
-        """Which image of a checkpoint lies on a device, or comes there; "" when none does."""
-        lying = [weights.image_id for weights, _ in self._kept.values() if weights.digest == digest]
-        coming = [fill.message.image_id for fill in self._fills.values() if fill.message.digest == digest]
-        return next(iter(lying + coming), "")
+    def images(self, digest: str, devices: tuple[int, ...]) -> list[tuple[str, bool]]:
+        """Which images of a checkpoint lie on these devices, or come there: the id, and whether it lies there."""
+        kept = [weights for weights, _ in self._kept.values() if weights.digest == digest and weights.device in devices]
+        fills = [fill.message for fill in self._fills.values() if fill.message.digest == digest]
+        coming = [message.image_id for message in fills if {*message.devices}.intersection(devices)]
+        return [*((weights.image_id, True) for weights in kept), *((image_id, False) for image_id in coming)]
 
     def given_back(self) -> list[tuple[Descriptors, int]]:
         """What a new store gets: one message, and its descriptor, per weights."""
@@ -132,15 +133,18 @@ class DeviceTier:
         if (fill := self._fills.pop(op, None)) is not None:
             self._changed(fill.message.digest)
 
-    def drop(self, op: str, digest: str, answered: Callable[[Fault | None], None]) -> None:
-        """Free weights where nobody uses them; answered once."""
-        self._drops[op] = _Drop(DropDevice(op=op, digest=digest), answered)
+    def drop(self, op: str, digest: str, answered: Callable[[Fault | None], None], image_id: str = "") -> None:
+        """Free weights where nobody uses them, or those of this one image; answered once."""
+        self._drops[op] = _Drop(DropDevice(op=op, digest=digest, image_id=image_id), answered)
         self._say(self._drops[op].message)
 
-    def drop_idle(self, op: str, digest: str) -> None:
-        """Free weights that nobody uses on any device; nothing is answered."""
-        if digest in self.digests and not self.users(digest) and op not in self._drops:
-            self.drop(op, digest, lambda fault: None)
+    def drop_idle(self, digest: str, useful: Callable[[str], bool]) -> None:
+        """Free weights of images that are not useful where nobody uses them; nothing is answered."""
+        idle = [kept for kept, _ in self._kept.values() if kept.digest == digest and not self._users.get((digest, kept.device))]
+        for weights in idle:
+            op = f"drop {weights.image_id} of {digest} on {weights.device}"
+            if not useful(weights.image_id) and op not in self._drops:
+                self.drop(op, digest, lambda fault: None, weights.image_id)
 
     def descriptor(self, weights: DeviceWeights) -> int:
         """The descriptor of weights, which stays here. Raises NotFound when they have gone."""

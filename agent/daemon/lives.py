@@ -73,6 +73,9 @@ class InstanceOwner(Protocol):
         """The checkpoint's directory, relative to the node's, and its image's id. Raises SllmError for what this node cannot
         start."""
 
+    def make_way(self, digest: str) -> None:
+        """A copy is about to be fetched: what lies of one that cannot be used goes, where nobody uses it."""
+
 
 class Lives:
     """The lives that have a worker, or will, and what is done to one of them; `Instances` decides when.
@@ -112,6 +115,7 @@ class Lives:
                 life.fault = Fault.of(error)
                 self._finish(life)
                 return
+            self._owner.make_way(life.start.digest)  # before this life itself keeps it there
         self._lives.add(life)
         life.begun = time.monotonic()
         self._hold(life)

@@ -185,10 +185,13 @@ class Operations:
         if digest in self._dropping:
             raise Conflict(f"checkpoint {digest} is just being dropped")
         layout = ""  # of what was fetched: of a copy that is here nobody knows whether the remote has it too
+        missing = self._checkpoints.layout(digest) is None
+        if missing:
+            self._checkpoints.make_way(digest)
         if in_memory:
             self._store.holds.add(digest, message.op)  # from the first byte on, until this operation ends however it does
         try:
-            if self._checkpoints.layout(digest) is None:
+            if missing:
                 done = await self._fetch_stored(message, in_memory)
                 if done.fault is not None:
                     return done
@@ -220,7 +223,8 @@ class Operations:
     async def _load(self, message: LoadCheckpoint) -> OperationDone:
         if message.tier not in (Tier.DRAM, Tier.DEVICE):
             raise InvalidInput(f"a checkpoint can be loaded ahead to {Tier.DRAM} or {Tier.DEVICE}, not to {message.tier}")
-        source = self._checkpoints.source(message.digest)
+        devices = (message.device,) if message.tier is Tier.DEVICE else ()
+        source = self._checkpoints.source(message.digest, devices)
 
         def progressed(progress: Progress) -> None:
             self._owner.tell(msgspec.structs.replace(progress, op=message.op))

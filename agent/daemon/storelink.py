@@ -127,12 +127,11 @@ class StoreLink:
     def filling(self, digest: str) -> bool:
         return any(fill.message.digest == digest for fill in self._fills.values())
 
-    def image_id(self, digest: str) -> str:
-        """Which image of a checkpoint lies in memory or on a device, or comes there; "" when none does."""
-        if (resident := self.residents.get(digest)) is not None:
-            return resident.image_id
-        coming = (fill.message.image_id for fill in self._fills.values() if fill.message.digest == digest)
-        return next(coming, "") or self.devices.image_id(digest)
+    def images(self, digest: str) -> list[tuple[str, bool]]:
+        """Which image of a checkpoint lies in memory, or comes there: its id, and whether it lies there and is right."""
+        resident = self.residents.get(digest)
+        lying = [(resident.image_id, not resident.condemned)] if resident is not None else []
+        return lying + [(fill.message.image_id, False) for fill in self._fills.values() if fill.message.digest == digest]
 
     def welcome(self, connection: Connection, hello: Hello, welcome: Callable[[int], Welcome]) -> None:
         """A store has dialled: it gets its arena back if one is held. Raises Conflict for another than ours."""
@@ -178,18 +177,20 @@ class StoreLink:
         if fill is not None:
             self._owner.placement_changed(fill.message.digest)
 
-    def drop(self, op: str, digest: str, answered: Callable[[Fault | None], None]) -> None:
-        """Free a checkpoint's chunks; answered once."""
-        self._drops[op] = _Drop(DropResident(op=op, digest=digest), answered)
+    def drop(self, op: str, digest: str, answered: Callable[[Fault | None], None], image_id: str = "") -> None:
+        """Free a checkpoint's chunks, or those of this one image though it is pinned; answered once."""
+        self._drops[op] = _Drop(DropResident(op=op, digest=digest, image_id=image_id), answered)
         if self._stated:
             self._kin.send(self._drops[op].message)
 
-    def drop_idle(self, digest: str) -> None:
-        """Free what lies of it in memory or on devices, if nobody uses it; nothing is answered."""
-        op = f"drop {digest}"
-        if digest in self.residents and not self.holds.count(digest) and op not in self._drops and digest not in self._pinned:
-            self.drop(op, digest, _ignore)
-        self.devices.drop_idle(f"{op} on devices", digest)
+    def drop_idle(self, digest: str, useful: Callable[[str], bool]) -> None:
+        """Free each image of it in memory or on devices that is not useful, where nobody uses it; nothing is answered."""
+        resident = self.residents.get(digest)
+        if resident is not None and not self.holds.count(digest) and not useful(resident.image_id):
+            op = f"drop {resident.image_id} of {digest}"
+            if op not in self._drops:
+                self.drop(op, digest, _ignore, resident.image_id)
+        self.devices.drop_idle(digest, useful)
 
     def verify(
         self,

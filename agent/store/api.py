@@ -99,8 +99,9 @@ class Store(Protocol):
     def cancel_verify(self, op: str) -> None:
         """Nobody waits for a verification any more."""
 
-    def drop(self, digest: str) -> None:
-        """Free a checkpoint's chunks. Raises Conflict when it has users, is pinned or looked at, NotFound when it is gone."""
+    def drop(self, digest: str, image_id: str = "") -> None:
+        """Free a checkpoint's chunks, or those of this one image though it is pinned. Raises Conflict when it has users, is
+        pinned or looked at, NotFound when it is gone."""
 
     def close(self) -> None:
         """Stop the background work; the arena's content stays valid for the next life."""

@@ -232,10 +232,10 @@ class ArenaStore:
             if fill is not None and not fill.given_up and users == 0 and fill.source is None and not fill.sinks:
                 self._give_up(fill)
 
-    def drop(self, digest: str) -> None:
+    def drop(self, digest: str, image_id: str = "") -> None:
         if digest in self._fills or digest in self._waiting:
             raise Conflict(f"checkpoint {digest} is just being loaded; stop what waits for it, then drop it")
-        self._residency.drop(digest)
+        self._residency.drop(digest, image_id)
 
     def pin(self, digests: Iterable[str]) -> None:
         self._residency.pin(digests)

@@ -89,7 +89,7 @@ class Found:
     entries: dict[str, CatalogEntry]
     damaged: dict[str, DamagedCopy]
     copies: tuple[CatalogEntry, ...] = ()
-    """All that can be read, of every layout."""
+    """All that can be read, of every layout, the best ones first."""
 
 
 def look(checkpoints_path: Path) -> Found:
@@ -118,7 +118,9 @@ def look(checkpoints_path: Path) -> Found:
         known = entries.get(entry.digest)
         if known is None or _rank(entry) < _rank(known):
             entries[entry.digest] = entry
-    return Found(entries, {digest: copy for digest, copy in damaged.items() if digest not in entries}, tuple(copies))
+    return Found(
+        entries, {digest: copy for digest, copy in damaged.items() if digest not in entries}, tuple(sorted(copies, key=_rank))
+    )
 
 
 def scan(checkpoints_path: Path) -> dict[str, CatalogEntry]:

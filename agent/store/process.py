@@ -311,7 +311,7 @@ class StoreProcess:
         else:
             fault = None
             try:
-                self._store.drop(message.digest)
+                self._store.drop(message.digest, message.image_id)
             except SllmError as error:
                 fault = Fault.of(error)
             self._say(OperationDone(op=message.op, digest=message.digest, fault=fault))
@@ -356,7 +356,7 @@ class StoreProcess:
             case DropDevice():
                 fault = None
                 try:
-                    devices.drop(message.digest)
+                    devices.drop(message.digest, message.image_id)
                 except SllmError as error:
                     fault = Fault.of(error)
                 self._say(OperationDone(op=message.op, digest=message.digest, fault=fault))

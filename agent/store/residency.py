@@ -172,14 +172,15 @@ class Residency:
         self._free.give(occupant.chunks)
         self._free_slots.add(occupant.slot)
 
-    def drop(self, digest: str) -> None:
-        """Free a resident's chunks. Raises Conflict when it has users, is pinned, lent or being compared, NotFound."""
+    def drop(self, digest: str, image_id: str = "") -> None:
+        """Free a resident's chunks, or those of this one image though it is pinned. Raises Conflict when it has users, is
+        pinned, lent or being compared, NotFound."""
         occupant = self._residents.get(digest)
-        if occupant is None:
+        if occupant is None or image_id not in ("", occupant.image_id):
             raise NotFound(f"checkpoint {digest} is not in this node's memory")
         if occupant.users:
             raise Conflict(f"checkpoint {digest} has {occupant.users} users; stop its instances first")
-        if digest in self._pinned:
+        if digest in self._pinned and not image_id:
             raise Conflict(f"checkpoint {digest} is pinned in memory; unpin it first")
         if self._lent[digest]:
             raise Conflict(f"checkpoint {digest} is just being copied to a device; wait until that has ended")

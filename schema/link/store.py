@@ -117,10 +117,14 @@ class HoldCheckpoint(Message, frozen=True, kw_only=True, tag="hold"):
 
 
 class DropResident(Message, frozen=True, kw_only=True, tag="dropresident"):
-    """Agent -> store: free a checkpoint's chunks; answered by `OperationDone`, a Conflict when it has users."""
+    """Agent -> store: free a checkpoint's chunks; answered by `OperationDone`, a Conflict when it has users or is pinned.
+
+    With ``image_id`` only those of this image, which is of no use any more: a pin does not keep it.
+    """
 
     op: str
     digest: str
+    image_id: str = ""
 
 
 class PinResidents(Message, frozen=True, kw_only=True, tag="pinresidents"):
@@ -240,10 +244,12 @@ class ReserveDevice(Message, frozen=True, kw_only=True, tag="reservedevice"):
 
 
 class DropDevice(Message, frozen=True, kw_only=True, tag="dropdevice"):
-    """Agent -> store: free a checkpoint on the devices where nobody uses it; `OperationDone` follows on `EvictedDevice`."""
+    """Agent -> store: free a checkpoint on the devices where nobody uses it; `OperationDone` follows on `EvictedDevice`. With
+    ``image_id`` only the weights of this image."""
 
     op: str
     digest: str
+    image_id: str = ""
 
 
 class EvictedDevice(Message, frozen=True, kw_only=True, tag="evicteddevice"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,10 @@ class Place:
     def placement_changed(self, digest: str) -> None:
         self.checkpoints.drop_stale(digest)
 
+    def source(self, *devices: int) -> str:
+        """The layout that is loaded to these devices, or to memory."""
+        return self.checkpoints.source(DIGEST, devices)[0].removeprefix(f"{DIGEST}/")
+
     def load_failed(self, digest: str, fault: Fault) -> None: ...
 
     def checkpoint_fetched(self, digest: str, then: Callable[[], None]) -> None: ...
@@ -100,3 +105,66 @@ async def test_what_is_dropped_from_devices_is_not_taken_for_dropped_from_memory
     assert DIGEST in place.store.residents
     place.hear(OperationDone(op=memory.op, digest=DIGEST, fault=Fault("conflict", "it is being verified")))
     assert DIGEST in place.store.residents
+
+
+async def test_a_copy_in_quarantine_is_started_from_only_where_it_lies(place: Place) -> None:
+    first, second = await place.copy("l1"), await place.copy("l2")
+    place.lies_on_device(first, 0)
+    await place.spoil("l1")
+    assert (place.source(0), place.source(1), place.source()) == ("l1", "l2", "l2")
+    place.lies_on_device(second, 1)
+    place.lies_in_memory(first)
+    assert (place.source(0), place.source(1), place.source(2), place.source()) == ("l1", "l2", "l1", "l1")
+    await place.spoil("l1", "manifest.json")
+    assert (place.source(0), place.source(1), place.source(2), place.source()) == ("l2", "l2", "l2", "l2")
+
+
+async def test_a_copy_that_comes_to_a_device_is_started_from_there(place: Place) -> None:
+    await place.copy("l1")
+    second = await place.copy("l2")
+    assert place.source(0) == "l1"
+    place.store.devices.fill(DIGEST, f"{DIGEST}/l2", (0,), lambda _: None, lambda _: None, image_id=second)
+    assert (place.source(0), place.source(1), place.source()) == ("l2", "l1", "l1")
+
+
+async def test_of_copies_with_one_image_the_sound_one_is_started_from(place: Place) -> None:
+    await place.copy("l1")
+    image_id = await place.copy("l2")
+    assert await place.copy("l3") == image_id
+    await place.spoil("l3", "manifest.json")
+    place.lies_in_memory(image_id)
+    assert place.source() == "l2"
+    assert place.drops(DropResident) == []
+    assert place.checkpoints.copies(DIGEST) == [f"{DIGEST}/{layout}" for layout in ("l1", "l2", "l3")]
+
+
+async def test_stale_weights_go_from_a_device_whatever_lies_in_memory(place: Place) -> None:
+    first = await place.copy("l1")
+    place.store.devices.hold(DIGEST, (0,), "inst_1", 0)
+    place.lies_on_device(first, 0)
+    shutil.rmtree(place.root / DIGEST)
+    second = await place.copy("l2")
+    place.lies_in_memory(second)
+    place.lies_on_device(second, 1)
+    assert place.drops(DropDevice) == []
+    place.store.devices.release(DIGEST, (0,), "inst_1")
+    assert [drop.image_id for drop in place.drops(DropDevice)] == [first]
+    assert place.drops(DropResident) == []
+
+
+async def test_a_pin_keeps_no_image_that_no_copy_has(place: Place) -> None:
+    place.store.pin((DIGEST,))
+    place.lies_in_memory(await place.copy("l1"))
+    place.lies_in_memory(OTHER_ID)
+    assert [drop.image_id for drop in place.drops(DropResident)] == [OTHER_ID]
+
+
+async def test_an_image_without_usable_text_makes_way_for_what_is_fetched(place: Place) -> None:
+    image_id = await place.copy("l1")
+    place.lies_in_memory(image_id)
+    place.lies_on_device(image_id, 0)
+    await place.spoil("l1", "manifest.json")
+    place.placement_changed(DIGEST)
+    assert place.drops(DropResident) == [], "it may be put right"
+    place.checkpoints.make_way(DIGEST)
+    assert [drop.image_id for drop in (*place.drops(DropResident), *place.drops(DropDevice))] == [image_id] * 2

@@ -263,7 +263,10 @@ def test_drop_frees_idle_copies_and_says_why_not(node: Devices, tmp_path: Path) 
     with pytest.raises(Conflict, match="users"):
         node.store.drop(made[0])
     node.store.hold(made[0], 1, 0)
-    node.store.drop(made[0])
+    with pytest.raises(NotFound):
+        node.store.drop(made[0], "9" * 32)
+    (image_id,) = {weights.image_id for weights in node.store.weights}
+    node.store.drop(made[0], image_id)
     assert [weights.device for weights in node.store.weights] == [0]
     node.quiet()
     node.check_unwound()

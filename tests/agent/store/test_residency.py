@@ -71,6 +71,23 @@ def test_what_is_kept_stays_and_nothing_goes_in_vain(held: Held, kept: str) -> N
         held.residency.drop(other)
 
 
+def test_an_image_that_is_named_is_dropped_though_it_is_pinned(held: Held) -> None:
+    one = held.put(1, 3)
+    held.residency.pin([one])
+    with pytest.raises(NotFound):
+        held.residency.drop(one, "1" * 32)
+    held.residency.count(one, 1)
+    occupant = held.residency.get(one)
+    assert occupant is not None
+    held.residency.use(occupant)
+    with pytest.raises(Conflict, match="users"):
+        held.residency.drop(one, "0" * 32)
+    held.residency.count(one, 0)
+    held.residency.use(occupant)
+    held.residency.drop(one, "0" * 32)
+    assert one not in held.residency
+
+
 def test_room_that_will_be_free_is_waited_for(held: Held) -> None:
     ending = held.residency.begin("1" * 64, "0" * 32, 4 * CHUNK)
     assert not held.residency.make_room(3 * CHUNK, [ending])

@@ -52,6 +52,7 @@ class Store:
         self.cancelled: list[str] = []
         self.kept: list[str] = []
         self.fetches: list[FetchStored] = []
+        self.held_at_drops: list[int] = []
         self.pinned: tuple[str, ...] | None = None
         self.residents: dict[str, Resident] = {}
         self.answers = node.store_answers
@@ -94,6 +95,7 @@ class Store:
             self.cancelled.append(message.op)
             self.kept += [message.op] if isinstance(message, CancelFetch) and message.keep else []
         elif isinstance(message, DropResident):
+            self.held_at_drops.append(self.holds.get(message.digest, 0))
             self.residents.pop(message.digest, None)
             self.peer.send(OperationDone(op=message.op, digest=message.digest))
         elif isinstance(message, Ping) and self.listens:
