@@ -60,7 +60,7 @@ class Desk(Protocol):
 async def add_model(desk: Desk, _: Any) -> None:
     fields = [
         Field("name", "Name", hint="how requests call it"),
-        Field("source", "Source", hint="/path/of/a/model, NODE:/path, or organisation/name"),
+        Field("source", "Source", hint="/path/of/a/model, NODE:/path, organisation/name, or https://host/path"),
         Field("min", "At least", "0", hint="instances; 0 scales to zero"),
         Field("max", "At most", "1", hint="instances"),
     ]
