@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,9 +13,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from schema.checkpoint import IN_PLACE
 from schema.ids import Epoch, epoch_of
 from schema.link import (
     DropCheckpoint,
+    EngineOptions,
+    Ingest,
     LoadCheckpoint,
     NodeTruth,
     OperationDone,
@@ -24,9 +28,11 @@ from schema.link import (
     StopInstance,
     VerifyCheckpoint,
 )
+from schema.spec import PathSource
 from schema.states import EndReason, InstanceState, Tier, TierState
 from tests.agent.daemon.peers import Manager
-from tests.agent.daemon.test_processes import ROOT, WAIT_S, Machine, Stream, ended, job
+from tests.agent.daemon.test_processes import LONG, ROOT, WAIT_S, Machine, Stream, ended, job
+from tests.checkpoints import make_llama_dir
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # of which most is the import of torch
 
@@ -34,10 +40,12 @@ DEVICE_BYTES = 64 << 20
 
 
 class FakeMachine(Machine):
+    devices = 1
+
     def spawn(self) -> subprocess.Popen[bytes]:
         config = msgspec.json.encode(self.config).decode()
         args = [sys.executable, "-m", "tests.agent.fake_cuda", "agent", "--config-json", config]
-        environment = {**os.environ, "FAKE_CUDA_BYTES": str(DEVICE_BYTES), "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "FAKE_CUDA_BYTES": ",".join([str(DEVICE_BYTES)] * self.devices), "PYTHONPATH": str(ROOT)}
         with (self.directory / "agent.log").open("ab") as log:
             return subprocess.Popen(
                 args, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT, start_new_session=True, env=environment
@@ -171,4 +179,55 @@ async def test_weights_come_to_a_device_ahead_of_a_start(machine: FakeMachine) -
     (instance,) = (await machine.manager()).truth.instances
     assert instance.phases is not None
     assert (instance.phases.loaded_from, instance.phases.loaded_bytes) == (Tier.DEVICE, 0)
+    assert await machine.stop() == 0
+
+
+async def test_each_place_has_the_image_of_a_copy_that_can_be_used_there(machine: FakeMachine) -> None:
+    """The user's own files, which are written to, and a copy that is ingested then: two images of one checkpoint."""
+    machine.devices = 2
+    machine.start()
+    manager = await machine.manager()
+    source = make_llama_dir(machine.directory / "model", eos=False, context=LONG)
+
+    async def does(operation: Ingest | LoadCheckpoint | DropCheckpoint) -> OperationDone:
+        manager.send(operation)
+        done = await manager.take(OperationDone, lambda m: m.op == operation.op, WAIT_S)
+        assert done.fault is None, (done, machine.log())
+        return done
+
+    async def tokens(epoch: int, device: int) -> list[int]:
+        options = EngineOptions(kv_bytes=8 << 20)
+        words = {"instance": "inst_1", "model": "m", "digest": digest, "options": options}
+        start = StartInstance(epoch=epoch_of(epoch, 1), devices=(device,), **words)
+        manager.send(start)
+        while (truth := await manager.instance_update(WAIT_S)).state is not InstanceState.READY:
+            assert truth.fault is None, (truth, machine.log())
+        found = await reply(manager, start, epoch_of(epoch, 2))
+        manager.send(StopInstance(instance=start.instance, epoch=start.epoch))
+        await manager.instance(InstanceState.STOPPED)
+        return found
+
+    digest = (await does(Ingest(op="op_1", source=PathSource(str(source), in_place=True)))).digest
+    await does(LoadCheckpoint(op="op_2", digest=digest, tier=Tier.DEVICE, device=0))
+    undisturbed = await tokens(1, 0)
+    await does(DropCheckpoint(op="op_3", digest=digest, tier=Tier.DRAM))
+    (source / "model.safetensors").touch()
+    assert (await does(Ingest(op="op_4", source=PathSource(str(source))))).digest == digest
+
+    # Where the first one lies it is started from all the same; elsewhere the other one comes.
+    await does(LoadCheckpoint(op="op_5", digest=digest))
+    assert await tokens(2, 1) == undisturbed
+    assert await tokens(3, 0) == undisturbed
+
+    # Once the first has left the disk its weights go, though in memory and on the other device the second lies.
+    shutil.rmtree(machine.config.checkpoints_path / digest / IN_PLACE)
+    manager.send(VerifyCheckpoint(op="op_6", digest=digest))  # which finds that out
+    await manager.take(OperationDone, lambda m: m.op == "op_6", WAIT_S)
+    manager.close()
+    manager = await machine.manager()
+    if [each.device for each in manager.truth.checkpoints[0].placements if each.tier is Tier.DEVICE] != [1]:
+        await manager.take(
+            PlacementUpdate, lambda m: [each.device for each in m.truth.placements if each.tier is Tier.DEVICE] == [1], WAIT_S
+        )
+    assert await tokens(4, 0) == undisturbed
     assert await machine.stop() == 0
