@@ -28,6 +28,7 @@ from schema.link import (
     Ingest,
     InstanceUpdate,
     OperationDone,
+    PlacementUpdate,
     ReadFile,
     Role,
     SamplingParams,
@@ -236,10 +237,13 @@ async def test_a_nodes_whole_life_with_every_kill(machine: Machine) -> None:
     stream = Stream(epoch_of(1, 3))
     manager.send(job(start, stream.attempt, 600))
     await stream.read(manager, has(5))
+    before = len(manager.seen)
     killed = machine.kill("store")
     await stream.read(manager, ended)
     assert stream.ids == undisturbed.ids
     await machine.until(lambda: machine.roster().get("store", killed) != killed)
+    if not any(isinstance(message, PlacementUpdate) for message in manager.seen[before:]):
+        await manager.take(PlacementUpdate, timeout_s=WAIT_S)  # it has the arena: with its agent it would be gone
 
     # the zygote
     killed_zygote = machine.kill("zygote")
