@@ -22,7 +22,7 @@ from agent.native.calibration import Tuning
 from agent.native.reader import Priority, ReadJob, ReadPool
 from agent.store import catalog
 from agent.store.api import FillSink, StoreListener
-from agent.store.fills import Fill, FillSource, changed_meanwhile, clash, fill_units, mark
+from agent.store.fills import Fill, FillSource, changed_meanwhile, clash, fill_units, mark, read_copy
 from agent.store.layers import Layers
 from agent.store.residency import Residency
 from agent.store.verify import Verdict, Verifier
@@ -297,13 +297,9 @@ class ArenaStore:
             self._waiting[fill.digest] = fill
             return
         try:
-            entry = catalog.read_entry(fill.directory)
-            if entry.digest != fill.digest:
-                raise InvalidCheckpoint(f"{fill.directory} holds checkpoint {entry.digest}, not {fill.digest}")
+            entry = read_copy(fill.directory, fill.digest, fill.image_id)
             if entry.quarantined is not None:
                 raise InvalidCheckpoint(f"{fill.directory} is quarantined: {entry.quarantined}")
-            if fill.image_id not in ("", entry.manifest.image_id):
-                raise Conflict(f"another copy lies in {fill.directory} now: it was replaced; try again")
             if not self._make_room(entry.manifest.image_bytes):
                 self._waiting[fill.digest] = fill
                 return

@@ -10,7 +10,7 @@ from agent.native.reader import Priority, ReadJob, Unit
 from agent.store import catalog
 from agent.store.cache import ArenaStore
 from agent.store.catalog import CatalogEntry
-from agent.store.fills import mark
+from agent.store.fills import mark, read_copy
 from agent.store.layers import Layers
 from agent.store.streaming import Stream, Streams
 from schema.checkpoint import Partition
@@ -136,6 +136,10 @@ class DeviceLoad:
     # --- past DRAM
 
     def _begin_stream(self) -> None:
+        """From the copy's files, if they are still those that the load was begun with."""
+        now = read_copy(self._entry.directory, self.digest, self._entry.manifest.image_id)
+        if now.quarantined is not None:
+            raise InvalidCheckpoint(f"{now.directory} is quarantined: {now.quarantined}")
         self.source = Tier.DISK
         self._stream = self._streams.begin(
             self._job,

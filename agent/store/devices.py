@@ -20,11 +20,10 @@ from agent.native.copier import Copier, Slice, Target
 from agent.native.device import DeviceMemory, Driver
 from agent.native.pinned import HostMemory
 from agent.native.reader import Priority
-from agent.store import catalog
 from agent.store.cache import ArenaStore
 from agent.store.catalog import CatalogEntry
 from agent.store.device_load import DeviceLoad
-from agent.store.fills import clash
+from agent.store.fills import clash, read_copy
 from agent.store.streaming import Streams
 from schema.errors import Cancelled, Conflict, Fault, InvalidCheckpoint, InvalidInput, NotFound, OutOfSpace, SllmError
 from schema.link import DeviceWeights
@@ -305,7 +304,11 @@ class DeviceStore:
                 self._try(load)
 
     def _clash(self, asked: _Asked) -> SllmError | None:
-        coming = [(load.entry.manifest.image_id, load.devices) for load in self._loads if load.digest == asked.digest]
+        coming = [
+            (load.entry.manifest.image_id, load.devices)
+            for load in self._loads
+            if load.digest == asked.digest and not load.given_up
+        ]
         lying = [(each.image_id, (each.device,)) for each in self._weights.values() if each.digest == asked.digest]
         found = [clash(asked.digest, here, asked.image_id) for here, devices in coming + lying if {*devices} & {*asked.devices}]
         return next((fault for fault in found if fault is not None), None)
@@ -317,11 +320,7 @@ class DeviceStore:
         if not devices:
             return
         try:
-            entry = catalog.read_entry(asked.directory)
-            if entry.digest != asked.digest:
-                raise InvalidCheckpoint(f"{asked.directory} holds checkpoint {entry.digest}, not {asked.digest}")
-            if asked.image_id not in ("", entry.manifest.image_id):
-                raise Conflict(f"another copy lies in {asked.directory} now: it was replaced; try again")
+            entry = read_copy(asked.directory, asked.digest, asked.image_id)
             if entry.quarantined is not None and not self._arena.has_sound(asked.digest, entry.manifest.image_id):
                 raise InvalidCheckpoint(f"{asked.directory} is quarantined: {entry.quarantined}")
         except SllmError as error:

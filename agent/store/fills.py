@@ -18,7 +18,7 @@ from agent.store.layers import Layers
 from schema.checkpoint import Manifest
 from schema.errors import Conflict, InvalidCheckpoint, SllmError
 
-__all__ = ["Fill", "FillSource", "changed_meanwhile", "clash", "fill_units", "mark"]
+__all__ = ["Fill", "FillSource", "changed_meanwhile", "clash", "fill_units", "mark", "read_copy"]
 
 _log = logging.getLogger(__name__)
 
@@ -110,6 +110,17 @@ def fill_units(
             )
 
 
+def read_copy(directory: Path, digest: str, image_id: str) -> catalog.CatalogEntry:
+    """What lies in a directory now, in quarantine or not. Raises Conflict if that is another image of the digest than was meant
+    ("" is any), and what `catalog.read_entry` raises."""
+    entry = catalog.read_entry(directory)
+    if entry.digest != digest:
+        raise InvalidCheckpoint(f"{directory} holds checkpoint {entry.digest}, not {digest}")
+    if image_id not in ("", entry.manifest.image_id):
+        raise Conflict(f"another copy lies in {directory} now: it was replaced; try again")
+    return entry
+
+
 def mark(write: Callable[..., None], directory: Path, copy: catalog.Identity | None, *reason: str) -> None:
     """Write down what was found of a copy, unless another lies in its place by now. A marker that cannot be written costs a
     second look later, not the load."""
@@ -134,5 +145,5 @@ def clash(digest: str, here: str, asked: str) -> Conflict | None:
         return None
     return Conflict(
         f"checkpoint {digest} lies in memory from another copy, its tensors at other places; this one cannot be loaded "
-        "beside that; stop the instances that use it, then try again"
+        "beside that; stop the instances that use it, if any do, then try again"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import select
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -374,6 +375,50 @@ def test_a_wrong_byte_puts_the_copy_in_quarantine(tmp_path: Path) -> None:
     assert catalog.quarantine_reason(made[1])
     node.check_unwound()
     node.close()
+
+
+@pytest.mark.parametrize(("in_dram", "replaced"), [(True, False), (True, True), (False, True)])
+def test_past_dram_the_copy_that_was_meant_is_read_or_none(tmp_path: Path, in_dram: bool, replaced: bool) -> None:
+    node = Devices(sizes=(6 * MIB,), releasing=False)
+    before = commit(tmp_path / "before", 2, 4 * MIB)
+    node.fill("before", before)
+    node.wait("before")
+    node.store.hold(before[0], 0, 0)
+    meant, other = commit(tmp_path / "meant", 1, 4 * MIB), commit(tmp_path / "other", 1, 2 * MIB, partitions=2)
+    if in_dram:
+        node.bench.store.fill("other", *other[:2])
+        node.bench.wait("other")
+    node.fill("a", meant)
+    assert node.gone, "it waits for room"
+    if replaced:
+        meant[1].rename(tmp_path / "gone")
+        shutil.copytree(other[1], meant[1])
+    node.releasing = True
+    node.wait("a")
+    if replaced:
+        assert node.faults["a"].code == "conflict"
+        assert "it was replaced" in node.faults["a"].message
+    else:
+        assert node.content(node.answers["a"].weights[0]) == meant[2]
+    node.check_unwound()
+    node.close()
+
+
+def test_another_copy_waits_for_a_load_that_was_given_up(node: Devices, tmp_path: Path) -> None:
+    given_up, other = commit(tmp_path / "given up", 1, 4 * MIB), commit(tmp_path / "other", 1, 2 * MIB, partitions=2)
+    node.driver.gate.clear()
+    node.fill("a", given_up)
+    node.store.hold(given_up[0], 0, 0)
+    (load,) = node.store._loads
+    assert load.given_up
+    image_id = catalog.read_entry(other[1]).manifest.image_id
+    node.store.fill("b", other[0], other[1], (0,), 1, Priority.REQUEST, image_id)
+    node.driver.gate.set()
+    node.wait("b")
+    assert node.faults.keys() == {"a"}
+    assert node.content(node.answers["b"].weights[0]) == other[2]
+    node.quiet()
+    node.check_unwound()
 
 
 @given(data=st.data())
