@@ -115,10 +115,11 @@ class S3Remote:
         """Make a file of its parts. One whose answer was lost is there all the same, and its upload is no more."""
         from botocore import exceptions
 
+        lost = exceptions.ClientError, exceptions.HTTPClientError, exceptions.ConnectionError
         try:
             self._patient.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
-        except (exceptions.ClientError, exceptions.HTTPClientError):
-            with contextlib.suppress(exceptions.ClientError, exceptions.HTTPClientError):
+        except lost:
+            with contextlib.suppress(*lost):
                 found = self._client.head_object(Bucket=upload["Bucket"], Key=upload["Key"])["ETag"]
                 if found == _etag([part["ETag"] for part in parts]):
                     return

@@ -373,14 +373,16 @@ def test_uploads_that_were_broken_off_are_ended_and_no_others(s3: str, monkeypat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("made", [True, False])
+@pytest.mark.parametrize("why", ["ReadTimeoutError", "ConnectTimeoutError"])
+@pytest.mark.parametrize("made", [True, False, None])
 def test_an_upload_whose_last_answer_is_lost_is_there_if_the_store_says_so(
-    s3: str, monkeypatch: pytest.MonkeyPatch, made: bool
+    s3: str, monkeypatch: pytest.MonkeyPatch, made: bool | None, why: str
 ) -> None:
+    """``made``: whether it is there; None where the store does not say."""
+    from botocore import exceptions
     from botocore.client import BaseClient
-    from botocore.exceptions import ReadTimeoutError
 
-    remote = s3_remote(s3, f"lost-{made}".lower(), monkeypatch)
+    remote = s3_remote(s3, f"lost-{made}-{why}".lower(), monkeypatch)
     remote.write(
         "a/file", len(DATA), lambda offset, length: memoryview(bytes(len(DATA)))[offset : offset + length], lambda _: None
     )
@@ -390,11 +392,13 @@ def test_an_upload_whose_last_answer_is_lost_is_there_if_the_store_says_so(
         completes = operation == "CompleteMultipartUpload"
         answer = real(client, operation, arguments) if made or not completes else None
         if completes:
-            raise ReadTimeoutError(endpoint_url=s3)
+            raise getattr(exceptions, why)(endpoint_url=s3)
+        if made is None and operation == "HeadObject":
+            raise exceptions.EndpointConnectionError(endpoint_url=s3)
         return answer
 
     monkeypatch.setattr(BaseClient, "_make_api_call", lost)
-    with contextlib.nullcontext() if made else pytest.raises(SllmError, match="does not answer"):
+    with contextlib.nullcontext() if made else pytest.raises(SllmError, match=rf"does not answer \({why}\)"):
         remote.write("a/file", len(DATA), lambda offset, length: memoryview(DATA)[offset : offset + length], lambda _: None)
     assert remote.read("a/file", len(DATA)) == (DATA if made else bytes(len(DATA)))
     remote.close()
