@@ -60,7 +60,7 @@ def _number(name: str, pattern: str) -> int:
 
 def _together(name: str, parts: _Parts, converter: Any) -> SourceTensor:
     """All parts as one tensor [experts, their first dimensions one after the other, ...]."""
-    steps = [(type(each).__name__, each.dim) for each in converter.operations]
+    steps = [(type(each).__name__, getattr(each, "dim", None)) for each in converter.operations]
     if steps not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
         raise InvalidCheckpoint(f"tensor {name!r} is made of others by {steps}, which this ingest does not do")
     patterns = converter.source_patterns

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
+from transformers import conversion_mapping
+from transformers.core_model_loading import Transpose, WeightConverter
 
 from agent.store.ingest.convert import convert
 from agent.store.ingest.files import SourceDirectory
@@ -120,6 +122,22 @@ def test_experts_that_do_not_fit_together_are_refused_by_name(change: Any, said:
     change(tensors)
     save_file(tensors, source / "model.safetensors")
     with pytest.raises(InvalidCheckpoint, match=said):
+        ingest(source, tmp_path)
+
+
+def test_parts_that_are_more_than_put_together_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save(make_model("mixtral"), tmp_path / "m")
+    real = conversion_mapping.get_model_conversion_mapping
+
+    def turned(model: Any) -> Any:
+        transforms = real(model)
+        for each in transforms:
+            if isinstance(each, WeightConverter):
+                each.operations = [*each.operations, Transpose(1, 2)]
+        return transforms
+
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", turned)
+    with pytest.raises(InvalidCheckpoint, match=r"\('Transpose', None\)\], which this ingest does not do"):
         ingest(source, tmp_path)
 
 
