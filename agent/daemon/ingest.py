@@ -148,9 +148,13 @@ async def _run_child(
     except LinkError as error:
         return OperationDone(op=op, fault=Fault.of(error))
     finally:
-        await _end(child)
-        transport.close()  # after its end: one that is told to end may still write of its progress
-        roster.remove(entry)
+        try:
+            await _end(child)
+        finally:  # whoever cancels twice waits for no last words
+            with contextlib.suppress(ProcessLookupError):
+                child.send_signal(signal.SIGKILL)
+            transport.close()  # after its end: one that is told to end may still write of its progress
+            roster.remove(entry)
 
 
 async def _relay(frames: asyncio.StreamReader, op: str, progress: Callable[[Progress], None]) -> OperationDone | None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import select
 import sys
 from pathlib import Path
 
 from agent.config import NodeConfig
 from agent.daemon.ingest import Child, run_ingest
 from agent.daemon.roster import Roster
-from schema.link import Ingest, Progress
+from schema.link import Ingest, OperationDone, Progress
 from schema.spec import PathSource
 
 _TALKS_WHEN_TOLD_TO_END = """
@@ -33,10 +35,21 @@ Reporter(1, "op").progress("ingest", 1, 2)
 time.sleep(60)
 """
 
+_STAYS_WHEN_TOLD_TO_END = """
+import os, signal, sys, time
+from pathlib import Path
+from agent.store.ingest.report import Reporter
 
-async def test_a_cancelled_child_is_heard_until_it_has_ended(tmp_path: Path) -> None:
+signal.signal(signal.SIGTERM, lambda number, frame: Path(sys.argv[1]).write_text(str(os.getpid())))
+Reporter(1, "op").progress("ingest", 1, 2)
+while True:
+    time.sleep(60)
+"""
+
+
+async def begin(tmp_path: Path, code: str) -> asyncio.Task[OperationDone]:
+    """An ingest whose child runs this code, with the path ``said`` as its argument, once it has told of its progress."""
     began = asyncio.Event()
-    said = tmp_path / "said"
     config = NodeConfig(run_dir=str(tmp_path), data_dir=str(tmp_path))
     config.log_path.mkdir(parents=True, exist_ok=True)
     message = Ingest(op="op", source=PathSource(path="/nowhere"))
@@ -52,13 +65,31 @@ async def test_a_cancelled_child_is_heard_until_it_has_ended(tmp_path: Path) -> 
             config,
             message,
             no_fork,
-            lambda config, message: [sys.executable, "-c", _TALKS_WHEN_TOLD_TO_END, str(said)],
+            lambda config, message: [sys.executable, "-c", code, str(tmp_path / "said")],
             Roster(tmp_path / "roster.json"),
             heard,
         )
     )
     await asyncio.wait_for(began.wait(), 60)
+    return running
+
+
+async def test_a_cancelled_child_is_heard_until_it_has_ended(tmp_path: Path) -> None:
+    running = await begin(tmp_path, _TALKS_WHEN_TOLD_TO_END)
     running.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await running
-    assert said.read_text() == "heard"
+    assert (tmp_path / "said").read_text() == "heard"
+
+
+async def test_a_child_that_is_cancelled_twice_leaves_nothing_behind(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "said")
+    running = await begin(tmp_path, _STAYS_WHEN_TOLD_TO_END)
+    running.cancel()
+    child = os.pidfd_open(int(await asyncio.to_thread((tmp_path / "said").read_text)))
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+    assert Roster(tmp_path / "roster.json").load() == {}
+    assert (await asyncio.to_thread(select.select, [child], [], [], 60))[0], "it is still there"
+    os.close(child)
