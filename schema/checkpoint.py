@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable
+from functools import cached_property
 from itertools import pairwise
 from math import prod
 from typing import Annotated, Any, Final
@@ -152,7 +153,7 @@ class TextDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     special_tokens: dict[str, str] = {}
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, dict=True):
     """A whole checkpoint. ``tensors`` are in execution order, and empty where the asset INDEX_FILE lists them; tied names
     point at the stored one in ``ties``.
 
@@ -185,7 +186,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         """Bytes of the whole image in memory: the partitions one after another."""
         return sum(partition.padded_bytes for partition in self.partitions)
 
-    @property
+    @cached_property
     def image_id(self) -> str:
         """Which bytes lie where in the image. It tells the images of one digest apart: a copy and the user's own files, or two
         directories of those, have the same tensors at other places."""

@@ -122,6 +122,13 @@ def test_threads_may_be_the_first_to_decode_one_together() -> None:
     subprocess.run([sys.executable, "-c", RACE], input=encode_manifest(manifest()), check=True, timeout=60)
 
 
+def test_what_names_an_image_is_made_once() -> None:
+    made = manifest()
+    assert made.image_id is made.image_id
+    assert msgspec.structs.replace(made, partitions=made.partitions[:1]).image_id != made.image_id
+    assert encode_manifest(made) == encode_manifest(manifest())
+
+
 def test_the_digest_knows_bytes_config_and_text_but_not_order() -> None:
     def digest(*tensors: tuple[str, bytes], config: Plain | None = None, text: str = "", eos: int = 1) -> str:
         entries = [(name, "F32", (1,), hashlib.sha256(data).digest()) for name, data in tensors]
