@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Final
@@ -70,10 +71,11 @@ class _Block:
 
 @dataclass(slots=True, eq=False)
 class _Opening:
-    """A file on a helper's hands, and the units that wait for it."""
+    """A file that a helper opens, or is to open since ``asked``, and the units that wait for it."""
 
     path: Path
-    began: float
+    asked: float
+    began: float = inf
     works: list[Work] = field(default_factory=list)
     overdue: bool = False
 
@@ -309,11 +311,15 @@ class RingReader:
 
     def _look_for_overdue(self, ring: Ring) -> None:
         now = time.monotonic()
-        for opening in self._openings:
-            if now - opening.began >= self._stall_s and not opening.overdue:
+        untried = [each for each in self._openings if each.began == inf and now - each.asked >= self._stall_s]
+        stuck = [each for each in self._openings if not each.overdue and now - each.began >= self._stall_s]
+        for opening in (*untried, *stuck):
+            self._start_helper()  # for one that all keep waiting, or in the place of the one that is stuck
+            if opening in untried:
+                opening.asked = now
+            else:
                 opening.overdue = True
                 self._waiting -= len(opening.works)
-                self._start_helper()  # in the place of the one that is stuck
                 self._stall(opening.works[0].job, stalled(opening.path, None, self._stall_s))
         for serial, block in self._flying.items():
             if now - block.began < self._stall_s:
@@ -345,6 +351,7 @@ class RingReader:
 
     def _open(self, files: _Files, opening: _Opening, size_bytes: int) -> None:
         file: OpenFile | SllmError
+        opening.began = time.monotonic()
         try:
             file = OpenFile(opening.path, size_bytes)
         except SllmError as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.native import files, ring_reader
+from agent.native import files, reader, ring_reader
 from agent.native.reader import Priority, ReadPool, Unit
 from agent.native.uring import NoRing, Ring
 from tests.agent.native.clock import STALL_S, Clock
@@ -225,6 +225,43 @@ def test_a_disk_that_holds_all_reads_at_once_ends_their_job_and_not_the_process(
     assert stuck.stalled is not None
     leave.set()
     watch.wait(stuck)
+    pool.close()
+
+
+def test_an_opening_is_overdue_only_once_a_helper_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write(tmp_path / "f", MIB)
+    clock, entered, leave = Clock(monkeypatch), threading.Semaphore(0), threading.Event()
+    real = os.open
+
+    def held(path: Path, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        if Path(path).name.startswith("stuck"):
+            entered.release()
+            assert leave.wait(100)
+        return real(path, flags, mode, dir_fd=dir_fd)
+
+    monkeypatch.setattr(files.os, "open", held)
+    monkeypatch.setattr(reader, "_HELPERS", 1)
+    pool, watch = ReadPool(1, backend="io_uring", stall_s=STALL_S), Watch()
+    stuck = []
+    for number in range(3):
+        write(tmp_path / f"stuck{number}", MIB)
+        stuck.append(pool.submit(units(tmp_path / f"stuck{number}", MIB, memoryview(bytearray(MIB))), watch))
+    memory = memoryview(bytearray(MIB))
+    job = pool.submit(units(tmp_path / "f", MIB, memory), watch)
+    ring = pool._reader
+    assert isinstance(ring, ring_reader.RingReader)
+    until(lambda: len(ring._openings) == 4)
+    assert entered.acquire(timeout=100)
+    clock.forward()
+    watch.wait(job)
+    assert (job.error, memory) == (None, data)
+    assert [each.stalled is not None for each in stuck] == [True, False, False]
+    assert all(entered.acquire(timeout=100) for _ in stuck[1:]), "each helper that is stuck has another in its place"
+    clock.forward()
+    watch.until(lambda: all(each.stalled is not None for each in stuck))
+    leave.set()
+    for each in stuck:
+        watch.wait(each)
     pool.close()
 
 
