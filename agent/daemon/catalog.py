@@ -116,7 +116,7 @@ class Checkpoints:
     def copies(self, digest: str) -> list[str]:
         """The directories of all that can be read of it, in quarantine or not, as the store names them, the best one first; of
         a damaged one where nothing can. Raises NotFound."""
-        found = [copy for copy in self._copies if copy.digest == digest]
+        found: list[CatalogEntry | DamagedCopy] = [copy for copy in self._copies if copy.digest == digest]
         return [self.relative(copy) for copy in found or [self._damaged.get(digest) or self.entry(digest)]]
 
     def size(self, digest: str) -> int:
