@@ -39,7 +39,10 @@ PROMPT = "sllmctl is a"
 
 
 def http_head(length: int) -> bytes:
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {length}\r\n\r\n"
+    )
     return head.encode()
 
 
