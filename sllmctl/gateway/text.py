@@ -47,7 +47,9 @@ _TOKENIZER_FILES: Final = msgspec.json.Decoder(_TokenizerFile)
 _CANNOT_ENCODE: Final = "the model's tokenizer cannot encode this text"
 _PROBE: Final = "The quick brown fox jumps over the lazy dog. "
 _SLOW_S: Final = 0.005
-"""A tokenizer that takes so long of a processor over a short text is not trusted with the event loop again."""
+_SLOW_TEXTS: Final = 2
+"""A tokenizer that takes so long of a processor over so many short texts, one after the other, is not trusted with the event
+loop again. Over one it may: a collection of garbage can fall into it."""
 
 
 class TextModel:
@@ -71,11 +73,11 @@ class TextModel:
             self._tokenizer, parts.decoder, frozenset(special.union(manifest.text.stop_token_ids))
         )
         self.template = _read_template(assets.directory) if manifest.text.has_template else None
-        self._slow = False
+        self._slow_texts = 0
         probe = (_PROBE * (self._inline_chars // len(_PROBE) + 1))[: self._inline_chars]
         with contextlib.suppress(InvalidCheckpoint):  # told when a request's text meets it
-            self._encode(probe, special=False)  # fills the tokenizer's own caches
-            self._encode_timed(probe, special=False)
+            for _ in range(1 + _SLOW_TEXTS):  # the first fills the tokenizer's own caches
+                self._encode_timed(probe, special=False)
 
     async def encode(self, text: str, *, special: bool) -> list[int]:
         """The ids of ``text``; with ``special``, as the tokenizer frames a whole text (a beginning token and the like).
@@ -83,7 +85,7 @@ class TextModel:
         Raises InvalidCheckpoint when the tokenizer fails at it, or makes an id that the model does not have; Overloaded when it
         takes too long over this text, or over those before it.
         """
-        if len(text) <= self._inline_chars and not self._slow:
+        if len(text) <= self._inline_chars and self._slow_texts < _SLOW_TEXTS:
             ids = self._encode_timed(text, special)
         else:
             try:
@@ -104,7 +106,7 @@ class TextModel:
         try:
             return self._encode(text, special)
         finally:
-            self._slow = self._slow or time.thread_time() - began_s > _SLOW_S
+            self._slow_texts = self._slow_texts + 1 if time.thread_time() - began_s > _SLOW_S else 0
 
     async def _encode_aside(self, text: str, special: bool) -> list[int]:
         """On a thread that nobody has to wait for: a stuck one holds up neither the manager's end nor other models."""
