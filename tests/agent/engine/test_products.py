@@ -77,6 +77,18 @@ def test_small_weights_are_multiplied_as_rows() -> None:
     assert not Product((torch.zeros(10, 5),), None, ways).as_columns(9)
 
 
+@pytest.mark.parametrize("amx", [False, True])
+def test_few_tokens_go_as_columns_where_there_are_tiles(amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "is_widened", lambda dtype, device: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    ways_of.cache_clear()
+    try:
+        columns = ways_of(torch.bfloat16, CPU).columns
+        assert [tokens in columns for tokens in (1, 15, 16, 64, 65)] == [amx, amx, True, True, False]
+    finally:
+        ways_of.cache_clear()
+
+
 def test_ways_follow_the_processor(without_16_bits: None) -> None:
     assert ways_of(torch.bfloat16, CPU).widened < 32
     assert ways_of(torch.bfloat16, torch.device("meta")) == ROWS
