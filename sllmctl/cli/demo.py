@@ -7,7 +7,6 @@ import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from schema.spec import ModelSpec, PathSource, ScaleSpec, Source, source_of
 from schema.states import InstanceState
 from sllmctl import client
 from sllmctl.bundled import DOCS_2M
-from sllmctl.cli.diagnostics import FAILED, OK, ProgressLine, note
+from sllmctl.cli.diagnostics import FAILED, OK, ProgressLine, note, told_beside
 from sllmctl.cli.format import duration, size
 from sllmctl.cli.output import stream, write
 from sllmctl.cli.scratch import ScratchManager
@@ -131,31 +130,17 @@ def _chat(api_url: str, prompt: str, admin: client.AdminClient, settings: Client
     return reply
 
 
-@contextlib.contextmanager
-def _ticking(admin: client.AdminClient) -> Iterator[Callable[[], None]]:
+def _ticking(admin: client.AdminClient) -> contextlib.AbstractContextManager[Callable[[], None]]:
     """Show beside a waiting request how far its instance has come, until the function it gives is called."""
-    over = threading.Event()
 
-    def tick() -> None:
-        with ProgressLine() as line:
-            while not over.wait(_TICK_S):
-                try:
-                    starting = [item for item in admin.ask(client.instances()) if item.state is not InstanceState.READY]
-                except SllmError:
-                    continue  # the request itself says what is wrong with the manager
-                line.show("waiting for the first token", starting[0].progress if starting else None)
+    def tick(line: ProgressLine) -> None:
+        try:
+            starting = [item for item in admin.ask(client.instances()) if item.state is not InstanceState.READY]
+        except SllmError:
+            return  # the request itself says what is wrong with the manager
+        line.show("waiting for the first token", starting[0].progress if starting else None)
 
-    thread = threading.Thread(target=tick, name="demo-progress", daemon=True)
-
-    def finish() -> None:
-        over.set()
-        thread.join()
-
-    thread.start()
-    try:
-        yield finish
-    finally:
-        finish()
+    return told_beside(tick)
 
 
 def _rate(reply: ChatStream) -> float:

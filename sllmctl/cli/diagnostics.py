@@ -35,6 +35,7 @@ __all__ = [
     "guard",
     "log_to_stderr",
     "note",
+    "told_beside",
     "waiting_line",
     "writing_stdout",
 ]
@@ -209,17 +210,23 @@ class ProgressLine:
         self._open = False
 
 
+def waiting_line(what: str) -> contextlib.AbstractContextManager[Callable[[], None]]:
+    """A block that waits for something it cannot look at: `told_beside` tells ``what``, and since when."""
+    began = time.monotonic()
+    return told_beside(lambda line: line.line(lambda: f"{what} ... {time.monotonic() - began:.0f} s"))
+
+
 @contextlib.contextmanager
-def waiting_line(what: str) -> Iterator[Callable[[], None]]:
-    """A block that waits for something it cannot look at: a thread tells ``what``, and since when. What it gives ends that."""
+def told_beside(show: Callable[[ProgressLine], None]) -> Iterator[Callable[[], None]]:
+    """A block beside which a thread shows a progress line again and again, until the function that it gives is called."""
     import threading
 
-    over, began = threading.Event(), time.monotonic()
+    over = threading.Event()
 
     def tell() -> None:
         with ProgressLine() as line:
             while not over.wait(_TICK_S):
-                line.line(lambda: f"{what} ... {time.monotonic() - began:.0f} s")
+                show(line)
 
     def end() -> None:
         over.set()
