@@ -186,9 +186,9 @@ class Operations:
             raise Conflict(f"checkpoint {digest} is just being dropped")
         layout = ""  # of what was fetched: of a copy that is here nobody knows whether the remote has it too
         missing = self._checkpoints.layout(digest) is None
-        if in_memory and missing:
-            self._checkpoints.make_way(digest)
         if in_memory:
+            if missing:
+                self._checkpoints.make_way(digest)
             self._store.holds.add(digest, message.op)  # from the first byte on, until this operation ends however it does
         try:
             if missing:
