@@ -35,8 +35,8 @@ class Arrival:
         that must have come before it computes."""
         needs: dict[nn.Module, int] = {}
         for name, module in model.named_modules(remove_duplicate=False):
-            within = LAYER.search(f".{name}.")
-            reader = module if within is None else model.get_submodule(name[: within.end() - 2])
+            within = LAYER.search(f"{name}.")
+            reader = module if within is None else model.get_submodule(name[: within.end() - 1])
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is not None and (layer := self._layer_at.get(tensor.data_ptr())) is not None:
                     needs[reader] = max(needs.get(reader, 0), layer)

@@ -12,8 +12,8 @@ from schema.checkpoint import Manifest, Partition, TensorEntry
 
 __all__ = ["LAYER", "Layers", "layer_ends"]
 
-LAYER: Final = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
-"""Up to where the name of a tensor is that of its layer."""
+LAYER: Final = re.compile(r"(?:^|\.)(?:layers|h|blocks?)\.(\d{1,6})\.")
+"""Up to where the name of a tensor is that of its layer; a checkpoint of the bare model has nothing before it."""
 
 
 def layer_ends(tensors: Sequence[TensorEntry], partitions: Sequence[Partition]) -> tuple[int, ...]:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from agent.store.ingest.headers import SourceTensor
+from agent.store.layers import LAYER
 from schema.errors import InvalidCheckpoint
 
 __all__ = ["execution_key", "find_ties", "fused_group"]
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d{1,6})\.(.+)$")
 _RANKS: Final = tuple(
     re.compile(pattern)
     for pattern in (
@@ -33,12 +33,12 @@ Key = tuple[int, int, int, tuple[int, ...], int, int, str]
 
 def execution_key(name: str) -> Key:
     """Sorts names: embeddings, layers by number, final norm, head; in a layer by use; weights before biases."""
-    match = _LAYER.search(name)
+    match = LAYER.search(name)
     if match is None:
         if re.search(r"embed_out|lm_head|output\.(weight|bias)$", name):
             return 3, 0, 0, (), 0, 0, name
         return 0 if re.search(r"embed|wte|wpe", name) else 2, 0, 0, (), 0, 0, name
-    rest = match.group(2)
+    rest = name[match.end() :]
     rank = next((number for number, pattern in enumerate(_RANKS) if pattern.search(rest)), len(_RANKS))
     numbers = tuple(int(number) for number in re.findall(r"\.(\d{1,6})\.", rest))
     within = next((place for part, place in _WITHIN.items() if part in rest), 0)

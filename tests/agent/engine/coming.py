@@ -22,10 +22,12 @@ from tests.agent.engine.models import manifest_of, tensors_of
 
 
 class ComingWeights:
-    """What has not come is NaN, in every numeric type. ``asked`` are the layers that were waited for, in order."""
+    """What has not come is NaN, in every numeric type. ``asked`` are the layers that were waited for, in order. ``bare``: the
+    names are those of a checkpoint that was saved of the model without its head."""
 
-    def __init__(self, model: Any, dtype: str = "F32") -> None:
-        tensors = tensors_of(model)
+    def __init__(self, model: Any, dtype: str = "F32", bare: bool = False) -> None:
+        prefix = f"{model.base_model_prefix}." if bare else ""
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors_of(model).items()}
         entries: list[TensorEntry] = []
         image = bytearray()
         for name in sorted(tensors, key=execution_key):

@@ -37,8 +37,17 @@ def test_greedy_equals_generate_in_mixed_batches_that_are_preempted(name: str) -
 
 @pytest.mark.parametrize("name", sampled(CONFIGS, *FEW))
 def test_a_first_step_reads_no_weight_before_it_has_come(name: str) -> None:
+    follows(name, bare=False)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "llama"])
+def test_a_first_step_follows_weights_named_without_the_models_prefix(name: str) -> None:
+    follows(name, bare=True)
+
+
+def follows(name: str, bare: bool) -> None:
     model = make_model(name)
-    coming = ComingWeights(model)
+    coming = ComingWeights(model, bare=bare)
     engine = coming.engine(kv_options(coming.manifest, 256))
     submit = submit_of(1, prompts()[4][:31], 3)
     engine.submit(submit)
