@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,11 @@ from agent.engine.dtypes import torch_dtype
 from schema.checkpoint import Manifest
 from schema.errors import InvalidCheckpoint
 
-__all__ = ["attach", "fused_view"]
+__all__ = ["attach", "computed_anyway", "fused_view"]
+
+_ONCE_SAVED: Final = (r"rotary_emb\.inv_freq$", r"\.masked_bias$")
+"""Constants that older versions of transformers saved with each layer: rotary frequencies, which are the whole model's now, and
+what a masked score was."""
 
 _Place = tuple[nn.Module, str]
 
@@ -36,6 +40,17 @@ def fused_view(tensors: Sequence[Tensor]) -> Tensor | None:
     return first.detach().as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
 
 
+def computed_anyway(model: nn.Module) -> Callable[[str], bool]:
+    """Whether a name that a checkpoint has, and the model's state has not, is of what the model computes by itself: a buffer
+    that is not saved any more (causal masks, frequencies), or what transformers passes over in loading."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    known = model.state_dict()
+    buffers = {name.removeprefix(prefix) for name, _ in model.named_buffers() if name not in known}
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    pattern = re.compile("|".join(f"(?:{each})" for each in (*_ONCE_SAVED, *ignored)))
+    return lambda name: name.removeprefix(prefix) in buffers or pattern.search(name) is not None
+
+
 def attach(model: nn.Module, manifest: Manifest, tensors: Mapping[str, Tensor], device: str) -> None:
     """Make ``tensors`` the weights of a skeleton, and remake on ``device`` the buffers that no checkpoint holds.
 
@@ -51,11 +66,11 @@ def attach(model: nn.Module, manifest: Manifest, tensors: Mapping[str, Tensor], 
     )
     attached: dict[str, Tensor] = {}
     unknown: list[str] = []
-    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    is_computed = computed_anyway(model)
     for name, tensor in tensors.items():
         place_name = rename(name)
         if place_name not in places:
-            if not any(pattern.search(name) for pattern in ignored):
+            if not is_computed(name):
                 unknown.append(name)
             continue
         if tensor.is_floating_point() and tensor.dtype != dtype and not any(part in name for part in keep):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -82,7 +81,7 @@ def check_runnable(
     facts: ModelFacts, tensors: Mapping[str, SourceTensor]
 ) -> tuple[dict[str, SourceTensor], dict[str, str], StepCosts]:
     """Build the model without weights, as the engine will, and hold the tensors against it; returns them as the model has
-    them (`named_as_in`), its tied names, and what a step of it costs.
+    them (`named_as_in`) without what it computes by itself, its tied names, and what a step of it costs.
 
     Tied names map the one that the model ties to the one it is tied to, as the tensors are named then. Imports torch and
     transformers. Raises InvalidCheckpoint when the engine would refuse the model, or a tensor is missing, unknown or of
@@ -90,6 +89,7 @@ def check_runnable(
     """
     from agent.engine.memory import step_costs
     from agent.engine.skeleton import build_skeleton
+    from agent.engine.weights import computed_anyway
 
     draft = _draft(facts)
     model: Any = build_skeleton(draft)
@@ -97,15 +97,17 @@ def check_runnable(
     ties: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     prefix = f"{model.base_model_prefix}."
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    is_computed = computed_anyway(model)
     given: dict[str, SourceTensor] = {}
-    for tensor in tensors.values():
+    for tensor in list(tensors.values()):
         # A checkpoint of the bare base model lacks its prefix, one of a larger model has it too much.
         names = (tensor.name, prefix + tensor.name, tensor.name.removeprefix(prefix))
         name = next((each for each in names if each in wanted), None)
         if name is not None:
             given[name] = tensor
-        elif not any(pattern.search(tensor.name) for pattern in ignored):
+        elif is_computed(tensor.name):
+            del tensors[tensor.name]
+        else:
             raise InvalidCheckpoint(f"tensor {tensor.name!r} in {tensor.file} is none of {facts.architecture}'s")
     for name, shape in wanted.items():
         if name in given and given[name].shape != shape:

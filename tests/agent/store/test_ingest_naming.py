@@ -13,6 +13,8 @@ from tokenizers import Tokenizer, models
 from transformers import conversion_mapping
 from transformers.core_model_loading import Transpose, WeightConverter
 
+from agent.engine.skeleton import build_skeleton
+from agent.engine.weights import attach
 from agent.store.ingest.convert import convert
 from agent.store.ingest.files import SourceDirectory
 from agent.store.ingest.headers import Sources, parse_json
@@ -46,6 +48,34 @@ def strange(model: Any, directory: Path) -> list[str]:
 @pytest.mark.parametrize("name", sampled(CONFIGS, "mixtral", "qwen3_moe", "gpt_neox"))
 def test_what_transformers_saves_becomes_what_its_model_has(name: str, tmp_path: Path) -> None:
     assert not strange(make_model(name), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "constants"),
+    [
+        ("llama", {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
+        ("falcon", {"transformer.h.0.self_attention.rotary_emb.inv_freq": torch.ones(4)}),
+        ("gpt2", {"h.0.attn.bias": torch.ones(1, 1, 8, 8), "h.1.attn.masked_bias": torch.tensor(-1e4)}),
+        ("gpt_neo", {"transformer.h.0.attn.attention.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool)}),
+        ("gpt_neo", {"h.1.attn.attention.masked_bias": torch.tensor(-1e9)}),
+        ("gpt_neox", {"gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.ones(4)}),
+    ],
+)
+def test_constants_that_were_once_saved_with_the_weights_are_left_out(
+    name: str, constants: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    model = make_model(name)
+    source = save(model, tmp_path / "m")
+    manifest, _ = ingest(source, tmp_path)
+    tensors = load_file(source / "model.safetensors")
+    save_file(tensors | constants, source / "model.safetensors")
+    again, directory = ingest(source, tmp_path)
+    assert again.digest == manifest.digest
+    assert not stored(again, directory).keys() & constants.keys()
+    skeleton = build_skeleton(again)
+    attach(skeleton, again, model.state_dict() | constants, "cpu")  # as a checkpoint has them that was ingested before
+    meant = dict(model.named_buffers())
+    assert all(torch.equal(buffer, meant[each]) for each, buffer in skeleton.named_buffers())
 
 
 def test_experts_of_files_of_torch_save_are_put_together_too(tmp_path: Path) -> None:
