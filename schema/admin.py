@@ -152,7 +152,8 @@ class InstanceView(_View, frozen=True, kw_only=True):
 
 
 class PlacementView(_View, frozen=True, kw_only=True):
-    """``reason`` says why it is in quarantine. ``used_at``: when it came, or a start or a load last began from it."""
+    """``reason`` says why it is in quarantine, and on the disk which copies of it beside the one that is used are.
+    ``used_at``: when it came, or a start or a load last began from it."""
 
     node: str
     tier: Tier

@@ -31,7 +31,7 @@ class Checkpoints:
         self._entries: dict[str, CatalogEntry] = {}
         self._copies: tuple[CatalogEntry, ...] = ()
         self._images: dict[tuple[str, str], CatalogEntry] = {}
-        self._damaged: dict[str, DamagedCopy] = {}
+        self._damaged: dict[str, list[DamagedCopy]] = {}
         self._facts: dict[str, CheckpointTruth] = {}
         self._scanning = asyncio.Lock()
 
@@ -39,10 +39,11 @@ class Checkpoints:
         """Read again what lies on the disk."""
         async with self._scanning:  # so that an earlier look never replaces a later one
             found = await asyncio.to_thread(catalog.look, self._root)
-            self._entries, self._damaged = found.entries, found.damaged
-            self._copies, self._images = found.copies, {}
-            for copy in self._copies:  # of several with one image the best comes first
+            self._entries, self._copies, self._images, self._damaged = found.entries, found.copies, {}, {}
+            for copy in found.copies:  # of several with one image the best comes first
                 self._images.setdefault((copy.digest, copy.manifest.image_id), copy)
+            for bad in found.damaged:
+                self._damaged.setdefault(bad.digest, []).append(bad)
         for digest, entry in self._entries.items():
             manifest = entry.manifest
             self._facts[digest] = CheckpointTruth(
@@ -63,7 +64,7 @@ class Checkpoints:
         entry = self._entries.get(digest)
         if entry is None:
             if (damaged := self._damaged.get(digest)) is not None:
-                raise _in_quarantine(digest, damaged.reason)
+                raise _in_quarantine(digest, damaged[0].quarantined)
             raise NotFound(f"checkpoint {digest} is not on this node's disk; ingest it first")
         return entry
 
@@ -90,8 +91,8 @@ class Checkpoints:
     def drop_stale(self, digest: str) -> None:
         """Let go what lies of it in memory or on devices, where nobody uses it, if nobody can: no copy here has that image, or
         only one whose text is wrong. Where none is sound the best one may be put right."""
-        if digest not in self._damaged:
-            best = self._entries.get(digest)
+        best = self._entries.get(digest)
+        if best is not None or digest not in self._damaged:
             alone = best.manifest.image_id if best is not None and best.quarantined is not None else None
             self._store.drop_idle(digest, lambda image_id: image_id == alone or self._startable(digest, image_id))
 
@@ -113,11 +114,10 @@ class Checkpoints:
         entry = self._entries.get(digest)
         return entry.manifest.layout if entry is not None and entry.quarantined is None else None
 
-    def copies(self, digest: str) -> list[str]:
-        """The directories of all that can be read of it, in quarantine or not, as the store names them, the best one first; of
-        a damaged one where nothing can. Raises NotFound."""
-        found: list[CatalogEntry | DamagedCopy] = [copy for copy in self._copies if copy.digest == digest]
-        return [self.relative(copy) for copy in found or [self._damaged.get(digest) or self.entry(digest)]]
+    def copies(self, digest: str) -> dict[str, str | None]:
+        """The directories of all of its copies, as the store names them, each with why it is in quarantine, if it is: the best
+        one first, those that cannot be read last."""
+        return {self.relative(copy): copy.quarantined for copy in self._all(digest)}
 
     def size(self, digest: str) -> int:
         """Bytes of all copies that can be read."""
@@ -129,9 +129,9 @@ class Checkpoints:
         return str(entry.directory.relative_to(self._root))
 
     async def check_assets(self, digest: str) -> None:
-        """Look at the small files of a copy that a worker could not use: one that is wrong puts it into quarantine."""
-        entry = self._entries.get(digest)
-        if entry is not None and entry.quarantined is None:
+        """Look at the small files of the copies of what a worker could not use: one that is wrong puts its copy into
+        quarantine."""
+        for entry in [copy for copy in self._copies if copy.digest == digest and copy.quarantined is None]:
             try:
                 await asyncio.to_thread(catalog.check_assets, entry.directory, entry.manifest)
             except InvalidCheckpoint as error:
@@ -145,38 +145,38 @@ class Checkpoints:
 
     async def remove(self, digest: str) -> None:
         """Take it from the disk for good, in every layout. Raises NotFound, SllmError."""
-        copy: CatalogEntry | DamagedCopy | None = self._entries.pop(digest, None) or self._damaged.pop(digest, None)
-        if copy is None:
+        if not (copies := self._all(digest)):
             raise NotFound(f"checkpoint {digest} is not on this node's disk")
-        while copy is not None:
-            try:
-                await asyncio.to_thread(catalog.remove, copy)
-            except OSError as error:
-                raise SllmError(f"cannot remove {copy.directory}: {error.strerror}") from error
-            finally:
-                await self.scan()
-            copy = self._entries.get(digest) or self._damaged.get(digest)
+        self._entries.pop(digest, None)
+        try:
+            for copy in copies:
+                try:
+                    await asyncio.to_thread(catalog.remove, copy)
+                except OSError as error:
+                    raise SllmError(f"cannot remove {copy.directory}: {error.strerror}") from error
+        finally:
+            await self.scan()
 
     def truth(self, digest: str) -> CheckpointTruth:
         """Where a checkpoint lies on this node now."""
         placements = []
-        entry, damaged = self._entries.get(digest), self._damaged.get(digest)
+        entry, damaged = self._entries.get(digest), self._damaged.get(digest, [])
         resident = self._store.residents.get(digest)
         users = self._store.holds.count(digest)
         size = entry.manifest.image_bytes if entry is not None else resident.image_bytes if resident is not None else 0
         if entry is not None:
             state = TierState.RESIDENT if entry.quarantined is None else TierState.QUARANTINED
-            placements.append(Placement(tier=Tier.DISK, state=state, size_bytes=size, reason=entry.quarantined or ""))
-        elif damaged is not None:
-            bad_bytes = damaged.size_bytes
+            placements.append(Placement(tier=Tier.DISK, state=state, size_bytes=size, reason=self._wrong(digest)))
+        elif damaged:
+            bad_bytes = sum(copy.size_bytes for copy in damaged)
             placements.append(
-                Placement(tier=Tier.DISK, state=TierState.QUARANTINED, size_bytes=bad_bytes, reason=damaged.reason)
+                Placement(tier=Tier.DISK, state=TierState.QUARANTINED, size_bytes=bad_bytes, reason=self._wrong(digest))
             )
         if resident is not None:
             bad = resident.condemned
             # Without usable files beside it no worker can be built over the image, however good that is.
             barred = not self._startable(digest, resident.image_id)
-            fetched = entry is None and damaged is None and users > 0  # its copy on the disk is not committed yet
+            fetched = entry is None and not damaged and users > 0  # its copy on the disk is not committed yet
             without = TierState.FILLING if fetched else TierState.EVICTING
             state = TierState.QUARANTINED if bad else without if barred else TierState.RESIDENT
             image_bytes = resident.image_bytes
@@ -195,6 +195,17 @@ class Checkpoints:
             step=facts.step if facts is not None else None,
             placements=tuple(placements),
         )
+
+    def _all(self, digest: str) -> list[CatalogEntry | DamagedCopy]:
+        """Every copy of it, the best one first."""
+        return [*(copy for copy in self._copies if copy.digest == digest), *self._damaged.get(digest, ())]
+
+    def _wrong(self, digest: str) -> str:
+        """Why the best copy is in quarantine, if it is, and which of the others are."""
+        best, *others = self._all(digest)
+        why = [best.quarantined] if best.quarantined is not None else []
+        bad = [copy for copy in others if copy.quarantined is not None]
+        return "; ".join([*why, *(f"copy {copy.directory.name} is in quarantine: {copy.quarantined}" for copy in bad)])
 
     def truths(self) -> tuple[CheckpointTruth, ...]:
         digests = sorted({*self._entries, *self._damaged, *self._store.residents, *self._store.devices.digests})

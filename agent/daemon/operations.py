@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import Final, Protocol, TypeVar
 
 import msgspec
@@ -15,7 +16,7 @@ from agent.daemon.ingest import ForkIngestDoor, IngestCommand, run_ingest, run_p
 from agent.daemon.roster import Roster
 from agent.daemon.storelink import StoreLink
 from agent.native.jobs import Priority
-from schema.errors import Cancelled, Conflict, Fault, InvalidCheckpoint, InvalidInput, SllmError
+from schema.errors import Cancelled, Conflict, Fault, InvalidCheckpoint, InvalidInput, NotFound, SllmError
 from schema.link import (
     DropCheckpoint,
     Fetch,
@@ -274,21 +275,34 @@ class Operations:
     async def _verify(self, message: VerifyCheckpoint) -> OperationDone:
         """Both quarantine and its end are written by the store; what it found is read again before the end is told."""
         digest = message.digest
-        faults = [await self._verify_copy(message.op, digest, copy) for copy in self._checkpoints.copies(digest)]
         await self._checkpoints.scan()
-        self._owner.placement_changed(digest)
-        fault = next((fault for fault in faults if fault is not None), None)
-        return OperationDone(
-            op=message.op, digest=digest, fault=fault, read_bytes=0 if fault else self._checkpoints.size(digest)
-        )
+        if not (copies := self._checkpoints.copies(digest)):
+            raise NotFound(f"checkpoint {digest} is not on this node's disk")
+        bad: dict[str, Fault] = {}
+        for directory in copies:
+            fault = await self._verify_copy(message.op, digest, directory)
+            await self._checkpoints.scan()
+            self._owner.placement_changed(digest)
+            if fault is not None:
+                reason = self._checkpoints.copies(digest).get(directory)
+                bad[directory] = Fault(fault.code, f"{fault.message}; the copy is in quarantine") if reason else fault
+        if bad:
+            return OperationDone(op=message.op, digest=digest, fault=_fault_of(bad, len(copies)))
+        return OperationDone(op=message.op, digest=digest, read_bytes=self._checkpoints.size(digest))
 
     async def _verify_copy(self, op: str, digest: str, directory: str) -> Fault | None:
+        """Each copy's is one of the store's own: what an earlier agent has asked it is not taken for that of another copy."""
+
+        def progressed(progress: Progress) -> None:
+            self._owner.tell(msgspec.structs.replace(progress, op=op))
+
         answer: asyncio.Future[OperationDone] = asyncio.get_running_loop().create_future()
-        self._store.verify(op, digest, directory, _answer(answer), self._owner.tell)
+        asked = f"{op} {directory}"
+        self._store.verify(asked, digest, directory, _answer(answer), progressed)
         try:
             return (await answer).fault
         finally:
-            self._store.cancel_verify(op)
+            self._store.cancel_verify(asked)
 
     async def _drops_over(self) -> None:
         """What is said after a drop finds its room free."""
@@ -338,6 +352,17 @@ class Operations:
                 fault=Fault.of(error),
             )
         self._owner.tell(chunk)
+
+
+def _fault_of(bad: dict[str, Fault], copies: int) -> Fault:
+    """What was found of some of the copies, by their directories; that one is wrong says more than that one was not read."""
+    code = max((fault.code for fault in bad.values()), key=lambda code: code == InvalidCheckpoint.code)
+    if copies == 1:
+        (message,) = (fault.message for fault in bad.values())
+    else:
+        told = "; ".join(f"{PurePath(directory).name} ({fault.message})" for directory, fault in bad.items())
+        message = f"{len(bad)} of {copies} copies: {told}"
+    return Fault(code, message)
 
 
 def _answer(future: asyncio.Future[T]) -> Callable[[T], None]:

@@ -358,8 +358,9 @@ class ArenaStore:
         if verdict.op in self._unheard:
             self._unheard.discard(verdict.op)
             return
-        fault = error or verdict.image_error
-        self._listener.verified(verdict.op, digest, Fault.of(fault) if fault is not None else None)
+        faults = [Fault.of(each) for each in (error, verdict.image_error) if each is not None]
+        told = Fault(faults[-1].code, "; ".join(fault.message for fault in faults)) if faults else None
+        self._listener.verified(verdict.op, digest, told)
 
     def _woken(self) -> None:
         """On the verifier's thread."""

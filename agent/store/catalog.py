@@ -71,38 +71,42 @@ class CatalogEntry:
 
 @dataclass(frozen=True, slots=True)
 class DamagedCopy:
-    """What lies where a checkpoint was and cannot be read as one: ``reason`` says why. It takes ``size_bytes`` of the disk.
+    """What lies where a checkpoint was and cannot be read as one: ``quarantined`` says why. It takes ``size_bytes`` on disk.
 
     Nothing is loaded from it. It is verified, removed and replaced like one in quarantine, which it is as long as that lasts.
     """
 
     digest: str
     directory: Path
-    reason: str
+    quarantined: str
     size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What lies on the disk, by digest: checkpoints that can be read, sound or in quarantine, and those that only are there."""
+    """What lies on the disk, every copy of it: ``copies`` that can be read, sound or in quarantine, the best ones first, and
+    ``damaged`` ones, which only are there."""
 
-    entries: dict[str, CatalogEntry]
-    damaged: dict[str, DamagedCopy]
-    copies: tuple[CatalogEntry, ...] = ()
-    """All that can be read, of every layout, the best ones first."""
+    copies: tuple[CatalogEntry, ...]
+    damaged: tuple[DamagedCopy, ...]
+
+    @property
+    def entries(self) -> dict[str, CatalogEntry]:
+        """The best copy of each digest of which one can be read."""
+        return {copy.digest: copy for copy in reversed(self.copies)}
 
 
 def look(checkpoints_path: Path) -> Found:
-    """All checkpoints; of several layouts the first sound one by name, files in their place after those, damaged ones last.
+    """All copies of all checkpoints. Sound ones are better than others, copies better than files in their place, and else the
+    first by name is.
 
     What a damaged copy was once known for counts no longer: its bytes are looked at again when it can be read.
     """
-    entries: dict[str, CatalogEntry] = {}
-    damaged: dict[str, DamagedCopy] = {}
     copies: list[CatalogEntry] = []
+    damaged: list[DamagedCopy] = []
     for directory in _directories(checkpoints_path):
         try:
-            entry = read_entry(directory)
+            copies.append(read_entry(directory))
         except SllmError as error:
             if not directory.exists():  # it was removed just now
                 continue
@@ -112,15 +116,8 @@ def look(checkpoints_path: Path) -> Found:
             reason = str(error)
             with contextlib.suppress(SllmError):
                 reason = quarantine_reason(directory) or reason
-            damaged.setdefault(directory.parent.name, DamagedCopy(directory.parent.name, directory, reason, _size(directory)))
-            continue
-        copies.append(entry)
-        known = entries.get(entry.digest)
-        if known is None or _rank(entry) < _rank(known):
-            entries[entry.digest] = entry
-    return Found(
-        entries, {digest: copy for digest, copy in damaged.items() if digest not in entries}, tuple(sorted(copies, key=_rank))
-    )
+            damaged.append(DamagedCopy(directory.parent.name, directory, reason, _size(directory)))
+    return Found(tuple(sorted(copies, key=_rank)), tuple(damaged))
 
 
 def scan(checkpoints_path: Path) -> dict[str, CatalogEntry]:

@@ -70,7 +70,7 @@ class Inventory(Part, frozen=True, kw_only=True, omit_defaults=False):
 class Placement(Part, frozen=True, kw_only=True):
     """One checkpoint on one tier of the speaking node. ``users`` counts instances and loads that hold it there.
 
-    ``reason`` says why it is in quarantine.
+    ``reason`` says why it is in quarantine, and on the disk which copies beside the best one are.
     """
 
     tier: Tier

@@ -39,7 +39,7 @@ def node_versions(manager: str, nodes: Sequence[NodeView]) -> Finding:
 
 def quarantined_copies(checkpoints: Sequence[CheckpointView]) -> Finding:
     """Copies that are wrong: nothing starts from them, and they take their room all the same."""
-    bad = [(each, copy) for each in checkpoints for copy in each.placements if copy.state == "quarantined"]
+    bad = [(each, copy) for each in checkpoints for copy in each.placements if copy.state == "quarantined" or copy.reason]
     if not bad:
         return Finding("quarantine", "ok", "no copy of a checkpoint is in quarantine")
     texts = [

@@ -23,10 +23,12 @@ _DOING = {"prefetch": "loading to", "verify": "verifying", "drop": "dropping fro
 
 
 def finish_operations(admin: AdminClient, form: Format, operations: Sequence[OperationView], patience: Patience | None) -> None:
-    """Show the operations, once they have ended; without ``patience`` as they are.
+    """Show the operations, once they have ended; without ``patience`` as they are. Each one's fault is told.
 
-    Raises the first one's fault, TimedOut when they go on after the patience has run out.
+    Raises the first of the faults, TimedOut when they go on after the patience has run out.
     """
+    from schema.errors import Fault
+
     try:
         ended = list(operations) if patience is None else _wait(admin, operations, patience)
     except KeyboardInterrupt:
@@ -37,9 +39,11 @@ def finish_operations(admin: AdminClient, form: Format, operations: Sequence[Ope
     for operation in ended:
         if operation.note:
             note(f"{operation.url or operation.node}: {operation.note}")
-    for operation in ended:
-        if operation.fault is not None:
-            raise operation.fault.to_error()
+    failed = [(operation.node, operation.fault) for operation in ended if operation.fault is not None]
+    for node, fault in failed[1:]:
+        note(f"{node}: {fault.message}")
+    for node, fault in failed[:1]:
+        raise Fault(fault.code, f"{node}: {fault.message}" if len(ended) > 1 else fault.message).to_error()
 
 
 def _wait(admin: AdminClient, operations: Sequence[OperationView], patience: Patience) -> list[OperationView]:

@@ -79,7 +79,8 @@ class Checkpoint:
 
 @dataclass(slots=True)
 class PlacementRecord:
-    """``users`` is live: loads and instances that hold it, as the node counts them. So is ``reason``, of a quarantine.
+    """``users`` is live: loads and instances that hold it, as the node counts them. So is ``reason``: why it is in quarantine,
+    or which copy beside it is.
 
     ``used_at``: when it came, or when an instance or a load last began from it.
     """

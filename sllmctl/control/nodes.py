@@ -189,6 +189,9 @@ def take_checkpoint(turn: Turn, node: Node, truth: CheckpointTruth) -> None:
             _quarantined(turn, node, record)
         elif before is not None and (before.state, one.state) == (TierState.QUARANTINED, TierState.RESIDENT):
             turn.event("checkpoint", truth.digest, "Released", f"it is sound again on {one.tier.value} of node {node.name}")
+        elif one.state is TierState.RESIDENT and one.reason and (before is None or before.reason != one.reason):
+            told = f"on {one.tier.value} of node {node.name} a sound copy is left: {one.reason}"
+            turn.event("checkpoint", truth.digest, "Quarantined", told, level="warning")
     for record in gone.values():
         turn.remove_placement(record)
         turn.free()

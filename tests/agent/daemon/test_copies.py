@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from agent.daemon.catalog import Checkpoints
 from agent.daemon.storelink import StoreLink
 from agent.store.catalog import quarantine
-from schema.checkpoint import decode_manifest
+from schema.checkpoint import AssetEntry, decode_manifest, encode_manifest
 from schema.errors import Fault
 from schema.link import (
     ArenaInfo,
@@ -26,6 +28,7 @@ from schema.link import (
     Resident,
     StoreTruth,
 )
+from schema.states import TierState
 from tests.agent.daemon.peers import DIGEST, make_checkpoint
 
 OTHER_ID = "9" * 32
@@ -75,6 +78,17 @@ class Place:
         directory = self.root / DIGEST / layout
         quarantine(directory, f"{directory}/{file}: bytes are wrong")
         await self.checkpoints.scan()
+
+    async def cut(self, layout: str) -> None:
+        manifest = self.root / DIGEST / layout / "manifest.json"
+        manifest.write_bytes(manifest.read_bytes()[:-1])
+        await self.checkpoints.scan()
+
+    @property
+    def disk(self) -> tuple[TierState, str]:
+        """What is said of the disk: its state, and why."""
+        (placement,) = self.checkpoints.truth(DIGEST).placements
+        return placement.state, placement.reason
 
     def lies_in_memory(self, image_id: str) -> None:
         self.hear(Resident(digest=DIGEST, image_id=image_id, extents=(Extent(0, 4096),), image_bytes=4096))
@@ -135,7 +149,54 @@ async def test_of_copies_with_one_image_the_sound_one_is_started_from(place: Pla
     place.lies_in_memory(image_id)
     assert place.source() == "l2"
     assert place.drops(DropResident) == []
-    assert place.checkpoints.copies(DIGEST) == [f"{DIGEST}/{layout}" for layout in ("l1", "l2", "l3")]
+    assert list(place.checkpoints.copies(DIGEST)) == [f"{DIGEST}/{layout}" for layout in ("l1", "l2", "l3")]
+
+
+async def test_bad_copies_beside_a_sound_one_are_named_and_removed_with_it(place: Place) -> None:
+    await place.copy("l1")
+    assert place.disk == (TierState.RESIDENT, "")
+    for layout in ("l2", "l3", "l4"):
+        await place.copy(layout)
+    await place.spoil("l2")
+    await place.cut("l3")
+    await place.cut("l4")
+    state, reason = place.disk
+    assert state is TierState.RESIDENT
+    assert [told.partition(" is in quarantine: ")[0] for told in reason.split("; ")] == ["copy l2", "copy l3", "copy l4"]
+    assert [path in reason for path in ("l2/part-0: bytes", "l3/manifest.json", "l4/manifest.json")] == [True] * 3
+    assert [bool(why) for why in place.checkpoints.copies(DIGEST).values()] == [False, True, True, True]
+    assert place.source() == "l1"
+    await place.checkpoints.remove(DIGEST)
+    assert list(place.root.iterdir()) == []
+
+
+async def test_where_all_copies_are_bad_each_is_named(place: Place) -> None:
+    await place.copy("l1")
+    await place.copy("l2")
+    await place.spoil("l1")
+    await place.cut("l2")
+    state, reason = place.disk
+    assert state is TierState.QUARANTINED
+    assert reason.startswith(f"{place.root / DIGEST}/l1/part-0: bytes are wrong; copy l2 is in quarantine: ")
+    await place.cut("l1")
+    assert place.disk[0] is TierState.QUARANTINED
+    assert list(place.checkpoints.copies(DIGEST)) == [f"{DIGEST}/l1", f"{DIGEST}/l2"]
+
+
+async def test_the_small_files_of_every_copy_are_looked_at(place: Place) -> None:
+    for layout in ("l1", "l2"):
+        directory = place.root / DIGEST / layout
+        await place.copy(layout)
+        manifest = decode_manifest((directory / "manifest.json").read_bytes())
+        assets = (AssetEntry("tokenizer.json", 2, hashlib.sha256(b"{}").hexdigest()),)
+        (directory / "manifest.json").write_bytes(encode_manifest(msgspec.structs.replace(manifest, assets=assets)))
+        (directory / "tokenizer.json").write_bytes(b"{}" if layout == "l1" else b"{]")
+    await place.checkpoints.scan()
+    await place.checkpoints.check_assets(DIGEST)
+    good, bad = place.checkpoints.copies(DIGEST).values()
+    assert good is None
+    assert bad is not None
+    assert "l2/tokenizer.json" in bad
 
 
 async def test_stale_weights_go_from_a_device_whatever_lies_in_memory(place: Place) -> None:

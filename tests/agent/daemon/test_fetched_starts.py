@@ -208,7 +208,7 @@ async def test_what_cannot_be_started_from_leaves_memory_before_another_copy_is_
     quarantine(directory, f"{directory}/manifest.json: bytes are wrong")
     manager.send(VerifyCheckpoint(op="op_2", digest=DIGEST))  # so that the disk is read again
     await store.until(lambda: bool(store.verifies))
-    store.peer.send(OperationDone(op="op_2", digest=DIGEST))
+    store.peer.send(OperationDone(op=store.verifies[0].op, digest=DIGEST))
     await manager.take(OperationDone)
     assert store.held_at_drops == []
     if of_a_start:

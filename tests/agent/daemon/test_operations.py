@@ -57,6 +57,10 @@ def child(node: Node, body: str, *, forked: bool = False) -> None:
     node.ingest_args, node.forked_args = (["/bin/false"], arguments) if forked else (arguments, [])
 
 
+def in_quarantine(fault: Fault) -> Fault:
+    return Fault(fault.code, f"{fault.message}; the copy is in quarantine")
+
+
 async def done(manager: Manager, op: str) -> OperationDone:
     return await manager.take(OperationDone, lambda m: m.op == op)
 
@@ -312,7 +316,7 @@ async def test_a_copy_whose_manifest_is_damaged_is_in_quarantine_verified_replac
     manager.send(VerifyCheckpoint(op="op_4", digest=DIGEST))
     await store.until(lambda: len(store.verifies) == 2)
     store.peer.send(OperationDone(op=store.verifies[1].op, digest=DIGEST, fault=fault))
-    assert (await done(manager, "op_4")).fault == fault
+    assert (await done(manager, "op_4")).fault == in_quarantine(fault)
     again_manager = await node.manager()
     (checkpoint,) = again_manager.truth.checkpoints
     assert [one.state for one in checkpoint.placements] == [TierState.QUARANTINED]
@@ -376,13 +380,14 @@ async def test_a_verification_is_the_stores_and_what_it_found_is_told_before_its
     asked = store.verifies[0]
     directory = node.config.checkpoints_path / asked.directory
     store.peer.send(Progress(op=asked.op, stage="verify disk", done_bytes=1, total_bytes=4096))
-    assert (await manager.take(Progress)).stage == "verify disk"
+    told = await manager.take(Progress)
+    assert (told.op, told.stage) == ("op_1", "verify disk")
     why = f"{directory}/partition_0.bin: the 4096 bytes at offset 0 are not what was ingested"
     quarantine(directory, why)
     store.peer.send(OperationDone(op=asked.op, digest=DIGEST, fault=Fault("invalid_checkpoint", why)))
     (placement,) = (await manager.take(PlacementUpdate)).truth.placements
     assert (placement.tier, placement.state, placement.reason) == (Tier.DISK, TierState.QUARANTINED, why)
-    assert (await done(manager, "op_1")).fault == Fault("invalid_checkpoint", why)
+    assert (await done(manager, "op_1")).fault == in_quarantine(Fault("invalid_checkpoint", why))
     manager.send(VerifyCheckpoint(op="op_2", digest=DIGEST))
     await store.until(lambda: len(store.verifies) == 2)
     release(directory)
@@ -492,7 +497,7 @@ async def test_of_two_copies_the_one_that_lies_in_memory_is_started_from(node: N
     directory, image_id = second_copy(node, "l2")
     manager.send(VerifyCheckpoint(op="op_1", digest=DIGEST))  # so that the disk is read again
     await store.until(lambda: bool(store.verifies))
-    store.peer.send(OperationDone(op="op_1", digest=DIGEST))
+    manager.send(CancelOperation(op="op_1"))
     await done(manager, "op_1")
     store.residents[DIGEST] = resident(image_id)
     store.peer.send(store.residents[DIGEST])
@@ -504,21 +509,75 @@ async def test_of_two_copies_the_one_that_lies_in_memory_is_started_from(node: N
     assert node.workers[0].directories == (str(directory),)
 
 
-async def test_every_copy_is_verified_and_a_bad_one_named(node: Node) -> None:
+async def judge(node: Node, number: int, fault: Fault | None) -> str:
+    """The store's answer to what it was asked to verify as its ``number``-th; the layout that it was."""
+    store = node.stores[-1]
+    await store.until(lambda: len(store.verifies) > number)
+    asked = store.verifies[number]
+    directory = node.config.checkpoints_path / asked.directory
+    if fault is not None and fault.code == "invalid_checkpoint":
+        quarantine(directory, fault.message)
+    store.peer.send(OperationDone(op=asked.op, digest=DIGEST, fault=fault))
+    return directory.name
+
+
+async def test_every_copy_is_verified_a_damaged_one_too_and_each_bad_one_is_named(node: Node) -> None:
     manager = await node.manager()
-    store = node.stores[0]
+    second_copy(node, "l2")
+    damaged, _ = second_copy(node, "l3")
+    (damaged / "manifest.json").write_bytes(b"{")
+    manager.send(VerifyCheckpoint(op="op_1", digest=DIGEST))
+    wrong, unreadable = Fault("invalid_checkpoint", "part-0 is wrong"), Fault("invalid_checkpoint", "it is cut short")
+    judged = [await judge(node, number, fault) for number, fault in enumerate([None, wrong, unreadable])]
+    assert judged == ["l1", "l2", "l3"]
+    told = "l2 (part-0 is wrong; the copy is in quarantine); l3 (it is cut short; the copy is in quarantine)"
+    assert (await done(manager, "op_1")).fault == Fault("invalid_checkpoint", f"2 of 3 copies: {told}")
+
+
+async def test_a_copy_that_could_not_be_read_is_named_beside_one_that_is_wrong(node: Node) -> None:
+    manager = await node.manager()
     second_copy(node, "l2")
     manager.send(VerifyCheckpoint(op="op_1", digest=DIGEST))
-    await store.until(lambda: bool(store.verifies))
-    store.peer.send(OperationDone(op="op_1", digest=DIGEST))
+    await judge(node, 0, Fault("internal", "Input/output error"))
+    await judge(node, 1, Fault("invalid_checkpoint", "part-0 is wrong"))
+    told = "2 of 2 copies: l1 (Input/output error); l2 (part-0 is wrong; the copy is in quarantine)"
+    assert (await done(manager, "op_1")).fault == Fault("invalid_checkpoint", told)
+
+
+async def test_what_was_found_of_one_copy_counts_though_the_verification_of_the_next_is_cancelled(node: Node) -> None:
+    manager = await node.manager()
+    second_copy(node, "l2")
+    manager.send(VerifyCheckpoint(op="op_1", digest=DIGEST))
+    await judge(node, 0, Fault("invalid_checkpoint", "part-0 is wrong"))
+    placed = await manager.take(PlacementUpdate)
+    assert "copy l1 is in quarantine: part-0 is wrong" in placed.truth.placements[0].reason
+    await node.stores[0].until(lambda: len(node.stores[0].verifies) == 2)
+    manager.send(CancelOperation(op="op_1"))
+    assert (await done(manager, "op_1")).fault == Fault("cancelled", "the operation was cancelled")
+    manager.send(LoadCheckpoint(op="op_2", digest=DIGEST))
+    assert (await done(manager, "op_2")).fault is None
+    assert node.stores[0].fills[0].directory == f"{DIGEST}/l2"
+
+
+async def test_what_an_earlier_agent_asked_of_one_copy_is_no_answer_for_another(node: Node) -> None:
+    manager = await node.manager()
+    second_copy(node, "l2")
+    store = node.stores[0]
+    manager.send(VerifyCheckpoint(op="op_1", digest=DIGEST))
+    await judge(node, 0, None)
+    await judge(node, 1, None)
     await done(manager, "op_1")
-    manager.send(VerifyCheckpoint(op="op_2", digest=DIGEST))
-    await store.until(lambda: len(store.verifies) == 2)
-    store.peer.send(OperationDone(op="op_2", digest=DIGEST))
+    first, second = (asked.op for asked in store.verifies)
+    manager.send(OperationsAcked(ops=("op_1",)))
+    manager.send(VerifyCheckpoint(op="op_1", digest=DIGEST))  # as after a restart of the agent, in the midst of the second
     await store.until(lambda: len(store.verifies) == 3)
-    assert [each.directory for each in store.verifies[1:]] == [f"{DIGEST}/l1", f"{DIGEST}/l2"]
-    store.peer.send(OperationDone(op="op_2", digest=DIGEST, fault=Fault("invalid_checkpoint", "it is wrong")))
-    assert (await done(manager, "op_2")).fault == Fault("invalid_checkpoint", "it is wrong")
+    assert store.verifies[2].op == first
+    store.peer.send(OperationDone(op=second, digest=DIGEST))
+    await judge(node, 2, Fault("invalid_checkpoint", "it is wrong"))
+    await judge(node, 3, None)
+    fault = (await done(manager, "op_1")).fault
+    assert fault is not None
+    assert fault.message.startswith("1 of 2 copies: l1 (it is wrong")
 
 
 async def test_an_image_that_no_copy_on_the_disk_has_goes_once_nobody_uses_it(node: Node) -> None:

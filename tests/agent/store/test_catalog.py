@@ -14,7 +14,7 @@ import pytest
 from agent.native.arena import Arena
 from agent.store import catalog
 from schema.errors import InvalidCheckpoint, SllmError
-from tests.agent.store.fetching import PART, FetchBench, assert_there, make_source
+from tests.agent.store.fetching import PART, FetchBench, assert_there, make_source, rewrite
 from tests.agent.store.images import CHUNK, Bench
 
 
@@ -52,24 +52,37 @@ def test_a_damaged_copy_is_found_named_and_removed(
     catalog.mark_verified(directory)
     damage(directory / file)
     found = catalog.look(directory.parent.parent)
-    assert found.entries == {}
-    copy = found.damaged[digest]
-    assert copy.directory == directory
-    assert str(directory / file) in copy.reason
+    assert found.copies == ()
+    (copy,) = found.damaged
+    assert (copy.digest, copy.directory) == (digest, directory)
+    assert str(directory / file) in copy.quarantined
     lost = 0 if file != PART else len(image) // 2 + CHUNK
     assert len(image) - lost <= copy.size_bytes <= len(image) + 10 * 4096
     assert not catalog.is_verified(directory), "its bytes are looked at again once it can be read"
     catalog.remove(copy)
-    assert catalog.look(directory.parent.parent) == catalog.Found({}, {})
+    assert catalog.look(directory.parent.parent) == catalog.Found((), ())
 
 
-def test_a_sound_layout_beside_it_comes_first(source: tuple[str, Path, bytes]) -> None:
+def test_each_damaged_layout_beside_a_sound_one_is_found(source: tuple[str, Path, bytes]) -> None:
     digest, directory, _ = source
-    other = directory.with_name("another")
-    other.mkdir()
-    (other / "manifest.json").write_bytes(b"{")
+    others = [directory.with_name(name) for name in ("another", "other")]
+    for other in others:
+        other.mkdir()
+        (other / "manifest.json").write_bytes(b"{")
     found = catalog.look(directory.parent.parent)
-    assert (list(found.entries), found.damaged) == ([digest], {})
+    assert {key: entry.directory for key, entry in found.entries.items()} == {digest: directory}
+    assert [copy.directory for copy in found.damaged] == others
+
+
+def test_of_sound_layouts_the_first_by_name_is_the_best_and_one_in_quarantine_the_last(source: tuple[str, Path, bytes]) -> None:
+    digest, directory, _ = source
+    for layout in ("b", "a"):
+        shutil.copytree(directory, directory.with_name(layout))
+        rewrite(directory.with_name(layout), layout=layout)
+    catalog.quarantine(directory.with_name("a"), "a test")
+    found = catalog.look(directory.parent.parent)
+    assert [copy.directory.name for copy in found.copies] == ["b", "exec1", "a"]
+    assert found.entries[digest] is found.copies[0]
 
 
 @pytest.mark.parametrize("verified", [False, True])
@@ -166,4 +179,4 @@ def test_what_a_removal_could_not_delete_is_not_in_the_way_of_the_next(
     directory.parent.mkdir()
     again.rename(directory)
     catalog.remove(catalog.read_entry(directory))
-    assert catalog.look(directory.parent.parent) == catalog.Found({}, {})
+    assert catalog.look(directory.parent.parent) == catalog.Found((), ())

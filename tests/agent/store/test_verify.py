@@ -180,6 +180,23 @@ def test_a_bad_image_without_users_is_dropped_and_read_again(bench: Bench, tmp_p
     assert read_image(bench.arena.descriptor, bench.told.resident["b"]) == image
 
 
+def test_a_bad_copy_and_its_bad_image_are_both_named(bench: Bench, tmp_path: Path) -> None:
+    digest, directory, _ = commit(tmp_path, 1, 2 * CHUNK)
+    bench.store.fill("a", digest, directory, users=0)
+    bench.wait("a")
+    flip_image(bench, bench.store._residency._residents[digest].chunks, 9)
+    flip(directory / "partition_0.bin", CHUNK)
+    bench.store.verify("v", digest, directory)
+    bench.wait("v")
+    fault = bench.told.verdicts["v"]
+    assert fault is not None
+    assert fault.code == "invalid_checkpoint"
+    of_copy, of_image = fault.message.split("; ")
+    assert of_copy == catalog.quarantine_reason(directory)
+    assert f"{directory}/partition_0.bin: the {CHUNK} bytes at offset {CHUNK} " in of_copy
+    assert f"partition_0.bin in memory: the {CHUNK} bytes at offset 0 " in of_image
+
+
 def test_a_bad_image_with_users_goes_with_the_last_of_them_and_gets_no_other(bench: Bench, tmp_path: Path) -> None:
     digest, directory, _ = commit(tmp_path, 1, 2 * CHUNK)
     bench.store.fill("a", digest, directory, users=1)

@@ -61,6 +61,7 @@ def test_the_first_failure_is_the_commands_and_all_are_shown(sllmctl: Sllmctl, m
     said = sllmctl("checkpoint", "verify", "qwen")
     assert said.code == 1
     assert "bytes at offset 0" in said.err
+    assert said.err.startswith("error: gpu1: ")
     lines = said.out.splitlines()
     assert len(lines) == 3
     assert "512.0 MiB/s" in lines[1]
@@ -68,6 +69,20 @@ def test_the_first_failure_is_the_commands_and_all_are_shown(sllmctl: Sllmctl, m
     said = sllmctl("checkpoint", "verify", "qwen", "-o", "json")
     assert said.code == 1
     assert [one["id"] for one in json.loads(said.out)] == ["op_1", "op_2"]
+
+
+def test_each_failure_is_told_with_its_node(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    bad = OPERATIONS[1]
+    other = msgspec.structs.replace(bad, id="op_3", node="gpu2", fault=Fault("internal", "Input/output error"))
+    manager.answer("POST checkpoints/qwen/verify", 200, {"items": [bad, other]})
+    said = sllmctl("checkpoint", "verify", "qwen")
+    assert said.code == 1
+    further, first = said.err.splitlines()
+    assert further == "gpu2: Input/output error"
+    assert first.startswith("error: gpu1: partition_0.bin: the 4194304 bytes at offset 0 ")
+    manager.forget()
+    manager.answer("POST checkpoints/qwen/verify", 200, {"items": [bad]})
+    assert sllmctl("checkpoint", "verify", "qwen").err.startswith("error: partition_0.bin: ")
 
 
 def test_a_wait_that_runs_out_says_that_it_goes_on(sllmctl: Sllmctl, manager: FakeManager) -> None:

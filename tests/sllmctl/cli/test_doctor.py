@@ -120,6 +120,15 @@ def test_copies_in_quarantine_and_failed_instances_are_named(state: Path, manage
     assert "and 2 more" in found["instances"].message
 
 
+def test_a_copy_in_quarantine_beside_a_sound_one_is_named(state: Path, manager: FakeManager) -> None:
+    why = "copy inplace1 is in quarantine: it was written to"
+    placement = msgspec.structs.replace(CHECKPOINTS[0].placements[0], state=TierState.RESIDENT, reason=why)
+    manager.answer("GET checkpoints", 200, {"items": [msgspec.structs.replace(CHECKPOINTS[0], placements=(placement,))]})
+    found = _found(_settings(state, admin_socket=str(manager.socket)))["quarantine"]
+    assert found.level == "warn"
+    assert f"on local:disk: {why}" in found.message
+
+
 def test_processes_of_nodes_that_run_another_version_are_named(state: Path, manager: FakeManager) -> None:
     settings = _settings(state, admin_socket=str(manager.socket))
     for store, level in ((STATUS.version, "ok"), ("0.0.1", "warn")):

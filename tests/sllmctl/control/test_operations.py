@@ -288,6 +288,23 @@ def test_a_quarantined_copy_is_no_source_says_why_and_comes_back(world: World) -
     world.check_rows()
 
 
+def test_a_bad_copy_beside_a_sound_one_is_told_once_and_takes_nothing_away(world: World) -> None:
+    world.serve(spec())
+    truth = world.agents["local"].checkpoints[digest_of("m")]
+    why = "copy inplace1 is in quarantine: model.safetensors was written to"
+    disk = Placement(tier=Tier.DISK, state=TierState.RESIDENT, size_bytes=truth.image_bytes, reason=why)
+    others = tuple(one for one in truth.placements if one.tier is not Tier.DISK)
+    truth = msgspec.structs.replace(truth, placements=(*others, disk))
+    for _ in range(2):
+        world.do(FromNode("local", PlacementUpdate(truth=truth)))
+    assert world.view.placements[digest_of("m"), "local", Tier.DISK, 0].reason == why
+    (told,) = [event.message for event in world.events if event.reason == "Quarantined"]
+    assert told == f"on disk of node local a sound copy is left: {why}"
+    world.demand("m", 1)
+    assert world.only().state is InstanceState.READY
+    world.check_rows()
+
+
 def test_wrong_weights_in_memory_end_their_instances_at_once(world: World) -> None:
     world.serve(spec(least=1))
     first = world.only()
