@@ -159,6 +159,7 @@ class Instances(Lives):
         """A zygote can fork: whatever has no worker yet asks again, so that what an earlier one made late is refused."""
         for life in self._lives:
             if life.process is None and life.ending is None:
+                life.phases = msgspec.structs.replace(life.phases, zygote_s=time.monotonic() - life.begun)
                 self._fork(life)
 
     def forked(self, message: Forked) -> None:

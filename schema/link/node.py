@@ -99,14 +99,16 @@ class StartPhases(Part, frozen=True, kw_only=True, omit_defaults=False):
     when it has all its weights, which may be after it is ready: its first request then is being computed already.
 
     ``load_s``: until the weights were in DRAM, or on their device where there is one; ``loaded_from`` is the tier that they
-    came from, ``loaded_bytes`` is what was read from disk. ``fork_s``: until the worker's process ran. ``build_s``: the model's
-    skeleton. ``attach_s``: tensors over the store's memory. ``warm_s``: KV memory, and on a device the engine's first step.
+    came from, ``loaded_bytes`` is what was read from disk. ``fork_s``: until the worker's process ran; ``zygote_s`` of that
+    there was no zygote to fork it, as after the node has begun. ``build_s``: the model's skeleton. ``attach_s``: tensors over
+    the store's memory. ``warm_s``: KV memory, and on a device the engine's first step.
     """
 
     load_s: Finite = 0.0
     loaded_from: Tier | None = None
     loaded_bytes: Count = 0
     fork_s: Finite = 0.0
+    zygote_s: Finite = 0.0
     build_s: Finite = 0.0
     attach_s: Finite = 0.0
     warm_s: Finite = 0.0

@@ -16,11 +16,11 @@ __all__ = ["engine_text", "progress_text", "start_text", "timeline_text"]
 def start_text(start: StartPhases) -> str:
     """``load 0.41 s (1.2 GiB from dram), fork 9 ms, build 0.05 s, attach 8 ms, warm 0.02 s; ready after 0.52 s``."""
     came_from = f" ({size(start.loaded_bytes)} from {start.loaded_from})" if start.loaded_from else ""
-    parts = [f"load {duration(start.load_s)}{came_from}"]
+    waited = f" ({duration(start.zygote_s)} for the zygote)" if start.zygote_s > 0 else ""
+    parts = [f"load {duration(start.load_s)}{came_from}", f"fork {duration(start.fork_s)}{waited}"]
     parts += [
         f"{name} {duration(seconds)}"
         for name, seconds in (
-            ("fork", start.fork_s),
             ("build", start.build_s),
             ("attach", start.attach_s),
             ("warm", start.warm_s),

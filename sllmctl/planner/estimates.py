@@ -147,11 +147,15 @@ class Estimates:
     def started(
         self, node: Node, checkpoint: Checkpoint, devices: Sequence[int], phases: StartPhases, now: float
     ) -> list[PutEstimate]:
-        """Learn from a start; returns the coefficients that changed."""
+        """Learn from a start; returns the coefficients that changed.
+
+        How long it had to wait for a zygote says nothing of the next one.
+        """
         kind = self._of(node)[4]
         rows: list[PutEstimate] = []
-        build_s = phases.fork_s + phases.build_s
-        finish_s = max(0.0, phases.total_s - max(phases.load_s, build_s))
+        built_s = phases.fork_s + phases.build_s
+        build_s = max(0.0, built_s - phases.zygote_s)
+        finish_s = max(0.0, phases.total_s - max(phases.load_s, built_s))
         for digest in (checkpoint.digest, ""):
             believed_build_s, believed_finish_s = self._fixed_s(digest, kind)
             rows.append(self._learn(f"build/{digest}/{kind}", build_s, believed_build_s, now))

@@ -215,6 +215,24 @@ async def test_a_load_that_fails_under_an_instance_that_serves_ends_it_and_loses
     assert (ids, end.reason) == ([], EndReason.LOST)
 
 
+async def test_a_start_says_how_long_it_waited_for_a_zygote_that_still_imports() -> None:
+    node = Node()
+    node.zygote_imported.clear()
+    make_checkpoint(node.config.checkpoints_path)
+    async with node:
+        manager = await node.manager()
+        manager.send(start_instance())
+        await manager.instance(InstanceState.STARTING)
+        await manager.take(PlacementUpdate, lambda m: m.truth.placements[-1].state is TierState.RESIDENT)
+        node.zygote_imported.set()
+        truth = await manager.instance(InstanceState.READY)
+        assert truth.phases is not None
+        assert truth.phases.load_s < truth.phases.zygote_s <= truth.phases.fork_s
+        manager.send(start_instance("inst_2"))
+        warm = await manager.take(InstanceUpdate, lambda m: m.truth.instance == "inst_2" and m.truth.phases is not None)
+        assert warm.truth.phases.zygote_s == 0
+
+
 async def test_a_failed_fork_stops_the_instance(node: Node) -> None:
     manager = await node.manager()
     await node.ready(manager)

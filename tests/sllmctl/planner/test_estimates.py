@@ -177,6 +177,16 @@ def test_the_first_start_of_a_checkpoint_does_not_put_its_estimate_back_to_what_
     assert estimates.startup(node(), checkpoint("new", 0), (0,), Tier.DEVICE, "", 0.0) == before
 
 
+def test_starts_that_waited_for_a_zygote_make_no_later_one_seem_slow() -> None:
+    """A node that has just begun is asked for several models while it still imports torch."""
+    estimates = Estimates(ControlSettings(start_base_s=0.3))
+    for number in range(5):
+        waited_s = 4.0 - 0.1 * number
+        phases = StartPhases(fork_s=waited_s + 0.01, zygote_s=waited_s, build_s=0.04, attach_s=0.02, total_s=waited_s + 0.07)
+        estimates.started(node(kind="cpu"), checkpoint(f"d{number}"), (0,), phases, 0.0)
+    assert estimates.startup(node(kind="cpu"), checkpoint("new", 0), (0,), Tier.DRAM, "", 0.0).total_s == pytest.approx(0.07)
+
+
 @given(
     st.lists(st.tuples(st.floats(0.5, 5), st.floats(0, 4), st.booleans()), min_size=2, max_size=12),
     st.floats(0.2, 5),

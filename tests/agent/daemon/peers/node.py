@@ -54,6 +54,8 @@ class Node:
         self.worker_becomes_ready = True
         self.store_answers = True
         self.zygote_answers = True
+        self.zygote_imported = asyncio.Event()
+        self.zygote_imported.set()
         self.store_fetching: tuple[str, ...] = ()
         self.ingest_args: list[str] = ["/bin/false"]
         self.forked_args: list[str] = []

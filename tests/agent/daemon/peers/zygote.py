@@ -44,6 +44,7 @@ class Zygote:
     async def run(self) -> None:
         await self.peer.dial(self.node.config.socket_path, self.node.kin_hello(Role.ZYGOTE, pid=self.pid))
         await self.peer.take(Welcome)
+        await self.node.zygote_imported.wait()
         self.peer.send(ZygoteTruth(pids=(), threads=1))
         with contextlib.suppress(Hangup):
             while True:
