@@ -133,12 +133,7 @@ class Checkpoints:
         quarantine."""
         for entry in [copy for copy in self._copies if copy.digest == digest and copy.quarantined is None]:
             try:
-                await asyncio.to_thread(catalog.check_assets, entry.directory, entry.manifest)
-            except InvalidCheckpoint as error:
-                try:
-                    await asyncio.to_thread(catalog.quarantine, entry.directory, str(error))
-                except OSError as failure:
-                    _log.error("cannot put %s into quarantine: %s", entry.directory, failure)
+                await asyncio.to_thread(catalog.judge_assets, entry.directory)
             except SllmError as error:
                 _log.warning("%s", error)
         await self.scan()

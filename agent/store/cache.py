@@ -22,7 +22,7 @@ from agent.native.calibration import Tuning
 from agent.native.reader import Priority, ReadJob, ReadPool
 from agent.store import catalog
 from agent.store.api import FillSink, StoreListener
-from agent.store.fills import Fill, FillSource, changed_meanwhile, clash, fill_units, mark, read_copy
+from agent.store.fills import Fill, FillSource, changed_meanwhile, clash, fill_units, read_copy
 from agent.store.layers import Layers
 from agent.store.residency import Residency
 from agent.store.verify import Verdict, Verifier
@@ -127,7 +127,7 @@ class ArenaStore:
             with contextlib.suppress(OutOfSpace):
                 room = self._make_room(source.manifest.image_bytes)
         if room:
-            self._start(Fill(digest, directory, [], Priority.REQUEST, source), source.manifest)
+            self._start(Fill(digest, directory, [], Priority.REQUEST, source), source.manifest, None)
         else:
             source.do_without()
         return room
@@ -306,10 +306,10 @@ class ArenaStore:
         except SllmError as error:
             self._fail(fill, error)
             return
-        self._start(fill, entry.manifest)
+        self._start(fill, entry.manifest, entry.identity)
 
-    def _start(self, fill: Fill, manifest: Manifest) -> None:
-        fill.image_bytes, fill.manifest, fill.copy = manifest.image_bytes, manifest, catalog.identity(fill.directory)
+    def _start(self, fill: Fill, manifest: Manifest, copy: catalog.Identity | None) -> None:
+        fill.image_bytes, fill.manifest, fill.copy = manifest.image_bytes, manifest, copy
         fill.verifying = not catalog.is_verified(fill.directory)
         fill.image_id = manifest.image_id
         fill.occupant = self._residency.begin(fill.digest, fill.image_id, fill.image_bytes)
@@ -342,11 +342,11 @@ class ArenaStore:
         """Act on how a verification ended, then tell it."""
         error, digest = verdict.error, verdict.digest
         if error is None:
-            mark(catalog.release, verdict.directory, verdict.copy)
+            catalog.mark(catalog.release, verdict.directory, verdict.copy)
         elif isinstance(error, InvalidCheckpoint):
-            mark(catalog.quarantine, verdict.directory, verdict.copy, str(error))
+            catalog.mark(catalog.quarantine, verdict.directory, verdict.copy, str(error))
         elif not isinstance(error, Cancelled):
-            mark(catalog.unmark_verified, verdict.directory, verdict.copy)
+            catalog.mark(catalog.unmark_verified, verdict.directory, verdict.copy)
         if verdict.copy is not None and catalog.identity(verdict.directory) != verdict.copy:
             error = Conflict(f"another copy lies at {verdict.directory} now, or none: it was replaced while it was verified")
         occupant = self._residency.get(digest)
@@ -415,7 +415,7 @@ class ArenaStore:
         if error is None:
             self._residency.commit(fill.occupant)
             if fill.verifying and fill.source is None:
-                mark(catalog.mark_verified, fill.directory, fill.copy)
+                catalog.mark(catalog.mark_verified, fill.directory, fill.copy)
             self._tell(fill, time.monotonic(), fill.image_bytes)
             for op in fill.ops:
                 self._listener.filled(op, self._residency.tell(fill.occupant, op, fill.image_bytes))
@@ -425,9 +425,9 @@ class ArenaStore:
         else:
             self._residency.release(fill.occupant)
             if job.corrupt:
-                mark(catalog.quarantine, fill.directory, fill.copy, str(job.error))
+                catalog.mark(catalog.quarantine, fill.directory, fill.copy, str(job.error))
             elif fill.source is None and not isinstance(error, Cancelled):
-                mark(catalog.unmark_verified, fill.directory, fill.copy)
+                catalog.mark(catalog.unmark_verified, fill.directory, fill.copy)
             self._fail(fill, error)
         self._begin_waiting()
 

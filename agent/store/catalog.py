@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -36,7 +36,9 @@ __all__ = [
     "identity",
     "is_sound",
     "is_verified",
+    "judge_assets",
     "look",
+    "mark",
     "mark_verified",
     "partition_path",
     "quarantine",
@@ -60,13 +62,15 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
     """A committed checkpoint: its layout's directory and its checked manifest. ``quarantined`` says why, or is None;
-    ``changed`` what of the user's files is not as it was, which is one reason."""
+    ``changed`` what of the user's files is not as it was, which is one reason. ``identity`` tells it from what lies there
+    later."""
 
     digest: str
     directory: Path
     manifest: Manifest
     quarantined: str | None = None
     changed: str | None = None
+    identity: Identity | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +109,14 @@ def look(checkpoints_path: Path) -> Found:
     copies: list[CatalogEntry] = []
     damaged: list[DamagedCopy] = []
     for directory in _directories(checkpoints_path):
+        copy = identity(directory)
         try:
             copies.append(read_entry(directory))
         except SllmError as error:
             if not directory.exists():  # it was removed just now
                 continue
             _log.warning("the checkpoint in %s is damaged: %s", directory, error)
-            with contextlib.suppress(OSError):
-                unmark_verified(directory)
+            mark(unmark_verified, directory, copy)
             reason = str(error)
             with contextlib.suppress(SllmError):
                 reason = quarantine_reason(directory) or reason
@@ -137,6 +141,7 @@ def read_entry(directory: Path) -> CatalogEntry:
     no longer what it was puts its checkpoint into quarantine.
     """
     path = directory / MANIFEST_FILE
+    which = identity(directory)  # first: whatever replaces it from here on is another
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_MANIFEST_BYTES + 1)
@@ -156,7 +161,7 @@ def read_entry(directory: Path) -> CatalogEntry:
     for asset in manifest.assets:
         _check_size(directory / asset.file, asset.size_bytes)
     changed = changed_source(manifest)
-    return CatalogEntry(manifest.digest, directory, manifest, changed or quarantine_reason(directory), changed)
+    return CatalogEntry(manifest.digest, directory, manifest, changed or quarantine_reason(directory), changed, which)
 
 
 def is_sound(directory: Path) -> bool:
@@ -209,6 +214,16 @@ def check_assets(directory: Path, manifest: Manifest) -> None:
             raise InvalidCheckpoint(
                 f"{path}: its {size} bytes are not what was ingested (sha256 {found}, expected {asset.sha256})"
             )
+
+
+def judge_assets(directory: Path) -> None:
+    """Compare the small files of a copy with their checksums: a wrong one puts it into quarantine. Raises SllmError when one
+    cannot be read."""
+    entry = read_entry(directory)
+    try:
+        check_assets(directory, entry.manifest)
+    except InvalidCheckpoint as error:
+        mark(quarantine, directory, entry.identity, str(error))
 
 
 def commit(new: Path, target: Path, replaced: Path) -> bool:
@@ -276,6 +291,27 @@ def release(directory: Path) -> None:
     """Note that every byte of this copy was found right after all: it may be used again."""
     mark_verified(directory)
     (directory / _QUARANTINED).unlink(missing_ok=True)
+
+
+def mark(write: Callable[..., None], directory: Path, copy: Identity | None, *reason: str) -> bool:
+    """Write down what was found of a copy (`release`, `quarantine`, ...); False when another lies in its place by now, or when
+    it cannot be written, which costs a second look later.
+
+    The directory is held, so that what is put in its place between the look and the writing gets no mark that is not its own.
+    """
+    try:
+        held = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            place = Path(f"/proc/self/fd/{held}")
+            if identity(place) != copy:
+                return False
+            write(place, *reason)
+        finally:
+            os.close(held)
+    except OSError as error:
+        _log.warning("cannot write a marker in %s: %s", directory, error.strerror)
+        return False
+    return True
 
 
 def identity(directory: Path) -> Identity | None:

@@ -10,7 +10,7 @@ from agent.native.reader import Priority, ReadJob, Unit
 from agent.store import catalog
 from agent.store.cache import ArenaStore
 from agent.store.catalog import CatalogEntry
-from agent.store.fills import mark, read_copy
+from agent.store.fills import read_copy
 from agent.store.layers import Layers
 from agent.store.streaming import Stream, Streams
 from schema.checkpoint import Partition
@@ -54,7 +54,6 @@ class DeviceLoad:
         self._told_layers = 0
         self._starts = {_path(entry, part): part.start_bytes for part in manifest.partitions}
         self._verifying = not catalog.is_verified(entry.directory)
-        self._copy = catalog.identity(entry.directory)
         self._borrowed = self._bringing = False
         self._stream: Stream | None = None
         if all(each.digest != self.digest for each in arena.residents()):
@@ -160,13 +159,13 @@ class DeviceLoad:
         if error is None:
             self._copier.finish(self._job)
             if self._verifying:
-                mark(catalog.mark_verified, self._entry.directory, self._copy)
+                catalog.mark(catalog.mark_verified, self._entry.directory, self._entry.identity)
             return
         self._copier.fail(self._job, error)
         if read.corrupt:
-            mark(catalog.quarantine, self._entry.directory, self._copy, str(read.error))
+            catalog.mark(catalog.quarantine, self._entry.directory, self._entry.identity, str(read.error))
         elif not isinstance(read.error, Cancelled):
-            mark(catalog.unmark_verified, self._entry.directory, self._copy)
+            catalog.mark(catalog.unmark_verified, self._entry.directory, self._entry.identity)
 
     # --- on other threads
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import inf
@@ -18,9 +17,7 @@ from agent.store.layers import Layers
 from schema.checkpoint import Manifest
 from schema.errors import Conflict, InvalidCheckpoint, SllmError
 
-__all__ = ["Fill", "FillSource", "changed_meanwhile", "clash", "fill_units", "mark", "read_copy"]
-
-_log = logging.getLogger(__name__)
+__all__ = ["Fill", "FillSource", "changed_meanwhile", "clash", "fill_units", "read_copy"]
 
 
 class FillSource(Protocol):
@@ -119,17 +116,6 @@ def read_copy(directory: Path, digest: str, image_id: str) -> catalog.CatalogEnt
     if image_id not in ("", entry.manifest.image_id):
         raise Conflict(f"another copy lies in {directory} now: it was replaced; try again")
     return entry
-
-
-def mark(write: Callable[..., None], directory: Path, copy: catalog.Identity | None, *reason: str) -> None:
-    """Write down what was found of a copy, unless another lies in its place by now. A marker that cannot be written costs a
-    second look later, not the load."""
-    if catalog.identity(directory) != copy:
-        return
-    try:
-        write(directory, *reason)
-    except OSError as error:
-        _log.warning("cannot write a marker in %s: %s", directory, error)
 
 
 def changed_meanwhile(fill: Fill) -> SllmError | None:

@@ -253,15 +253,14 @@ class _Publish:
         try:
             yield
         except OSError as error:
-            with contextlib.suppress(OSError):
-                catalog.unmark_verified(self._entry.directory)
+            catalog.mark(catalog.unmark_verified, self._entry.directory, self._entry.identity)
             raise SllmError(f"cannot read {path} at byte {at}: {error.strerror}") from error
 
     def _bad(self, reason: str) -> InvalidCheckpoint:
         """The copy here is wrong: nothing is to start from it either."""
-        with contextlib.suppress(OSError):
-            catalog.quarantine(self._entry.directory, reason)
-        return InvalidCheckpoint(f"{reason}; the copy is in quarantine now: {_again(self._entry.digest)}")
+        marked = catalog.mark(catalog.quarantine, self._entry.directory, self._entry.identity, reason)
+        where = "the copy is in quarantine now: " if marked else ""
+        return InvalidCheckpoint(f"{reason}; {where}{_again(self._entry.digest)}")
 
     def _count(self, size: int) -> None:
         with self._lock:

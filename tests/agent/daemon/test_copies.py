@@ -183,14 +183,27 @@ async def test_where_all_copies_are_bad_each_is_named(place: Place) -> None:
     assert list(place.checkpoints.copies(DIGEST)) == [f"{DIGEST}/l1", f"{DIGEST}/l2"]
 
 
+def put_text(directory: Path, text: bytes, found: bytes) -> None:
+    """A small file of the copy there, which was ingested as ``text``."""
+    manifest = decode_manifest((directory / "manifest.json").read_bytes())
+    assets = (AssetEntry("tokenizer.json", len(text), hashlib.sha256(text).hexdigest()),)
+    (directory / "manifest.json").write_bytes(encode_manifest(msgspec.structs.replace(manifest, assets=assets)))
+    (directory / "tokenizer.json").write_bytes(found)
+
+
+async def test_small_files_are_compared_with_the_manifest_that_lies_there_now(place: Place) -> None:
+    await place.copy("l1")
+    put_text(place.root / DIGEST / "l1", b"[]", b"[]")
+    await place.checkpoints.scan()
+    put_text(place.root / DIGEST / "l1", b"{}", b"{}")
+    await place.checkpoints.check_assets(DIGEST)
+    assert place.disk == (TierState.RESIDENT, "")
+
+
 async def test_the_small_files_of_every_copy_are_looked_at(place: Place) -> None:
-    for layout in ("l1", "l2"):
-        directory = place.root / DIGEST / layout
+    for layout, found in (("l1", b"{}"), ("l2", b"{]")):
         await place.copy(layout)
-        manifest = decode_manifest((directory / "manifest.json").read_bytes())
-        assets = (AssetEntry("tokenizer.json", 2, hashlib.sha256(b"{}").hexdigest()),)
-        (directory / "manifest.json").write_bytes(encode_manifest(msgspec.structs.replace(manifest, assets=assets)))
-        (directory / "tokenizer.json").write_bytes(b"{}" if layout == "l1" else b"{]")
+        put_text(place.root / DIGEST / layout, b"{}", found)
     await place.checkpoints.scan()
     await place.checkpoints.check_assets(DIGEST)
     good, bad = place.checkpoints.copies(DIGEST).values()

@@ -162,6 +162,20 @@ def test_an_error_of_the_disk_here_is_not_taken_for_one_of_the_remote(
     assert not catalog.is_verified(directory), "the next load looks at every byte"
 
 
+def test_a_copy_that_was_replaced_while_it_was_published_is_not_judged(
+    tmp_path: Path, source: tuple[str, Path, bytes], share: Remote
+) -> None:
+    _, directory, _ = source
+    entry = catalog.read_entry(directory)
+    _, new, _ = make_source(tmp_path / "new")
+    spoil(new, 0)  # whatever it has, it is not what is being published
+    directory.rename(tmp_path / "old")
+    new.rename(directory)
+    with pytest.raises(InvalidCheckpoint, match=r"the chunk at offset 0 .*\); ingest the model again"):
+        publish(entry, share, SETTINGS, lambda done, total: None)
+    assert catalog.quarantine_reason(directory) is None
+
+
 def test_a_manifest_is_written_last_and_only_what_is_right_leaves(
     tmp_path: Path, source: tuple[str, Path, bytes], share: Remote
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ from agent.native.reader import ReadJob, ReadPool, Unit
 from agent.store import catalog
 from schema.checkpoint import AssetEntry, Manifest, decode_manifest, encode_manifest
 from schema.errors import Conflict, SllmError
+from tests.agent.store.fetching import rewrite
 from tests.agent.store.images import CHUNK, Bench, commit, read_image
 from tests.mappings import mapping_flags
 
@@ -340,6 +341,63 @@ def test_what_was_found_of_a_copy_says_nothing_of_another_in_its_place(
         assert bench.told.faults == {}
     assert not catalog.is_verified(directory)
     assert catalog.quarantine_reason(directory) is None
+
+
+def test_a_copy_that_comes_between_its_manifests_reading_and_its_loading_is_not_judged_by_it(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest, directory, _ = commit(tmp_path / "here", 1, CHUNK)
+    _, new, _ = commit(tmp_path / "new", 2, CHUNK)
+    rewrite(new, digest=digest)
+    make_room = bench.store._residency.make_room
+
+    def replace_it(*given: Any) -> bool:
+        directory.rename(tmp_path / "old")
+        new.rename(directory)
+        return make_room(*given)
+
+    monkeypatch.setattr(bench.store._residency, "make_room", replace_it)
+    bench.store.fill("f", digest, directory)
+    bench.wait("f")
+    assert bench.told.faults["f"].code == "invalid_checkpoint", "it was read with the checksums of the other"
+    assert catalog.quarantine_reason(directory) is None
+    monkeypatch.undo()
+    bench.store.fill("again", digest, directory)
+    bench.wait("again")
+    assert bench.told.faults.keys() == {"f"}
+
+
+def marks(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()} & {"verified", "quarantined"}
+
+
+@pytest.mark.parametrize(
+    ("write", "reason", "before", "after"),
+    [
+        (catalog.mark_verified, (), set(), {"verified"}),
+        (catalog.unmark_verified, (), {"verified"}, set()),
+        (catalog.quarantine, ("it is wrong",), {"verified"}, {"quarantined"}),
+        (catalog.release, (), {"quarantined"}, {"verified"}),
+    ],
+)
+def test_a_mark_goes_with_the_copy_that_it_is_of(
+    tmp_path: Path, write: Callable[..., None], reason: tuple[str, ...], before: set[str], after: set[str]
+) -> None:
+    (_, directory, _), (_, new, _) = commit(tmp_path / "here", 1, CHUNK), commit(tmp_path / "new", 1, CHUNK)
+    for copy in (directory, new):
+        for name in before:
+            (copy / name).touch()
+    looked, old = catalog.identity(directory), tmp_path / "old"
+
+    def replace_then_write(place: Path, *given: str) -> None:
+        directory.rename(old)
+        new.rename(directory)
+        write(place, *given)
+
+    assert catalog.mark(replace_then_write, directory, looked, *reason)
+    assert (marks(old), marks(directory)) == (after, before)
+    assert not catalog.mark(write, directory, looked, *reason)
+    assert (marks(old), marks(directory)) == (after, before)
 
 
 def test_an_image_is_not_compared_with_another_copy_of_its_digest(bench: Bench, tmp_path: Path) -> None:
