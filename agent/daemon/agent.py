@@ -378,22 +378,18 @@ class Agent:
             raise InvalidInput("the engine runs an instance on one device; start one instance per device")
         return self._checkpoints.source(start.digest, start.devices)
 
-    def make_way(self, digest: str) -> None:
-        self._checkpoints.make_way(digest)
-
     def worker_dialled(self, life: Life) -> None:
         self._adoption.arrived(life.key)
 
     def placement_changed(self, digest: str) -> None:
-        if self._checkpoints.knows(digest):
-            self._checkpoints.drop_stale(digest)
+        known = self._checkpoints.knows(digest)
+        if known:
             self._manager.tell(PlacementUpdate(truth=self._checkpoints.truth(digest)))
-        else:  # it came with a fetch just now: what it is stands on the disk
+        if not known or self._checkpoints.stale(digest):  # it came with a fetch just now, or is of no use: the disk says
             self._own(self._look_anew(digest), f"look for {digest}")
 
     async def _look_anew(self, digest: str) -> None:
         await self._checkpoints.scan()
-        self._checkpoints.drop_stale(digest)
         self._manager.tell(PlacementUpdate(truth=self._checkpoints.truth(digest)))
 
     def load_failed(self, digest: str, fault: Fault) -> None:

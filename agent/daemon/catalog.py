@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from agent.daemon.pins import Pins
-from agent.daemon.storelink import StoreLink
+from agent.daemon.storelink import Lying, StoreLink
 from agent.store import catalog
 from agent.store.catalog import CatalogEntry, DamagedCopy
 from schema.errors import InvalidCheckpoint, NotFound, SllmError
@@ -36,8 +36,12 @@ class Checkpoints:
         self._scanning = asyncio.Lock()
 
     async def scan(self) -> None:
-        """Read again what lies on the disk."""
+        """Read again what lies on the disk, and let go what lay in memory or on devices and nobody can use any more.
+
+        Nothing else lets an image go for its copy's sake. One that came during the look may be of a copy that it did not see.
+        """
         async with self._scanning:  # so that an earlier look never replaces a later one
+            before = self._store.idle()
             found = await asyncio.to_thread(catalog.look, self._root)
             self._entries, self._copies, self._images, self._damaged = found.entries, found.copies, {}, {}
             for copy in found.copies:  # of several with one image the best comes first
@@ -54,6 +58,9 @@ class Checkpoints:
                 max_context_tokens=manifest.max_context_tokens,
                 step=manifest.step,
             )
+        for lying in before & self._store.idle():
+            if not self._useful(lying):
+                self._store.let_go(lying)
 
     def knows(self, digest: str) -> bool:
         """True when it is known what the checkpoint is, or that nothing of it is here."""
@@ -88,17 +95,19 @@ class Checkpoints:
                 return self.relative(copy), copy.manifest.image_id
         return self.directory(digest), self.entry(digest).manifest.image_id
 
-    def drop_stale(self, digest: str) -> None:
-        """Let go what lies of it in memory or on devices, where nobody uses it, if nobody can: no copy here has that image, or
-        only one whose text is wrong. Where none is sound the best one may be put right."""
-        best = self._entries.get(digest)
-        if best is not None or digest not in self._damaged:
-            alone = best.manifest.image_id if best is not None and best.quarantined is not None else None
-            self._store.drop_idle(digest, lambda image_id: image_id == alone or self._startable(digest, image_id))
+    def stale(self, digest: str) -> bool:
+        """True when it seems that a `scan` would let go some of what lies of it."""
+        return any(lying.digest == digest and not self._useful(lying) for lying in self._store.idle())
 
-    def make_way(self, digest: str) -> None:
-        """A copy of it is to be fetched, whose image may be another: let go what `drop_stale` would keep to be put right."""
-        self._store.drop_idle(digest, lambda image_id: self._startable(digest, image_id))
+    def _useful(self, lying: Lying) -> bool:
+        """False if nobody can use what lies there: it is wrong, no copy here has that image, or only one whose text is wrong.
+        Where none is sound the best one, or one that cannot even be read, may be put right."""
+        if lying.wrong:
+            return False
+        if (best := self._entries.get(lying.digest)) is None:
+            return lying.digest in self._damaged
+        alone = best.quarantined is not None and best.manifest.image_id == lying.image_id
+        return alone or self._startable(lying.digest, lying.image_id)
 
     def _startable(self, digest: str, image_id: str) -> bool:
         """True when a worker can be built over this image, where that lies."""

@@ -56,6 +56,7 @@ class DeviceTier:
         self._changed = changed
         self._kept: dict[str, tuple[DeviceWeights, int]] = {}
         self._users: dict[tuple[str, int], set[str]] = {}
+        self._waiting: set[str] = set()
         self._kv: dict[int, dict[str, int]] = {}
         self._fills: dict[str, _Fill] = {}
         self._drops: dict[str, _Drop] = {}
@@ -78,6 +79,16 @@ class DeviceTier:
         coming = [message.image_id for message in fills if {*message.devices}.intersection(devices)]
         return [*((weights.image_id, True) for weights in kept), *((image_id, False) for image_id in coming)]
 
+    def idle(self) -> list[DeviceWeights]:
+        """What nobody uses, though some may wait, and is not asked to go yet."""
+        leaving = {(drop.message.digest, drop.message.image_id, drop.message.device) for drop in self._drops.values()}
+        return [
+            each
+            for each, _ in self._kept.values()
+            if self._users.get((each.digest, each.device), set()) <= self._waiting
+            and (each.digest, each.image_id, each.device) not in leaving
+        ]
+
     def given_back(self) -> list[tuple[Descriptors, int]]:
         """What a new store gets: one message, and its descriptor, per weights."""
         return [(Descriptors(what="device", weights=weights), fd) for weights, fd in self._kept.values()]
@@ -85,8 +96,11 @@ class DeviceTier:
     def users(self, digest: str) -> tuple[str, ...]:
         return tuple(sorted({user for (held, _), users in self._users.items() if held == digest for user in users}))
 
-    def hold(self, digest: str, devices: Iterable[int], user: str, engine_bytes: int) -> None:
-        """Count a user of weights, whose KV cache and steps take so much of each device beside them."""
+    def hold(self, digest: str, devices: Iterable[int], user: str, engine_bytes: int, *, waits: bool = False) -> None:
+        """Count a user of weights, whose KV cache and steps take so much of each device beside them. One that ``waits`` does
+        not use what lies there until it asks for a `fill`."""
+        if waits:
+            self._waiting.add(user)
         for device in devices:
             self._kv.setdefault(device, {})[user] = engine_bytes
             self._say(self._reserved(device))
@@ -96,6 +110,7 @@ class DeviceTier:
 
     def release(self, digest: str, devices: Iterable[int], user: str) -> None:
         """The user is gone; its weights stay until the memory is needed."""
+        self._waiting.discard(user)
         for device in devices:
             self._users.get((digest, device), set()).discard(user)
             self._say(self._held(digest, device))
@@ -113,10 +128,17 @@ class DeviceTier:
         answered: Callable[[OnDevice | Fault], None],
         progress: Callable[[Progress], None],
         *,
+        user: str,
         priority: Priority = Priority.REQUEST,
         image_id: str = "",
     ) -> str:
-        """Ask for weights on devices, after `hold`; answered once, now or later, unless it is withdrawn. Returns its op."""
+        """Ask for weights on devices, after `hold`; answered once, now or later, unless it is withdrawn. Those of another image
+        that lie there give way, if nobody uses them. Returns its op."""
+        for weights in self.idle():
+            here = weights.digest == digest and weights.device in devices
+            if here and image_id and weights.image_id != image_id:
+                self.let_go(weights)
+        self._waiting.discard(user)
         self._count += 1
         op = f"device-{os.getpid()}-{self._count}"
         users = self._most(digest, devices)
@@ -133,18 +155,19 @@ class DeviceTier:
         if (fill := self._fills.pop(op, None)) is not None:
             self._changed(fill.message.digest)
 
-    def drop(self, op: str, digest: str, answered: Callable[[Fault | None], None], image_id: str = "") -> None:
-        """Free weights where nobody uses them, or those of this one image; answered once."""
-        self._drops[op] = _Drop(DropDevice(op=op, digest=digest, image_id=image_id), answered)
-        self._say(self._drops[op].message)
+    def drop(self, op: str, digest: str, answered: Callable[[Fault | None], None]) -> None:
+        """Free weights where nobody uses them; answered once."""
+        self._drop(DropDevice(op=op, digest=digest), answered)
 
-    def drop_idle(self, digest: str, useful: Callable[[str], bool]) -> None:
-        """Free weights of images that are not useful where nobody uses them; nothing is answered."""
-        idle = [kept for kept, _ in self._kept.values() if kept.digest == digest and not self._users.get((digest, kept.device))]
-        for weights in idle:
-            op = f"drop {weights.image_id} of {digest} on {weights.device}"
-            if not useful(weights.image_id) and op not in self._drops:
-                self.drop(op, digest, lambda fault: None, weights.image_id)
+    def let_go(self, weights: DeviceWeights) -> None:
+        """Free weights that are `idle`; nothing is answered."""
+        digest, image_id, device = weights.digest, weights.image_id, weights.device
+        op = f"drop {image_id} of {digest} on {device}"
+        self._drop(DropDevice(op=op, digest=digest, image_id=image_id, device=device), lambda fault: None)
+
+    def _drop(self, message: DropDevice, answered: Callable[[Fault | None], None]) -> None:
+        self._drops[message.op] = _Drop(message, answered)
+        self._say(message)
 
     def descriptor(self, weights: DeviceWeights) -> int:
         """The descriptor of weights, which stays here. Raises NotFound when they have gone."""
@@ -202,12 +225,12 @@ class DeviceTier:
         lying = {(weights.digest, weights.device) for weights in message.weights}
         for digest, device in sorted({*self._users, *lying}):
             self._say(self._held(digest, device))
+        for drop in self._drops.values():  # before the fills: what one brings may take the place of what leaves
+            self._say(drop.message)
         for fill in self._fills.values():
             if fill.message.op not in message.filling:
                 users = self._most(fill.message.digest, fill.message.devices)
                 self._say(msgspec.structs.replace(fill.message, users=users))
-        for drop in self._drops.values():
-            self._say(drop.message)
 
     def evicted(self, name: str) -> None:
         self._let_go(name)

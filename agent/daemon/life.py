@@ -40,8 +40,8 @@ class Life:
     ``quiet``: what ends it is not told as stopping, because nobody asked for it. ``asked`` and ``attached`` are what the
     worker has been given: `StartWorker` and `Attach`. On a node with devices it is ``weights`` that it attaches, else the
     ``resident`` image; ``arriving`` is that image while it comes, ``offered`` the arena and extents that the worker was told of
-    it. ``fill`` and ``fetch`` are ops that it waits for; ``lay_there``: its image lay in the arena when it asked for the fetch,
-    thanks to another life. ``remote`` is what ``fault`` is said of, where that came of a fetch.
+    it. ``fill`` and ``fetch`` are ops that it waits for; ``lay_there``: the image that lay in the arena when it asked for the
+    fetch, which that did not bring. ``remote`` is what ``fault`` is said of, where that came of a fetch.
     """
 
     start: StartInstance
@@ -59,7 +59,7 @@ class Life:
     attached: bool = False
     fill: str = ""
     fetch: str = ""
-    lay_there: bool = False
+    lay_there: str | None = None
     resident: Resident | None = None
     arriving: Arriving | None = None
     offered: tuple[str, tuple[Extent, ...]] | None = None

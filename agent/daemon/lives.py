@@ -73,9 +73,6 @@ class InstanceOwner(Protocol):
         """The checkpoint's directory, relative to the node's, and its image's id. Raises SllmError for what this node cannot
         start."""
 
-    def make_way(self, digest: str) -> None:
-        """A copy is about to be fetched: what lies of one that cannot be used goes, where nobody uses it."""
-
 
 class Lives:
     """The lives that have a worker, or will, and what is done to one of them; `Instances` decides when.
@@ -115,10 +112,9 @@ class Lives:
                 life.fault = Fault.of(error)
                 self._finish(life)
                 return
-            self._owner.make_way(life.start.digest)  # before this life itself keeps it there
         self._lives.add(life)
         life.begun = time.monotonic()
-        self._hold(life)
+        self._hold(life, waits=True)
         if life.directory:
             self._fill(life)
         else:
@@ -138,12 +134,13 @@ class Lives:
         """True when its weights are to lie on devices, which the store owns; else they stay in DRAM."""
         return bool(self._cuda.intersection(life.start.devices))
 
-    def _hold(self, life: Life) -> None:
+    def _hold(self, life: Life, *, waits: bool = False) -> None:
         start = life.start
         if self._on_device(life):
-            self._store.devices.hold(start.digest, start.devices, life.user, start.options.kv_bytes + start.options.step_bytes)
+            engine_bytes = start.options.kv_bytes + start.options.step_bytes
+            self._store.devices.hold(start.digest, start.devices, life.user, engine_bytes, waits=waits)
         else:
-            self._store.holds.add(start.digest, life.user)
+            self._store.holds.add(start.digest, life.user, waits=waits)
 
     def _release(self, life: Life) -> None:
         if self._on_device(life):
@@ -167,9 +164,10 @@ class Lives:
                 self._not_loaded(life, answer)
                 return
             if isinstance(answer, OnDevice):
-                life.weights, source, image_bytes = answer.weights[0], answer.source, answer.weights[0].image_bytes
+                image: DeviceWeights | Resident = answer.weights[0]
+                life.weights, source = answer.weights[0], answer.source
             else:
-                life.resident, image_bytes = answer, answer.image_bytes
+                image = life.resident = answer
                 source = Tier.DISK if answer.read_bytes else Tier.DRAM
             if life.fetch:
                 self._fetched(life)
@@ -181,7 +179,7 @@ class Lives:
                     loaded_bytes=answer.read_bytes,
                 )
             if life.phases.loaded_from is Tier.REMOTE:
-                came = 0 if life.lay_there else image_bytes
+                came = 0 if life.lay_there == image.image_id else image.image_bytes
                 life.phases = msgspec.structs.replace(life.phases, loaded_bytes=came)
             self._expect_attach(life)
 
@@ -200,9 +198,11 @@ class Lives:
         digest, directory, image_id = life.start.digest, life.directory, life.image_id
         if self._on_device(life):
             tier, devices = self._store.devices, life.start.devices
-            life.fill = tier.fill(digest, directory, devices, answered, progressed, image_id=image_id)
+            life.fill = tier.fill(digest, directory, devices, answered, progressed, user=life.user, image_id=image_id)
         else:
-            life.fill = self._store.fill(digest, directory, answered, progressed, arriving=arriving, image_id=image_id)
+            life.fill = self._store.fill(
+                digest, directory, answered, progressed, user=life.user, arriving=arriving, image_id=image_id
+            )
 
     def _fetch(self, life: Life) -> None:
         """Its weights come from a remote, to the disk and into the arena at once. The worker builds its model beside that, and
@@ -241,7 +241,8 @@ class Lives:
             self._owner.instance_progress(msgspec.structs.replace(progress, op=life.start.instance))
 
         life.fetch = f"fetch {life.user}"
-        life.lay_there = digest in self._store.residents
+        resident = self._store.residents.get(digest)
+        life.lay_there = resident.image_id if resident is not None else None
         users = self._store.holds.count(digest)
         devices = life.start.devices if self._on_device(life) else ()
         asked = FetchStored(

@@ -187,10 +187,8 @@ class Operations:
             raise Conflict(f"checkpoint {digest} is just being dropped")
         layout = ""  # of what was fetched: of a copy that is here nobody knows whether the remote has it too
         missing = self._checkpoints.layout(digest) is None
-        if in_memory:
-            if missing:
-                self._checkpoints.make_way(digest)
-            self._store.holds.add(digest, message.op)  # from the first byte on, until this operation ends however it does
+        if in_memory:  # from the first byte on, until this operation ends however it does
+            self._store.holds.add(digest, message.op, waits=True)
         try:
             if missing:
                 done = await self._fetch_stored(message, in_memory)
@@ -240,11 +238,16 @@ class Operations:
         self, message: LoadCheckpoint, source: tuple[str, str], progressed: Callable[[Progress], None]
     ) -> Resident | Fault:
         answer: asyncio.Future[Resident | Fault] = asyncio.get_running_loop().create_future()
-        self._store.holds.add(message.digest, message.op)
         try:
             directory, image_id = source
             fill = self._store.fill(
-                message.digest, directory, _answer(answer), progressed, priority=Priority.PREFETCH, image_id=image_id
+                message.digest,
+                directory,
+                _answer(answer),
+                progressed,
+                user=message.op,
+                priority=Priority.PREFETCH,
+                image_id=image_id,
             )
             try:
                 return await answer
@@ -259,11 +262,18 @@ class Operations:
         """Weights that nobody uses, so that they stay until the memory is needed."""
         tier, devices = self._store.devices, (message.device,)
         answer: asyncio.Future[OnDevice | Fault] = asyncio.get_running_loop().create_future()
-        tier.hold(message.digest, devices, message.op, 0)
+        tier.hold(message.digest, devices, message.op, 0, waits=True)
         try:
             directory, image_id = source
             fill = tier.fill(
-                message.digest, directory, devices, _answer(answer), progressed, priority=Priority.PREFETCH, image_id=image_id
+                message.digest,
+                directory,
+                devices,
+                _answer(answer),
+                progressed,
+                user=message.op,
+                priority=Priority.PREFETCH,
+                image_id=image_id,
             )
             try:
                 return await answer

@@ -24,6 +24,7 @@ from schema.link import (
     CancelFetch,
     CancelVerify,
     Descriptors,
+    DeviceWeights,
     DropResident,
     Evicted,
     EvictedDevice,
@@ -45,7 +46,7 @@ from schema.link import (
     Welcome,
 )
 
-__all__ = ["StoreLink", "StoreOwner"]
+__all__ = ["Lying", "StoreLink", "StoreOwner"]
 
 _MAX_LOSSES: Final = 3
 """A fill under which the store was lost so often is given up: it may be what kills it."""
@@ -68,6 +69,16 @@ class StoreOwner(Protocol):
 
     def store_lost(self) -> None:
         """Extents heard over the connection that broke are not to be attached any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lying:
+    """An image of a checkpoint that lies in memory or, as ``weights``, on a device; ``wrong``: its bytes are not right."""
+
+    digest: str
+    image_id: str
+    weights: DeviceWeights | None = None
+    wrong: bool = False
 
 
 @dataclass(slots=True)
@@ -153,14 +164,21 @@ class StoreLink:
         progress: Callable[[Progress], None],
         op: str = "",
         *,
+        user: str,
         priority: Priority = Priority.REQUEST,
         arriving: Callable[[Arriving | LayersArrived], None] = lambda _: None,
         image_id: str = "",
     ) -> str:
-        """Ask for a checkpoint in the arena; answered once, now or later, unless it is withdrawn. Returns its op.
+        """Ask for a checkpoint in the arena; answered once, now or later, unless it is withdrawn. What lies there of another
+        image, or is wrong, gives way if nobody uses it. Returns its op.
 
-        ``arriving`` hears where it comes to lie and which layers have come, until it is answered or the store is lost.
+        ``user`` holds it from now on. ``arriving`` hears where it comes to lie and which layers have come, until it is answered
+        or the store is lost.
         """
+        lying = self._lying(digest)
+        if lying is not None and (lying.wrong or (image_id and lying.image_id != image_id)):
+            self.let_go(lying)
+        self.holds.add(digest, user)
         self._count += 1
         op = op or f"fill-{os.getpid()}-{self._count}"
         users = self.holds.count(digest)
@@ -183,14 +201,27 @@ class StoreLink:
         if self._stated:
             self._kin.send(self._drops[op].message)
 
-    def drop_idle(self, digest: str, useful: Callable[[str], bool]) -> None:
-        """Free each image of it in memory or on devices that is not useful, where nobody uses it; nothing is answered."""
+    def idle(self) -> set[Lying]:
+        """What lies in memory and on devices, is used by nobody there and not asked to go yet. What is being fetched is left
+        out: it is not known what becomes of its copy."""
+        fetched = {task.message.digest for task in self._tasks.values() if isinstance(task.message, FetchStored)}
+        memory = [lying for digest in self.residents if (lying := self._lying(digest)) is not None]
+        devices = [Lying(weights.digest, weights.image_id, weights) for weights in self.devices.idle()]
+        return {lying for lying in memory + devices if lying.digest not in fetched}
+
+    def _lying(self, digest: str) -> Lying | None:
+        """What lies of it in memory, is used by nobody and not asked to go yet."""
         resident = self.residents.get(digest)
-        if resident is not None and not self.holds.count(digest) and not useful(resident.image_id):
-            op = f"drop {resident.image_id} of {digest}"
-            if op not in self._drops:
-                self.drop(op, digest, _ignore, resident.image_id)
-        self.devices.drop_idle(digest, useful)
+        if resident is None or not self.holds.idle(digest) or _drop_op(resident) in self._drops:
+            return None
+        return Lying(digest, resident.image_id, wrong=bool(resident.condemned))
+
+    def let_go(self, lying: Lying) -> None:
+        """Free what is `idle`; nothing is answered."""
+        if lying.weights is not None:
+            self.devices.let_go(lying.weights)
+        else:
+            self.drop(_drop_op(lying), lying.digest, _ignore, lying.image_id)
 
     def verify(
         self,
@@ -347,12 +378,12 @@ class StoreLink:
         for digest in {*self.holds.counts(), *self.residents}:
             why = self.residents[digest].condemned if digest in self.residents else ""
             self._kin.send(HoldCheckpoint(digest=digest, users=self.holds.count(digest), condemned=why))
+        for drop in self._drops.values():  # before the fills: what one brings may take the place of what leaves
+            self._kin.send(drop.message)
         for fill in self._fills.values():
             if fill.message.op not in message.filling:
                 self._kin.send(self._counted(fill.message))
         self.devices.truth(message)
-        for drop in self._drops.values():
-            self._kin.send(drop.message)
         for op in message.fetching:  # whoever asked died with an earlier agent; a manager may ask again
             if op not in self._tasks:
                 self._kin.send(CancelFetch(op=op, keep=True))
@@ -400,6 +431,10 @@ class StoreLink:
         if self._stated:
             self._kin.send(HoldCheckpoint(digest=digest, users=users))
         self._owner.placement_changed(digest)
+
+
+def _drop_op(image: Lying | Resident) -> str:
+    return f"drop {image.image_id} of {image.digest}"
 
 
 def _ignore(_: object) -> None:

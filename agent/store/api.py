@@ -100,8 +100,9 @@ class Store(Protocol):
         """Nobody waits for a verification any more."""
 
     def drop(self, digest: str, image_id: str = "") -> None:
-        """Free a checkpoint's chunks, or those of this one image though it is pinned. Raises Conflict when it has users, is
-        pinned or looked at, NotFound when it is gone."""
+        """Free a checkpoint's chunks. Raises Conflict when it has users, is pinned or looked at, NotFound when it is gone. With
+        ``image_id`` those of this one image, of which its users and its pin are not: Conflict when it is looked at or its copy
+        on its way."""
 
     def close(self) -> None:
         """Stop the background work; the arena's content stays valid for the next life."""

@@ -235,6 +235,8 @@ class ArenaStore:
     def drop(self, digest: str, image_id: str = "") -> None:
         if digest in self._fills or digest in self._waiting:
             raise Conflict(f"checkpoint {digest} is just being loaded; stop what waits for it, then drop it")
+        if image_id and digest in self._fetched:
+            raise Conflict(f"checkpoint {digest} is just being fetched; whether its image is of use is known after that")
         self._residency.drop(digest, image_id)
 
     def pin(self, digests: Iterable[str]) -> None:

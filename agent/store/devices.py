@@ -237,10 +237,16 @@ class DeviceStore:
             if load.digest == digest and not wanted and not load.given_up:
                 self._give_up(load)
 
-    def drop(self, digest: str, image_id: str = "") -> None:
-        """Free weights, of this image or any, on the devices where nobody uses them. Raises Conflict where all are used,
-        NotFound."""
-        lying = [each for each in self._weights.values() if each.digest == digest and image_id in ("", each.image_id)]
+    def let_go(self, digest: str, image_id: str, device: int) -> None:
+        """Free weights that are of no use any more: who is counted there waits for others. Raises NotFound."""
+        weights = self._weights.get((digest, device))
+        if weights is None or weights.image_id != image_id:
+            raise NotFound(f"image {image_id} of checkpoint {digest} is not on device {device}")
+        self._drop(weights)
+
+    def drop(self, digest: str) -> None:
+        """Free weights on the devices where nobody uses them. Raises Conflict where all are used, NotFound."""
+        lying = [each for each in self._weights.values() if each.digest == digest]
         if not lying and any(load.digest == digest for load in self._loads):
             raise Conflict(f"checkpoint {digest} is just being loaded; stop what waits for it, then drop it")
         if not lying:

@@ -356,7 +356,10 @@ class StoreProcess:
             case DropDevice():
                 fault = None
                 try:
-                    devices.drop(message.digest, message.image_id)
+                    if message.device is not None:
+                        devices.let_go(message.digest, message.image_id, message.device)
+                    else:
+                        devices.drop(message.digest)
                 except SllmError as error:
                     fault = Fault.of(error)
                 self._say(OperationDone(op=message.op, digest=message.digest, fault=fault))

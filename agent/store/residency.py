@@ -173,12 +173,12 @@ class Residency:
         self._free_slots.add(occupant.slot)
 
     def drop(self, digest: str, image_id: str = "") -> None:
-        """Free a resident's chunks, or those of this one image though it is pinned. Raises Conflict when it has users, is
-        pinned, lent or being compared, NotFound."""
+        """Free a resident's chunks. Raises Conflict when it has users, is pinned, lent or being compared, NotFound. With
+        ``image_id`` those of this one image, whoever is counted or pinned it: they wait for another."""
         occupant = self._residents.get(digest)
         if occupant is None or image_id not in ("", occupant.image_id):
             raise NotFound(f"checkpoint {digest} is not in this node's memory")
-        if occupant.users:
+        if occupant.users and not image_id:
             raise Conflict(f"checkpoint {digest} has {occupant.users} users; stop its instances first")
         if digest in self._pinned and not image_id:
             raise Conflict(f"checkpoint {digest} is pinned in memory; unpin it first")

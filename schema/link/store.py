@@ -119,7 +119,8 @@ class HoldCheckpoint(Message, frozen=True, kw_only=True, tag="hold"):
 class DropResident(Message, frozen=True, kw_only=True, tag="dropresident"):
     """Agent -> store: free a checkpoint's chunks; answered by `OperationDone`, a Conflict when it has users or is pinned.
 
-    With ``image_id`` only those of this image, which is of no use any more: a pin does not keep it.
+    With ``image_id`` only those of this image, which is of no use any more: no pin keeps it, nor who is counted, since those
+    wait for another. A Conflict when its own copy is just being fetched.
     """
 
     op: str
@@ -244,12 +245,15 @@ class ReserveDevice(Message, frozen=True, kw_only=True, tag="reservedevice"):
 
 
 class DropDevice(Message, frozen=True, kw_only=True, tag="dropdevice"):
-    """Agent -> store: free a checkpoint on the devices where nobody uses it; `OperationDone` follows on `EvictedDevice`. With
-    ``image_id`` only the weights of this image."""
+    """Agent -> store: free a checkpoint on the devices where nobody uses it; `OperationDone` follows on `EvictedDevice`.
+
+    With ``device`` only the weights of this image there, which are of no use any more: who is counted waits for others.
+    """
 
     op: str
     digest: str
     image_id: str = ""
+    device: int | None = None
 
 
 class EvictedDevice(Message, frozen=True, kw_only=True, tag="evicteddevice"):

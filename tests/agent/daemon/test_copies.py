@@ -14,7 +14,7 @@ import pytest
 
 from agent.daemon.catalog import Checkpoints
 from agent.daemon.storelink import StoreLink
-from agent.store.catalog import quarantine
+from agent.store import catalog
 from schema.checkpoint import AssetEntry, decode_manifest, encode_manifest
 from schema.errors import Fault
 from schema.link import (
@@ -23,6 +23,11 @@ from schema.link import (
     DropDevice,
     DropResident,
     Extent,
+    FetchStored,
+    FillArena,
+    FillDevice,
+    HoldCheckpoint,
+    HoldDevice,
     Message,
     OperationDone,
     Resident,
@@ -44,8 +49,10 @@ class Place:
         kin: Any = self
         self.store = StoreLink(kin, self)
         self.checkpoints = Checkpoints(self.root, self.store)
+        self.stale = False
         info = ArenaInfo(id="arena_1", budget_bytes=1 << 30, chunk_bytes=4 << 20)
-        self.hear(StoreTruth(arena=info))
+        self.truth = StoreTruth(arena=info)
+        self.hear(self.truth)
 
     def send(self, message: Message) -> None:
         self.said.append(message)
@@ -54,7 +61,12 @@ class Place:
         self.store.received(None, message)  # type: ignore[arg-type]
 
     def placement_changed(self, digest: str) -> None:
-        self.checkpoints.drop_stale(digest)
+        self.stale = self.checkpoints.stale(digest)
+
+    async def look(self) -> None:
+        """What the agent does once something seems to be of no use."""
+        if self.stale:
+            await self.checkpoints.scan()
 
     def source(self, *devices: int) -> str:
         """The layout that is loaded to these devices, or to memory."""
@@ -76,7 +88,7 @@ class Place:
 
     async def spoil(self, layout: str, file: str = "part-0") -> None:
         directory = self.root / DIGEST / layout
-        quarantine(directory, f"{directory}/{file}: bytes are wrong")
+        catalog.quarantine(directory, f"{directory}/{file}: bytes are wrong")
         await self.checkpoints.scan()
 
     async def cut(self, layout: str) -> None:
@@ -114,6 +126,7 @@ async def test_what_is_dropped_from_devices_is_not_taken_for_dropped_from_memory
     place.lies_on_device(OTHER_ID, 0)
     place.lies_in_memory(OTHER_ID)
     place.store.devices.release(DIGEST, (0,), "inst_1")
+    await place.look()
     (memory,), (device,) = place.drops(DropResident), place.drops(DropDevice)
     place.hear(OperationDone(op=device.op, digest=DIGEST))
     assert DIGEST in place.store.residents
@@ -137,7 +150,7 @@ async def test_a_copy_that_comes_to_a_device_is_started_from_there(place: Place)
     await place.copy("l1")
     second = await place.copy("l2")
     assert place.source(0) == "l1"
-    place.store.devices.fill(DIGEST, f"{DIGEST}/l2", (0,), lambda _: None, lambda _: None, image_id=second)
+    place.store.devices.fill(DIGEST, f"{DIGEST}/l2", (0,), lambda _: None, lambda _: None, user="inst_1", image_id=second)
     assert (place.source(0), place.source(1), place.source()) == ("l2", "l1", "l1")
 
 
@@ -222,6 +235,7 @@ async def test_stale_weights_go_from_a_device_whatever_lies_in_memory(place: Pla
     place.lies_on_device(second, 1)
     assert place.drops(DropDevice) == []
     place.store.devices.release(DIGEST, (0,), "inst_1")
+    await place.look()
     assert [drop.image_id for drop in place.drops(DropDevice)] == [first]
     assert place.drops(DropResident) == []
 
@@ -229,16 +243,95 @@ async def test_stale_weights_go_from_a_device_whatever_lies_in_memory(place: Pla
 async def test_a_pin_keeps_no_image_that_no_copy_has(place: Place) -> None:
     place.store.pin((DIGEST,))
     place.lies_in_memory(await place.copy("l1"))
+    await place.look()
+    assert place.drops(DropResident) == []
     place.lies_in_memory(OTHER_ID)
+    await place.look()
     assert [drop.image_id for drop in place.drops(DropResident)] == [OTHER_ID]
 
 
-async def test_an_image_without_usable_text_makes_way_for_what_is_fetched(place: Place) -> None:
+async def test_an_image_without_usable_text_makes_way_for_what_was_fetched(place: Place) -> None:
     image_id = await place.copy("l1")
     place.lies_in_memory(image_id)
     place.lies_on_device(image_id, 0)
+    place.lies_on_device(image_id, 1)
     await place.spoil("l1", "manifest.json")
-    place.placement_changed(DIGEST)
-    assert place.drops(DropResident) == [], "it may be put right"
-    place.checkpoints.make_way(DIGEST)
-    assert [drop.image_id for drop in (*place.drops(DropResident), *place.drops(DropDevice))] == [image_id] * 2
+    place.store.holds.add(DIGEST, "op_1", waits=True)
+    place.store.devices.hold(DIGEST, (0,), "inst_1", 0, waits=True)
+    place.store.devices.hold(DIGEST, (1,), "inst_2", 0)
+    fetch = FetchStored(op="op_1", digest=DIGEST, url="s3://b/c", in_memory=True, users=1)
+    place.store.fetch(fetch, lambda _: None, lambda _: None)
+    await place.checkpoints.scan()
+    assert place.said[-1] == fetch, "it may be put right, and nobody knows whether another comes"
+    await place.copy("l2")
+    assert place.said[-1] == fetch, "it is not known what becomes of that copy"
+    place.hear(OperationDone(op="op_1", digest=DIGEST, layout="l2"))
+    await place.checkpoints.scan()
+    (memory,), (device,) = place.drops(DropResident), place.drops(DropDevice)
+    assert (memory.image_id, device.image_id, device.device) == (image_id, image_id, 0), "on device 1 it is used"
+
+
+async def test_what_somebody_has_asked_for_stays(place: Place) -> None:
+    image_id = await place.copy("l1")
+    place.lies_in_memory(image_id)
+    place.lies_on_device(image_id, 0)
+    place.store.holds.add(DIGEST, "inst_1", waits=True)
+    place.store.devices.hold(DIGEST, (0,), "inst_1", 0, waits=True)
+    ask(place, image_id)
+    shutil.rmtree(place.root / DIGEST)
+    other = await place.copy("l2")
+    assert place.drops(DropResident) == place.drops(DropDevice) == []
+    ask(place, other)
+    assert place.drops(DropResident) == place.drops(DropDevice) == []
+
+
+async def test_what_nobody_uses_gives_way_to_another_image_at_once(place: Place) -> None:
+    image_id = await place.copy("l1")
+    place.lies_in_memory(OTHER_ID)
+    place.lies_on_device(OTHER_ID, 0)
+    place.lies_on_device(OTHER_ID, 1)
+    place.store.holds.add(DIGEST, "inst_1", waits=True)
+    place.store.devices.hold(DIGEST, (0,), "inst_1", 0, waits=True)
+    place.said.clear()
+    ask(place, image_id)
+    kinds = [type(message) for message in place.said if not isinstance(message, HoldCheckpoint | HoldDevice)]
+    assert kinds == [DropResident, FillArena, DropDevice, FillDevice]
+    assert [drop.device for drop in place.drops(DropDevice)] == [0]
+
+
+def ask(place: Place, image_id: str) -> None:
+    """Ask for an image in memory and on a device."""
+    place.store.fill(DIGEST, f"{DIGEST}/l1", lambda _: None, lambda _: None, user="inst_1", image_id=image_id)
+    place.store.devices.fill(DIGEST, f"{DIGEST}/l1", (0,), lambda _: None, lambda _: None, user="inst_1", image_id=image_id)
+
+
+async def test_what_comes_during_a_look_is_left_to_the_next(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = catalog.look
+
+    def comes(root: Path) -> catalog.Found:
+        found = real(root)
+        place.lies_in_memory(OTHER_ID)
+        return found
+
+    monkeypatch.setattr(catalog, "look", comes)
+    await place.checkpoints.scan()
+    assert place.drops(DropResident) == []
+    monkeypatch.undo()
+    await place.look()
+    assert len(place.drops(DropResident)) == 1
+
+
+async def test_a_new_store_hears_what_is_to_go_before_what_is_to_come(place: Place) -> None:
+    image_id = await place.copy("l1")
+    place.lies_in_memory(OTHER_ID)
+    place.lies_on_device(OTHER_ID, 0)
+    await place.checkpoints.scan()
+    before = (*place.drops(DropResident), *place.drops(DropDevice))
+    place.store.devices.hold(DIGEST, (0,), "inst_1", 0, waits=True)
+    ask(place, image_id)
+    place.said.clear()
+    weights = (DeviceWeights(id="weights_0", digest=DIGEST, device=0, image_id=OTHER_ID, size_bytes=4096, image_bytes=4096),)
+    place.hear(msgspec.structs.replace(place.truth, residents=tuple(place.store.residents.values()), weights=weights))
+    asked = [message for message in place.said if isinstance(message, DropResident | DropDevice | FillArena | FillDevice)]
+    assert [type(message) for message in asked] == [DropResident, FillArena, DropDevice, FillDevice]
+    assert (asked[0], asked[2]) == before

@@ -7,16 +7,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent.store.catalog import quarantine
 from schema.errors import Fault
 from schema.link import (
     Evicted,
     Extent,
-    Fetch,
     Fetching,
     InstanceUpdate,
     LayersArrived,
-    LoadCheckpoint,
     OperationDone,
     PlacementUpdate,
     Progress,
@@ -24,10 +21,9 @@ from schema.link import (
     Resident,
     StartInstance,
     StopInstance,
-    VerifyCheckpoint,
 )
 from schema.states import InstanceState, Tier, TierState
-from tests.agent.daemon.peers import DIGEST, Manager, Node, Store, make_checkpoint, start_instance
+from tests.agent.daemon.peers import Manager, Node, Store, make_checkpoint, start_instance
 
 OTHER = "ef" * 32
 PARTIAL = f"partial/{OTHER}+l1"
@@ -196,28 +192,6 @@ async def test_a_worker_gets_the_weights_of_the_copy_that_it_was_built_over(node
     store.peer.send(OperationDone(op=op, digest=OTHER, layout="l1"))
     await store.until(lambda: bool(store.fills))
     assert store.fills[0].directory == f"{OTHER}/l1"
-
-
-@pytest.mark.parametrize("of_a_start", [True, False])
-async def test_what_cannot_be_started_from_leaves_memory_before_another_copy_is_fetched(node: Node, of_a_start: bool) -> None:
-    manager = await node.manager()
-    store = node.stores[0]
-    manager.send(LoadCheckpoint(op="op_1", digest=DIGEST))
-    await manager.take(OperationDone)
-    directory = node.config.checkpoints_path / DIGEST / "l1"
-    quarantine(directory, f"{directory}/manifest.json: bytes are wrong")
-    manager.send(VerifyCheckpoint(op="op_2", digest=DIGEST))  # so that the disk is read again
-    await store.until(lambda: bool(store.verifies))
-    store.peer.send(OperationDone(op=store.verifies[0].op, digest=DIGEST))
-    await manager.take(OperationDone)
-    assert store.held_at_drops == []
-    if of_a_start:
-        manager.send(msgspec.structs.replace(start_instance(), remote=RemoteCopy(url="s3://b/c", layout="l2")))
-    else:
-        manager.send(Fetch(op="op_3", digest=DIGEST, url="s3://b/c", tier=Tier.DRAM))
-    await store.until(lambda: bool(store.fetches))
-    assert store.held_at_drops == [0]
-    assert store.holds[DIGEST] == 1
 
 
 async def test_a_store_that_dies_while_it_fetches_says_anew_where_the_weights_come(node: Node) -> None:

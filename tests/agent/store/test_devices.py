@@ -264,11 +264,14 @@ def test_drop_frees_idle_copies_and_says_why_not(node: Devices, tmp_path: Path) 
     with pytest.raises(Conflict, match="users"):
         node.store.drop(made[0])
     node.store.hold(made[0], 1, 0)
-    with pytest.raises(NotFound):
-        node.store.drop(made[0], "9" * 32)
-    (image_id,) = {weights.image_id for weights in node.store.weights}
-    node.store.drop(made[0], image_id)
+    node.store.drop(made[0])
     assert [weights.device for weights in node.store.weights] == [0]
+    (image_id,) = {weights.image_id for weights in node.store.weights}
+    for image, device in (("9" * 32, 0), (image_id, 1)):
+        with pytest.raises(NotFound):
+            node.store.let_go(made[0], image, device)
+    node.store.let_go(made[0], image_id, 0)
+    assert node.store.weights == (), "who is counted there waits for others"
     node.quiet()
     node.check_unwound()
 

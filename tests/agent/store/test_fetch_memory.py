@@ -13,7 +13,7 @@ import pytest
 from agent.store.layers import Layers
 from agent.store.remote.partial import Partial
 from schema.checkpoint import decode_manifest
-from schema.errors import SllmError
+from schema.errors import Conflict, SllmError
 from schema.link import Arriving, Fetching
 from tests.agent.store.fetching import SETTINGS, FetchBench, assert_there, changed, rewrite
 from tests.agent.store.images import CHUNK, read_image
@@ -70,6 +70,8 @@ def test_memory_is_usable_before_the_disk_has_it_and_goes_if_that_never_does(
         assert bench.answers == {}
         assert "" not in bench.told.resident, "it is announced when a worker can be built over it"
         (resident,) = bench.store.residents()
+        with pytest.raises(Conflict, match="fetched"):
+            bench.store.drop(digest, resident.image_id)  # of an agent that has not heard of its copy
         assert read_image(bench.arena.descriptor, resident) == image
         go.set()
         bench.until(lambda: "op" in bench.answers)

@@ -71,7 +71,7 @@ def test_what_is_kept_stays_and_nothing_goes_in_vain(held: Held, kept: str) -> N
         held.residency.drop(other)
 
 
-def test_an_image_that_is_named_is_dropped_though_it_is_pinned(held: Held) -> None:
+def test_an_image_that_is_named_is_dropped_whoever_is_counted_or_pinned_it(held: Held) -> None:
     one = held.put(1, 3)
     held.residency.pin([one])
     with pytest.raises(NotFound):
@@ -80,12 +80,13 @@ def test_an_image_that_is_named_is_dropped_though_it_is_pinned(held: Held) -> No
     occupant = held.residency.get(one)
     assert occupant is not None
     held.residency.use(occupant)
-    with pytest.raises(Conflict, match="users"):
+    held.residency.lend(one)
+    with pytest.raises(Conflict, match="copied"):
         held.residency.drop(one, "0" * 32)
-    held.residency.count(one, 0)
-    held.residency.use(occupant)
+    held.residency.give_back(one)
     held.residency.drop(one, "0" * 32)
     assert one not in held.residency
+    assert held.residency.has_users(one), "they wait for another"
 
 
 def test_room_that_will_be_free_is_waited_for(held: Held) -> None:
