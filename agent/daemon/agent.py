@@ -416,10 +416,12 @@ class Agent:
         self._own(self._look_then(digest, then), f"look for {digest}")
 
     async def _look_then(self, digest: str, then: Callable[[], None]) -> None:
-        await self._checkpoints.scan()
-        self.placement_changed(digest)
-        self.disk_changed()
-        then()
+        try:
+            await self._checkpoints.scan()
+        finally:  # a disk that cannot be read now keeps nobody waiting: what is known of it has to do
+            self.placement_changed(digest)
+            self.disk_changed()
+            then()
 
     def store_ready(self) -> None:
         self._adoption.arrived("store")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+from agent.store import catalog
 from schema.errors import Fault
 from schema.link import (
     Evicted,
@@ -192,6 +195,24 @@ async def test_a_worker_gets_the_weights_of_the_copy_that_it_was_built_over(node
     store.peer.send(OperationDone(op=op, digest=OTHER, layout="l1"))
     await store.until(lambda: bool(store.fills))
     assert store.fills[0].directory == f"{OTHER}/l1"
+
+
+async def test_a_start_ends_with_why_if_its_copy_has_come_and_the_disk_cannot_be_read(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = await node.manager()
+    store = node.stores[0]
+    manager.send(start_of_other())
+    op = await fetched(store, in_memory=False)
+
+    def fails(root: Path) -> catalog.Found:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(catalog, "look", fails)
+    store.peer.send(OperationDone(op=op, digest=OTHER, layout="l1"))
+    truth = await manager.instance(InstanceState.STOPPED)
+    assert truth.fault is not None
+    assert "was fetched" in truth.fault.message
 
 
 async def test_a_store_that_dies_while_it_fetches_says_anew_where_the_weights_come(node: Node) -> None:
