@@ -69,7 +69,7 @@ class _View(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ProgressView(_View, frozen=True, kw_only=True):
-    """How far a long operation has come; ``rate_bps`` is of the present stage, ``now_bps`` of its latest step.
+    """How far a long operation has come; ``rate_bps`` is of the present stage, ``now_bps`` of its last second.
 
     ``source``: the tier that the bytes come from, where that is known.
     """

@@ -186,6 +186,7 @@ class Operations:
         if digest in self._dropping:
             raise Conflict(f"checkpoint {digest} is just being dropped")
         layout = ""  # of what was fetched: of a copy that is here nobody knows whether the remote has it too
+        came_bytes = 0
         missing = self._checkpoints.layout(digest) is None
         if in_memory:  # from the first byte on, until this operation ends however it does
             self._store.holds.add(digest, message.op, waits=True)
@@ -194,11 +195,11 @@ class Operations:
                 done = await self._fetch_stored(message, in_memory)
                 if done.fault is not None:
                     return done
-                layout = done.layout
+                layout, came_bytes = done.layout, done.read_bytes
             if in_memory:
                 loaded = await self._load(LoadCheckpoint(op=message.op, digest=digest))
-                return msgspec.structs.replace(loaded, layout=layout)
-            return OperationDone(op=message.op, digest=digest, layout=layout)
+                return msgspec.structs.replace(loaded, layout=layout, read_bytes=came_bytes or loaded.read_bytes)
+            return OperationDone(op=message.op, digest=digest, layout=layout, read_bytes=came_bytes)
         finally:
             self._store.holds.release(digest, message.op)
 
@@ -217,7 +218,7 @@ class Operations:
         await self._checkpoints.scan()
         self._owner.disk_changed()
         self._owner.placement_changed(digest)
-        return OperationDone(op=message.op, digest=digest, fault=done.fault, layout=done.layout)
+        return msgspec.structs.replace(done, op=message.op, digest=digest)
 
     async def _load(self, message: LoadCheckpoint) -> OperationDone:
         if message.tier not in (Tier.DRAM, Tier.DEVICE):

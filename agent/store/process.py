@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import sys
-import time
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -29,7 +28,6 @@ from agent.native.reader import Priority
 from agent.store.cache import ArenaStore
 from agent.store.catalog import CatalogEntry
 from agent.store.devices import DeviceStore
-from agent.store.rates import Rates
 from agent.store.remote.fetches import Fetches
 from schema.errors import Fault, InvalidInput, LinkError, SllmError
 from schema.link import (
@@ -126,7 +124,6 @@ class StoreProcess:
         self._offer = True
         self._stopping = False
         self._faulted = False
-        self._rates = Rates()
         self._tuned_at = 0
 
     def run(self) -> int:
@@ -163,9 +160,7 @@ class StoreProcess:
     # What the store says of its background work: the StoreListener.
 
     def progress(self, op: str, done_bytes: int, total_bytes: int) -> None:
-        bps = self._rates.step(op, done_bytes, time.monotonic())
-        step = Progress(op=op, stage="load", done_bytes=done_bytes, total_bytes=total_bytes, source=Tier.DISK, bps=bps)
-        self._say(step)
+        self._say(Progress(op=op, stage="load", done_bytes=done_bytes, total_bytes=total_bytes, source=Tier.DISK))
 
     def _arena_faulted(self, chunks: int) -> None:
         """On a thread: now and then, and at the end, the agent hears how much of the arena is there."""
@@ -183,11 +178,9 @@ class StoreProcess:
         self._say(message)
 
     def filled(self, op: str, resident: Resident) -> None:
-        self._rates.end(op)
         self._say(resident)
 
     def failed(self, op: str, digest: str, fault: Fault) -> None:
-        self._rates.end(op)
         _log.warning("loading %s failed: %s", digest, fault.message)
         self._say(OperationDone(op=op, digest=digest, fault=fault))
 
@@ -202,12 +195,12 @@ class StoreProcess:
         self._say(message)
 
     def fetching(self, op: str, done_bytes: int, total_bytes: int) -> None:
-        self._say(Progress(op=op, stage="fetch", done_bytes=done_bytes, total_bytes=total_bytes))
+        self._say(Progress(op=op, stage="fetch", done_bytes=done_bytes, total_bytes=total_bytes, source=Tier.REMOTE))
 
-    def fetched(self, op: str, digest: str, layout: str, fault: Fault | None) -> None:
+    def fetched(self, op: str, digest: str, layout: str, fault: Fault | None, came_bytes: int) -> None:
         if fault is not None:
             _log.warning("fetching %s failed: %s", digest, fault.message)
-        self._say(OperationDone(op=op, digest=digest, layout=layout, fault=fault))
+        self._say(OperationDone(op=op, digest=digest, layout=layout, fault=fault, read_bytes=came_bytes))
 
     def condemned(self, resident: Resident) -> None:
         _log.error("checkpoint %s is wrong in memory: %s", resident.digest, resident.condemned)
@@ -219,15 +212,13 @@ class StoreProcess:
     # What it says of devices: the DeviceListener.
 
     def copying(self, op: str, done_bytes: int, total_bytes: int, source: Tier) -> None:
-        bps = self._rates.step(op, done_bytes, time.monotonic())
-        self._say(Progress(op=op, stage="load", done_bytes=done_bytes, total_bytes=total_bytes, source=source, bps=bps))
+        self._say(Progress(op=op, stage="load", done_bytes=done_bytes, total_bytes=total_bytes, source=source))
 
     def loaded(self, weights: DeviceWeights, descriptor: int) -> None:
         if not self._announced:
             self._channel.send(Descriptors(what="device", weights=weights), [descriptor])
 
     def on_device(self, op: str, digest: str, weights: tuple[DeviceWeights, ...], source: Tier, read_bytes: int) -> None:
-        self._rates.end(op)
         self._say(OnDevice(op=op, digest=digest, weights=weights, source=source, read_bytes=read_bytes))
 
     def evicting(self, weights: DeviceWeights) -> None:

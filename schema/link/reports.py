@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from schema.errors import Fault
-from schema.link.base import Count, Finite, Message
+from schema.link.base import Count, Message
 from schema.link.node import CheckpointTruth, InstanceTruth, Inventory, check_stated
 from schema.states import Tier
 
@@ -45,8 +45,7 @@ class PlacementUpdate(Message, frozen=True, kw_only=True, tag="placement"):
 class Progress(Message, frozen=True, kw_only=True, tag="progress"):
     """How far an operation or an instance's start (``op`` is then the instance id) has come in its present ``stage``.
 
-    ``source`` is the tier that the bytes come from, ``bps`` how many a second came since the step before; None and 0 where
-    that is not known.
+    ``source`` is the tier that the bytes come from, None where that is not known.
     """
 
     op: str
@@ -54,7 +53,6 @@ class Progress(Message, frozen=True, kw_only=True, tag="progress"):
     done_bytes: Count
     total_bytes: Count
     source: Tier | None = None
-    bps: Finite = 0.0
 
 
 class OperationDone(Message, frozen=True, kw_only=True, tag="done"):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from dataclasses import dataclass
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
 
 from schema.admin import ProgressView
 from schema.link import Progress
@@ -11,6 +11,9 @@ from schema.states import Tier
 
 __all__ = ["ProgressBoard"]
 
+_NOW_S = 1.0
+"""What a rate of now is taken over, and longer where the steps are farther apart: they come in bursts, as chunks of several
+connections do that end together, and between two of a burst nearly no time goes by."""
 _SILENT_S = 30.0
 """What has said nothing for so long is not taken for a load any more."""
 
@@ -25,7 +28,19 @@ class _Stage:
     at: float
     node: str
     source: Tier | None
-    now_bps: float
+    steps: deque[tuple[float, int]] = field(default_factory=deque)
+    """When it had how many bytes: the steps of the last `_NOW_S` and one before those, from which on they are counted."""
+
+    def step(self, now: float, done_bytes: int) -> None:
+        self.at, self.done_bytes = now, done_bytes
+        self.steps.append((now, done_bytes))
+        while len(self.steps) > 2 and now - self.steps[1][0] >= _NOW_S:
+            self.steps.popleft()
+
+    @property
+    def now_bps(self) -> float:
+        began_at, began_bytes = self.steps[0]
+        return (self.done_bytes - began_bytes) / (self.at - began_at) if self.at > began_at else 0.0
 
 
 class ProgressBoard:
@@ -39,14 +54,10 @@ class ProgressBoard:
         stage = self._stages.get(progress.op)
         done_bytes, total_bytes = progress.done_bytes, progress.total_bytes
         if stage is None or stage.stage != progress.stage or done_bytes < stage.done_bytes:
-            stage = _Stage(progress.stage, now, done_bytes, done_bytes, total_bytes, now, node, progress.source, 0.0)
+            stage = _Stage(progress.stage, now, done_bytes, done_bytes, total_bytes, now, node, progress.source)
             self._stages[progress.op] = stage
-        if progress.bps:
-            stage.now_bps = progress.bps
-        elif now > stage.at and done_bytes > stage.done_bytes:
-            stage.now_bps = (done_bytes - stage.done_bytes) / (now - stage.at)
-        stage.node, stage.source = node, progress.source
-        stage.done_bytes, stage.total_bytes, stage.at = progress.done_bytes, progress.total_bytes, now
+        stage.node, stage.source, stage.total_bytes = node, progress.source, total_bytes
+        stage.step(now, done_bytes)
         self._stages.move_to_end(progress.op)
         if len(self._stages) > self._limit:
             self._stages.popitem(last=False)

@@ -12,11 +12,11 @@ from schema.link import (
     MAX_FRAME_BYTES,
     AgentMessage,
     Ended,
+    EngineTiming,
     FrameDecoder,
     Hello,
     ManagerMessage,
     Ping,
-    Progress,
     Role,
     SamplingParams,
     Submit,
@@ -96,11 +96,10 @@ def test_a_message_that_is_not_of_the_link_is_refused(body: object) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300])
-def test_what_is_no_time_and_no_rate_is_refused(value: float) -> None:
+def test_what_is_no_time_is_refused(value: float) -> None:
+    ended = Ended(attempt=Epoch(7), position=6, reason=EndReason.LENGTH, timing=EngineTiming(total_s=value))
     with pytest.raises(LinkError, match="not a message"):
-        FrameDecoder[AgentMessage](AgentMessage).feed(
-            encode_frame(Progress(op="o", stage="s", done_bytes=0, total_bytes=0, bps=value))
-        )
+        FrameDecoder[AgentMessage](AgentMessage).feed(encode_frame(Tokens(frame=9, runs=(), ends=(ended,))))
 
 
 @pytest.mark.parametrize("value", [-1, 1 << 63, (1 << 64) - 1])

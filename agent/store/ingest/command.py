@@ -25,6 +25,7 @@ from agent.store.ingest.web import fetch_directory
 from agent.store.temporary import kept_directory, sweep
 from schema.errors import Cancelled, Fault, InvalidInput, SllmError
 from schema.spec import HubSource, PathSource, Source, UrlSource
+from schema.states import Tier
 
 __all__ = ["ingest", "main"]
 
@@ -76,14 +77,15 @@ def ingest(run_dir: str | Path, op: str, source: Source, frames: int) -> int:
 class _Stage:
     """A part of the work as it is reported: its name says, and ``notes`` too, when it goes on with what had been broken off."""
 
-    def __init__(self, name: str, what: str, reporter: Reporter, notes: list[str]) -> None:
+    def __init__(self, name: str, what: str, source: Tier, reporter: Reporter, notes: list[str]) -> None:
         self._name = self._stage = name
         self._what = what
+        self._source = source
         self._reporter = reporter
         self._notes = notes
 
     def progress(self, done_bytes: int, total_bytes: int) -> None:
-        self._reporter.progress(self._stage, done_bytes, total_bytes)
+        self._reporter.progress(self._stage, done_bytes, total_bytes, self._source)
 
     def resumed(self, spared_bytes: int) -> None:
         if spared_bytes:
@@ -98,7 +100,7 @@ def _ingest(config: NodeConfig, source: Source, reporter: Reporter) -> tuple[str
     for name in sweep(temporary, config.remote.keep_partial_s):
         _log.info("deleted %s, which a killed process had left", name)
     notes: list[str] = []
-    stage = _Stage("ingest", "an ingest", reporter, notes)
+    stage = _Stage("ingest", "an ingest", Tier.DISK, reporter, notes)
 
     def claim(need_bytes: int, begun: Path) -> contextlib.AbstractContextManager[None]:
         return claim_room(config.disk_bytes, data, need_bytes, "the checkpoint", but=begun)
@@ -120,7 +122,7 @@ def _ingest(config: NodeConfig, source: Source, reporter: Reporter) -> tuple[str
 
 
 def _download(config: NodeConfig, source: HubSource | UrlSource, directory: Path, reporter: Reporter, notes: list[str]) -> None:
-    stage = _Stage("fetch", "a download", reporter, notes)
+    stage = _Stage("fetch", "a download", Tier.REMOTE, reporter, notes)
 
     def free(need_bytes: int) -> int:
         return free_bytes(Path(config.data_dir), need_bytes)

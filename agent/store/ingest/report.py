@@ -13,6 +13,7 @@ from typing import Final
 
 from schema.errors import Fault
 from schema.link import Message, OperationDone, Progress, encode_frame
+from schema.states import Tier
 
 __all__ = ["Reporter"]
 
@@ -34,19 +35,21 @@ class Reporter:
         """From now on cancel this process, as SIGTERM does, once nobody reads its frames any more: who asked has gone."""
         threading.Thread(target=self._watch, name="watch the reader", daemon=True).start()
 
-    def progress(self, stage: str, done_bytes: int, total_bytes: int) -> None:
+    def progress(self, stage: str, done_bytes: int, total_bytes: int, source: Tier) -> None:
         """Say how far it is, unless something was just said."""
         with self._lock:
             now = time.monotonic()
             if now - self._said_at < _INTERVAL_S:
                 return
             self._said_at = now
-            self._write(Progress(op=self._op, stage=stage, done_bytes=done_bytes, total_bytes=total_bytes))
+            step = Progress(op=self._op, stage=stage, done_bytes=done_bytes, total_bytes=total_bytes, source=source)
+            self._write(step)
 
-    def done(self, digest: str, fault: Fault | None, layout: str = "", note: str = "") -> None:
+    def done(self, digest: str, fault: Fault | None, layout: str = "", note: str = "", read_bytes: int = 0) -> None:
         """Say how it ended."""
         with self._lock:
-            self._write(OperationDone(op=self._op, digest=digest, layout=layout, fault=fault, note=note))
+            done = OperationDone(op=self._op, digest=digest, layout=layout, fault=fault, note=note, read_bytes=read_bytes)
+            self._write(done)
 
     def _write(self, message: Message) -> None:
         view = memoryview(encode_frame(message))

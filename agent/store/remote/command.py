@@ -16,6 +16,7 @@ from agent.store.ingest.report import Reporter
 from agent.store.remote.open import open_remote
 from agent.store.remote.publish import publish
 from schema.errors import Cancelled, Fault, InvalidInput, SllmError
+from schema.states import Tier
 
 __all__ = ["main"]
 
@@ -43,7 +44,7 @@ def main(run_dir: str | Path, op: str, directory: str, url: str) -> int:
     if mended:
         note = f"{', '.join(mended)} lay there with other bytes than its manifest says, and was written anew"
         _log.warning("%s: %s", url, note)
-    reporter.done(entry.digest, None, entry.manifest.layout, note)
+    reporter.done(entry.digest, None, entry.manifest.layout, note, entry.manifest.image_bytes)
     return 0
 
 
@@ -59,10 +60,13 @@ def _publish(config: NodeConfig, directory: str, url: str, reporter: Reporter) -
         stopped.set()
         remote.abort()
 
+    def progress(done_bytes: int, total_bytes: int) -> None:
+        reporter.progress("publish", done_bytes, total_bytes, Tier.DISK)
+
     before = signal.signal(signal.SIGTERM, cancel)
     reporter.end_unheard()
     try:
-        mended = publish(entry, remote, config.remote, lambda done, total: reporter.progress("publish", done, total), stopped)
+        mended = publish(entry, remote, config.remote, progress, stopped)
     except SllmError as error:
         if stopped.is_set():
             raise Cancelled("the publish was cancelled; its manifest was not written, so nobody fetches it") from error

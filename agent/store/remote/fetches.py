@@ -38,8 +38,9 @@ class FetchListener(Protocol):
 
     def fetching(self, op: str, done_bytes: int, total_bytes: int) -> None: ...
 
-    def fetched(self, op: str, digest: str, layout: str, fault: Fault | None) -> None:
-        """``layout`` "" says nothing of the remote that was asked for: it came from another; ``op`` "" that nobody waits."""
+    def fetched(self, op: str, digest: str, layout: str, fault: Fault | None, came_bytes: int) -> None:
+        """``layout`` "" says nothing of the remote that was asked for: it came from another; ``op`` "" that nobody waits.
+        ``came_bytes`` of the weights came from the remote; the others were there, of a fetch that had broken off."""
 
 
 @dataclass(eq=False)
@@ -73,6 +74,10 @@ class _Fetch:
     def manifest(self) -> Manifest:
         assert self.fetch is not None
         return self.fetch.manifest
+
+    @property
+    def came_bytes(self) -> int:
+        return self.job.done_bytes - self.job.spared_bytes if self.job is not None else 0
 
     def submit(
         self,
@@ -185,7 +190,7 @@ class Fetches:
                 fault = None if fetch.error is None else Fault.of(fetch.error)
                 layout = fetch.manifest.layout if fetch.job is not None else ""
                 for op, url in fetch.ops.items():
-                    self._listener.fetched(op, digest, layout if url == fetch.url else "", fault)
+                    self._listener.fetched(op, digest, layout if url == fetch.url else "", fault, fetch.came_bytes)
                 if fault is None:
                     self._store.announce(digest)
                 else:
@@ -204,7 +209,7 @@ class Fetches:
             elif fetch.error is not None:
                 self._store.disown(fetch.digest, f"its copy on the disk came to nothing: {fetch.error}")
             elif fetch.job is not None:  # it was whole before it heard that nobody waits
-                self._listener.fetched("", fetch.digest, fetch.manifest.layout, None)
+                self._listener.fetched("", fetch.digest, fetch.manifest.layout, None, fetch.came_bytes)
                 self._store.announce(fetch.digest)
         self._start()
 

@@ -19,6 +19,7 @@ _TALKS_WHEN_TOLD_TO_END = """
 import os, signal, sys, time
 from pathlib import Path
 from agent.store.ingest.report import Reporter
+from schema.states import Tier
 from schema.errors import Fault, Cancelled
 
 def last_words(number, frame):
@@ -31,7 +32,7 @@ def last_words(number, frame):
     os._exit(0)
 
 signal.signal(signal.SIGTERM, last_words)
-Reporter(1, "op").progress("ingest", 1, 2)
+Reporter(1, "op").progress("ingest", 1, 2, Tier.DISK)
 time.sleep(60)
 """
 
@@ -39,9 +40,10 @@ _STAYS_WHEN_TOLD_TO_END = """
 import os, signal, sys, time
 from pathlib import Path
 from agent.store.ingest.report import Reporter
+from schema.states import Tier
 
 signal.signal(signal.SIGTERM, lambda number, frame: Path(sys.argv[1]).write_text(str(os.getpid())))
-Reporter(1, "op").progress("ingest", 1, 2)
+Reporter(1, "op").progress("ingest", 1, 2, Tier.DISK)
 while True:
     time.sleep(60)
 """

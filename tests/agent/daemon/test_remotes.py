@@ -56,7 +56,7 @@ async def test_a_publish_is_a_child_of_the_agent(node: Node, tmp_path: Path) -> 
     (tmp_path / "share").mkdir()
     manager.send(Publish(op="op_2", digest=DIGEST, url=f"file://{tmp_path}/share"))
     end = await done(manager, "op_2")
-    assert (end.fault, end.digest, end.layout) == (None, DIGEST, "l1")
+    assert (end.fault, end.digest, end.layout, end.read_bytes) == (None, DIGEST, "l1", 4096)
     assert (tmp_path / "share" / DIGEST / "l1" / "manifest.json").read_bytes() == manifest
     for url, digest, code in (
         (f"file://{tmp_path}/share", OTHER, "not_found"),
@@ -78,13 +78,14 @@ async def test_a_fetch_is_the_stores_and_its_copy_is_told_before_its_end(node: N
     store.peer.send(Progress(op="op_1", stage="fetch", done_bytes=1, total_bytes=4096))
     assert (await manager.take(Progress)).stage == "fetch"
     make_checkpoint(node.config.checkpoints_path, OTHER)
-    store.peer.send(OperationDone(op="op_1", digest=OTHER, layout="l1"))
+    store.peer.send(OperationDone(op="op_1", digest=OTHER, layout="l1", read_bytes=1024))
     truth = (await manager.take(PlacementUpdate, lambda m: m.truth.digest == OTHER)).truth
     assert [(p.tier, p.state) for p in truth.placements] == [(Tier.DISK, TierState.RESIDENT)]
     end = await done(manager, "op_1")
-    assert (end.fault, end.layout) == (None, "l1")
+    assert (end.fault, end.layout, end.read_bytes) == (None, "l1", 1024)
     manager.send(Fetch(op="op_2", digest=OTHER, url="s3://b/c"))  # it is here, which tells nothing of that remote
-    assert (await done(manager, "op_2")).layout == ""
+    end = await done(manager, "op_2")
+    assert (end.layout, end.read_bytes) == ("", 0)
     quarantine(node.config.checkpoints_path / OTHER / "l1", "a test")
     manager.send(DropCheckpoint(op="op_3", digest=OTHER, tier=Tier.DISK))
     await done(manager, "op_3")
@@ -101,8 +102,9 @@ async def test_a_fetch_to_memory_loads_what_came(node: Node) -> None:
     await store.until(lambda: bool(store.fetches))
     assert (store.fetches[0].in_memory, store.fetches[0].users) == (True, 1)
     make_checkpoint(node.config.checkpoints_path, OTHER)
-    store.peer.send(OperationDone(op="op_1", digest=OTHER, layout="l1"))
-    assert (await done(manager, "op_1")).fault is None
+    store.peer.send(OperationDone(op="op_1", digest=OTHER, layout="l1", read_bytes=1024))
+    end = await done(manager, "op_1")
+    assert (end.fault, end.read_bytes) == (None, 1024)
     assert [fill.digest for fill in store.fills] == [OTHER]
 
 

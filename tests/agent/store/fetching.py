@@ -50,7 +50,7 @@ class FetchBench(Bench):
     def fetching(self, op: str, done_bytes: int, total_bytes: int) -> None:
         self.progress.append((op, done_bytes, total_bytes))
 
-    def fetched(self, op: str, digest: str, layout: str, fault: Fault | None) -> None:
+    def fetched(self, op: str, digest: str, layout: str, fault: Fault | None, came_bytes: int) -> None:
         assert op not in self.answers, f"{op} was answered twice"
         self.answers[op], self.layouts[op] = fault, layout
 

@@ -485,7 +485,7 @@ def test_a_fetch_goes_on_to_a_device_as_it_comes(tmp_path: Path, breaks: bool) -
 
             def fetching(self, op: str, done_bytes: int, total_bytes: int) -> None: ...
 
-            def fetched(self, op: str, digest: str, layout: str, fault: Fault | None) -> None:
+            def fetched(self, op: str, digest: str, layout: str, fault: Fault | None, came_bytes: int) -> None:
                 told[op] = fault
 
         checkpoints = tmp_path / "data" / "checkpoints"

@@ -48,6 +48,7 @@ from schema.link import (
     Welcome,
     encode_frame,
 )
+from schema.states import Tier
 from tests.agent.store.images import CHUNK, commit, read_image
 from tests.remotes import NO_LIMIT, web_server
 
@@ -301,7 +302,7 @@ def test_a_fetch_goes_to_disk_and_memory_and_on_after_a_kill(agent: Agent, tmp_p
         agent.send(fetch)
         assert agent.next(Fetching).in_memory
         while not (step := agent.next(Progress)).done_bytes:
-            assert step.stage == "fetch"
+            assert (step.stage, step.source) == ("fetch", Tier.REMOTE)
         agent.stores[0].kill()
         agent.stores[0].wait()
         web.limit_bytes = NO_LIMIT
@@ -314,6 +315,7 @@ def test_a_fetch_goes_to_disk_and_memory_and_on_after_a_kill(agent: Agent, tmp_p
         assert (coming.op, coming.digest, coming.layout, coming.in_memory) == ("f1", digest, "exec1", True)
         done = agent.next(OperationDone)
         assert (done.op, done.fault, done.layout) == ("f1", None, "exec1")
+        assert CHUNK <= done.read_bytes < len(image), "what was there of the fetch before did not come from the remote"
         assert web.asked_bytes(before) < len(image)
         assert (agent.config.checkpoints_path / digest / "exec1" / "partition_0.bin").read_bytes() == image
         told = agent.next(Resident)

@@ -7,26 +7,49 @@ from schema.states import Tier
 from sllmctl.gateway.progress import ProgressBoard
 
 
-def step(op: str, done: int, *, stage: str = "load", source: Tier | None = Tier.DISK, bps: float = 0.0) -> Progress:
-    return Progress(op=op, stage=stage, done_bytes=done, total_bytes=1000, source=source, bps=bps)
+def step(op: str, done: int, *, stage: str = "load", source: Tier | None = Tier.DISK) -> Progress:
+    return Progress(op=op, stage=stage, done_bytes=done, total_bytes=1000, source=source)
 
 
-def test_a_rate_is_of_the_stage_and_of_its_latest_step() -> None:
+def rates(board: ProgressBoard, op: str) -> tuple[float, float]:
+    shown = board.view(op)
+    assert shown is not None
+    return shown.rate_bps, shown.now_bps
+
+
+def test_a_rate_is_of_the_stage_and_of_its_last_second() -> None:
     board = ProgressBoard(8)
     board.take(step("a", 0), 10.0, "n")
+    assert rates(board, "a") == (0.0, 0.0)
     board.take(step("a", 100), 11.0, "n")
     board.take(step("a", 400), 12.0, "n")
-    shown = board.view("a")
-    assert shown is not None
-    assert (shown.rate_bps, shown.now_bps, shown.source) == (200.0, 300.0, Tier.DISK)
-    board.take(step("a", 500, bps=77.0), 13.0, "n")
-    shown = board.view("a")
-    assert shown is not None
-    assert shown.now_bps == 77.0
+    assert rates(board, "a") == (200.0, 300.0)
     board.take(step("a", 10, stage="verify", source=Tier.DRAM), 14.0, "n")
     shown = board.view("a")
     assert shown is not None
     assert (shown.rate_bps, shown.now_bps, shown.source, shown.stage) == (0.0, 0.0, Tier.DRAM, "verify")
+
+
+def test_a_burst_of_steps_counts_from_the_step_before_it() -> None:
+    """Eight connections that are held down to the same pace end their chunks together, every three seconds."""
+    board = ProgressBoard(8)
+    done = 0
+    board.take(step("a", done), 0.0, "n")
+    for burst in range(1, 6):
+        for part in range(8):
+            done += 4
+            board.take(step("a", done), 3.0 * burst + 0.1 * part, "n")
+            assert rates(board, "a")[1] <= 2 * 32 / 3.0
+
+
+def test_what_brings_no_bytes_slows_the_rate() -> None:
+    board = ProgressBoard(8)
+    for tenth in range(11):
+        board.take(step("a", 10 * tenth), tenth / 10, "n")
+    assert rates(board, "a") == (100.0, 100.0)
+    for tenth in range(11, 31):
+        board.take(step("a", 100), tenth / 10, "n")
+    assert rates(board, "a")[1] == 0.0
 
 
 def test_a_node_shows_what_moves_there_and_neither_what_is_done_nor_what_is_silent() -> None:
