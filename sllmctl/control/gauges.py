@@ -107,7 +107,9 @@ def _tiers(view: ClusterView, present: list[Node]) -> Iterable[Metric]:
 def _loads(live: LiveNumbers, present: list[Node]) -> Iterable[Metric]:
     loads = GaugeMetricFamily("sllm_loads", "Loads and other copies under way by node and stage.", labels=("node", "stage"))
     rates = GaugeMetricFamily(
-        "sllm_load_bytes_per_second", "What those move now, by node and tier that it comes from.", labels=("node", "source")
+        "sllm_load_bytes_per_second",
+        "What those move, over their last second, by node and tier that it comes from.",
+        labels=("node", "source"),
     )
     left = GaugeMetricFamily("sllm_load_left_bytes", "What those have yet to move.", labels=("node", "source"))
     for node in present:
