@@ -13,7 +13,7 @@ from sllmctl.control import disk, drops, instances, operations, prefetch
 from sllmctl.control.effects import ModelChanged, RejectWaiting
 from sllmctl.control.events import AddModel, DeployModel, RemoveModel, StopModel
 from sllmctl.control.references import missing
-from sllmctl.control.turn import Turn
+from sllmctl.control.turn import Left, Turn
 from sllmctl.planner.memory import context_tokens
 
 __all__ = [
@@ -115,22 +115,24 @@ def operation_done(turn: Turn, node: str, done: OperationDone) -> None:
             turn.send(node, OperationsAcked(ops=(done.op,)))
             return
         _ingested(turn, model, done.digest, done.fault)
-    elif model is not None:
-        turn.view.set_operation(model, None, None)
-        turn.put_model(model)
-        finish_removal(turn, model)
+    elif model is not None or turn.core.left.pop(done.op, None) is not None:
+        if model is not None:
+            turn.view.set_operation(model, None, None)
+            turn.put_model(model)
+            finish_removal(turn, model)
+        if done.fault is None and not turn.view.placements_at(done.digest, node):
+            turn.core.left[done.op] = Left(node, done.digest)
+            return
         if done.fault is None:
             forget_checkpoint(turn, done.digest)
-    elif turn.core.left.pop(done.op, None) is not None and done.fault is None:
-        forget_checkpoint(turn, done.digest)
     turn.send(node, OperationsAcked(ops=(done.op,)))
 
 
 def finish_ingest(turn: Turn, node: str, digest: str) -> None:
     """A checkpoint became known; an ingest that ended before it was stated is complete now."""
-    for model in turn.view.operating_on(node):
-        if model.ingested == digest and model.op is not None:
-            operation_done(turn, node, OperationDone(op=model.op, digest=digest))
+    ops = [model.op for model in turn.view.operating_on(node) if model.ingested == digest and model.op is not None]
+    for op in ops + [op for op, left in turn.core.left.items() if left == Left(node, digest)]:
+        operation_done(turn, node, OperationDone(op=op, digest=digest))
 
 
 def _ingest_again(turn: Turn, model: Model, node: str, fault: Fault) -> bool:
@@ -173,6 +175,7 @@ def check(turn: Turn, model: Model) -> None:
         return
     if model.op is not None and model.node is not None:
         turn.send(model.node, CancelOperation(op=model.op))
+        _leave(turn, model)
     limit = turn.settings.ingest_timeout_s
     _ingested(turn, model, "", Fault("timed_out", f"the ingest took longer than ingest_timeout_s, {limit:g} s"))
 
@@ -267,7 +270,7 @@ def let_go(turn: Turn, model: Model) -> None:
 def _leave(turn: Turn, model: Model) -> None:
     assert model.op is not None
     assert model.node is not None
-    turn.core.left[model.op] = model.node
+    turn.core.left[model.op] = Left(model.node, model.ingested or "")
     turn.view.set_operation(model, None, None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from schema.errors import InvalidCheckpoint
-from schema.link import CancelOperation, CheckpointTruth, Ingest, NodeTruth
+from schema.link import CancelOperation, CheckpointTruth, Ingest, NodeTruth, OperationsAcked
 from schema.states import InstanceState, ModelState, NodeState, Tier, TierState, can_become
 from sllmctl.cluster.records import LIVE, Checkpoint, Node, PlacementKey, PlacementRecord
 from sllmctl.control import drops, instances, models, operations, pins, prefetch
@@ -120,7 +120,10 @@ def _take_operations(turn: Turn, node: Node, truth: NodeTruth) -> None:
     for done in sorted(truth.done, key=lambda done: done.op in core.left):  # first those that say what models have
         if not operations.told_again(turn, done):
             models.operation_done(turn, node.id, done)
-    core.left = {op: where for op, where in core.left.items() if where != node.id or op in truth.ops}
+    for op, left in [(op, left) for op, left in core.left.items() if left.node == node.id and op not in truth.ops]:
+        del core.left[op]
+        if left.digest:  # what it has brought is not there
+            turn.send(node.id, OperationsAcked(ops=(op,)))
     wanted: set[str] = set()
     for model in turn.view.operating_on(node.id):
         if model.op is None:

@@ -37,7 +37,7 @@ from sllmctl.control.effects import Effect, Log, Send, Step, WakeAt
 from sllmctl.planner.estimates import Estimates
 from sllmctl.planner.interface import Journals, Planner
 
-__all__ = ["Core", "Drop", "Moving", "Timers", "Turn"]
+__all__ = ["Core", "Drop", "Left", "Moving", "Timers", "Turn"]
 
 TimerKey = tuple[str, str]
 """What is to be looked at when its time has come: ("model" | "instance" | "node" | "drop" | "refused" | "prefetch" | "settle",
@@ -82,6 +82,14 @@ class Drop:
 
 
 @dataclass(frozen=True, slots=True)
+class Left:
+    """An ingest for which no model waits any more, and what it has brought, if it has ended before its node stated that."""
+
+    node: str
+    digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Moving:
     """A busy instance whose sequences go to ``target``, so that ``cause`` gets its room; ``made``: the target is there only
     for it."""
@@ -96,7 +104,7 @@ class Moving:
 class Core:
     """What lasts from step to step. ``dropping`` finds a drop by what it drops; ``prefetches`` are loads ahead of need by
     operation, each a node and a checkpoint; ``kept``: weights that a node did not drop from its devices, and until when it is
-    not asked again. ``left`` are ingests of models that were forgotten before their end was heard, each with its node.
+    not asked again. ``left`` are ingests that no model waits for any more, of which it is not known yet what they bring.
     ``moves`` are by source. ``look_at``: a model is not planned for before then. ``closing``: the manager is ending. ``turned``
     and ``unasked`` are of `scaling.look_around`: whose turn is next, and how many were not asked yet."""
 
@@ -113,7 +121,7 @@ class Core:
     dropping: dict[tuple[str, str, Tier], str] = field(default_factory=dict)
     prefetches: dict[str, tuple[str, str]] = field(default_factory=dict)
     kept: dict[tuple[str, str], float] = field(default_factory=dict)
-    left: dict[str, str] = field(default_factory=dict)
+    left: dict[str, Left] = field(default_factory=dict)
     moves: dict[str, Moving] = field(default_factory=dict)
     look_at: dict[str, float] = field(default_factory=dict)
     closing: bool = False

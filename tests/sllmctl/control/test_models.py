@@ -266,6 +266,61 @@ def test_an_ingest_that_ended_unheard_after_its_model_was_removed_leaves_no_chec
     world.check_rows()
 
 
+@pytest.mark.parametrize("how", ["removed", "removed before", "timed out", "timed out before"])
+def test_what_an_ingest_has_brought_that_nobody_waits_for_is_dropped_when_it_is_stated(world: World, how: str) -> None:
+    agent = world.agents["local"]
+    agent.automatic = False
+    world.ask(lambda ticket: AddModel(ticket, spec()))
+    (op,) = agent.ops
+    placed, done = agent.finish(op)
+    if not how.endswith("before"):
+        world.tell("local", [done])
+    if how.startswith("removed"):
+        world.ask(lambda ticket: RemoveModel(ticket, "m"))
+    else:
+        world.pass_time(world.settings.ingest_timeout_s + 1)
+    if how.endswith("before"):
+        world.tell("local", [done])
+    agent.automatic = True
+    world.tell("local", [placed])
+    assert (agent.checkpoints, agent.done, world.view.checkpoints) == ({}, {}, {})
+    world.check_rows()
+    world.connect("local")
+    world.check_rows()
+
+
+def test_what_it_has_brought_on_one_node_is_dropped_there_though_another_has_it_too(make_world: MakeWorld) -> None:
+    world = make_world(Agent("local"), Agent("other"))
+    world.agents["other"].hold("m")
+    for name in world.agents:
+        world.connect(name)
+    agent = world.agents["local"]
+    agent.automatic = False
+    world.ask(lambda ticket: AddModel(ticket, spec()))
+    (op,) = agent.ops
+    placed, done = agent.finish(op)
+    world.ask(lambda ticket: RemoveModel(ticket, "m"))
+    agent.automatic = True
+    world.tell("local", [done, placed])
+    assert (agent.checkpoints, agent.done) == ({}, {})
+    world.check_rows()
+
+
+def test_an_end_whose_checkpoint_is_not_stated_even_by_the_whole_truth_is_over(world: World) -> None:
+    agent = world.agents["local"]
+    agent.automatic = False
+    world.ask(lambda ticket: AddModel(ticket, spec()))
+    (op,) = agent.ops
+    agent.finish(op)
+    world.ask(lambda ticket: RemoveModel(ticket, "m"))
+    world.tell("local", [agent.done[op]])
+    assert op in agent.done
+    agent.checkpoints.clear()
+    world.lose("local")
+    world.connect("local")
+    assert agent.done == {}
+
+
 def test_such_an_ingest_leaves_the_checkpoint_that_another_model_has_now(world: World) -> None:
     agent = world.agents["local"]
     agent.automatic = False
