@@ -83,10 +83,15 @@ class ProgressView(_View, frozen=True, kw_only=True):
 
 
 class LoadView(_View, frozen=True, kw_only=True):
-    """Something that moves bytes on a node now: ``id`` is an instance that starts, or an operation."""
+    """Something that moves bytes on a node now: ``id`` is an instance that starts, an operation, or an ingest.
+
+    ``of``: whose bytes they are, as in ``model/tiny`` for a start and an ingest, which no operation is listed for, and in
+    ``checkpoint/0123456789ab``; "" where the manager does not know.
+    """
 
     id: str
     progress: ProgressView
+    of: str = ""
 
 
 class NodeView(_View, frozen=True, kw_only=True):

@@ -120,7 +120,7 @@ def _fields(node: NodeView) -> list[tuple[str, str]]:
         ("Disk", bandwidth(means.disk_read_bps)),
         ("Disk budget", _disk_budget(means)),
         ("Device copy", bandwidth(means.device_copy_bps)),
-        ("Loads", "\n".join(f"{load.id}: {progress_text(load.progress)}" for load in node.loads) or "none"),
+        ("Loads", "\n".join(f"{load.of or load.id}: {progress_text(load.progress)}" for load in node.loads) or "none"),
     ]
 
 

@@ -31,7 +31,7 @@ def command() -> None:
 @watch_option
 @pass_invocation
 def ls(invocation: Invocation, form: Format, watch: bool) -> None:
-    """List the operations that run, and those of late.
+    """List the operations that run, and those of late. Ingests are shown with their models: `sllmctl model ls`.
 
     \b
     Examples:

@@ -97,9 +97,14 @@ def _doing(operation: OperationView) -> str:
 
 
 def _state(operation: OperationView) -> str:
+    from schema.errors import Cancelled
+
     if operation.ended_at is None:
-        return "running"
-    return "done" if operation.fault is None else f"failed ({operation.fault.code})"
+        progress = operation.progress
+        return f"running {progress.done_bytes / progress.total_bytes:.0%}" if progress and progress.total_bytes else "running"
+    if operation.fault is None:
+        return "done"
+    return "cancelled" if operation.fault.code == Cancelled.code else f"failed ({operation.fault.code})"
 
 
 def _took(operation: OperationView) -> float:

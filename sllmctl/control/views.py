@@ -68,9 +68,18 @@ def node_view(view: ClusterView, live: LiveNumbers, node: Node) -> NodeView:
         seen_at=node.seen_at,
         instances=len(view.instances_on(node.id)),
         inventory=_means(view, node.id, node.inventory),
-        loads=tuple(LoadView(id=id_, progress=progress) for id_, progress in live.loads(node.id)),
+        loads=tuple(LoadView(id=id_, progress=progress, of=_whose(view, id_)) for id_, progress in live.loads(node.id)),
         device_used_bytes=_devices_used(view, node),
     )
+
+
+def _whose(view: ClusterView, moving: str) -> str:
+    """The model or the checkpoint that an instance, an operation or an ingest moves the bytes of."""
+    if (instance := view.instances.get(moving)) is not None:
+        return f"model/{instance.model}"
+    if (operation := view.operations.get(moving)) is not None:
+        return f"checkpoint/{operation.digest[:12]}"
+    return next((f"model/{model.name}" for model in view.models.values() if model.op == moving), "")
 
 
 def _devices_used(view: ClusterView, node: Node) -> tuple[int, ...]:

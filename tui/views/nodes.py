@@ -76,7 +76,7 @@ class Nodes(View[NodeView]):
                 f"{samples[-1]:.0f} now, {max(samples):.0f} at most"
             )
         for load in row.loads:
-            detail.head(f"loading {load.id}").progress(load.progress)
+            detail.head(f"loading {load.of or load.id}").progress(load.progress)
         return detail
 
     def _tokens(self, node: NodeView) -> Cell:

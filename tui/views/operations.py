@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from schema.admin import OperationView
+from schema.errors import Cancelled
 from tui.feed import Cluster
 from tui.format import BAD, GOOD, MUTED, WARN, Cell, Span, age, seconds, short, size
 from tui.grid import Column
@@ -42,7 +43,9 @@ class Operations(View[OperationView]):
 def _state(operation: OperationView) -> Span:
     if operation.ended_at is None:
         return Span("running", WARN)
-    return Span("done", GOOD) if operation.fault is None else Span("failed", BAD)
+    if operation.fault is None:
+        return Span("done", GOOD)
+    return Span("cancelled", MUTED) if operation.fault.code == Cancelled.code else Span("failed", BAD)
 
 
 def _what(operation: OperationView) -> Cell:

@@ -7,7 +7,7 @@ import json
 import msgspec
 import pytest
 
-from schema.admin import PinView, PublicationView
+from schema.admin import PinView, ProgressView, PublicationView
 from schema.errors import Fault
 from schema.states import Tier, TierState
 from tests.sllmctl.cli.conftest import Sllmctl
@@ -104,6 +104,17 @@ def test_an_interrupted_wait_says_what_goes_on_and_how_to_end_it(
     said = sllmctl("checkpoint", "verify", "qwen")
     assert said.code == 130
     assert "goes on; `sllmctl operation cancel op_1` ends it" in said.err
+
+
+def test_operations_are_listed_with_how_far_they_are_and_how_they_ended(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    progress = ProgressView(stage="fetch", done_bytes=300 << 20, total_bytes=1 << 30, rate_bps=2 << 20, source=Tier.REMOTE)
+    moving = msgspec.structs.replace(_RUNNING, progress=progress)
+    cancelled = msgspec.structs.replace(OPERATIONS[1], fault=Fault("cancelled", "the operation was cancelled"))
+    manager.answer("GET operations", 200, {"items": [_RUNNING, moving, OPERATIONS[0], cancelled]})
+    listed = sllmctl("operation", "ls").out.splitlines()[1:]
+    states = ("running   ", "running 29%", "done", "cancelled")
+    assert [state in line for state, line in zip(states, listed, strict=True)] == [True] * 4, listed
+    assert "2.0 MiB/s" in listed[1]
 
 
 def test_an_operation_is_cancelled(sllmctl: Sllmctl, manager: FakeManager) -> None:

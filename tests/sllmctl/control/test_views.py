@@ -6,6 +6,7 @@ from schema.admin import ProgressView
 from schema.ids import Epoch
 from schema.link import InstanceLoad
 from schema.states import InstanceState, NodeState, Tier
+from sllmctl.control.events import AddModel, Operate
 from sllmctl.control.gauges import cluster_gauges
 from sllmctl.control.views import checkpoint_views, instance_views, model_views, node_views
 from tests.sllmctl.control.world import MIB, World, digest_of, spec
@@ -14,8 +15,9 @@ from tests.sllmctl.control.world import MIB, World, digest_of, spec
 class Numbers:
     """A router that says the same of every model, and of one instance."""
 
-    def __init__(self, load: InstanceLoad | None) -> None:
+    def __init__(self, load: InstanceLoad | None, moving: tuple[str | None, ...] = ("inst_1", "op_1")) -> None:
         self.load = load
+        self.moving = moving
 
     def model_counts(self, model: str) -> tuple[int, int]:
         return (2, 3)
@@ -28,7 +30,7 @@ class Numbers:
 
     def loads(self, node: str) -> list[tuple[str, ProgressView]]:
         progress = ProgressView(stage="load", done_bytes=100, total_bytes=1000, source=Tier.DISK, now_bps=50.0)
-        return [("inst_1", progress), ("op_1", progress)] if node == "local" else []
+        return [(str(id_), progress) for id_ in self.moving] if node == "local" else []
 
 
 def test_every_noun_is_shown(world: World) -> None:
@@ -45,6 +47,18 @@ def test_every_noun_is_shown(world: World) -> None:
     assert (shown.running, shown.kv_used_tokens, shown.kv_capacity_tokens) == (4, 99, 4096)
     (checkpoint,) = checkpoint_views(world.view)
     assert (checkpoint.digest, checkpoint.models, len(checkpoint.placements)) == (digest_of("m"), ("m",), 1)
+
+
+def test_what_moves_on_a_node_is_named_by_what_it_is_of(world: World) -> None:
+    world.serve(spec(least=1))
+    world.agents["local"].automatic = False
+    assert world.ask(lambda ticket: AddModel(ticket, spec("new"))) is None
+    assert world.ask(lambda ticket: Operate(ticket, "verify", "m", None, None)) is None
+    instance, (operation,) = world.only(), world.view.operations
+    moving = [instance.id, operation, world.view.models["new"].op, "op_of_nobody"]
+    numbers = Numbers(None, tuple(moving))
+    (node,) = node_views(world.view, numbers)
+    assert [load.of for load in node.loads] == ["model/m", f"checkpoint/{digest_of('m')[:12]}", "model/new", ""]
 
 
 def test_a_model_without_a_place_is_shown_with_the_reason(world: World) -> None:
