@@ -23,6 +23,8 @@ __all__ = ["DetokenizerFactory"]
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _RUN_LIMIT_BYTES = 64
 """A run of byte tokens this long gives out its whole characters before it has ended: no text waits for ever."""
+_HELD_TOKENS = 64
+"""So many tokens that end in no whole character are given out as they are: no window grows for ever."""
 
 
 class Detokenizer(ABC):
@@ -164,7 +166,8 @@ class _Window(Detokenizer):
     def push(self, ids: Iterable[int]) -> str:
         self._ids += ids
         text = self._decode(self._ids)
-        return "" if text.endswith(_REPLACEMENT) else self._advance(text)
+        held = text.endswith(_REPLACEMENT) and len(self._ids) - self._read < _HELD_TOKENS
+        return "" if held else self._advance(text)
 
     def flush(self) -> str:
         return self._advance(self._decode(self._ids))
@@ -182,12 +185,15 @@ class _Window(Detokenizer):
 class DetokenizerFactory:
     """Makes detokenizers for one tokenizer; ``decoder`` is that part of tokenizer.json, ``skipped`` ids have no text.
 
-    Tables are shared by the detokenizers of one factory, which is used by one thread.
+    Tables are shared by the detokenizers of one factory, which is used by one thread. Where ``aside`` is true there is no
+    table of the tokens' text: the library decodes, as slowly as the checkpoint's decoder makes it (which may have a regular
+    expression of any cost), and is to be kept off an event loop.
     """
 
     def __init__(self, tokenizer: Tokenizer, decoder: dict[str, Any] | None, skipped: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._skipped = skipped
+        self.aside = False
         self._make, self._spell = self._family(decoder)
 
     def __call__(self) -> Detokenizer:
@@ -221,7 +227,9 @@ class DetokenizerFactory:
             replaces, strip = plan
             table = _Table(lambda token: self._part_of(token, replaces))
             return lambda: _ByteFallback(table, strip), table.__getitem__
-        return lambda: _Window(self._decode), lambda token: self._decode([token])
+        self.aside = True
+        table = _Table(lambda token: self._decode([token]))
+        return lambda: _Window(self._decode), table.__getitem__
 
     def _token_of(self, token: int) -> str | None:
         return None if token in self._skipped else self._tokenizer.id_to_token(token)
@@ -250,7 +258,9 @@ class DetokenizerFactory:
 
     def _decode(self, ids: list[int]) -> str:
         with checkpoint_at_fault("the model's tokenizer cannot decode what the model said"):
-            return self._tokenizer.decode([token for token in ids if token not in self._skipped], skip_special_tokens=False)
+            # Decoding a batch lets go of the interpreter lock, decoding a single text does not.
+            kept = [token for token in ids if token not in self._skipped]
+            return str(self._tokenizer.decode_batch([kept], skip_special_tokens=False)[0])
 
 
 def _steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:

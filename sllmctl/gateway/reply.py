@@ -30,7 +30,7 @@ class Piece(NamedTuple):
 class Reply:
     """``reason`` is set with its last text; ``position`` counts the tokens read."""
 
-    __slots__ = ("_chars", "_detokenizer", "_least", "_scored", "_sequence", "_stop", "index", "position", "reason")
+    __slots__ = ("_chars", "_detokenizer", "_least", "_scored", "_sequence", "_stop", "_text", "index", "position", "reason")
 
     def __init__(
         self, index: int, sequence: SequencePort, text: TextModel, stops: tuple[str, ...], params: SamplingParams
@@ -39,6 +39,7 @@ class Reply:
         self.position = 0
         self.reason: Finish | None = None
         self._sequence = sequence
+        self._text = text
         self._detokenizer = text.detokenizer()
         self._stop = StopMatcher(stops) if stops else None
         self._least = params.min_tokens
@@ -76,19 +77,29 @@ class Reply:
         if finish is not None and finish not in _REASONS and not tokens:
             await sequence.wait(len(sequence.tokens))
             raise _failure(finish)
-        if self._stop is not None or self._scored:
-            return self._take_each(tokens, finish)
-        self.position = position + len(tokens)
+        read = self._read_each if self._stop is not None or self._scored else self._read
+        aside = self._text.aside if self._text.detokenizer.aside else None
+        text, offsets = read(tokens, finish) if aside is None else await aside(lambda: read(tokens, finish))
+        if self.cut:
+            sequence.complete()
+        scores = self._scores(position, offsets)
+        if scores and aside is not None:
+            await aside(lambda: self._spell(scores))
+        return Piece(text, scores)
+
+    def _read(self, tokens: list[int], finish: EndReason | None) -> tuple[str, list[int]]:
+        """The text of these tokens, after which the sequence goes on or has come to its ``finish``."""
+        self.position += len(tokens)
         text = self._detokenizer.push(tokens)
         if finish in _REASONS:
             self.reason = _REASONS[finish]
             text += self._detokenizer.flush()
-        return Piece(text)
+        return text, []
 
-    def _take_each(self, tokens: list[int], finish: EndReason | None) -> Piece:
-        """Token by token, so that where a reply ends and what it counts do not depend on how tokens arrive."""
+    def _read_each(self, tokens: list[int], finish: EndReason | None) -> tuple[str, list[int]]:
+        """The same token by token, so that where a reply ends and what it counts do not depend on how tokens arrive; with
+        where the text of each token that counts begins."""
         stop, parts, offsets = self._stop, [], []
-        first = self.position
         for token in tokens:
             self.position += 1
             offsets.append(self._chars)
@@ -98,7 +109,6 @@ class Reply:
             parts.append(text if stop is None or self.position <= self._least else stop.push(text))
             if stop is not None and stop.matched:
                 self.reason = "stop"
-                self._sequence.complete()
                 break
         if self.reason is None and finish in _REASONS:
             self.reason = _REASONS[finish]
@@ -108,7 +118,14 @@ class Reply:
             else:
                 parts += (stop.push(rest), stop.flush())
                 self.reason = "stop" if stop.matched else self.reason
-        return Piece("".join(parts), self._scores(first, offsets))
+        return "".join(parts), offsets
+
+    def _spell(self, scores: Sequence[ScoredToken]) -> None:
+        """Look up what all these stand for, so that whoever writes them finds it known."""
+        spell = self._text.detokenizer.spell
+        for score in scores:
+            for token in (score.token, *(token for token, _ in score.top)):
+                spell(token)
 
     def _scores(self, first: int, offsets: list[int]) -> list[ScoredToken]:
         """Of the tokens from position ``first`` on whose texts begin at ``offsets``."""

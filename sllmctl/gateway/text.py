@@ -8,9 +8,10 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 from tokenizers import Tokenizer
@@ -45,6 +46,8 @@ class _TokenizerFile(msgspec.Struct):
 _TOKENIZER_FILES: Final = msgspec.json.Decoder(_TokenizerFile)
 
 _CANNOT_ENCODE: Final = "the model's tokenizer cannot encode this text"
+R = TypeVar("R")
+
 _PROBE: Final = "The quick brown fox jumps over the lazy dog. "
 _SLOW_S: Final = 0.005
 _SLOW_TEXTS: Final = 2
@@ -88,13 +91,7 @@ class TextModel:
         if len(text) <= self._inline_chars and self._slow_texts < _SLOW_TEXTS:
             ids = self._encode_timed(text, special)
         else:
-            try:
-                async with asyncio.timeout(self._timeout_s):
-                    ids = await self._encode_aside(text, special)
-            except TimeoutError:
-                raise Overloaded(
-                    f"the model's tokenizer took over {self._timeout_s:g} s for this text or for those before it", 1.0
-                ) from None
+            ids = await self.aside(lambda: self._encode(text, special))
         if (highest := max(ids, default=0)) >= self.vocab_size:
             raise InvalidCheckpoint(
                 f"the model's tokenizer makes token id {highest} of this text, beyond its vocabulary of {self.vocab_size}"
@@ -108,38 +105,37 @@ class TextModel:
         finally:
             self._slow_texts = self._slow_texts + 1 if time.thread_time() - began_s > _SLOW_S else 0
 
-    async def _encode_aside(self, text: str, special: bool) -> list[int]:
-        """On a thread that nobody has to wait for: a stuck one holds up neither the manager's end nor other models."""
+    async def aside(self, work: Callable[[], R]) -> R:
+        """What the tokenizer is to do, on a thread that nobody has to wait for: a stuck one holds up neither the manager's end
+        nor other models. Raises what ``work`` raises, Overloaded when it takes too long, or those before it do."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._on_a_thread(work)
+        except TimeoutError:
+            raise Overloaded(
+                f"the model's tokenizer took over {self._timeout_s:g} s for this text or for those before it", 1.0
+            ) from None
+
+    async def _on_a_thread(self, work: Callable[[], R]) -> R:
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[list[int]] = loop.create_future()
+        answer: Future[R] = Future()
+        answer.set_running_or_notify_cancel()  # so that who stops waiting does not cancel it
 
-        def work() -> None:
-            ids: list[int] = []
-            fault: InvalidCheckpoint | None = None
+        def run() -> None:
             try:
-                ids = self._encode(text, special)
-            except InvalidCheckpoint as error:
-                fault = error
-            finally:
-                with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
-                    loop.call_soon_threadsafe(ended, ids, fault)
-
-        def ended(ids: list[int], fault: InvalidCheckpoint | None) -> None:
-            self._slots.release()
-            if answer.done():
-                return
-            if fault is not None:
-                answer.set_exception(fault)
-            else:
-                answer.set_result(ids)
+                answer.set_result(work())
+            except Exception as error:
+                answer.set_exception(error)
+            with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
+                loop.call_soon_threadsafe(self._slots.release)
 
         await self._slots.acquire()
         try:
-            threading.Thread(target=work, name="encode", daemon=True).start()
+            threading.Thread(target=run, name="tokenizer", daemon=True).start()
         except RuntimeError as error:  # the system gives no more threads
             self._slots.release()
-            raise Overloaded(f"the text cannot be encoded now: {error}", 1.0) from error
-        return await answer
+            raise Overloaded(f"the model's tokenizer cannot be used now: {error}", 1.0) from error
+        return await asyncio.wrap_future(answer)
 
     def _encode(self, text: str, special: bool) -> list[int]:
         # Encoding a batch lets go of the interpreter lock, encoding a single text does not; the fast one keeps no offsets.

@@ -121,6 +121,23 @@ def test_a_long_run_of_byte_tokens_does_not_wait_for_its_end() -> None:
     assert sent + detokenizer.push((token_id("b", tokenizer),)) + detokenizer.flush() == text + "b"
 
 
+def test_tokens_that_end_in_no_whole_character_make_no_window_grow_for_ever() -> None:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "\N{REPLACEMENT CHARACTER}": 1}, unk_token="a"))
+    tokenizer.decoder = decoders.Fuse()
+    longest, decode = 0, DetokenizerFactory._decode
+
+    class Factory(DetokenizerFactory):
+        def _decode(self, ids: list[int]) -> str:
+            nonlocal longest
+            longest = max(longest, len(ids))
+            return decode(self, ids)
+
+    detokenizer = Factory(tokenizer, json.loads(tokenizer.to_str())["decoder"], frozenset())()
+    ids = [1] * 1000 + [0]
+    assert "".join([detokenizer.push((token,)) for token in ids]) + detokenizer.flush() == tokenizer.decode(ids)
+    assert longest < 200
+
+
 @pytest.mark.parametrize("name", ["byte level", "byte fallback", "metaspace, never prepended"])
 @given(data=st.data())
 def test_what_tokens_stand_for_makes_the_whole_text(name: str, data: st.DataObject) -> None:

@@ -112,7 +112,7 @@ async def test_a_tokenizer_found_slow_is_kept_off_the_loop(monkeypatch: pytest.M
         monkeypatch.setattr(model, "_encode", busy)
         for _ in range(4):
             assert await service.encode(model, "short", 4096) == [1]
-        assert threads == ["MainThread", "MainThread", "encode", "encode"]
+        assert threads == ["MainThread", "MainThread", "tokenizer", "tokenizer"]
         await service.close()
 
 
