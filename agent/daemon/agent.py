@@ -412,7 +412,7 @@ class Agent:
         finally:
             self._manager.tell(InstanceUpdate(truth=truth))
 
-    def checkpoint_fetched(self, digest: str, then: Callable[[], None]) -> None:
+    def checkpoint_came(self, digest: str, then: Callable[[], None]) -> None:
         self._own(self._look_then(digest, then), f"look for {digest}")
 
     async def _look_then(self, digest: str, then: Callable[[], None]) -> None:

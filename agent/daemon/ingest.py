@@ -69,7 +69,7 @@ async def run_ingest(
     roster: Roster,
     progress: Callable[[Progress], None],
 ) -> OperationDone:
-    """Run an ingest to its end, which is always an `OperationDone`. Cancelled, it ends the child.
+    """Run an ingest to its end, which is always an `OperationDone`. Cancelled before that was told, it ends the child.
 
     To judge a model takes torch and transformers, seconds to import. A fork of the zygote has them; without one the child is
     a process of its own.
@@ -137,6 +137,7 @@ async def _run_child(
     entry = RosterEntry(role="ingest", pid=child.pid, ticks=start_ticks(child.pid) or 0, instance=op)
     roster.put(entry)
     status: int | None = None
+    done: OperationDone | None = None
     try:
         done = await _relay(frames, op, progress)
         with contextlib.suppress(TimeoutError):
@@ -147,6 +148,10 @@ async def _run_child(
         return done
     except LinkError as error:
         return OperationDone(op=op, fault=Fault.of(error))
+    except asyncio.CancelledError:
+        if done is None:
+            raise
+        return done  # it comes too late
     finally:
         try:
             await _end(child)

@@ -66,7 +66,7 @@ class InstanceOwner(Protocol):
     def attempts_changed(self) -> None:
         """The journal has something new for the manager."""
 
-    def checkpoint_fetched(self, digest: str, then: Callable[[], None]) -> None:
+    def checkpoint_came(self, digest: str, then: Callable[[], None]) -> None:
         """A checkpoint has come to the disk: ``then`` is called once its directory is known."""
 
     def directory_of(self, start: StartInstance) -> tuple[str, str]:
@@ -220,7 +220,7 @@ class Lives:
             if done.fault is not None:
                 self._not_loaded(life, done.fault)
             else:
-                self._owner.checkpoint_fetched(digest, committed)
+                self._owner.checkpoint_came(digest, committed)
 
         def committed() -> None:
             if life not in self._lives or life.ending is not None:

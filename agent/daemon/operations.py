@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import PurePath
@@ -53,6 +54,9 @@ class OperationOwner(Protocol):
     def placement_changed(self, digest: str) -> None: ...
 
     def disk_changed(self) -> None: ...
+
+    def checkpoint_came(self, digest: str, then: Callable[[], None]) -> None:
+        """A checkpoint has come to the disk: ``then`` is called once its directory is known."""
 
 
 class Operations:
@@ -158,10 +162,14 @@ class Operations:
         await self._drops_over()
         async with self._ingest_slots:
             done = await run_ingest(self._config, message, self._fork, self._ingest, self._roster, self._owner.tell)
-        await self._checkpoints.scan()
-        self._owner.disk_changed()
-        if done.digest:
-            self._owner.placement_changed(done.digest)
+        if not done.digest:
+            await self._checkpoints.scan()
+            self._owner.disk_changed()
+            return done
+        told = asyncio.Event()
+        self._owner.checkpoint_came(done.digest, told.set)
+        with contextlib.suppress(asyncio.CancelledError):  # too late: its end says what it has brought
+            await told.wait()
         return done
 
     async def _publish(self, message: Publish) -> OperationDone:
@@ -210,14 +218,18 @@ class Operations:
             op=message.op, digest=digest, url=message.url, layout=message.layout, in_memory=in_memory, users=users
         )
         answer: asyncio.Future[OperationDone] = asyncio.get_running_loop().create_future()
-        self._store.fetch(asked, _answer(answer), self._owner.tell)
+        told = asyncio.Event()
+
+        def answered(done: OperationDone) -> None:
+            self._owner.checkpoint_came(digest, told.set)  # what has become of it is told, also if nobody waits any more
+            _answer(answer)(done)
+
+        self._store.fetch(asked, answered, self._owner.tell)
         try:
             done = await answer
         finally:
             self._store.cancel_fetch(message.op)
-        await self._checkpoints.scan()
-        self._owner.disk_changed()
-        self._owner.placement_changed(digest)
+        await told.wait()
         return msgspec.structs.replace(done, op=message.op, digest=digest)
 
     async def _load(self, message: LoadCheckpoint) -> OperationDone:

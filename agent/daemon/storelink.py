@@ -61,7 +61,7 @@ class StoreOwner(Protocol):
     def load_failed(self, digest: str, fault: Fault) -> None:
         """The store could not load a checkpoint; it may have put the copy on the disk in quarantine."""
 
-    def checkpoint_fetched(self, digest: str, then: Callable[[], None]) -> None:
+    def checkpoint_came(self, digest: str, then: Callable[[], None]) -> None:
         """A checkpoint has come to the disk: ``then`` is called once its directory is known."""
 
     def store_ready(self) -> None:
@@ -425,7 +425,7 @@ class StoreLink:
         if task is not None:
             task.answered(message)
         elif message.layout and message.fault is None:  # a fetch had ended before the store heard that nobody waits
-            self._owner.checkpoint_fetched(message.digest, lambda: None)
+            self._owner.checkpoint_came(message.digest, lambda: None)
 
     def _users_changed(self, digest: str, users: int) -> None:
         if self._stated:

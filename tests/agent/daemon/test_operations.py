@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 
 from agent.daemon import zygote
 from agent.daemon.pins import Pins
+from agent.store import catalog
 from agent.store.catalog import quarantine, release
 from schema.checkpoint import AssetEntry, decode_manifest, encode_manifest
 from schema.errors import Fault
@@ -135,6 +137,42 @@ async def test_a_cancelled_ingest_is_killed_and_says_so(node: Node, forked: bool
     assert fault.code == "cancelled"
     assert not alive(pid)
     assert "ingest" not in {entry["role"] for entry in node.roster()}
+
+
+@pytest.mark.parametrize("looks", [False, True])
+async def test_a_cancel_comes_too_late_for_an_ingest_that_has_brought_a_checkpoint(
+    node: Node, monkeypatch: pytest.MonkeyPatch, looks: bool
+) -> None:
+    manager = await node.manager()
+    other = "ef" * 32
+    make_checkpoint(node.directory / "made", other)
+    child(
+        node,
+        f"os.rename({str(node.directory / 'made' / other)!r}, {str(node.config.checkpoints_path / other)!r})\n"
+        "told = (Progress(op=op, stage='commit', done_bytes=1, total_bytes=1), "
+        f"OperationDone(op=op, digest={other!r}))\n"
+        "sys.stdout.buffer.write(b''.join(map(encode_frame, told))); sys.stdout.buffer.flush()\n"
+        + ("" if looks else "time.sleep(600)"),
+    )
+    begun, go, real = threading.Event(), threading.Event(), catalog.look
+
+    def look_late(root: Path) -> catalog.Found:
+        begun.set()
+        assert go.wait(WAIT_S)
+        return real(root)
+
+    monkeypatch.setattr(catalog, "look", look_late)
+    manager.send(Ingest(op="op_1", source=SOURCE))
+    await manager.take(Progress, lambda m: m.stage == "commit")
+    if looks:  # the disk is just being looked at; else the child has yet to end
+        await node.until(begun.is_set)
+    manager.send(CancelOperation(op="op_1"))
+    ended = await done(manager, "op_1") if looks else None
+    go.set()
+    told = await manager.take(PlacementUpdate, lambda m: m.truth.digest == other)
+    assert [(p.tier, p.state) for p in told.truth.placements] == [(Tier.DISK, TierState.RESIDENT)]
+    ended = ended or await done(manager, "op_1")
+    assert (ended.digest, ended.fault) == (other, None)
 
 
 async def test_an_ingest_is_forked_by_the_zygote_and_outlives_it(node: Node) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import msgspec
 import pytest
 import xxhash
 
+from agent.store import catalog
 from agent.store.catalog import quarantine
 from schema.checkpoint import decode_manifest, encode_manifest
 from schema.errors import Fault
@@ -24,7 +26,7 @@ from schema.link import (
     Resident,
 )
 from schema.states import Tier, TierState
-from tests.agent.daemon.peers import DIGEST, Manager, Node, make_checkpoint
+from tests.agent.daemon.peers import DIGEST, WAIT_S, Manager, Node, make_checkpoint
 
 OTHER = "ef" * 32
 
@@ -141,6 +143,33 @@ async def test_what_a_cancelled_fetch_has_brought_after_all_is_told(node: Node) 
     assert [(p.tier, p.state) for p in told.truth.placements] == [
         (Tier.DISK, TierState.RESIDENT), (Tier.DRAM, TierState.RESIDENT)
     ]  # fmt: skip
+
+
+async def test_what_a_fetch_has_brought_that_is_cancelled_while_the_disk_is_looked_at_is_told(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = await node.manager()
+    store = node.stores[0]
+    manager.send(Fetch(op="op_1", digest=OTHER, url="s3://b/c"))
+    await store.until(lambda: bool(store.fetches))
+    make_checkpoint(node.config.checkpoints_path, OTHER)
+    begun, go, real = threading.Event(), threading.Event(), catalog.look
+
+    def look_late(root: Path) -> catalog.Found:
+        begun.set()
+        assert go.wait(WAIT_S)
+        return real(root)
+
+    monkeypatch.setattr(catalog, "look", look_late)
+    store.peer.send(OperationDone(op="op_1", digest=OTHER, layout="l1"))
+    await node.until(begun.is_set)
+    manager.send(CancelOperation(op="op_1"))
+    fault = (await done(manager, "op_1")).fault
+    assert fault is not None
+    assert fault.code == "cancelled"
+    go.set()
+    told = await manager.take(PlacementUpdate, lambda m: m.truth.digest == OTHER)
+    assert [(p.tier, p.state) for p in told.truth.placements] == [(Tier.DISK, TierState.RESIDENT)]
 
 
 async def test_a_fetch_that_nobody_asked_this_agent_for_is_given_up_and_keeps_what_came(node: Node) -> None:
