@@ -21,8 +21,9 @@ class RemoteSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """How this node speaks to remotes; credentials come from the environment and files of the agent's user alone.
 
     ``s3_endpoint`` ("" is AWS's) and ``s3_region``. ``streams``: requests at once in a fetch, each for ``part_bytes``.
-    ``connect_s`` and ``read_s``: until a server must accept, and send something. ``part_s``: until a part must be there,
-    however it trickles. ``attempts``: tries in a row without a byte of progress, at most ``longest_delay_s`` apart.
+    ``connect_s`` and ``read_s``: until a server must accept, and send something. ``part_s``: how long a part may take over one
+    connection; the rest of it then comes over another. ``attempts``: tries in a row that brought neither 256 KiB nor what was
+    asked for, at most ``longest_delay_s`` apart.
     ``keep_partial_s``: how long what a fetch that broke off has left on the disk is kept for the next.
     """
 

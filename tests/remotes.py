@@ -144,8 +144,15 @@ def web_server(root: Path, tls: ssl.SSLContext | None = None) -> Iterator[WebSer
         server.server_close()
 
 
-def cut(handler: _Handler, status: int, promised: int, data: bytes, total: int | None = None) -> None:
-    """Promise more than is sent, then close."""
+def cut(
+    handler: _Handler,
+    status: int,
+    promised: int,
+    data: bytes,
+    total: int | None = None,
+    then: Callable[[_Handler], object] = lambda _: None,
+) -> None:
+    """Promise more than is sent, do something else, then close."""
     handler.send_response(status)
     handler.send_header("Content-Length", str(promised))
     if total is not None:
@@ -154,8 +161,10 @@ def cut(handler: _Handler, status: int, promised: int, data: bytes, total: int |
     handler.end_headers()
     handler.wfile.write(data)
     handler.wfile.flush()
+    then(handler)
     handler.close_connection = True
-    handler.connection.shutdown(socket.SHUT_RDWR)
+    with contextlib.suppress(OSError):  # whom it answers may have gone
+        handler.connection.shutdown(socket.SHUT_RDWR)
 
 
 @contextlib.contextmanager

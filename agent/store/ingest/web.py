@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeVar
@@ -27,7 +28,8 @@ from agent.store.ingest.files import PLAIN_NAME
 from agent.store.ingest.headers import parse_json
 from agent.store.ingest.journal import Journal
 from agent.store.ingest.pipeline import CHUNK_BYTES, find_chunks
-from agent.store.remote.api import Forbidden, Interrupted, Patience
+from agent.store.remote.api import Body, Forbidden, Patience
+from agent.store.remote.steady import Steady
 from agent.store.remote.web import WebRemote
 from schema.errors import InvalidCheckpoint, NotFound, OutOfSpace, SllmError
 from schema.remote import RemoteSettings, check_remote_url
@@ -141,7 +143,7 @@ class _Fetch:
 
     def _small(self, name: str) -> bytes | None:
         limit = min(_MAX_SMALL_BYTES, _MAX_SMALL_SUM_BYTES - self._small_bytes)
-        data = self._ask(name, lambda: self._remote.read(name, limit, time.monotonic() + self._settings.part_s))
+        data = self._ask(name, lambda: self._remote.read(name, limit, self._settings.part_s))
         self._small_bytes += len(data or b"")
         return data
 
@@ -286,23 +288,23 @@ class _Fetch:
                 raise
 
     def _fetch_part(self, weights: _Weights, start: int, end: int, memory: memoryview) -> None:
+        def open_at(at: int) -> AbstractContextManager[Body]:
+            deadline = time.monotonic() + self._settings.part_s
+            return self._remote.open_version(weights.name, weights.version, at, end - at, deadline)
+
         patience = Patience(self._settings, self._stopped)
-        while start < end:
-            try:
-                deadline = time.monotonic() + self._settings.part_s
-                with self._remote.open_version(weights.name, weights.version, start, end - start, deadline) as body:
-                    while start < end:
-                        view = memory[: min(CHUNK_BYTES, end - start)]
-                        body.fill(view)
-                        self._keep(weights, start, view)
-                        start += len(view)
-                        patience.progress()
-            except Interrupted as error:
-                patience.failed(error)
-            except NotFound as error:
-                raise SllmError(
-                    f"{self._remote.where(weights.name)} was there when the fetch began, and is not any more"
-                ) from error
+        try:
+            with Steady(open_at, start, patience) as body:
+                while start < end:
+                    view = memory[: min(CHUNK_BYTES, end - start)]
+                    body.fill(view)
+                    self._keep(weights, start, view)
+                    start += len(view)
+                    patience.progress()
+        except NotFound as error:
+            raise SllmError(
+                f"{self._remote.where(weights.name)} was there when the fetch began, and is not any more"
+            ) from error
 
     def _keep(self, weights: _Weights, start: int, view: memoryview) -> None:
         xxh3 = xxhash.xxh3_64_intdigest(view)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Final, Protocol, TypeVar
@@ -16,7 +17,7 @@ from typing import Final, Protocol, TypeVar
 from schema.errors import Cancelled, NotFound, TimedOut, Unauthorised, Unreachable
 from schema.remote import RemoteSettings
 
-__all__ = ["STALE_S", "Body", "Forbidden", "Interrupted", "Patience", "Remote", "Source", "read_into"]
+__all__ = ["STALE_S", "STEADY_BYTES", "Body", "Forbidden", "Interrupted", "Patience", "Remote", "Source", "read_into"]
 
 T = TypeVar("T")
 
@@ -29,6 +30,11 @@ STALE_S: Final = 3600.0
 each request of one that goes on has ended, or failed, within minutes."""
 
 
+STEADY_BYTES: Final = 256 << 10
+"""What a connection must have brought in `RemoteSettings.part_s` to count as slow; one that has brought less stands still. With
+the 300 s and the 8 connections of a fetch that are the default it is a link of 56 kbit/s."""
+
+
 class Interrupted(Unreachable):
     """A remote failed in a way that may pass: a 5xx, a timeout, a connection that broke, a body that was short."""
 
@@ -37,11 +43,17 @@ class Forbidden(Unauthorised):
     """A remote answers 403: it may not be read. S3 says so of what is not there, too, unless the bucket may be listed."""
 
 
-class Body(Protocol):
+class Body(ABC):
     """A range that is being read, front to back."""
+
+    @abstractmethod
+    def some(self, view: memoryview) -> int:
+        """What comes next, at least a byte and at most as many as ``view`` has. Raises Interrupted where there are no more."""
 
     def fill(self, view: memoryview) -> None:
         """The next bytes, exactly as many as ``view`` has. Raises Interrupted where they end early."""
+        while view:
+            view = view[self.some(view) :]
 
 
 class Remote(Protocol):
@@ -65,8 +77,9 @@ class Remote(Protocol):
         ``deadline`` is of the monotonic clock; what is not read by then raises Interrupted.
         """
 
-    def read(self, path: str, limit_bytes: int, deadline: float | None = None) -> bytes:
-        """A whole small file. Raises InvalidCheckpoint when it is longer than ``limit_bytes``; ``deadline`` as in `open`."""
+    def read(self, path: str, limit_bytes: int, part_s: float | None = None) -> bytes:
+        """A whole small file. Raises InvalidCheckpoint when it is longer than ``limit_bytes``, Interrupted when in ``part_s``
+        neither `STEADY_BYTES` of it have come nor the rest."""
 
     def size(self, path: str) -> int | None:
         """A file's size, None where there is none."""

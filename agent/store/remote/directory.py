@@ -54,14 +54,14 @@ class DirectoryRemote:
         finally:
             os.close(descriptor)
 
-    def read(self, path: str, limit_bytes: int, deadline: float | None = None) -> bytes:
+    def read(self, path: str, limit_bytes: int, part_s: float | None = None) -> bytes:
         size = self.size(path)
         if size is None:
             raise nothing_there(self.where(path))
         if size > limit_bytes:
             raise InvalidCheckpoint(f"{self.where(path)} has {size} bytes; at most {limit_bytes} are read")
         data = bytearray(size)
-        with self.open(path, 0, size, deadline=deadline) as body:
+        with self.open(path, 0, size) as body:  # which waits for the disk, that knows no trickle
             body.fill(memoryview(data))
         return bytes(data)
 
@@ -152,7 +152,7 @@ def _sweep(directory: Path, now: float) -> None:
                     path.unlink()
 
 
-class _FileBody:
+class _FileBody(Body):
     def __init__(self, remote: DirectoryRemote, path: str, descriptor: int, offset: int, deadline: float | None) -> None:
         self._remote = remote
         self._path = path
@@ -160,19 +160,18 @@ class _FileBody:
         self._offset = offset
         self._deadline = deadline
 
-    def fill(self, view: memoryview) -> None:
+    def some(self, view: memoryview) -> int:
         where = self._remote.where(self._path)
-        while view:
-            self._remote.check_stop()
-            try:
-                left_s(self._deadline, 1.0, f"{where} at byte {self._offset}")
-            except TimedOut as error:  # as with other remotes, it may pass
-                raise Interrupted(str(error)) from error
-            try:
-                count = os.preadv(self._descriptor, [view[:_BLOCK_BYTES]], self._offset)
-            except OSError as error:
-                raise self._remote.explain(error, self._path) from error
-            if not count:
-                raise Interrupted(f"{where} ends at byte {self._offset}, {len(view)} bytes early")
-            view = view[count:]
-            self._offset += count
+        self._remote.check_stop()
+        try:
+            left_s(self._deadline, 1.0, f"{where} at byte {self._offset}")
+        except TimedOut as error:  # as with other remotes, it may pass
+            raise Interrupted(str(error)) from error
+        try:
+            count = os.preadv(self._descriptor, [view[:_BLOCK_BYTES]], self._offset)
+        except OSError as error:
+            raise self._remote.explain(error, self._path) from error
+        if not count:
+            raise Interrupted(f"{where} ends at byte {self._offset}, {len(view)} bytes early")
+        self._offset += count
+        return count

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -22,8 +23,9 @@ import xxhash
 
 from agent.native.jobs import Priority, ReadJob, Unit, cancelled
 from agent.store.catalog import MANIFEST_FILE
-from agent.store.remote.api import Body, Forbidden, Interrupted, Patience, Remote
+from agent.store.remote.api import Body, Forbidden, Patience, Remote
 from agent.store.remote.partial import Partial
+from agent.store.remote.steady import Steady
 from schema.checkpoint import LAYOUT, Manifest, Partition, decode_manifest
 from schema.errors import Cancelled, InvalidCheckpoint, InvalidInput, NotFound, OutOfSpace, SllmError
 from schema.remote import RemoteSettings
@@ -130,18 +132,18 @@ class Fetch:
             data = self._ask(f"{self._digest}/{layout}/{MANIFEST_FILE}", _MAX_MANIFEST_BYTES)
             manifest = self._judge(data, layout)
             assets = {asset.file: self._asset(layout, asset.file, asset.size_bytes, asset.sha256) for asset in manifest.assets}
-            partial = Partial(self._data, self._checkpoints, manifest, data)
+            coming = Partial(self._data, self._checkpoints, manifest, data)
             try:
-                partial.begin(self._disk_bytes)
+                coming.begin(self._disk_bytes)
                 for name, content in assets.items():
-                    partial.write_asset(name, content)
+                    coming.write_asset(name, content)
             except BaseException as error:
-                partial.close(keep=not isinstance(error, OutOfSpace))
+                coming.close(keep=not isinstance(error, OutOfSpace))
                 raise
         except BaseException:
             self._remote.close()
             raise
-        self._manifest, self._partial = manifest, partial
+        self._manifest, self._partial = manifest, coming
 
     def submit(
         self,
@@ -212,10 +214,7 @@ class Fetch:
         raise refused or NotFound(f"{self._remote.url} has no checkpoint {self._digest}; publish it there first")
 
     def _ask(self, path: str, limit_bytes: int) -> bytes:
-        def read() -> bytes:
-            return self._remote.read(path, limit_bytes, time.monotonic() + self._settings.part_s)
-
-        return Patience(self._settings, self._stopped).ask(read)
+        return Patience(self._settings, self._stopped).ask(lambda: self._remote.read(path, limit_bytes, self._settings.part_s))
 
     def _judge(self, data: bytes, layout: str) -> Manifest:
         where = self._remote.where(f"{self._digest}/{layout}/{MANIFEST_FILE}")
@@ -301,29 +300,23 @@ class Fetch:
         patience = Patience(self._settings, self._stopped)
         wrong = -1
         for run in _runs(part):
-            while run:
-                try:
-                    with self._open(run) as body:
-                        while run:
-                            found = self._take(body, run[0], scratch)
-                            if found != run[0].xxh3:
-                                break
-                            self._arrived(job, run.popleft())
-                            patience.progress()
-                        if run:
-                            if run[0].number == wrong:
-                                raise self._corrupt(run[0], found)
-                            wrong = run[0].number
-                except Interrupted as error:
-                    patience.failed(error)
+            end = run[-1].offset + run[-1].length
+            with Steady(partial(self._open, run[0].partition, end), run[0].offset, patience) as body:
+                while run:
+                    found = self._take(body, run[0], scratch)
+                    if found == run[0].xxh3:
+                        self._arrived(job, run.popleft())
+                        patience.progress()
+                    elif run[0].number == wrong:
+                        raise self._corrupt(run[0], found)
+                    else:
+                        wrong = run[0].number
+                        body.again(run[0].offset)
 
-    def _open(self, run: deque[_Chunk]) -> AbstractContextManager[Body]:
-        first = run[0]
-        length = run[-1].offset + run[-1].length - first.offset
+    def _open(self, partition: Partition, end: int, at: int) -> AbstractContextManager[Body]:
         deadline = time.monotonic() + self._settings.part_s
-        return self._remote.open(
-            self._path(first.partition), first.offset, length, total_bytes=first.partition.size_bytes, deadline=deadline
-        )
+        size = partition.size_bytes
+        return self._remote.open(self._path(partition), at, end - at, total_bytes=size, deadline=deadline)
 
     def _take(self, body: Body, chunk: _Chunk, scratch: memoryview) -> int:
         assert self._partial is not None

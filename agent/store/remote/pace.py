@@ -31,6 +31,7 @@ class PacedResponse(http.client.HTTPResponse):
 
     def __init__(self, sock: socket.socket, *arguments: Any, pace: Pace, **named: Any) -> None:
         super().__init__(sock, *arguments, **named)
+        self.pace = pace
         self.fp.close()
         self.fp = io.BufferedReader(_Receives(sock, pace))
 

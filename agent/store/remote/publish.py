@@ -20,7 +20,8 @@ import xxhash
 
 from agent.store import catalog
 from agent.store.catalog import MANIFEST_FILE, CatalogEntry
-from agent.store.remote.api import Patience, Remote, Source
+from agent.store.remote.api import Body, Patience, Remote, Source
+from agent.store.remote.steady import Steady
 from schema.checkpoint import IN_PLACE, Manifest, Partition, decode_manifest
 from schema.errors import Cancelled, Conflict, InvalidCheckpoint, InvalidInput, NotFound, SllmError
 from schema.remote import RemoteSettings
@@ -130,7 +131,7 @@ class _Publish:
             if wrong.is_set():
                 return 0
             numbers = range(first, min(first + step, len(partition.chunk_xxh3)))
-            size = Patience(self._settings, self._stopped).ask(lambda: self._compare(partition, numbers))
+            size = self._compare(partition, numbers)
             if not size:
                 wrong.set()
             return size
@@ -150,9 +151,13 @@ class _Publish:
         start = numbers.start * chunk_bytes
         end = min(numbers.stop * chunk_bytes, partition.size_bytes)
         block = memoryview(bytearray(min(_BLOCK_BYTES, chunk_bytes)))
-        path, deadline = f"{self._base}/{partition.file}", time.monotonic() + self._settings.part_s
+        path, size = f"{self._base}/{partition.file}", partition.size_bytes
+
+        def open_at(at: int) -> contextlib.AbstractContextManager[Body]:
+            return self._remote.open(path, at, end - at, total_bytes=size, deadline=time.monotonic() + self._settings.part_s)
+
         try:
-            with self._remote.open(path, start, end - start, total_bytes=partition.size_bytes, deadline=deadline) as body:
+            with Steady(open_at, start, Patience(self._settings, self._stopped)) as body:
                 for number in numbers:
                     left = min(chunk_bytes, partition.size_bytes - number * chunk_bytes)
                     digest = xxhash.xxh3_64()
@@ -180,7 +185,7 @@ class _Publish:
         return False
 
     def _read(self, path: str, limit_bytes: int) -> bytes:
-        return self._patience.ask(lambda: self._remote.read(path, limit_bytes, time.monotonic() + self._settings.part_s))
+        return self._patience.ask(lambda: self._remote.read(path, limit_bytes, self._settings.part_s))
 
     def _is_of_size(self, file: str, size_bytes: int) -> bool:
         found = self._patience.ask(lambda: self._remote.size(f"{self._base}/{file}"))

@@ -65,8 +65,8 @@ class S3Remote:
         with self._wire.range(self._signed(path), self.where(path), {}, offset, length, total_bytes, deadline) as body:
             yield body
 
-    def read(self, path: str, limit_bytes: int, deadline: float | None = None) -> bytes:
-        return read_whole(self._wire, self._signed(path), self.where(path), {}, limit_bytes, deadline)
+    def read(self, path: str, limit_bytes: int, part_s: float | None = None) -> bytes:
+        return read_whole(self._wire, self._signed(path), self.where(path), {}, limit_bytes, part_s)
 
     def size(self, path: str) -> int | None:
         try:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import netrc
+import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from urllib.parse import quote, urlsplit
 
-from agent.store.remote.api import Body, Source
+from agent.store.remote.api import STEADY_BYTES, Body, Source
 from agent.store.remote.wire import Wire
 from schema.errors import InvalidCheckpoint, InvalidInput, NotFound
 from schema.remote import RemoteSettings
@@ -37,8 +38,8 @@ class WebRemote:
         with self._wire.range(url, self.where(path), self._headers, offset, length, total_bytes, deadline) as body:
             yield body
 
-    def read(self, path: str, limit_bytes: int, deadline: float | None = None) -> bytes:
-        return read_whole(self._wire, self._address(path), self.where(path), self._headers, limit_bytes, deadline)
+    def read(self, path: str, limit_bytes: int, part_s: float | None = None) -> bytes:
+        return read_whole(self._wire, self._address(path), self.where(path), self._headers, limit_bytes, part_s)
 
     def size(self, path: str) -> int | None:
         try:
@@ -96,20 +97,24 @@ class WebRemote:
 
 
 def read_whole(
-    wire: Wire, url: str, where: str, headers: dict[str, str], limit_bytes: int, deadline: float | None = None
+    wire: Wire, url: str, where: str, headers: dict[str, str], limit_bytes: int, part_s: float | None = None
 ) -> bytes:
-    """All of a small file, whether or not the server says how long it is."""
+    """All of a small file, whether or not the server says how long it is. ``part_s`` as in `Remote.read`."""
     data = bytearray()
     block = memoryview(bytearray(1 << 16))
-    with wire.request("GET", url, where, headers, deadline) as answer:
-        while count := answer.body.some(block):
+    steady = STEADY_BYTES
+    with wire.request("GET", url, where, headers, None if part_s is None else time.monotonic() + part_s) as answer:
+        while count := answer.body.next(block):
             data += block[:count]
+            if part_s is not None and len(data) >= steady:
+                steady = len(data) + STEADY_BYTES
+                answer.body.extend(time.monotonic() + part_s)
             if len(data) > limit_bytes:
                 raise InvalidCheckpoint(f"{where} has more than {limit_bytes} bytes")
             if answer.length is not None and len(data) >= answer.length:
                 break
         if answer.length is not None and len(data) < answer.length:
-            answer.body.fill(memoryview(bytearray(1)))  # says that it was short
+            answer.body.some(block[: answer.length - len(data)])  # says that it was short
     return bytes(data)
 
 

@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
-from typing import Final
+from typing import Final, cast
 from urllib.parse import quote, urljoin, urlsplit
 
-from agent.store.remote.api import Forbidden, Interrupted, left_s, nothing_there
+from agent.store.remote.api import Body, Forbidden, Interrupted, left_s, nothing_there
 from agent.store.remote.pace import Pace, PacedResponse
 from schema.errors import Cancelled, InvalidCheckpoint, InvalidInput, SllmError, TimedOut, Unauthorised, Unreachable
 from schema.remote import RemoteSettings
@@ -144,7 +144,7 @@ class Wire:
 
     def _exchange(
         self, method: str, url: str, origin: _Origin, where: str, headers: Mapping[str, str], deadline: float | None
-    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+    ) -> tuple[http.client.HTTPConnection, PacedResponse]:
         split = urlsplit(url)
         path = (split.path or "/") + (f"?{split.query}" if split.query else "")
         while True:
@@ -161,7 +161,7 @@ class Wire:
                 sock = connection.sock
                 pace = Pace(where, self._settings.read_s, time.monotonic() + answer_s)
                 connection.response_class = partial(PacedResponse, pace=pace)  # type: ignore[assignment]
-                response = connection.getresponse()
+                response = cast("PacedResponse", connection.getresponse())
                 pace.deadline = deadline
                 # Let go of when the server is going to close it; `_shut` needs it until the body is over.
                 connection.sock = connection.sock or sock
@@ -207,13 +207,13 @@ class Wire:
         connection.close()
 
 
-class _WireBody:
-    """A response's body, read by `fill`. ``started`` is where a partial one begins in the file, -1 where it does not say.
+class _WireBody(Body):
+    """A response's body. ``started`` is where a partial one begins in the file, -1 where it does not say.
 
     ``version``: the file's size, and its ETag or else when it was last changed.
     """
 
-    def __init__(self, wire: Wire, response: http.client.HTTPResponse, where: str) -> None:
+    def __init__(self, wire: Wire, response: PacedResponse, where: str) -> None:
         self._wire = wire
         self._response = response
         self._where = where
@@ -230,13 +230,16 @@ class _WireBody:
             self._response.read()
         return self._response.isclosed()
 
-    def fill(self, view: memoryview) -> None:
-        while view:
-            if not (count := self.some(view)):
-                raise Interrupted(f"{self._where}: the connection ended after {self._read_bytes} bytes, {len(view)} early")
-            view = view[count:]
-
     def some(self, view: memoryview) -> int:
+        if not (count := self.next(view)):
+            raise Interrupted(f"{self._where}: the connection ended after {self._read_bytes} bytes, {len(view)} early")
+        return count
+
+    def extend(self, deadline: float) -> None:
+        """It has until then, from now on."""
+        self._response.pace.deadline = deadline
+
+    def next(self, view: memoryview) -> int:
         """What comes next, at least a byte; 0 at the end."""
         response = self._response
         if self._wire.stopped:

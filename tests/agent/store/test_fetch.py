@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import select
 import shutil
@@ -13,12 +14,14 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agent.store import catalog
+from agent.store.remote.api import STEADY_BYTES
 from agent.store.temporary import hold_kept
 from schema.checkpoint import AssetEntry
 from tests.agent.store.fetching import (
@@ -285,14 +288,15 @@ def test_a_fetch_that_follows_a_cancelled_one_waits_until_that_has_let_go(
         bench.fetches.cancel("one", keep=keep)
         bench.fetches.begin("never", digest, web.url)
         bench.fetches.cancel("never")
-        before, web.limit_bytes, web.pause_s = len(web.ranges), NO_LIMIT, 0.0
+        web.limit_bytes, web.pause_s = NO_LIMIT, 0.0
         bench.fetches.begin("two", digest, web.url, in_memory=True, users=1)
         bench.until(lambda: "two" in bench.answers)
         assert bench.answers == {"two": None}
         assert_there(bench, digest, image)
         (resident,) = bench.store.residents()
         assert (resident.users, read_image(bench.arena.descriptor, resident)) == (1, image)
-        assert (web.asked_bytes(before) < len(image)) is keep
+        begun = max(number for number, (path, _) in enumerate(web.ranges) if path.endswith("manifest.json"))
+        assert (web.asked_bytes(begun) < len(image)) is keep
 
 
 def test_a_fetch_that_was_whole_before_its_cancel_is_told_to_nobody_in_particular(
@@ -344,6 +348,60 @@ def test_a_server_that_trickles_is_given_up(tmp_path: Path, source: tuple[str, P
     assert fault.code == "unreachable"
     assert "in time" in fault.message
     bench.close()
+
+
+def sends(web: WebServer, count: int, then: Callable[[Any], object]) -> None:
+    """Of each range of weights the server sends so many bytes at most, and ``then`` does something else."""
+    first = web.root
+
+    def fault(handler: Any, path: str, _: int) -> bool:
+        if not path.endswith(".bin"):
+            return False
+        data = (first / path).read_bytes()
+        start, last = map(int, re.findall(r"\d+", handler.headers["Range"]))
+        if last + 1 - start <= count:
+            return False
+        cut(handler, 206, last + 1 - start, data[start : start + count], len(data), then)
+        return True
+
+    web.fault = fault
+
+
+def test_what_has_come_of_a_chunk_is_not_asked_for_again(
+    bench: FetchBench, source: tuple[str, Path, bytes], web: WebServer
+) -> None:
+    digest, _, image = source
+    sends(web, STEADY_BYTES, lambda handler: None)  # a chunk takes more connections than may fail
+    assert SETTINGS.attempts * STEADY_BYTES < CHUNK
+    assert bench.get(digest, web.url) is None
+    assert_there(bench, digest, image)
+    starts = [int(sent.removeprefix("bytes=").split("-")[0]) for path, sent in web.ranges if path.endswith(".bin")]
+    assert len(starts) >= len(image) // STEADY_BYTES
+    assert all(start % STEADY_BYTES == 0 for start in starts)
+
+
+def test_a_server_that_breaks_off_too_soon_is_given_up(
+    bench: FetchBench, source: tuple[str, Path, bytes], web: WebServer
+) -> None:
+    digest, _, _ = source
+    sends(web, STEADY_BYTES - 1, lambda handler: None)
+    fault = bench.get(digest, web.url)
+    assert fault is not None
+    assert fault.code == "unreachable"
+    assert f"(tried {SETTINGS.attempts} times)" in fault.message
+    asked = [sent for path, sent in web.ranges if path.endswith(".bin")]
+    assert len(asked) <= SETTINGS.streams * SETTINGS.attempts
+
+
+def test_a_slow_link_takes_as_many_connections_as_it_needs(
+    tmp_path: Path, source: tuple[str, Path, bytes], web: WebServer
+) -> None:
+    digest, _, image = source
+    settings = changed(SETTINGS, part_s=0.3, attempts=100)
+    sends(web, 2 * CHUNK // 3, lambda handler: handler.rfile.read(1))  # and then nothing, until the node has had enough
+    with contextlib.closing(FetchBench(tmp_path / "data", settings)) as bench:
+        assert bench.get(digest, web.url) is None
+        assert_there(bench, digest, image)
 
 
 def test_a_server_without_ranges_is_refused(bench: FetchBench, source: tuple[str, Path, bytes], web: WebServer) -> None:

@@ -7,14 +7,14 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agent.store import catalog
-from agent.store.remote.api import Interrupted, Remote
+from agent.store.remote.api import STEADY_BYTES, Body, Interrupted, Remote
 from agent.store.remote.open import open_remote
 from agent.store.remote.publish import publish
 from schema.errors import Conflict, InvalidCheckpoint, SllmError
@@ -145,6 +145,36 @@ def test_comparing_outlasts_what_breaks_now_and_then(
     monkeypatch.setattr(share, "open", trouble)
     assert put(directory, share) == ((), [])
     assert set(tries.values()) == {SETTINGS.attempts}
+
+
+def test_what_lies_there_is_compared_however_often_its_reading_breaks(
+    source: tuple[str, Path, bytes], share: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, directory, image = source
+    put(directory, share)
+    real, starts = share.open, []
+
+    class Short(Body):
+        def __init__(self, body: Body) -> None:
+            self._body, self._left = body, STEADY_BYTES
+
+        def some(self, view: memoryview) -> int:
+            if not self._left:
+                raise Interrupted("the share is away")
+            count = self._body.some(view[: self._left])
+            self._left -= count
+            return count
+
+    @contextmanager
+    def short(path: str, start: int, *rest: Any, **named: Any) -> Iterator[Body]:
+        starts.append((path, start))
+        with real(path, start, *rest, **named) as body:
+            yield Short(body) if path.endswith(".bin") else body
+
+    monkeypatch.setattr(share, "open", short)
+    assert put(directory, share) == ((), [])
+    weights = [each for each in starts if each[0].endswith(".bin")]
+    assert len(weights) == len({*weights}) >= len(image) // STEADY_BYTES
 
 
 def test_an_error_of_the_disk_here_is_not_taken_for_one_of_the_remote(

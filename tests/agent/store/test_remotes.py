@@ -9,14 +9,17 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
 import msgspec
 import pytest
 
+from agent.store.remote import api, pace, wire
 from agent.store.remote import s3 as s3_module
-from agent.store.remote.api import Interrupted, Remote, read_into
+from agent.store.remote import web as web_module
+from agent.store.remote.api import STEADY_BYTES, Interrupted, Remote, read_into
 from agent.store.remote.open import open_remote
 from schema.errors import Cancelled, InvalidCheckpoint, InvalidInput, NotFound, OutOfSpace, SllmError, Unauthorised, Unreachable
 from schema.remote import RemoteSettings, check_remote_url
@@ -219,8 +222,32 @@ def test_a_server_that_trickles_cannot_outlast_the_deadline(web: WebServer) -> N
     with pytest.raises(Interrupted, match="in time"), remote.open("a/file", 0, 1 << 20, deadline=deadline) as body:
         body.fill(memoryview(bytearray(1 << 20)))
     with pytest.raises(Interrupted, match="in time"):
-        remote.read("a/file", len(DATA), time.monotonic() + 0.2)
+        remote.read("a/file", len(DATA), 0.2)
     remote.close()
+
+
+@pytest.mark.parametrize("times", [0.5, 2.0])
+def test_a_small_file_may_come_slowly_but_not_stand_still(
+    web: WebServer, monkeypatch: pytest.MonkeyPatch, times: float
+) -> None:
+    """Over a link on which `STEADY_BYTES` take so many times ``part_s``, by a clock that runs as they come."""
+    now, part_s, receive = [0.0], 10.0, pace._Receives.readinto
+
+    def slowly(self: Any, buffer: Any) -> int | None:
+        count = receive(self, buffer)
+        now[0] += (count or 0) / STEADY_BYTES * part_s * times
+        return count
+
+    monkeypatch.setattr(pace._Receives, "readinto", slowly)
+    for module in (api, web_module, wire):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with contextlib.closing(open_remote(web.url, SETTINGS)) as remote:
+        if times < 1:
+            assert remote.read("a/file", len(DATA), part_s) == DATA
+            assert now[0] > 50 * part_s
+        else:
+            with pytest.raises(Interrupted, match="in time"):
+                remote.read("a/file", len(DATA), part_s)
 
 
 ENDLESS = {
@@ -247,10 +274,10 @@ def test_what_a_server_sends_without_end_is_not_read_for_ever(kind: str) -> None
         thread = threading.Thread(target=trickle, daemon=True)
         thread.start()
         remote = open_remote(f"http://127.0.0.1:{listener.getsockname()[1]}", msgspec.structs.replace(SETTINGS, read_s=0.3))
-        deadline = time.monotonic() + 0.3
+        begun = time.monotonic()
         with pytest.raises(Interrupted, match="in time"):
-            remote.read("a", 1 << 20, deadline if kind == "a chunk" else None)
-        assert time.monotonic() - deadline < 60
+            remote.read("a", 1 << 20, 0.3 if kind == "a chunk" else None)
+        assert time.monotonic() - begun < 60
         remote.close()
         thread.join(60)
         assert not thread.is_alive()

@@ -17,6 +17,7 @@ import pytest
 
 from agent.store.ingest.pipeline import CHUNK_BYTES
 from agent.store.ingest.web import fetch_directory
+from agent.store.remote.api import STEADY_BYTES
 from schema.errors import InvalidCheckpoint, InvalidInput, NotFound, SllmError, Unauthorised, Unreachable
 from schema.remote import RemoteSettings
 from schema.spec import PathSource, UrlSource
@@ -199,6 +200,23 @@ def test_a_short_body_is_gone_on_with(web: WebServer, root: Path, directory: Pat
     web.fault = short
     fetch(web, directory)
     assert same(root, directory)
+
+
+def test_a_chunk_may_take_more_connections_than_may_fail(web: WebServer, root: Path, directory: Path) -> None:
+    assert QUICK.attempts * STEADY_BYTES < CHUNK_BYTES
+
+    def short(handler: Any, path: str, count: int) -> bool:
+        if not path.endswith("safetensors") or count == 1:  # the first asks for its size
+            return False
+        data = (root / path).read_bytes()
+        start, last = map(int, handler.headers["Range"].removeprefix("bytes=").split("-"))
+        cut(handler, 206, last + 1 - start, data[start : min(start + STEADY_BYTES, last + 1)], len(data))
+        return True
+
+    web.fault = short
+    fetch(web, directory)
+    assert same(root, directory)
+    assert all(int(sent.removeprefix("bytes=").split("-")[0]) % STEADY_BYTES == 0 for _, sent in web.ranges if sent)
 
 
 def fail(handler: Any, status: int) -> bool:
