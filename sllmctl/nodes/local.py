@@ -147,20 +147,24 @@ class LocalAgent:
         command = self._command or _installed_agent()
         self._log_path.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
         config = msgspec.json.encode(self._node).decode()
-        append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        return os.posix_spawn(
-            command[0],
-            [*command, "--config-json", config],
-            _environment(),
-            file_actions=[
-                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_OPEN, 1, str(self._log_path), append, 0o600),
-                (os.POSIX_SPAWN_DUP2, 1, 2),
-            ],
-            setsid=True,
-            setsigmask=[],
-            setsigdef=[signal.SIGPIPE, signal.SIGINT, signal.SIGTERM],
-        )
+        # Opened here: a file that a spawn cannot open for its child is told as an error of the program.
+        output = os.open(self._log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            return os.posix_spawn(
+                command[0],
+                [*command, "--config-json", config],
+                _environment(),
+                file_actions=[
+                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                    (os.POSIX_SPAWN_DUP2, output, 1),
+                    (os.POSIX_SPAWN_DUP2, output, 2),
+                ],
+                setsid=True,
+                setsigmask=[],
+                setsigdef=[signal.SIGPIPE, signal.SIGINT, signal.SIGTERM],
+            )
+        finally:
+            os.close(output)
 
     def _kill(self) -> tuple[str, ...]:
         """Kill what the roster names, the agent first so that it makes nothing new, and wait for them to be gone."""

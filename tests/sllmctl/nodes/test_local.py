@@ -146,6 +146,15 @@ async def test_a_command_that_is_not_there_is_a_failure_that_is_said(node: NodeS
     assert await local.shutdown(WAIT_S) == ()
 
 
+async def test_a_log_that_cannot_be_written_is_named_and_not_the_interpreter(node: NodeSettings) -> None:
+    local = LocalAgent(node, command=COMMAND)
+    (log := Path(node.data_dir) / "log" / "agent.log").mkdir(parents=True)
+    await local.ensure()
+    assert local.failure is not None
+    assert str(log) in local.failure
+    assert sys.executable not in local.failure
+
+
 async def test_a_lock_that_cannot_be_looked_at_is_a_failure_that_is_said_and_passes(node: NodeSettings) -> None:
     lock = Path(node.run_dir) / "agent.lock"
     lock.mkdir(parents=True)
