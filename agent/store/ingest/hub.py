@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
@@ -23,6 +24,7 @@ _WANTED: Final = (
     "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
 )  # fmt: skip
 _LOOK_S: Final = 0.2
+_log = logging.getLogger(__name__)
 
 
 def fetch(source: HubSource, directory: Path, progress: Callable[[int, int], None], free: Callable[[int], int]) -> None:
@@ -34,7 +36,9 @@ def fetch(source: HubSource, directory: Path, progress: Callable[[int, int], Non
     needed.
     """
     from huggingface_hub import HfApi, errors, snapshot_download
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    disable_progress_bars()  # standard error is the ingest's log
     # The root of the errors of whatever HTTP library this version of the hub's client is built on.
     http_error: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
     what = f"{source.repo} at {source.revision}"
@@ -65,6 +69,12 @@ def fetch(source: HubSource, directory: Path, progress: Callable[[int, int], Non
         raise
     except (ValueError, RuntimeError) as error:
         raise SllmError(f"fetching {what} failed: {_first_line(error)}") from error
+    except (TypeError, LookupError, AttributeError) as error:
+        _log.exception("the hub's client failed")
+        raise Unreachable(
+            f"what was asked for {what} does not answer as a hub does ({type(error).__name__}: {_first_line(error)}); "
+            "see HF_ENDPOINT of the agent's environment"
+        ) from error
 
 
 class _Watch:

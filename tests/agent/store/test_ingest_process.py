@@ -272,7 +272,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.requested.append(path)
         files = {file.name: file.read_bytes() for file in self.source.iterdir()}
         files["model/../../../climbs.safetensors"] = b"not asked for"
-        if path.startswith("/api/models/org/name/tree/"):
+        if path.startswith("/api/models/org/name-of-list"):
+            self.answer(b"[]")
+        elif path.startswith("/api/models/org/name/tree/"):
             entries = [
                 {"type": "file", "path": name, "size": len(data), "oid": sha256(data).hexdigest()[:40]}
                 for name, data in files.items()
@@ -331,13 +333,16 @@ def hub(tmp_path: Path) -> Iterator[tuple[dict[str, str], list[str]]]:
     server.server_close()
 
 
-def test_model_of_a_hub(node: Node, hub: tuple[dict[str, str], list[str]], tmp_path: Path) -> None:
+def test_model_of_a_hub(
+    node: Node, hub: tuple[dict[str, str], list[str]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     environment, requested = hub
     code, _, done = node.finish(node.start(HubSource("org/name"), checked=True, env=environment))
     assert (code, done.fault) == (0, None)
     code, _, local = node.finish(node.start(PathSource(str(tmp_path / "hub"))))
     assert local.digest == done.digest
     assert not any("pytorch_model.bin" in path for path in requested)
+    assert "Fetching" not in capfd.readouterr().err, "a progress bar in a log"
     assert list((node.data / "tmp").iterdir()) == []
 
 
@@ -346,6 +351,14 @@ def test_model_that_a_hub_does_not_have(node: Node, hub: tuple[dict[str, str], l
     assert done.fault is not None
     assert done.fault.code == "not_found"
     assert "check the name, or set HF_TOKEN" in done.fault.message
+    assert node.nothing_left()
+
+
+def test_what_answers_as_no_hub_does(node: Node, hub: tuple[dict[str, str], list[str]]) -> None:
+    _, _, done = node.finish(node.start(HubSource("org/name-of-list"), env=hub[0]))
+    assert done.fault is not None
+    assert done.fault.code == "unreachable"
+    assert "org/name-of-list at main does not answer as a hub does" in done.fault.message
     assert node.nothing_left()
 
 
