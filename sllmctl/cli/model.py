@@ -381,6 +381,8 @@ def _source(text: str, in_place: bool) -> Source:
     source = source_of(text)
     if source is None or (isinstance(source, PathSource) and not source.node):
         forms = "a model of the hub is written ORG/NAME, a directory of a node NODE:/PATH, one of a server https://HOST/PATH"
+        if path.exists():
+            raise click.BadParameter(f"{path} is a file; give the model's directory", param_hint="SOURCE")
         hint = "" if source else f"; {forms}"
         raise click.BadParameter(f"there is no directory {path}{hint}", param_hint="SOURCE")
     if in_place:

@@ -67,6 +67,8 @@ def convert(
     """
     directory = SourceDirectory(source)
     key = hashlib.sha256(os.fsencode(directory.path)).hexdigest()[:32]
+    if not directory.has("config.json"):
+        raise InvalidCheckpoint(f"{source} is no Hugging Face model directory: it has no config.json")
     config = parse_json(directory.read("config.json", _MAX_CONFIG_BYTES), "config.json")
     with (
         disk_errors(f"ingesting {source}"),

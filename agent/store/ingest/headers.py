@@ -29,6 +29,7 @@ _INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"
 _PICKLED_INDEX: Final = "pytorch_model.bin.index.json"
 _PICKLED_SINGLE: Final = "pytorch_model.bin"
+_WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -140,9 +141,7 @@ class Sources:
             elif self._directory.has(_PICKLED_SINGLE):
                 self._add(_PICKLED_SINGLE)
             else:
-                raise InvalidCheckpoint(
-                    f"{self._directory.path} cannot be ingested: no {_SINGLE} and no {_PICKLED_SINGLE} in it"
-                )
+                raise _no_weights(self._directory)
         if not self.tensors:
             raise InvalidCheckpoint(f"{self._directory.path} holds no tensors")
 
@@ -165,6 +164,15 @@ class Sources:
             if tensor.name in self.tensors:
                 raise InvalidCheckpoint(f"tensor {tensor.name!r} is in {self.tensors[tensor.name].file} and in {file}")
             self.tensors[tensor.name] = tensor
+
+
+def _no_weights(directory: SourceDirectory) -> InvalidCheckpoint:
+    """Often an index was not downloaded with its files, or the weights are of another kind."""
+    text = f"{directory.path} cannot be ingested: it has none of {_SINGLE}, {_INDEX}, {_PICKLED_SINGLE} and {_PICKLED_INDEX}"
+    others = [name for name in directory.names() if name.endswith(_WEIGHTS)]
+    if others:
+        text += f", and nothing says how to read {', '.join(others[:3])}{' ...' if len(others) > 3 else ''}"
+    return InvalidCheckpoint(text)
 
 
 def parse_json(data: bytes, what: str) -> dict[str, Any]:

@@ -258,6 +258,19 @@ def test_tensor_that_the_index_does_not_list(sharded: Path, tmp_path: Path) -> N
     refused(sharded, tmp_path, "does not list")
 
 
+def test_what_is_no_model_directory_is_said_to_be_none(source: Path, tmp_path: Path) -> None:
+    (source / "config.json").unlink()
+    refused(source, tmp_path, "is no Hugging Face model directory: it has no config.json")
+
+
+def test_weights_that_no_index_names_are_named(sharded: Path, source: Path, tmp_path: Path) -> None:
+    (sharded / "model.safetensors.index.json").unlink()
+    shards = sorted(path.name for path in sharded.glob("*.safetensors"))
+    refused(sharded, tmp_path, f"none of .*, and nothing says how to read {', '.join(shards)}$")
+    (source / "model.safetensors").unlink()
+    refused(source, tmp_path, r"pytorch_model\.bin\.index\.json$")
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json"])
 def test_link_that_leads_out(source: Path, tmp_path: Path, name: str) -> None:
     (source / name).rename(tmp_path / "outside")

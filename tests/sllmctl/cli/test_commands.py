@@ -226,6 +226,12 @@ def test_what_a_source_means(
     assert manager.asked[0][2]["source"] == expected
 
 
+def test_a_file_is_no_source_and_is_not_said_to_be_missing(sllmctl: Sllmctl, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    said = sllmctl("model", "add", "new", str(tmp_path / "model.safetensors"))
+    assert (said.code, "is a file; give the model's directory" in said.err) == (2, True)
+
+
 def test_a_model_that_is_added_is_named_with_where_to_look(sllmctl: Sllmctl, manager: FakeManager) -> None:
     manager.answer("POST models", 201, MODELS[2])
     said = sllmctl("model", "add", "new", "org/name")
