@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -131,3 +132,34 @@ def test_a_beginning_that_is_not_sound_is_never_shared() -> None:
     outcome = drive(engine, [submit_of(1, [3, 50, *[4] * 100], 4), submit_of(2, [3, 50, *[4] * 70], 4)])
     assert [outcome.ends[attempt].reason for attempt in (1, 2)] == [EndReason.ERROR] * 2
     assert found(outcome, 2) == 0
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_what_is_not_a_number_behind_a_sliding_window_harms_nobody(deterministic: bool) -> None:
+    """A deterministic query reads what it attends to and nothing else, so that a prompt outlives its broken token: its blocks
+    are shared with those that begin alike, and after them belong to others. Elsewhere a chunk is broken as a whole."""
+    model = make_model("mistral-window")
+    manifest = manifest_of(model)
+    tensors = tensors_of(model)
+    tensors["model.embed_tokens.weight"][50] = torch.nan
+    options = msgspec.structs.replace(kv_options(manifest, 192), deterministic=deterministic)
+
+    def engine(share: bool = True) -> BatchEngine:
+        return build_engine(manifest, tensors, options, prefill_tokens=24, share_prefixes=share)
+
+    healthy = [[token for token in prompt if token != 50] for prompt in prompts()]
+    broken = [1, 50, *healthy[4]]
+    asked = [submit_of(1, broken, 20), submit_of(2, [*broken[:-1], 3], 20)]
+    asked += [submit_of(at, prompt, 20) for at, prompt in enumerate(healthy, 3)]
+    shared, here = Outcome({}, {}, {}), engine()
+    for submit in asked:
+        outcome = drive(here, [submit])
+        shared.tokens |= outcome.tokens
+        shared.ends |= outcome.ends
+        if submit.attempt == 2:
+            assert (not here._pool.layers[1].isfinite().all()) == deterministic
+    assert shared.tokens == {submit.attempt: drive(engine(False), [submit]).tokens[submit.attempt] for submit in asked}
+    ends = {attempt: end.reason for attempt, end in shared.ends.items()}
+    assert ends == {at: EndReason.LENGTH if deterministic or at > 2 else EndReason.ERROR for at in ends}
+    assert (found(shared, 2) > 0) == deterministic
+    assert found(drive(here, [submit_of(99, broken, 1)]), 99) == 0, "its blocks have become others'"
