@@ -29,6 +29,7 @@ _RANGES: Final[dict[str, tuple[float, float]]] = {
     "max_tokens": (1, 1 << 31),
     "temperature": (0, 100),
     "top_k": (0, 1 << 31),
+    "top_p": (0, 1),
     "min_p": (0, 1),
     "seed": (0, MAX_SEED),
     "min_tokens": (0, 1 << 31),
@@ -41,8 +42,9 @@ _RANGES: Final[dict[str, tuple[float, float]]] = {
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """How tokens are chosen; all of it per sequence, and of no effect on others in its batch.
 
-    ``temperature`` 0 is greedy. ``min_p`` 0, ``top_k`` 0 and ``top_p`` 1 keep all tokens; they cut in this order. Noise is
-    keyed by (seed, choice, position), so ``seed`` is always set: the gateway draws one where the client gave none.
+    ``temperature`` 0 is greedy. ``min_p`` 0, ``top_k`` 0 and ``top_p`` 1 keep all tokens, ``top_p`` 0 the most probable alone;
+    they cut in this order. Noise is keyed by (seed, choice, position), so ``seed`` is always set: the gateway draws one where
+    the client gave none.
 
     ``logit_bias``: (token id, what is added to its logit). ``repetition_penalty`` divides positive logits of tokens that prompt
     or reply have, and multiplies negative ones. ``frequency_penalty`` and ``presence_penalty`` are taken off the logits of
@@ -81,8 +83,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             value = getattr(self, name)
             if not low <= value <= high:  # nor is a NaN
                 raise InvalidInput(f"{name} is {value:g}, which is not between {low:g} and {high:g}", name)
-        if not 0 < self.top_p <= 1:
-            raise InvalidInput(f"top_p is {self.top_p:g}, which is not above 0 and at most 1", "top_p")
         if len(self.logit_bias) > _MAX_BIASES:
             raise InvalidInput(f"logit_bias has {len(self.logit_bias)} tokens; at most {_MAX_BIASES} are taken", "logit_bias")
         if len({token for token, _ in self.logit_bias}) < len(self.logit_bias):

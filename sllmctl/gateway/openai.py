@@ -48,7 +48,7 @@ class Common(msgspec.Struct, frozen=True, kw_only=True):
     model: Annotated[str, Meta(min_length=1, max_length=256)]
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=1 << 31)] | None = None
     seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
     stop: str | list[str] | None = None
@@ -212,7 +212,8 @@ def _sampling_params(
             "max_tokens",
         )
     if (body.min_tokens or 0) > (max_tokens or room):
-        raise InvalidInput(f"min_tokens: {body.min_tokens} are more than the {max_tokens or room} that may be", "min_tokens")
+        most = f"max_tokens, {max_tokens}" if max_tokens is not None else f"the {room} that the context has room for"
+        raise InvalidInput(f"min_tokens: {body.min_tokens} is more than {most}", "min_tokens")
     stop_token_ids = (*(body.stop_token_ids or ()), *(() if body.ignore_eos else defaults.stop_token_ids))
     logit_bias = tuple((body.logit_bias or {}).items())
     _check_tokens("stop_token_ids", body.stop_token_ids or (), text.vocab_size)

@@ -261,7 +261,7 @@ def _usable(defaults: TextDefaults) -> TextDefaults:
     return msgspec.structs.replace(
         defaults,
         temperature=temperature if temperature is not None and 0 <= temperature <= 100 else None,
-        top_p=top_p if top_p is not None and 0 < top_p <= 1 else None,
+        top_p=top_p if top_p is not None and 0 <= top_p <= 1 else None,
         top_k=top_k if top_k is not None and top_k >= 0 else None,
         min_p=min_p if min_p is not None and 0 <= min_p <= 1 else None,
         repetition_penalty=penalty if penalty is not None and 0.01 <= penalty <= 100 else None,

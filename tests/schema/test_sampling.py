@@ -21,7 +21,8 @@ def test_the_edges_of_every_range_are_taken() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("max_tokens", 0), ("temperature", -0.1), ("temperature", math.nan), ("top_p", 0.0), ("top_p", math.nan), ("top_k", -1),
+        ("max_tokens", 0), ("temperature", -0.1), ("temperature", math.nan), ("top_p", -1.0), ("top_p", math.nan),
+        ("top_k", -1),
         ("min_p", 1.1), ("min_p", math.nan), ("seed", 1 << 63), ("seed", -1), ("min_tokens", -1), ("repetition_penalty", 0.0),
         ("repetition_penalty", math.inf), ("presence_penalty", 2.1), ("presence_penalty", math.nan),
         ("frequency_penalty", -2.1), ("frequency_penalty", math.nan), ("logit_bias", ((1, 100.5),)),

@@ -223,5 +223,5 @@ def _check_sampling(sampling: _Sampling) -> None:
     }  # fmt: skip
     for name, (low, high) in bounds.items():
         value = getattr(sampling, name)
-        if value is not None and (not low <= value <= high or (name == "top_p" and not value)):
+        if value is not None and not low <= value <= high:
             raise InvalidCheckpoint(f"generation_config.json: {name} is {value}, not between {low} and {high}")

@@ -17,7 +17,7 @@ from tests.agent.engine.rows import Row, row
 
 _LEAST = 5e-324
 _RANGES: dict[str, list[Any]] = {
-    "top_p": [_LEAST, 1e-9, 0.5, 0.999, 1 - 1e-16],
+    "top_p": [0.0, _LEAST, 1e-9, 0.5, 0.999, 1 - 1e-16],
     "min_p": [_LEAST, 1e-9, 0.05, 1.0],
     "repetition_penalty": [0.01, 1.3, 100.0],
     "presence_penalty": [-2.0, 0.5],

@@ -389,7 +389,7 @@ def test_weights_that_cannot_be_run(source: Path, tmp_path: Path) -> None:
         ("chat_template.jinja", "x" * (1 << 20) + "y", "at most"),
         ("generation_config.json", '{"temperature": "hot"}', "temperature"),
         ("generation_config.json", '{"temperature": -1}', "temperature"),
-        ("generation_config.json", '{"top_p": 0}', "top_p"),
+        ("generation_config.json", '{"top_p": 1.5}', "top_p"),
         ("generation_config.json", '{"top_k": -3}', "top_k"),
         ("generation_config.json", '{"repetition_penalty": 0}', "repetition_penalty"),
         ("generation_config.json", '{"eos_token_id": [1, "x"]}', "eos_token_id"),

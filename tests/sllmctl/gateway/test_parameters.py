@@ -54,7 +54,7 @@ async def test_defaults_are_the_models_own_then_openais() -> None:
         has_template=True, temperature=0.3, top_p=0.0, top_k=11, min_p=0.25, repetition_penalty=1.5,
         special_tokens={"bos_token": "", "eos_token": ""},
     )  # fmt: skip
-    for defaults, expected in ((None, (1.0, 1.0, 0, 0.0, 1.0)), (own, (0.3, 1.0, 11, 0.25, 1.5))):
+    for defaults, expected in ((None, (1.0, 1.0, 0, 0.0, 1.0)), (own, (0.3, 0.0, 11, 0.25, 1.5))):
         async with serving(text=defaults) as here:
             here.router.reply = says("x", EndReason.LENGTH)
             for _ in range(2):
@@ -118,7 +118,7 @@ _REFUSED: list[tuple[dict[str, object], str, str]] = [
     ({"tempurature": 1}, "tempurature", "unknown_parameter"),
     ({"temperature": 2.5}, "temperature", "invalid_value"),
     ({"temperature": "hot"}, "temperature", "invalid_value"),
-    ({"top_p": 0}, "top_p", "invalid_value"),
+    ({"top_p": -0.1}, "top_p", "invalid_value"),
     ({"top_k": 1.5}, "top_k", "invalid_value"),
     ({"seed": 1 << 64}, "seed", "invalid_value"),
     ({"max_tokens": 0}, "max_tokens", "invalid_value"),
