@@ -6,6 +6,7 @@ share is written by whoever brings its last bytes. Large tensors, which a single
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -21,6 +22,7 @@ import xxhash
 from agent.native.blocks import block_memory
 from agent.store.ingest.headers import Sources, SourceTensor
 from agent.store.ingest.journal import Journal
+from agent.store.ingest.reading import SourceReader
 from schema.errors import SllmError
 
 __all__ = ["CHUNK_BYTES", "Tile", "fill", "find_chunks"]
@@ -81,21 +83,29 @@ def fill(
 
 
 def find_chunks(path: Path, file_bytes: int, chunks: Mapping[int, int]) -> dict[int, int]:
-    """Those of the chunks, xxh3 by number, that the file has."""
+    """Those of the chunks, xxh3 by number, that the file has. Read past the page cache, whose pages others need."""
     if not chunks:
         return {}
+    threads = min(4, os.cpu_count() or 1)
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, descriptor)
+        reader = stack.enter_context(contextlib.closing(SourceReader(descriptor)))
+        pool = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="ingest"))
 
-    def look(number: int) -> bool:
-        start = number * CHUNK_BYTES
-        data = os.pread(descriptor, min(CHUNK_BYTES, file_bytes - start), start) if start < file_bytes else b""
-        return bool(data) and xxhash.xxh3_64_intdigest(data) == chunks[number]
+        def look(numbers: Sequence[int]) -> list[int]:
+            """Those that are right, read one after the other into the same memory."""
+            memory, right = block_memory(CHUNK_BYTES), []
+            for number in numbers:
+                start = number * CHUNK_BYTES
+                view = memory[: max(0, min(CHUNK_BYTES, file_bytes - start))]
+                if view and reader.read_into(start, view) == len(view) and xxhash.xxh3_64_intdigest(view) == chunks[number]:
+                    right.append(number)
+            return right
 
-    try:
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="ingest") as pool:
-            return {number: chunks[number] for number, right in zip(chunks, pool.map(look, chunks), strict=True) if right}
-    finally:
-        os.close(descriptor)
+        numbers = sorted(chunks)
+        shares = pool.map(look, [numbers[first::threads] for first in range(threads)])
+        return {number: chunks[number] for share in shares for number in share}
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from agent.store import catalog
 from agent.store.budget import claim_room
 from agent.store.durable import disk_errors, reserve
+from agent.store.ingest.reading import SourceReader
 from agent.store.temporary import hold_kept
 from schema.checkpoint import Manifest
 from schema.errors import Conflict
@@ -34,6 +35,7 @@ class Partial:
         self.resumed = False
         self._held = -1
         self._files: dict[str, int] = {}
+        self._readers: dict[str, SourceReader] = {}
 
     def begin(self, limit_bytes: int = 0) -> None:
         """Take the directory, and room for all partitions. Raises Conflict when another has it, OutOfSpace.
@@ -59,6 +61,7 @@ class Partial:
                     descriptor = self._files[partition.file] = os.open(self.path / partition.file, flags, 0o666)
                     os.ftruncate(descriptor, partition.size_bytes)
                     reserve(descriptor, partition.size_bytes)
+                    self._readers[partition.file] = SourceReader(descriptor)
 
     def write_asset(self, name: str, data: bytes) -> None:
         with disk_errors(f"writing {self.path / name}"):
@@ -82,12 +85,8 @@ class Partial:
     def read(self, file: str, offset: int, view: memoryview) -> None:
         """Read back what lies in a partition."""
         with disk_errors(f"reading {self.path / file} at byte {offset}"):
-            while view:
-                count = os.preadv(self._files[file], [view], offset)
-                if not count:
-                    raise OSError(errno.EIO, "the file ends early")
-                view = view[count:]
-                offset += count
+            if self._readers[file].read_into(offset, view) < len(view):
+                raise OSError(errno.EIO, "the file ends early")
 
     def commit(self) -> None:
         """Every byte was found right: make it durable, then visible. A copy in quarantine is replaced, a sound one is kept."""
@@ -101,6 +100,9 @@ class Partial:
 
     def close(self, *, keep: bool = True) -> None:
         """Let go of it; what was not committed stays for the next try, or goes."""
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()

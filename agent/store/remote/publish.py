@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +21,7 @@ import xxhash
 
 from agent.store import catalog
 from agent.store.catalog import MANIFEST_FILE, CatalogEntry
+from agent.store.ingest.reading import SourceReader
 from agent.store.remote.api import Body, Patience, Remote, Source
 from agent.store.remote.steady import Steady
 from schema.checkpoint import IN_PLACE, Manifest, Partition, decode_manifest
@@ -218,34 +220,32 @@ class _Publish:
     @contextlib.contextmanager
     def _checked(self, path: Path, partition: Partition, chunk_bytes: int) -> Iterator[Source]:
         """A partition's bytes as a `Source`; every chunk that is read as a whole is compared with its checksum."""
-        with self._reading(path):
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        with contextlib.ExitStack() as stack:
+            with self._reading(path):
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                stack.callback(os.close, descriptor)
+                reader = stack.enter_context(contextlib.closing(SourceReader(descriptor)))
+            yield partial(self._read_checked, path, partition, chunk_bytes, reader)
 
-        def read(offset: int, length: int) -> memoryview:
-            # From a chunk's start to a chunk's end, so that whatever is handed on was compared.
-            start = offset // chunk_bytes * chunk_bytes
-            end = min(-(-(offset + length) // chunk_bytes) * chunk_bytes, partition.size_bytes)
-            data = memoryview(bytearray(end - start))
-            position = 0
-            while position < len(data):
-                with self._reading(path, start + position):
-                    count = os.preadv(descriptor, [data[position:]], start + position)
-                if not count:
-                    raise self._bad(f"{path} ends at byte {start + position}; its manifest says {partition.size_bytes}")
-                position += count
-            for at in range(0, len(data), chunk_bytes):
-                found = xxhash.xxh3_64_intdigest(data[at : at + chunk_bytes])
-                if found != (expected := partition.chunk_xxh3[(start + at) // chunk_bytes]):
-                    raise self._bad(
-                        f"{path}: the chunk at offset {start + at} is not what was ingested "
-                        f"(xxh3 {found:016x}, expected {expected:016x})"
-                    )
-            return data[offset - start : offset - start + length]
-
-        try:
-            yield read
-        finally:
-            os.close(descriptor)
+    def _read_checked(
+        self, path: Path, partition: Partition, chunk_bytes: int, reader: SourceReader, offset: int, length: int
+    ) -> memoryview:
+        # From a chunk's start to a chunk's end, so that whatever is handed on was compared.
+        start = offset // chunk_bytes * chunk_bytes
+        end = min(-(-(offset + length) // chunk_bytes) * chunk_bytes, partition.size_bytes)
+        data = memoryview(bytearray(end - start))
+        with self._reading(path, start):
+            count = reader.read_into(start, data)
+        if count < len(data):
+            raise self._bad(f"{path} ends at byte {start + count}; its manifest says {partition.size_bytes}")
+        for at in range(0, len(data), chunk_bytes):
+            found = xxhash.xxh3_64_intdigest(data[at : at + chunk_bytes])
+            if found != (expected := partition.chunk_xxh3[(start + at) // chunk_bytes]):
+                raise self._bad(
+                    f"{path}: the chunk at offset {start + at} is not what was ingested "
+                    f"(xxh3 {found:016x}, expected {expected:016x})"
+                )
+        return data[offset - start : offset - start + length]
 
     def _local(self, path: Path) -> bytes:
         """A small file of the copy here."""

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from agent.native.cold import cached_fraction
 from agent.store import catalog
 from agent.store.remote.api import STEADY_BYTES
 from agent.store.temporary import hold_kept
@@ -36,6 +37,7 @@ from tests.agent.store.fetching import (
     spoil,
 )
 from tests.agent.store.images import CHUNK, commit, read_image
+from tests.mappings import make_cold
 from tests.remotes import NO_LIMIT, WebServer, cut
 
 
@@ -222,6 +224,21 @@ def test_a_partial_of_another_manifest_is_begun_anew(
     assert bench.get(digest, web.url) is None
     assert_there(bench, digest, image)
     assert not (bench.data / "checkpoints" / digest / "exec1" / "other").exists()
+
+
+def test_what_an_earlier_fetch_has_left_is_read_past_the_page_cache(
+    bench: FetchBench, source: tuple[str, Path, bytes], web: WebServer
+) -> None:
+    digest, directory, image = source
+    partial = bench.data / "partial" / f"{digest}+exec1"
+    partial.mkdir(parents=True)
+    for file in ("manifest.json", PART, "partition_1.bin"):
+        (partial / file).write_bytes((directory / file).read_bytes())
+        make_cold(partial / file)
+    assert bench.get(digest, web.url) is None
+    assert web.asked_bytes() == 0
+    assert cached_fraction(bench.data / "checkpoints" / digest / "exec1" / PART) < 0.1
+    assert_there(bench, digest, image)
 
 
 KILLED = """

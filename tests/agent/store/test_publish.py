@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from agent.native.cold import cached_fraction
 from agent.store import catalog
 from agent.store.remote.api import STEADY_BYTES, Body, Interrupted, Remote
 from agent.store.remote.open import open_remote
@@ -21,6 +22,7 @@ from schema.errors import Conflict, InvalidCheckpoint, SllmError
 from schema.remote import RemoteSettings
 from tests.agent.store.fetching import PART, SETTINGS, FetchBench, assert_there, changed, image_of, make_source, rewrite, spoil
 from tests.agent.store.images import CHUNK, read_image
+from tests.mappings import make_cold
 from tests.remotes import S3_ENVIRONMENT, s3_server
 
 
@@ -175,6 +177,13 @@ def test_what_lies_there_is_compared_however_often_its_reading_breaks(
     assert put(directory, share) == ((), [])
     weights = [each for each in starts if each[0].endswith(".bin")]
     assert len(weights) == len({*weights}) >= len(image) // STEADY_BYTES
+
+
+def test_a_copy_is_read_past_the_page_cache(source: tuple[str, Path, bytes], share: Remote) -> None:
+    _, directory, _ = source
+    make_cold(directory / PART)
+    publish(catalog.read_entry(directory), share, SETTINGS, lambda done, total: None)
+    assert cached_fraction(directory / PART) < 0.1
 
 
 def test_an_error_of_the_disk_here_is_not_taken_for_one_of_the_remote(

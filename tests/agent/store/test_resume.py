@@ -13,17 +13,21 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import xxhash
 
+from agent.native.cold import cached_fraction
 from agent.store.budget import claim_room, used_bytes
 from agent.store.ingest.files import SourceDirectory
 from agent.store.ingest.headers import Sources, SourceTensor
-from agent.store.ingest.pipeline import CHUNK_BYTES
+from agent.store.ingest.pipeline import CHUNK_BYTES, find_chunks
 from agent.store.ingest.writer import Written, write_partition
 from agent.store.temporary import kept_directory, sweep, temporary_directory
 from schema.errors import InvalidCheckpoint, OutOfSpace, Unreachable
 from tests.checkpoints import Tensor, write_safetensors
 from tests.examples import sampled
+from tests.mappings import make_cold
 
 SEED = 20261128
 WORK = """
@@ -152,6 +156,17 @@ def test_nothing_is_believed_without_its_checksum(tmp_path: Path, source: Path, 
     assert tried.spared_bytes < whole.read_bytes
     assert tried.written == whole.written
     assert image.read_bytes() == (tmp_path / "whole" / "p.bin").read_bytes()
+
+
+def test_looking_at_what_is_there_leaves_the_page_cache_to_others(tmp_path: Path) -> None:
+    data = np.random.default_rng(SEED).bytes(4 * CHUNK_BYTES + 300_001)
+    path = tmp_path / "p.bin"
+    path.write_bytes(data)
+    sums = {at // CHUNK_BYTES: xxhash.xxh3_64_intdigest(data[at : at + CHUNK_BYTES]) for at in range(0, len(data), CHUNK_BYTES)}
+    make_cold(path)
+    right = {number: sums[number] for number in (0, 2, 3, 4)}
+    assert find_chunks(path, len(data), right | {1: sums[0], 5: 0}) == right
+    assert cached_fraction(path) < 0.1
 
 
 @pytest.mark.slow
