@@ -1,4 +1,4 @@
-"""`sllmctl bench load`, the node's side: how fast this machine loads a checkpoint, and what bounds a start of it.
+"""`sllmctl bench load`, the node's side: how fast this machine loads a checkpoint, and what bounds that.
 
 Runs as a process of its own with an arena of its own, so that a node that serves is disturbed on its disk alone. Every row
 goes through the store's and the worker's own code. Rounds are interleaved, and each row is set against the raw rate of the
@@ -218,7 +218,7 @@ def _attach(store: TrialStore, index: TensorIndex, resident: Resident) -> tuple[
 
 
 def _verdict(rows: dict[str, LoadRow], is_cold: bool, image_bytes: int) -> tuple[str, str]:
-    """What a start waits for, cold and with its pages cached."""
+    """What bounds a load, cold and with its pages cached. A start waits for its worker too, which is not measured here."""
     cold, warm, attach = rows[COLD], rows[WARM], rows[ATTACH]
     if image_bytes < _LEAST_BYTES:
         text = f"{image_bytes / 2**20:.1f} MiB are too small to judge by: opening files and waking threads take the time"
@@ -229,8 +229,9 @@ def _verdict(rows: dict[str, LoadRow], is_cold: bool, image_bytes: int) -> tuple
     if attach.seconds > cold.seconds:
         return "attach", f"laying tensors over the weights ({attach.seconds:.2f} s) takes longer than reading them"
     if share >= _NEAR and cold.seconds > 1.2 * warm.seconds:
-        text = f"the disk is the bottleneck: a cold start waits {cold.seconds:.2f} s for it, at {share:.0%} of what it gives"
-        return "disk", f"{text}; weights kept in memory are there in {attach.seconds * 1e3:.1f} ms"
+        text = f"the disk bounds the load: {cold.seconds:.2f} s cold, at {share:.0%} of what it gives"
+        text += f", {attach.seconds * 1e3:.1f} ms for weights kept in memory"
+        return "disk", f"{text}; a start takes the longer of that and its worker, which `sllmctl doctor` sets beside it"
     if share >= _NEAR:
-        return "memory", f"the disk is as fast as this machine copies memory: a cold start waits {cold.seconds:.2f} s"
+        return "memory", f"the disk is as fast as this machine copies memory: a cold load takes {cold.seconds:.2f} s"
     return "memory", f"loads reach {share:.0%} of what the disk gives: processor or memory bound them, not the disk"

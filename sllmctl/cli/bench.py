@@ -87,7 +87,7 @@ def _columns() -> list[Column[EstimateErrorView]]:
 @report_option
 @pass_invocation
 def load(invocation: Invocation, name: str | None, directory: Path | None, rounds: int, form: ReportFormat) -> None:
-    """Measure how fast this machine loads a checkpoint, and say what bounds a start of it.
+    """Measure how fast this machine loads a checkpoint, and say what bounds that.
 
     The checkpoint is one on this machine's disk: of a model, by its digest, in a directory, or the largest there is. A process
     beside the node reads it into memory of its own, as large as the checkpoint; a node that serves shares its disk with it
