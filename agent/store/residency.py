@@ -147,9 +147,10 @@ class Residency:
         if chunks < needed or not slots:
             if chunks + sum(len(each.chunks) for each in ending) >= needed and slots + len(ending):
                 return False
+            whole, pinned = self._arena.chunks * self._arena.chunk_bytes, self._pinned & self._residents.keys()
             raise OutOfSpace(
-                f"the arena has no room for {image_bytes} bytes: of {self._arena.chunks * self._arena.chunk_bytes} bytes "
-                f"{chunks * self._arena.chunk_bytes} are free or idle; stop an instance or give the node a larger arena"
+                f"the arena has no room for {image_bytes} bytes: of {whole} bytes {chunks * self._arena.chunk_bytes} are free "
+                f"or idle; stop an instance,{' unpin a checkpoint,' if pinned else ''} or give the node a larger arena"
             )
         for occupant in victims:
             self._evict(occupant)

@@ -61,8 +61,9 @@ def test_what_is_kept_stays_and_nothing_goes_in_vain(held: Held, kept: str) -> N
         held.residency.lend(one)
     else:
         held.compared.add(one)
-    with pytest.raises(OutOfSpace):
+    with pytest.raises(OutOfSpace) as refused:
         held.residency.make_room(4 * CHUNK, ())
+    assert ("unpin" in str(refused.value)) is (kept == "pinned")
     with pytest.raises(Conflict):
         held.residency.drop(one)
     assert held.gone == []
