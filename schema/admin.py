@@ -69,7 +69,7 @@ class _View(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ProgressView(_View, frozen=True, kw_only=True):
-    """How far a long operation has come; ``rate_bps`` is of the present stage, ``now_bps`` of its last second.
+    """How far a long operation has come; ``rate_bps`` is of the present stage, ``now_bps`` of its last seconds.
 
     ``source``: the tier that the bytes come from, where that is known.
     """
@@ -80,6 +80,12 @@ class ProgressView(_View, frozen=True, kw_only=True):
     rate_bps: float = 0.0
     source: Tier | None = None
     now_bps: float = 0.0
+
+    @property
+    def doing(self) -> str:
+        """``fetch from remote, resumed``."""
+        verb, comma, how = self.stage.partition(",")
+        return verb + (f" from {self.source}" if self.source is not None else "") + comma + how
 
 
 class LoadView(_View, frozen=True, kw_only=True):

@@ -258,7 +258,7 @@ def _amounts(progress: ProgressView | None) -> str:
 
     if progress is None:
         return " ..."
-    text = f": {printable(progress.stage)}" + (f" from {progress.source}" if progress.source is not None else "")
+    text = f": {printable(progress.doing)}"
     if progress.total_bytes:
         share = 100 * progress.done_bytes / progress.total_bytes
         text += f" {size(progress.done_bytes)} of {size(progress.total_bytes)} ({share:.0f} %)"

@@ -48,7 +48,7 @@ def engine_text(engine: EngineTiming) -> str:
 
 def progress_text(progress: ProgressView) -> str:
     """``load from disk 310.0 MiB of 1.1 GiB, 800.0 MiB/s, now 1.1 GiB/s``."""
-    text = progress.stage + (f" from {progress.source}" if progress.source is not None else "")
+    text = progress.doing
     if progress.total_bytes:
         text += f" {size(progress.done_bytes)} of {size(progress.total_bytes)}"
     if progress.rate_bps > 0:

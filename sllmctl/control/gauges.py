@@ -108,7 +108,7 @@ def _loads(live: LiveNumbers, present: list[Node]) -> Iterable[Metric]:
     loads = GaugeMetricFamily("sllm_loads", "Loads and other copies under way by node and stage.", labels=("node", "stage"))
     rates = GaugeMetricFamily(
         "sllm_load_bytes_per_second",
-        "What those move, over their last second, by node and tier that it comes from.",
+        "What those move, over their last seconds, by node and tier that it comes from.",
         labels=("node", "source"),
     )
     left = GaugeMetricFamily("sllm_load_left_bytes", "What those have yet to move.", labels=("node", "source"))
@@ -116,7 +116,7 @@ def _loads(live: LiveNumbers, present: list[Node]) -> Iterable[Metric]:
         counts, moved, missing = Counter[str](), Counter[str](), Counter[str]()
         for _, progress in live.loads(node.id):
             source = progress.source.value if progress.source is not None else "unknown"
-            counts[progress.stage] += 1
+            counts[progress.stage.partition(",")[0]] += 1
             moved[source] += round(progress.now_bps)
             missing[source] += progress.total_bytes - progress.done_bytes
         for stage, count in counts.items():

@@ -11,7 +11,7 @@ from schema.states import Tier
 
 __all__ = ["ProgressBoard"]
 
-_NOW_S = 1.0
+_NOW_S = 3.0
 """What a rate of now is taken over, and longer where the steps are farther apart: they come in bursts, as chunks of several
 connections do that end together, and between two of a burst nearly no time goes by."""
 _SILENT_S = 30.0

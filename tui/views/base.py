@@ -130,7 +130,7 @@ class Detail:
     def progress(self, progress: ProgressView | None) -> Detail:
         if progress is not None and progress.total_bytes:
             part = progress.done_bytes / progress.total_bytes
-            self.head(progress.stage).line(*bar(part, 20), f" {part:.0%}")
+            self.head(progress.doing).line(*bar(part, 20), f" {part:.0%}")
             self.line(f"{size(progress.done_bytes)} of {size(progress.total_bytes)} ", Span(rate(progress.rate_bps), MUTED))
         return self
 

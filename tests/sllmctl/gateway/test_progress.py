@@ -17,39 +17,49 @@ def rates(board: ProgressBoard, op: str) -> tuple[float, float]:
     return shown.rate_bps, shown.now_bps
 
 
-def test_a_rate_is_of_the_stage_and_of_its_last_second() -> None:
+def test_a_rate_is_of_the_stage_and_of_its_last_seconds() -> None:
     board = ProgressBoard(8)
     board.take(step("a", 0), 10.0, "n")
     assert rates(board, "a") == (0.0, 0.0)
     board.take(step("a", 100), 11.0, "n")
-    board.take(step("a", 400), 12.0, "n")
-    assert rates(board, "a") == (200.0, 300.0)
-    board.take(step("a", 10, stage="verify", source=Tier.DRAM), 14.0, "n")
+    board.take(step("a", 200), 12.0, "n")
+    assert rates(board, "a") == (100.0, 100.0)
+    board.take(step("a", 900), 15.0, "n")
+    assert rates(board, "a") == (180.0, 700 / 3)
+    board.take(step("a", 10, stage="verify", source=Tier.DRAM), 19.0, "n")
     shown = board.view("a")
     assert shown is not None
     assert (shown.rate_bps, shown.now_bps, shown.source, shown.stage) == (0.0, 0.0, Tier.DRAM, "verify")
 
 
 def test_a_burst_of_steps_counts_from_the_step_before_it() -> None:
-    """Eight connections that are held down to the same pace end their chunks together, every three seconds."""
+    """Eight connections that are held down to the same pace end their chunks together, every four seconds."""
     board = ProgressBoard(8)
     done = 0
     board.take(step("a", done), 0.0, "n")
     for burst in range(1, 6):
         for part in range(8):
             done += 4
-            board.take(step("a", done), 3.0 * burst + 0.1 * part, "n")
-            assert rates(board, "a")[1] <= 2 * 32 / 3.0
+            board.take(step("a", done), 4.0 * burst + 0.1 * part, "n")
+            assert rates(board, "a")[1] < 9.0, "four bytes in a tenth of a second are no forty a second"
 
 
 def test_what_brings_no_bytes_slows_the_rate() -> None:
     board = ProgressBoard(8)
-    for tenth in range(11):
-        board.take(step("a", 10 * tenth), tenth / 10, "n")
+    for second in range(4):
+        board.take(step("a", 100 * second), float(second), "n")
     assert rates(board, "a") == (100.0, 100.0)
-    for tenth in range(11, 31):
-        board.take(step("a", 100), tenth / 10, "n")
+    for second in range(4, 8):
+        board.take(step("a", 300), float(second), "n")
     assert rates(board, "a")[1] == 0.0
+
+
+def test_what_goes_on_where_it_broke_off_is_named_with_the_tier_that_it_comes_from() -> None:
+    board = ProgressBoard(8)
+    board.take(step("a", 0, stage="fetch, resumed", source=Tier.REMOTE), 0.0, "n")
+    board.take(step("b", 0, stage="warm", source=None), 0.0, "n")
+    named = [shown.doing for op in ("a", "b") if (shown := board.view(op)) is not None]
+    assert named == ["fetch from remote, resumed", "warm"]
 
 
 def test_a_node_shows_what_moves_there_and_neither_what_is_done_nor_what_is_silent() -> None:
