@@ -1,8 +1,9 @@
 """The DRAM tier: what is brought into the arena, for whom, and what becomes of it.
 
 A checkpoint is in one of three places here: resident (`Residency`), in `_fills` (a read is under way, wanted or given up), or
-in `_waiting` (asked for while chunks that it needs are still under a read that was given up, and will be free in a moment, or
-while it is not known yet what becomes of the copy on the disk that it was fetched with).
+in `_waiting` (asked for while chunks that it needs are still under a read that was given up, and will be free in a moment,
+while another image of it that is to go is still looked at, or while it is not known yet what becomes of the copy on the disk
+that it was fetched with).
 """
 
 from __future__ import annotations
@@ -214,6 +215,7 @@ class ArenaStore:
     def give_back(self, digest: str) -> None:
         """A sink needs the image no more."""
         self._residency.give_back(digest)
+        self._begin_waiting()
 
     def views(self, digest: str, start_bytes: int, size_bytes: int) -> list[memoryview]:
         """A range of the image of a resident checkpoint."""
@@ -283,6 +285,11 @@ class ArenaStore:
 
     def _begin(self, fill: Fill) -> None:
         occupant = self._residency.get(fill.digest)
+        if occupant is not None and self._residency.leaves(fill.digest):
+            if fill.image_id != occupant.image_id or not self.has_sound(fill.digest):
+                self._waiting[fill.digest] = fill
+                return
+            self._residency.stays(fill.digest)
         if occupant is not None and (why := self._residency.condemned(fill.digest)) is not None:
             self._fail(fill, InvalidCheckpoint(f"{why}; {occupant.users} users still have it, stop them first"))
             return
@@ -357,6 +364,7 @@ class ArenaStore:
         # An earlier verdict may have left it, since it was still being looked at.
         if occupant is not None and not self._residency.drop_condemned(occupant) and verdict.image_error is not None:
             self._listener.condemned(self._residency.tell(occupant))
+        self._begin_waiting()
         if verdict.op in self._unheard:
             self._unheard.discard(verdict.op)
             return

@@ -37,6 +37,7 @@ class Residency:
         self._condemned = {each.digest: _CONDEMNED_BEFORE for each in arena.occupants if each.condemned}
         self._pinned: frozenset[str] = frozenset()
         self._lent: Counter[str] = Counter()
+        self._leaving: set[str] = set()
         taken = [chunk for occupant in arena.occupants for chunk in occupant.chunks]
         self._free = FreeChunks(arena.chunks, (*taken, *arena.table.lost_chunks))
         self._free_slots = set(range(arena.slots)) - {each.slot for each in arena.occupants}
@@ -107,7 +108,7 @@ class Residency:
             if (occupant := self._residents.get(digest)) is not None:
                 self.drop_condemned(occupant)
 
-    # --- what was found wrong
+    # --- what was found wrong, or is of no use
 
     def condemned(self, digest: str) -> str | None:
         """Why an image must not be used any more, or None."""
@@ -118,11 +119,20 @@ class Residency:
         self._condemned[occupant.digest] = why
         self._arena.table.condemn(occupant)
 
+    def leaves(self, digest: str) -> bool:
+        """True while an image is to go as soon as it is neither lent nor compared."""
+        return digest in self._leaving
+
+    def stays(self, digest: str) -> None:
+        """It is of use after all."""
+        self._leaving.discard(digest)
+
     def drop_condemned(self, occupant: Occupant) -> bool:
-        """Free an image that was found wrong, if nobody uses it any more."""
-        if occupant.digest not in self._condemned or occupant.users or occupant.digest in self._compared():
+        """Free an image that was found wrong, if nobody uses it any more, or that is of no use."""
+        digest = occupant.digest
+        if digest not in self._leaving and (digest not in self._condemned or occupant.users):
             return False
-        if self._lent[occupant.digest]:
+        if digest in self._compared() or self._lent[digest]:
             return False
         self._evict(occupant)
         return True
@@ -175,7 +185,8 @@ class Residency:
 
     def drop(self, digest: str, image_id: str = "") -> None:
         """Free a resident's chunks. Raises Conflict when it has users, is pinned, lent or being compared, NotFound. With
-        ``image_id`` those of this one image, whoever is counted or pinned it: they wait for another."""
+        ``image_id`` those of this one image, whoever is counted or pinned it, since they wait for another: one that is lent or
+        being compared goes after that."""
         occupant = self._residents.get(digest)
         if occupant is None or image_id not in ("", occupant.image_id):
             raise NotFound(f"checkpoint {digest} is not in this node's memory")
@@ -183,10 +194,12 @@ class Residency:
             raise Conflict(f"checkpoint {digest} has {occupant.users} users; stop its instances first")
         if digest in self._pinned and not image_id:
             raise Conflict(f"checkpoint {digest} is pinned in memory; unpin it first")
-        if self._lent[digest]:
-            raise Conflict(f"checkpoint {digest} is just being copied to a device; wait until that has ended")
-        if digest in self._compared():
-            raise Conflict(f"checkpoint {digest} is just being verified; wait until that has ended")
+        if self._lent[digest] or digest in self._compared():
+            what = "copied to a device" if self._lent[digest] else "verified"
+            if image_id:
+                self._leaving.add(digest)
+            then = "it goes after that" if image_id else "wait until that has ended"
+            raise Conflict(f"checkpoint {digest} is just being {what}; {then}")
         self._forget(occupant)
         self.release(occupant)
 
@@ -198,3 +211,4 @@ class Residency:
     def _forget(self, occupant: Occupant) -> None:
         del self._residents[occupant.digest]
         self._condemned.pop(occupant.digest, None)
+        self._leaving.discard(occupant.digest)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 from agent.native import threads
 from agent.native.arena import Arena
-from agent.native.reader import Priority, ReadJob, ReadPool
+from agent.native.reader import Priority, ReadJob, ReadPool, Unit
 from agent.store import catalog
 from schema.errors import Conflict, NotFound, SllmError
 from schema.link import Arriving, LayersArrived
@@ -447,6 +448,64 @@ def test_once_an_image_has_gone_another_copy_of_its_digest_is_loaded(bench: Benc
     bench.store.fill("b", digest, other, image_id=other_id)
     bench.wait("b")
     assert read_image(bench.arena.descriptor, bench.told.resident["b"]) == other_image
+
+
+@pytest.mark.parametrize("why", ["verified", "lent"])
+def test_an_image_that_is_looked_at_goes_after_that_and_what_is_to_take_its_place_waits(
+    by_hand: tuple[Bench, HandPool], tmp_path: Path, why: str
+) -> None:
+    bench, pool = by_hand
+    digest, (directory, image_id, _), (other, other_id, _) = two_copies(tmp_path)
+    bench.store.fill("a", digest, directory, image_id=image_id)
+    pool.finish(pool.jobs.pop())
+    bench.wait("a")
+    if why == "lent":
+        bench.store.bring(Sink(), digest, directory, Priority.REQUEST, image_id)
+    else:
+        bench.store.verify("v", digest, directory)
+        deadline = time.monotonic() + 100
+        while not pool.jobs:
+            assert time.monotonic() < deadline, "its copy is not read"
+            time.sleep(0.001)
+    with pytest.raises(Conflict, match="goes after that"):
+        bench.store.drop(digest, image_id)
+    bench.store.fill("b", digest, other, image_id=other_id)
+    assert (bench.told.faults, bench.told.gone) == ({}, [])
+    if why == "lent":
+        bench.store.give_back(digest)
+    else:
+        bench.store.cancel_verify("v")
+        pool.finish(pool.jobs.pop())
+        while not bench.told.gone:
+            bench.turn()
+    assert bench.told.gone == [digest]
+    pool.finish(pool.jobs.pop())
+    bench.wait("b")
+    assert bench.told.resident["b"].image_id == other_id
+
+
+def test_an_image_that_is_to_go_stays_if_it_is_asked_for_before(by_hand: tuple[Bench, HandPool], tmp_path: Path) -> None:
+    bench, pool = by_hand
+    digest, (directory, image_id, _), _ = two_copies(tmp_path)
+    bench.store.bring(Sink(), digest, directory, Priority.REQUEST, image_id)
+    pool.finish(pool.jobs.pop())
+    bench.turn()
+    with pytest.raises(Conflict):
+        bench.store.drop(digest, image_id)
+    bench.store.fill("a", digest, directory, image_id=image_id)
+    bench.store.give_back(digest)
+    assert bench.told.gone == []
+    assert bench.told.resident["a"].image_id == image_id
+
+
+class Sink:
+    """Who borrows an image."""
+
+    def arrived(self, unit: Unit) -> None: ...
+
+    def filled(self, read_bytes: int) -> None: ...
+
+    def failed(self, error: SllmError) -> None: ...
 
 
 def test_what_was_replaced_since_it_was_looked_at_is_not_loaded(bench: Bench, tmp_path: Path) -> None:

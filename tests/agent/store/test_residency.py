@@ -85,9 +85,11 @@ def test_an_image_that_is_named_is_dropped_whoever_is_counted_or_pinned_it(held:
     with pytest.raises(Conflict, match="copied"):
         held.residency.drop(one, "0" * 32)
     held.residency.give_back(one)
+    assert held.gone == [one]
+    assert held.residency.has_users(one), "they wait for another"
+    one = held.put(1, 3)
     held.residency.drop(one, "0" * 32)
     assert one not in held.residency
-    assert held.residency.has_users(one), "they wait for another"
 
 
 def test_room_that_will_be_free_is_waited_for(held: Held) -> None:
