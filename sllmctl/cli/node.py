@@ -16,7 +16,6 @@ from sllmctl.cli.watch import list_items, watch_option
 
 if TYPE_CHECKING:
     from schema.admin import NodeView
-    from schema.link import Inventory
 
 __all__ = ["command"]
 
@@ -118,7 +117,7 @@ def _fields(node: NodeView) -> list[tuple[str, str]]:
         ("Devices", devices or "none"),
         ("Arena", f"{_arena(node)} used, chunks of {size(means.arena.chunk_bytes)}, {means.arena.pages} pages{reader}"),
         ("Disk", bandwidth(means.disk_read_bps)),
-        ("Disk budget", _disk_budget(means)),
+        ("Disk budget", f"{size(means.disk_used_bytes)} used of {size(means.disk_budget_bytes)}"),
         ("Device copy", bandwidth(means.device_copy_bps)),
         ("Loads", "\n".join(f"{load.of or load.id}: {progress_text(load.progress)}" for load in node.loads) or "none"),
     ]
@@ -149,12 +148,6 @@ def _devices(node: NodeView) -> str:
     for device in node.inventory.devices:
         kinds[device.kind] = kinds.get(device.kind, 0) + 1
     return ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"
-
-
-def _disk_budget(means: Inventory) -> str:
-    if not means.disk_budget_bytes:
-        return "-"
-    return f"{size(means.disk_used_bytes)} used of {size(means.disk_budget_bytes)}"
 
 
 def _arena(node: NodeView, short: bool = False) -> str:
