@@ -83,7 +83,8 @@ def fill(
 
 
 def find_chunks(path: Path, file_bytes: int, chunks: Mapping[int, int]) -> dict[int, int]:
-    """Those of the chunks, xxh3 by number, that the file has. Read past the page cache, whose pages others need."""
+    """Those of the chunks, xxh3 by number, that the file has and that can be read. Past the page cache, whose pages others
+    need."""
     if not chunks:
         return {}
     threads = min(4, os.cpu_count() or 1)
@@ -99,8 +100,9 @@ def find_chunks(path: Path, file_bytes: int, chunks: Mapping[int, int]) -> dict[
             for number in numbers:
                 start = number * CHUNK_BYTES
                 view = memory[: max(0, min(CHUNK_BYTES, file_bytes - start))]
-                if view and reader.read_into(start, view) == len(view) and xxhash.xxh3_64_intdigest(view) == chunks[number]:
-                    right.append(number)
+                with contextlib.suppress(OSError):  # a bad spot of the disk, which is written anew
+                    if view and reader.read_into(start, view) == len(view) and xxhash.xxh3_64_intdigest(view) == chunks[number]:
+                        right.append(number)
             return right
 
         numbers = sorted(chunks)

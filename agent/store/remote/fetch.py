@@ -246,15 +246,14 @@ class Fetch:
     # --- on the fetch's threads
 
     def _serve(self, job: FetchJob) -> None:
-        scratch = memoryview(mmap.mmap(-1, _BLOCK_BYTES))
-        while (part := self._next(job)) is not None:
-            try:
+        try:
+            scratch = memoryview(mmap.mmap(-1, _BLOCK_BYTES))
+            while (part := self._next(job)) is not None:
                 self._fetch(job, part, scratch)
-            except SllmError as error:
-                self._failed(job, error)
-            except Exception as error:  # this thread has no caller: whatever it is, it is the fetch's end
-                _log.exception("fetching checkpoint %s failed", self._digest)
-                self._failed(job, SllmError(f"fetching {self._digest} failed: {type(error).__name__}: {error}"))
+        except SllmError as error:
+            self._failed(job, error)
+        except Exception as error:  # this thread has no caller: whatever it is, it is the fetch's end
+            self._failed(job, self._unforeseen(error))
         with self._lock:
             self._running -= 1
             last = not self._running
@@ -284,13 +283,17 @@ class Fetch:
                 self._partial.commit()
             except SllmError as error:
                 self.error = error
-            except OSError as error:
-                self.error = SllmError(f"committing {self._digest} failed: {error}")
+            except Exception as error:  # nor has what follows the last of them
+                self.error = self._unforeseen(error)
         bad = isinstance(self.error, InvalidCheckpoint | OutOfSpace | Cancelled)
         self._partial.close(keep=self.error is None or self._keep or not bad)
         self._remote.close()
         self.over = True
         self._told()
+
+    def _unforeseen(self, error: Exception) -> SllmError:
+        _log.error("fetching checkpoint %s failed", self._digest, exc_info=error)
+        return SllmError(f"fetching checkpoint {self._digest} failed: {type(error).__name__}: {error}")
 
     def _fetch(self, job: FetchJob, part: list[_Chunk], scratch: memoryview) -> None:
         """All chunks of a part: from the disk what is right there, the rest from the remote, going on where it broke."""
@@ -336,7 +339,11 @@ class Fetch:
         digest = xxhash.xxh3_64()
         offset = chunk.offset
         for block in chunk.blocks(scratch):
-            self._partial.read(chunk.partition.file, offset, block)
+            try:
+                self._partial.read(chunk.partition.file, offset, block)
+            except SllmError as error:  # a bad spot of the disk, which is written anew
+                _log.warning("%s; it is fetched again", error)
+                return False
             digest.update(block)
             offset += len(block)
         if digest.intdigest() != chunk.xxh3:

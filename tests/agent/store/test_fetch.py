@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import mmap
 import os
 import re
 import resource
@@ -22,6 +24,7 @@ import pytest
 
 from agent.native.cold import cached_fraction
 from agent.store import catalog
+from agent.store.ingest.reading import SourceReader
 from agent.store.remote.api import STEADY_BYTES
 from agent.store.temporary import hold_kept
 from schema.checkpoint import AssetEntry
@@ -211,6 +214,64 @@ def test_what_an_earlier_fetch_left_is_believed_only_after_its_checksum(
     assert sorted(sent for path, sent in web.ranges if path.endswith(".bin")) == [
         f"bytes=0-{CHUNK - 1}", f"bytes={3 * CHUNK}-{4 * CHUNK - 1}"
     ]  # fmt: skip
+
+
+def test_what_cannot_be_read_back_is_fetched_again(
+    bench: FetchBench, source: tuple[str, Path, bytes], web: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest, directory, image = source
+    partial = bench.data / "partial" / f"{digest}+exec1"
+    partial.mkdir(parents=True)
+    for file in ("manifest.json", PART, "partition_1.bin"):
+        (partial / file).write_bytes((directory / file).read_bytes())
+    real = SourceReader.read_into
+
+    def broken(self: SourceReader, at: int, target: memoryview) -> int:
+        if at == 2 * CHUNK:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(self, at, target)
+
+    monkeypatch.setattr(SourceReader, "read_into", broken)
+    assert bench.get(digest, web.url) is None
+    assert_there(bench, digest, image)
+    assert web.asked_bytes() == 2 * CHUNK  # one chunk of each partition
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_machine_without_memory_for_it_ends_a_fetch(
+    bench: FetchBench,
+    source: tuple[str, Path, bytes],
+    web: WebServer,
+    monkeypatch: pytest.MonkeyPatch,
+    in_memory: bool,
+) -> None:
+    real = mmap.mmap
+
+    def fail(descriptor: int, size: int, **named: Any) -> mmap.mmap:
+        if threading.current_thread().name == "fetch-1":  # one of several
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return real(descriptor, size, **named)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(mmap, "mmap", fail)
+        fault = bench.get(source[0], web.url, in_memory=in_memory)
+    assert fault is not None
+    assert "Cannot allocate memory" in fault.message
+    assert bench.get(source[0], web.url) is None
+
+
+def test_whatever_fails_when_a_fetch_is_committed_is_its_end(
+    bench: FetchBench, source: tuple[str, Path, bytes], web: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("a mistake")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(catalog, "commit", fail)
+        fault = bench.get(source[0], web.url)
+    assert fault is not None
+    assert "ValueError: a mistake" in fault.message
+    assert bench.get(source[0], web.url) is None
 
 
 def test_a_partial_of_another_manifest_is_begun_anew(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import signal
@@ -22,6 +23,7 @@ from agent.store.budget import claim_room, used_bytes
 from agent.store.ingest.files import SourceDirectory
 from agent.store.ingest.headers import Sources, SourceTensor
 from agent.store.ingest.pipeline import CHUNK_BYTES, find_chunks
+from agent.store.ingest.reading import SourceReader
 from agent.store.ingest.writer import Written, write_partition
 from agent.store.temporary import kept_directory, sweep, temporary_directory
 from schema.errors import InvalidCheckpoint, OutOfSpace, Unreachable
@@ -167,6 +169,20 @@ def test_looking_at_what_is_there_leaves_the_page_cache_to_others(tmp_path: Path
     right = {number: sums[number] for number in (0, 2, 3, 4)}
     assert find_chunks(path, len(data), right | {1: sums[0], 5: 0}) == right
     assert cached_fraction(path) < 0.1
+
+
+def test_what_cannot_be_read_back_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "p.bin").write_bytes(bytes(2 * CHUNK_BYTES))
+    zeros = xxhash.xxh3_64_intdigest(bytes(CHUNK_BYTES))
+    real = SourceReader.read_into
+
+    def broken(self: SourceReader, at: int, target: memoryview) -> int:
+        if not at:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(self, at, target)
+
+    monkeypatch.setattr(SourceReader, "read_into", broken)
+    assert find_chunks(tmp_path / "p.bin", 2 * CHUNK_BYTES, {0: zeros, 1: zeros}) == {1: zeros}
 
 
 @pytest.mark.slow
