@@ -58,7 +58,7 @@ def _wait(admin: AdminClient, operations: Sequence[OperationView], patience: Pat
                 if not (left_s := patience.left_s):
                     raise TimedOut(
                         f"{operation.id} ({operation.kind}) has not ended after {patience}; it goes on, "
-                        f"`sllmctl event ls --object {operation.digest}` says how"
+                        f"`sllmctl operation show {operation.id}` says how"
                     )
                 line.show(_doing(operation), operation.progress)
                 operation = admin.ask(client.wait_operation(operation.id, min(hold_s, left_s)))

@@ -90,7 +90,7 @@ def test_a_wait_that_runs_out_says_that_it_goes_on(sllmctl: Sllmctl, manager: Fa
     manager.answer("GET operations/op_1", 202, _RUNNING)
     said = sllmctl("checkpoint", "verify", "qwen", "--timeout", "0.05")
     assert said.code == 7
-    assert "goes on" in said.err
+    assert "goes on, `sllmctl operation show op_1` says how" in said.err
 
 
 def test_an_interrupted_wait_says_what_goes_on_and_how_to_end_it(
