@@ -38,10 +38,12 @@ def reserve(descriptor: int, size: int) -> None:
 
 @contextlib.contextmanager
 def disk_errors(what: str) -> Iterator[None]:
-    """Turns a full disk into OutOfSpace, any other disk error into SllmError, naming ``what`` was being done."""
+    """Turns a full disk into OutOfSpace, any other disk error into SllmError, naming ``what`` was being done, and the file that
+    the error is of where that is another."""
     try:
         yield
     except OSError as error:
+        at = "" if error.filename is None or str(error.filename) in what else f"{error.filename}: "
         if error.errno in _FULL:
-            raise OutOfSpace(f"{what}: {error.strerror}; free some of the disk and try again") from error
-        raise SllmError(f"{what}: {error.strerror or error}") from error
+            raise OutOfSpace(f"{what}: {at}{error.strerror}; free some of the disk and try again") from error
+        raise SllmError(f"{what}: {at}{error.strerror or error}") from error

@@ -39,8 +39,14 @@ class SourceDirectory:
         return sorted(path.name for path in self.path.iterdir() if PLAIN_NAME.fullmatch(path.name))
 
     def has(self, name: str) -> bool:
-        """True when there is something of this name, whatever it is."""
-        return os.path.lexists(self.path / name)
+        """True when there is something of this name, whatever it is. Raises as `open` does when that cannot be seen."""
+        try:
+            os.lstat(self.path / name)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise self._refused(name, error) from error
+        return True
 
     def open(self, name: str) -> tuple[int, int]:
         """A descriptor of the file, and its size in bytes.
@@ -56,13 +62,16 @@ class SourceDirectory:
             # NONBLOCK: a FIFO in a file's place must not hold us up before it is recognised.
             descriptor = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError as error:
-            kind = SllmError if error.errno in _PASSING else InvalidCheckpoint
-            raise kind(f"cannot open {self.path / name}: {error.strerror}") from error
+            raise self._refused(name, error) from error
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             os.close(descriptor)
             raise InvalidCheckpoint(f"{self.path / name} is no regular file")
         return descriptor, status.st_size
+
+    def _refused(self, name: str, error: OSError) -> SllmError:
+        kind = SllmError if error.errno in _PASSING else InvalidCheckpoint
+        return kind(f"cannot open {self.path / name}: {error.strerror}")
 
     def read(self, name: str, limit_bytes: int = _SMALL_BYTES) -> bytes:
         """All of a small file. Raises InvalidCheckpoint when it is larger than ``limit_bytes``, missing or not allowed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import os
 import shutil
@@ -261,6 +262,26 @@ def test_tensor_that_the_index_does_not_list(sharded: Path, tmp_path: Path) -> N
 def test_what_is_no_model_directory_is_said_to_be_none(source: Path, tmp_path: Path) -> None:
     (source / "config.json").unlink()
     refused(source, tmp_path, "is no Hugging Face model directory: it has no config.json")
+
+
+def test_a_directory_that_may_not_be_looked_into_is_not_said_to_lack_anything(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lstat = os.lstat
+
+    def refuse(path: Any, **options: Any) -> os.stat_result:
+        if Path(path).parent == source:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return lstat(path, **options)
+
+    monkeypatch.setattr(os, "lstat", refuse)
+    refused(source, tmp_path, "cannot open .*/config.json: Permission denied")
+
+
+def test_what_the_checkpoint_cannot_be_written_to_is_named(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(SllmError, match=f"ingesting .*: {tmp_path / 'checkpoints'}.*: (File exists|Not a directory)"):
+        ingest(source, tmp_path)
 
 
 def test_weights_that_no_index_names_are_named(sharded: Path, source: Path, tmp_path: Path) -> None:
