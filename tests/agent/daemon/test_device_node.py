@@ -24,6 +24,8 @@ from schema.link import (
     OperationDone,
     Placement,
     PlacementUpdate,
+    Publish,
+    RemoteCopy,
     StartInstance,
     StopInstance,
     VerifyCheckpoint,
@@ -230,4 +232,40 @@ async def test_each_place_has_the_image_of_a_copy_that_can_be_used_there(machine
             PlacementUpdate, lambda m: [each.device for each in m.truth.placements if each.tier is Tier.DEVICE] == [1], WAIT_S
         )
     assert await tokens(4, 0) == undisturbed
+    assert await machine.stop() == 0
+
+
+async def test_weights_of_a_bad_copy_give_way_to_those_that_a_start_has_fetched(machine: FakeMachine) -> None:
+    machine.start()
+    manager = await machine.manager()
+    source = make_llama_dir(machine.directory / "model", eos=False, context=LONG)
+    remote = machine.directory / "remote"
+    remote.mkdir()
+
+    async def does(operation: Ingest | LoadCheckpoint | DropCheckpoint | Publish | VerifyCheckpoint) -> OperationDone:
+        manager.send(operation)
+        return await manager.take(OperationDone, lambda m: m.op == operation.op, WAIT_S)
+
+    digest = (await does(Ingest(op="op_1", source=PathSource(str(source))))).digest
+    published = await does(Publish(op="op_2", digest=digest, url=f"file://{remote}"))
+    assert published.fault is None
+    assert (await does(DropCheckpoint(op="op_3", digest=digest, tier=Tier.DISK))).fault is None
+    assert (await does(Ingest(op="op_4", source=PathSource(str(source), in_place=True)))).digest == digest
+    assert (await does(LoadCheckpoint(op="op_5", digest=digest, tier=Tier.DEVICE, device=0))).fault is None
+    bad = machine.config.checkpoints_path / digest / IN_PLACE
+    (bad / "tokenizer.json").write_bytes(b"rot")
+    assert (await does(VerifyCheckpoint(op="op_6", digest=digest))).fault is not None
+
+    options = EngineOptions(kv_bytes=8 << 20)
+    start = StartInstance(instance="inst_1", epoch=epoch_of(1, 1), model="m", digest=digest, devices=(0,), options=options)
+    manager.send(msgspec.structs.replace(start, remote=RemoteCopy(url=f"file://{remote}", layout=published.layout)))
+    while (truth := await manager.instance_update(WAIT_S)).state is not InstanceState.READY:
+        assert truth.fault is None, (truth, machine.log())
+    assert truth.phases is not None
+    assert truth.phases.loaded_from is Tier.REMOTE
+    assert truth.phases.loaded_bytes > 0
+    assert len(await reply(manager, start, epoch_of(1, 2))) == 12
+    manager.close()
+    manager = await machine.manager()
+    assert stated(manager.truth) == [(TierState.RESIDENT, 1)]
     assert await machine.stop() == 0
