@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from agent.store.durable import sync
+from agent.store.durable import replace, sync
 from schema.checkpoint import IN_PLACE, Manifest, Partition, SourceFile, decode_manifest
 from schema.errors import InvalidCheckpoint, NotFound, SllmError
 
@@ -230,25 +230,27 @@ def commit(new: Path, target: Path, replaced: Path) -> bool:
     """Make a finished layout durable, then visible at ``target``; False when a sound copy lies there, which is kept.
 
     Files first, their directory, the rename, and the directories that it happened in. What lay there and was not sound is
-    moved to ``replaced``, which is the caller's to delete. All must be of one file system. Raises OSError.
+    moved to ``replaced`` once the new one lies there, and is the caller's to delete. All must be of one file system. Raises
+    OSError.
     """
     for file in new.iterdir():
         sync(file)
     sync(new)
-    target.parent.mkdir(parents=True, exist_ok=True)
     replaced.parent.mkdir(parents=True, exist_ok=True)
     placed = False
-    for number in range(2):
+    for last in (False, True):
+        target.parent.mkdir(parents=True, exist_ok=True)
         if is_sound(target):
             break
-        if target.exists():
-            target.rename(replaced if not number else replaced.with_name(f"{replaced.name}-again"))
         try:
-            new.rename(target)
+            if target.exists():
+                replace(new, target, replaced)
+            else:
+                new.rename(target)
             placed = True
             break
-        except OSError as error:  # whoever fetches or ingests the same may have committed it just now: look again
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+        except OSError as error:  # whoever fetches, ingests or removes the same may have been here just now: look again
+            if last or error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
                 raise
     sync(target.parent)
     sync(target.parent.parent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 from collections.abc import Iterator
@@ -11,9 +12,14 @@ from typing import Final
 
 from schema.errors import OutOfSpace, SllmError
 
-__all__ = ["disk_errors", "reserve", "sync"]
+__all__ = ["disk_errors", "replace", "reserve", "sync"]
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_EXCHANGE: Final = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV)
+"""What a file system says that cannot let two directories change places, or not these two."""
+_AT_FDCWD: Final = -100
+_RENAME_EXCHANGE: Final = 2
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def sync(path: Path) -> None:
@@ -34,6 +40,36 @@ def reserve(descriptor: int, size: int) -> None:
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
+
+
+def replace(new: Path, old: Path, away: Path) -> None:
+    """Put a directory in the place of another, which is moved ``away``; all of one file system. Raises OSError.
+
+    In one step, so that whoever looks finds one of them, as does who looks after a power loss. Where the file system cannot do
+    that there is nothing for a moment; and the old one again, if the new one could not be moved there.
+    """
+    try:
+        _exchange(new, old)
+    except OSError as error:
+        if error.errno not in _NO_EXCHANGE:
+            raise
+        old.rename(away)
+        try:
+            new.rename(old)
+        except OSError:
+            with contextlib.suppress(OSError):
+                away.rename(old)
+            raise
+    else:
+        new.rename(away)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    call = getattr(_libc, "renameat2", None)
+    if call is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(one), None, str(other))
 
 
 @contextlib.contextmanager

@@ -91,7 +91,7 @@ class Partial:
     def commit(self) -> None:
         """Every byte was found right: make it durable, then visible. A copy in quarantine is replaced, a sound one is kept."""
         with disk_errors(f"committing checkpoint {self.manifest.digest}"):
-            catalog.mark_verified(self.path)
+            catalog.release(self.path)
             try:
                 if not catalog.commit(self.path, self.target, self._trash):
                     shutil.rmtree(self.path)

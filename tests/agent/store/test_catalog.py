@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from agent.native.arena import Arena
-from agent.store import catalog
+from agent.store import catalog, durable
 from schema.errors import InvalidCheckpoint, SllmError
 from tests.agent.store.fetching import PART, FetchBench, assert_there, make_source, rewrite
 from tests.agent.store.images import CHUNK, Bench
@@ -113,6 +113,55 @@ def test_a_commit_keeps_what_is_sound_and_replaces_the_rest(tmp_path: Path, sour
     inode = new.stat().st_ino
     assert catalog.commit(new, target, replaced)
     assert (target.stat().st_ino, new.exists(), replaced.exists()) == (inode, False, True)
+    assert catalog.look(target.parent.parent).entries[digest].quarantined is None
+
+
+def test_whoever_looks_while_a_copy_is_replaced_finds_one(
+    tmp_path: Path, source: tuple[str, Path, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest, target, _ = source
+    _, new, _ = make_source(tmp_path / "new")
+    catalog.quarantine(target, "its text is wrong")
+    try:
+        durable._exchange(target, new)
+        durable._exchange(target, new)
+    except OSError as error:
+        pytest.skip(f"the file system of {tmp_path} does not exchange directories: {error.strerror}")
+    rename, seen = Path.rename, []
+
+    def looked(path: Path, to: Path) -> Path:
+        moved = rename(path, to)
+        seen.append(digest in catalog.look(target.parent.parent).entries)
+        return moved
+
+    monkeypatch.setattr(Path, "rename", looked)
+    assert catalog.commit(new, target, tmp_path / "replaced")
+    assert seen == [True]
+
+
+def test_a_copy_that_cannot_be_replaced_stays(
+    tmp_path: Path, source: tuple[str, Path, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest, target, _ = source
+    _, new, _ = make_source(tmp_path / "new")
+    catalog.quarantine(target, "its text is wrong")
+    rename = Path.rename
+
+    def cannot(*_: Path) -> None:
+        raise OSError(errno.EINVAL, "this file system does not exchange")
+
+    def fails(path: Path, to: Path) -> Path:
+        if path == new:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, to)
+
+    monkeypatch.setattr(durable, "_exchange", cannot)
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "rename", fails)
+        with pytest.raises(OSError, match="Input/output"):
+            catalog.commit(new, target, tmp_path / "replaced")
+    assert catalog.look(target.parent.parent).entries[digest].quarantined == "its text is wrong"
+    assert catalog.commit(new, target, tmp_path / "replaced")
     assert catalog.look(target.parent.parent).entries[digest].quarantined is None
 
 
