@@ -7,6 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
+from agent.comm import name_process
 from schema.errors import InvalidInput, SllmError
 
 
@@ -34,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     publish.add_argument("--directory", required=True, help="relative to the node's checkpoints")
     publish.add_argument("--url", required=True)
     given = parser.parse_args(arguments)
+    name_process(given.verb)
     try:
         return _run(given)
     except SllmError as error:

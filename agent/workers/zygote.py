@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from agent.channel import Channel
+from agent.comm import name_process
 from agent.config import NodeConfig, load_config
 from agent.logs import OutputFile, begin_log, write_to
 from agent.workers.kin import kin_token
@@ -199,6 +200,7 @@ class _Zygote:
 
     def _launch_spare(self, device: int, line: socket.socket) -> int:
         def wait() -> int:
+            name_process("spare")
             begun = wait_as_spare(line, lambda: open_context(device))
             return self._work(*begun) if begun is not None else 0
 
@@ -235,12 +237,14 @@ class _Zygote:
         return code
 
     def _work(self, fork: Fork, began_s: float) -> int:
+        name_process("worker")
         output = self._begin_log(fork)
         from agent.workers.worker import Worker
 
         return Worker(self._config, fork, began_s, output).run()
 
     def _ingest(self, fork: ForkIngest, frames: int) -> int:
+        name_process("ingest")
         write_to(self._config.log_path / "ingest.log")
         from agent.store.ingest.command import ingest
 

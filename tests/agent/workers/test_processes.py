@@ -89,6 +89,8 @@ def test_fork_serve_reconnect_cancel_and_stop(here: Node) -> None:
     assert zygote.expect(Pong).nonce == 7
     pid, worker = here.fork(zygote)
     assert os.getsid(pid) == os.getpgid(pid) == pid
+    names = {each: Path(f"/proc/{each}/comm").read_text().strip() for each in (process.pid, pid)}
+    assert names == {process.pid: "sllm-zygote", pid: "sllm-worker"}
     opened = [str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()]
     assert not any(path.endswith("zygote.lock") for path in opened)
     assert sum("socket:" in path for path in opened) == 1
