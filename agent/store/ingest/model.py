@@ -47,6 +47,8 @@ def read_facts(config: dict[str, Any], tensors: Mapping[str, SourceTensor]) -> M
         raise InvalidCheckpoint("config.json has a quantization_config; quantised checkpoints cannot be run")
     architectures = config.get("architectures")
     architecture = architectures[0] if isinstance(architectures, list) and architectures else None
+    if architecture is None:
+        raise InvalidCheckpoint("config.json names no architecture")
     if not isinstance(architecture, str) or not architecture.endswith(_DECODERS):
         raise InvalidCheckpoint(f"architecture {architecture!r} is no decoder (…ForCausalLM) that could be run")
     if not isinstance(config.get("model_type"), str):
