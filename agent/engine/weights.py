@@ -15,9 +15,9 @@ from schema.errors import InvalidCheckpoint
 
 __all__ = ["attach", "computed_anyway", "fused_view"]
 
-_ONCE_SAVED: Final = (r"rotary_emb\.inv_freq$", r"\.masked_bias$")
-"""Constants that older versions of transformers saved with each layer: rotary frequencies, which are the whole model's now, and
-what a masked score was."""
+_ONCE_SAVED: Final = (r"rotary_emb\.(?:inv_freq|cos_cached|sin_cached)$", r"\.masked_bias$", r"(?:^|\.)decoder\.version$")
+"""Constants that older versions of transformers, and trainers built on them, saved: each layer's rotary frequencies and tables,
+what a masked score was, and the version of the code that OPT comes from."""
 
 _Place = tuple[nn.Module, str]
 

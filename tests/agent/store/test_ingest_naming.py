@@ -54,6 +54,8 @@ def test_what_transformers_saves_becomes_what_its_model_has(name: str, tmp_path:
     ("name", "constants"),
     [
         ("llama", {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
+        ("qwen3", {"model.layers.0.self_attn.rotary_emb.cos_cached": torch.ones(8, 4)}),
+        ("opt", {"decoder.version": torch.tensor([3.0])}),
         ("falcon", {"transformer.h.0.self_attention.rotary_emb.inv_freq": torch.ones(4)}),
         ("gpt2", {"h.0.attn.bias": torch.ones(1, 1, 8, 8), "h.1.attn.masked_bias": torch.tensor(-1e4)}),
         ("gpt_neo", {"transformer.h.0.attn.attention.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool)}),
