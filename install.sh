@@ -166,13 +166,13 @@ install_torch() { # the CPU build unless there is an NVIDIA device, where its ow
 
 digest() { sha256sum | cut -c1-64; }
 
-dependencies_digest() { (cd -- "$ROOT" && cat pyproject.toml constraints.txt install.sh && printf '%s' "$1") | digest; }
+dependencies_digest() { (cd -- "$ROOT" && cat pyproject.toml constraints.txt install.sh agent/native/*.[ch] && printf '%s' "$1") | digest; }
 
 sources_digest() {
     (
         cd -- "$ROOT"
         find pyproject.toml constraints.txt install.sh README.md schema sllmctl agent tui -type f \
-            -not -path '*/__pycache__/*' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
+            -not -path '*/__pycache__/*' -not -name '*.so' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
     ) | digest
 }
 
@@ -197,7 +197,7 @@ scratch() { # sets SCRATCH: a directory that is gone with this script, however i
 
 copy_sources() { # copy_sources DIRECTORY: what the package is built from, without what earlier builds left
     mkdir -p -- "$1"
-    (cd -- "$ROOT" && tar -c --exclude=__pycache__ pyproject.toml README.md LICENSE schema sllmctl agent tui) | tar -x -C "$1"
+    (cd -- "$ROOT" && tar -c --exclude=__pycache__ --exclude='*.so' pyproject.toml README.md LICENSE schema sllmctl agent tui) | tar -x -C "$1"
 }
 
 # --- The commands ----------------------------------------------------------------------------------------------------

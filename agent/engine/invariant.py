@@ -1,7 +1,8 @@
 """Deterministic models: within `RowInvariant`, a token's bits depend on nothing but that token's own row.
 
-Two things break that in torch. A matrix product sums in an order that its number of rows decides: so products run in tiles of
-always 32 rows, the last one padded. And a vectorised exponential rounds otherwise than the scalar one that serves the end of
+Two things break that in torch. A matrix product sums in an order that its number of rows decides: so products run the way of
+few tokens, whose order is always the same (`products.few`), or, where the processor has none, in tiles of always 32 rows, the
+last one padded. And a vectorised exponential rounds otherwise than the scalar one that serves the end of
 an array, which is another row's end with every batch: so functions of that kind run on one row at a time. What is exact in
 each element or reduces each row by itself passes through; what is not known to do so is refused by its name. Attention sees
 to itself (`attention_alone`). That equals are equal holds for one kind of device and one number of threads.
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
-from agent.engine.products import is_widened, widened
+from agent.engine.products import few, is_widened, lies_for_few, ways_of, widened
 from schema.errors import InvalidCheckpoint
 
 __all__ = ["TILE_ROWS", "RowInvariant"]
@@ -57,20 +58,28 @@ def _padded(rows: Tensor) -> Tensor:
     return padded
 
 
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T of [..., inputs] and [outputs, inputs]."""
+    flat, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], weight.shape[0])
+    way = ways_of(weight.dtype, weight.device).way
+    if way is not None and flat.shape[0] and lies_for_few(weight):
+        return few(way, (weight,), flat).view(shape)
+    if is_widened(weight.dtype, weight.device):
+        return widened((weight,), _padded(flat).t(), TILE_ROWS).t()[: flat.shape[0]].reshape(shape)
+    return _tiled(x, lambda tile: linear(tile, weight))
+
+
 def _linear(_: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not is_widened(weight.dtype, weight.device):
-        return _tiled(x, lambda tile: linear(tile, weight, bias))
-    flat = _padded(x)
-    out = widened((weight,), flat.t(), TILE_ROWS).t()[: x.shape[:-1].numel()].reshape(*x.shape[:-1], weight.shape[0])
+    out = _product(x, weight)
     return out if bias is None else out + bias
 
 
 def _addmm(_: Any, bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    return _tiled(x, lambda tile: torch.mm(tile, weight)) + bias
+    return _product(x, weight.t()) + bias
 
 
 def _addmm_in_place(_: Any, residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    return residual.add_(_tiled(x, lambda tile: torch.mm(tile, weight)))
+    return residual.add_(_product(x, weight.t()))
 
 
 def _matmul(function: Any, left: Tensor, right: Tensor) -> Any:
@@ -79,7 +88,7 @@ def _matmul(function: Any, left: Tensor, right: Tensor) -> Any:
         return function(left, right)
     if right.dim() != 2:
         raise InvalidCheckpoint("the model multiplies activations with each other outside of attention")
-    return _tiled(left, lambda tile: torch.mm(tile, right))
+    return _product(left, right.t())
 
 
 def _row_by_row(function: Any, x: Tensor, *args: Any, **named: Any) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
+import platform
 import shlex
 import shutil
 import socket
@@ -44,7 +46,7 @@ _TO_RUN_MODELS = "to run models on this machine install sllmctl from its sources
 
 
 def check_python() -> Iterator[Finding]:
-    """The interpreter, and the packages that a node needs beside the manager's own."""
+    """The interpreter, the packages that a node needs beside the manager's own, and what is compiled of them."""
     version = ".".join(str(part) for part in sys.version_info[:3])
     if _PYTHON_FROM <= sys.version_info[:2] < _PYTHON_BELOW:
         yield Finding("python", "ok", f"Python {version}")
@@ -58,8 +60,15 @@ def check_python() -> Iterator[Finding]:
             missing.append(name)
     if missing:
         yield Finding("packages", "warn", f"not installed: {', '.join(missing)}", _TO_RUN_MODELS)
-    else:
-        yield Finding("packages", "ok", ", ".join(found))
+        return
+    yield Finding("packages", "ok", ", ".join(found))
+    if importlib.util.find_spec("agent.native._few_tokens") is not None:
+        yield Finding("compiled", "ok", "the code that multiplies few tokens is compiled")
+    elif platform.machine() == "x86_64":
+        text = (
+            "the code that multiplies few tokens was not compiled: processors generate more slowly"
+        )
+        yield Finding("compiled", "warn", text, "install a C compiler (gcc 10 or newer), then run ./install.sh again")
 
 
 def check_machine(settings: Settings, file: Path | None = None) -> Iterator[Finding]:

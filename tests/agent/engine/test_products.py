@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from agent.engine import invariant, products
 from agent.engine.invariant import TILE_ROWS, RowInvariant
 from agent.engine.products import ROWS, Product, Ways, ways_of, widened
+from agent.native import few_tokens
+from agent.native.few_tokens import Way
 
 CPU = torch.device("cpu")
 WAYS = [ROWS, Ways(columns=range(1, 65)), Ways(columns=range(1, 2), widened=9)]
@@ -20,9 +22,11 @@ def dtype(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-@pytest.fixture
-def without_16_bits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As on a processor that computes with no 16-bit floats."""
+@pytest.fixture(params=[True, False], ids=["compiled", "torch"])
+def without_16_bits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a processor that computes with no 16-bit floats, with and without what is compiled."""
+    if not request.param:
+        monkeypatch.setattr(few_tokens, "ways", lambda: Way(0))
     for module in (products, invariant):
         monkeypatch.setattr(module, "is_widened", lambda dtype, device: dtype in (torch.bfloat16, torch.float16))
     ways_of.cache_clear()
@@ -62,6 +66,36 @@ def test_every_way_gives_the_same_product(ways: Ways, tokens: int, dtype: torch.
         close(residual, exact(x, weights[:1], bias[:16]) + start.double(), dtype)
 
 
+@pytest.mark.skipif(not few_tokens.ways(), reason="not compiled, or not for this processor")
+@pytest.mark.parametrize("way", Way)
+def test_few_tokens_go_the_compiled_way(way: Way) -> None:
+    if way not in few_tokens.ways():
+        pytest.skip("this processor has not the instructions")
+    dtype = torch.float16 if way is Way.FLOAT16 else torch.bfloat16
+    torch.manual_seed(way)
+    weights = [(torch.randn(rows, 64) / 8).to(dtype) for rows in (16, 9)]
+    bias = torch.randn(25).to(dtype)
+    ways = Ways(columns=range(1, 65), few=range(1, 9), way=way)
+    product, one = Product(tuple(weights), bias, ways), Product((weights[0],), bias[:16], ways)
+    for tokens in (0, 1, 8, 9):
+        x = torch.randn(tokens, 64).to(dtype)
+        assert product.as_columns(tokens) == (tokens > 8)
+        close(product(x), exact(x, weights, bias), dtype)
+        start = torch.randn(tokens, 16).to(dtype)
+        for rows in (x, x.t().contiguous().t()):
+            residual = start.clone()
+            one.add_to(residual, rows)
+            close(residual, exact(x, weights[:1], bias[:16]) + start.double(), dtype)
+
+
+def test_weights_that_do_not_fit_go_another_way() -> None:
+    ways = Ways(few=range(1, 9), way=Way.BFLOAT16)
+    zeros = torch.zeros(4, 128, dtype=torch.bfloat16)
+    for weight in (zeros[:, :40].contiguous(), zeros.t(), zeros[:, ::2]):
+        product = Product((weight,), None, ways)
+        assert not product.few
+
+
 def test_a_row_longer_than_a_tile_is_multiplied_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_TILE_BYTES", 64)
     monkeypatch.setattr(products, "_scratch", products._Scratch())
@@ -87,6 +121,17 @@ def test_few_tokens_go_as_columns_where_there_are_tiles(amx: bool, monkeypatch: 
         assert [tokens in columns for tokens in (1, 15, 16, 64, 65)] == [amx, amx, True, True, False]
     finally:
         ways_of.cache_clear()
+
+
+def test_few_tokens_go_the_compiled_way_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few_tokens, "ways", lambda: Way.DOT | Way.BFLOAT16 | Way.FLOAT16)
+    for widens, amx, way in ((False, False, Way.DOT), (True, False, Way.BFLOAT16), (False, True, None)):
+        monkeypatch.setattr(products, "is_widened", lambda dtype, device, widens=widens: widens)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        ways_of.cache_clear()
+        ways = ways_of(torch.bfloat16, CPU)
+        assert (ways.way, 1 in ways.few) == (way, way is not None)
+    ways_of.cache_clear()
 
 
 def test_ways_follow_the_processor(without_16_bits: None) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import json
 import os
+import platform
 import resource
 import shutil
 import socket
@@ -433,6 +435,16 @@ def test_pythons_and_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "surely-not-installed" in packages.message
     monkeypatch.setattr(sys, "version_info", (3, 10, 4, "final", 0))
     assert next(check_python()).level == "fault"
+
+
+@pytest.mark.parametrize("spec", [None, object()], ids=["not compiled", "compiled"])
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_what_multiplies_few_tokens_may_not_be_compiled(spec: object, machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_NODE_PACKAGES", ("click",))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    found = {each.check: each.level for each in check_python()}.get("compiled")
+    assert found == ("ok" if spec else "warn" if machine == "x86_64" else None)
 
 
 def test_the_command_exits_with_8_for_a_fault_only(sllmctl: Sllmctl, monkeypatch: pytest.MonkeyPatch) -> None:
