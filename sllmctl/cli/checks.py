@@ -65,9 +65,7 @@ def check_python() -> Iterator[Finding]:
     if importlib.util.find_spec("agent.native._few_tokens") is not None:
         yield Finding("compiled", "ok", "the code that multiplies few tokens is compiled")
     elif platform.machine() == "x86_64":
-        text = (
-            "the code that multiplies few tokens was not compiled: processors generate more slowly"
-        )
+        text = "the code that multiplies few tokens was not compiled: processors generate more slowly"
         yield Finding("compiled", "warn", text, "install a C compiler (gcc 10 or newer), then run ./install.sh again")
 
 

@@ -209,7 +209,11 @@ def _quarantined(turn: Turn, node: Node, record: PlacementRecord) -> None:
     """A copy was found wrong: nothing starts from it any more. Wrong weights in memory also end their instances."""
     why = record.reason or "a checksum failed"
     where = f"on {record.tier.value} of node {node.name}"
-    message = f"{where}: {why}; fetch or ingest it again, or verify it once its files are right"
+    if record.tier is Tier.DISK:
+        advice = "fetch or ingest it again, or verify it once its files are right"
+    else:
+        advice = "its instances there end, and the next start reads it anew; where its files are right, suspect that memory"
+    message = f"{where}: {why}; {advice}"
     turn.event("checkpoint", record.digest, "Quarantined", message, level="error")
     if record.tier is Tier.DISK:
         for instance in list(turn.view.instances_on(node.id).values()):

@@ -311,6 +311,9 @@ def test_wrong_weights_in_memory_end_their_instances_at_once(world: World) -> No
     quarantine(world, Tier.DRAM)
     assert first.id not in world.view.instances
     assert "Quarantined" in world.reasons("instance")
+    (told,) = [event.message for event in world.events if (event.reason, event.kind) == ("Quarantined", "checkpoint")]
+    assert "suspect that memory" in told
+    assert "ingest it again" not in told
     assert world.only().state is InstanceState.READY
 
 
