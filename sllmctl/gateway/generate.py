@@ -8,7 +8,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from schema.errors import Conflict, NotFound
+from schema.errors import Conflict, InvalidCheckpoint, NotFound
 from schema.link import RetryKey, SamplingParams
 from schema.states import ModelState
 from sllmctl.gateway.exchange import BodyBudget, Exchange, Header
@@ -126,13 +126,17 @@ class Gateway:
             Reply(index, sequence, job.text, job.stops, request.params) for index, sequence in enumerate(request.sequences)
         ]
         headers = [(b"idempotent-replayed", b"true")] if joined else []
+        unreadable: InvalidCheckpoint | None = None
         try:
             if job.stream:
                 await self._stream(job, exchange, shape, request, replies, headers)
             else:
                 await self._whole(job, exchange, shape, request, replies, headers)
+        except InvalidCheckpoint as error:  # its tokenizer cannot decode the reply
+            unreadable = error
+            raise
         finally:
-            request.leave()
+            request.leave(unreadable)
             if not joined:
                 metrics.ended(job.model, request.timeline(), sum(reply.position for reply in replies))
 

@@ -154,7 +154,7 @@ class Request:
         cancel: Callable[[Request], None],
         *,
         complete: Callable[[Sequence], None] = lambda _: None,
-        leave: Callable[[Request], None] = lambda _: None,
+        leave: Callable[[Request, SllmError | None], None] = lambda *_: None,
         tenant: str = "",
         retry: RetryKey | None = None,
         orphaned: bool = False,
@@ -189,9 +189,10 @@ class Request:
         """End it for good: nothing more is delivered. May be called again, and after the end."""
         self._cancel(self)
 
-    def leave(self) -> None:
-        """A client reads no more of it, which ends it unless it has ended, others read it, or a retry may come."""
-        self._leave(self)
+    def leave(self, error: SllmError | None = None) -> None:
+        """A client reads no more of it, which ends it unless it has ended, others read it, or a retry may come. With an
+        ``error`` nobody can read it, and that ends it."""
+        self._leave(self, error)
 
     @property
     def failure(self) -> SllmError | None:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from schema.admin import EventView, RequestTimeline
 from schema.checkpoint import Manifest
+from schema.errors import SllmError
 from schema.link import RetryKey, SamplingParams
 from schema.spec import ModelSpec
 from schema.states import EndReason, ModelState
@@ -60,8 +61,9 @@ class RequestPort(Protocol):
 
     def timeline(self) -> RequestTimeline: ...
 
-    def leave(self) -> None:
-        """Read no more of it; said once. It ends with that, unless others read it or a retry may come."""
+    def leave(self, error: SllmError | None = None) -> None:
+        """Read no more of it; said once. It ends with that, unless others read it or a retry may come; with an ``error``, for
+        which nobody can read it, it ends in any case."""
 
 
 class RouterPort(Protocol):

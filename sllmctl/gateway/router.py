@@ -480,7 +480,10 @@ class Router:
             retry=retry,
         )
 
-    def _leave(self, request: Request) -> None:
+    def _leave(self, request: Request, error: SllmError | None) -> None:
+        if error is not None:
+            self._core.fail(request, error)
+            self._core.settle()
         request.readers -= 1
         if request.readers:
             return

@@ -117,7 +117,7 @@ class FakeRequest:
     def timeline(self) -> RequestTimeline:
         return RequestTimeline(cold=False, routed_s=0.001, first_token_s=0.01, ended_s=0.02)
 
-    def leave(self) -> None:
+    def leave(self, error: SllmError | None = None) -> None:
         if any(sequence.finish is None for sequence in self.sequences):
             self.cancelled.set()
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import struct
 
 import msgspec
 
+from schema.errors import InvalidCheckpoint
 from schema.ids import epoch_of
 from schema.link import Cancel, Ended, EngineTiming, Submit, TokenRun
-from schema.states import EndReason, InstanceState
-from tests.sllmctl.gateway.harness import END, WAIT_S, Serving, chat_body, http_post, ids_of, serving
+from schema.states import EndReason, InstanceState, RequestState
+from tests.sllmctl.gateway.harness import END, TOKENIZER, WAIT_S, Serving, chat_body, http_post, ids_of, serving
 from tests.sllmctl.gateway.routing import Bench
 
 _CHAT = "/v1/chat/completions"
@@ -28,6 +30,22 @@ async def _all_submitted(bench: Bench, here: Serving) -> list[Submit]:
             await here.client.get("/healthz")
     bench.sent.clear()
     return found
+
+
+async def test_a_reply_that_the_tokenizer_cannot_decode_ends_as_failed_down_to_the_node() -> None:
+    # It panics at a token that is this character alone: what is cut on the left and on the right overlaps.
+    tokenizer = json.loads(TOKENIZER.to_str()) | {"decoder": {"type": "Strip", "content": "x", "start": 1, "stop": 1}}
+    bench = Bench()
+    bench.warm()
+    async with serving(router=bench.router) as here:
+        (here.assets.directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+        reply = asyncio.create_task(here.client.post(_CHAT, json=chat_body(model="m", stream=True)))
+        submit = await _submitted(bench, here)
+        bench.tokens(TokenRun(submit.attempt, 0, tuple(ids_of("x"))))
+        answer = await reply
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, InvalidCheckpoint.code)
+    assert bench.router.request(submit.request).state is RequestState.FAILED
+    assert [message.attempt for _, message in bench.sent if isinstance(message, Cancel)] == [submit.attempt]
 
 
 async def test_a_stream_goes_on_over_the_loss_of_its_instance() -> None:
