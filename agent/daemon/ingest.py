@@ -30,6 +30,8 @@ _Launched = tuple["Child", asyncio.StreamReader, asyncio.ReadTransport]
 _Launch = Callable[[Path], Awaitable[_Launched]]
 """Starts a child that logs to this file. Raises OSError."""
 _READ_BYTES: Final = 1 << 16
+_LAST_WORDS_S: Final = 1.0
+"""They lie in the pipe; what the child has left behind may keep that open."""
 
 
 class Child(Protocol):
@@ -69,7 +71,8 @@ async def run_ingest(
     roster: Roster,
     progress: Callable[[Progress], None],
 ) -> OperationDone:
-    """Run an ingest to its end, which is always an `OperationDone`. Cancelled before that was told, it ends the child.
+    """Run an ingest to its end, which is always an `OperationDone`. Cancelled, it ends the child, unless that has come to its
+    end by then.
 
     To judge a model takes torch and transformers, seconds to import. A fork of the zygote has them; without one the child is
     a process of its own.
@@ -138,28 +141,31 @@ async def _run_child(
     roster.put(entry)
     status: int | None = None
     done: OperationDone | None = None
+    failed: LinkError | asyncio.CancelledError | None = None
     try:
-        done = await _relay(frames, op, progress)
-        with contextlib.suppress(TimeoutError):
-            status = await asyncio.wait_for(child.wait(), TERM_S)
-        if done is None:
-            why = f"the {what} {describe_status(status)} without an answer; ask for it again, and see {log}"
-            return OperationDone(op=op, fault=Fault.of(SllmError(why)))
-        return done
-    except LinkError as error:
-        return OperationDone(op=op, fault=Fault.of(error))
-    except asyncio.CancelledError:
-        if done is None:
-            raise
-        return done  # it comes too late
-    finally:
         try:
+            done = await _relay(frames, op, progress)
+            with contextlib.suppress(TimeoutError):
+                status = await asyncio.wait_for(child.wait(), TERM_S)
+        except (LinkError, asyncio.CancelledError) as error:
+            failed = error
+        finally:
             await _end(child)
-        finally:  # whoever cancels twice waits for no last words
-            with contextlib.suppress(ProcessLookupError):
-                child.send_signal(signal.SIGKILL)
-            transport.close()  # after its end: one that is told to end may still write of its progress
-            roster.remove(entry)
+        if done is None and isinstance(failed, asyncio.CancelledError):
+            done = await _last_words(frames, op)
+    finally:  # whoever cancels twice waits for no last words
+        with contextlib.suppress(ProcessLookupError):
+            child.send_signal(signal.SIGKILL)
+        transport.close()  # after its end: one that is told to end may still write of its progress
+        roster.remove(entry)
+    if done is not None:  # then a cancel came too late
+        return done
+    if isinstance(failed, LinkError):
+        return OperationDone(op=op, fault=Fault.of(failed))
+    if failed is not None:
+        raise failed
+    why = f"the {what} {describe_status(status)} without an answer; ask for it again, and see {log}"
+    return OperationDone(op=op, fault=Fault.of(SllmError(why)))
 
 
 async def _relay(frames: asyncio.StreamReader, op: str, progress: Callable[[Progress], None]) -> OperationDone | None:
@@ -171,6 +177,14 @@ async def _relay(frames: asyncio.StreamReader, op: str, progress: Callable[[Prog
             if isinstance(message, OperationDone):
                 return message
             progress(message)
+    return None
+
+
+async def _last_words(frames: asyncio.StreamReader, op: str) -> OperationDone | None:
+    """What a child that was ended had said by then: it may have come to its end by itself."""
+    with contextlib.suppress(LinkError, TimeoutError):
+        async with asyncio.timeout(_LAST_WORDS_S):
+            return await _relay(frames, op, lambda progress: None)
     return None
 
 

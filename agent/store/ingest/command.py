@@ -51,7 +51,8 @@ def main(run_dir: str | Path, op: str, source: str | bytes) -> int:
 def ingest(run_dir: str | Path, op: str, source: Source, frames: int) -> int:
     """Ingest ``source`` on the node of this run directory, with frames to this descriptor. Returns 0, or 1 after a fault.
 
-    SIGTERM cancels. What was written so far stays for the next ingest of the same source, as after a kill.
+    SIGTERM cancels, until the checkpoint is about to be put where it is found. What was written so far stays for the next
+    ingest of the same source, as after a kill.
     """
     reporter = Reporter(frames, op)
     allow_open_files()
@@ -61,6 +62,7 @@ def ingest(run_dir: str | Path, op: str, source: Source, frames: int) -> int:
             begin_log("ingest", config.log_path / "ingest.log", config, operation=op)
             reporter.end_unheard()
             digest, note = _ingest(config, source, reporter)
+            reporter.done(digest, None, note=note)
     except _Stopped:
         reporter.done("", Fault.of(Cancelled("the ingest was cancelled; another one of the same source goes on from there")))
         logging.shutdown()
@@ -70,7 +72,6 @@ def ingest(run_dir: str | Path, op: str, source: Source, frames: int) -> int:
             _log.exception("ingest failed")
         reporter.done("", Fault.of(error))
         return 1
-    reporter.done(digest, None, note=note)
     return 0
 
 
@@ -107,7 +108,14 @@ def _ingest(config: NodeConfig, source: Source, reporter: Reporter) -> tuple[str
 
     def converted(directory: Path, *, in_place: bool = False) -> str:
         return convert(
-            directory, config.checkpoints_path, temporary, stage.progress, claim=claim, in_place=in_place, resumed=stage.resumed
+            directory,
+            config.checkpoints_path,
+            temporary,
+            stage.progress,
+            claim=claim,
+            in_place=in_place,
+            resumed=stage.resumed,
+            committing=_heed_no_sigterm,
         )
 
     if isinstance(source, PathSource):
@@ -155,6 +163,10 @@ def _own_stdout() -> int:
     own = os.dup(1)
     os.dup2(2, 1)
     return own
+
+
+def _heed_no_sigterm() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

@@ -54,6 +54,7 @@ def convert(
     claim: Claim | None = None,
     in_place: bool = False,
     resumed: Callable[[int], None] = lambda _: None,
+    committing: Callable[[], None] = lambda: None,
 ) -> str:
     """Make a checkpoint of a model directory and return its digest; one that is already there, and sound, is left alone.
 
@@ -61,7 +62,8 @@ def convert(
     files are as they were; ``resumed`` hears, before the first progress, how many bytes need not be read.
 
     ``temporary`` must lie on the file system of ``checkpoints``. ``progress`` hears (done, total) bytes.
-    ``claim`` is entered while the room for the weights is reserved, and may raise. With ``in_place`` the model's own files are
+    ``claim`` is entered while the room for the weights is reserved, and may raise. ``committing`` is called when all is written
+    and about to be put where it is found. With ``in_place`` the model's own files are
     the weights of the checkpoint, which only refers to them. Raises
     InvalidCheckpoint for a model that is damaged, hostile or cannot be run, OutOfSpace for a full disk; then nothing is left.
     """
@@ -127,6 +129,7 @@ def convert(
         data = encode_manifest(manifest)
         read_index(new, decode_manifest(data))  # what cannot be read back must never be committed
         (new / catalog.MANIFEST_FILE).write_bytes(data)
+        committing()
         catalog.commit(new, checkpoints / manifest.digest / layout, staging / "replaced")
         return manifest.digest
 

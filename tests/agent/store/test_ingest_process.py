@@ -51,10 +51,10 @@ class Node:
         config = NodeConfig(run_dir=str(self.root), data_dir=str(self.root / "data"), **settings)
         (self.root / "node.json").write_bytes(msgspec.json.encode(config))
 
-    def start(self, source: Source, *, checked: bool = False, **options: Any) -> subprocess.Popen[bytes]:
+    def start(self, source: Source, *, checked: bool = False, before: str = "", **options: Any) -> subprocess.Popen[bytes]:
         """An ingest. Only one that is ``checked`` builds its model, for which it imports torch and transformers; that takes
         many times as long as all else that it does."""
-        code = MAIN if checked else UNCHECKED + MAIN
+        code = before + MAIN if checked else UNCHECKED + before + MAIN
         arguments = [sys.executable, "-c", code, str(self.root), "op1", msgspec.json.encode(source).decode()]
         child = subprocess.Popen(arguments, stdout=subprocess.PIPE, **options)
         self.children.append(child)
@@ -150,6 +150,33 @@ def test_sigterm_cancels_and_leaves_what_the_next_one_goes_on_with(node: Node, t
         assert all("+" in path.name for path in (node.data / "tmp").iterdir())
         assert node.finish(node.start(source))[2].fault is None
         assert list((node.data / "tmp").iterdir()) == []
+
+
+TIDIES_LATE = """
+import contextlib, os, sys
+real = convert.kept_directory
+
+@contextlib.contextmanager
+def kept_directory(*arguments):
+    with real(*arguments) as path:
+        yield path
+        os.write(2, b"committed")
+        sys.stdin.read()
+
+convert.kept_directory = kept_directory
+"""
+
+
+def test_sigterm_after_the_commit_comes_too_late(node: Node, tmp_path: Path) -> None:
+    source = PathSource(str(make_llama_dir(tmp_path / "m")))
+    child = node.start(source, before=TIDIES_LATE, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stderr is not None
+    assert child.stderr.read(len(b"committed")) == b"committed"
+    child.send_signal(signal.SIGTERM)
+    code, _, done = node.finish(child)
+    assert (code, done.fault) == (0, None)
+    assert list(catalog.scan(node.data / "checkpoints")) == [done.digest]
+    assert list((node.data / "tmp").iterdir()) == []
 
 
 def test_sigterm_during_a_download_waits_for_nothing(node: Node, hub: tuple[dict[str, str], list[str]]) -> None:
