@@ -10,6 +10,7 @@ import secrets
 import stat
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +22,7 @@ __all__ = ["DirectoryRemote"]
 
 _BLOCK_BYTES: Final = 4 << 20
 _WRITE_BYTES: Final = 16 << 20
+_WRITERS: Final = 4
 _TEMPORARY: Final = re.compile(r"\.[0-9a-f]{12}\.part")
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MISSING: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
@@ -91,10 +93,7 @@ class DirectoryRemote:
             try:
                 with temporary.open("xb", buffering=0) as file:
                     _sweep(target.parent, os.fstat(file.fileno()).st_mtime)
-                    for offset in range(0, size_bytes, _WRITE_BYTES):
-                        data = source(offset, min(_WRITE_BYTES, size_bytes - offset))
-                        self._write(file.fileno(), data)
-                        wrote(len(data))
+                    self._fill(file.fileno(), size_bytes, source, wrote)
                     os.fsync(file.fileno())
                 temporary.rename(target)
                 for directory in target.relative_to(self._root).parents:  # each may have been made just now
@@ -112,10 +111,23 @@ class DirectoryRemote:
         if self._stopped.is_set():
             raise Cancelled("the transfer was cancelled")
 
-    def _write(self, descriptor: int, view: memoryview) -> None:
+    def _fill(self, descriptor: int, size_bytes: int, source: Source, wrote: Callable[[int], None]) -> None:
+        """Several parts at once, so that while some are read and compared others are written."""
+
+        def part(offset: int) -> None:
+            data = source(offset, min(_WRITE_BYTES, size_bytes - offset))
+            self._write(descriptor, data, offset)
+            wrote(len(data))
+
+        with ThreadPoolExecutor(_WRITERS, thread_name_prefix="write") as pool:
+            for _ in pool.map(part, range(0, size_bytes, _WRITE_BYTES)):
+                pass  # an error ends this, and what has not been begun
+
+    def _write(self, descriptor: int, view: memoryview, offset: int) -> None:
         while view:
             self.check_stop()
-            view = view[os.write(descriptor, view) :]
+            count = os.pwrite(descriptor, view, offset)
+            view, offset = view[count:], offset + count
 
     def _check_root(self) -> None:
         if not self._root.is_dir():

@@ -73,6 +73,27 @@ def s3_remote(endpoint: str, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Re
     return open_remote(f"s3://{bucket}/some/where", settings)
 
 
+def test_a_directory_is_written_in_parts_side_by_side_and_keeps_none_of_a_write_that_failed(tmp_path: Path) -> None:
+    remote = open_remote(f"file://{tmp_path}", SETTINGS)
+    together = threading.Barrier(3, timeout=60)
+
+    def parts(offset: int, length: int) -> memoryview:
+        together.wait()
+        return memoryview(DATA)[offset : offset + length]
+
+    remote.write("file", len(DATA), parts, lambda size: None)
+    assert (tmp_path / "file").read_bytes() == DATA
+
+    def fail(offset: int, length: int) -> memoryview:
+        if offset:
+            raise InvalidCheckpoint(f"the bytes at {offset} are wrong")
+        return memoryview(DATA)[:length]
+
+    with pytest.raises(InvalidCheckpoint, match="are wrong"):
+        remote.write("other", len(DATA), fail, lambda size: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_what_was_written_is_read_by_ranges(remote: Remote) -> None:
     view = memoryview(bytearray(3 << 20))
     for offset in (0, 1, (32 << 20) - 5, len(DATA) - len(view)):
