@@ -83,6 +83,7 @@ class Operations:
         self._done: dict[str, OperationDone] = {}
         self._reads: set[asyncio.Task[None]] = set()
         self._dropping: set[str] = set()
+        self._publishing: dict[str, str] = {}
         self._drop_ops: set[str] = set()
         self._ingest_slots = asyncio.Semaphore(_INGESTS)
         self._publish_slots = asyncio.Semaphore(_INGESTS)
@@ -175,12 +176,12 @@ class Operations:
     async def _publish(self, message: Publish) -> OperationDone:
         digest = message.digest
         directory = self._checkpoints.directory(digest)
-        self._store.holds.add(digest, message.op)  # so that it is not taken from the disk meanwhile
+        self._publishing[message.op] = digest
         try:
             async with self._publish_slots:
                 done = await run_publish(self._config, message, directory, self._roster, self._owner.tell)
         finally:
-            self._store.holds.release(digest, message.op)
+            del self._publishing[message.op]
         if done.fault is not None and done.fault.code == InvalidCheckpoint.code:  # it may have put the copy into quarantine
             await self._checkpoints.scan()
             self._owner.placement_changed(digest)
@@ -342,8 +343,11 @@ class Operations:
             freed: asyncio.Future[Fault | None] = asyncio.get_running_loop().create_future()
             self._store.devices.drop(message.op, digest, _answer(freed))
             return OperationDone(op=message.op, digest=digest, fault=await freed)
-        on_devices = self._store.devices.users(digest) if message.tier is Tier.DISK else ()
-        if users := (*self._store.holds.users(digest), *on_devices):
+        users = self._store.holds.users(digest)
+        if message.tier is Tier.DISK:
+            publishes = [op for op, published in self._publishing.items() if published == digest]
+            users = (*users, *self._store.devices.users(digest), *publishes)
+        if users:
             raise Conflict(f"checkpoint {digest} is in use by {', '.join(users)}; stop them first")
         if message.tier in self._checkpoints.pins.tiers(digest):
             raise Conflict(f"checkpoint {digest} is pinned on {message.tier.value}; unpin it first")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import xxhash
 
+from agent.config import NodeConfig
+from agent.daemon import operations
 from agent.store import catalog
 from agent.store.catalog import quarantine
 from schema.checkpoint import decode_manifest, encode_manifest
@@ -19,6 +23,7 @@ from schema.link import (
     Extent,
     Fetch,
     FetchStored,
+    LoadCheckpoint,
     OperationDone,
     PlacementUpdate,
     Progress,
@@ -69,6 +74,32 @@ async def test_a_publish_is_a_child_of_the_agent(node: Node, tmp_path: Path) -> 
         fault = (await done(manager, f"op {url}")).fault
         assert fault is not None
         assert fault.code in (code, "invalid_input"), fault
+
+
+async def test_a_publish_keeps_its_copy_on_the_disk_and_nothing_in_memory(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go = asyncio.Event(), asyncio.Event()
+
+    async def publishes(config: NodeConfig, message: Publish, *_: Any) -> OperationDone:
+        begun.set()
+        await go.wait()
+        return OperationDone(op=message.op, digest=message.digest)
+
+    monkeypatch.setattr(operations, "run_publish", publishes)
+    manager = await node.manager()
+    manager.send(LoadCheckpoint(op="op_1", digest=DIGEST))
+    assert (await done(manager, "op_1")).fault is None
+    manager.send(Publish(op="op_2", digest=DIGEST, url="s3://b/c"))
+    await begun.wait()
+    manager.send(DropCheckpoint(op="op_3", digest=DIGEST, tier=Tier.DISK))
+    fault = (await done(manager, "op_3")).fault
+    assert fault is not None
+    assert (fault.code, "op_2" in fault.message) == ("conflict", True)
+    manager.send(DropCheckpoint(op="op_4", digest=DIGEST, tier=Tier.DRAM))
+    assert (await done(manager, "op_4")).fault is None
+    go.set()
+    assert (await done(manager, "op_2")).fault is None
+    manager.send(DropCheckpoint(op="op_5", digest=DIGEST, tier=Tier.DISK))
+    assert (await done(manager, "op_5")).fault is None
 
 
 async def test_a_fetch_is_the_stores_and_its_copy_is_told_before_its_end(node: Node) -> None:
