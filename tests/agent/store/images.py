@@ -110,6 +110,16 @@ class Told:
         self.gone.append(digest)
 
 
+class Borrower:
+    """A FillSink that only keeps an image where it is, until it is given back."""
+
+    def arrived(self, unit: Unit) -> None: ...
+
+    def filled(self, read_bytes: int) -> None: ...
+
+    def failed(self, error: SllmError) -> None: ...
+
+
 class HandPool(ReadPool):
     """A pool that reads nothing: a test says which units of a job have come, and the memory is as it was."""
 

@@ -14,12 +14,12 @@ import pytest
 
 from agent.native import threads
 from agent.native.arena import Arena
-from agent.native.reader import Priority, ReadJob, ReadPool, Unit
+from agent.native.reader import Priority, ReadJob, ReadPool
 from agent.store import catalog
 from schema.errors import Conflict, NotFound, SllmError
 from schema.link import Arriving, LayersArrived
 from tests.agent.native.clock import STALL_S, Clock
-from tests.agent.store.images import CHUNK, Bench, HandPool, commit, read_image
+from tests.agent.store.images import CHUNK, Bench, Borrower, HandPool, commit, read_image
 
 
 @pytest.fixture
@@ -460,7 +460,7 @@ def test_an_image_that_is_looked_at_goes_after_that_and_what_is_to_take_its_plac
     pool.finish(pool.jobs.pop())
     bench.wait("a")
     if why == "lent":
-        bench.store.bring(Sink(), digest, directory, Priority.REQUEST, image_id)
+        bench.store.bring(Borrower(), digest, directory, Priority.REQUEST, image_id)
     else:
         bench.store.verify("v", digest, directory)
         deadline = time.monotonic() + 100
@@ -487,7 +487,7 @@ def test_an_image_that_is_looked_at_goes_after_that_and_what_is_to_take_its_plac
 def test_an_image_that_is_to_go_stays_if_it_is_asked_for_before(by_hand: tuple[Bench, HandPool], tmp_path: Path) -> None:
     bench, pool = by_hand
     digest, (directory, image_id, _), _ = two_copies(tmp_path)
-    bench.store.bring(Sink(), digest, directory, Priority.REQUEST, image_id)
+    bench.store.bring(Borrower(), digest, directory, Priority.REQUEST, image_id)
     pool.finish(pool.jobs.pop())
     bench.turn()
     with pytest.raises(Conflict):
@@ -496,16 +496,6 @@ def test_an_image_that_is_to_go_stays_if_it_is_asked_for_before(by_hand: tuple[B
     bench.store.give_back(digest)
     assert bench.told.gone == []
     assert bench.told.resident["a"].image_id == image_id
-
-
-class Sink:
-    """Who borrows an image."""
-
-    def arrived(self, unit: Unit) -> None: ...
-
-    def filled(self, read_bytes: int) -> None: ...
-
-    def failed(self, error: SllmError) -> None: ...
 
 
 def test_what_was_replaced_since_it_was_looked_at_is_not_loaded(bench: Bench, tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from agent.native.arena import Arena
+from agent.native.reader import Priority
+from agent.store import catalog
 from schema.errors import Conflict, NotFound
-from tests.agent.store.images import CHUNK, Bench, commit, read_image
+from tests.agent.store.images import CHUNK, Bench, Borrower, commit, read_image
 from tests.examples import examples
 
 
@@ -80,6 +82,28 @@ class Budget(RuleBasedStateMachine):
             self.bench.store.drop(digest)
             del self.users[digest]
             self.order.remove(digest)
+
+    @rule(number=st.integers(0, 4), lent=st.booleans())
+    def let_go(self, number: int, lent: bool) -> None:
+        """An image that is named goes, whoever is counted or pinned it; one that is lent goes after that."""
+        digest, directory, _ = self.made[number]
+        image_id = catalog.read_entry(directory).manifest.image_id
+        self.bench.told.gone = []
+        if digest not in self.users:
+            with pytest.raises(NotFound):
+                self.bench.store.drop(digest, image_id)
+            return
+        if lent:
+            self.bench.store.bring(Borrower(), digest, directory, Priority.REQUEST, image_id)
+            with pytest.raises(Conflict):
+                self.bench.store.drop(digest, image_id)
+            self.agrees()
+            self.bench.store.give_back(digest)
+        else:
+            self.bench.store.drop(digest, image_id)
+        assert self.bench.told.gone == ([digest] if lent else [])
+        del self.users[digest]
+        self.order.remove(digest)
 
     @rule(numbers=st.sets(st.integers(0, 4)))
     def pin(self, numbers: set[int]) -> None:
