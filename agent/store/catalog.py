@@ -310,6 +310,8 @@ def mark(write: Callable[..., None], directory: Path, copy: Identity | None, *re
             write(place, *reason)
         finally:
             os.close(held)
+    except FileNotFoundError:  # nothing lies there any more
+        return False
     except OSError as error:
         _log.warning("cannot write a marker in %s: %s", directory, error.strerror)
         return False

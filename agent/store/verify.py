@@ -45,7 +45,7 @@ class Verdict:
     image_error: InvalidCheckpoint | None = None
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class _Asked:
     op: str
     digest: str
@@ -99,9 +99,17 @@ class Verifier:
             self._condition.notify_all()
 
     def cancel(self, op: str) -> None:
-        """End a verification early; its verdict is Cancelled."""
-        if (asked := self._asked.get(op)) is not None:
-            asked.cancelled.set()
+        """End a verification early; its verdict is Cancelled, at once if it has not begun."""
+        if (asked := self._asked.get(op)) is None:
+            return
+        asked.cancelled.set()
+        with self._condition:
+            waits = asked in self._queue
+            if waits:
+                self._queue.remove(asked)
+        if waits:
+            self._verdicts.append(Verdict(op, asked.digest, asked.directory, None, _cancelled()))
+            self._wake()
 
     def progress(self, op: str) -> tuple[str, int, int]:
         """(stage, bytes done, bytes in all) of what is not answered yet."""
@@ -284,4 +292,8 @@ class _ChunkCheck:
 
 def _check_cancel(asked: _Asked) -> None:
     if asked.cancelled.is_set():
-        raise Cancelled("the verification was cancelled")
+        raise _cancelled()
+
+
+def _cancelled() -> Cancelled:
+    return Cancelled("the verification was cancelled")

@@ -286,6 +286,30 @@ def test_a_cancelled_verification_is_not_answered_and_changes_nothing(
     assert catalog.quarantine_reason(directory) is None
 
 
+def test_one_that_is_cancelled_while_it_waits_lets_go_of_its_image_at_once(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, go = ReadPool.submit, threading.Event()
+    first, second = commit(tmp_path, 1, CHUNK), commit(tmp_path, 2, CHUNK)
+    bench.store.fill("a", second[0], second[1], users=0)
+    bench.wait("a")
+
+    def submit(self: ReadPool, *given: Any, **named: Any) -> ReadJob:
+        assert go.wait(100)
+        return real(self, *given, **named)
+
+    with monkeypatch.context() as held:
+        held.setattr(ReadPool, "submit", submit)
+        bench.store.verify("v", first[0], first[1])
+        bench.store.verify("w", second[0], second[1])
+        bench.store.cancel_verify("w")
+        bench.store.pump()
+        bench.store.drop(second[0])
+        go.set()
+        bench.wait("v")
+    assert bench.told.verdicts == {"v": None}
+
+
 def test_a_failed_read_takes_the_mark_away_so_that_the_next_load_looks_again(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
