@@ -89,7 +89,9 @@ def fetcher(turn: Turn, checkpoint: Checkpoint, node: Node | None, tier: Tier | 
 def note(turn: Turn, operation: Operation, layout: str) -> None:
     """A checkpoint was published, or fetched, and so lies there."""
     known = turn.view.publications.get((operation.digest, operation.url))
-    if operation.digest in turn.view.checkpoints and layout and (known is None or known.layout != layout or known.doubt):
+    if operation.digest not in turn.view.checkpoints or not layout:
+        return
+    if operation.kind == "publish" or known is None or known.layout != layout or known.doubt:
         turn.put_publication(Publication(operation.digest, operation.url, layout, turn.now))
 
 

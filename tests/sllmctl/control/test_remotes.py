@@ -99,6 +99,18 @@ def test_a_publish_is_remembered_and_a_fetch_finds_it(make_world: MakeWorld) -> 
     assert "on the disk of every node" in fault.message
 
 
+def test_what_is_published_again_was_published_last_and_is_fetched_first(make_world: MakeWorld) -> None:
+    world = two(make_world)
+    for url in (URL, "file:///srv", URL):
+        world.pass_time(10.0)
+        assert ask(world, "publish", url) is None
+    again = world.now
+    world.pass_time(10.0)
+    assert ask(world, "fetch", node="far") is None
+    assert next(one for one in world.agents["far"].heard if isinstance(one, Fetch)).url == URL
+    assert world.view.publications[M, URL].published_at == again, "a fetch publishes nothing"
+
+
 def test_what_failed_is_not_remembered(make_world: MakeWorld) -> None:
     world = two(make_world)
     world.agents["local"].automatic = False
