@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from agent.engine.products import Product, Ways, ways_of
+from agent.native import few_tokens
+from agent.native.few_tokens import Way
 from bench.report import Report
 
 SHAPES = ((2560, 1024), (6144, 1024), (1024, 3072))
@@ -36,7 +38,7 @@ def main() -> None:
     report = Report("products of activations with weights, against torch's linear")
     report.note(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     with torch.inference_mode():
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for shape in SHAPES:
                 _compare(report, dtype, shape, args.rounds)
     if args.out:
@@ -50,6 +52,8 @@ def _compare(report: Report, dtype: torch.dtype, shape: tuple[int, int], rounds:
     ways = {"columns": Ways(columns=range(1, most)), "chosen": ways_of(dtype, torch.device("cpu"))}
     if dtype != torch.float32:
         ways["widened"] = Ways(widened=1)
+        kinds = (Way.DOT, Way.BFLOAT16) if dtype == torch.bfloat16 else (Way.FLOAT16,)
+        ways |= {f"few, {way.name}": Ways(few=range(1, most), way=way) for way in kinds if way in few_tokens.ways()}
     for tokens in TOKENS:
         x = torch.randn(tokens, shape[1]).to(dtype)
         spans: dict[str, list[float]] = {name: [] for name in ways}
