@@ -37,8 +37,9 @@ def build_skeleton(manifest: Manifest) -> nn.Module:
     """The model of ``manifest.config`` in eval mode, every tensor on the meta device. Takes tens of milliseconds; one at a
     time, since the limit on memory and torch's default type that it sets are the process's.
 
-    Raises InvalidCheckpoint, naming the architecture and the reason, for a model that this engine cannot run exactly; code
-    that a checkpoint brings along is never run.
+    Raises InvalidCheckpoint, naming the architecture and the reason, for a model that this engine cannot run exactly. Code that
+    a checkpoint brings along is never run: where its config names some (``auto_map``), the class that transformers itself has
+    of that architecture computes, as it does for a transformers user who trusts no code.
     """
     with _turn, _bounded_memory():
         return _build(manifest)
@@ -64,8 +65,9 @@ def _build(manifest: Manifest) -> nn.Module:
 
 def _classes(manifest: Manifest) -> tuple[Any, Any]:
     model_type = manifest.config.get("model_type")
+    own = "; the model's own code (auto_map) is never run" if "auto_map" in manifest.config else ""
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        raise InvalidCheckpoint(f"model type {model_type!r} is not one that transformers knows")
+        raise InvalidCheckpoint(f"model type {model_type!r} is not one that transformers knows{own}")
     try:
         config = CONFIG_MAPPING[model_type].from_dict(manifest.config)
     except Exception as error:  # hostile values fail in as many ways as there are configs
@@ -74,7 +76,9 @@ def _classes(manifest: Manifest) -> tuple[Any, Any]:
         raise InvalidCheckpoint(f"model type {model_type!r} is no causal language model")
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if isinstance(model_class, tuple) or model_class.__name__ != manifest.architecture:
-        raise InvalidCheckpoint(f"architecture {manifest.architecture!r} is not the causal language model of {model_type!r}")
+        raise InvalidCheckpoint(
+            f"architecture {manifest.architecture!r} is not the causal language model of {model_type!r}{own}"
+        )
     return config, model_class
 
 

@@ -39,10 +39,6 @@ class ModelFacts:
 
 def read_facts(config: dict[str, Any], tensors: Mapping[str, SourceTensor]) -> ModelFacts:
     """Judge a config without running anything of it. Raises InvalidCheckpoint naming what is missing or not supported."""
-    if "auto_map" in config:
-        raise InvalidCheckpoint(
-            f"config.json asks for the model's own code (auto_map: {config['auto_map']}), which is never run"
-        )
     if config.get("quantization_config"):
         raise InvalidCheckpoint("config.json has a quantization_config; quantised checkpoints cannot be run")
     architectures = config.get("architectures")

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from agent.engine.skeleton import build_skeleton
+from agent.store.catalog import scan
 from agent.store.ingest.convert import convert
 from schema.errors import InvalidCheckpoint, NotFound, OutOfSpace, SllmError
 from tests.checkpoints import framed_tokenizer, make_llama_dir
@@ -350,7 +352,8 @@ def test_pickled_weights(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "match"),
     [
-        ({"auto_map": {"AutoModelForCausalLM": "modeling.Evil"}}, "auto_map"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling.Evil"}, "model_type": "evil"}, r"'evil'.*own code \(auto_map\)"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling.Evil"}, "architectures": ["EvilForCausalLM"]}, r"Evil.*own code"),
         ({"architectures": ["BertModel"]}, "'BertModel' is no decoder"),
         ({"architectures": ["MadeUpForCausalLM"]}, "MadeUpForCausalLM"),
         ({"architectures": []}, "names no architecture"),
@@ -380,6 +383,21 @@ def test_config_that_cannot_be_run(source: Path, tmp_path: Path, values: dict[st
     (source / "config.json").write_text(json.dumps(config))
     (source / "generation_config.json").unlink()
     refused(source, tmp_path, match)
+
+
+def test_code_of_a_model_that_transformers_has_itself_is_left_alone(source: Path, tmp_path: Path) -> None:
+    """The hub's Falcon and Phi-3 name code of their own, though transformers has their classes."""
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "modeling.Evil"}}))
+    (source / "modeling.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    data = tmp_path / "data"
+    for name in ("checkpoints", "tmp"):
+        (data / name).mkdir(parents=True)
+    digest = convert(source, data / "checkpoints", data / "tmp", lambda done, total: None)
+    entry = scan(data / "checkpoints")[digest]
+    build_skeleton(entry.manifest)
+    assert not (tmp_path / "ran").exists()
+    assert not list(entry.directory.glob("*.py"))
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff", b"{" * 100_000])
