@@ -181,7 +181,7 @@ def changed_source(manifest: Manifest) -> str | None:
     """What has become of the user's files since they were added in place; None while all are as they were."""
     for partition in manifest.partitions:
         if partition.source is not None and (what := _change(partition.source, partition.size_bytes)) is not None:
-            return f"{partition.source.path} {what} since it was added in place; add the model again, or ingest a copy"
+            return f"{partition.source.path} {what} since it was added in place; remove the model and add it again"
     return None
 
 

@@ -64,9 +64,7 @@ def add(turn: Turn, event: AddModel) -> None:
     spec = check_spec(event.spec)
     model = turn.view.models.get(spec.name)
     if model is not None and model.state is not _M.FAILED:
-        name = spec.name
-        serve = f"serve it by `sllmctl model deploy {name}`, " if model.state is _M.STOPPED else ""
-        raise Conflict(f"model {name!r} exists already ({model.state.value}); {serve}remove it first or choose another name")
+        raise Conflict(f"model {spec.name!r} exists already ({model.state.value}); {_instead(turn, model)}")
     node = ingest_node(turn, spec)
     op = turn.core.ids("op")
     if model is None:
@@ -82,6 +80,18 @@ def add(turn: Turn, event: AddModel) -> None:
     turn.event("model", model.name, "Ingesting", f"on node {node.name}{away}")
     say(turn, model)
     turn.send(node.id, Ingest(op=op, source=spec.source))
+
+
+def _instead(turn: Turn, model: Model) -> str:
+    """What to do with a model that is there, where somebody wanted to add it."""
+    view, digest = turn.view, model.digest
+    if digest is not None and not view.nodes_with(digest, Tier.DISK) and not view.is_published(digest):
+        return (
+            "no disk has a sound copy of it: remove it and add it again, or add its source by another name, "
+            "which makes the same checkpoint if the source is as it was"
+        )
+    serve = f"serve it by `sllmctl model deploy {model.name}`, " if model.state is _M.STOPPED else ""
+    return f"{serve}remove it first or choose another name"
 
 
 def ingest_node(turn: Turn, spec: ModelSpec) -> Node:

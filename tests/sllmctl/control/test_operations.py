@@ -10,7 +10,7 @@ from schema.errors import Fault
 from schema.link import CheckpointTruth, DropCheckpoint, LoadCheckpoint, Placement, PlacementUpdate, VerifyCheckpoint
 from schema.states import InstanceState, ModelState, Tier, TierState
 from sllmctl.cluster.records import Operation
-from sllmctl.control.events import FromNode, Operate
+from sllmctl.control.events import AddModel, FromNode, Operate
 from tests.sllmctl.control.conftest import MakeWorld
 from tests.sllmctl.control.world import Agent, World, digest_of, spec
 
@@ -280,6 +280,9 @@ def test_a_quarantined_copy_is_no_source_says_why_and_comes_back(world: World) -
     assert any("fetch or ingest it again" in event.message for event in world.events), "what to do is said"
     assert not world.view.nodes_with(digest_of("m"), Tier.DISK)
     assert any("9 bytes are wrong" in one.message for one in world.events if one.reason == "Quarantined")
+    refused = world.ask(lambda ticket: AddModel(ticket, spec()))
+    assert refused is not None
+    assert "no disk has a sound copy of it: remove it and add it again" in refused.message
     world.demand("m", 1)
     assert not world.view.instances_of("m")
     quarantine(world, Tier.DISK, TierState.RESIDENT)
