@@ -358,9 +358,9 @@ def _columns() -> list[Column[CheckpointView]]:
     moment = now()
     return [
         Column("DIGEST", lambda c: short_digest(c.digest)),
-        Column("ARCHITECTURE", lambda c: c.architecture),
-        Column("SIZE", lambda c: size(c.image_bytes), right=True),
-        Column("CONTEXT", lambda c: str(c.max_context_tokens), right=True),
+        Column("ARCHITECTURE", lambda c: c.architecture or "-"),
+        Column("SIZE", lambda c: size(c.image_bytes) if c.image_bytes else "-", right=True),
+        Column("CONTEXT", lambda c: str(c.max_context_tokens or "-"), right=True),
         Column("MODELS", lambda c: ",".join(c.models) or "-"),
         Column("TIERS", _tiers),
         Column("AGE", lambda c: age(moment - c.created_at), right=True),
@@ -370,12 +370,15 @@ def _columns() -> list[Column[CheckpointView]]:
 
 
 def _fields(checkpoint: CheckpointView) -> list[tuple[str, str]]:
-    return [
-        ("Digest", checkpoint.digest),
+    facts = [
         ("Architecture", checkpoint.architecture),
         ("Size", f"{size(checkpoint.image_bytes)} ({checkpoint.image_bytes} bytes)"),
         ("KV cache", f"{size(checkpoint.kv_token_bytes)} a token"),
         ("Context", f"{checkpoint.max_context_tokens} tokens"),
+    ]
+    return [
+        ("Digest", checkpoint.digest),
+        *(facts if checkpoint.architecture else [("Architecture", "not known: no manifest of it can be read")]),
         ("Models", ", ".join(checkpoint.models) or "none"),
         ("Remotes", "\n".join(_publication(each) for each in checkpoint.publications) or "none"),
         ("Pinned", ", ".join(f"{pin.node}:{pin.tier}" for pin in checkpoint.pins) or "nowhere"),

@@ -106,6 +106,18 @@ def test_an_interrupted_wait_says_what_goes_on_and_how_to_end_it(
     assert "goes on; `sllmctl operation cancel op_1` ends it" in said.err
 
 
+def test_what_is_not_known_of_a_damaged_checkpoint_is_no_number(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    damaged = msgspec.structs.replace(
+        CHECKPOINTS[0], architecture="", image_bytes=0, kv_token_bytes=0, max_context_tokens=0, models=()
+    )
+    manager.answer("GET checkpoints", 200, {"items": [damaged]})
+    assert sllmctl("checkpoint", "ls").out.splitlines()[1].split()[1:5] == ["-", "-", "-", "-"]
+    manager.answer("GET checkpoints/01234", 200, damaged)
+    shown = sllmctl("checkpoint", "show", "01234").out
+    assert "not known: no manifest of it can be read" in shown
+    assert "0 tokens" not in shown
+
+
 def test_operations_are_listed_with_how_far_they_are_and_how_they_ended(sllmctl: Sllmctl, manager: FakeManager) -> None:
     progress = ProgressView(stage="fetch", done_bytes=300 << 20, total_bytes=1 << 30, rate_bps=2 << 20, source=Tier.REMOTE)
     moving = msgspec.structs.replace(_RUNNING, progress=progress)
