@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +99,19 @@ def test_a_checkpoint_is_brought_verified_quarantined_healed_and_removed(cluster
     assert said.returncode == 0, said.stderr
     assert tiers(cluster) == {"disk": "resident"}
     assert ask(cluster, "What is a tier?").text == first.text
+
+    beside = partition(cluster).parent.with_name("broken")
+    beside.mkdir()
+    (beside / "manifest.json").write_text("{")
+    said = run(cluster, "verify", "docs")
+    assert said.returncode == 1
+    assert f"1 of 2 copies: broken ({beside}/manifest.json: " in said.stderr
+    assert "the copy is in quarantine" in said.stderr
+    assert tiers(cluster) == {"disk": "resident", "dram": "resident"}
+    assert "copy broken is in quarantine" in run(cluster, "show", "docs").stdout
+    shutil.rmtree(beside)
+    assert run(cluster, "verify", "docs").returncode == 0
+    assert "in quarantine" not in run(cluster, "show", "docs").stdout
 
     cluster.admin.delete("/models/docs")
     cluster.until(lambda: not cluster.get("/checkpoints")["items"], "it has gone with its model", 60)
