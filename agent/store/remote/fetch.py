@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -67,9 +67,12 @@ class _Chunk:
         return -(-self.length // _BLOCK_BYTES)
 
 
+@dataclass(eq=False)
 class FetchJob(ReadJob):
     """A `ReadJob` whose bytes come from a remote: its memory is right when it has finished; `Fetch.over` says what became of
-    the checkpoint on the disk."""
+    the checkpoint on the disk. ``_coming``: what has come of the chunks under way, by their numbers."""
+
+    _coming: dict[int, int] = field(default_factory=dict)
 
 
 class Fetch:
@@ -175,6 +178,11 @@ class Fetch:
             if job.error is None and not job.finished:
                 job.error = cancelled()
         self.stop()
+
+    def came_bytes(self, job: FetchJob) -> int:
+        """So much of the weights is here, also of chunks that are not whole yet: over a slow link one takes minutes."""
+        with self._lock:
+            return job.done_bytes + sum(job._coming.values())
 
     def stop(self, *, keep: bool = False) -> None:
         """End whatever is under way, `prepare` too; ``keep`` leaves on the disk what has come, for the next try."""
@@ -306,7 +314,7 @@ class Fetch:
             end = run[-1].offset + run[-1].length
             with Steady(partial(self._open, run[0].partition, end), run[0].offset, patience) as body:
                 while run:
-                    found = self._take(body, run[0], scratch)
+                    found = self._take(job, body, run[0], scratch)
                     if found == run[0].xxh3:
                         self._arrived(job, run.popleft())
                         patience.progress()
@@ -321,12 +329,16 @@ class Fetch:
         size = partition.size_bytes
         return self._remote.open(self._path(partition), at, end - at, total_bytes=size, deadline=deadline)
 
-    def _take(self, body: Body, chunk: _Chunk, scratch: memoryview) -> int:
+    def _take(self, job: FetchJob, body: Body, chunk: _Chunk, scratch: memoryview) -> int:
         assert self._partial is not None
         digest = xxhash.xxh3_64()
         offset = chunk.offset
         for block in chunk.blocks(scratch):
-            body.fill(block)
+            left = block
+            while left:
+                left = left[body.some(left) :]
+                with self._lock:
+                    job._coming[chunk.number] = offset - chunk.offset + len(block) - len(left)
             digest.update(block)
             self._partial.write(chunk.partition.file, offset, block)
             offset += len(block)
@@ -356,6 +368,7 @@ class Fetch:
             if job.error is not None:
                 raise job.error
             job.spared_bytes += chunk.length if spared else 0
+            job._coming.pop(chunk.number, None)
             job._arrived(chunk.number, chunk.length)
         if job._unit_done is not None and chunk.unit is not None:
             job._unit_done(job, chunk.unit)

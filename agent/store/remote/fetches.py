@@ -16,7 +16,7 @@ from typing import Final, Protocol
 from agent.native.jobs import Priority, ReadJob, Unit
 from agent.store.cache import ArenaStore
 from agent.store.catalog import CatalogEntry
-from agent.store.remote.fetch import Fetch
+from agent.store.remote.fetch import Fetch, FetchJob
 from agent.store.remote.open import open_remote
 from agent.store.temporary import sweep
 from schema.checkpoint import Manifest
@@ -64,7 +64,7 @@ class _Fetch:
     keep: bool = False
     told: set[str] = field(default_factory=set)
     """The ops that have heard where it comes to lie."""
-    job: ReadJob | None = None
+    job: FetchJob | None = None
     told_at: float = 0.0
     told_bytes: int = -1
     woken_at: float = 0.0
@@ -74,6 +74,11 @@ class _Fetch:
     def manifest(self) -> Manifest:
         assert self.fetch is not None
         return self.fetch.manifest
+
+    @property
+    def done_bytes(self) -> int:
+        """What is here of the weights, or of the chunks that they come in."""
+        return self.fetch.came_bytes(self.job) if self.fetch is not None and self.job is not None else 0
 
     @property
     def came_bytes(self) -> int:
@@ -198,10 +203,10 @@ class Fetches:
                 continue
             if fetch.begun:
                 self._tell_coming(fetch)
-            if fetch.job is not None and now - fetch.told_at >= _PROGRESS_S and fetch.told_bytes != fetch.job.done_bytes:
-                fetch.told_at, fetch.told_bytes = now, fetch.job.done_bytes
+            if fetch.job is not None and now - fetch.told_at >= _PROGRESS_S and fetch.told_bytes != fetch.done_bytes:
+                fetch.told_at, fetch.told_bytes = now, fetch.done_bytes
                 for op in fetch.ops:
-                    self._listener.fetching(op, fetch.job.done_bytes, fetch.manifest.image_bytes)
+                    self._listener.fetching(op, fetch.told_bytes, fetch.manifest.image_bytes)
         ending, self._ending = self._ending, []
         for fetch in ending:
             if not self._advance(fetch):

@@ -471,6 +471,28 @@ def test_a_server_that_breaks_off_too_soon_is_given_up(
     assert len(asked) <= SETTINGS.streams * SETTINGS.attempts
 
 
+def test_what_has_come_of_a_chunk_is_progress(bench: FetchBench, source: tuple[str, Path, bytes], web: WebServer) -> None:
+    digest, _, image = source
+    held = threading.Event()
+
+    def wait(handler: Any) -> None:
+        assert held.wait(100)
+
+    sends(web, CHUNK // 2, wait)
+    bench.fetches.begin("op", digest, web.url)
+    deadline = time.monotonic() + 100
+    while not bench.progress or bench.progress[-1][1] < SETTINGS.streams * CHUNK // 2:
+        assert time.monotonic() < deadline, bench.progress
+        bench.fetches.pump()
+        time.sleep(0.01)
+    assert bench.progress[-1][1] == SETTINGS.streams * CHUNK // 2, "no chunk is whole"
+    web.fault = None
+    held.set()
+    bench.until(lambda: "op" in bench.answers)
+    assert_there(bench, digest, image)
+    assert [total for _, _, total in bench.progress] == [len(image)] * len(bench.progress)
+
+
 def test_a_slow_link_takes_as_many_connections_as_it_needs(
     tmp_path: Path, source: tuple[str, Path, bytes], web: WebServer
 ) -> None:
