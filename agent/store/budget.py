@@ -96,7 +96,7 @@ def _tree_bytes(path: Path, but: Path | None) -> int:
             return status.st_blocks * _BLOCK_BYTES if stat.S_ISREG(status.st_mode) else 0
         with os.scandir(path) as found:
             return sum(_tree_bytes(path / entry.name, but) for entry in found)
-    except FileNotFoundError:  # it was moved or deleted just now
+    except OSError:  # it was moved or deleted just now, or the disk does not say
         return 0
 
 

@@ -113,7 +113,7 @@ def look(checkpoints_path: Path) -> Found:
         try:
             copies.append(read_entry(directory))
         except SllmError as error:
-            if not directory.exists():  # it was removed just now
+            if _is_gone(directory):  # just now
                 continue
             _log.warning("the checkpoint in %s is damaged: %s", directory, error)
             mark(unmark_verified, directory, copy)
@@ -347,14 +347,26 @@ def quarantine_reason(directory: Path) -> str | None:
 def _directories(root: Path) -> Iterator[Path]:
     for outer in _children(root):
         if _DIGEST.fullmatch(outer.name):
-            yield from _children(outer)
+            try:
+                yield from _children(outer)
+            except OSError as error:  # which hides no other checkpoint
+                _log.error("cannot look into %s: %s", outer, error.strerror)
 
 
 def _children(path: Path) -> list[Path]:
     try:
-        return sorted(child for child in path.iterdir() if child.is_dir() and not child.is_symlink())
+        with os.scandir(path) as found:
+            return sorted(path / child.name for child in found if child.is_dir(follow_symlinks=False))
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def _is_gone(directory: Path) -> bool:
+    try:
+        directory.lstat()
+    except OSError as error:
+        return error.errno == errno.ENOENT
+    return False
 
 
 def _size(directory: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import shutil
 from collections.abc import Callable
@@ -13,9 +14,10 @@ import pytest
 
 from agent.native.arena import Arena
 from agent.store import catalog, durable
+from agent.store.budget import used_bytes
 from schema.errors import InvalidCheckpoint, SllmError
 from tests.agent.store.fetching import PART, FetchBench, assert_there, make_source, rewrite
-from tests.agent.store.images import CHUNK, Bench
+from tests.agent.store.images import CHUNK, Bench, commit
 
 
 @pytest.fixture
@@ -209,6 +211,31 @@ def test_what_the_system_fails_to_read_says_nothing_of_the_copy(
         bench.store.fill("again", digest, directory)
         bench.wait("again")
         assert bench.told.faults.keys() == {"load"}
+
+
+@pytest.mark.parametrize("where", ["the digest", "the layout", "a file"])
+def test_a_bad_spot_of_the_disk_hides_no_other_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    root = tmp_path / "data" / "checkpoints"
+    bad, good = (commit(root, number, CHUNK) for number in (1, 2))
+    spot = {"the digest": bad[1].parent, "the layout": bad[1], "a file": bad[1] / PART}[where]
+
+    def fail(real: Callable[..., object]) -> Callable[..., object]:
+        def call(path: object = ".", *more: object, **named: object) -> object:
+            if str(path) == str(spot) or Path(str(path)).is_relative_to(spot):
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+            return real(path, *more, **named)
+
+        return call
+
+    for name in ("open", "stat", "lstat", "scandir", "listdir"):
+        monkeypatch.setattr(os, name, fail(getattr(os, name)))
+    monkeypatch.setattr(io, "open", fail(io.open))
+    found = catalog.look(root)
+    assert [copy.digest for copy in found.copies] == [good[0]]
+    assert [copy.digest for copy in found.damaged] == ([bad[0]] if where != "the digest" else [])
+    assert CHUNK <= used_bytes(tmp_path / "data") < 3 * CHUNK
 
 
 def test_what_a_removal_could_not_delete_is_not_in_the_way_of_the_next(
