@@ -214,9 +214,7 @@ def test_what_the_system_fails_to_read_says_nothing_of_the_copy(
 
 
 @pytest.mark.parametrize("where", ["the digest", "the layout", "a file"])
-def test_a_bad_spot_of_the_disk_hides_no_other_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
+def test_a_bad_spot_of_the_disk_hides_no_other_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     root = tmp_path / "data" / "checkpoints"
     bad, good = (commit(root, number, CHUNK) for number in (1, 2))
     spot = {"the digest": bad[1].parent, "the layout": bad[1], "a file": bad[1] / PART}[where]
