@@ -246,7 +246,8 @@ class RequestTimeline(_View, frozen=True, kw_only=True):
 
 
 class RequestView(_View, frozen=True, kw_only=True):
-    """A live request, or a finished one while it is remembered; ``node`` and ``instance`` where it runs, or ran last."""
+    """A live request, or one that ended while it is remembered; ``node`` and ``instance`` where it runs, or ran last.
+    ``fault``: why it failed, None of one that did not."""
 
     id: str
     model: str
@@ -259,6 +260,7 @@ class RequestView(_View, frozen=True, kw_only=True):
     orphaned: bool
     received_at: float
     timeline: RequestTimeline
+    fault: Fault | None = None
 
 
 EventKind = Literal["model", "instance", "node", "checkpoint"]

@@ -46,7 +46,7 @@ def ls(invocation: Invocation, form: Format, watch: bool) -> None:
 @output_option
 @pass_invocation
 def show(invocation: Invocation, request_id: str, form: Format) -> None:
-    """Show one request, and where its time went.
+    """Show one request: where its time went, and why it failed. Ended ones are forgotten when the manager starts anew.
 
     \b
     Examples:
@@ -87,7 +87,7 @@ def _columns() -> list[Column[RequestView]]:
     return [
         Column("ID", lambda r: r.id),
         Column("MODEL", lambda r: r.model),
-        Column("STATE", lambda r: f"{r.state},orphaned" if r.orphaned else str(r.state)),
+        Column("STATE", _state),
         Column("START", lambda r: "cold" if r.timeline.cold else "warm"),
         Column("PROMPT", lambda r: str(r.prompt_tokens), right=True),
         Column("GENERATED", lambda r: str(r.generated_tokens), right=True),
@@ -114,11 +114,18 @@ def _fields(request: RequestView) -> list[tuple[str, str]]:
         ("Age", age(now() - request.received_at)),
         ("Timeline", timeline_text(timeline)),
     ]
+    if request.fault is not None:
+        fields.append(("Fault", f"{request.fault.message} ({request.fault.code})"))
     if timeline.start is not None:
         fields.append(("Cold start", start_text(timeline.start)))
     if timeline.engine is not None:
         fields.append(("Engine", engine_text(timeline.engine)))
     return fields
+
+
+def _state(request: RequestView) -> str:
+    state = f"{request.state},orphaned" if request.orphaned else str(request.state)
+    return state if request.fault is None else f"{state} ({request.fault.code})"
 
 
 def _seconds(value: float | None) -> str:

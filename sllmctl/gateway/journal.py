@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from schema.admin import RequestTimeline, RequestView
-from schema.errors import SllmError
+from schema.errors import Fault, SllmError
 from schema.ids import Epoch
 from schema.link import Cancel, EngineTiming, RetryKey, SamplingParams, StartPhases
 from schema.sampling import LOGPROB_BYTES
 from schema.states import EndReason, RequestState
 
 __all__ = ["Attempt", "Request", "Sequence", "Timer"]
+
+_FAULT_CHARACTERS = 2000
+"""Ended requests are remembered by the thousand, and a library may say pages."""
 
 
 class Timer(Protocol):
@@ -247,4 +250,13 @@ class Request:
             orphaned=self.orphaned,
             received_at=self.received_at,
             timeline=self.timeline(),
+            fault=None if (failure := self.failure) is None else _fault(failure),
         )
+
+
+def _fault(error: SllmError) -> Fault:
+    """What is remembered of it."""
+    message = error.message
+    if len(message) > _FAULT_CHARACTERS:
+        message = message[: _FAULT_CHARACTERS - 1] + "…"
+    return Fault(error.code, message)

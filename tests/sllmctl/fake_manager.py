@@ -221,6 +221,19 @@ REQUESTS = (
         received_at=NOW - 1,
         timeline=RequestTimeline(cold=False, routed_s=0.0004),
     ),
+    RequestView(
+        id="req_3",
+        model="qwen",
+        state=RequestState.FAILED,
+        instance=None,
+        attempts=0,
+        prompt_tokens=12,
+        generated_tokens=0,
+        orphaned=False,
+        received_at=NOW - 700,
+        timeline=RequestTimeline(cold=True, ended_s=600.0),
+        fault=Fault("timed_out", "waited 600 s (cold_start_timeout_s) for an instance of model 'qwen': no instance is ready"),
+    ),
 )
 EVENTS = (
     EventView(

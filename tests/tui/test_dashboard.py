@@ -175,6 +175,14 @@ async def test_a_model_without_instances_says_why() -> None:
         await until(pilot, lambda: "starts one when a request comes" in screen(app))
 
 
+async def test_a_failed_request_says_why() -> None:
+    async with running(Manager(), (120, 40)) as (app, pilot):
+        await _press(app, pilot, "4", "G")
+        await settled(app, pilot)
+        assert app.grid.cursor == "req_3"
+        assert "timed_out: waited 600 s" in screen(app)
+
+
 async def test_a_filter_is_live_kept_and_cleared() -> None:
     async with running(Manager()) as (app, pilot):
         await _press(app, pilot, "2", "slash", *"!qwen", "space", *"ing")

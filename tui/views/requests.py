@@ -67,6 +67,7 @@ class Requests(View[RequestView]):
         detail.field("pace", f"{self._pace(row):.1f} tokens/s" if self._pace(row) else "")
         detail.head("timeline").field("start", "cold" if line.cold else "warm").field("routed", seconds(line.routed_s))
         detail.field("first token", seconds(line.first_token_s)).field("ended", seconds(line.ended_s))
+        detail.fault(row.fault)
         if (start := line.start) is not None:
             detail.start("the start it waited for", start)
         if (engine := line.engine) is not None:

@@ -45,7 +45,7 @@ def _completed(words: str, begin: str = "") -> list[str]:
         ("checkpoint prefetch qwen --node", "", ["local", "gpu1"]),
         ("checkpoint rm qwen --node", "g", ["gpu1"]),
         ("event ls --kind", "", list(get_args(EventKind))),
-        ("explain --request", "", ["req_1", "req_2"]),
+        ("explain --request", "", ["req_1", "req_2", "req_3"]),
     ],
 )
 def test_names_are_those_that_live(sllmctl: Sllmctl, words: str, begin: str, completed: list[str]) -> None:

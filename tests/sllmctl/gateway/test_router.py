@@ -382,6 +382,30 @@ def test_finished_requests_are_remembered_up_to_a_bound() -> None:
         bench.router.request(ids[0])
 
 
+@pytest.mark.parametrize("cut", [False, True], ids=["short", "pages"])
+def test_a_failed_request_is_remembered_with_why_it_failed(cut: bool) -> None:
+    bench = Bench()
+    bench.warm()
+    fault = Fault("out_of_space", "no KV blocks" + " at all" * (100_000 if cut else 1))
+    failed, well = (bench.router.submit("m", (1,), params()) for _ in range(2))
+    first, second = bench.take(Submit)
+    assert bench.router.request(failed.id).fault is None
+    bench.tokens(end(first, 0, EndReason.ERROR, fault=fault), run(second, 1), end(second, 1))
+    view = bench.router.request(failed.id)
+    assert view.state is RequestState.FAILED
+    assert view.fault is not None
+    assert view.fault.code == fault.code
+    if cut:
+        assert fault.message.startswith(view.fault.message.removesuffix("…"))
+        assert 1000 < len(view.fault.message) < 4000
+    else:
+        assert view.fault.message == fault.message
+    assert bench.router.request(well.id).fault is None
+    cancelled = bench.router.submit("m", (1,), params())
+    cancelled.cancel()
+    assert bench.router.request(cancelled.id).fault is None
+
+
 def test_a_finished_request_still_says_where_it_ran_when_its_instance_is_gone() -> None:
     bench = Bench()
     bench.warm()
