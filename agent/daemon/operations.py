@@ -307,9 +307,12 @@ class Operations:
             fault = await self._verify_copy(message.op, digest, directory)
             await self._checkpoints.scan()
             self._owner.placement_changed(digest)
+            reason = self._checkpoints.copies(digest).get(directory)
             if fault is not None:
-                reason = self._checkpoints.copies(digest).get(directory)
-                bad[directory] = Fault(fault.code, f"{fault.message}; the copy is in quarantine") if reason else fault
+                told = "" if reason is None else "; the copy is in quarantine"
+                bad[directory] = Fault(fault.code, f"{fault.message}{told}")
+            elif reason is not None:
+                bad[directory] = Fault.of(SllmError(f"its bytes are right, but it is in quarantine still: {reason}"))
         if bad:
             return OperationDone(op=message.op, digest=digest, fault=_fault_of(bad, len(copies)))
         return OperationDone(op=message.op, digest=digest, read_bytes=self._checkpoints.size(digest))

@@ -353,7 +353,8 @@ class ArenaStore:
         if error is None:
             catalog.mark(catalog.release, verdict.directory, verdict.copy)
         elif isinstance(error, InvalidCheckpoint):
-            catalog.mark(catalog.quarantine, verdict.directory, verdict.copy, str(error))
+            if not catalog.mark(catalog.quarantine, verdict.directory, verdict.copy, str(error)):
+                error = InvalidCheckpoint(f"{error}; its quarantine could not be written down, and ends with the store process")
         elif not isinstance(error, Cancelled):
             catalog.mark(catalog.unmark_verified, verdict.directory, verdict.copy)
         if verdict.copy is not None and catalog.identity(verdict.directory) != verdict.copy:

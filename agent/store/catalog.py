@@ -56,6 +56,8 @@ _QUARANTINED: Final = "quarantined"
 _MAX_MANIFEST_BYTES: Final = 256 << 20
 Identity = tuple[int, int, int]
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_unwritten: dict[Identity, str] = {}
+"""Why copies are in quarantine whose disk took no mark: one that fails is often made read-only by the system."""
 _log = logging.getLogger(__name__)
 
 
@@ -161,7 +163,10 @@ def read_entry(directory: Path) -> CatalogEntry:
     for asset in manifest.assets:
         _check_size(directory / asset.file, asset.size_bytes)
     changed = changed_source(manifest)
-    return CatalogEntry(manifest.digest, directory, manifest, changed or quarantine_reason(directory), changed, which)
+    quarantined = changed or quarantine_reason(directory)
+    if quarantined is None and which is not None:
+        quarantined = _unwritten.get(which)
+    return CatalogEntry(manifest.digest, directory, manifest, quarantined, changed, which)
 
 
 def is_sound(directory: Path) -> bool:
@@ -297,10 +302,12 @@ def release(directory: Path) -> None:
 
 def mark(write: Callable[..., None], directory: Path, copy: Identity | None, *reason: str) -> bool:
     """Write down what was found of a copy (`release`, `quarantine`, ...); False when another lies in its place by now, or when
-    it cannot be written, which costs a second look later.
+    it cannot be written. That costs a second look later; a quarantine then holds as long as this process lives.
 
     The directory is held, so that what is put in its place between the look and the writing gets no mark that is not its own.
     """
+    if write is release and copy is not None:
+        _unwritten.pop(copy, None)
     try:
         held = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -314,6 +321,8 @@ def mark(write: Callable[..., None], directory: Path, copy: Identity | None, *re
         return False
     except OSError as error:
         _log.warning("cannot write a marker in %s: %s", directory, error.strerror)
+        if write is quarantine and copy is not None:
+            _unwritten[copy] = reason[0]
         return False
     return True
 

@@ -582,6 +582,15 @@ async def test_a_copy_that_could_not_be_read_is_named_beside_one_that_is_wrong(n
     assert (await done(manager, "op_1")).fault == Fault("invalid_checkpoint", told)
 
 
+async def test_a_copy_that_stays_in_quarantine_though_it_is_right_is_told(node: Node) -> None:
+    manager = await node.manager()
+    quarantine(node.config.checkpoints_path / DIGEST / "l1", "part-0 is wrong")
+    manager.send(VerifyCheckpoint(op="op_1", digest=DIGEST))
+    await judge(node, 0, None)  # the store could not take the mark away
+    fault = (await done(manager, "op_1")).fault
+    assert fault == Fault("internal", "its bytes are right, but it is in quarantine still: part-0 is wrong")
+
+
 async def test_what_was_found_of_one_copy_counts_though_the_verification_of_the_next_is_cancelled(node: Node) -> None:
     manager = await node.manager()
     second_copy(node, "l2")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -108,6 +110,37 @@ def test_a_quarantined_copy_that_is_right_again_is_released_and_loads(bench: Ben
     bench.store.fill("b", digest, directory)
     bench.wait("b")
     assert read_image(bench.arena.descriptor, bench.told.resident["b"]) == image
+
+
+def test_a_bad_copy_on_a_disk_that_takes_no_marks_is_not_loaded_all_the_same(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest, directory, image = commit(tmp_path, 1, CHUNK)
+    catalog.mark_verified(directory)
+    flip(directory / "partition_0.bin", 5)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for name in ("write_text", "touch", "unlink"):
+        monkeypatch.setattr(Path, name, fail)
+    bench.store.verify("v", digest, directory)
+    bench.wait("v")
+    fault = bench.told.verdicts["v"]
+    assert fault is not None
+    assert "bytes at offset 0" in fault.message
+    assert "its quarantine could not be written down" in fault.message
+    assert catalog.is_verified(directory), "which nobody may believe now"
+    bench.store.fill("bad", digest, directory)
+    bench.wait("bad")
+    assert "bytes at offset 0" in bench.told.faults["bad"].message
+    flip(directory / "partition_0.bin", 5)
+    bench.store.verify("again", digest, directory)
+    bench.wait("again")
+    assert bench.told.verdicts["again"] is None
+    bench.store.fill("good", digest, directory)
+    bench.wait("good")
+    assert read_image(bench.arena.descriptor, bench.told.resident["good"]) == image
 
 
 @pytest.mark.parametrize("harm", ["cut", "gone", "longer", "manifest"])
