@@ -6,12 +6,11 @@ seconds a GB here), and puts out of the cache what others need of it.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import threading
 from typing import Final
-
-import numpy as np
 
 from agent.native.address import address_of
 from agent.native.blocks import block_memory
@@ -94,5 +93,6 @@ class SourceReader:
         if is_aligned:
             return count
         # Unlike an assignment of memoryviews, this lets other threads run meanwhile.
-        np.copyto(np.frombuffer(target[:count], np.uint8), np.frombuffer(window[at - start :][:count], np.uint8))
+        if count:
+            ctypes.memmove(address_of(target), address_of(window) + at - start, count)
         return count
