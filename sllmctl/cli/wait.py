@@ -16,8 +16,8 @@ from sllmctl.cli.context import Invocation, pass_invocation, timeout_option
 if TYPE_CHECKING:
     from schema.admin import CheckpointView, InstanceView, NodeView, ProgressView, RequestView
     from sllmctl.cli.diagnostics import ProgressLine
-    from sllmctl.cli.waiting import Patience
-    from sllmctl.client import AdminClient, Call, Until
+    from sllmctl.cli.waiting import Asked, Patience
+    from sllmctl.client import Call, Until
 
 __all__ = ["command"]
 
@@ -77,6 +77,8 @@ def _complete_conditions(ctx: click.Context, _: click.Parameter, begin: str) -> 
 def command(invocation: Invocation, targets: tuple[str, ...], condition: str, timeout: float | None) -> None:
     """Wait until things are as they are to be. Exits with 7 when the time runs out, with 5 for what does not exist.
 
+    A manager that does not answer yet, or that restarts meanwhile, is waited for too; one of another user is not (exit code 4).
+
     \b
     Conditions:
       model       ingested, ready (as many instances as its scale keeps at least), stopped, removed
@@ -94,7 +96,7 @@ def command(invocation: Invocation, targets: tuple[str, ...], condition: str, ti
       sllmctl wait checkpoint/qwen --for on=gpu1:dram
     """
     from sllmctl.cli.diagnostics import ProgressLine, Refusals, note
-    from sllmctl.cli.waiting import told_of
+    from sllmctl.cli.waiting import PatientClient, told_of
 
     wanted = {word: _target(word, condition) for word in targets}
     patience = invocation.patience(timeout)
@@ -102,10 +104,11 @@ def command(invocation: Invocation, targets: tuple[str, ...], condition: str, ti
     def wait(word: str) -> None:
         target = wanted[word]
         with told_of(target.noun, target.name), ProgressLine() as line:
-            _wait(admin, target, condition, patience, line)
+            _wait(asked, target, condition, patience, line)
         note(f"{target}: {condition}")
 
     with invocation.admin() as admin, Refusals() as refusals:
+        asked = PatientClient(admin, patience)
         refusals.each(wanted, wait)
 
 
@@ -135,7 +138,7 @@ def _place(condition: str) -> tuple[str, str] | None:
     return (node, tier) if kind == "on" and node and tier in _TIERS else None
 
 
-def _wait(admin: AdminClient, target: _Target, condition: str, patience: Patience, line: ProgressLine) -> None:
+def _wait(admin: Asked, target: _Target, condition: str, patience: Patience, line: ProgressLine) -> None:
     from schema.errors import NotFound, TimedOut
     from sllmctl import client
 
@@ -165,7 +168,7 @@ def _wait(admin: AdminClient, target: _Target, condition: str, patience: Patienc
         time.sleep(min(_LOOK_S, left_s))
 
 
-def _wait_model(admin: AdminClient, name: str, condition: str, patience: Patience) -> None:
+def _wait_model(admin: Asked, name: str, condition: str, patience: Patience) -> None:
     from sllmctl.cli.waiting import wait_for
 
     until: dict[str, Until] = {"ingested": "ingested", "ready": "ready", "stopped": "stopped", "removed": "gone"}

@@ -7,16 +7,18 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from sllmctl.cli.diagnostics import ProgressLine, note
 
 if TYPE_CHECKING:
     from schema.admin import ModelView
-    from sllmctl.client import AdminClient, Until
+    from sllmctl.client import Call, Until
 
-__all__ = ["Patience", "told_of", "wait_for"]
+__all__ = ["Asked", "Patience", "PatientClient", "told_of", "wait_for"]
 
+T = TypeVar("T")
+_AGAIN_S: Final = 0.2
 _HOLD_TERMINAL_S, _HOLD_LOG_S = 0.5, 5.0
 _DOING = {"ingested": "ingesting", "ready": "starting", "stopped": "stopping", "gone": "removing"}
 
@@ -38,6 +40,38 @@ class Patience:
 
     def __str__(self) -> str:
         return f"{self.timeout_s:g} s"
+
+
+class Asked(Protocol):
+    """A manager that is asked, in whatever way."""
+
+    def ask(self, call: Call[T]) -> T: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PatientClient:
+    """Asks a manager that may not be there yet, or that is away for a restart: again and again as long as the patience lasts.
+
+    Only for what may be asked twice. What no wait can mend is raised at once: a socket of another user's, or no socket at all.
+    """
+
+    admin: Asked
+    patience: Patience
+
+    def ask(self, call: Call[T]) -> T:
+        """The answer. Raises TimedOut when no manager has answered meanwhile, and what else the client raises."""
+        from schema.errors import TimedOut
+        from sllmctl.client import NoManager
+
+        with ProgressLine() as line:
+            while True:
+                try:
+                    return self.admin.ask(call)
+                except NoManager as error:
+                    if not (left_s := self.patience.left_s):
+                        raise TimedOut(f"{error} ({self.patience} were waited)") from error
+                    line.show(f"waiting for a manager: {error}", None)
+                    time.sleep(min(_AGAIN_S, left_s))
 
 
 @contextlib.contextmanager
@@ -69,7 +103,7 @@ def _goes_on(name: str) -> Iterator[None]:
         raise
 
 
-def wait_for(admin: AdminClient, name: str, until: Until, patience: Patience) -> ModelView | None:
+def wait_for(admin: Asked, name: str, until: Until, patience: Patience) -> ModelView | None:
     """The model once it is as waited for; None for one that is gone.
 
     Raises TimedOut when the patience has run out (what was begun goes on), and the model's fault when it fails meanwhile.

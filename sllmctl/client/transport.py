@@ -17,12 +17,17 @@ from sllmctl.client.calls import Call, LogQuery
 from sllmctl.client.stream import Frames
 from sllmctl.config import ClientSettings
 
-__all__ = ["AdminClient", "AsyncAdminClient"]
+__all__ = ["AdminClient", "AsyncAdminClient", "NoManager"]
 
 T = TypeVar("T")
 _BASE_URL = "http://sllmctl/admin/v1/"
 _VERIFY = False
 """A unix socket has no TLS, and to read the certificates that are trusted takes longer than most commands."""
+
+
+class NoManager(Unreachable):
+    """No manager answers now: none was started yet, or it starts, restarts, or hangs. To ask again may do, unless the socket
+    itself is wrong: that is plain Unreachable, as what a manager's own answer may say of a node."""
 
 
 class AdminClient:
@@ -43,13 +48,15 @@ class AdminClient:
         self.close()
 
     def ask(self, call: Call[T]) -> T:
-        """The answer. Raises Unreachable, Unauthorised (the socket is another user's), or what the answer's body says."""
+        """The answer. Raises NoManager, Unreachable (what is there is no socket), Unauthorised (it is another user's), or what
+        the answer's body says."""
         if not self._knocked:
             _knock(self._socket)
             self._knocked = True
         try:
             answer = self._http.request(**_arguments(call, self._settings))
         except httpx.TransportError as error:
+            self._knocked = False  # another may stand behind the door when it is asked again
             raise _unanswered(self._socket, error) from error
         return _result(call, answer, self._socket)
 
@@ -116,6 +123,7 @@ class AsyncAdminClient:
         try:
             answer = await self._http.request(**_arguments(call, self._settings))
         except httpx.TransportError as error:
+            self._knocked = False
             raise _unanswered(self._socket, error) from error
         return _result(call, answer, self._socket)
 
@@ -200,17 +208,21 @@ def _knock(path: Path) -> None:
             raise Unauthorised(
                 f"the manager's socket {path} is another user's; run this as the user that runs the manager"
             ) from error
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            if path.exists() and not path.is_socket():
+                raise Unreachable(f"{path} is no socket; move it away, then `sllmctl serve`") from error
+            raise NoManager(_nobody(path)) from error
         except OSError as error:
-            raise Unreachable(_nobody(path)) from error
+            raise Unreachable(f"{path} cannot be asked: {error.strerror or error}") from error
 
 
 def _nobody(path: Path) -> str:
     return f"no manager answers at {path}; start it with `sllmctl serve`"
 
 
-def _unanswered(path: Path, error: httpx.TransportError) -> Unreachable:
+def _unanswered(path: Path, error: httpx.TransportError) -> NoManager:
     if isinstance(error, httpx.ConnectError):
-        return Unreachable(_nobody(path))
+        return NoManager(_nobody(path))
     if isinstance(error, httpx.TimeoutException):
-        return Unreachable(f"the manager at {path} did not answer in time; see its log, and `sllmctl doctor`")
-    return Unreachable(f"the manager at {path} broke off before it answered ({error or type(error).__name__}); ask again")
+        return NoManager(f"the manager at {path} did not answer in time; see its log, and `sllmctl doctor`")
+    return NoManager(f"the manager at {path} broke off before it answered ({error or type(error).__name__}); ask again")

@@ -23,12 +23,11 @@ from schema.errors import (
     Overloaded,
     SllmError,
     TimedOut,
-    Unreachable,
 )
 from schema.spec import ModelSpec, PathSource, ScaleSpec
 from schema.states import Tier
 from sllmctl import client
-from sllmctl.client import AdminClient, AsyncAdminClient, Call
+from sllmctl.client import AdminClient, AsyncAdminClient, Call, NoManager
 from sllmctl.config import ClientSettings
 from tests.sllmctl.fake_manager import (
     CHECKPOINTS,
@@ -196,10 +195,10 @@ async def test_without_a_manager_it_says_how_to_start_one(directory: Path, left_
     if left_behind:
         with socket.socket(socket.AF_UNIX) as dead:
             dead.bind(str(path))
-    with AdminClient(path, _SETTINGS) as admin, pytest.raises(Unreachable, match="start it with `sllmctl serve`"):
+    with AdminClient(path, _SETTINGS) as admin, pytest.raises(NoManager, match="start it with `sllmctl serve`"):
         admin.ask(client.status())
     async with AsyncAdminClient(path, _SETTINGS) as twin:
-        with pytest.raises(Unreachable, match="start it with `sllmctl serve`"):
+        with pytest.raises(NoManager, match="start it with `sllmctl serve`"):
             await twin.ask(client.status())
 
 
@@ -209,7 +208,7 @@ def test_a_manager_that_is_silent(directory: Path) -> None:
         listener.bind(str(path))
         listener.listen(8)
         settings = ClientSettings(connect_s=60.0, answer_s=0.05)
-        with AdminClient(path, settings) as admin, pytest.raises(Unreachable, match="did not answer in time"):
+        with AdminClient(path, settings) as admin, pytest.raises(NoManager, match="did not answer in time"):
             admin.ask(client.status())
 
 
@@ -220,7 +219,7 @@ def test_a_manager_that_breaks_off(directory: Path) -> None:
         listener.listen(8)
         breaker = threading.Thread(target=_break_off, args=(listener,))
         breaker.start()
-        with AdminClient(path, _SETTINGS) as admin, pytest.raises(Unreachable, match="broke off"):
+        with AdminClient(path, _SETTINGS) as admin, pytest.raises(NoManager, match="broke off"):
             admin.ask(client.status())
         breaker.join()
 

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -11,7 +19,8 @@ from msgspec.structs import replace
 from schema.admin import PublicationView
 from schema.errors import Fault
 from schema.states import InstanceState, NodeState, RequestState, TierState
-from sllmctl.cli import wait
+from sllmctl.cli import wait, waiting
+from sllmctl.client import AdminClient, Call, NoManager
 from tests.sllmctl.cli.conftest import Sllmctl
 from tests.sllmctl.fake_manager import CHECKPOINTS, INSTANCES, MODELS, NODES, OPERATIONS, REQUESTS, FakeManager
 
@@ -115,3 +124,106 @@ def test_each_of_several_is_waited_for_and_a_fault_says_whose_it_is(sllmctl: Sll
     fault, unknown, good = ended.err.splitlines()
     assert fault.startswith("error: operation op_2: partition_0.bin: the 4194304 bytes")
     assert (unknown, good) == ("error: there is no operation 'op_9'", "operation/op_1: ended")
+
+
+# --- a manager that is not there
+
+
+@pytest.fixture
+def socket_path() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="sl") as directory:
+        yield Path(directory) / "admin.sock"
+
+
+def _leave_behind(path: Path) -> None:
+    """A socket whose manager died."""
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+
+
+@pytest.mark.parametrize("target", ["node/local", "model/qwen"])
+@pytest.mark.parametrize("left_behind", [False, True])
+def test_a_manager_that_is_not_there_yet_is_waited_for(
+    sllmctl: Sllmctl, manager: FakeManager, monkeypatch: pytest.MonkeyPatch, socket_path: Path, target: str, left_behind: bool
+) -> None:
+    if left_behind:
+        _leave_behind(socket_path)
+    naps: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            socket_path.unlink(missing_ok=True)
+            socket_path.symlink_to(manager.socket)
+
+    monkeypatch.setattr(waiting, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+    monkeypatch.setenv("SLLM_ADMIN_SOCKET", str(socket_path))
+    said = sllmctl("wait", target, "--for", "ready", "--timeout", "600")
+    assert (said.code, said.err) == (0, f"{target}: ready\n")
+    assert len(naps) == 3
+
+
+@pytest.mark.parametrize("target", ["node/local", "model/qwen"])
+def test_a_manager_that_goes_meanwhile_is_waited_for(
+    sllmctl: Sllmctl, manager: FakeManager, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    asked: list[str] = []
+
+    def ask(admin: AdminClient, call: Call[Any]) -> Any:
+        asked.append(call.path)
+        if len(asked) in (2, 3):
+            raise NoManager("it restarts")
+        return real(admin, call)
+
+    real = AdminClient.ask
+    noun, _, name = target.partition("/")
+    manager.answer(f"GET {noun}s/{name}", *((202, MODELS[2]) if noun == "model" else (200, NODES[1])))
+    manager.answer(f"GET {noun}s/{name}", 200, MODELS[0] if noun == "model" else NODES[0])
+    monkeypatch.setattr(AdminClient, "ask", ask)
+    monkeypatch.setattr(waiting, "_AGAIN_S", 0.001)
+    said = sllmctl("wait", target, "--for", "ready", "--timeout", "600")
+    assert (said.code, said.err, len(asked)) == (0, f"{target}: ready\n", 4)
+
+
+def test_a_manager_that_does_not_come_in_time(sllmctl: Sllmctl, monkeypatch: pytest.MonkeyPatch, socket_path: Path) -> None:
+    monkeypatch.setenv("SLLM_ADMIN_SOCKET", str(socket_path))
+    said = sllmctl("wait", "node/local", "--for", "ready", "--timeout", "0.0125")
+    assert said.code == 7
+    assert "no manager answers at" in said.err
+    assert "`sllmctl serve` (0.0125 s were waited)" in said.err
+
+
+def test_what_is_no_socket_is_not_waited_for(sllmctl: Sllmctl, monkeypatch: pytest.MonkeyPatch, socket_path: Path) -> None:
+    socket_path.write_text("a note")
+    for path, why in ((socket_path, "is no socket"), (socket_path / "below", "Not a directory")):
+        monkeypatch.setenv("SLLM_ADMIN_SOCKET", str(path))
+        said = sllmctl("wait", "node/local", "--for", "ready", "--timeout", "600")
+        assert (said.code, why in said.err) == (3, True), said.err
+
+
+def test_another_users_manager_is_not_waited_for(alone: None, socket_path: Path) -> None:
+    program = (
+        "import os, sys; from sllmctl.cli.main import run; os.environ['HOME'] = '/tmp/nowhere'\n"
+        "words = ['wait', 'node/local', '--for', 'ready', '--timeout']\n"
+        "early = run(['--socket', '/tmp/nowhere/admin.sock', *words, '0.001'])\n"  # which imports all that root alone may read
+        "if os.geteuid() == 0: os.setuid(65534)\n"
+        "print(early, run(['--socket', sys.argv[1], *words, '600']))"
+    )
+    with socket.socket(socket.AF_UNIX) as foreign:
+        foreign.bind(str(socket_path))
+        socket_path.chmod(0)
+        foreign.listen(1)
+        said = subprocess.run([sys.executable, "-c", program, socket_path], capture_output=True, text=True, timeout=60)
+    assert said.stdout == "7 4\n", said.stderr
+    assert "another user's" in said.stderr
+
+
+def test_what_a_manager_says_of_something_unreachable_is_not_taken_for_its_absence(
+    sllmctl: Sllmctl, manager: FakeManager
+) -> None:
+    fault = Fault("unreachable", "its node went away")
+    manager.answer("GET instances/inst_1", 200, replace(INSTANCES[0], state=InstanceState.FAILED, fault=fault))
+    manager.refuse("GET models/qwen", 503, "unreachable", "its node went away")
+    for target in ("instance/inst_1", "model/qwen"):
+        ended = sllmctl("wait", target, "--for", "ready", "--timeout", "600")
+        assert (ended.code, ended.err) == (3, "error: its node went away\n")
