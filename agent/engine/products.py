@@ -5,8 +5,8 @@ torch takes tokens as rows, x W^T. On CPUs three other ways to the same sums are
 - **few**. Code of our own (`agent.native.few_tokens`) multiplies some dozens of tokens by 16-bit weights as they lie, nearly at
   the speed of memory. torch lays weights out anew for each product.
 - **columns**, W x^T. In 16-bit floats 1.3 to 1.5 times as fast up to some dozens of tokens on a processor with AMX; on one that
-  computes with them without it, only from 16 tokens on, half as fast at one. With AVX2 alone up to twice as fast in float32, and
-  for one token of 16-bit floats by a quarter faster than our own code.
+  computes with them without it, only from 16 tokens on, half as fast at one. With AVX2 alone up to twice as fast in float32,
+  and by a quarter faster than our own code for one token of 16-bit floats.
 - **widened**. A processor that does not compute with 16-bit floats multiplies by such weights token by token. There weights are
   made float32, a tile at a time that stays in the cache, and multiplied as columns: four times as fast at 32 tokens, eight
   times in a prefill.
