@@ -167,7 +167,9 @@ class Checkpoints:
         entry, damaged = self._entries.get(digest), self._damaged.get(digest, [])
         resident = self._store.residents.get(digest)
         users = self._store.holds.count(digest)
+        coming_bytes = self._store.filling().get(digest)
         size = entry.manifest.image_bytes if entry is not None else resident.image_bytes if resident is not None else 0
+        size = size or coming_bytes or 0
         if entry is not None:
             state = TierState.RESIDENT if entry.quarantined is None else TierState.QUARANTINED
             placements.append(Placement(tier=Tier.DISK, state=state, size_bytes=size, reason=self._wrong(digest)))
@@ -185,8 +187,9 @@ class Checkpoints:
             state = TierState.QUARANTINED if bad else without if barred else TierState.RESIDENT
             image_bytes = resident.image_bytes
             placements.append(Placement(tier=Tier.DRAM, state=state, size_bytes=image_bytes, users=users, reason=bad))
-        elif self._store.filling(digest):
-            placements.append(Placement(tier=Tier.DRAM, state=TierState.FILLING, size_bytes=size, users=users))
+        elif coming_bytes is not None:
+            image_bytes = coming_bytes or size
+            placements.append(Placement(tier=Tier.DRAM, state=TierState.FILLING, size_bytes=image_bytes, users=users))
         facts = self._facts.get(digest)
         if facts is not None:  # else it is coming by a fetch, which is ahead of the disk on devices
             placements += self._store.devices.placements(digest, size)
@@ -212,7 +215,8 @@ class Checkpoints:
         return "; ".join([*why, *(f"copy {copy.directory.name} is in quarantine: {copy.quarantined}" for copy in bad)])
 
     def truths(self) -> tuple[CheckpointTruth, ...]:
-        digests = sorted({*self._entries, *self._damaged, *self._store.residents, *self._store.devices.digests})
+        here = {*self._entries, *self._damaged, *self._store.residents, *self._store.devices.digests}
+        digests = sorted(here | self._store.filling().keys())
         return tuple(self.truth(digest) for digest in digests)
 
     async def read(self, message: ReadFile) -> FileChunk:

@@ -105,6 +105,8 @@ class _Task:
     progress: Callable[[Progress], None]
     coming: Callable[[Fetching], None]
     losses: int = 0
+    arrives: Fetching | None = None
+    """Of a fetch whose image comes to memory: what was last said of it."""
 
 
 class StoreLink:
@@ -135,8 +137,11 @@ class StoreLink:
         """True while a fill is not answered yet."""
         return bool(self._fills) or self.devices.loading
 
-    def filling(self, digest: str) -> bool:
-        return any(fill.message.digest == digest for fill in self._fills.values())
+    def filling(self) -> dict[str, int]:
+        """What comes to memory, by a fill or with a fetch; and the bytes of its image, 0 where only the disk's copy tells."""
+        fills = {fill.message.digest: 0 for fill in self._fills.values()}
+        fetched = [task.arrives for task in self._tasks.values() if task.arrives is not None]
+        return fills | {fetching.digest: fetching.image_bytes for fetching in fetched}
 
     def images(self, digest: str) -> list[tuple[str, bool]]:
         """Which image of a checkpoint lies in memory, or comes there: its id, and whether it lies there and is right."""
@@ -262,8 +267,12 @@ class StoreLink:
 
     def cancel_fetch(self, op: str, *, keep: bool = False) -> None:
         """Nobody waits for a fetch any more; it is not answered. With ``keep`` what has come stays for whoever asks next."""
-        if self._tasks.pop(op, None) is not None and self._stated:
+        if (task := self._tasks.pop(op, None)) is None:
+            return
+        if self._stated:
             self._kin.send(CancelFetch(op=op, keep=keep))
+        if task.arrives is not None:
+            self._owner.placement_changed(task.arrives.digest)
 
     def reopen(self) -> int:
         """A new descriptor of the arena that can only be read. The caller owns it. Raises Unreachable, OSError."""
@@ -298,7 +307,7 @@ class StoreLink:
                     fill.arriving(message)
             case Fetching():
                 if (task := self._tasks.get(message.op)) is not None:
-                    task.coming(message)
+                    self._coming(task, message)
             case Resident():
                 self._resident(message)
             case OperationDone():
@@ -406,6 +415,12 @@ class StoreLink:
         self._owner.placement_changed(message.digest)
         if fill is not None:
             fill.answered(message)
+
+    def _coming(self, task: _Task, message: Fetching) -> None:
+        before, task.arrives = task.arrives, message if message.in_memory else None
+        if before != task.arrives:  # its room in the arena is taken from now on, or is not any more
+            self._owner.placement_changed(message.digest)
+        task.coming(message)
 
     def _done(self, message: OperationDone) -> None:
         if failed := self.devices.done(message):

@@ -172,8 +172,8 @@ class FetchStored(Message, frozen=True, kw_only=True, tag="fetchstored"):
 
 class Fetching(Message, frozen=True, kw_only=True, tag="fetching"):
     """Store -> agent: the manifest of what ``op`` asked for is judged, and lies with all small files in ``directory``, relative
-    to the node's data, until the copy is committed as ``layout`` of its digest. With ``in_memory`` its image comes to lie in
-    the arena, or does already: a `FillArena` joins that.
+    to the node's data, until the copy is committed as ``layout`` of its digest. With ``in_memory`` its image, of
+    ``image_bytes``, comes to lie in the arena, or does already: a `FillArena` joins that.
     """
 
     op: str
@@ -182,6 +182,7 @@ class Fetching(Message, frozen=True, kw_only=True, tag="fetching"):
     layout: str
     directory: str
     in_memory: bool
+    image_bytes: Count = 0
 
 
 class CancelFetch(Message, frozen=True, kw_only=True, tag="cancelfetch"):

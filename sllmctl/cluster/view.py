@@ -165,7 +165,15 @@ class ClusterView:
         self.memory.note_node(node)
 
     def add_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """A checkpoint is known, or known better: what it takes where it is held already is counted anew."""
+        known = self.checkpoints.get(checkpoint.digest)
         self.checkpoints[checkpoint.digest] = checkpoint
+        if known is None or known.image_bytes == checkpoint.image_bytes:
+            return
+        lying = {record.node for record in self.placements_of(checkpoint.digest).values()}
+        for node in lying | {each.node for each in self.instances.values() if each.digest == checkpoint.digest}:
+            if self.nodes[node].inventory is not None:
+                self.memory.recount(node, self.instances_on(node).values())
 
     def drop_checkpoint(self, digest: str) -> None:
         del self.checkpoints[digest]

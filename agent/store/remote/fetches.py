@@ -271,7 +271,15 @@ class Fetches:
         in_memory = self._store.has_sound(digest, image_id) or self._store.fills(digest, image_id)
         fetch.told |= waiting
         for op in waiting:
-            said = Fetching(op=op, digest=digest, image_id=image_id, layout=layout, directory=directory, in_memory=in_memory)
+            said = Fetching(
+                op=op,
+                digest=digest,
+                image_id=image_id,
+                layout=layout,
+                directory=directory,
+                in_memory=in_memory,
+                image_bytes=fetch.manifest.image_bytes,
+            )
             self._listener.coming(said)
 
     def _start(self) -> None:

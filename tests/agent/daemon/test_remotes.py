@@ -22,9 +22,11 @@ from schema.link import (
     DropCheckpoint,
     Extent,
     Fetch,
+    Fetching,
     FetchStored,
     LoadCheckpoint,
     OperationDone,
+    Placement,
     PlacementUpdate,
     Progress,
     Publish,
@@ -139,6 +141,34 @@ async def test_a_fetch_to_memory_loads_what_came(node: Node) -> None:
     end = await done(manager, "op_1")
     assert (end.fault, end.read_bytes) == (None, 1024)
     assert [fill.digest for fill in store.fills] == [OTHER]
+
+
+def fetching(*, in_memory: bool = True) -> Fetching:
+    return Fetching(op="op_1", digest=OTHER, layout="l1", directory="partial/x", in_memory=in_memory, image_bytes=8192)
+
+
+async def test_what_comes_to_memory_by_a_fetch_is_stated_as_filling_until_that_ends(node: Node) -> None:
+    manager = await node.manager()
+    store = node.stores[0]
+    manager.send(Fetch(op="op_1", digest=OTHER, url="s3://b/c", tier=Tier.DRAM))
+    await store.until(lambda: bool(store.fetches))
+    store.peer.send(fetching())
+    filling = Placement(tier=Tier.DRAM, state=TierState.FILLING, size_bytes=8192, users=1)
+    told = await manager.take(PlacementUpdate, lambda m: m.truth.digest == OTHER and m.truth.placements != ())
+    assert (told.truth.placements, told.truth.image_bytes) == ((filling,), 8192)
+    manager = await node.manager(2)
+    (truth,) = [one for one in manager.truth.checkpoints if one.digest == OTHER]
+    assert truth.placements == (filling,), "a manager that comes later hears of it too"
+    store.peer.send(fetching(in_memory=False))  # as a store says that came after it and has no room
+    told = await manager.take(PlacementUpdate, lambda m: m.truth.digest == OTHER)
+    assert told.truth.placements == ()
+    store.peer.send(fetching())
+    told = await manager.take(PlacementUpdate, lambda m: m.truth.digest == OTHER)
+    assert told.truth.placements == (filling,)
+    manager.send(CancelOperation(op="op_1"))
+    await manager.take(PlacementUpdate, lambda m: m.truth.digest == OTHER and not m.truth.placements)
+    await done(manager, "op_1")
+    assert OTHER not in {one.digest for one in (await node.manager(3)).truth.checkpoints}
 
 
 async def test_a_fetch_is_asked_again_of_the_next_store_and_given_up_when_cancelled(node: Node) -> None:

@@ -24,7 +24,7 @@ from sllmctl.cluster.settings import ControlSettings
 from sllmctl.control.events import EndOperation, Forget, FromNode, Operate
 from sllmctl.planner.interface import Abilities
 from tests.sllmctl.control.conftest import MakeWorld
-from tests.sllmctl.control.world import Agent, World, digest_of, spec
+from tests.sllmctl.control.world import MIB, Agent, World, digest_of, spec
 
 M = digest_of("m")
 URL = "s3://bucket/models"
@@ -240,6 +240,36 @@ def test_a_checkpoint_of_another_cluster_is_fetched_by_its_whole_digest(make_wor
     assert set(world.view.nodes_with(M, Tier.DISK)) == {"local"}
     assert where(world) == [URL]
     world.check_rows()
+
+
+def test_the_room_of_what_is_being_fetched_to_memory_is_promised_to_nobody_else(make_world: MakeWorld) -> None:
+    agent = Agent("local", automatic=False)
+    world = make_world(agent)
+    world.connect("local")
+    assert ask(world, "fetch", URL, tier=Tier.DRAM) is None
+    agent.hold("m", image_mib=9)
+    whole = agent.checkpoints.pop(M)
+
+    def says(*placements: Placement, architecture: str = "") -> None:
+        truth = msgspec.structs.replace(whole, architecture=architecture, placements=placements)
+        world.tell("local", [PlacementUpdate(truth=truth)])
+        world.check_rows()
+
+    held = world.view.memory.arena_held_bytes
+    dram = Placement(tier=Tier.DRAM, state=TierState.FILLING, size_bytes=9 * MIB, users=1)
+    bad = Placement(tier=Tier.DISK, state=TierState.QUARANTINED, size_bytes=5 * MIB)
+    says(dram)  # nobody here knows more of it than its size
+    assert held["local"] == 10 * MIB, "in whole chunks"
+    says()
+    assert (held["local"], M in world.view.checkpoints) == (0, False)
+    whole = msgspec.structs.replace(whole, image_bytes=5 * MIB)
+    says(bad)  # a copy that cannot be read lies in its place, of another size
+    says(bad, dram)
+    whole = msgspec.structs.replace(whole, image_bytes=9 * MIB)
+    says(whole.placements[0], msgspec.structs.replace(dram, state=TierState.RESIDENT), architecture="Tiny")
+    assert held["local"] == 10 * MIB
+    says(whole.placements[0], msgspec.structs.replace(dram, state=TierState.RESIDENT, users=0), architecture="Tiny")
+    assert held["local"] == 0
 
 
 def test_the_settings_name_a_remote(make_world: MakeWorld) -> None:
