@@ -27,6 +27,7 @@ from torch.nn.functional import linear
 
 from agent.native import few_tokens
 from agent.native.few_tokens import Way
+from schema.errors import InvalidCheckpoint
 
 __all__ = ["ROWS", "Product", "Ways", "few", "is_widened", "lies_for_few", "ways_of", "widened"]
 
@@ -136,16 +137,27 @@ class Product:
 
 def lies_for_few(weight: Tensor) -> bool:
     """Whether `few` can multiply by this weight, where the processor has a way to."""
-    return weight.is_contiguous() and not weight.shape[1] % few_tokens.STEP
+    inputs = weight.shape[1]
+    return weight.is_contiguous() and inputs > 0 and not inputs % few_tokens.STEP
 
 
 def few(way: Way | None, weights: Sequence[Tensor], x: Tensor, residual: Tensor | None = None) -> Tensor:
     """x W^T by weights that `lies_for_few` accepts, [tokens, outputs] of [tokens, inputs]; added to ``residual``, in place,
-    where that is given. A token's bits depend on nothing but that token."""
+    where that is given. A token's bits depend on nothing but that token.
+
+    Raises InvalidCheckpoint where tokens and weights do not fit: addresses are all that is handed on, and know no end.
+    """
     assert way is not None
+    for weight in weights:
+        if (weight.shape[1], weight.dtype) != (x.shape[1], x.dtype):
+            raise InvalidCheckpoint(
+                f"the model multiplies {x.shape[1]} numbers of {x.dtype} by weights for {weight.shape[1]} of {weight.dtype}"
+            )
     given = (x if way is Way.DOT else x.float()).contiguous()
-    out = x.new_empty((x.shape[0], sum(weight.shape[0] for weight in weights))) if residual is None else residual
+    shape = (x.shape[0], sum(weight.shape[0] for weight in weights))
+    out = x.new_empty(shape) if residual is None else residual
     assert out.is_contiguous()
+    assert (out.shape, out.dtype) == (shape, x.dtype)
     stride, at = out.shape[1], out.data_ptr()
     for weight in weights:
         outputs, inputs = weight.shape

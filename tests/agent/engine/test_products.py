@@ -12,6 +12,7 @@ from agent.engine.invariant import TILE_ROWS, RowInvariant
 from agent.engine.products import ROWS, Product, Ways, ways_of, widened
 from agent.native import few_tokens
 from agent.native.few_tokens import Way
+from schema.errors import InvalidCheckpoint
 
 CPU = torch.device("cpu")
 WAYS = [ROWS, Ways(columns=range(1, 65)), Ways(columns=range(1, 2), widened=9)]
@@ -91,9 +92,19 @@ def test_few_tokens_go_the_compiled_way(way: Way) -> None:
 def test_weights_that_do_not_fit_go_another_way() -> None:
     ways = Ways(few=range(1, 9), way=Way.BFLOAT16)
     zeros = torch.zeros(4, 128, dtype=torch.bfloat16)
-    for weight in (zeros[:, :40].contiguous(), zeros.t(), zeros[:, ::2]):
+    for weight in (zeros[:, :40].contiguous(), zeros.t(), zeros[:, ::2], zeros[:, :0].contiguous()):
         product = Product((weight,), None, ways)
         assert not product.few
+        assert product(zeros[:2, : weight.shape[1]]).shape == (2, weight.shape[0])
+
+
+def test_tokens_that_do_not_fit_are_refused_not_read_beyond() -> None:
+    """As by torch: an address knows no length."""
+    weight = torch.zeros(4, 64, dtype=torch.bfloat16)
+    product = Product((weight,), None, Ways(few=range(1, 9), way=Way.BFLOAT16))
+    for x in (torch.zeros(2, 32, dtype=torch.bfloat16), torch.zeros(2, 96, dtype=torch.bfloat16), torch.zeros(2, 64)):
+        with pytest.raises(InvalidCheckpoint, match=f"{x.shape[1]} numbers of {x.dtype}.*64 of torch.bfloat16"):
+            product(x)
 
 
 def test_a_row_longer_than_a_tile_is_multiplied_whole(monkeypatch: pytest.MonkeyPatch) -> None:
