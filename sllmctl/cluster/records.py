@@ -144,11 +144,12 @@ class Model:
     """``waiting`` and ``running`` are the router's last word; ``waiting_since`` is when the first of those waiting came.
 
     ``refusal`` is why the planner found no place, "" if it found one or was not asked; while it is not "", the model is looked
-    at again whenever room appears (`ClusterView.set_refusal`). ``no_place`` is such a reason that time will not lift, also once
-    nobody waits any more, "" since it was answered otherwise. ``heat`` counts recent calls that found the model idle or
-    without an instance, decaying since ``heat_at``: what a reload would be paid for. ``made_room``: so often
-    copies were put out of a disk for its ingest. ``ingested`` holds the digest of an ingest
-    that is done while its checkpoint has not been stated yet. ``deploy_next``: it is served as soon as it has been ingested.
+    at again whenever room appears (`ClusterView.set_refusal`); ``complaint`` is the last one of these that an event told of.
+    ``no_place`` is such a reason that time will not lift, also once nobody waits any more, "" since it was answered otherwise.
+    ``heat`` counts recent calls that found the model idle or without an instance, decaying since ``heat_at``: what a reload
+    would be paid for. ``made_room``: so often copies were put out of a disk for its ingest. ``ingested`` holds the digest of an
+    ingest that is done while its checkpoint has not been stated yet. ``deploy_next``: it is served as soon as it has been
+    ingested.
     """
 
     spec: ModelSpec
@@ -163,6 +164,7 @@ class Model:
     running: int = 0
     waiting_since: float | None = None
     refusal: str = ""
+    complaint: str = ""
     no_place: str = ""
     ingested: str | None = None
     made_room: int = 0

@@ -18,7 +18,8 @@ class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """Timeouts in seconds, bandwidths in bytes per second.
 
     ``local_node``: the name of the node that runs beside the manager, where a source without a node lies.
-    ``unreachable_grace_s``: instances of a node that is away for longer count as lost.
+    ``unreachable_grace_s``: instances of a node that is away for longer count as lost, and it is told of as why a model
+    finds no place.
     ``start_timeout_s``: a life that is not ready after so long is given up and counted as a death.
     ``fetch_timeout_s``: what one gets beside that whose weights come from a remote.
     ``drain_s``: what a stopped instance gets to finish its sequences; ``drain_longest_s``: what it gets when it leaves only to

@@ -255,6 +255,7 @@ class ClusterView:
         if refusal:
             self.refused[model.name] = None
         else:
+            model.complaint = ""
             self.refused.pop(model.name, None)
 
     def set_waiting_since(self, model: Model, since: float | None) -> None:

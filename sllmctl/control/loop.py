@@ -78,7 +78,7 @@ class ControlLoop:
     def begin(self, now: float) -> Step:
         """The first step of a manager's life, after its state was loaded: nothing is connected, and the router knows nothing.
 
-        Nodes count as unreachable until they state their truth; the grace for their instances begins now.
+        Nodes count as unreachable until they state their truth; the grace, also for their instances, begins now.
         The clock may have been set back since the times of the rows were noted: none of them may lie so far ahead.
         """
         turn = Turn(self._core, now)

@@ -13,7 +13,7 @@ from sllmctl.control.effects import CheckpointKnown, Connect, Log
 from sllmctl.control.events import AddNode, NodeLost
 from sllmctl.control.turn import Turn
 
-__all__ = ["add", "check", "lost", "move", "take_checkpoint", "take_truth"]
+__all__ = ["add", "any_expected", "check", "lost", "move", "take_checkpoint", "take_truth"]
 
 
 def move(turn: Turn, node: Node, state: NodeState) -> None:
@@ -65,8 +65,14 @@ def lost(turn: Turn, event: NodeLost) -> None:
     prefetch.lost(turn, node.id)
 
 
+def any_expected(turn: Turn) -> bool:
+    """Whether a node is away that may well come back by itself: for less than its grace, which a new manager starts anew."""
+    away = [node.unreachable_since for node in turn.view.nodes.values() if node.state is NodeState.UNREACHABLE]
+    return any(since is not None and since + turn.settings.unreachable_grace_s > turn.now for since in away)
+
+
 def check(turn: Turn, node: Node) -> None:
-    """A time asked for has come: count the instances of a node that stays away as lost."""
+    """A time asked for has come: a node that stays away is expected no more, and its instances count as lost."""
     if node.state is not NodeState.UNREACHABLE or node.unreachable_since is None:
         return
     at = node.unreachable_since + turn.settings.unreachable_grace_s
@@ -76,6 +82,7 @@ def check(turn: Turn, node: Node) -> None:
     for instance in list(turn.view.instances_on(node.id).values()):
         why = f"node {node.name} has been unreachable for {turn.settings.unreachable_grace_s:g} s"
         instances.retire(turn, instance, "Lost", why, level="warning")
+    turn.free()  # of nothing, but those who have no place without it are to be told of
 
 
 def take_truth(turn: Turn, node: Node, truth: NodeTruth) -> None:

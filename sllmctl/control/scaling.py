@@ -12,9 +12,9 @@ from itertools import islice
 
 from schema.errors import Fault, Unschedulable
 from schema.states import InstanceState, ModelState, NodeState
-from sllmctl.cluster.plans import Plan, Refusal, Wait
+from sllmctl.cluster.plans import Plan, Refusal, Rejection, Wait
 from sllmctl.cluster.records import Instance, Model
-from sllmctl.control import instances, placing
+from sllmctl.control import instances, nodes, placing
 from sllmctl.control.effects import RejectWaiting
 from sllmctl.control.turn import Turn
 
@@ -146,7 +146,8 @@ def _look_later(turn: Turn, model: Model, seconds: float) -> None:
 
 
 def _refused(turn: Turn, model: Model, refusal: Refusal) -> None:
-    if refusal.reason != model.refusal:
+    if refusal.reason != model.complaint and not (Rejection.UNREACHABLE in refusal.rejected and nodes.any_expected(turn)):
+        model.complaint = refusal.reason
         turn.event("model", model.name, "Unschedulable", refusal.reason, level="warning")
     turn.view.set_refusal(model, refusal.reason)
     model.no_place = refusal.reason if refusal.hopeless else ""

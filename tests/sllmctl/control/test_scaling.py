@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from schema.link import StopInstance
 from schema.spec import ScaleSpec
 from schema.states import InstanceState
-from sllmctl.control.events import AddModel, AddNode, Close, DeployModel
+from sllmctl.control.events import AddModel, AddNode, Close, DeployModel, NodeLost
 from tests.sllmctl.control.conftest import MakeWorld
 from tests.sllmctl.control.world import Agent, World, spec
 
@@ -188,6 +190,82 @@ def test_a_restarted_manager_starts_what_is_missing(world: World) -> None:
     assert world.reasons("model").count("Unschedulable") == 0
     world.connect("local")
     assert world.only().state is _I.READY
+
+
+def unplaced(world: World) -> list[str]:
+    """What was said of models without a place."""
+    return [one.message for one in world.events if one.reason == "Unschedulable"]
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_restarted_manager_complains_of_no_node_that_is_about_to_link(make_world: MakeWorld, stopped: bool) -> None:
+    world = make_world(Agent("local"), Agent("far"))
+    world.connect("local")
+    world.connect("far")
+    world.serve(spec("near", node="local"))
+    world.serve(spec("m", least=int(stopped), node="far"))
+    if stopped:
+        world.do(Close())
+        world.crash(world.only("m"))
+        for node in world.agents:
+            world.agents[node].connected = False
+            world.do(NodeLost(node, "", stopped=True))
+    world.start_manager()
+    world.demand("near", 1)
+    world.connect("local")
+    if not stopped:
+        world.demand("m", 1)
+    assert "unreachable" in world.view.models["m"].refusal, "it can be asked for"
+    assert unplaced(world) == []
+    world.connect("far")
+    assert (world.only("m").state, world.only("near").state) == (_I.READY, _I.READY)
+    world.pass_time(world.settings.unreachable_grace_s)
+    assert unplaced(world) == []
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_node_that_stays_away_is_complained_of_after_its_grace(make_world: MakeWorld, restarted: bool) -> None:
+    world = make_world(Agent("local"), Agent("far"))
+    world.connect("local")
+    world.connect("far")
+    names = [f"m{number}" for number in range(9)]
+    for name in names:
+        world.serve(spec(name, node="far"))
+    if restarted:
+        world.start_manager()
+        world.connect("local")
+    else:
+        world.lose("far")
+    for name in names:
+        world.demand(name, 1)
+    world.pass_time(world.settings.unreachable_grace_s / 2)
+    assert unplaced(world) == []
+    world.pass_time(world.settings.unreachable_grace_s)
+    assert sorted(message.split("'")[1] for message in unplaced(world)) == names
+    assert all("unreachable" in message for message in unplaced(world))
+    world.pass_time(world.settings.unreachable_grace_s * 3)
+    assert len(unplaced(world)) == len(names)
+    world.demand("m0", 0)
+    world.demand("m0", 1)
+    assert len(unplaced(world)) == len(names) + 1
+
+
+def test_a_link_that_breaks_for_a_moment_repeats_no_complaint(make_world: MakeWorld) -> None:
+    world = make_world(Agent("local"), Agent("far"))
+    world.agents["far"].hold("m")
+    world.connect("local")
+    world.connect("far")
+    for node in world.agents:
+        world.serve(spec(f"of-{node}", least=2, most=2, node=node))
+    world.serve(spec("m", least=1, node="local"))
+    (said,) = unplaced(world)
+    assert "with its device memory in use" in said
+    world.lose("far")
+    world.demand("m", 1)
+    assert "unreachable" in world.view.models["m"].refusal
+    world.connect("far")
+    world.pass_time(world.settings.unreachable_grace_s)
+    assert unplaced(world) == [said]
 
 
 def two_idle_and_one_waiting(world: World, **rule: int) -> None:
