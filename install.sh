@@ -166,13 +166,18 @@ install_torch() { # the CPU build unless there is an NVIDIA device, where its ow
 
 digest() { sha256sum | cut -c1-64; }
 
-dependencies_digest() { (cd -- "$ROOT" && cat pyproject.toml constraints.txt install.sh agent/native/*.[ch] && printf '%s' "$1") | digest; }
+compiler() { "${CC:-gcc}" -dumpfullversion 2>/dev/null || printf 'none'; } # with another, other files are installed
+
+dependencies_digest() {
+    (cd -- "$ROOT" && cat pyproject.toml constraints.txt install.sh agent/native/*.[ch] && compiler && printf '%s' "$1") | digest
+}
 
 sources_digest() {
     (
         cd -- "$ROOT"
         find pyproject.toml constraints.txt install.sh README.md schema sllmctl agent tui -type f \
             -not -path '*/__pycache__/*' -not -name '*.so' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
+        compiler
     ) | digest
 }
 

@@ -91,6 +91,24 @@ def test_types_are_checked_beside_the_tests_and_before_those_that_run_alone(tmp_
     assert said.read_text().endswith("alone\n")
 
 
+def test_what_was_installed_without_a_compiler_is_installed_again_with_one(tmp_path: Path) -> None:
+    """As doctor advises where something was not compiled: all else is as it was."""
+    tools, said = tmp_path / "venv" / "bin", tmp_path / "said"
+    tools.mkdir(parents=True)
+    for name, does in {"python": f'echo "$*" >> {said}', "sllmctl": ":", "cc": "exit 1"}.items():
+        (tools / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tools / name).chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "SLLM_PYTHON"} | {
+        "SLLM_VENV": str(tools.parent), "CC": str(tools / "cc"),
+    }  # fmt: skip
+    installs = []
+    for does in ("exit 1", "exit 1", "echo 11.3.0", "echo 11.3.0", "echo 12.2.0"):
+        (tools / "cc").write_text(f"#!/bin/sh\n{does}\n")
+        subprocess.run([str(SCRIPT), "demo"], check=True, capture_output=True, timeout=60, env=environment)
+        installs.append(said.read_text().count("pip install"))
+    assert installs == [1, 1, 2, 2, 3]
+
+
 def _can_unshare() -> bool:
     if os.geteuid() != 0:
         return False
