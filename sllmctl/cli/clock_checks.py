@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import time
 from pathlib import Path
 
-from sllmctl.cli.findings import Finding, read_text, seen
+from sllmctl.cli.findings import Finding, seen
 from sllmctl.cli.format import age
 from sllmctl.cli.looks import Check
+from sllmctl.procstat import process_stat
 
 __all__ = ["check_clock", "clock", "clock_jump", "clock_sync", "manager_began"]
 
@@ -81,11 +81,11 @@ def clock_jump(began: tuple[float, float] | None) -> Finding:
 
 def manager_began(pid: int, now: float) -> float | None:
     """When a process of this machine began, by the clock as it is now; None when there is none."""
-    fields = read_text(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
-    if len(fields) < 20:
+    try:
+        began_s = process_stat(pid).began_s
+    except OSError:
         return None
-    since_boot_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    return now - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot_s)
+    return now - (time.clock_gettime(time.CLOCK_BOOTTIME) - began_s)
 
 
 def _began(pid: int, said: float) -> tuple[float, float] | None:

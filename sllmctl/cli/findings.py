@@ -96,8 +96,8 @@ def meminfo() -> dict[str, int]:
 
 
 def read_text(path: Path) -> str:
-    """The content of a small file of the kernel's, or "" where there is none."""
+    """The content of a small file of the kernel's, or "" where there is none; names in it may be bytes of any kind."""
     try:
-        return path.read_text()
+        return path.read_text(errors="replace")
     except OSError:
         return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import resource
@@ -13,6 +14,7 @@ import msgspec
 from sllmctl.cli.findings import Finding, read_text
 from sllmctl.cli.format import size
 from sllmctl.cli.looks import Check, Look
+from sllmctl.procstat import process_stat
 
 __all__ = [
     "Group",
@@ -78,11 +80,11 @@ def check_processes(named: Sequence[tuple[str, int]]) -> list[Check]:
 def process_facts(named: Sequence[tuple[str, int]], proc: Path = _PROC) -> list[Process]:
     """What can be read of these (role, pid); of another user's processes that is less. Those that have ended are left out."""
     ended: dict[int, list[int]] = {}
-    for path in proc.glob("[0-9]*/stat"):
-        # The name may hold anything, so fields are counted from behind it: the state, then the parent.
-        fields = read_text(path).rpartition(")")[2].split()
-        if len(fields) > 1 and fields[0] == "Z":
-            ended.setdefault(int(fields[1]), []).append(int(path.parent.name))
+    for path in proc.glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            stat = process_stat(int(path.name), proc)
+            if stat.state == "Z":
+                ended.setdefault(stat.parent, []).append(int(path.name))
     found = []
     for role, pid in named:
         status = read_text(proc / str(pid) / "status")

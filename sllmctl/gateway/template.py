@@ -16,6 +16,7 @@ import msgspec
 from schema.errors import InvalidInput, Overloaded, SllmError, Unreachable
 from sllmctl.gateway.settings import GatewaySettings
 from sllmctl.gateway.template_helper import HEADER, Render, Rendered
+from sllmctl.procstat import process_stat
 
 __all__ = ["TemplateRenderer"]
 
@@ -101,13 +102,13 @@ class TemplateRenderer:
         limit_s = self._settings.template_timeout_s
         answer = asyncio.create_task(exchange)
         try:
-            began_s, left_s = _cpu_s(helper.pid), limit_s
+            began_s, left_s = process_stat(helper.pid).cpu_s, limit_s
             async with asyncio.timeout(limit_s * _BUSY):
                 while left_s > 0:
                     await asyncio.wait([answer], timeout=max(left_s, limit_s / 4))
                     if answer.done():
                         return answer.result()
-                    left_s = limit_s - (_cpu_s(helper.pid) - began_s)
+                    left_s = limit_s - (process_stat(helper.pid).cpu_s - began_s)
             raise TimeoutError
         finally:
             answer.cancel()
@@ -165,12 +166,3 @@ class TemplateRenderer:
         helper.stdin.close()
         # SIGKILL needs no deadline, and the exit must be taken in before the process object goes.
         await asyncio.shield(helper.wait())
-
-
-def _cpu_s(pid: int) -> float:
-    """Seconds of a processor that our child has taken so far. Raises ProcessLookupError when it has been collected."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except FileNotFoundError:
-        raise ProcessLookupError(f"process {pid} has ended") from None
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -25,6 +25,7 @@ from schema.errors import InvalidInput, SllmError
 from schema.link import ManagerMessage, Shutdown
 from schema.nodesettings import NodeSettings
 from sllmctl.nodes.settings import LocalSettings
+from sllmctl.procstat import process_stat
 
 __all__ = ["LocalAgent", "missing_node_packages", "need_memory", "need_node_packages", "node_processes"]
 
@@ -292,11 +293,9 @@ def _open_process(entry: _RosterEntry) -> int | None:
     except ProcessLookupError:
         return None
     try:
-        # Its name may hold anything, so fields are counted from behind it; the 22nd is when it began, in clock ticks.
-        stat = Path(f"/proc/{entry.pid}/stat").read_text()
-        if int(stat.rpartition(")")[2].split()[19]) == entry.ticks:
+        if process_stat(entry.pid).began_ticks == entry.ticks:
             return handle
-    except (FileNotFoundError, ProcessLookupError):
+    except ProcessLookupError:
         pass
     os.close(handle)
     return None

@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ import pytest
 from schema.errors import InvalidInput, Overloaded, SllmError, Unreachable
 from sllmctl.gateway.settings import GatewaySettings
 from sllmctl.gateway.template import TemplateRenderer
+from sllmctl.procstat import process_stat
 from tests.checkpoints import CHAT_TEMPLATE
 
 
@@ -196,20 +196,14 @@ async def test_a_helper_that_cannot_start_is_named(monkeypatch: pytest.MonkeyPat
         await TemplateRenderer(GatewaySettings()).start()
 
 
-def _cpu_s(pid: int) -> float:
-    """Seconds of a processor that a process has taken so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 async def test_a_rendering_costs_little() -> None:
     async with _renderer() as renderer:
         pid = renderer.pid
         assert pid is not None
         await renderer.render(CHAT_TEMPLATE, _HI)
-        began = time.process_time() + _cpu_s(pid)
+        began = time.process_time() + process_stat(pid).cpu_s
         for _ in range(200):
             await renderer.render(CHAT_TEMPLATE, _HI)
         # Well under 1 ms of a processor each; a template that is parsed anew takes several.
-        assert time.process_time() + _cpu_s(pid) - began < 200 * 0.005
+        assert time.process_time() + process_stat(pid).cpu_s - began < 200 * 0.005
         assert renderer.pid == pid
