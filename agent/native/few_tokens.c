@@ -6,10 +6,18 @@
    Every sum is taken in the same order whatever tokens stand beside it. Called by few_tokens.py, which says what is asked of
    arguments. Needs no headers but the compiler's own. */
 
+#if !defined(__x86_64__) || !defined(__GNUC__) || defined(__clang__)
+#error "for gcc on x86-64 alone; elsewhere torch multiplies"
+#endif
+
+#include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
 
 enum { BY_DOT = 1, BFLOAT16 = 2, FLOAT16 = 4 };
+
+/* Of what is exported here. few_tokens.py has the same: a library that an older build has left in the tree is not called. */
+#define INTERFACE 1
 
 typedef struct {
     const uint16_t *weights;
@@ -18,9 +26,6 @@ typedef struct {
     long outputs, inputs, tokens, stride;
     int way, adds;
 } job;
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#include <immintrin.h>
 
 /* Of weights that eight tokens after eight are multiplied by: they stay in a core's own cache. */
 #define PANEL_BYTES (256 << 10)
@@ -113,17 +118,6 @@ static inline uint16_t to_16_float16(float value) { return _cvtss_sh(value, _MM_
 #include "few_tokens_tile.h"
 #pragma GCC pop_options
 
-int sllm_few_tokens_ways(void)
-{
-    int ways = 0;
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-        ways |= BY_DOT;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-        ways |= BFLOAT16 | FLOAT16;
-    return ways;
-}
-
 static void share(const job *all, long first, long end)
 {
     switch (all->way) {
@@ -132,19 +126,12 @@ static void share(const job *all, long first, long end)
     case FLOAT16: share_float16(all, first, end); break;
     }
 }
-#else
-int sllm_few_tokens_ways(void) { return 0; }
-
-static void share(const job *all, long first, long end) { (void)all, (void)first, (void)end; }
-#endif
 
 /* The threads are torch's own: the OpenMP library that it has loaded, found by name when this is loaded. Its calls are those that
    compilers make for a parallel region. */
 __attribute__((weak)) void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned);
 __attribute__((weak)) int omp_get_thread_num(void);
 __attribute__((weak)) int omp_get_num_threads(void);
-
-int sllm_few_tokens_threaded(void) { return GOMP_parallel && omp_get_thread_num && omp_get_num_threads; }
 
 static void share_of_thread(void *all)
 {
@@ -153,11 +140,25 @@ static void share_of_thread(void *all)
     share(each, each->outputs * thread / threads, each->outputs * (thread + 1) / threads);
 }
 
+/* None without those threads: of many cores, one would be slower than all of torch's. */
+int sllm_few_tokens_ways(int interface)
+{
+    int ways = 0;
+    if (interface != INTERFACE || !GOMP_parallel || !omp_get_thread_num || !omp_get_num_threads)
+        return 0;
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+        ways |= BY_DOT;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        ways |= BFLOAT16 | FLOAT16;
+    return ways;
+}
+
 void sllm_few_tokens(int way, const uint16_t *weights, long outputs, long inputs, const void *x, long tokens, uint16_t *out,
                      long stride, int adds, int threads)
 {
     job all = {weights, x, out, outputs, inputs, tokens, stride, way, adds};
-    if (threads > 1 && sllm_few_tokens_threaded())
+    if (threads > 1)
         GOMP_parallel(share_of_thread, &all, (unsigned)threads, 0);
     else
         share(&all, 0, outputs);

@@ -1,6 +1,6 @@
 """Products of few tokens with 16-bit weights as they lie in memory, by the compiled few_tokens.c.
 
-It is compiled where the package is built, if there is a C compiler; where it is not, or the processor has none of its
+It is compiled where the package is built, on x86-64 and if there is gcc; where it is not, or the processor has none of its
 instructions, `ways` is empty and torch multiplies, which takes longer.
 """
 
@@ -13,11 +13,13 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-__all__ = ["STEP", "Way", "multiply", "threaded", "ways"]
+__all__ = ["STEP", "Way", "multiply", "ways"]
 
 STEP: Final = 32
 """What the number of inputs must be a multiple of."""
 
+_INTERFACE: Final = 1
+"""Of the library, as few_tokens.c counts it."""
 _BUILT: Final = Path(__file__).with_name(f"_few_tokens{sysconfig.get_config_var('EXT_SUFFIX')}")
 
 
@@ -45,15 +47,10 @@ def _library() -> ctypes.CDLL | None:
 
 
 def ways() -> Way:
-    """The ways that this processor has; none where nothing was compiled."""
+    """The ways that this processor has; none where nothing was compiled, or by another version. torch must have been imported:
+    without the OpenMP library that it loads, whose threads share the work, there is none either."""
     library = _library()
-    return Way(0 if library is None else library.sllm_few_tokens_ways())
-
-
-def threaded() -> bool:
-    """Whether it found an OpenMP library whose threads it takes: torch's, where torch was imported before `ways` was asked."""
-    library = _library()
-    return library is not None and bool(library.sllm_few_tokens_threaded())
+    return Way(0 if library is None else library.sllm_few_tokens_ways(_INTERFACE))
 
 
 def multiply(
@@ -62,7 +59,8 @@ def multiply(
     """x W^T, written to ``out``, or added to what is there (``adds``), rounded once.
 
     All are addresses: of ``weights`` [outputs, inputs], of ``x`` [tokens, inputs], and of ``out``, whose tokens lie ``stride``
-    numbers apart. ``way`` must be among `ways`, and says the types of weights, out and x. Nothing is checked.
+    numbers apart. ``way`` must be among `ways`, and says the types of weights, out and x; ``inputs`` is not 0.
+    Nothing is checked.
     """
     library = _library()
     assert library is not None

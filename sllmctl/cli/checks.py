@@ -66,7 +66,7 @@ def check_python() -> Iterator[Finding]:
         yield Finding("compiled", "ok", "the code that multiplies few tokens is compiled")
     elif platform.machine() == "x86_64":
         text = "the code that multiplies few tokens was not compiled: processors generate more slowly"
-        yield Finding("compiled", "warn", text, "install a C compiler (gcc 10 or newer), then run ./install.sh again")
+        yield Finding("compiled", "warn", text, "install gcc 11 or newer, then run ./install.sh again")
 
 
 def check_machine(settings: Settings, file: Path | None = None) -> Iterator[Finding]:

@@ -5,6 +5,7 @@ import json
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from agent.native.few_tokens import STEP, Way
 SOURCE = Path(few_tokens.__file__).with_suffix(".c")
 TYPES = {Way.DOT: torch.bfloat16, Way.BFLOAT16: torch.bfloat16, Way.FLOAT16: torch.float16}
 COMPILER = shutil.which("gcc")
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
+pytestmark = pytest.mark.skipif(COMPILER is None or platform.machine() != "x86_64", reason="no gcc, or not for this machine")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -106,7 +107,6 @@ def test_a_token_has_the_same_bits_whatever_stands_beside_it(way: Way) -> None:
 
 @pytest.mark.parametrize("threads", [2, 3, 7])
 def test_threads_share_the_outputs(way: Way, threads: int) -> None:
-    assert few_tokens.threaded()
     for outputs in (1, 2, 5, 200):
         weight, x = made(way, outputs, 128, 3)
         assert torch.equal(multiply(way, weight, x, threads=threads), multiply(way, weight, x))
@@ -131,11 +131,34 @@ def test_without_a_compiled_library_there_is_no_way(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(few_tokens, "_BUILT", path)
         clear()
         assert few_tokens.ways() == Way(0)
-        assert not few_tokens.threaded()
     clear()
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="compiled for x86-64 alone")
+def test_a_library_of_another_version_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not few_tokens.ways():
+        pytest.skip("this processor has not the instructions")
+    monkeypatch.setattr(few_tokens, "_INTERFACE", few_tokens._INTERFACE + 1)
+    assert not few_tokens.ways()
+
+
+def test_without_threads_to_share_the_work_there_is_no_way() -> None:
+    """On many cores one thread is slower than torch's many."""
+    code = (
+        "import sys, pathlib; from agent.native import few_tokens; few_tokens._BUILT = pathlib.Path(sys.argv[1]);"
+        "print(few_tokens._library() is not None, int(few_tokens.ways()), 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(few_tokens._BUILT)]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.split() == ["True", "0", "False"]
+
+
+def test_nothing_is_compiled_where_no_way_would_come_of_it() -> None:
+    """So that what doctor finds to be there is there."""
+    command = [COMPILER or "", "-D__clang__", "-fsyntax-only", str(SOURCE)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "x86-64" in done.stderr
+
+
 def test_installing_this_tree_has_compiled_it() -> None:
     origin = json.loads(importlib.metadata.distribution("sllmctl").read_text("direct_url.json") or "{}")
     if origin.get("url") != f"file://{SOURCE.parents[2]}":
