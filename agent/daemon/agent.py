@@ -46,6 +46,7 @@ from schema.link import (
     InstanceUpdate,
     LoadCheckpoint,
     Message,
+    NodeEvent,
     NodeTruth,
     OperationsAcked,
     PlacementUpdate,
@@ -391,6 +392,10 @@ class Agent:
     async def _look_anew(self, digest: str) -> None:
         await self._checkpoints.scan()
         self._manager.tell(PlacementUpdate(truth=self._checkpoints.truth(digest)))
+
+    def happened(self, event: NodeEvent) -> None:
+        if not self._shutdown.is_set():  # then the store is ended on purpose
+            self._manager.tell_event(event)
 
     def load_failed(self, digest: str, fault: Fault) -> None:
         if fault.code == InvalidCheckpoint.code:

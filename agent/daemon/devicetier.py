@@ -15,9 +15,11 @@ from schema.link import (
     Descriptors,
     DeviceWeights,
     DropDevice,
+    EvictedDevice,
     FillDevice,
     HoldDevice,
     Message,
+    NodeEvent,
     OnDevice,
     OperationDone,
     Placement,
@@ -49,11 +51,14 @@ class _Drop:
 
 class DeviceTier:
     """What lies on devices, as last heard. ``say`` reaches the store if it has stated its truth, else does nothing; ``changed``
-    hears of every checkpoint whose placements changed."""
+    hears of every checkpoint whose placements changed, ``happened`` of evictions."""
 
-    def __init__(self, say: Callable[[Message], None], changed: Callable[[str], None]) -> None:
+    def __init__(
+        self, say: Callable[[Message], None], changed: Callable[[str], None], happened: Callable[[NodeEvent], None]
+    ) -> None:
         self._say = say
         self._changed = changed
+        self._happened = happened
         self._kept: dict[str, tuple[DeviceWeights, int]] = {}
         self._users: dict[tuple[str, int], set[str]] = {}
         self._waiting: set[str] = set()
@@ -71,6 +76,15 @@ class DeviceTier:
     def digests(self) -> set[str]:
         """Checkpoints that lie on a device."""
         return {weights.digest for weights, _ in self._kept.values()}
+
+    @property
+    def lying(self) -> list[DeviceWeights]:
+        return [weights for weights, _ in self._kept.values()]
+
+    @property
+    def filling(self) -> set[str]:
+        """Checkpoints that are being loaded onto a device."""
+        return {fill.message.digest for fill in self._fills.values()}
 
     def images(self, digest: str, devices: tuple[int, ...]) -> list[tuple[str, bool]]:
         """Which images of a checkpoint lie on these devices, or come there: the id, and whether it lies there."""
@@ -232,9 +246,14 @@ class DeviceTier:
                 users = self._most(fill.message.digest, fill.message.devices)
                 self._say(msgspec.structs.replace(fill.message, users=users))
 
-    def evicted(self, name: str) -> None:
-        self._let_go(name)
-        self._say(ReleasedDevice(id=name))
+    def evicted(self, message: EvictedDevice) -> None:
+        kept = self._kept.get(message.id)
+        self._let_go(message.id)
+        self._say(ReleasedDevice(id=message.id))
+        if kept is not None and message.why:
+            weights = kept[0]
+            told = f"from device {weights.device}, {weights.size_bytes} bytes: {message.why}"
+            self._happened(NodeEvent(reason="Evicted", message=told, digest=weights.digest, for_digest=message.for_digest))
 
     def on_device(self, message: OnDevice) -> None:
         if (fill := self._fills.pop(message.op, None)) is not None:

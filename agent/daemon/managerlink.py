@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Final
+
+import msgspec
 
 from agent.daemon.attempts import Journal
 from agent.daemon.connection import Connection
@@ -16,6 +20,7 @@ from schema.link import (
     InstanceUpdate,
     ManagerMessage,
     Message,
+    NodeEvent,
     Shutdown,
     Tokens,
     TruthEnd,
@@ -27,6 +32,7 @@ __all__ = ["ManagerLink"]
 
 _BACKLOG_BYTES: Final = 1 << 20
 """While so much waits for the socket, truth and tokens wait too; tokens coalesce meanwhile."""
+_EVENTS_KEPT: Final = 64
 _log = logging.getLogger(__name__)
 
 
@@ -48,6 +54,7 @@ class ManagerLink:
         self._held: list[Message] = []
         self._loads: dict[str, InstanceLoad] = {}
         self._untold: dict[str, InstanceLoad] = {}
+        self._events: deque[tuple[float, NodeEvent]] = deque(maxlen=_EVENTS_KEPT)
         self._frame = 0
         self._acked = 0
 
@@ -96,6 +103,11 @@ class ManagerLink:
         self._loads[load.instance] = self._untold[load.instance] = load
         self.pump()
 
+    def tell_event(self, event: NodeEvent) -> None:
+        """What no truth tells afterwards: kept for a manager that is away, the last of it."""
+        self._events.append((time.monotonic(), event))
+        self.pump()
+
     def pump(self) -> None:
         """Send what the socket and the manager's credit allow, now."""
         connection = self._connection
@@ -115,6 +127,9 @@ class ManagerLink:
             if runs or ends:
                 self._frame += 1
                 connection.send(Tokens(frame=self._frame, runs=runs, ends=ends))
+        while self._events and connection.backlog_bytes < _BACKLOG_BYTES and not connection.closed:
+            at, event = self._events.popleft()
+            connection.send(msgspec.structs.replace(event, ago_s=time.monotonic() - at))
         if self._untold and connection.backlog_bytes < _BACKLOG_BYTES:
             loads, self._untold = self._untold, {}
             for load in loads.values():

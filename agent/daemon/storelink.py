@@ -13,6 +13,7 @@ import msgspec
 from agent.daemon.connection import Connection
 from agent.daemon.devicetier import DeviceTier
 from agent.daemon.holds import Holds
+from agent.daemon.losses import Place, StoreLosses
 from agent.daemon.supervisor import Kin
 from agent.native.jobs import Priority
 from agent.native.mapping import read_only
@@ -35,6 +36,7 @@ from schema.link import (
     HoldCheckpoint,
     LayersArrived,
     Message,
+    NodeEvent,
     OnDevice,
     OperationDone,
     PinResidents,
@@ -57,6 +59,9 @@ class StoreOwner(Protocol):
     """Who hears of changes in the arena."""
 
     def placement_changed(self, digest: str) -> None: ...
+
+    def happened(self, event: NodeEvent) -> None:
+        """Something to be remembered, that no placement tells."""
 
     def load_failed(self, digest: str, fault: Fault) -> None:
         """The store could not load a checkpoint; it may have put the copy on the disk in quarantine."""
@@ -116,7 +121,8 @@ class StoreLink:
         self.arena: ArenaInfo | None = None
         self.residents: dict[str, Resident] = {}
         self.holds = Holds(self._users_changed)
-        self.devices = DeviceTier(self._say, owner.placement_changed)
+        self.devices = DeviceTier(self._say, owner.placement_changed, owner.happened)
+        self._losses = StoreLosses(owner.happened)
         self._kin = kin
         self._owner = owner
         self._descriptor: int | None = None
@@ -315,10 +321,9 @@ class StoreLink:
             case OnDevice():
                 self.devices.on_device(message)
             case EvictedDevice():
-                self.devices.evicted(message.id)
+                self.devices.evicted(message)
             case Evicted():
-                if self.residents.pop(message.digest, None) is not None:
-                    self._owner.placement_changed(message.digest)
+                self._evicted(message)
             case Progress():
                 asked = self._fills.get(message.op) or self._tasks.get(message.op)
                 if not self.devices.progress(message) and asked is not None:
@@ -333,6 +338,8 @@ class StoreLink:
         if not self._kin.disclaim(connection):
             return
         _log.warning("the link to the store is lost: %s", why)
+        if self._stated:
+            self._losses.lost(why, self._lies(), {*self.filling(), *self.devices.filling})
         self._stated = False
         for op, fill in list(self._fills.items()):
             fill.losses += 1
@@ -400,8 +407,14 @@ class StoreLink:
             self._kin.send(task.message)
         for digest in earlier.keys() | self.residents.keys():
             self._owner.placement_changed(digest)
+        self._losses.back(self._lies())
         if self._descriptor is not None:
             self._owner.store_ready()
+
+    def _lies(self) -> set[Place]:
+        """What lies in memory and on devices, whole."""
+        memory = {Place(each.digest, "memory", each.image_bytes) for each in self.residents.values()}
+        return memory | {Place(each.digest, f"device {each.device}", each.size_bytes) for each in self.devices.lying}
 
     def _counted(self, message: FillArena) -> FillArena:
         return msgspec.structs.replace(message, users=self.holds.count(message.digest))
@@ -415,6 +428,14 @@ class StoreLink:
         self._owner.placement_changed(message.digest)
         if fill is not None:
             fill.answered(message)
+
+    def _evicted(self, message: Evicted) -> None:
+        if (resident := self.residents.pop(message.digest, None)) is None:
+            return
+        self._owner.placement_changed(message.digest)
+        told = f"from memory, {resident.image_bytes} bytes: {message.why}"
+        event = NodeEvent(reason="Evicted", message=told, digest=message.digest, for_digest=message.for_digest)
+        self._owner.happened(event)
 
     def _coming(self, task: _Task, message: Fetching) -> None:
         before, task.arrives = task.arrives, message if message.in_memory else None

@@ -38,8 +38,9 @@ class StoreListener(Protocol):
     def condemned(self, resident: Resident) -> None:
         """An image that has users was found wrong."""
 
-    def evicted(self, digest: str) -> None:
-        """The chunks of a checkpoint without users were given to another; said before they are overwritten."""
+    def evicted(self, digest: str, why: str, for_digest: str) -> None:
+        """The chunks of a checkpoint without users went to another, ``for_digest``, or are free since it must not be used. Said
+        before they are overwritten."""
 
 
 class FillSink(Protocol):

@@ -126,7 +126,7 @@ class ArenaStore:
         room = False
         if digest not in self._residency and digest not in self._fills.keys() | self._waiting.keys():
             with contextlib.suppress(OutOfSpace):
-                room = self._make_room(source.manifest.image_bytes)
+                room = self._make_room(digest, source.manifest.image_bytes)
         if room:
             self._start(Fill(digest, directory, [], Priority.REQUEST, source), source.manifest, None)
         else:
@@ -309,7 +309,7 @@ class ArenaStore:
             entry = read_copy(fill.directory, fill.digest, fill.image_id)
             if entry.quarantined is not None:
                 raise InvalidCheckpoint(f"{fill.directory} is quarantined: {entry.quarantined}")
-            if not self._make_room(entry.manifest.image_bytes):
+            if not self._make_room(fill.digest, entry.manifest.image_bytes):
                 self._waiting[fill.digest] = fill
                 return
         except SllmError as error:
@@ -482,8 +482,8 @@ class ArenaStore:
             self._residency.lend(fill.digest)
             sink.filled(read_bytes)
 
-    def _make_room(self, image_bytes: int) -> bool:
+    def _make_room(self, digest: str, image_bytes: int) -> bool:
         """True when there is room for an image now, False when there will be, once reads that were given up are over. Raises
         OutOfSpace."""
         ending = [fill.occupant for fill in self._fills.values() if fill.given_up and not fill.stalled and fill.occupant]
-        return self._residency.make_room(image_bytes, ending)
+        return self._residency.make_room(digest, image_bytes, ending)

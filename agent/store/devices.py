@@ -33,6 +33,7 @@ __all__ = ["DeviceListener", "DeviceStore"]
 
 _PROGRESS_S: Final = 0.1
 _GRANULARITY: Final = 2 << 20
+_MAKE_ROOM: Final = "to make room"
 _log = logging.getLogger(__name__)
 
 
@@ -49,8 +50,9 @@ class DeviceListener(Protocol):
 
     def on_device(self, op: str, digest: str, weights: tuple[DeviceWeights, ...], source: Tier, read_bytes: int) -> None: ...
 
-    def evicting(self, weights: DeviceWeights) -> None:
-        """To be answered by `DeviceStore.released`, when no descriptor of these is held any more."""
+    def evicting(self, weights: DeviceWeights, why: str, for_digest: str) -> None:
+        """To be answered by `DeviceStore.released`, when no descriptor of these is held any more. ``why`` they go, "" if they
+        were asked to, and for which other checkpoint if it is for one."""
 
     def layers_usable(self, digest: str, count: int) -> None:
         """The first ``count`` layers of weights that are being loaded are there. Said on the copying thread."""
@@ -187,7 +189,7 @@ class DeviceStore:
         if device not in self._budgets:
             return  # what is asked of such a device fails by its own answer
         self._reserved[device] = size_bytes
-        self._evict(device, self._over(device, 0))
+        self._evict(device, self._over(device, 0), "to make room for KV caches")
         self._settle()
 
     def fill(
@@ -355,7 +357,7 @@ class DeviceStore:
                 coming = self._coming(device)
                 if missing > coming + self._idle(device):
                     raise OutOfSpace(self._full(device, load))
-                self._evict(device, missing - coming)
+                self._evict(device, missing - coming, _MAKE_ROOM, load.digest)
                 waits = waits or missing > 0
             if not waits:
                 waits = not self._allocate(load)
@@ -379,7 +381,7 @@ class DeviceStore:
                 load.memory[device] = self._driver.allocate(device, load.entry.manifest.image_bytes)
             except OutOfSpace:
                 self._free(load)
-                if not self._coming(device) and not self._evict(device, load.size_bytes):
+                if not self._coming(device) and not self._evict(device, load.size_bytes, _MAKE_ROOM, load.digest):
                     raise
                 return False
             except SllmError:
@@ -468,7 +470,7 @@ class DeviceStore:
     def _idle(self, device: int) -> int:
         return sum(each.size_bytes for each in self._weights.values() if each.device == device and not each.users)
 
-    def _evict(self, device: int, size_bytes: int) -> int:
+    def _evict(self, device: int, size_bytes: int, why: str, for_digest: str = "") -> int:
         """Let idle weights go, those first that were used longest ago, until so much will be free. Returns how much will."""
         freed = 0
         idle = [each for each in self._weights.values() if each.device == device and not each.users]
@@ -476,13 +478,13 @@ class DeviceStore:
             if freed >= size_bytes:
                 break
             freed += weights.size_bytes
-            self._drop(weights)
+            self._drop(weights, why, for_digest)
         return freed
 
-    def _drop(self, weights: _Weights) -> None:
+    def _drop(self, weights: _Weights, why: str = "", for_digest: str = "") -> None:
         del self._weights[weights.digest, weights.device]
         self._evicting[weights.id] = weights
-        self._listener.evicting(weights.told())
+        self._listener.evicting(weights.told(), why, for_digest)
 
     def _full(self, device: int, load: _Load) -> str:
         budget = self._budgets[device]

@@ -206,8 +206,8 @@ class StoreProcess:
         _log.error("checkpoint %s is wrong in memory: %s", resident.digest, resident.condemned)
         self._say(resident)
 
-    def evicted(self, digest: str) -> None:
-        self._say(Evicted(digest=digest))
+    def evicted(self, digest: str, why: str, for_digest: str) -> None:
+        self._say(Evicted(digest=digest, why=why, for_digest=for_digest))
 
     # What it says of devices: the DeviceListener.
 
@@ -221,8 +221,8 @@ class StoreProcess:
     def on_device(self, op: str, digest: str, weights: tuple[DeviceWeights, ...], source: Tier, read_bytes: int) -> None:
         self._say(OnDevice(op=op, digest=digest, weights=weights, source=source, read_bytes=read_bytes))
 
-    def evicting(self, weights: DeviceWeights) -> None:
-        self._say(EvictedDevice(id=weights.id))
+    def evicting(self, weights: DeviceWeights, why: str, for_digest: str) -> None:
+        self._say(EvictedDevice(id=weights.id, why=why, for_digest=for_digest))
 
     def layers_usable(self, digest: str, count: int) -> None:
         _log.debug("%d layers of %s are usable", count, digest)

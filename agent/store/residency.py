@@ -19,16 +19,18 @@ from schema.link import Resident
 __all__ = ["Residency"]
 
 _CONDEMNED_BEFORE: Final = "its image in memory was found wrong before the store was started"
+_OF_NO_USE: Final = "no copy that could be used with it is on the disk any more"
+_MAKE_ROOM: Final = "to make room"
 
 
 class Residency:
     """The residents of one arena, and its free chunks and slots. One thread calls it.
 
-    ``evicted`` hears of what went for others' sake, or since it was wrong, before its chunks are given away. ``compared`` says
-    what must stay where it is since it is being compared.
+    ``evicted`` hears of what went, why, and for which other if it was for one, before its chunks are given away. ``compared``
+    says what must stay where it is since it is being compared.
     """
 
-    def __init__(self, arena: Arena, evicted: Callable[[str], None], compared: Callable[[], Collection[str]]) -> None:
+    def __init__(self, arena: Arena, evicted: Callable[[str, str, str], None], compared: Callable[[], Collection[str]]) -> None:
         self._arena = arena
         self._evicted = evicted
         self._compared = compared
@@ -134,14 +136,14 @@ class Residency:
             return False
         if digest in self._compared() or self._lent[digest]:
             return False
-        self._evict(occupant)
+        self._evict(occupant, self._condemned.get(digest, _OF_NO_USE))
         return True
 
     # --- room
 
-    def make_room(self, image_bytes: int, ending: Collection[Occupant]) -> bool:
-        """True when chunks and a slot for an image are free now, evicting what must go; False when they will be, once what is
-        ``ending`` has ended. Raises OutOfSpace, nothing evicted, when they will not."""
+    def make_room(self, digest: str, image_bytes: int, ending: Collection[Occupant]) -> bool:
+        """True when chunks and a slot for an image of this checkpoint are free now, evicting what must go; False when they will
+        be, once what is ``ending`` has ended. Raises OutOfSpace, nothing evicted, when they will not."""
         needed = self._arena.chunks_for(image_bytes)
         kept = self._pinned.union(self._compared(), self._lent)
         free = (each for each in self._residents.values() if not each.users and each.digest not in kept)
@@ -163,7 +165,7 @@ class Residency:
                 f"or idle; stop an instance,{' unpin a checkpoint,' if pinned else ''} or give the node a larger arena"
             )
         for occupant in victims:
-            self._evict(occupant)
+            self._evict(occupant, _MAKE_ROOM, digest)
         return True
 
     def begin(self, digest: str, image_id: str, image_bytes: int) -> Occupant:
@@ -203,9 +205,9 @@ class Residency:
         self._forget(occupant)
         self.release(occupant)
 
-    def _evict(self, occupant: Occupant) -> None:
+    def _evict(self, occupant: Occupant, why: str, for_digest: str = "") -> None:
         self._forget(occupant)
-        self._evicted(occupant.digest)
+        self._evicted(occupant.digest, why, for_digest)
         self.release(occupant)
 
     def _forget(self, occupant: Occupant) -> None:

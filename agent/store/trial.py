@@ -155,5 +155,5 @@ class TrialStore:
     def condemned(self, resident: Resident) -> None:
         pass
 
-    def evicted(self, digest: str) -> None:
+    def evicted(self, digest: str, why: str, for_digest: str) -> None:
         pass

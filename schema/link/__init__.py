@@ -60,7 +60,7 @@ from schema.link.frames import FrameDecoder, encode_frame
 from schema.link.handshake import Descriptors, DeviceWeights, Hello, Ping, Pong, Refused, Role, Welcome
 from schema.link.logs import LogChunk, LogLine, ReadLog
 from schema.link.node import ArenaInfo, CheckpointTruth, DeviceInfo, InstanceTruth, Inventory, Placement, StartPhases
-from schema.link.reports import FileChunk, InstanceUpdate, NodeTruth, OperationDone, PlacementUpdate, Progress
+from schema.link.reports import FileChunk, InstanceUpdate, NodeEvent, NodeTruth, OperationDone, PlacementUpdate, Progress
 from schema.link.requests import (
     STEP_BOUNDS_S,
     Acked,
@@ -172,6 +172,7 @@ __all__ = [
     "LogLine",
     "ManagerMessage",
     "Message",
+    "NodeEvent",
     "NodeTruth",
     "OnDevice",
     "OperationDone",
@@ -228,7 +229,7 @@ ManagerMessage = (
 
 AgentMessage = (
     Welcome | Refused | Ping | Pong | NodeTruth | AttemptTruth | TruthEnd | InstanceUpdate | PlacementUpdate | Progress
-    | OperationDone | FileChunk | LogChunk | Tokens | InstanceLoad
+    | OperationDone | NodeEvent | FileChunk | LogChunk | Tokens | InstanceLoad
 )  # fmt: skip
 """What an agent says to a manager."""
 

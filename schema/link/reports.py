@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from schema.errors import Fault
-from schema.link.base import Count, Message
+from schema.link.base import Count, Finite, Message
 from schema.link.node import CheckpointTruth, InstanceTruth, Inventory, check_stated
 from schema.states import Tier
 
-__all__ = ["FileChunk", "InstanceUpdate", "NodeTruth", "OperationDone", "PlacementUpdate", "Progress"]
+__all__ = ["FileChunk", "InstanceUpdate", "NodeEvent", "NodeTruth", "OperationDone", "PlacementUpdate", "Progress"]
 
 
 class NodeTruth(Message, frozen=True, kw_only=True, tag="truth"):
@@ -40,6 +42,20 @@ class PlacementUpdate(Message, frozen=True, kw_only=True, tag="placement"):
     """A checkpoint's placements changed; all of them on this node are said."""
 
     truth: CheckpointTruth
+
+
+class NodeEvent(Message, frozen=True, kw_only=True, tag="event"):
+    """Something happened to what lies in a node's memory or on its devices that its truth afterwards does not tell; the manager
+    keeps it as an event. ``digest`` is the checkpoint that it happened to, "" if it happened to the store; ``for_digest`` the
+    one that it was for. It was ``ago_s`` seconds ago: an agent without a manager keeps the last of them.
+    """
+
+    reason: Literal["StoreLost", "StoreBack", "Evicted"]
+    message: str
+    level: Literal["info", "warning"] = "info"
+    digest: str = ""
+    for_digest: str = ""
+    ago_s: Finite = 0.0
 
 
 class Progress(Message, frozen=True, kw_only=True, tag="progress"):

@@ -194,9 +194,12 @@ class CancelFetch(Message, frozen=True, kw_only=True, tag="cancelfetch"):
 
 
 class Evicted(Message, frozen=True, kw_only=True, tag="evicted"):
-    """Store -> agent: these chunks are free or being filled with something else; no new mapping may be made of them."""
+    """Store -> agent: these chunks are free or being filled with something else; no new mapping may be made of them. ``why``
+    they went, and the checkpoint ``for_digest`` that came in their place, "" if none did."""
 
     digest: str
+    why: str = ""
+    for_digest: str = ""
 
 
 class ArenaState(Message, frozen=True, kw_only=True, tag="arenastate"):
@@ -258,9 +261,12 @@ class DropDevice(Message, frozen=True, kw_only=True, tag="dropdevice"):
 
 
 class EvictedDevice(Message, frozen=True, kw_only=True, tag="evicteddevice"):
-    """Store -> agent: close your descriptor of these weights, map them nowhere any more, and answer with `ReleasedDevice`."""
+    """Store -> agent: close your descriptor of these weights, map them nowhere any more, and answer with `ReleasedDevice`.
+    ``why`` and ``for_digest`` as in `Evicted`; without a ``why`` they were asked to go."""
 
     id: str
+    why: str = ""
+    for_digest: str = ""
 
 
 class ReleasedDevice(Message, frozen=True, kw_only=True, tag="releaseddevice"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from schema.errors import Fault, SllmError
 from schema.ids import EpochCounter, IdSource
-from schema.link import InstanceUpdate, NodeTruth, OperationDone, PlacementUpdate
+from schema.link import InstanceUpdate, NodeEvent, NodeTruth, OperationDone, PlacementUpdate
 from schema.states import InstanceState, ModelState, NodeState
 from sllmctl.cluster.settings import ControlSettings
 from sllmctl.cluster.view import ClusterView
@@ -21,6 +21,7 @@ from sllmctl.control import (
     placing,
     prefetch,
     remotes,
+    residency,
     scaling,
 )
 from sllmctl.control.decisions import Decisions
@@ -224,6 +225,8 @@ class ControlLoop:
                 nodes.take_checkpoint(turn, node, checkpoint)
             case OperationDone():
                 models.operation_done(turn, node.id, message)
+            case NodeEvent():
+                residency.tell(turn, node, message)
 
     def _demand(self, turn: Turn, event: DemandChanged) -> None:
         model = self.view.models.get(event.model)

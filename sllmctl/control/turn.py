@@ -34,6 +34,7 @@ from sllmctl.cluster.settings import ControlSettings
 from sllmctl.cluster.view import ClusterView
 from sllmctl.control.decisions import Decisions
 from sllmctl.control.effects import Effect, Log, Send, Step, WakeAt
+from sllmctl.control.spout import Spout
 from sllmctl.planner.estimates import Estimates
 from sllmctl.planner.interface import Journals, Planner
 
@@ -105,8 +106,9 @@ class Core:
     """What lasts from step to step. ``dropping`` finds a drop by what it drops; ``prefetches`` are loads ahead of need by
     operation, each a node and a checkpoint; ``kept``: weights that a node did not drop from its devices, and until when it is
     not asked again. ``left`` are ingests that no model waits for any more, of which it is not known yet what they bring.
-    ``moves`` are by source. ``look_at``: a model is not planned for before then. ``closing``: the manager is ending. ``turned``
-    and ``unasked`` are of `scaling.look_around`: whose turn is next, and how many were not asked yet."""
+    ``moves`` are by source. ``look_at``: a model is not planned for before then. ``closing``: the manager is ending. ``spouts``
+    bound the events that a node has of each kind. ``turned`` and ``unasked`` are of `scaling.look_around`: whose turn is next,
+    and how many were not asked yet."""
 
     view: ClusterView
     ids: IdSource
@@ -124,6 +126,7 @@ class Core:
     left: dict[str, Left] = field(default_factory=dict)
     moves: dict[str, Moving] = field(default_factory=dict)
     look_at: dict[str, float] = field(default_factory=dict)
+    spouts: dict[tuple[str, str], Spout] = field(default_factory=dict)
     closing: bool = False
     turned: int = 0
     unasked: int = 0

@@ -20,6 +20,7 @@ from schema.link import (
     InstanceUpdate,
     LogChunk,
     Message,
+    NodeEvent,
     NodeTruth,
     OperationDone,
     Ping,
@@ -39,7 +40,7 @@ __all__ = ["Connection", "ConnectionOwner", "LinkListener", "News"]
 
 log = logging.getLogger("sllmctl.links")
 
-News = InstanceUpdate | PlacementUpdate | OperationDone | Progress | FileChunk | LogChunk | InstanceLoad
+News = InstanceUpdate | PlacementUpdate | OperationDone | NodeEvent | Progress | FileChunk | LogChunk | InstanceLoad
 """What an agent says after its truth, other than tokens."""
 
 
@@ -182,7 +183,14 @@ class Connection(asyncio.Protocol):
             case TruthEnd(attempts=attempts) if self._truth is not None and not self._steady:
                 self._complete(self._truth, message, attempts)
             case (
-                InstanceUpdate() | PlacementUpdate() | OperationDone() | Progress() | FileChunk() | LogChunk() | InstanceLoad()
+                InstanceUpdate()
+                | PlacementUpdate()
+                | OperationDone()
+                | NodeEvent()
+                | Progress()
+                | FileChunk()
+                | LogChunk()
+                | InstanceLoad()
             ) if self._steady:
                 self._owner.news(message)
             case _:

@@ -29,6 +29,7 @@ from schema.link import (
     HoldCheckpoint,
     HoldDevice,
     Message,
+    NodeEvent,
     OperationDone,
     Resident,
     StoreTruth,
@@ -71,6 +72,8 @@ class Place:
     def source(self, *devices: int) -> str:
         """The layout that is loaded to these devices, or to memory."""
         return self.checkpoints.source(DIGEST, devices)[0].removeprefix(f"{DIGEST}/")
+
+    def happened(self, event: NodeEvent) -> None: ...
 
     def load_failed(self, digest: str, fault: Fault) -> None: ...
 

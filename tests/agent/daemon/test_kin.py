@@ -5,9 +5,23 @@ from __future__ import annotations
 import os
 
 from schema.ids import epoch_of
-from schema.link import Evicted, InstanceUpdate, Ping, PlacementUpdate, Pong, Refused, Shutdown, Submit
+from schema.link import (
+    Evicted,
+    InstanceUpdate,
+    LoadCheckpoint,
+    NodeEvent,
+    Ping,
+    PlacementUpdate,
+    Pong,
+    Refused,
+    Shutdown,
+    Submit,
+    VerifyCheckpoint,
+)
 from schema.states import EndReason, InstanceState, Tier, TierState
 from tests.agent.daemon.peers import DIGEST, Node, alive, make_checkpoint, start_instance, submit
+
+OTHER = "ef" * 32
 
 
 async def test_a_killed_store_gets_its_arena_back_and_hears_who_uses_what(node: Node) -> None:
@@ -72,9 +86,49 @@ async def test_extents_of_an_earlier_store_are_not_attached(node: Node) -> None:
 async def test_an_eviction_is_told(node: Node) -> None:
     manager = await node.manager()
     await node.ready(manager)
-    node.stores[0].peer.send(Evicted(digest=DIGEST))
+    node.stores[0].peer.send(Evicted(digest=DIGEST, why="to make room", for_digest=OTHER))
     update = await manager.take(PlacementUpdate, lambda m: all(p.tier is not Tier.DRAM for p in m.truth.placements))
     assert [p.tier for p in update.truth.placements] == [Tier.DISK]
+    event = await manager.take(NodeEvent)
+    assert (event.reason, event.digest, event.for_digest) == ("Evicted", DIGEST, OTHER)
+    assert event.message == "from memory, 4096 bytes: to make room"
+
+
+async def test_it_is_told_what_a_lost_store_leaves_to_the_next(node: Node) -> None:
+    manager = await node.manager()
+    await node.ready(manager)
+    node.store_answers = node.stores[0].answers = False
+    make_checkpoint(node.config.checkpoints_path, OTHER)
+    manager.send(VerifyCheckpoint(op="op_2", digest=OTHER))  # which looks at the disk
+    await node.until(lambda: bool(node.stores[0].verifies))
+    manager.send(LoadCheckpoint(op="op_3", digest=OTHER))
+    await node.until(lambda: len(node.stores[0].fills) == 2)
+    node.stores[0].kill()
+    lost, back = await manager.take(NodeEvent), await manager.take(NodeEvent)
+    assert (lost.reason, lost.level, lost.digest) == ("StoreLost", "warning", "")
+    assert f"{DIGEST[:12]} (memory), 4096 bytes waits for the next one; {OTHER[:12]} was being loaded" in lost.message
+    assert (back.reason, back.level) == ("StoreBack", "info")
+    assert f"kept: {DIGEST[:12]} (memory), 4096 bytes; what had come of {OTHER[:12]} in memory is loaded anew" in back.message
+    await node.until(lambda: len(node.stores) == 2 and bool(node.stores[1].fills))
+    node.stores[1].residents.clear()  # as an arena that could not be taken back
+    node.stores[1].kill()
+    lost, back = await manager.take(NodeEvent), await manager.take(NodeEvent)
+    assert (back.reason, back.level) == ("StoreBack", "warning")
+    assert f"kept: nothing; dropped: {DIGEST[:12]} (memory), 4096 bytes" in back.message
+
+
+async def test_what_happens_while_no_manager_is_there_is_told_the_next_one(node: Node) -> None:
+    manager = await node.manager()
+    await node.ready(manager)
+    manager.close()
+    await node.until(lambda: node.agent is not None and not node.agent._manager.present)
+    node.stores[0].peer.send(Evicted(digest=DIGEST, why="to make room", for_digest=OTHER))
+    node.stores[0].kill()
+    await node.until(lambda: len(node.stores) == 2 and node.stores[1].pinned is not None)
+    manager = await node.manager(2)
+    events = [await manager.take(NodeEvent) for _ in range(3)]
+    assert [event.reason for event in events] == ["Evicted", "StoreLost", "StoreBack"]
+    assert all(event.ago_s > 0 for event in events)
 
 
 async def test_a_killed_zygote_is_made_again_and_forks_what_waited(node: Node) -> None:

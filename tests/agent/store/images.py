@@ -78,6 +78,8 @@ class Told:
     faults: dict[str, Fault] = field(default_factory=dict)
     coming: list[Arriving | LayersArrived] = field(default_factory=list)
     gone: list[str] = field(default_factory=list)
+    evictions: list[tuple[str, str, str]] = field(default_factory=list)
+    """What went, why, and for which other."""
     verdicts: dict[str, Fault | None] = field(default_factory=dict)
     bad: list[Resident] = field(default_factory=list)
 
@@ -106,8 +108,9 @@ class Told:
     def condemned(self, resident: Resident) -> None:
         self.bad.append(resident)
 
-    def evicted(self, digest: str) -> None:
+    def evicted(self, digest: str, why: str, for_digest: str) -> None:
         self.gone.append(digest)
+        self.evictions.append((digest, why, for_digest))
 
 
 class Borrower:

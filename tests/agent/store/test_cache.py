@@ -149,7 +149,7 @@ def test_least_recently_used_goes_first_and_users_stay(bench: Bench, tmp_path: P
     bench.store.hold(made[0][0], 1)
     bench.store.fill("op2", made[2][0], made[2][1])
     bench.wait("op2")
-    assert bench.told.gone == [made[1][0]]
+    assert bench.told.evictions == [(made[1][0], "to make room", made[2][0])]
     bench.store.fill("op3", made[3][0], made[3][1])
     assert bench.told.faults["op3"].code == "out_of_space"
     assert bench.told.gone == [made[1][0]]

@@ -56,6 +56,7 @@ class Devices:
     layers: list[int] = field(default_factory=list)
     kept: dict[str, tuple[DeviceWeights, int]] = field(default_factory=dict)
     gone: list[str] = field(default_factory=list)
+    evictions: list[tuple[str, str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.driver = FakeDriver(self.sizes)
@@ -83,8 +84,9 @@ class Devices:
         assert all(each.id in self.kept for each in weights)
         self.answers[op] = Answer(weights, source, read_bytes)
 
-    def evicting(self, weights: DeviceWeights) -> None:
+    def evicting(self, weights: DeviceWeights, why: str, for_digest: str) -> None:
         self.gone.append(weights.id)
+        self.evictions.append((weights.digest, why, for_digest))
 
     def layers_usable(self, digest: str, count: int) -> None:
         self.layers.append(count)
@@ -216,6 +218,7 @@ def test_idle_weights_go_oldest_first_and_only_when_released(node: Devices, tmp_
     for _ in range(5):
         node.pump(0.01)
     assert node.gone == [node.answers["f1"].weights[0].id]
+    assert node.evictions == [(made[1][0], "to make room", made[2][0])]
     assert "f2" not in node.answers  # the agent still holds it
     assert node.store.evicting == (node.answers["f1"].weights[0].id,)
     node.releasing = True
@@ -237,6 +240,7 @@ def test_kv_caches_make_idle_weights_go_and_keep_others_out(node: Devices, tmp_p
     node.store.hold(made[0][0], 0, 0)
     node.store.reserve(0, 11 * MIB)
     assert node.gone == [node.answers["a"].weights[0].id]
+    assert node.evictions == [(made[0][0], "to make room for KV caches", "")]
     node.fill("b", made[1])
     node.wait("b")
     assert node.faults["b"].code == "out_of_space"

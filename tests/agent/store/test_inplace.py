@@ -258,7 +258,7 @@ class _Told:
     def filled(self, op: str, resident: object) -> None:
         self.ends.append(resident)
 
-    def evicted(self, digest: str) -> None: ...
+    def evicted(self, digest: str, why: str, for_digest: str) -> None: ...
 
     def failed(self, op: str, digest: str, fault: object) -> None:
         self.ends.append(fault)

@@ -164,7 +164,8 @@ def test_life_of_a_store(agent: Agent) -> None:
     assert agent.next(OperationDone).fault.code == "conflict"
     agent.send(HoldCheckpoint(digest=digest, users=0))
     other = fill(agent, 2, 3 * CHUNK, "op2")
-    assert agent.next(Evicted).digest == digest
+    evicted = agent.next(Evicted)
+    assert (evicted.digest, evicted.why, evicted.for_digest) == (digest, "to make room", other[0])
     assert agent.next(Resident).digest == other[0]
     agent.send(Ping(nonce=7))
     assert agent.next(Pong).nonce == 7
