@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import os
@@ -23,6 +24,9 @@ __all__ = ["TemplateRenderer"]
 _log = logging.getLogger(__name__)
 _BUSY = 15
 """A helper that gets no processor is waited for so many times a template's time."""
+_UNWATCHED_S = 0.02
+"""Nearly every template is done by then. A helper's processor time is read only after it, and what it took until then is not
+counted: to read it for all took longer than to render."""
 _ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
 
 
@@ -100,19 +104,26 @@ class TemplateRenderer:
         """Raises TimeoutError when the helper has used up a template's time, which is its processor's and not the clock's: on a
         busy machine a template that takes a millisecond may come to its turn seconds later. A stopped one is given up, too."""
         limit_s = self._settings.template_timeout_s
-        answer = asyncio.create_task(exchange)
-        try:
-            began_s, left_s = process_stat(helper.pid).cpu_s, limit_s
-            async with asyncio.timeout(limit_s * _BUSY):
-                while left_s > 0:
-                    await asyncio.wait([answer], timeout=max(left_s, limit_s / 4))
-                    if answer.done():
-                        return answer.result()
-                    left_s = limit_s - (process_stat(helper.pid).cpu_s - began_s)
-            raise TimeoutError
-        finally:
-            answer.cancel()
-            await asyncio.wait([answer])
+        loop = asyncio.get_running_loop()
+        timer: asyncio.TimerHandle
+
+        def look(began_s: float | None) -> None:
+            nonlocal timer
+            with contextlib.suppress(ProcessLookupError):  # it has ended, which the exchange will see
+                now_s = process_stat(helper.pid).cpu_s
+                began_s = now_s if began_s is None else began_s
+                left_s = limit_s - (now_s - began_s)
+                if left_s > 0:
+                    timer = loop.call_later(max(left_s, limit_s / 4), look, began_s)
+                elif not deadline.expired():
+                    deadline.reschedule(loop.time())
+
+        async with asyncio.timeout(limit_s * _BUSY) as deadline:
+            timer = loop.call_later(_UNWATCHED_S, look, None)
+            try:
+                return await exchange
+            finally:
+                timer.cancel()
 
     async def _exchange(self, helper: asyncio.subprocess.Process, body: bytes) -> Rendered:
         assert helper.stdin is not None

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from schema.errors import InvalidInput, Overloaded, SllmError, Unreachable
+from sllmctl.gateway import template
 from sllmctl.gateway.settings import GatewaySettings
 from sllmctl.gateway.template import TemplateRenderer
 from sllmctl.procstat import process_stat
@@ -194,6 +195,20 @@ async def test_a_helper_that_cannot_start_is_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("sys.executable", "/nonexistent/python")
     with pytest.raises(Unreachable, match="template helper"):
         await TemplateRenderer(GatewaySettings()).start()
+
+
+async def test_a_quick_rendering_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spared(*_: object, **__: object) -> Any:
+        raise AssertionError("it costs more than the rendering itself")
+
+    async with _renderer() as renderer:
+        monkeypatch.setattr(template, "_UNWATCHED_S", 60.0)
+        monkeypatch.setattr(template, "process_stat", spared)
+        asyncio.get_running_loop().set_task_factory(spared)
+        try:
+            assert await renderer.render("{{ 1 + 1 }}", {}) == "2"
+        finally:
+            asyncio.get_running_loop().set_task_factory(None)
 
 
 async def test_a_rendering_costs_little() -> None:
