@@ -32,6 +32,7 @@ __all__ = [
     "ChangeView",
     "CheckpointBody",
     "CheckpointView",
+    "CopyView",
     "DecisionView",
     "DeployBody",
     "EstimateErrorView",
@@ -162,9 +163,21 @@ class InstanceView(_View, frozen=True, kw_only=True):
     changed_at: float
 
 
+class CopyView(_View, frozen=True, kw_only=True):
+    """A checkpoint in one layout on a node's disk: ``in_place`` is a model's own files, else it was ingested or fetched.
+    ``verified``: every byte was compared with its checksum once, and none was found wrong, or could not be read, since."""
+
+    layout: str
+    in_place: bool
+    state: TierState
+    verified: bool
+    size_bytes: int
+
+
 class PlacementView(_View, frozen=True, kw_only=True):
     """``reason`` says why it is in quarantine, and on the disk which copies of it beside the one that is used are.
-    ``used_at``: when it came, or a start or a load last began from it."""
+    ``used_at``: when it came, or a start or a load last began from it. ``copies`` are all that lie on the disk, the best one
+    first."""
 
     node: str
     tier: Tier
@@ -174,6 +187,7 @@ class PlacementView(_View, frozen=True, kw_only=True):
     users: int = 0
     reason: str = ""
     used_at: float = 0.0
+    copies: tuple[CopyView, ...] = ()
 
 
 class PinView(_View, frozen=True, kw_only=True):

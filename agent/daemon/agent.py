@@ -397,9 +397,19 @@ class Agent:
         if not self._shutdown.is_set():  # then the store is ended on purpose
             self._manager.tell_event(event)
 
+    def loaded(self, digest: str) -> None:
+        if not self._checkpoints.all_verified(digest):
+            self._own(self._look_at_marks(digest), f"look at the marks of {digest}")
+
+    async def _look_at_marks(self, digest: str) -> None:
+        if await self._checkpoints.look_at_marks(digest):
+            self.placement_changed(digest)
+
     def load_failed(self, digest: str, fault: Fault) -> None:
         if fault.code == InvalidCheckpoint.code:
             self._own(self._look_again(digest), f"look again at {digest}")
+        else:  # what could not be read is not known to be right any more
+            self._own(self._look_at_marks(digest), f"look at the marks of {digest}")
 
     async def _look_again(self, digest: str) -> None:
         """The store or a worker could not use a copy: see whether its small files are why."""

@@ -12,7 +12,7 @@ from agent.daemon.storelink import Lying, StoreLink
 from agent.store import catalog
 from agent.store.catalog import CatalogEntry, DamagedCopy
 from schema.errors import InvalidCheckpoint, NotFound, SllmError
-from schema.link import CheckpointTruth, FileChunk, Placement, ReadFile
+from schema.link import CheckpointTruth, DiskCopy, FileChunk, Placement, ReadFile
 from schema.states import Tier, TierState
 
 __all__ = ["Checkpoints"]
@@ -32,6 +32,7 @@ class Checkpoints:
         self._copies: tuple[CatalogEntry, ...] = ()
         self._images: dict[tuple[str, str], CatalogEntry] = {}
         self._damaged: dict[str, list[DamagedCopy]] = {}
+        self._verified: set[Path] = set()
         self._facts: dict[str, CheckpointTruth] = {}
         self._scanning = asyncio.Lock()
 
@@ -42,7 +43,7 @@ class Checkpoints:
         """
         async with self._scanning:  # so that an earlier look never replaces a later one
             before = self._store.idle()
-            found = await asyncio.to_thread(catalog.look, self._root)
+            found, self._verified = await asyncio.to_thread(self._look)
             self._entries, self._copies, self._images, self._damaged = found.entries, found.copies, {}, {}
             for copy in found.copies:  # of several with one image the best comes first
                 self._images.setdefault((copy.digest, copy.manifest.image_id), copy)
@@ -61,6 +62,23 @@ class Checkpoints:
         for lying in before & self._store.idle():
             if not self._useful(lying):
                 self._store.let_go(lying)
+
+    def _look(self) -> tuple[catalog.Found, set[Path]]:
+        found = catalog.look(self._root)
+        return found, {copy.directory for copy in found.copies if catalog.is_verified(copy.directory)}
+
+    async def look_at_marks(self, digest: str) -> bool:
+        """Read again which copies of a checkpoint are verified, which the store writes down; True if that has changed."""
+        async with self._scanning:
+            before = self._verified
+            places = {copy.directory for copy in self._copies if copy.digest == digest}
+            verified = await asyncio.to_thread(lambda: {place for place in places if catalog.is_verified(place)})
+            self._verified = before - places | verified
+            return self._verified != before
+
+    def all_verified(self, digest: str) -> bool:
+        """True when it is known of every copy that can be read that it is right."""
+        return all(copy.directory in self._verified for copy in self._copies if copy.digest == digest)
 
     def knows(self, digest: str) -> bool:
         """True when it is known what the checkpoint is, or that nothing of it is here."""
@@ -130,8 +148,7 @@ class Checkpoints:
 
     def size(self, digest: str) -> int:
         """Bytes of all copies that can be read."""
-        copies = [copy.manifest for copy in self._copies if copy.digest == digest]
-        return sum(partition.size_bytes for manifest in copies for partition in manifest.partitions)
+        return sum(_size(copy) for copy in self._copies if copy.digest == digest)
 
     def relative(self, entry: CatalogEntry | DamagedCopy) -> str:
         """An entry's directory as the store names it."""
@@ -172,12 +189,13 @@ class Checkpoints:
         size = size or coming_bytes or 0
         if entry is not None:
             state = TierState.RESIDENT if entry.quarantined is None else TierState.QUARANTINED
-            placements.append(Placement(tier=Tier.DISK, state=state, size_bytes=size, reason=self._wrong(digest)))
+            reason, copies = self._wrong(digest), self._lying(digest)
+            placements.append(Placement(tier=Tier.DISK, state=state, size_bytes=size, reason=reason, copies=copies))
         elif damaged:
             bad_bytes = sum(copy.size_bytes for copy in damaged)
-            placements.append(
-                Placement(tier=Tier.DISK, state=TierState.QUARANTINED, size_bytes=bad_bytes, reason=self._wrong(digest))
-            )
+            reason, copies = self._wrong(digest), self._lying(digest)
+            state = TierState.QUARANTINED
+            placements.append(Placement(tier=Tier.DISK, state=state, size_bytes=bad_bytes, reason=reason, copies=copies))
         if resident is not None:
             bad = resident.condemned
             # Without usable files beside it no worker can be built over the image, however good that is.
@@ -207,6 +225,18 @@ class Checkpoints:
         """Every copy of it, the best one first."""
         return [*(copy for copy in self._copies if copy.digest == digest), *self._damaged.get(digest, ())]
 
+    def _lying(self, digest: str) -> tuple[DiskCopy, ...]:
+        """What lies of it on the disk, the best copy first."""
+        return tuple(
+            DiskCopy(
+                layout=copy.directory.name,
+                state=TierState.RESIDENT if copy.quarantined is None else TierState.QUARANTINED,
+                verified=copy.quarantined is None and copy.directory in self._verified,
+                size_bytes=copy.size_bytes if isinstance(copy, DamagedCopy) else _size(copy),
+            )
+            for copy in self._all(digest)
+        )
+
     def _wrong(self, digest: str) -> str:
         """Why the best copy is in quarantine, if it is, and which of the others are."""
         best, *others = self._all(digest)
@@ -225,6 +255,10 @@ class Checkpoints:
         if message.file != catalog.MANIFEST_FILE and message.file not in {asset.file for asset in entry.manifest.assets}:
             raise NotFound(f"checkpoint {message.digest} has no text asset {message.file!r}")
         return await asyncio.to_thread(_read, entry.directory / message.file, message)
+
+
+def _size(entry: CatalogEntry) -> int:
+    return sum(partition.size_bytes for partition in entry.manifest.partitions)
 
 
 def _has_text(entry: CatalogEntry) -> bool:

@@ -182,7 +182,7 @@ class Operations:
                 done = await run_publish(self._config, message, directory, self._roster, self._owner.tell)
         finally:
             del self._publishing[message.op]
-        if done.fault is not None and done.fault.code == InvalidCheckpoint.code:  # it may have put the copy into quarantine
+        if done.fault is not None:  # it may have put the copy into quarantine, or found that it cannot be read
             await self._checkpoints.scan()
             self._owner.placement_changed(digest)
         return done

@@ -63,6 +63,9 @@ class StoreOwner(Protocol):
     def happened(self, event: NodeEvent) -> None:
         """Something to be remembered, that no placement tells."""
 
+    def loaded(self, digest: str) -> None:
+        """The store has read a checkpoint; it may have found that the copy on the disk is right."""
+
     def load_failed(self, digest: str, fault: Fault) -> None:
         """The store could not load a checkpoint; it may have put the copy on the disk in quarantine."""
 
@@ -320,6 +323,7 @@ class StoreLink:
                 self._done(message)
             case OnDevice():
                 self.devices.on_device(message)
+                self._owner.loaded(message.digest)
             case EvictedDevice():
                 self.devices.evicted(message)
             case Evicted():
@@ -426,6 +430,7 @@ class StoreLink:
             # Who it was loaded for has gone meanwhile, or was never counted here.
             self._kin.send(HoldCheckpoint(digest=message.digest, users=users))
         self._owner.placement_changed(message.digest)
+        self._owner.loaded(message.digest)
         if fill is not None:
             fill.answered(message)
 

@@ -59,7 +59,7 @@ from schema.link.commands import (
 from schema.link.frames import FrameDecoder, encode_frame
 from schema.link.handshake import Descriptors, DeviceWeights, Hello, Ping, Pong, Refused, Role, Welcome
 from schema.link.logs import LogChunk, LogLine, ReadLog
-from schema.link.node import ArenaInfo, CheckpointTruth, DeviceInfo, InstanceTruth, Inventory, Placement, StartPhases
+from schema.link.node import ArenaInfo, CheckpointTruth, DeviceInfo, DiskCopy, InstanceTruth, Inventory, Placement, StartPhases
 from schema.link.reports import FileChunk, InstanceUpdate, NodeEvent, NodeTruth, OperationDone, PlacementUpdate, Progress
 from schema.link.requests import (
     STEP_BOUNDS_S,
@@ -137,6 +137,7 @@ __all__ = [
     "Descriptors",
     "DeviceInfo",
     "DeviceWeights",
+    "DiskCopy",
     "DropCheckpoint",
     "DropDevice",
     "DropResident",

@@ -15,6 +15,7 @@ __all__ = [
     "ArenaInfo",
     "CheckpointTruth",
     "DeviceInfo",
+    "DiskCopy",
     "InstanceTruth",
     "Inventory",
     "Placement",
@@ -67,10 +68,21 @@ class Inventory(Part, frozen=True, kw_only=True, omit_defaults=False):
     software: dict[str, str] = msgspec.field(default_factory=dict)
 
 
+class DiskCopy(Part, frozen=True, kw_only=True):
+    """A checkpoint in one layout on the speaking node's disk. ``verified``: every byte of it was found right once, and none was
+    found wrong, or could not be read, since."""
+
+    layout: str
+    state: TierState
+    verified: bool = False
+    size_bytes: Count = 0
+
+
 class Placement(Part, frozen=True, kw_only=True):
     """One checkpoint on one tier of the speaking node. ``users`` counts instances and loads that hold it there.
 
-    ``reason`` says why it is in quarantine, and on the disk which copies beside the best one are.
+    ``reason`` says why it is in quarantine, and on the disk which copies beside the best one are. ``copies`` are all that lie
+    on the disk, the best one first.
     """
 
     tier: Tier
@@ -79,6 +91,7 @@ class Placement(Part, frozen=True, kw_only=True):
     users: Count = 0
     device: Count = 0
     reason: str = ""
+    copies: tuple[DiskCopy, ...] = ()
 
 
 class CheckpointTruth(Part, frozen=True, kw_only=True):

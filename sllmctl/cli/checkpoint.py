@@ -15,7 +15,7 @@ from sllmctl.cli.output import Column, Format, now, show_item
 from sllmctl.cli.watch import list_items, watch_option
 
 if TYPE_CHECKING:
-    from schema.admin import CheckpointView, PlacementView, PublicationView
+    from schema.admin import CheckpointView, CopyView, PlacementView, PublicationView
 
 __all__ = ["command"]
 
@@ -408,4 +408,10 @@ def _placement(placement: PlacementView) -> str:
     line = f"{placement.node}  {placement.tier + device:<8}  {placement.state:<11}  {size(placement.size_bytes)}"
     if placement.users:
         line += f"  {placement.users} users" if placement.users > 1 else "  1 user"
-    return line + (f"  {placement.reason}" if placement.reason else "")
+    line += f"  {placement.reason}" if placement.reason else ""
+    return "\n".join([line, *(f"{'':<{len(placement.node)}}  {_copy(each)}" for each in placement.copies)])
+
+
+def _copy(copy: CopyView) -> str:
+    known = str(copy.state) if copy.state != "resident" else "verified" if copy.verified else "not verified"
+    return f"{copy.layout} ({'in place' if copy.in_place else 'ingested'})  {size(copy.size_bytes)}  {known}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from schema.admin import OperationKind
 from schema.errors import Fault
 from schema.ids import Epoch
-from schema.link import Inventory, StartPhases
+from schema.link import DiskCopy, Inventory, StartPhases
 from schema.memory import StepCosts
 from schema.spec import ModelSpec
 from schema.states import InstanceState, ModelState, NodeState, Tier, TierState
@@ -80,7 +80,7 @@ class Checkpoint:
 @dataclass(slots=True)
 class PlacementRecord:
     """``users`` is live: loads and instances that hold it, as the node counts them. So is ``reason``: why it is in quarantine,
-    or which copy beside it is.
+    or which copy beside it is; and ``copies``: what lies of it on the disk, the best one first.
 
     ``used_at``: when it came, or when an instance or a load last began from it.
     """
@@ -94,6 +94,7 @@ class PlacementRecord:
     users: int = 0
     reason: str = ""
     used_at: float = 0.0
+    copies: tuple[DiskCopy, ...] = ()
 
     @property
     def key(self) -> PlacementKey:

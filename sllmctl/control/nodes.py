@@ -181,9 +181,11 @@ def take_checkpoint(turn: Turn, node: Node, truth: CheckpointTruth) -> None:
     gone: dict[PlacementKey, PlacementRecord] = dict(turn.view.placements_at(truth.digest, node.id))
     for one in held:
         device = one.device if one.tier is Tier.DEVICE else 0
-        record = PlacementRecord(truth.digest, node.id, one.tier, device, one.state, one.size_bytes, one.users, one.reason)
-        before = gone.pop(record.key, None)
-        record.used_at = before.used_at if before is not None else turn.now
+        before = gone.pop((truth.digest, node.id, one.tier, device), None)
+        used_at = before.used_at if before is not None else turn.now
+        record = PlacementRecord(
+            truth.digest, node.id, one.tier, device, one.state, one.size_bytes, one.users, one.reason, used_at, one.copies
+        )
         dropping = (node.id, truth.digest, one.tier) in turn.core.dropping and not one.users
         if dropping and before is not None and before.state is TierState.EVICTING and one.state is TierState.RESIDENT:
             continue
@@ -193,7 +195,7 @@ def take_checkpoint(turn: Turn, node: Node, truth: CheckpointTruth) -> None:
         if one.state is TierState.RESIDENT and (before is None or before.state is not one.state or one.users < before.users):
             turn.free()
         turn.settle[node.id] = None
-        if before is None or (before.state, before.size_bytes) != (one.state, one.size_bytes):
+        if before is None or (before.state, before.size_bytes, before.copies) != (one.state, one.size_bytes, one.copies):
             turn.put_placement(record)
         if one.state is TierState.QUARANTINED and (before is None or before.state is not TierState.QUARANTINED):
             _quarantined(turn, node, record)

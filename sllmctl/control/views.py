@@ -9,6 +9,7 @@ import msgspec
 
 from schema.admin import (
     CheckpointView,
+    CopyView,
     InstanceView,
     LoadView,
     ModelView,
@@ -19,6 +20,7 @@ from schema.admin import (
     ProgressView,
     PublicationView,
 )
+from schema.checkpoint import IN_PLACE
 from schema.link import InstanceLoad, Inventory
 from schema.states import Tier
 from sllmctl.cluster.records import Checkpoint, Instance, Model, Node, Operation
@@ -169,6 +171,16 @@ def checkpoint_view(view: ClusterView, checkpoint: Checkpoint) -> CheckpointView
             users=record.users,
             reason=record.reason,
             used_at=record.used_at,
+            copies=tuple(
+                CopyView(
+                    layout=copy.layout,
+                    in_place=copy.layout == IN_PLACE,
+                    state=copy.state,
+                    verified=copy.verified,
+                    size_bytes=copy.size_bytes,
+                )
+                for copy in record.copies
+            ),
         )
         for record in view.placements_of(checkpoint.digest).values()
     ]

@@ -24,6 +24,7 @@ from starlette.routing import Route
 from schema.admin import (
     CandidateView,
     CheckpointView,
+    CopyView,
     DecisionView,
     EstimateErrorView,
     EstimatesView,
@@ -181,7 +182,18 @@ CHECKPOINTS = (
         max_context_tokens=40960,
         models=("qwen",),
         placements=(
-            PlacementView(node="local", tier=Tier.DISK, state=TierState.RESIDENT, size_bytes=1_288_490_189),
+            PlacementView(
+                node="local",
+                tier=Tier.DISK,
+                state=TierState.RESIDENT,
+                size_bytes=1_288_490_189,
+                copies=(
+                    CopyView(layout="exec1", in_place=False, state=TierState.RESIDENT, verified=True, size_bytes=1_288_490_240),
+                    CopyView(
+                        layout="inplace1", in_place=True, state=TierState.RESIDENT, verified=False, size_bytes=1_288_490_189
+                    ),
+                ),
+            ),
             PlacementView(node="local", tier=Tier.DRAM, state=TierState.FILLING, size_bytes=1_289_748_480),
         ),
         created_at=NOW - 200_000,

@@ -68,6 +68,11 @@ class Checkpoints(View[CheckpointView]):
                 used,
                 *pinned,
             )
+            for copy in place.copies:
+                how = "in place" if copy.in_place else "ingested"
+                sound = copy.state is TierState.RESIDENT
+                known = ("verified" if copy.verified else "not verified") if sound else copy.state.value
+                detail.line(Span(f"  {copy.layout} ({how}) {size(copy.size_bytes)} {known}", MUTED))
             if place.reason:
                 detail.line(Span(f"  {place.reason}", BAD))
         for published in row.publications:

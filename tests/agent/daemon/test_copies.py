@@ -75,6 +75,8 @@ class Place:
 
     def happened(self, event: NodeEvent) -> None: ...
 
+    def loaded(self, digest: str) -> None: ...
+
     def load_failed(self, digest: str, fault: Fault) -> None: ...
 
     def checkpoint_came(self, digest: str, then: Callable[[], None]) -> None: ...
@@ -184,6 +186,21 @@ async def test_bad_copies_beside_a_sound_one_are_named_and_removed_with_it(place
     assert place.source() == "l1"
     await place.checkpoints.remove(DIGEST)
     assert list(place.root.iterdir()) == []
+
+
+async def test_every_copy_is_stated_with_its_layout_the_best_first(place: Place) -> None:
+    await place.copy("l1")
+    await place.copy("l2")
+    await place.copy("l3")
+    catalog.mark_verified(place.root / DIGEST / "l2")
+    await place.spoil("l1")
+    await place.cut("l3")
+    (placement,) = place.checkpoints.truth(DIGEST).placements
+    assert [(copy.layout, copy.state, copy.verified) for copy in placement.copies] == [
+        ("l2", TierState.RESIDENT, True), ("l1", TierState.QUARANTINED, False), ("l3", TierState.QUARANTINED, False)
+    ]  # fmt: skip
+    assert placement.copies[0].size_bytes == 4096
+    assert placement.copies[2].size_bytes > 4096, "what it takes of the disk"
 
 
 async def test_where_all_copies_are_bad_each_is_named(place: Place) -> None:

@@ -17,12 +17,13 @@ import pytest
 from agent.daemon import zygote
 from agent.daemon.pins import Pins
 from agent.store import catalog
-from agent.store.catalog import quarantine, release
+from agent.store.catalog import mark_verified, quarantine, release, unmark_verified
 from schema.checkpoint import AssetEntry, decode_manifest, encode_manifest
 from schema.errors import Fault
 from schema.ids import epoch_of
 from schema.link import (
     CancelOperation,
+    DiskCopy,
     DropCheckpoint,
     Extent,
     FileChunk,
@@ -300,6 +301,42 @@ async def test_what_is_used_is_not_dropped_and_what_is_not_is(node: Node) -> Non
     truth = await manager.instance(InstanceState.STOPPED)
     assert truth.fault is not None
     assert truth.fault.code == "not_found"
+
+
+async def test_whether_a_copy_is_verified_is_told_once_a_load_has_found_out(node: Node) -> None:
+    """The store writes it beside the copy, behind the agent's back."""
+    directory = node.config.checkpoints_path / DIGEST / "l1"
+    manager = await node.manager()
+    (disk,) = manager.truth.checkpoints[0].placements
+    copy = DiskCopy(layout="l1", state=TierState.RESIDENT, verified=False, size_bytes=4096)
+    assert disk.copies == (copy,)
+    store = node.stores[0]
+    store.answers = False
+
+    async def told() -> DiskCopy:
+        def changed(message: PlacementUpdate) -> bool:
+            return message.truth.placements[0].copies != (copy,)
+
+        return (await manager.take(PlacementUpdate, changed)).truth.placements[0].copies[0]
+
+    manager.send(LoadCheckpoint(op="op_1", digest=DIGEST))
+    await store.until(lambda: len(store.fills) == 1)
+    mark_verified(directory)
+    store.answer(store.fills[0])
+    copy = await told()
+    assert copy.verified
+    manager.send(DropCheckpoint(op="op_2", digest=DIGEST, tier=Tier.DRAM))
+    await done(manager, "op_2")
+    manager.send(LoadCheckpoint(op="op_3", digest=DIGEST))
+    await store.until(lambda: len(store.fills) == 2)
+    unmark_verified(directory)
+    store.peer.send(OperationDone(op=store.fills[1].op, digest=DIGEST, fault=Fault("internal", "the disk cannot be read")))
+    copy = await told()
+    assert not copy.verified
+    quarantine(directory, "a byte is wrong")
+    await node.agent._checkpoints.scan()  # type: ignore[union-attr]
+    (disk,) = (await node.manager(2)).truth.checkpoints[0].placements
+    assert [(each.state, each.verified) for each in disk.copies] == [(TierState.QUARANTINED, False)]
 
 
 async def test_a_copy_that_the_store_puts_in_quarantine_is_told_and_not_loaded_again(node: Node) -> None:

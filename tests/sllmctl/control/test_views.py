@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from schema.admin import ProgressView
 from schema.ids import Epoch
-from schema.link import InstanceLoad
-from schema.states import InstanceState, NodeState, Tier
+from schema.link import DiskCopy, InstanceLoad, PlacementUpdate
+from schema.states import InstanceState, NodeState, Tier, TierState
+from sllmctl.cluster.changes import PutPlacement
 from sllmctl.control.events import AddModel, Operate
 from sllmctl.control.gauges import cluster_gauges
 from sllmctl.control.views import checkpoint_views, instance_views, model_views, node_views
@@ -47,6 +50,30 @@ def test_every_noun_is_shown(world: World) -> None:
     assert (shown.running, shown.kv_used_tokens, shown.kv_capacity_tokens) == (4, 99, 4096)
     (checkpoint,) = checkpoint_views(world.view)
     assert (checkpoint.digest, checkpoint.models, len(checkpoint.placements)) == (digest_of("m"), ("m",), 1)
+
+
+def test_each_copy_on_a_disk_is_shown_with_how_it_came_there(world: World) -> None:
+    agent, digest = world.agents["local"], digest_of("m")
+    world.serve(spec(least=0))
+    truth = agent.checkpoints[digest]
+
+    def says(*copies: DiskCopy) -> None:
+        disk = msgspec.structs.replace(truth.placements[0], copies=copies)
+        world.tell("local", [PlacementUpdate(truth=msgspec.structs.replace(truth, placements=(disk,)))])
+
+    says(
+        DiskCopy(layout="exec1", state=TierState.RESIDENT, size_bytes=5),
+        DiskCopy(layout="inplace1", state=TierState.QUARANTINED),
+    )
+    (checkpoint,) = checkpoint_views(world.view)
+    assert [(copy.layout, copy.in_place, copy.state, copy.verified) for copy in checkpoint.placements[0].copies] == [
+        ("exec1", False, TierState.RESIDENT, False), ("inplace1", True, TierState.QUARANTINED, False)
+    ]  # fmt: skip
+    says(DiskCopy(layout="exec1", state=TierState.RESIDENT, verified=True))
+    _, _, step = world.history[-1]
+    assert any(isinstance(change, PutPlacement) for change in step.changes), "who follows the stream is told"
+    (checkpoint,) = checkpoint_views(world.view)
+    assert [copy.verified for copy in checkpoint.placements[0].copies] == [True]
 
 
 def test_what_moves_on_a_node_is_named_by_what_it_is_of(world: World) -> None:
