@@ -12,6 +12,7 @@ from torch import Tensor
 
 from agent.engine import attention_sdpa
 from agent.engine.build import build_engine, can_follow
+from agent.engine.dtypes import torch_dtype
 from agent.engine.skeleton import build_skeleton
 from agent.engine.weights import fused_view
 from agent.store.index import TensorIndex, index_of
@@ -53,15 +54,16 @@ def test_bfloat16_is_as_near_to_float32_in_every_way_to_multiply(name: str, coun
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_a_first_step_reads_no_weight_before_it_has_come(deterministic: bool) -> None:
-    model = make_model("qwen3")
-    manifest = manifest_of(model)
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_a_first_step_reads_no_weight_before_it_has_come(dtype: str, deterministic: bool) -> None:
+    model = make_model("qwen3", dtype=torch_dtype(dtype))
+    manifest = manifest_of(model, dtype)
     options = msgspec.structs.replace(kv_options(manifest, 1024), deterministic=deterministic)
     right = tensors_of(model)
     submit = submit_of(1, prompts()[1], 6)
     wanted = drive(build_engine(manifest, right, options), [submit]).tokens
 
-    coming = ComingWeights(model)
+    coming = ComingWeights(model, dtype)
     engine = coming.engine(options)
     assert not coming.asked
     assert drive(engine, [submit]).tokens == wanted
