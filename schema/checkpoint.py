@@ -32,6 +32,7 @@ __all__ = [
     "INDEX_FILE",
     "IN_PLACE",
     "LAYOUT",
+    "LAYOUTS",
     "PAD_BYTES",
     "AssetEntry",
     "KvGeometry",
@@ -52,6 +53,8 @@ INDEX_FILE: Final = "tensors.idx"
 """The asset that lists the tensors of a checkpoint of format version 2, in binary (`agent.store.index`)."""
 LAYOUT: Final = "exec2"
 """The layout that ingest writes: one partition, in execution order, fused groups without gaps."""
+LAYOUTS: Final = (LAYOUT, "exec1")
+"""Those that it writes and has written, the newest first: what is looked for where nobody lists what there is."""
 ALIGN_BYTES: Final = 256
 """Tensors start at multiples of this within a partition, as device kernels want them; in a fused group only the first."""
 PAD_BYTES: Final = 4096

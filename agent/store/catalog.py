@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from agent.store.durable import replace, sync
-from schema.checkpoint import IN_PLACE, Manifest, Partition, SourceFile, decode_manifest
+from schema.checkpoint import IN_PLACE, LAYOUTS, Manifest, Partition, SourceFile, decode_manifest
 from schema.errors import InvalidCheckpoint, NotFound, SllmError
 
 __all__ = [
@@ -357,9 +357,11 @@ def _directories(root: Path) -> Iterator[Path]:
     for outer in _children(root):
         if _DIGEST.fullmatch(outer.name):
             try:
-                yield from _children(outer)
-            except OSError as error:  # which hides no other checkpoint
+                found = _children(outer)
+            except OSError as error:  # which hides no other checkpoint, nor what of this one can be reached by its name
                 _log.error("cannot look into %s: %s", outer, error.strerror)
+                found = [outer / name for name in (*LAYOUTS, IN_PLACE)]
+            yield from found
 
 
 def _children(path: Path) -> list[Path]:

@@ -26,14 +26,12 @@ from agent.store.catalog import MANIFEST_FILE
 from agent.store.remote.api import Body, Forbidden, Patience, Remote
 from agent.store.remote.partial import Partial
 from agent.store.remote.steady import Steady
-from schema.checkpoint import LAYOUT, Manifest, Partition, decode_manifest
+from schema.checkpoint import LAYOUTS, Manifest, Partition, decode_manifest
 from schema.errors import Cancelled, InvalidCheckpoint, InvalidInput, NotFound, OutOfSpace, SllmError
 from schema.remote import RemoteSettings
 
 __all__ = ["Fetch", "FetchJob"]
 
-_LAYOUTS: Final = (LAYOUT, "exec1")
-"""The layouts that ingest writes and has written, the newest first: what a remote that cannot be listed is asked for."""
 _BLOCK_BYTES: Final = 4 << 20
 _MAX_MANIFEST_BYTES: Final = 256 << 20
 _MAX_ASSET_BYTES: Final = 128 << 20
@@ -210,9 +208,9 @@ class Fetch:
         try:
             names = patience.ask(lambda: self._remote.children(self._digest))
         except (InvalidInput, Forbidden):
-            names = list(_LAYOUTS)
+            names = list(LAYOUTS)
         refused: Forbidden | None = None
-        for name in sorted(names, key=lambda name: _LAYOUTS.index(name) if name in _LAYOUTS else len(_LAYOUTS)):
+        for name in sorted(names, key=lambda name: LAYOUTS.index(name) if name in LAYOUTS else len(LAYOUTS)):
             path = f"{self._digest}/{name}/{MANIFEST_FILE}"
             try:
                 if patience.ask(lambda path=path: self._remote.size(path)) is not None:  # type: ignore[misc]

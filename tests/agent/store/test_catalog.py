@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -232,8 +233,21 @@ def test_a_bad_spot_of_the_disk_hides_no_other_checkpoint(tmp_path: Path, monkey
     monkeypatch.setattr(io, "open", fail(io.open))
     found = catalog.look(root)
     assert [copy.digest for copy in found.copies] == [good[0]]
-    assert [copy.digest for copy in found.damaged] == ([bad[0]] if where != "the digest" else [])
+    assert {copy.digest for copy in found.damaged} == {bad[0]}
     assert CHUNK <= used_bytes(tmp_path / "data") < 3 * CHUNK
+
+
+def test_a_copy_that_cannot_be_listed_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest, directory, _ = commit(tmp_path, 1, CHUNK)
+    real = os.scandir
+
+    def fail(path: str | Path) -> Any:
+        if Path(path) == directory.parent:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    assert [(copy.digest, copy.directory) for copy in catalog.look(tmp_path).copies] == [(digest, directory)]
 
 
 def test_what_a_removal_could_not_delete_is_not_in_the_way_of_the_next(
