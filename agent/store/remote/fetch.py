@@ -191,8 +191,7 @@ class Fetch:
     def discard(self) -> None:
         """It was prepared, and nobody wants it any more."""
         if self._partial is not None and not self._threads:
-            self._partial.close(keep=self._keep)
-            self._remote.close()
+            self._close(self._partial, keep=self._keep)
 
     def join(self) -> None:
         """Wait until no thread of it runs."""
@@ -292,10 +291,17 @@ class Fetch:
             except Exception as error:  # nor has what follows the last of them
                 self.error = self._unforeseen(error)
         bad = isinstance(self.error, InvalidCheckpoint | OutOfSpace | Cancelled)
-        self._partial.close(keep=self.error is None or self._keep or not bad)
-        self._remote.close()
+        self._close(self._partial, keep=self.error is None or self._keep or not bad)
         self.over = True
         self._told()
+
+    def _close(self, coming: Partial, *, keep: bool) -> None:
+        """Let go of everything. What had to be durable is by then, so that what a disk says of it now changes nothing."""
+        try:
+            coming.close(keep=keep)
+        except OSError as error:
+            _log.warning("closing what was fetched of %s: %s", self._digest, error.strerror)
+        self._remote.close()
 
     def _unforeseen(self, error: Exception) -> SllmError:
         _log.error("fetching checkpoint %s failed", self._digest, exc_info=error)

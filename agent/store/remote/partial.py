@@ -5,6 +5,7 @@ What lies in it is believed only after its checksum. Its directory is held with 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
@@ -100,14 +101,13 @@ class Partial:
 
     def close(self, *, keep: bool = True) -> None:
         """Let go of it; what was not committed stays for the next try, or goes."""
-        for reader in self._readers.values():
-            reader.close()
-        self._readers.clear()
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
-        if not keep:
-            shutil.rmtree(self.path, ignore_errors=True)
-        if self._held >= 0:
-            os.close(self._held)
-            self._held = -1
+        with contextlib.ExitStack() as stack:  # backwards, and to its end whatever fails on the way
+            if self._held >= 0:
+                stack.callback(os.close, self._held)
+            if not keep:
+                stack.callback(shutil.rmtree, self.path, ignore_errors=True)
+            for descriptor in self._files.values():
+                stack.callback(os.close, descriptor)
+            for reader in self._readers.values():
+                stack.callback(reader.close)
+            self._held, self._files, self._readers = -1, {}, {}

@@ -26,6 +26,7 @@ from agent.native.cold import cached_fraction
 from agent.store import catalog
 from agent.store.ingest.reading import SourceReader
 from agent.store.remote.api import STEADY_BYTES
+from agent.store.remote.partial import Partial
 from agent.store.temporary import hold_kept
 from schema.checkpoint import AssetEntry
 from tests.agent.store.fetching import (
@@ -272,6 +273,20 @@ def test_whatever_fails_when_a_fetch_is_committed_is_its_end(
     assert fault is not None
     assert "ValueError: a mistake" in fault.message
     assert bench.get(source[0], web.url) is None
+
+
+def test_a_fetch_whose_files_cannot_be_closed_ends(
+    bench: FetchBench, source: tuple[str, Path, bytes], web: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Partial.close
+
+    def fail(self: Partial, *, keep: bool = True) -> None:
+        real(self, keep=keep)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Partial, "close", fail)
+    assert bench.get(source[0], web.url) is None, "it was durable before"
+    assert_there(bench, source[0], source[2])
 
 
 def test_a_partial_of_another_manifest_is_begun_anew(
