@@ -164,6 +164,10 @@ class Checkpoints:
                 _log.warning("%s", error)
         await self.scan()
 
+    async def found_right(self, directory: str) -> None:
+        """The store has found every byte of this copy right."""
+        await asyncio.to_thread(catalog.absolve, self._root / directory)
+
     async def remove(self, digest: str) -> None:
         """Take it from the disk for good, in every layout. Raises NotFound, SllmError."""
         if not (copies := self._all(digest)):

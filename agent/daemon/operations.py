@@ -305,6 +305,8 @@ class Operations:
         bad: dict[str, Fault] = {}
         for directory in copies:
             fault = await self._verify_copy(message.op, digest, directory)
+            if fault is None:
+                await self._checkpoints.found_right(directory)
             await self._checkpoints.scan()
             self._owner.placement_changed(digest)
             reason = self._checkpoints.copies(digest).get(directory)

@@ -30,6 +30,7 @@ __all__ = [
     "DamagedCopy",
     "Found",
     "Identity",
+    "absolve",
     "changed_source",
     "check_assets",
     "commit",
@@ -325,6 +326,12 @@ def mark(write: Callable[..., None], directory: Path, copy: Identity | None, *re
             _unwritten[copy] = reason[0]
         return False
     return True
+
+
+def absolve(directory: Path) -> None:
+    """Another process has found this copy right: what this one could not write down against it counts no longer."""
+    if (copy := identity(directory)) is not None:
+        _unwritten.pop(copy, None)
 
 
 def identity(directory: Path) -> Identity | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -626,6 +627,25 @@ async def test_a_copy_that_stays_in_quarantine_though_it_is_right_is_told(node: 
     await judge(node, 0, None)  # the store could not take the mark away
     fault = (await done(manager, "op_1")).fault
     assert fault == Fault("internal", "its bytes are right, but it is in quarantine still: part-0 is wrong")
+
+
+async def test_what_the_agent_could_not_write_down_of_a_copy_ends_when_that_is_found_right(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = await node.manager()
+    directory = node.config.checkpoints_path / DIGEST / "l1"
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as failing:
+        failing.setattr(Path, "write_text", fail)
+        assert not catalog.mark(quarantine, directory, catalog.identity(directory), "tokenizer.json is wrong")
+    assert catalog.read_entry(directory).quarantined == "tokenizer.json is wrong"
+    manager.send(VerifyCheckpoint(op="op_1", digest=DIGEST))
+    await judge(node, 0, None)
+    assert (await done(manager, "op_1")).fault is None
+    assert catalog.read_entry(directory).quarantined is None
 
 
 async def test_what_was_found_of_one_copy_counts_though_the_verification_of_the_next_is_cancelled(node: Node) -> None:
