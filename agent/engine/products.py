@@ -72,7 +72,11 @@ def ways_of(dtype: torch.dtype, device: torch.device) -> Ways:
         return replace(_WIDENED, few=_FEW_BUT_ONE, way=way) if way in ways else _WIDENED
     if torch.cpu._is_amx_tile_supported():
         return _TILES
-    return replace(_NATIVE, few=_FEW, way=Way.DOT) if dtype == torch.bfloat16 and Way.DOT in ways else _NATIVE
+    if dtype == torch.bfloat16 and Way.DOT in ways:
+        return replace(_NATIVE, few=_FEW, way=Way.DOT)
+    if dtype == torch.bfloat16 and Way.BFLOAT16 in ways:
+        return replace(_NATIVE, few=_FEW_BUT_ONE, way=Way.BFLOAT16)
+    return _NATIVE
 
 
 def is_widened(dtype: torch.dtype, device: torch.device) -> bool:
