@@ -14,6 +14,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from agent.store.durable import no_room
 from agent.store.temporary import sweep
 from schema.errors import OutOfSpace
 
@@ -34,23 +35,30 @@ def claim_room(limit_bytes: int, data: Path, need_bytes: int, what: str, *, but:
     """Check the budget, and have the disk's room reserved inside, while no other does: two could else find the same room free.
 
     What fetches and ingests that broke off have left for another try goes before anything is refused. Raises what
-    `check_room` does.
+    `check_room` does, and OutOfSpace for a disk that is full, telling how much is missing.
     """
     data.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(data, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         lies = _tree_bytes(but, None) if but is not None else 0
+        free = shutil.disk_usage(data).free
         try:
             check_room(limit_bytes, data, need_bytes, what, but=but)
-            short = shutil.disk_usage(data).free + lies < need_bytes
+            short = free + lies < need_bytes
         except OutOfSpace:
             short = True
         if short and (not limit_bytes or need_bytes <= limit_bytes):
             _sweep_kept(data)
+            free = shutil.disk_usage(data).free
         if short:
             check_room(limit_bytes, data, need_bytes, what, but=but)  # a disk that is full says so when it is to reserve
-        yield
+        try:
+            yield
+        except OSError as error:
+            if (full := no_room(what, error, data, need_bytes, free, lies)) is None:
+                raise
+            raise full from error
     finally:
         os.close(descriptor)
 

@@ -73,7 +73,7 @@ def convert(
         raise InvalidCheckpoint(f"{source} is no Hugging Face model directory: it has no config.json")
     config = parse_json(directory.read("config.json", _MAX_CONFIG_BYTES), "config.json")
     with (
-        disk_errors(f"ingesting {source}"),
+        disk_errors(f"ingesting {source}", temporary),
         Sources(directory) as sources,
         temporary_directory(temporary, "ingest") if in_place else kept_directory(temporary, "ingest", key) as staging,
     ):

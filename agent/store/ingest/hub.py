@@ -52,8 +52,8 @@ def fetch(source: HubSource, directory: Path, progress: Callable[[int, int], Non
         total = sum(sizes.values())
         lie = _directory_bytes(directory)
         if (room := free(total - lie) + lie) < total:
-            raise OutOfSpace(f"{what} has {total} bytes; {directory} has {room} free")
-        with disk_errors(f"fetching {what}"), _Watch(directory, total, progress):
+            raise OutOfSpace(f"{what} has {total} bytes; {directory} has {room} free: {total - room} are missing")
+        with disk_errors(f"fetching {what}", directory, total), _Watch(directory, total, progress):
             snapshot_download(
                 source.repo, revision=info.sha or source.revision, local_dir=directory, allow_patterns=list(sizes)
             )

@@ -94,7 +94,7 @@ def fetch_directory(
     """
     remote = WebRemote(check_remote_url(source.url), settings)
     try:
-        with disk_errors(f"fetching {source.url}"):
+        with disk_errors(f"fetching {source.url}", directory):
             _Fetch(remote, directory, settings, progress, free, resumed).run()
     finally:
         remote.close()
@@ -205,7 +205,8 @@ class _Fetch:
         total = sum(weights.size_bytes for weights in found)
         lie = sum(path.stat().st_blocks * 512 for each in found if (path := self._directory / each.name).exists())
         if (room := self._free(total - lie) + lie) < total:
-            raise OutOfSpace(f"{self._remote.url} has {total} bytes of weights; {self._directory} has {room} free")
+            missing = f"{self._directory} has {room} free: {total - room} are missing"
+            raise OutOfSpace(f"{self._remote.url} has {total} bytes of weights; {missing}")
         for weights in found:
             self._begin(weights)
         self._resumed(self._done_bytes)

@@ -59,7 +59,7 @@ def write_partition(
     tiles = tiles or [Tile(None, 0, size)]
     before = sources.identities()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(disk_errors(f"writing {size} bytes to {path}"))
+        stack.enter_context(disk_errors(f"writing {size} bytes to {path}", path.parent))
         done = None
         with claim or contextlib.nullcontext():
             if journal is not None:

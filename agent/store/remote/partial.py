@@ -33,6 +33,7 @@ class Partial:
         self.target = checkpoints / manifest.digest / manifest.layout
         self._trash = data / "tmp" / f"trash-{manifest.digest[:16]}-{manifest.layout}-{secrets.token_hex(4)}"
         self._encoded = encoded
+        self._need_bytes = sum(partition.size_bytes for partition in manifest.partitions)
         self.resumed = False
         self._held = -1
         self._files: dict[str, int] = {}
@@ -43,7 +44,7 @@ class Partial:
 
         ``limit_bytes``: what checkpoints may take of the disk, 0 for all of it.
         """
-        with disk_errors(f"fetching checkpoint {self.manifest.digest}"):
+        with disk_errors(f"fetching checkpoint {self.manifest.digest}", self._data, self._need_bytes):
             held = hold_kept(self.path)
             if held is None:
                 raise Conflict(f"checkpoint {self.manifest.digest} is being fetched by another process")
@@ -54,9 +55,8 @@ class Partial:
                 for child in self.path.iterdir():
                     child.unlink()
                 manifest_path.write_bytes(self._encoded)
-            need = sum(partition.size_bytes for partition in self.manifest.partitions)
             what = f"checkpoint {self.manifest.digest[:16]}"
-            with claim_room(limit_bytes, self._data, need, what, but=self.path):
+            with claim_room(limit_bytes, self._data, self._need_bytes, what, but=self.path):
                 for partition in self.manifest.partitions:
                     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
                     descriptor = self._files[partition.file] = os.open(self.path / partition.file, flags, 0o666)
@@ -65,12 +65,12 @@ class Partial:
                     self._readers[partition.file] = SourceReader(descriptor)
 
     def write_asset(self, name: str, data: bytes) -> None:
-        with disk_errors(f"writing {self.path / name}"):
+        with disk_errors(f"writing {self.path / name}", self._data, len(data)):
             (self.path / name).write_bytes(data)
 
     def write(self, file: str, offset: int, data: memoryview) -> None:
         """Write into a partition. Raises OutOfSpace, SllmError."""
-        with disk_errors(f"writing {self.path / file} at byte {offset}"):
+        with disk_errors(f"writing {self.path / file} at byte {offset}", self._data, self._need_bytes):
             while data:
                 count = os.pwrite(self._files[file], data, offset)
                 data = data[count:]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from agent.store.budget import check_room, claim_room, free_bytes, used_bytes
+from agent.store.temporary import hold_kept
 from schema.errors import Fault, OutOfSpace
 
 BLOCK = 4096
@@ -53,3 +57,27 @@ def test_what_was_broken_off_goes_where_it_makes_room_and_only_there(tmp_path: P
     assert all(path.is_dir() for path in kept)
     assert free_bytes(tmp_path, 1 << 60) < 1 << 60
     assert not any(path.exists() for path in kept)
+
+
+def test_of_a_disk_that_is_full_it_is_told_how_much_is_missing_and_of_a_quota_what_the_system_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = tmp_path / "tmp" / "ingest+1"
+    put(begun / "exec1" / "partition_0.bin", 3)
+    held = hold_kept(begun)
+    assert held is not None
+    usage = shutil.disk_usage(tmp_path)
+    for code, free, told in (
+        (
+            errno.ENOSPC,
+            2,
+            rf"No space left on device: it needs {7 * BLOCK} more .* at least {5 * BLOCK} are missing; free some",
+        ),
+        (errno.EDQUOT, 50, rf"quota exceeded: it needs {7 * BLOCK} more bytes of disk, and {tmp_path} has {50 * BLOCK} free; "),
+    ):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free * BLOCK))
+        with pytest.raises(OutOfSpace, match=told), claim_room(0, tmp_path, 10 * BLOCK, "it", but=begun):
+            raise OSError(code, os.strerror(code))
+    with pytest.raises(OSError, match="Input/output"), claim_room(0, tmp_path, 10 * BLOCK, "it", but=begun):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    os.close(held)

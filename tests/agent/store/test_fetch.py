@@ -638,6 +638,33 @@ def test_a_fetch_that_would_pass_the_disks_budget_is_refused_before_it_writes(
     bench.close()
 
 
+def test_a_fetch_that_finds_the_disk_full_says_how_much_is_missing(
+    bench: FetchBench, source: tuple[str, Path, bytes], web: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where what was refused has filled the disk, as it does on some file systems."""
+    real = shutil.disk_usage
+    free = [CHUNK, 0]
+
+    def usage(path: Any) -> Any:
+        return real(path)._replace(free=free[0])
+
+    def full(descriptor: int, offset: int, size: int) -> None:
+        free.pop(0)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    fault = bench.get(source[0], web.url)
+    assert fault is not None
+    need = -(-len(source[2]) // 4096) * 4096 - 4096  # but for the manifest, which is there
+    assert (fault.code, fault.short_bytes) == ("out_of_space", 0)
+    assert fault.message == (
+        f"No space left on device: checkpoint {source[0][:16]} needs {need} more bytes of disk, and {bench.data} "
+        f"has {CHUNK} free: at least {need - CHUNK} are missing; free some of that disk and try again"
+    )
+    assert bench.leftovers == []
+
+
 def test_what_broken_off_fetches_have_left_goes_before_another_is_refused(
     tmp_path: Path, source: tuple[str, Path, bytes]
 ) -> None:

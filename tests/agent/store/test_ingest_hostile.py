@@ -525,4 +525,4 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    refused(source, tmp_path, "No space left", OutOfSpace)
+    refused(source, tmp_path, r"No space left on device; \S+ has \d+ free; free some", OutOfSpace)
