@@ -19,14 +19,19 @@ class Held:
     def __init__(self) -> None:
         self.arena = Arena.create(6 * CHUNK, CHUNK)
         self.gone: list[str] = []
+        self.why: list[tuple[str, str]] = []
         self.compared: set[str] = set()
-        self.residency = Residency(self.arena, self.gone.append, lambda: self.compared)
+        self.residency = Residency(self.arena, self._went, lambda: self.compared)
 
     def put(self, number: int, chunks: int) -> str:
         digest = f"{number:064x}"
-        assert self.residency.make_room(chunks * CHUNK, ())
+        assert self.residency.make_room(digest, chunks * CHUNK, ())
         self.residency.commit(self.residency.begin(digest, "0" * 32, chunks * CHUNK))
         return digest
+
+    def _went(self, digest: str, why: str, for_digest: str) -> None:
+        self.gone.append(digest)
+        self.why.append((why, for_digest))
 
 
 @pytest.fixture
@@ -41,8 +46,8 @@ def test_what_was_used_longest_ago_goes_first_and_no_more_than_must(held: Held) 
     occupant = held.residency.get(first)
     assert occupant is not None
     held.residency.use(occupant)
-    held.put(4, 1)
-    assert held.gone == [second]
+    fourth = held.put(4, 1)
+    assert (held.gone, held.why) == ([second], [("to make room", fourth)])
     assert held.residency.used_chunks == 5
     assert third in held.residency
 
@@ -62,7 +67,7 @@ def test_what_is_kept_stays_and_nothing_goes_in_vain(held: Held, kept: str) -> N
     else:
         held.compared.add(one)
     with pytest.raises(OutOfSpace) as refused:
-        held.residency.make_room(4 * CHUNK, ())
+        held.residency.make_room("3" * 64, 4 * CHUNK, ())
     assert ("unpin" in str(refused.value)) is (kept == "pinned")
     with pytest.raises(Conflict):
         held.residency.drop(one)
@@ -85,7 +90,7 @@ def test_an_image_that_is_named_is_dropped_whoever_is_counted_or_pinned_it(held:
     with pytest.raises(Conflict, match="copied"):
         held.residency.drop(one, "0" * 32)
     held.residency.give_back(one)
-    assert held.gone == [one]
+    assert (held.gone, held.why) == ([one], [("no copy that could be used with it is on the disk any more", "")])
     assert held.residency.has_users(one), "they wait for another"
     one = held.put(1, 3)
     held.residency.drop(one, "0" * 32)
@@ -94,9 +99,9 @@ def test_an_image_that_is_named_is_dropped_whoever_is_counted_or_pinned_it(held:
 
 def test_room_that_will_be_free_is_waited_for(held: Held) -> None:
     ending = held.residency.begin("1" * 64, "0" * 32, 4 * CHUNK)
-    assert not held.residency.make_room(3 * CHUNK, [ending])
+    assert not held.residency.make_room("2" * 64, 3 * CHUNK, [ending])
     held.residency.release(ending)
-    assert held.residency.make_room(3 * CHUNK, ())
+    assert held.residency.make_room("2" * 64, 3 * CHUNK, ())
 
 
 def test_what_was_found_wrong_goes_with_the_last_who_needs_it_and_is_forgotten(held: Held) -> None:
@@ -107,7 +112,7 @@ def test_what_was_found_wrong_goes_with_the_last_who_needs_it_and_is_forgotten(h
     held.residency.condemn(occupant, "a byte is wrong")
     assert not held.residency.drop_condemned(occupant)
     held.residency.give_back(digest)
-    assert held.gone == [digest]
+    assert (held.gone, held.why) == ([digest], [("a byte is wrong", "")])
     assert held.residency.condemned(digest) is None
     again = held.residency.get(held.put(1, 2))
     assert again is not None
