@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
-import secrets
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +13,8 @@ from pathlib import Path
 from typing import Final
 
 from agent.store.durable import sync
-from agent.store.remote.api import STALE_S, Body, Interrupted, Source, left_s, nothing_there
+from agent.store.remote.api import Body, Interrupted, Source, left_s, nothing_there
+from agent.store.remote.unfinished import open_unfinished, sweep_unfinished
 from schema.errors import Cancelled, InvalidCheckpoint, NotFound, OutOfSpace, SllmError, TimedOut, Unauthorised
 
 __all__ = ["DirectoryRemote"]
@@ -23,7 +22,6 @@ __all__ = ["DirectoryRemote"]
 _BLOCK_BYTES: Final = 4 << 20
 _WRITE_BYTES: Final = 16 << 20
 _WRITERS: Final = 4
-_TEMPORARY: Final = re.compile(r"\.[0-9a-f]{12}\.part")
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MISSING: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _PASSING: Final = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.EHOSTDOWN)
@@ -86,20 +84,25 @@ class DirectoryRemote:
     def write(self, path: str, size_bytes: int, source: Source, wrote: Callable[[int], None]) -> None:
         self._check_root()
         target = self._root / path
-        # A name that no other node, writing the same to the same share, has too.
-        temporary = target.with_name(f".{secrets.token_hex(6)}.part")
         with self._errors(path):
             target.parent.mkdir(parents=True, exist_ok=True)
+            unfinished, descriptor = open_unfinished(target)
+            keep = False
             try:
-                with temporary.open("xb", buffering=0) as file:
-                    _sweep(target.parent, os.fstat(file.fileno()).st_mtime)
-                    self._fill(file.fileno(), size_bytes, source, wrote)
-                    os.fsync(file.fileno())
-                temporary.rename(target)
+                sweep_unfinished(target.parent, os.fstat(descriptor).st_mtime)
+                self._fill(descriptor, size_bytes, source, wrote)
+                os.ftruncate(descriptor, size_bytes)
+                os.fsync(descriptor)
+                unfinished.rename(target)
                 for directory in target.relative_to(self._root).parents:  # each may have been made just now
                     sync(self._root / directory)
+            except OSError as error:
+                keep = error.errno in _PASSING  # the next try goes on with it
+                raise
             finally:
-                temporary.unlink(missing_ok=True)
+                if not keep:
+                    unfinished.unlink(missing_ok=True)
+                os.close(descriptor)
 
     def abort(self) -> None:
         self._stopped.set()
@@ -112,11 +115,14 @@ class DirectoryRemote:
             raise Cancelled("the transfer was cancelled")
 
     def _fill(self, descriptor: int, size_bytes: int, source: Source, wrote: Callable[[int], None]) -> None:
-        """Several parts at once, so that while some are read and compared others are written."""
+        """Several parts at once, so that while some are read and compared others are written. Those that an earlier try has
+        written stay."""
+        left_bytes = os.fstat(descriptor).st_size
 
         def part(offset: int) -> None:
             data = source(offset, min(_WRITE_BYTES, size_bytes - offset))
-            self._write(descriptor, data, offset)
+            if offset >= left_bytes or not _lies(descriptor, data, offset):
+                self._write(descriptor, data, offset)
             wrote(len(data))
 
         with ThreadPoolExecutor(_WRITERS, thread_name_prefix="write") as pool:
@@ -155,13 +161,16 @@ class DirectoryRemote:
         return SllmError(f"{where}: {error.strerror or error}")
 
 
-def _sweep(directory: Path, now: float) -> None:
-    """Delete what writes that were broken off have left; ``now`` is by the share's own clock."""
-    for path in directory.iterdir():
-        if _TEMPORARY.fullmatch(path.name):
-            with contextlib.suppress(FileNotFoundError):  # another has just finished, or deleted, it
-                if now - path.lstat().st_mtime > STALE_S:
-                    path.unlink()
+def _lies(descriptor: int, data: memoryview, offset: int) -> bool:
+    """True when these bytes are there; what cannot be read is to be written anew."""
+    found = bytearray(len(data))
+    view = memoryview(found)
+    try:
+        while view and (count := os.preadv(descriptor, [view], offset)):
+            view, offset = view[count:], offset + count
+    except OSError:
+        return False
+    return not view and found == data
 
 
 class _FileBody(Body):

@@ -198,7 +198,8 @@ class _Publish:
     # --- what is written
 
     def _write(self, file: str, size_bytes: int, source: Source, wrote: Callable[[int], None]) -> None:
-        """Write a file, again from its start when it was interrupted; what was counted of it is then taken back."""
+        """Write a file, and again when it was interrupted; what was counted of it is then taken back, and counted again where
+        it has stayed."""
 
         def attempt() -> None:
             counted = [0]

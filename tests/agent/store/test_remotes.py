@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +19,7 @@ from urllib.parse import quote
 import msgspec
 import pytest
 
-from agent.store.remote import api, pace, wire
+from agent.store.remote import api, directory, pace, wire
 from agent.store.remote import s3 as s3_module
 from agent.store.remote import web as web_module
 from agent.store.remote.api import STEADY_BYTES, Interrupted, Remote, read_into
@@ -27,6 +30,7 @@ from tests.remotes import S3_ENVIRONMENT, WebServer, cut, s3_server, web_server
 
 SETTINGS = RemoteSettings(connect_s=60, read_s=60, part_s=60, attempts=3, longest_delay_s=0.01)
 DATA = os.urandom(40 << 20)
+NUMBERED = b"".join(number.to_bytes(4, "big") for number in range(10240))
 
 
 @pytest.fixture(scope="module")
@@ -513,6 +517,91 @@ def test_what_a_killed_publish_left_in_a_share_goes(tmp_path: Path) -> None:
         os.utime(path, (0, time.time() - 4000))
     remote.write("a/b/file", 5000, lambda offset, length: memoryview(DATA)[offset : offset + length], lambda count: None)
     assert {path.name for path in (tmp_path / "a/b").iterdir()} == {"file", young.name, other.name}
+    remote.close()
+
+
+_KILLED = """
+import signal, sys
+from agent.store.remote import directory
+from agent.store.remote.open import open_remote
+from schema.remote import RemoteSettings
+
+directory._WRITE_BYTES, directory._WRITERS = 4096, 1
+data = b"".join(number.to_bytes(4, "big") for number in range(10240))
+
+def source(offset, length):
+    if offset == 6 * 4096:
+        print("there", flush=True)
+        signal.pause()
+    return memoryview(data)[offset : offset + length]
+
+open_remote(sys.argv[1], RemoteSettings()).write("a/b/file", len(data), source, lambda count: None)
+"""
+
+
+def test_a_write_to_a_share_goes_on_with_what_a_killed_one_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts are compared: what is not right, or not there, is written anew."""
+    url, data = f"file://{tmp_path}", NUMBERED
+    with subprocess.Popen([sys.executable, "-c", _KILLED, url], stdout=subprocess.PIPE) as killed:
+        assert killed.stdout is not None
+        assert killed.stdout.readline() == b"there\n"
+        killed.kill()
+    (left,) = (tmp_path / "a/b").iterdir()
+    assert left.read_bytes() == data[: 6 * 4096]
+    with left.open("r+b") as file:
+        file.seek(2 * 4096 + 17)
+        file.write(b"wrong")
+    monkeypatch.setattr(directory, "_WRITE_BYTES", 4096)
+    written: list[int] = []
+    real = os.pwrite
+
+    def watched(descriptor: int, view: memoryview, offset: int) -> int:
+        written.append(offset // 4096)
+        return real(descriptor, view, offset)
+
+    monkeypatch.setattr(os, "pwrite", watched)
+    remote, counted = open_remote(url, SETTINGS), 0
+
+    def count(size: int) -> None:
+        nonlocal counted
+        counted += size
+
+    remote.write("a/b/file", len(data), lambda offset, length: memoryview(data)[offset : offset + length], count)
+    assert sorted(written) == [2, 6, 7, 8, 9]
+    assert counted == len(data)
+    assert (tmp_path / "a/b/file").read_bytes() == data
+    assert [path.name for path in (tmp_path / "a/b").iterdir()] == ["file"]
+    remote.close()
+
+
+def test_a_write_to_a_share_that_is_interrupted_goes_on_and_one_that_fails_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory, "_WRITE_BYTES", 4096)
+    monkeypatch.setattr(directory, "_WRITERS", 1)
+    remote, data, written = open_remote(f"file://{tmp_path}", SETTINGS), NUMBERED, list[int]()
+    real, codes = os.pwrite, [errno.EIO, errno.ENOSPC]
+
+    def breaking(descriptor: int, view: memoryview, offset: int) -> int:
+        if offset == 4 * 4096 and codes:
+            raise OSError(codes[0], os.strerror(codes.pop(0)))
+        written.append(offset // 4096)
+        return real(descriptor, view, offset)
+
+    monkeypatch.setattr(os, "pwrite", breaking)
+
+    def write() -> None:
+        remote.write("file", len(data), lambda offset, length: memoryview(data)[offset : offset + length], lambda count: None)
+
+    with pytest.raises(Interrupted):
+        write()
+    assert written[:4] == [0, 1, 2, 3]
+    with pytest.raises(OutOfSpace):
+        write()
+    assert len(written) == len({*written}), "what was there is not written again"
+    assert list(tmp_path.iterdir()) == []
+    write()
+    assert (tmp_path / "file").read_bytes() == data
     remote.close()
 
 
