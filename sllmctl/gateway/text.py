@@ -124,7 +124,7 @@ class TextModel:
         def run() -> None:
             try:
                 answer.set_result(work())
-            except Exception as error:
+            except BaseException as error:  # a panic of the library's is no Exception
                 answer.set_exception(error)
             with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
                 loop.call_soon_threadsafe(self._slots.release)

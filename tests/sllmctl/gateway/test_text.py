@@ -116,6 +116,25 @@ async def test_a_tokenizer_found_slow_is_kept_off_the_loop(monkeypatch: pytest.M
         await service.close()
 
 
+async def test_a_panic_of_the_library_takes_no_thread_for_good() -> None:
+    """A panic is no Exception: who waits is told at once, and who comes next has the thread."""
+
+    class Panic(BaseException):
+        pass
+
+    def panics() -> None:
+        raise Panic
+
+    with assets_directory() as assets:
+        service = TextService(GatewaySettings(encode_threads=1))
+        model = await service.load(assets)
+        for _ in range(3):
+            with pytest.raises(Panic):
+                await model.aside(panics)
+        assert await model.aside(lambda: 5) == 5
+        await service.close()
+
+
 async def test_a_text_that_no_context_holds_is_refused_before_it_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
     async def never(*_: object, **__: object) -> list[int]:
         raise AssertionError("it was tokenised")
