@@ -95,6 +95,8 @@ class _Fill:
     answered: Callable[[Resident | Fault], None]
     progress: Callable[[Progress], None]
     arriving: Callable[[Arriving | LayersArrived], None]
+    instead: str = ""
+    """The image that lay there, used by nobody, when it was asked for: it makes way, and nobody else gets it meanwhile."""
     losses: int = 0
 
 
@@ -189,15 +191,15 @@ class StoreLink:
         ``user`` holds it from now on. ``arriving`` hears where it comes to lie and which layers have come, until it is answered
         or the store is lost.
         """
-        lying = self._lying(digest)
-        if lying is not None and (lying.wrong or (image_id and lying.image_id != image_id)):
-            self.let_go(lying)
+        resident = self.residents.get(digest)
+        instead = resident.image_id if resident is not None and self.holds.idle(digest) else ""
+        self._make_way(digest, image_id, instead)
         self.holds.add(digest, user)
         self._count += 1
         op = op or f"fill-{os.getpid()}-{self._count}"
         users = self.holds.count(digest)
         message = FillArena(op=op, digest=digest, directory=directory, image_id=image_id, users=users, priority=priority)
-        fill = self._fills[op] = _Fill(message, answered, progress, arriving)
+        fill = self._fills[op] = _Fill(message, answered, progress, arriving, instead)
         if self._stated:
             self._kin.send(fill.message)
         self._owner.placement_changed(digest)
@@ -222,6 +224,14 @@ class StoreLink:
         memory = [lying for digest in self.residents if (lying := self._lying(digest)) is not None]
         devices = [Lying(weights.digest, weights.image_id, weights) for weights in self.devices.idle()]
         return {lying for lying in memory + devices if lying.digest not in fetched}
+
+    def _make_way(self, digest: str, image_id: str, instead: str) -> None:
+        """Let the image go that lies there unused, if it is wrong or another than the one that comes."""
+        resident = self.residents.get(digest)
+        if resident is None or resident.image_id != instead or _drop_op(resident) in self._drops:
+            return
+        if resident.condemned or image_id not in ("", instead):
+            self.let_go(Lying(digest, instead, wrong=bool(resident.condemned)))
 
     def _lying(self, digest: str) -> Lying | None:
         """What lies of it in memory, is used by nobody and not asked to go yet."""
@@ -393,6 +403,9 @@ class StoreLink:
             for digest, resident in self.residents.items():
                 if (before := earlier.get(digest)) is not None and before.condemned:
                     self.residents[digest] = msgspec.structs.replace(resident, condemned=before.condemned)
+        for fill in self._fills.values():
+            if fill.message.op not in message.filling:  # what an earlier store was to free as soon as it could
+                self._make_way(fill.message.digest, fill.message.image_id, fill.instead)
         self._stated = True
         self._kin.send(PinResidents(digests=self._pinned))
         for digest in {*self.holds.counts(), *self.residents}:

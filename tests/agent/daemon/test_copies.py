@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from agent.daemon.catalog import Checkpoints
+from agent.daemon.connection import Connection
 from agent.daemon.storelink import StoreLink
 from agent.store import catalog
 from schema.checkpoint import AssetEntry, decode_manifest, encode_manifest
@@ -57,6 +58,9 @@ class Place:
 
     def send(self, message: Message) -> None:
         self.said.append(message)
+
+    def disclaim(self, connection: Connection) -> bool:
+        return True
 
     def hear(self, message: Message) -> None:
         self.store.received(None, message)  # type: ignore[arg-type]
@@ -355,3 +359,28 @@ async def test_a_new_store_hears_what_is_to_go_before_what_is_to_come(place: Pla
     asked = [message for message in place.said if isinstance(message, DropResident | DropDevice | FillArena | FillDevice)]
     assert [type(message) for message in asked] == [DropResident, FillArena, DropDevice, FillDevice]
     assert (asked[0], asked[2]) == before
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+async def test_what_could_not_go_at_once_goes_from_the_next_store_before_what_comes(place: Place, wrong: bool) -> None:
+    image_id = await place.copy("l1")
+    place.lies_in_memory(image_id if wrong else OTHER_ID)
+    (lying,) = place.store.residents.values()
+    if wrong:
+        lying = msgspec.structs.replace(lying, condemned="a byte is wrong")
+        place.hear(lying)
+    place.store.holds.add(DIGEST, "inst_1", waits=True)
+    ask(place, image_id)
+    (before,) = place.drops(DropResident)
+    place.hear(OperationDone(op=before.op, digest=DIGEST, fault=Fault("conflict", "it is being verified")))
+    fill = next(message for message in place.said if isinstance(message, FillArena))
+
+    def asked(*filling: str) -> list[Message]:
+        connection: Any = None
+        place.store.lost(connection, "it died")
+        place.said.clear()
+        place.hear(msgspec.structs.replace(place.truth, residents=(lying,), filling=filling))
+        return [message for message in place.said if isinstance(message, DropResident | FillArena)]
+
+    assert asked(fill.op) == [], "who was only not to be reached knows of both"
+    assert asked() == [before, fill]
