@@ -51,21 +51,31 @@ static inline uint16_t bfloat16_of(float value)
 /* bfloat16 by the instruction that multiplies pairs of them. */
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512bf16")
-static inline __m512 zero_dot(void) { return _mm512_setzero_ps(); }
-static inline __m512bh load_weights_dot(const uint16_t *at) { return (__m512bh)_mm512_loadu_si512(at); }
-static inline __m512bh load_tokens_dot(const uint16_t *at) { return (__m512bh)_mm512_loadu_si512(at); }
-static inline __m512 multiply_add_dot(__m512 sum, __m512bh a, __m512bh b) { return _mm512_dpbf16_ps(sum, a, b); }
-static inline float sum_of_dot(__m512 sums) { return _mm512_reduce_add_ps(sums); }
-static inline float from_16_dot(uint16_t value) { return wide_of_bfloat16(value); }
-static inline uint16_t to_16_dot(float value) { return bfloat16_of(value); }
-#define NAME(x) x##_dot
 #define INPUT uint16_t
-#define VECTOR __m512
-#define TOKENS __m512bh
-#define WEIGHTS __m512bh
+#define SUMS __m512
+#define PART __m512bh
 #define STEP 32
 #define ROWS(tokens) ((tokens) < 7 ? 4 : 3)
+#define ZERO() _mm512_setzero_ps()
+#define LOAD_TOKENS(at) ((__m512bh)_mm512_loadu_si512(at))
+#define MULTIPLY_ADD(sums, a, b) _mm512_dpbf16_ps(sums, a, b)
+#define SUM_OF(sums) _mm512_reduce_add_ps(sums)
+
+#define NAME(x) x##_dot
+#define LOAD_WEIGHTS LOAD_TOKENS
+#define FROM_16 wide_of_bfloat16
+#define TO_16 bfloat16_of
 #include "few_tokens_tile.h"
+
+#undef INPUT
+#undef SUMS
+#undef PART
+#undef STEP
+#undef ROWS
+#undef ZERO
+#undef LOAD_TOKENS
+#undef MULTIPLY_ADD
+#undef SUM_OF
 #pragma GCC pop_options
 
 /* The others make weights float32 in registers, and multiply float32 tokens. */
@@ -78,43 +88,32 @@ static inline float sum_of_eight(__m256 sums)
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
 
-static inline __m256 zero_bfloat16(void) { return _mm256_setzero_ps(); }
-static inline __m256 load_weights_bfloat16(const uint16_t *at)
+static inline __m256 wide_of_eight_bfloat16(const uint16_t *at)
 {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)at));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
-static inline __m256 load_tokens_bfloat16(const float *at) { return _mm256_loadu_ps(at); }
-static inline __m256 multiply_add_bfloat16(__m256 sum, __m256 a, __m256 b) { return _mm256_fmadd_ps(a, b, sum); }
-static inline float sum_of_bfloat16(__m256 sums) { return sum_of_eight(sums); }
-static inline float from_16_bfloat16(uint16_t value) { return wide_of_bfloat16(value); }
-static inline uint16_t to_16_bfloat16(float value) { return bfloat16_of(value); }
-#define NAME(x) x##_bfloat16
+
 #define INPUT float
-#define VECTOR __m256
-#define TOKENS __m256
-#define WEIGHTS __m256
+#define SUMS __m256
+#define PART __m256
 #define STEP 8
 #define ROWS(tokens) ((tokens) < 3 ? 4 : (tokens) < 5 ? 2 : 1)
+#define ZERO() _mm256_setzero_ps()
+#define LOAD_TOKENS(at) _mm256_loadu_ps(at)
+#define MULTIPLY_ADD(sums, a, b) _mm256_fmadd_ps(a, b, sums)
+#define SUM_OF(sums) sum_of_eight(sums)
+
+#define NAME(x) x##_bfloat16
+#define LOAD_WEIGHTS wide_of_eight_bfloat16
+#define FROM_16 wide_of_bfloat16
+#define TO_16 bfloat16_of
 #include "few_tokens_tile.h"
 
-static inline __m256 zero_float16(void) { return _mm256_setzero_ps(); }
-static inline __m256 load_weights_float16(const uint16_t *at)
-{
-    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at));
-}
-static inline __m256 load_tokens_float16(const float *at) { return _mm256_loadu_ps(at); }
-static inline __m256 multiply_add_float16(__m256 sum, __m256 a, __m256 b) { return _mm256_fmadd_ps(a, b, sum); }
-static inline float sum_of_float16(__m256 sums) { return sum_of_eight(sums); }
-static inline float from_16_float16(uint16_t value) { return _cvtsh_ss(value); }
-static inline uint16_t to_16_float16(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
 #define NAME(x) x##_float16
-#define INPUT float
-#define VECTOR __m256
-#define TOKENS __m256
-#define WEIGHTS __m256
-#define STEP 8
-#define ROWS(tokens) ((tokens) < 3 ? 4 : (tokens) < 5 ? 2 : 1)
+#define LOAD_WEIGHTS(at) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(at)))
+#define FROM_16(value) _cvtsh_ss(value)
+#define TO_16(value) _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT)
 #include "few_tokens_tile.h"
 #pragma GCC pop_options
 

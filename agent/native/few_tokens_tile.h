@@ -1,40 +1,42 @@
 /* One way to multiply, for few_tokens.c, which includes this once for each after it has defined
 
-     NAME(x)            x with the way's own ending
-     INPUT              what tokens are made of
-     VECTOR             sums side by side
-     WEIGHTS, TOKENS    what is multiplied in one go
-     STEP               how many inputs that are
-     ROWS(tokens)       how many rows of weights share their loads of tokens: as many as the registers hold
-     load_weights, load_tokens, multiply_add, sum_of, from_16, to_16
+     INPUT                        what tokens are made of
+     SUMS, PART                   sums side by side; what is multiplied in one go
+     STEP                         how many inputs that are
+     ROWS(tokens)                 how many rows of weights share their loads of tokens: as many as the registers hold
+     ZERO, LOAD_TOKENS, MULTIPLY_ADD, SUM_OF
 
-   and forgets that again at its end. */
+   and for each kind of weights, which is forgotten at the end of this,
+
+     NAME(x)                      x with an ending of its own
+     LOAD_WEIGHTS, FROM_16, TO_16
+*/
 
 /* ``rows`` outputs of each of ``tokens`` tokens. Both are constants where this is called, so that all sums stay in registers. */
 static inline __attribute__((always_inline)) void NAME(tile)(const int tokens, const int rows, const job *all,
                                                              const uint16_t *weights, const INPUT *x, uint16_t *out)
 {
     const long inputs = all->inputs;
-    VECTOR sums[4][8];
+    SUMS sums[4][8];
 #pragma GCC unroll 4
     for (int row = 0; row < rows; row++)
 #pragma GCC unroll 8
         for (int token = 0; token < tokens; token++)
-            sums[row][token] = NAME(zero)();
+            sums[row][token] = ZERO();
     for (long at = 0; at < inputs; at += STEP) {
-        WEIGHTS part[4];
+        PART part[4];
 #pragma GCC unroll 4
         for (int row = 0; row < rows; row++) {
-            part[row] = NAME(load_weights)(weights + row * inputs + at);
+            part[row] = LOAD_WEIGHTS(weights + row * inputs + at);
             if (tokens > 1) /* the rows that come next: with one token, the processor's own guess is the better one */
                 _mm_prefetch((const char *)(weights + (row + rows) * inputs + at), _MM_HINT_T0);
         }
 #pragma GCC unroll 8
         for (int token = 0; token < tokens; token++) {
-            const TOKENS ahead = NAME(load_tokens)(x + token * inputs + at);
+            const PART ahead = LOAD_TOKENS(x + token * inputs + at);
 #pragma GCC unroll 4
             for (int row = 0; row < rows; row++)
-                sums[row][token] = NAME(multiply_add)(sums[row][token], part[row], ahead);
+                sums[row][token] = MULTIPLY_ADD(sums[row][token], part[row], ahead);
         }
     }
 #pragma GCC unroll 4
@@ -42,8 +44,8 @@ static inline __attribute__((always_inline)) void NAME(tile)(const int tokens, c
 #pragma GCC unroll 8
         for (int token = 0; token < tokens; token++) {
             uint16_t *to = out + token * all->stride + row;
-            const float sum = NAME(sum_of)(sums[row][token]);
-            *to = NAME(to_16)(all->adds ? NAME(from_16)(*to) + sum : sum);
+            const float sum = SUM_OF(sums[row][token]);
+            *to = TO_16(all->adds ? FROM_16(*to) + sum : sum);
         }
 }
 
@@ -84,9 +86,6 @@ static void NAME(share)(const job *all, long first, long end)
 }
 
 #undef NAME
-#undef INPUT
-#undef VECTOR
-#undef TOKENS
-#undef WEIGHTS
-#undef STEP
-#undef ROWS
+#undef LOAD_WEIGHTS
+#undef FROM_16
+#undef TO_16
