@@ -225,7 +225,13 @@ def test_a_start_joins_while_the_last_parts_are_under_way(
         (coming,) = bench.coming_to
         image_id = decode_manifest((directory / "manifest.json").read_bytes()).image_id
         assert coming == Fetching(
-            op="op", digest=digest, image_id=image_id, layout="exec1", directory=coming.directory, in_memory=True
+            op="op",
+            digest=digest,
+            image_id=image_id,
+            layout="exec1",
+            directory=coming.directory,
+            in_memory=True,
+            image_bytes=len(image),
         )
         there = bench.data / coming.directory
         assert decode_manifest((there / "manifest.json").read_bytes()).digest == digest
