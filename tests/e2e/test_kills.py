@@ -124,6 +124,11 @@ def test_a_killed_store_gets_its_arena_back_and_reads_nothing_again(cluster: Clu
     again = ask(cluster, "What is sllmctl?")
     start = cluster.get(f"/requests/{again.request_id}")["timeline"]["start"]
     assert (start["loaded_from"], start["loaded_bytes"]) == ("dram", 0)
+    lost, back = [event for event in cluster.get("/events?limit=1000")["items"] if event["reason"].startswith("Store")]
+    assert [(event["kind"], event["level"]) for event in (lost, back)] == [("node", "warning"), ("node", "info")]
+    assert f"kept: {before['digest'][:12]} (memory), " in back["message"]
+    (placement,) = [each for each in cluster.get("/checkpoints")["items"][0]["placements"] if each["tier"] == "disk"]
+    assert [(copy["in_place"], copy["verified"]) for copy in placement["copies"]] == [(False, True)], "by its first load"
 
 
 def test_a_killed_zygote_is_replaced_and_workers_go_on(cluster: Cluster, undisturbed: str) -> None:
