@@ -160,7 +160,7 @@ def test_nothing_is_compiled_where_no_way_would_come_of_it() -> None:
 
 
 def test_installing_this_tree_has_compiled_it() -> None:
-    origin = json.loads(importlib.metadata.distribution("sllmctl").read_text("direct_url.json") or "{}")
-    if origin.get("url") != f"file://{SOURCE.parents[2]}":
+    told = [each.read_text("direct_url.json") for each in importlib.metadata.distributions(name="sllmctl")]
+    if f"file://{SOURCE.parents[2]}" not in [json.loads(text)["url"] for text in told if text]:
         pytest.skip("another tree is installed")
     assert list(SOURCE.parent.glob("_few_tokens*.so"))
