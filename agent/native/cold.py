@@ -11,6 +11,7 @@ from typing import Final
 __all__ = ["BLOCK_BYTES", "cached_fraction", "forget", "remember"]
 
 BLOCK_BYTES: Final = 4 << 20
+_READINGS: Final = 3
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -31,16 +32,21 @@ def forget(path: Path) -> float:
 
 
 def remember(path: Path) -> float:
-    """Read a file into the page cache; returns the share that is there afterwards."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        with mmap.mmap(-1, BLOCK_BYTES) as block:
-            offset = 0
-            while count := os.preadv(descriptor, [block], offset):
-                offset += count
-    finally:
-        os.close(descriptor)
-    return cached_fraction(path)
+    """Read a file into the page cache; returns the share that is there afterwards. A kernel that reclaims pages ahead of need
+    may take some away meanwhile, so it is read up to three times."""
+    share = 0.0
+    for _ in range(_READINGS):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            with mmap.mmap(-1, BLOCK_BYTES) as block:
+                offset = 0
+                while count := os.preadv(descriptor, [block], offset):
+                    offset += count
+        finally:
+            os.close(descriptor)
+        if (share := cached_fraction(path)) == 1:
+            break
+    return share
 
 
 def cached_fraction(path: Path) -> float:
