@@ -17,8 +17,6 @@ __all__ = ["Decoding", "run_of"]
 
 _GROUP_COST_BYTES: Final = 1 << 19
 """A group of decoding sequences more costs a layer about as much time as to gather so many bytes of padding."""
-_AHEAD: Final = 4
-"""Attention keeps room for so many blocks more than the longest of a group has, and so seldom gathers what it has again."""
 
 
 class Decoding:
@@ -44,42 +42,31 @@ class Decoding:
         return self._groups
 
     def _cut(self, sequences: list[Sequence], lengths: NDArray[np.int64]) -> list[DecodeGroup]:
-        """New groups, which attention keeps what it gathers for, if there is memory for all of them."""
-        for ahead in (_AHEAD, 0):
-            groups, gathered = self._split(sequences, lengths, ahead)
-            if gathered <= self._most_kept:
-                for group in groups:
-                    self._keep(group)
-                break
-        return groups
-
-    def _split(self, sequences: list[Sequence], lengths: NDArray[np.int64], ahead: int) -> tuple[list[DecodeGroup], int]:
         """Cut where padding to the longest would cost more than a group of its own, and before a group gathers more than there
-        is memory for. Also how many blocks they gather in all, for each sequence ``ahead`` more than the longest has."""
+        is memory for."""
         groups: list[DecodeGroup] = []
-        tables = self._blocks.tables
         widths = [BlockManager.needed(length) for length in lengths.tolist()]
         start = gathered = 0
         while start < len(widths):
-            width = min(widths[start] + ahead, tables.shape[1])
+            width = widths[start]
             waste, end = 0, start + 1
             last = min(len(widths), start + max(1, self._most_blocks // width))
             while end < last:
-                waste += widths[start] - widths[end]
+                waste += width - widths[end]
                 if waste > self._most_waste:
                     break
                 end += 1
-            run = -1
-            if end == start + 1:
-                run = run_of(tables[sequences[start].row, : widths[start]])
-                width = widths[start] if run >= 0 else width
-            held = tables[[sequence.row for sequence in sequences[start:end]], :width].reshape(-1)
-            blocks = torch.from_numpy(held).to(self._device, non_blocking=True)
+            tables = self._blocks.tables[[sequence.row for sequence in sequences[start:end]], :width].reshape(-1)
+            run = run_of(tables) if end == start + 1 else -1
+            blocks = torch.from_numpy(tables).to(self._device, non_blocking=True)
             groups.append(DecodeGroup(start, end, width, blocks, lengths[start:end], run, gathered))
             if run < 0:
-                gathered += len(held)
+                gathered += len(tables)
             start = end
-        return groups, gathered
+        if gathered <= self._most_kept:
+            for group in groups:
+                self._keep(group)
+        return groups
 
     def _keep(self, group: DecodeGroup) -> None:
         """Let attention keep what it gathers for a group, unless that is read where it lies."""

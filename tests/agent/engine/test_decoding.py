@@ -38,21 +38,18 @@ class _Batch:
         return groups
 
 
-@pytest.mark.parametrize("ahead", [0, 1])
-def test_a_group_goes_on_until_its_longest_sequence_outgrows_it(ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "_AHEAD", ahead)
+def test_a_group_goes_on_until_its_longest_sequence_outgrows_it() -> None:
     batch = _Batch(2 * BLOCK_TOKENS - 2, 5)
     (first,) = batch.step()
     assert not first.goes_on
-    held, columns = 2 * BLOCK_TOKENS, first.width * BLOCK_TOKENS
-    assert columns == held + ahead * BLOCK_TOKENS
-    for step in range(1, 3 + columns - held):
+    columns = first.width * BLOCK_TOKENS
+    for step in (1, 2):
         (same,) = batch.step()
         assert same is first
         assert same.goes_on
         assert same.newest is not None
         assert [divmod(row, columns) for row in same.newest.tolist()] == [
-            (0, held - 3 + step), (1, held - 3 + step), (2, 4 + step), (3, 4 + step)
+            (0, columns - 3 + step), (1, columns - 3 + step), (2, 4 + step), (3, 4 + step)
         ]  # fmt: skip
     (other,) = batch.step()
     assert not other.goes_on
@@ -80,17 +77,6 @@ def test_what_is_not_kept_is_looked_up_again(keeps: bool, monkeypatch: pytest.Mo
     assert group.newest is None
     assert not group.goes_on
     assert group.blocks.view(2, 2).tolist() == [list(blocks) for blocks in held]
-
-
-@pytest.mark.parametrize(("room", "ahead"), [(6, 1), (5, 0)])
-def test_room_is_kept_ahead_where_there_is_room(room: int, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "_AHEAD", 1)
-    batch = _Batch(20, 20)
-    monkeypatch.setattr(batch.decoding, "_most_kept", room)
-    (group,) = batch.step()
-    assert group.newest is not None
-    assert group.width == 2 + ahead
-    assert group.blocks.view(2, -1)[:, 2:].eq(0).all()
 
 
 def test_a_lone_sequence_is_read_where_it_lies() -> None:
