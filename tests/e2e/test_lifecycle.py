@@ -71,7 +71,10 @@ def test_a_deleted_model_is_gone_with_its_checkpoint(cluster: Cluster) -> None:
     assert cluster.admin.delete("/models/docs").status_code < 300
     cluster.until(lambda: not cluster.get("/models")["items"], "the model has gone", 60)
     cluster.until(lambda: not cluster.get("/checkpoints")["items"], "its checkpoint has gone", 60)
-    assert not any((cluster.directory / "data" / "checkpoints").glob("*/*/manifest.json"))
+    # It counts as gone from the moment on that nothing may begin to use it, before the last of its files is.
+    cluster.until(
+        lambda: not any((cluster.directory / "data" / "checkpoints").glob("*/*/manifest.json")), "so have its files", 60
+    )
     with pytest.raises(openai.NotFoundError):
         completion(cluster, "hello")
 
