@@ -120,9 +120,12 @@ class DirectoryRemote:
         left_bytes = os.fstat(descriptor).st_size
 
         def part(offset: int) -> None:
+            self.check_stop()
             data = source(offset, min(_WRITE_BYTES, size_bytes - offset))
             if offset >= left_bytes or not _lies(descriptor, data, offset):
                 self._write(descriptor, data, offset)
+            else:
+                os.utime(descriptor)  # it goes on: nobody is to take it for left meanwhile
             wrote(len(data))
 
         with ThreadPoolExecutor(_WRITERS, thread_name_prefix="write") as pool:

@@ -574,6 +574,24 @@ def test_a_write_to_a_share_goes_on_with_what_a_killed_one_has_left(tmp_path: Pa
     remote.close()
 
 
+def test_a_cancel_is_heard_while_what_was_left_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, data = f"file://{tmp_path}", NUMBERED
+    with subprocess.Popen([sys.executable, "-c", _KILLED, url], stdout=subprocess.PIPE) as killed:
+        assert killed.stdout is not None
+        assert killed.stdout.readline() == b"there\n"
+        killed.kill()
+    (left,) = (tmp_path / "a/b").iterdir()
+    left.write_bytes(data)  # nothing of it need be written
+    monkeypatch.setattr(directory, "_WRITE_BYTES", 4096)
+    remote = open_remote(url, SETTINGS)
+    with pytest.raises(Cancelled):
+        remote.write(
+            "a/b/file", len(data), lambda offset, length: memoryview(data)[offset : offset + length], lambda _: remote.abort()
+        )
+    assert not list((tmp_path / "a/b").iterdir())
+    remote.close()
+
+
 def test_a_write_to_a_share_that_is_interrupted_goes_on_and_one_that_fails_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
