@@ -174,8 +174,8 @@ class _Window(Detokenizer):
 
     def _advance(self, text: str) -> str:
         piece = text[len(self._sent) :]
-        if piece:
-            # Those that made this piece stay, as the context that the next ones are decoded in.
+        if piece or len(self._ids) - self._read >= _HELD_TOKENS:
+            # Those that made this piece, or so many that made none, stay, as the context that the next ones are decoded in.
             self._ids = self._ids[self._read :]
             self._read = len(self._ids)
             self._sent = self._decode(self._ids)

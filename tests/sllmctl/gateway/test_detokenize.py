@@ -137,6 +137,11 @@ def test_tokens_that_end_in_no_whole_character_make_no_window_grow_for_ever() ->
     assert "".join([detokenizer.push((token,)) for token in ids]) + detokenizer.flush() == tokenizer.decode(ids)
     assert longest < 200
 
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\N{REPLACEMENT CHARACTER}", ""), decoders.Fuse()])
+    detokenizer, longest = Factory(tokenizer, json.loads(tokenizer.to_str())["decoder"], frozenset())(), 0
+    assert "".join([detokenizer.push((token,)) for token in ids]) + detokenizer.flush() == "a"
+    assert longest < 200, "tokens that have no text hold nothing"
+
 
 @pytest.mark.parametrize("name", ["byte level", "byte fallback", "metaspace, never prepended"])
 @given(data=st.data())
