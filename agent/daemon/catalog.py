@@ -211,6 +211,7 @@ class Checkpoints:
             placements.append(Placement(tier=Tier.DRAM, state=state, size_bytes=image_bytes, users=users, reason=bad))
         elif coming_bytes is not None:
             image_bytes = coming_bytes or size
+            users = max(users, 1)  # it comes for somebody, who is counted on the device if it goes on there
             placements.append(Placement(tier=Tier.DRAM, state=TierState.FILLING, size_bytes=image_bytes, users=users))
         facts = self._facts.get(digest)
         if facts is not None:  # else it is coming by a fetch, which is ahead of the disk on devices

@@ -35,7 +35,7 @@ class StoreLosses:
         """The link to a store that had stated its truth broke, while this lay there whole and these were coming."""
         self._at, self._lay, self._coming = time.monotonic(), lying, coming
         loads = f"; {_checkpoints(coming)} {'was' if len(coming) == 1 else 'were'} being loaded" if coming else ""
-        told = f"the store is lost ({why}); {_places(lying)} {'waits' if len(lying) == 1 else 'wait'} for the next one{loads}"
+        told = f"the store is lost ({why}); {_places(lying)} {'waits' if len(lying) <= 1 else 'wait'} for the next one{loads}"
         self._happened(NodeEvent(reason="StoreLost", message=told, level="warning"))
 
     def back(self, lies: set[Place]) -> None:

@@ -19,7 +19,7 @@ from schema.link import Resident
 __all__ = ["Residency"]
 
 _CONDEMNED_BEFORE: Final = "its image in memory was found wrong before the store was started"
-_OF_NO_USE: Final = "no copy that could be used with it is on the disk any more"
+_OF_NO_USE: Final = "another image of it is wanted, or no copy on the disk can be used with it any more"
 _MAKE_ROOM: Final = "to make room"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from agent.native.arena import Arena
+from agent.store import residency
 from agent.store.residency import Residency
 from schema.errors import Conflict, NotFound, OutOfSpace
 
@@ -90,7 +91,7 @@ def test_an_image_that_is_named_is_dropped_whoever_is_counted_or_pinned_it(held:
     with pytest.raises(Conflict, match="copied"):
         held.residency.drop(one, "0" * 32)
     held.residency.give_back(one)
-    assert (held.gone, held.why) == ([one], [("no copy that could be used with it is on the disk any more", "")])
+    assert (held.gone, held.why) == ([one], [(residency._OF_NO_USE, "")])
     assert held.residency.has_users(one), "they wait for another"
     one = held.put(1, 3)
     held.residency.drop(one, "0" * 32)
