@@ -191,15 +191,12 @@ class Checkpoints:
         coming_bytes = self._store.filling().get(digest)
         size = entry.manifest.image_bytes if entry is not None else resident.image_bytes if resident is not None else 0
         size = size or coming_bytes or 0
-        if entry is not None:
-            state = TierState.RESIDENT if entry.quarantined is None else TierState.QUARANTINED
+        if entry is not None or damaged:
+            is_sound = entry is not None and entry.quarantined is None
+            state = TierState.RESIDENT if is_sound else TierState.QUARANTINED
+            disk_bytes = size if entry is not None else sum(copy.size_bytes for copy in damaged)
             reason, copies = self._wrong(digest), self._lying(digest)
-            placements.append(Placement(tier=Tier.DISK, state=state, size_bytes=size, reason=reason, copies=copies))
-        elif damaged:
-            bad_bytes = sum(copy.size_bytes for copy in damaged)
-            reason, copies = self._wrong(digest), self._lying(digest)
-            state = TierState.QUARANTINED
-            placements.append(Placement(tier=Tier.DISK, state=state, size_bytes=bad_bytes, reason=reason, copies=copies))
+            placements.append(Placement(tier=Tier.DISK, state=state, size_bytes=disk_bytes, reason=reason, copies=copies))
         if resident is not None:
             bad = resident.condemned
             # Without usable files beside it no worker can be built over the image, however good that is.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Final
 
 import msgspec
 
+from agent.daemon.losses import given_up
 from agent.native.jobs import Priority
-from schema.errors import Fault, NotFound, SllmError, Unreachable
+from schema.errors import Fault, NotFound, SllmError
 from schema.link import (
     Descriptors,
     DeviceWeights,
@@ -31,8 +31,6 @@ from schema.link import (
 from schema.states import Tier, TierState
 
 __all__ = ["DeviceTier"]
-
-_MAX_LOSSES: Final = 3
 
 
 @dataclass(slots=True)
@@ -282,11 +280,9 @@ class DeviceTier:
         """The store's link broke: fills are asked for again, unless they may be what kills it."""
         for op, fill in list(self._fills.items()):
             fill.losses += 1
-            if fill.losses >= _MAX_LOSSES:
+            if (fault := given_up(fill.losses, "loading")) is not None:
                 del self._fills[op]
-                fill.answered(
-                    Fault.of(Unreachable(f"the store was lost {fill.losses} times while it was loading this checkpoint"))
-                )
+                fill.answered(fault)
 
     def _let_go(self, name: str) -> None:
         kept = self._kept.pop(name, None)

@@ -6,12 +6,22 @@ import time
 from collections.abc import Callable, Collection
 from typing import Final, Literal, NamedTuple
 
+from schema.errors import Fault, Unreachable
 from schema.link import NodeEvent
 
-__all__ = ["Place", "StoreLosses"]
+__all__ = ["Place", "StoreLosses", "given_up"]
 
+_MAX_LOSSES: Final = 3
+"""What the store was lost under so often is given up: it may be what kills it."""
 _NAMED: Final = 5
 """Checkpoints named in one event; the others are counted."""
+
+
+def given_up(losses: int, doing: str) -> Fault | None:
+    """The end of what the store was ``doing`` to a checkpoint each time that it was lost; None while it is asked for again."""
+    if losses < _MAX_LOSSES:
+        return None
+    return Fault.of(Unreachable(f"the store was lost {losses} times while it was {doing} this checkpoint"))
 
 
 class Place(NamedTuple):

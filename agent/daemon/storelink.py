@@ -6,14 +6,14 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import msgspec
 
 from agent.daemon.connection import Connection
 from agent.daemon.devicetier import DeviceTier
 from agent.daemon.holds import Holds
-from agent.daemon.losses import Place, StoreLosses
+from agent.daemon.losses import Place, StoreLosses, given_up
 from agent.daemon.supervisor import Kin
 from agent.native.jobs import Priority
 from agent.native.mapping import read_only
@@ -50,8 +50,6 @@ from schema.link import (
 
 __all__ = ["Lying", "StoreLink", "StoreOwner"]
 
-_MAX_LOSSES: Final = 3
-"""A fill under which the store was lost so often is given up: it may be what kills it."""
 _log = logging.getLogger(__name__)
 
 
@@ -357,17 +355,14 @@ class StoreLink:
         self._stated = False
         for op, fill in list(self._fills.items()):
             fill.losses += 1
-            if fill.losses >= _MAX_LOSSES:
+            if (fault := given_up(fill.losses, "loading")) is not None:
                 del self._fills[op]
-                fill.answered(
-                    Fault.of(Unreachable(f"the store was lost {fill.losses} times while it was loading this checkpoint"))
-                )
+                fill.answered(fault)
         for op, task in list(self._tasks.items()):
             task.losses += 1
-            if task.losses >= _MAX_LOSSES:
+            doing = "verifying" if isinstance(task.message, VerifyStored) else "fetching"
+            if (fault := given_up(task.losses, doing)) is not None:
                 del self._tasks[op]
-                doing = "verifying" if isinstance(task.message, VerifyStored) else "fetching"
-                fault = Fault.of(Unreachable(f"the store was lost {task.losses} times while it was {doing} this checkpoint"))
                 task.answered(OperationDone(op=op, fault=fault))
         self.devices.lost()
         self._owner.store_lost()
