@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -44,6 +43,7 @@ from schema.link import (
 )
 from schema.spec import PathSource
 from schema.states import InstanceState, Tier, TierState
+from tests.agent.daemon.late_look import look_held_back
 from tests.agent.daemon.peers import DIGEST, WAIT_S, Manager, Node, alive, make_checkpoint, start_instance
 
 SOURCE = PathSource("/models/m")
@@ -156,14 +156,7 @@ async def test_a_cancel_comes_too_late_for_an_ingest_that_has_brought_a_checkpoi
         "sys.stdout.buffer.write(b''.join(map(encode_frame, told))); sys.stdout.buffer.flush()\n"
         + ("" if looks else "time.sleep(600)"),
     )
-    begun, go, real = threading.Event(), threading.Event(), catalog.look
-
-    def look_late(root: Path) -> catalog.Found:
-        begun.set()
-        assert go.wait(WAIT_S)
-        return real(root)
-
-    monkeypatch.setattr(catalog, "look", look_late)
+    begun, go = look_held_back(monkeypatch)
     manager.send(Ingest(op="op_1", source=SOURCE))
     await manager.take(Progress, lambda m: m.stage == "commit")
     if looks:  # the disk is just being looked at; else the child has yet to end

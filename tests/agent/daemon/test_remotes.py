@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import xxhash
 
 from agent.config import NodeConfig
 from agent.daemon import operations
-from agent.store import catalog
 from agent.store.catalog import quarantine
 from schema.checkpoint import decode_manifest, encode_manifest
 from schema.errors import Fault
@@ -33,7 +31,8 @@ from schema.link import (
     Resident,
 )
 from schema.states import Tier, TierState
-from tests.agent.daemon.peers import DIGEST, WAIT_S, Manager, Node, make_checkpoint
+from tests.agent.daemon.late_look import look_held_back
+from tests.agent.daemon.peers import DIGEST, Manager, Node, make_checkpoint
 
 OTHER = "ef" * 32
 
@@ -214,14 +213,7 @@ async def test_what_a_fetch_has_brought_that_is_cancelled_while_the_disk_is_look
     manager.send(Fetch(op="op_1", digest=OTHER, url="s3://b/c"))
     await store.until(lambda: bool(store.fetches))
     make_checkpoint(node.config.checkpoints_path, OTHER)
-    begun, go, real = threading.Event(), threading.Event(), catalog.look
-
-    def look_late(root: Path) -> catalog.Found:
-        begun.set()
-        assert go.wait(WAIT_S)
-        return real(root)
-
-    monkeypatch.setattr(catalog, "look", look_late)
+    begun, go = look_held_back(monkeypatch)
     store.peer.send(OperationDone(op="op_1", digest=OTHER, layout="l1"))
     await node.until(begun.is_set)
     manager.send(CancelOperation(op="op_1"))

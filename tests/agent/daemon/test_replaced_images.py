@@ -37,6 +37,7 @@ from schema.link import (
 )
 from schema.spec import PathSource
 from schema.states import InstanceState, Tier, TierState
+from tests.agent.daemon.late_look import look_held_back
 from tests.agent.daemon.peers import Manager, Node, start_instance
 from tests.agent.store.images import CHUNK, commit
 from tests.remotes import NO_LIMIT, web_server
@@ -223,14 +224,7 @@ async def test_a_pinned_image_stays_between_the_commit_of_its_copy_and_the_look_
     node: StoreNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manager = await node.spoilt(loaded=False)
-    begun, go, real = threading.Event(), threading.Event(), catalog.look
-
-    def look_late(path: Path) -> catalog.Found:
-        begun.set()
-        assert go.wait(60)
-        return real(path)
-
-    monkeypatch.setattr(catalog, "look", look_late)
+    begun, go = look_held_back(monkeypatch)
     manager.send(Fetch(op="fetch", digest=node.digest, url=node.url, tier=Tier.DRAM))
     await node.until(begun.is_set)
     manager.send(CancelOperation(op="fetch"))

@@ -539,14 +539,20 @@ open_remote(sys.argv[1], RemoteSettings()).write("a/b/file", len(data), source, 
 """
 
 
-def test_a_write_to_a_share_goes_on_with_what_a_killed_one_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parts are compared: what is not right, or not there, is written anew."""
-    url, data = f"file://{tmp_path}", NUMBERED
-    with subprocess.Popen([sys.executable, "-c", _KILLED, url], stdout=subprocess.PIPE) as killed:
+def _left_by_a_killed_write(share: Path) -> Path:
+    """The file of a write to a/b/file of this share, which was killed when some of it was there."""
+    with subprocess.Popen([sys.executable, "-c", _KILLED, f"file://{share}"], stdout=subprocess.PIPE) as killed:
         assert killed.stdout is not None
         assert killed.stdout.readline() == b"there\n"
         killed.kill()
-    (left,) = (tmp_path / "a/b").iterdir()
+    (left,) = (share / "a/b").iterdir()
+    return left
+
+
+def test_a_write_to_a_share_goes_on_with_what_a_killed_one_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts are compared: what is not right, or not there, is written anew."""
+    url, data = f"file://{tmp_path}", NUMBERED
+    left = _left_by_a_killed_write(tmp_path)
     assert left.read_bytes() == data[: 6 * 4096]
     with left.open("r+b") as file:
         file.seek(2 * 4096 + 17)
@@ -576,11 +582,7 @@ def test_a_write_to_a_share_goes_on_with_what_a_killed_one_has_left(tmp_path: Pa
 
 def test_a_cancel_is_heard_while_what_was_left_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url, data = f"file://{tmp_path}", NUMBERED
-    with subprocess.Popen([sys.executable, "-c", _KILLED, url], stdout=subprocess.PIPE) as killed:
-        assert killed.stdout is not None
-        assert killed.stdout.readline() == b"there\n"
-        killed.kill()
-    (left,) = (tmp_path / "a/b").iterdir()
+    left = _left_by_a_killed_write(tmp_path)
     left.write_bytes(data)  # nothing of it need be written
     monkeypatch.setattr(directory, "_WRITE_BYTES", 4096)
     remote = open_remote(url, SETTINGS)
