@@ -160,24 +160,8 @@ def _take_checkpoints(turn: Turn, node: Node, truth: NodeTruth) -> None:
 def take_checkpoint(turn: Turn, node: Node, truth: CheckpointTruth) -> None:
     """All placements of one checkpoint on one node, replacing what was known of them there."""
     held = [one for one in truth.placements if one.state is not TierState.ABSENT]
-    known = turn.view.checkpoints.get(truth.digest)
-    if known is None or (not known.architecture and truth.architecture):  # a damaged copy does not say what it is
-        if not held:
-            return
-        checkpoint = Checkpoint(
-            truth.digest,
-            truth.architecture,
-            truth.image_bytes,
-            truth.kv_token_bytes,
-            truth.max_context_tokens,
-            turn.now,
-            truth.step,
-        )
-        turn.view.add_checkpoint(checkpoint)
-        turn.put_checkpoint(checkpoint)
-    elif known.step is None and truth.step is not None:  # it was ingested again, by a build that knows
-        known.step = truth.step
-        turn.put_checkpoint(known)
+    if held or truth.digest in turn.view.checkpoints:
+        _learn(turn, truth)
     gone: dict[PlacementKey, PlacementRecord] = dict(turn.view.placements_at(truth.digest, node.id))
     for one in held:
         device = one.device if one.tier is Tier.DEVICE else 0
@@ -212,6 +196,31 @@ def take_checkpoint(turn: Turn, node: Node, truth: CheckpointTruth) -> None:
         turn.do(CheckpointKnown(truth.digest, node.id))
         models.finish_ingest(turn, node.id, truth.digest)
     turn.forget_unheld(truth.digest)
+
+
+def _learn(turn: Turn, truth: CheckpointTruth) -> None:
+    """What is known of a checkpoint is what the truth says that knows best: one that says what it is, of a readable copy, and
+    of like ones that with the largest image, since that must find room wherever it goes.
+
+    Of a copy that cannot be read not even the size is known, until the fetch that repairs it has the manifest; and a layout in
+    place may take more than a copy of it.
+    """
+    known = turn.view.checkpoints.get(truth.digest)
+    told = Checkpoint(
+        truth.digest,
+        truth.architecture,
+        truth.image_bytes,
+        truth.kv_token_bytes,
+        truth.max_context_tokens,
+        turn.now,
+        truth.step,
+    )
+    if known is not None:
+        said = (bool(truth.architecture), truth.image_bytes) > (bool(known.architecture), known.image_bytes)
+        told = replace(told if said else known, created_at=known.created_at, step=known.step or truth.step)
+    if told != known:
+        turn.view.add_checkpoint(told)
+        turn.put_checkpoint(told)
 
 
 def _quarantined(turn: Turn, node: Node, record: PlacementRecord) -> None:

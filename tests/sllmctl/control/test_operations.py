@@ -12,7 +12,7 @@ from schema.states import InstanceState, ModelState, Tier, TierState
 from sllmctl.cluster.records import Operation
 from sllmctl.control.events import AddModel, FromNode, Operate
 from tests.sllmctl.control.conftest import MakeWorld
-from tests.sllmctl.control.world import Agent, World, digest_of, spec
+from tests.sllmctl.control.world import MIB, Agent, World, digest_of, spec
 
 
 def ask(world: World, kind: OperationKind, reference: str, node: str | None = None, tier: Tier | None = None) -> Fault | None:
@@ -269,6 +269,20 @@ def test_a_damaged_copy_that_does_not_say_what_it_is_is_known_by_the_next_that_d
         world.tell("local", [PlacementUpdate(truth=truth)])
         checkpoint = world.view.checkpoints[digest]
         assert (checkpoint.architecture, checkpoint.image_bytes, checkpoint.kv_token_bytes) == ("A", 4096, 8)
+    world.check_rows()
+
+
+def test_of_layouts_of_one_checkpoint_the_largest_image_is_what_has_to_find_room(make_world: MakeWorld) -> None:
+    world = make_world(Agent("local"), Agent("far"))
+    for node, size in (("local", 8), ("far", 9)):
+        world.agents[node].hold("m", image_mib=size)
+        world.connect(node)
+    for node in ("local", "far"):
+        world.tell(node, [PlacementUpdate(truth=world.agents[node].checkpoints[digest_of("m")])])
+        assert world.view.checkpoints[digest_of("m")].image_bytes == 9 * MIB
+    damaged = msgspec.structs.replace(world.agents["far"].checkpoints[digest_of("m")], architecture="", image_bytes=99 * MIB)
+    world.tell("far", [PlacementUpdate(truth=damaged)])
+    assert world.view.checkpoints[digest_of("m")].image_bytes == 9 * MIB, "what a manifest on a disk says counts more"
     world.check_rows()
 
 

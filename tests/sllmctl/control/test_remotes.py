@@ -262,10 +262,11 @@ def test_the_room_of_what_is_being_fetched_to_memory_is_promised_to_nobody_else(
     assert held["local"] == 10 * MIB, "in whole chunks"
     says()
     assert (held["local"], M in world.view.checkpoints) == (0, False)
-    whole = msgspec.structs.replace(whole, image_bytes=5 * MIB)
-    says(bad)  # a copy that cannot be read lies in its place, of another size
-    says(bad, dram)
+    whole = msgspec.structs.replace(whole, image_bytes=0)
+    says(bad)  # a copy that could never be read lies in its place
     whole = msgspec.structs.replace(whole, image_bytes=9 * MIB)
+    says(bad, dram)
+    assert held["local"] == 10 * MIB, "the fetch that repairs it says how large it is"
     says(whole.placements[0], msgspec.structs.replace(dram, state=TierState.RESIDENT), architecture="Tiny")
     assert held["local"] == 10 * MIB
     says(whole.placements[0], msgspec.structs.replace(dram, state=TierState.RESIDENT, users=0), architecture="Tiny")
