@@ -20,7 +20,7 @@ from schema.states import ModelState
 from sllmctl.gateway import story
 from sllmctl.gateway.chat import chat_job
 from sllmctl.gateway.completions import completion_job
-from sllmctl.gateway.errors import ErrorBody, NoSuchPath, WrongHost, answer_of
+from sllmctl.gateway.errors import INTERNAL, ErrorBody, NoSuchPath, WrongHost, answer_of
 from sllmctl.gateway.exchange import ClientGone, Exchange
 from sllmctl.gateway.generate import Gateway, Job
 from sllmctl.gateway.hosts import KnownHosts
@@ -205,4 +205,4 @@ class _Generation:
 def _internal(scope: Scope, request: str | None = None) -> SllmError:
     """The answer to an error of ours, whose details are for the log."""
     _log.exception("%s %s failed", scope["method"], scope["path"], extra=about(request=request))
-    return SllmError("an internal error; the manager's log has the details")
+    return SllmError(INTERNAL)

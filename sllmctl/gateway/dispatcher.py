@@ -229,9 +229,7 @@ class Dispatcher:
             sequence.cached_tokens = end.timing.cached_tokens
             request = sequence.request
             request.engine = end.timing
-            if request.id in self.remembered:
-                # The engine speaks of a cancelled request only after it was given up here.
-                self.remembered[request.id] = request.view()
+            self._show_again(request)  # the engine speaks of a cancelled request only after it was given up here
         if end.reason == EndReason.LOST:
             self._doubt(attempt)
         if not attempt.wanted:
@@ -303,6 +301,12 @@ class Dispatcher:
                 sequence.wake()
             self._retire(request)
 
+    def read(self, request: Request, error: SllmError | None) -> None:
+        """Take down what its last reader was told instead of a reply; None for one that got it, or is at it."""
+        if not request.cancelled and request.failure is None and request.unread is not error:
+            request.unread = error
+            self._show_again(request)
+
     def fail_waiting(self, queue: ModelQueue, error: SllmError) -> None:
         """Fail every request that has a sequence in the queue."""
         for request in list({sequence.request: None for sequence in queue.waiting}):
@@ -343,6 +347,11 @@ class Dispatcher:
         self.retries.ended(request)
         if len(self.remembered) > self._settings.remembered_requests:
             self.remembered.popitem(last=False)
+
+    def _show_again(self, request: Request) -> None:
+        """Remember a request that has ended as it is now, if it still is remembered."""
+        if request.id in self.remembered:
+            self.remembered[request.id] = request.view()
 
     def _expire(self, sequence: Sequence) -> None:
         queue = self.queue(sequence.request.model)

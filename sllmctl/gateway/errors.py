@@ -26,6 +26,7 @@ from schema.errors import (
 
 __all__ = [
     "ALL_KINDS",
+    "INTERNAL",
     "Answer",
     "BodyTooLarge",
     "BodyTooSlow",
@@ -44,6 +45,10 @@ __all__ = [
     "http_status",
     "retry_after",
 ]
+
+
+INTERNAL = "an internal error; the manager's log has the details"
+"""What is told of an exception that is none of ours."""
 
 
 class UnsupportedParameter(InvalidInput):

@@ -8,9 +8,10 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from schema.errors import Conflict, InvalidCheckpoint, NotFound
+from schema.errors import Conflict, NotFound, SllmError
 from schema.link import RetryKey, SamplingParams
 from schema.states import ModelState
+from sllmctl.gateway.errors import INTERNAL
 from sllmctl.gateway.exchange import BodyBudget, Exchange, Header
 from sllmctl.gateway.metrics import Metrics
 from sllmctl.gateway.ports import AssetsPort, RequestPort, RoutedModelPort, RouterPort
@@ -120,23 +121,26 @@ class Gateway:
             request = self.router.submit(job.model, job.prompt, job.params, job.choices, job.tenant, retry, asked)
             metrics.prompt_tokens.labels(job.model).inc(len(job.prompt))
         exchange.request_id = request.id
-        head = ReplyHead(request.id.removeprefix("req_"), int(request.received_at), job.model, f"fp_{job.text.digest[:12]}")
-        shape = job.shape(head, job.text.detokenizer.spell, include_usage=job.include_usage)
-        replies = [
-            Reply(index, sequence, job.text, job.stops, request.params) for index, sequence in enumerate(request.sequences)
-        ]
-        headers = [(b"idempotent-replayed", b"true")] if joined else []
-        unreadable: InvalidCheckpoint | None = None
+        replies: list[Reply] = []
+        error: SllmError | None = None
         try:
+            head = ReplyHead(request.id.removeprefix("req_"), int(request.received_at), job.model, f"fp_{job.text.digest[:12]}")
+            shape = job.shape(head, job.text.detokenizer.spell, include_usage=job.include_usage)
+            for index, sequence in enumerate(request.sequences):
+                replies.append(Reply(index, sequence, job.text, job.stops, request.params))
+            headers = [(b"idempotent-replayed", b"true")] if joined else []
             if job.stream:
                 await self._stream(job, exchange, shape, request, replies, headers)
             else:
                 await self._whole(job, exchange, shape, request, replies, headers)
-        except InvalidCheckpoint as error:  # its tokenizer cannot decode the reply
-            unreadable = error
+        except SllmError as why:
+            error = why
+            raise
+        except Exception:
+            error = SllmError(INTERNAL)
             raise
         finally:
-            request.leave(unreadable)
+            request.leave(error)
             if not joined:
                 metrics.ended(job.model, request.timeline(), sum(reply.position for reply in replies))
 

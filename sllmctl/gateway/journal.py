@@ -139,13 +139,14 @@ class Sequence:
 class Request:
     """One request of a client, or one found on a node without a client (``orphaned``). Times are the router's clock.
 
-    ``readers`` counts the clients that want it: one, and those of its retries, which are known by ``retry``.
+    ``readers`` counts the clients that want it: one, and those of its retries, which are known by ``retry``. ``unread`` is
+    what the last of them was told instead of its reply, where that was no failure of the request's own.
     """
 
     __slots__ = (
         "_cancel", "_leave", "attempts", "cancelled", "cold", "complete", "ended_at", "engine", "first_token_at", "id",
         "instance", "live", "model", "node", "orphaned", "params", "readers", "received_at", "retry", "routed_at", "sequences",
-        "start", "tenant", "timer", "waiting",
+        "start", "tenant", "timer", "unread", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -184,6 +185,7 @@ class Request:
         self.start: StartPhases | None = None
         self.engine: EngineTiming | None = None
         self.timer: Timer | None = None
+        self.unread: SllmError | None = None
         self._cancel = cancel
         self._leave = leave
         self.complete = complete
@@ -193,12 +195,13 @@ class Request:
         self._cancel(self)
 
     def leave(self, error: SllmError | None = None) -> None:
-        """A client reads no more of it, which ends it unless it has ended, others read it, or a retry may come. With an
-        ``error`` nobody can read it, and that ends it."""
+        """A client reads no more of it, which ends it unless it has ended, others read it, or a retry may come; with the
+        ``error`` that the client was told instead of a reply. One that says that nobody can read it ends it anyway."""
         self._leave(self, error)
 
     @property
     def failure(self) -> SllmError | None:
+        """What it ended with instead of a reply."""
         for sequence in self.sequences:
             if sequence.failure is not None:
                 return sequence.failure
@@ -210,6 +213,8 @@ class Request:
             return RequestState.FAILED
         if self.cancelled:
             return RequestState.CANCELLED
+        if self.live == 0 and self.unread is not None:
+            return RequestState.FAILED
         if self.live == 0:
             return RequestState.FINISHED
         return RequestState.WAITING if self.waiting else RequestState.RUNNING
@@ -250,7 +255,7 @@ class Request:
             orphaned=self.orphaned,
             received_at=self.received_at,
             timeline=self.timeline(),
-            fault=None if (failure := self.failure) is None else _fault(failure),
+            fault=None if (failure := self.failure or self.unread) is None else _fault(failure),
         )
 
 

@@ -13,11 +13,22 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from msgspec import structs
 
 from schema.admin import ProgressView, RequestView
-from schema.errors import Conflict, ContextOverflow, Fault, InvalidInput, NotFound, Overloaded, SllmError, Unreachable
+from schema.errors import (
+    Conflict,
+    ContextOverflow,
+    Fault,
+    InvalidCheckpoint,
+    InvalidInput,
+    NotFound,
+    Overloaded,
+    SllmError,
+    Unreachable,
+)
 from schema.ids import Epoch, EpochCounter, IdSource, generation_of, made_at
 from schema.link import (
     AttemptTruth,
@@ -289,6 +300,7 @@ class Router:
         if request is None:
             return None
         request.readers += 1
+        self._core.read(request, None)
         if request.live:
             request.orphaned = False
             if request.timer is not None:
@@ -481,16 +493,25 @@ class Router:
         )
 
     def _leave(self, request: Request, error: SllmError | None) -> None:
-        if error is not None:
+        request.readers -= 1
+        if isinstance(error, InvalidCheckpoint):  # what one reader cannot decode no other can
             self._core.fail(request, error)
             self._core.settle()
-        request.readers -= 1
         if request.readers:
             return
+        self._core.read(request, error)
         if request.retry is None or not self._settings.retry_grace_s:
-            request.cancel()
+            self._give_up(request)
         elif request.live:
-            request.timer = self._core.call_later(self._settings.retry_grace_s, request.cancel)
+            request.timer = self._core.call_later(self._settings.retry_grace_s, partial(self._give_up, request))
+
+    def _give_up(self, request: Request) -> None:
+        """Nobody reads it, and no retry may come any more."""
+        if request.unread is None:
+            self._core.cancel(request)
+        else:
+            self._core.fail(request, request.unread)
+        self._core.settle()
 
     def _cancel(self, request: Request) -> None:
         self._core.cancel(request)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import struct
+import threading
+from collections.abc import AsyncIterator, Iterator
 
 import msgspec
+import pytest
+from tokenizers import Regex, Tokenizer, decoders
 
-from schema.errors import InvalidCheckpoint
+from schema.errors import Fault, InvalidCheckpoint, Overloaded
 from schema.ids import epoch_of
 from schema.link import Cancel, Ended, EngineTiming, Submit, TokenRun
 from schema.states import EndReason, InstanceState, RequestState
+from sllmctl.gateway.detokenize import DetokenizerFactory
+from sllmctl.gateway.router_settings import RouterSettings
+from sllmctl.gateway.settings import GatewaySettings
 from tests.sllmctl.gateway.harness import END, TOKENIZER, WAIT_S, Serving, chat_body, http_post, ids_of, serving
 from tests.sllmctl.gateway.routing import Bench
 
@@ -46,6 +54,107 @@ async def test_a_reply_that_the_tokenizer_cannot_decode_ends_as_failed_down_to_t
     assert (answer.status_code, answer.json()["error"]["code"]) == (422, InvalidCheckpoint.code)
     assert bench.router.request(submit.request).state is RequestState.FAILED
     assert [message.attempt for _, message in bench.sent if isinstance(message, Cancel)] == [submit.attempt]
+
+
+@pytest.fixture
+def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Every decoding on a thread of its own waits for this event."""
+    event = threading.Event()
+    decode = DetokenizerFactory._decode
+
+    def waits(self: DetokenizerFactory, ids: list[int]) -> str:
+        event.wait(WAIT_S)
+        return decode(self, ids)
+
+    monkeypatch.setattr(DetokenizerFactory, "_decode", waits)
+    yield event
+    event.set()
+
+
+@contextlib.asynccontextmanager
+async def _decoding_aside(bench: Bench, timeout_s: float) -> AsyncIterator[Serving]:
+    """A gateway whose model's decoder is kept off the loop, and is waited for so long."""
+    tokenizer = Tokenizer.from_str(TOKENIZER.to_str())
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace(Regex("z"), "*")])
+    bench.warm()
+    async with serving(GatewaySettings(encode_timeout_s=timeout_s, drain_s=1.0), router=bench.router) as here:
+        tokenizer.save(str(here.assets.directory / "tokenizer.json"))
+        yield here
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("ended", [False, True])
+async def test_a_reply_that_is_decoded_too_slowly_is_told_as_failed(ended: bool, stream: bool, stuck: threading.Event) -> None:
+    bench = Bench()
+    async with _decoding_aside(bench, 0.05) as here:
+        body = chat_body(model="m", stream=stream, max_tokens=2, stop=None if ended else "!")
+        reply = asyncio.create_task(here.client.post(_CHAT, json=body))
+        submit = await _submitted(bench, here)
+        said = (TokenRun(submit.attempt, 0, tuple(ids_of("hi" if ended else "h"))),)
+        end = (Ended(attempt=submit.attempt, position=2, reason=EndReason.LENGTH),)
+        bench.tokens(*said, *(end if ended else ()))
+        answer = await reply
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, Overloaded.code)
+    told = bench.router.request(submit.request)
+    assert told.state is RequestState.FAILED
+    assert told.fault == Fault(Overloaded.code, answer.json()["error"]["message"])
+    cancelled = [message.attempt for _, message in bench.sent if isinstance(message, Cancel)]
+    assert cancelled == ([] if ended else [submit.attempt])
+
+
+async def test_a_reply_that_a_bug_of_ours_ends_is_told_as_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(*_: object) -> str:
+        raise ZeroDivisionError("inner words")
+
+    bench = Bench()
+    async with _decoding_aside(bench, WAIT_S) as here:
+        monkeypatch.setattr(DetokenizerFactory, "_decode", breaks)
+        reply = asyncio.create_task(here.client.post(_CHAT, json=chat_body(model="m", stream=True)))
+        submit = await _submitted(bench, here)
+        bench.tokens(TokenRun(submit.attempt, 0, tuple(ids_of("hi"))))
+        answer = await reply
+    assert answer.status_code == 500
+    told = bench.router.request(submit.request)
+    assert told.state is RequestState.FAILED
+    assert told.fault == Fault("internal", "an internal error; the manager's log has the details")
+
+
+async def test_a_reply_that_was_decoded_too_slowly_is_failed_until_a_retry_reads_it(stuck: threading.Event) -> None:
+    bench = Bench(RouterSettings(retry_grace_s=100.0))
+
+    async with _decoding_aside(bench, 0.05) as here:
+
+        async def ask(key: str) -> int:
+            headers = {"Idempotency-Key": key}
+            return (await here.client.post(_CHAT, json=chat_body(model="m", stop="!"), headers=headers)).status_code
+
+        async def begun(key: str) -> Submit:
+            asked = asyncio.create_task(ask(key))
+            submit = await _submitted(bench, here)
+            bench.tokens(TokenRun(submit.attempt, 0, tuple(ids_of("hi"))))
+            assert await asked == 429
+            assert bench.router.request(submit.request).state is RequestState.RUNNING, "a retry may come for it"
+            return submit
+
+        forgotten = await begun("a")
+        bench.advance(101)
+        told = bench.router.request(forgotten.request)
+        assert told.state is RequestState.FAILED
+        assert told.fault is not None
+        assert told.fault.code == Overloaded.code
+
+        kept = await begun("b")
+        bench.tokens(Ended(attempt=kept.attempt, position=2, reason=EndReason.LENGTH))
+        told = bench.router.request(kept.request)
+        assert told.state is RequestState.FAILED
+        stuck.set()
+        status = 429
+        async with asyncio.timeout(WAIT_S):
+            while status == 429:  # those that were stuck may hold the threads for a moment yet
+                status = await ask("b")
+        assert status == 200
+        told = bench.router.request(kept.request)
+        assert (told.state, told.fault) == (RequestState.FINISHED, None)
 
 
 async def test_a_stream_goes_on_over_the_loss_of_its_instance() -> None:
