@@ -40,7 +40,9 @@ async def _all_submitted(bench: Bench, here: Serving) -> list[Submit]:
     return found
 
 
-async def test_a_reply_that_the_tokenizer_cannot_decode_ends_as_failed_down_to_the_node() -> None:
+async def test_a_reply_that_the_tokenizer_cannot_decode_ends_as_failed_down_to_the_node(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     # It panics at a token that is this character alone: what is cut on the left and on the right overlaps.
     tokenizer = json.loads(TOKENIZER.to_str()) | {"decoder": {"type": "Strip", "content": "x", "start": 1, "stop": 1}}
     bench = Bench()
@@ -52,7 +54,15 @@ async def test_a_reply_that_the_tokenizer_cannot_decode_ends_as_failed_down_to_t
         bench.tokens(TokenRun(submit.attempt, 0, tuple(ids_of("x"))))
         answer = await reply
     assert (answer.status_code, answer.json()["error"]["code"]) == (422, InvalidCheckpoint.code)
-    assert bench.router.request(submit.request).state is RequestState.FAILED
+    told = bench.router.request(submit.request)
+    sentence = (
+        "the model's tokenizer cannot decode what the model said: the tokenizers library broke down over it; "
+        "the manager's log has its words"
+    )
+    assert (told.state, told.fault) == (RequestState.FAILED, Fault(InvalidCheckpoint.code, sentence))
+    assert answer.json()["error"]["message"] == sentence
+    (panic,) = [record.getMessage() for record in caplog.records if record.name == "sllmctl.gateway.tokenizer_faults"]
+    assert panic.startswith(sentence.split(": the tokenizers")[0] + ": the tokenizers library panicked: ")
     assert [message.attempt for _, message in bench.sent if isinstance(message, Cancel)] == [submit.attempt]
 
 
