@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import os
@@ -109,14 +108,21 @@ class TemplateRenderer:
 
         def look(began_s: float | None) -> None:
             nonlocal timer
-            with contextlib.suppress(ProcessLookupError):  # it has ended, which the exchange will see
+            left_s = 0.0
+            try:
                 now_s = process_stat(helper.pid).cpu_s
+            except ProcessLookupError:
+                return  # it has ended, which the exchange will see
+            except OSError as error:
+                _log.warning("how long the template helper has run cannot be read now: %s", error)
+            else:
                 began_s = now_s if began_s is None else began_s
                 left_s = limit_s - (now_s - began_s)
-                if left_s > 0:
-                    timer = loop.call_later(max(left_s, limit_s / 4), look, began_s)
-                elif not deadline.expired():
-                    deadline.reschedule(loop.time())
+                if left_s <= 0:
+                    if not deadline.expired():
+                        deadline.reschedule(loop.time())
+                    return
+            timer = loop.call_later(max(left_s, limit_s / 4), look, began_s)
 
         async with asyncio.timeout(limit_s * _BUSY) as deadline:
             timer = loop.call_later(_UNWATCHED_S, look, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import time
@@ -17,7 +18,7 @@ from schema.errors import InvalidInput, Overloaded, SllmError, Unreachable
 from sllmctl.gateway import template
 from sllmctl.gateway.settings import GatewaySettings
 from sllmctl.gateway.template import TemplateRenderer
-from sllmctl.procstat import process_stat
+from sllmctl.procstat import ProcessStat, process_stat
 from tests.checkpoints import CHAT_TEMPLATE
 
 
@@ -134,6 +135,27 @@ async def test_a_helper_that_never_goes_on_is_given_up() -> None:
         os.kill(renderer.pid, signal.SIGSTOP)
         with pytest.raises(InvalidInput, match="took too long"):
             await renderer.render("{{ 1 }}", {})
+
+
+async def test_a_helper_that_cannot_be_looked_at_for_a_moment_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with _renderer(template_timeout_s=1.0) as renderer:
+        pid = renderer.pid
+        assert pid is not None
+        usual = process_stat(pid)
+        full = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        says: list[ProcessStat | OSError] = [full, usual, full, usual._replace(cpu_s=usual.cpu_s + 1.5)]
+
+        def told(_: int) -> ProcessStat:
+            said = says.pop(0)
+            if isinstance(said, OSError):
+                raise said
+            return said
+
+        monkeypatch.setattr(template, "process_stat", told)
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(InvalidInput, match="took too long"):
+            await renderer.render("{{ 1 }}", {})
+    assert not says, "it was given up by the clock, which a busy machine must not decide by"
 
 
 @pytest.mark.slow
