@@ -131,7 +131,7 @@ def operation_done(turn: Turn, node: str, done: OperationDone) -> None:
             turn.put_model(model)
             finish_removal(turn, model)
         if done.fault is None and not turn.view.placements_at(done.digest, node):
-            turn.core.left[done.op] = Left(node, done.digest)
+            turn.core.leave(done.op, Left(node, done.digest))
             return
         if done.fault is None:
             forget_checkpoint(turn, done.digest)
@@ -280,7 +280,7 @@ def let_go(turn: Turn, model: Model) -> None:
 def _leave(turn: Turn, model: Model) -> None:
     assert model.op is not None
     assert model.node is not None
-    turn.core.left[model.op] = Left(model.node, model.ingested or "")
+    turn.core.leave(model.op, Left(model.node, model.ingested or ""))
     turn.view.set_operation(model, None, None)
 
 

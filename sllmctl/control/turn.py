@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass, field
+from typing import Final
 
 from schema.admin import EventKind, EventView
 from schema.ids import EpochCounter, IdSource
@@ -43,6 +44,8 @@ __all__ = ["Core", "Drop", "Left", "Moving", "Timers", "Turn"]
 TimerKey = tuple[str, str]
 """What is to be looked at when its time has come: ("model" | "instance" | "node" | "drop" | "refused" | "prefetch" | "settle",
 its id)."""
+_LEFT_KEPT: Final = 1000
+"""So many ingests that no model waits for are remembered, the latest ones: a node may stay away for good."""
 
 
 class Timers:
@@ -133,6 +136,12 @@ class Core:
     prefill_outcome_at: float = 0.0
     woken_at: float | None = None
     _moves_of: dict[str, dict[str, Moving]] = field(default_factory=dict)
+
+    def leave(self, op: str, left: Left) -> None:
+        """No model waits for an ingest any more. One that is forgotten may leave a checkpoint on its node that no model has."""
+        self.left[op] = left
+        for oldest in list(self.left)[:-_LEFT_KEPT]:
+            del self.left[oldest]
 
     def begin_move(self, moving: Moving) -> None:
         self.moves[moving.source] = moving

@@ -321,6 +321,25 @@ def test_an_end_whose_checkpoint_is_not_stated_even_by_the_whole_truth_is_over(w
     assert agent.done == {}
 
 
+def test_of_the_ingests_left_on_a_node_that_stays_away_the_latest_thousand_are_remembered(world: World) -> None:
+    agent = world.agents["local"]
+    agent.automatic = False
+    for name in ("first", "second"):
+        world.ask(lambda ticket, name=name: AddModel(ticket, spec(name)))  # type: ignore[misc]
+    world.lose("local")
+    for op in list(agent.ops):
+        agent.finish(op)
+    for name in ("first", "second", *("m" for _ in range(999))):
+        if name == "m":
+            world.ask(lambda ticket: AddModel(ticket, spec()))
+        world.say(RemoveModel(0, name))
+    agent.automatic = True
+    world.connect("local")
+    assert list(agent.checkpoints) == [digest_of("first")], "what is remembered of it has left the node"
+    assert agent.done == {}
+    world.check_rows()
+
+
 def test_such_an_ingest_leaves_the_checkpoint_that_another_model_has_now(world: World) -> None:
     agent = world.agents["local"]
     agent.automatic = False
