@@ -141,6 +141,14 @@ class Checkpoints:
         entry = self._entries.get(digest)
         return entry.manifest.layout if entry is not None and entry.quarantined is None else None
 
+    async def has_come(self, digest: str, layout: str) -> bool:
+        """True when a sound copy of this layout lies on the disk, and stays there: an ingest that did not say so ended well."""
+        try:
+            return await asyncio.to_thread(catalog.has_come, self._root / digest / layout)
+        except (SllmError, OSError) as error:
+            _log.warning("cannot tell whether checkpoint %s has come to the disk: %s", digest, error)
+            return False
+
     def copies(self, digest: str) -> dict[str, str | None]:
         """The directories of all of its copies, as the store names them, each with why it is in quarantine, if it is: the best
         one first, those that cannot be read last."""

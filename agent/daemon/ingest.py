@@ -19,7 +19,7 @@ from agent.daemon.process import describe_status, start_ticks
 from agent.daemon.roster import Roster, RosterEntry
 from agent.daemon.supervisor import KILL_S, TERM_S, log_path
 from schema.errors import Fault, LinkError, SllmError
-from schema.link import FrameDecoder, Ingest, OperationDone, Progress, Publish
+from schema.link import Committing, FrameDecoder, Ingest, OperationDone, Progress, Publish
 
 __all__ = ["Child", "ForkIngestDoor", "IngestCommand", "ingest_command", "publish_command", "run_ingest", "run_publish"]
 
@@ -27,6 +27,8 @@ IngestCommand = Callable[[NodeConfig, Ingest], list[str]]
 """The command line of the child of one ingest."""
 _Launched = tuple["Child", asyncio.StreamReader, asyncio.ReadTransport]
 """A child, its frames, and the pipe that they come from."""
+_Said = Callable[[Progress | Committing], None]
+"""Hears what a child says before its end."""
 _Launch = Callable[[Path], Awaitable[_Launched]]
 """Starts a child that logs to this file. Raises OSError."""
 _READ_BYTES: Final = 1 << 16
@@ -69,7 +71,7 @@ async def run_ingest(
     fork: ForkIngestDoor,
     command: IngestCommand,
     roster: Roster,
-    progress: Callable[[Progress], None],
+    said: _Said,
 ) -> OperationDone:
     """Run an ingest to its end, which is always an `OperationDone`. Cancelled, it ends the child, unless that has come to its
     end by then.
@@ -82,18 +84,16 @@ async def run_ingest(
         # Each has a pipe of its own: nobody hears a fork that came to be after all when the zygote was given up.
         return await _piped(lambda frames: fork(message, frames)) or await _execute(command(config, message), log)
 
-    return await _run_child(config, "ingest", message.op, launch, roster, progress)
+    return await _run_child(config, "ingest", message.op, launch, roster, said)
 
 
-async def run_publish(
-    config: NodeConfig, message: Publish, directory: str, roster: Roster, progress: Callable[[Progress], None]
-) -> OperationDone:
+async def run_publish(config: NodeConfig, message: Publish, directory: str, roster: Roster, said: _Said) -> OperationDone:
     """Run a publish of the checkpoint in ``directory`` to its end, as `run_ingest` does."""
 
     async def launch(log: Path) -> _Launched:
         return await _execute(publish_command(config, message, directory), log)
 
-    return await _run_child(config, "publish", message.op, launch, roster, progress)
+    return await _run_child(config, "publish", message.op, launch, roster, said)
 
 
 async def _execute(command: list[str], log: Path) -> _Launched:
@@ -127,9 +127,7 @@ async def _piped(start: Callable[[int], Awaitable[Child | None]]) -> _Launched |
     return None if child is None else (child, frames, transport)
 
 
-async def _run_child(
-    config: NodeConfig, what: str, op: str, launch: _Launch, roster: Roster, progress: Callable[[Progress], None]
-) -> OperationDone:
+async def _run_child(config: NodeConfig, what: str, op: str, launch: _Launch, roster: Roster, said: _Said) -> OperationDone:
     """Run a child to its end; ``what`` it does names its log."""
     log = log_path(config, what)
     try:
@@ -144,7 +142,7 @@ async def _run_child(
     failed: LinkError | asyncio.CancelledError | None = None
     try:
         try:
-            done = await _relay(frames, op, progress)
+            done = await _relay(frames, op, said)
             with contextlib.suppress(TimeoutError):
                 status = await asyncio.wait_for(child.wait(), TERM_S)
         except (LinkError, asyncio.CancelledError) as error:
@@ -152,7 +150,7 @@ async def _run_child(
         finally:
             await _end(child)
         if done is None and isinstance(failed, asyncio.CancelledError):
-            done = await _last_words(frames, op)
+            done = await _last_words(frames, op, said)
     finally:  # whoever cancels twice waits for no last words
         with contextlib.suppress(ProcessLookupError):
             child.send_signal(signal.SIGKILL)
@@ -168,23 +166,23 @@ async def _run_child(
     return OperationDone(op=op, fault=Fault.of(SllmError(why)))
 
 
-async def _relay(frames: asyncio.StreamReader, op: str, progress: Callable[[Progress], None]) -> OperationDone | None:
-    decoder: FrameDecoder[Progress | OperationDone] = FrameDecoder(Progress | OperationDone)
+async def _relay(frames: asyncio.StreamReader, op: str, said: _Said) -> OperationDone | None:
+    decoder: FrameDecoder[Progress | Committing | OperationDone] = FrameDecoder(Progress | Committing | OperationDone)
     while data := await frames.read(_READ_BYTES):
         for message in decoder.feed(data):
             if message.op != op:
                 raise LinkError(f"the child of {op} spoke of {message.op}")
             if isinstance(message, OperationDone):
                 return message
-            progress(message)
+            said(message)
     return None
 
 
-async def _last_words(frames: asyncio.StreamReader, op: str) -> OperationDone | None:
+async def _last_words(frames: asyncio.StreamReader, op: str, said: _Said) -> OperationDone | None:
     """What a child that was ended had said by then: it may have come to its end by itself."""
     with contextlib.suppress(LinkError, TimeoutError):
         async with asyncio.timeout(_LAST_WORDS_S):
-            return await _relay(frames, op, lambda progress: None)
+            return await _relay(frames, op, said)
     return None
 
 

@@ -17,8 +17,10 @@ from agent.daemon.ingest import ForkIngestDoor, IngestCommand, run_ingest, run_p
 from agent.daemon.roster import Roster
 from agent.daemon.storelink import StoreLink
 from agent.native.jobs import Priority
+from schema.checkpoint import IN_PLACE, LAYOUT
 from schema.errors import Cancelled, Conflict, Fault, InvalidCheckpoint, InvalidInput, NotFound, SllmError
 from schema.link import (
+    Committing,
     DropCheckpoint,
     Fetch,
     FetchStored,
@@ -34,6 +36,7 @@ from schema.link import (
     Resident,
     VerifyCheckpoint,
 )
+from schema.spec import PathSource
 from schema.states import Tier
 
 __all__ = ["OperationOwner", "Operations"]
@@ -162,7 +165,7 @@ class Operations:
     async def _run_ingest(self, message: Ingest) -> OperationDone:
         await self._drops_over()
         async with self._ingest_slots:
-            done = await run_ingest(self._config, message, self._fork, self._ingest, self._roster, self._owner.tell)
+            done = await self._ingest_to_disk(message)
         if not done.digest:
             await self._checkpoints.scan()
             self._owner.disk_changed()
@@ -172,6 +175,32 @@ class Operations:
         with contextlib.suppress(asyncio.CancelledError):  # too late: its end says what it has brought
             await told.wait()
         return done
+
+    async def _ingest_to_disk(self, message: Ingest) -> OperationDone:
+        """One that was killed, or cancelled, while it committed has ended well if its checkpoint is there: else no model would
+        have that, and another ingest would read, and need room for, all of it again."""
+        layout = IN_PLACE if isinstance(message.source, PathSource) and message.source.in_place else LAYOUT
+        committing = ""
+
+        def said(message: Progress | Committing) -> None:
+            nonlocal committing
+            if isinstance(message, Committing):
+                committing = message.digest
+            else:
+                self._owner.tell(message)
+
+        async def has_come() -> bool:
+            return bool(committing) and await self._checkpoints.has_come(committing, layout)
+
+        try:
+            done = await run_ingest(self._config, message, self._fork, self._ingest, self._roster, said)
+        except asyncio.CancelledError:
+            if not await has_come():
+                raise
+        else:
+            if done.digest or not await has_come():
+                return done
+        return OperationDone(op=message.op, digest=committing)
 
     async def _publish(self, message: Publish) -> OperationDone:
         digest = message.digest

@@ -263,6 +263,18 @@ def commit(new: Path, target: Path, replaced: Path) -> bool:
     return placed
 
 
+def has_come(target: Path) -> bool:
+    """True when a sound copy lies where one was to be committed, by whoever did not live to say so; it is durable then.
+
+    Raises SllmError, OSError when that cannot be told, or made sure of.
+    """
+    if not is_sound(target):
+        return False
+    sync(target.parent)
+    sync(target.parent.parent)
+    return True
+
+
 def remove(entry: CatalogEntry | DamagedCopy) -> None:
     """Take a checkpoint from the disk for good. It is gone at once: moved to the data directory's ``tmp``, then deleted.
 

@@ -60,7 +60,16 @@ from schema.link.frames import FrameDecoder, encode_frame
 from schema.link.handshake import Descriptors, DeviceWeights, Hello, Ping, Pong, Refused, Role, Welcome
 from schema.link.logs import LogChunk, LogLine, ReadLog
 from schema.link.node import ArenaInfo, CheckpointTruth, DeviceInfo, DiskCopy, InstanceTruth, Inventory, Placement, StartPhases
-from schema.link.reports import FileChunk, InstanceUpdate, NodeEvent, NodeTruth, OperationDone, PlacementUpdate, Progress
+from schema.link.reports import (
+    Committing,
+    FileChunk,
+    InstanceUpdate,
+    NodeEvent,
+    NodeTruth,
+    OperationDone,
+    PlacementUpdate,
+    Progress,
+)
 from schema.link.requests import (
     STEP_BOUNDS_S,
     Acked,
@@ -134,6 +143,7 @@ __all__ = [
     "CancelVerify",
     "CheckpointTruth",
     "ChildExited",
+    "Committing",
     "Descriptors",
     "DeviceInfo",
     "DeviceWeights",

@@ -9,7 +9,16 @@ from schema.link.base import Count, Finite, Message
 from schema.link.node import CheckpointTruth, InstanceTruth, Inventory, check_stated
 from schema.states import Tier
 
-__all__ = ["FileChunk", "InstanceUpdate", "NodeEvent", "NodeTruth", "OperationDone", "PlacementUpdate", "Progress"]
+__all__ = [
+    "Committing",
+    "FileChunk",
+    "InstanceUpdate",
+    "NodeEvent",
+    "NodeTruth",
+    "OperationDone",
+    "PlacementUpdate",
+    "Progress",
+]
 
 
 class NodeTruth(Message, frozen=True, kw_only=True, tag="truth"):
@@ -69,6 +78,15 @@ class Progress(Message, frozen=True, kw_only=True, tag="progress"):
     done_bytes: Count
     total_bytes: Count
     source: Tier | None = None
+
+
+class Committing(Message, frozen=True, kw_only=True, tag="committing"):
+    """What an ingest's process tells its agent alone: it is about to put this checkpoint where it is found. There that may be
+    though the process was killed before it could tell its end.
+    """
+
+    op: str
+    digest: str
 
 
 class OperationDone(Message, frozen=True, kw_only=True, tag="done"):

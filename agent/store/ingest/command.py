@@ -106,6 +106,10 @@ def _ingest(config: NodeConfig, source: Source, reporter: Reporter) -> tuple[str
     def claim(need_bytes: int, begun: Path) -> contextlib.AbstractContextManager[None]:
         return claim_room(config.disk_bytes, data, need_bytes, "the checkpoint", but=begun)
 
+    def committing(digest: str) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        reporter.committing(digest)
+
     def converted(directory: Path, *, in_place: bool = False) -> str:
         return convert(
             directory,
@@ -115,7 +119,7 @@ def _ingest(config: NodeConfig, source: Source, reporter: Reporter) -> tuple[str
             claim=claim,
             in_place=in_place,
             resumed=stage.resumed,
-            committing=_heed_no_sigterm,
+            committing=committing,
         )
 
     if isinstance(source, PathSource):
@@ -163,10 +167,6 @@ def _own_stdout() -> int:
     own = os.dup(1)
     os.dup2(2, 1)
     return own
-
-
-def _heed_no_sigterm() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ def convert(
     claim: Claim | None = None,
     in_place: bool = False,
     resumed: Callable[[int], None] = lambda _: None,
-    committing: Callable[[], None] = lambda: None,
+    committing: Callable[[str], None] = lambda _: None,
 ) -> str:
     """Make a checkpoint of a model directory and return its digest; one that is already there, and sound, is left alone.
 
@@ -62,10 +62,12 @@ def convert(
     files are as they were; ``resumed`` hears, before the first progress, how many bytes need not be read.
 
     ``temporary`` must lie on the file system of ``checkpoints``. ``progress`` hears (done, total) bytes.
-    ``claim`` is entered while the room for the weights is reserved, and may raise. ``committing`` is called when all is written
-    and about to be put where it is found. With ``in_place`` the model's own files are
-    the weights of the checkpoint, which only refers to them. Raises
-    InvalidCheckpoint for a model that is damaged, hostile or cannot be run, OutOfSpace for a full disk; then nothing is left.
+    ``claim`` is entered while the room for the weights is reserved, and may raise. ``committing`` hears the digest when all is
+    written and about to be put where it is found. With ``in_place`` the model's own files are the weights of the checkpoint,
+    which only refers to them.
+
+    Raises InvalidCheckpoint for a model that is damaged, hostile or cannot be run, OutOfSpace for a full disk; then nothing is
+    left.
     """
     directory = SourceDirectory(source)
     key = hashlib.sha256(os.fsencode(directory.path)).hexdigest()[:32]
@@ -129,7 +131,7 @@ def convert(
         data = encode_manifest(manifest)
         read_index(new, decode_manifest(data))  # what cannot be read back must never be committed
         (new / catalog.MANIFEST_FILE).write_bytes(data)
-        committing()
+        committing(manifest.digest)
         catalog.commit(new, checkpoints / manifest.digest / layout, staging / "replaced")
         return manifest.digest
 

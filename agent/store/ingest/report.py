@@ -12,7 +12,7 @@ import time
 from typing import Final
 
 from schema.errors import Fault
-from schema.link import Message, OperationDone, Progress, encode_frame
+from schema.link import Committing, Message, OperationDone, Progress, encode_frame
 from schema.states import Tier
 
 __all__ = ["Reporter"]
@@ -22,8 +22,8 @@ _log = logging.getLogger(__name__)
 
 
 class Reporter:
-    """Writes `Progress` at most ten times a second, and one `OperationDone`. Safe to call from several threads. What nobody
-    reads any more is not written."""
+    """Writes `Progress` at most ten times a second, of an ingest `Committing`, and one `OperationDone`. Safe to call from
+    several threads. What nobody reads any more is not written."""
 
     def __init__(self, descriptor: int, op: str) -> None:
         self._descriptor = descriptor
@@ -44,6 +44,11 @@ class Reporter:
             self._said_at = now
             step = Progress(op=self._op, stage=stage, done_bytes=done_bytes, total_bytes=total_bytes, source=source)
             self._write(step)
+
+    def committing(self, digest: str) -> None:
+        """Say which checkpoint is about to be put where it is found."""
+        with self._lock:
+            self._write(Committing(op=self._op, digest=digest))
 
     def done(self, digest: str, fault: Fault | None, layout: str = "", note: str = "", read_bytes: int = 0) -> None:
         """Say how it ended."""

@@ -18,7 +18,7 @@ from agent.daemon import zygote
 from agent.daemon.pins import Pins
 from agent.store import catalog
 from agent.store.catalog import mark_verified, quarantine, release, unmark_verified
-from schema.checkpoint import AssetEntry, decode_manifest, encode_manifest
+from schema.checkpoint import LAYOUT, AssetEntry, decode_manifest, encode_manifest
 from schema.errors import Fault
 from schema.ids import epoch_of
 from schema.link import (
@@ -168,6 +168,33 @@ async def test_a_cancel_comes_too_late_for_an_ingest_that_has_brought_a_checkpoi
     assert [(p.tier, p.state) for p in told.truth.placements] == [(Tier.DISK, TierState.RESIDENT)]
     ended = ended or await done(manager, "op_1")
     assert (ended.digest, ended.fault) == (other, None)
+
+
+@pytest.mark.parametrize("how", ["killed", "cancelled"])
+@pytest.mark.parametrize("there", [True, False])
+async def test_what_is_ended_while_it_commits_has_ended_well_if_its_checkpoint_is_there(
+    node: Node, how: str, there: bool
+) -> None:
+    manager = await node.manager()
+    other = "ef" * 32
+    make_checkpoint(node.directory / "made", other, LAYOUT)
+    rename = f"os.rename({str(node.directory / 'made' / other)!r}, {str(node.config.checkpoints_path / other)!r})\n"
+    child(
+        node,
+        f"say(Committing(op=op, digest={other!r}))\nsay(Progress(op=op, stage='ingest', done_bytes=1, total_bytes=1))\n"
+        + (rename if there else "")
+        + ("os.kill(os.getpid(), 9)" if how == "killed" else "time.sleep(600)"),
+    )
+    manager.send(Ingest(op="op_1", source=SOURCE))
+    if how == "cancelled":
+        await node.until((node.config.checkpoints_path / other).exists if there else lambda: True)
+        await manager.take(Progress)
+        manager.send(CancelOperation(op="op_1"))
+    if there:
+        told = await manager.take(PlacementUpdate, lambda m: m.truth.digest == other)
+        assert [(p.tier, p.state) for p in told.truth.placements] == [(Tier.DISK, TierState.RESIDENT)]
+    ended = await done(manager, "op_1")
+    assert (ended.digest, ended.fault is None) == ((other, True) if there else ("", False))
 
 
 async def test_an_ingest_is_forked_by_the_zygote_and_outlives_it(node: Node) -> None:

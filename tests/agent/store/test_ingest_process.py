@@ -23,7 +23,7 @@ import pytest
 
 from agent.config import NodeConfig
 from agent.store import catalog
-from schema.link import FrameDecoder, OperationDone, Progress
+from schema.link import Committing, FrameDecoder, OperationDone, Progress
 from schema.spec import HubSource, PathSource, Source
 from tests.checkpoints import make_llama_dir
 
@@ -62,7 +62,8 @@ class Node:
 
     def finish(self, child: subprocess.Popen[bytes]) -> tuple[int, list[Progress], OperationDone]:
         out, _ = child.communicate(timeout=100)
-        *steps, done = FrameDecoder[Any](Progress | OperationDone).feed(out)
+        *said, done = FrameDecoder[Any](Progress | Committing | OperationDone).feed(out)
+        steps = [each for each in said if isinstance(each, Progress)]
         assert isinstance(done, OperationDone)
         assert done.op == "op1"
         return child.returncode, steps, done
@@ -141,7 +142,7 @@ def test_sigterm_cancels_and_leaves_what_the_next_one_goes_on_with(node: Node, t
     head = os.read(child.stdout.fileno(), 1 << 16)
     child.send_signal(signal.SIGTERM)
     rest, _ = child.communicate(timeout=60)
-    *_, done = FrameDecoder[Any](Progress | OperationDone).feed(head + rest)
+    *_, done = FrameDecoder[Any](Progress | Committing | OperationDone).feed(head + rest)
     if done.fault is None:  # it was over before the signal came
         assert child.returncode == 0
     else:
@@ -177,6 +178,17 @@ def test_sigterm_after_the_commit_comes_too_late(node: Node, tmp_path: Path) -> 
     assert (code, done.fault) == (0, None)
     assert list(catalog.scan(node.data / "checkpoints")) == [done.digest]
     assert list((node.data / "tmp").iterdir()) == []
+
+
+def test_what_is_killed_after_the_commit_has_said_what_it_commits(node: Node, tmp_path: Path) -> None:
+    source = PathSource(str(make_llama_dir(tmp_path / "m")))
+    child = node.start(source, before=TIDIES_LATE, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stderr is not None
+    assert child.stderr.read(len(b"committed")) == b"committed"
+    child.kill()
+    out, _ = child.communicate(timeout=60)
+    *_, said = FrameDecoder[Any](Progress | Committing | OperationDone).feed(out)
+    assert list(catalog.scan(node.data / "checkpoints")) == [said.digest]
 
 
 def test_sigterm_during_a_download_waits_for_nothing(node: Node, hub: tuple[dict[str, str], list[str]]) -> None:

@@ -21,6 +21,7 @@ from schema.link import (
     AttemptTruth,
     Cancel,
     ChildExited,
+    Committing,
     Forked,
     ForkIngest,
     FrameDecoder,
@@ -393,7 +394,7 @@ def test_an_ingest_is_forked(here: Node, tmp_path: Path) -> None:
     source = make_llama_dir(tmp_path / "source")
     here.config.log_path.mkdir(parents=True)
     _, zygote, _ = here.zygote()
-    decoder: FrameDecoder[Any] = FrameDecoder(Progress | OperationDone)
+    decoder: FrameDecoder[Any] = FrameDecoder(Progress | Committing | OperationDone)
     for op, path, code in (("op_1", source, 0), ("op_2", tmp_path / "not there", 1)):
         pid, reading = fork_ingest(zygote, op, PathSource(str(path)))
         with os.fdopen(reading, "rb") as pipe:
