@@ -79,18 +79,19 @@ def apply(
 
     entries = _entries(files)
     specs = [entry.spec for entry in entries]
-    with invocation.admin() as admin:
+    patience = invocation.patience(timeout)
+    with invocation.admin(patience) as admin:
         told = _plan(admin, entries, deploy=not no_deploy, prune=prune)
         going = [each.name for each in told if each.action == "removed"]
         if not dry_run:
             if going:
                 confirm(f"Remove {', '.join(going)}, which no file has, and the checkpoints that no other model uses?", yes)
+                patience.restart()
             told = admin.ask(client.apply_models(specs, going, deploy=not no_deploy))
         show_items(form, told, _COLUMNS, lambda each: each.name)
         if dry_run:
             note("nothing was changed")
         elif wait:
-            patience = invocation.patience(timeout)
             until: Until = "ingested" if no_deploy else "ready"
             with Refusals() as refusals:
                 refusals.each([spec.name for spec in specs], lambda name: wait_for(admin, name, until, patience))

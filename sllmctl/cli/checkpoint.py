@@ -99,10 +99,10 @@ def prefetch(
     from schema.states import Tier
     from sllmctl import client
 
-    patience = None if no_wait else invocation.patience(timeout)
-    with invocation.admin() as admin:
+    patience = invocation.patience(timeout)
+    with invocation.admin(patience) as admin:
         begun = admin.ask(client.prefetch_checkpoint(reference, node, Tier(tier)))
-        finish_operations(admin, form, begun, patience)
+        finish_operations(admin, form, begun, None if no_wait else patience)
 
 
 @command.command("verify")
@@ -124,10 +124,10 @@ def verify(
     """
     from sllmctl import client
 
-    patience = None if no_wait else invocation.patience(timeout)
-    with invocation.admin() as admin:
+    patience = invocation.patience(timeout)
+    with invocation.admin(patience) as admin:
         begun = admin.ask(client.verify_checkpoint(reference, node))
-        finish_operations(admin, form, begun, patience)
+        finish_operations(admin, form, begun, None if no_wait else patience)
 
 
 @command.command("pin")
@@ -209,10 +209,10 @@ def publish(
     """
     from sllmctl import client
 
-    patience = None if no_wait else invocation.patience(timeout)
-    with invocation.admin() as admin:
+    patience = invocation.patience(timeout)
+    with invocation.admin(patience) as admin:
         begun = admin.ask(client.publish_checkpoint(reference, url, node))
-        finish_operations(admin, form, begun, patience)
+        finish_operations(admin, form, begun, None if no_wait else patience)
 
 
 @command.command("fetch")
@@ -246,10 +246,10 @@ def fetch(
     from schema.states import Tier
     from sllmctl import client
 
-    patience = None if no_wait else invocation.patience(timeout)
-    with invocation.admin() as admin:
+    patience = invocation.patience(timeout)
+    with invocation.admin(patience) as admin:
         begun = admin.ask(client.fetch_checkpoint(reference, url, node, Tier(tier)))
-        finish_operations(admin, form, begun, patience)
+        finish_operations(admin, form, begun, None if no_wait else patience)
 
 
 @command.command("forget")
@@ -322,10 +322,10 @@ def remove(
             found = admin.ask(client.checkpoint(reference))
         what = f"{found.digest[:16]} ({', '.join(found.models) or 'no model uses it'}, {size(found.image_bytes)})"
         confirm(f"{_last(found, node, tier)}Remove checkpoint {what} from {where}?", yes)
-    patience = None if no_wait else invocation.patience(timeout)
-    with invocation.admin() as admin:
+    patience = invocation.patience(timeout)
+    with invocation.admin(patience) as admin:
         begun = admin.ask(client.drop_checkpoint(reference, node, Tier(tier) if tier is not None else None))
-        finish_operations(admin, form, begun, patience)
+        finish_operations(admin, form, begun, None if no_wait else patience)
 
 
 def _sound(found: CheckpointView) -> set[str]:

@@ -38,12 +38,13 @@ class Invocation:
         own = {key.replace("__", "."): value for key, value in more.items() if value is not None}
         return Settings.load({**self.flags, **own}, os.environ, self.file)
 
-    def admin(self) -> AdminClient:
-        """A client of the manager that the settings name; use it as a context manager."""
+    def admin(self, patience: Patience | None = None) -> AdminClient:
+        """A client of the manager that the settings name, which asks no longer than ``patience`` lasts; use it as a context
+        manager."""
         from sllmctl.client import AdminClient
 
         settings = self.settings()
-        return AdminClient(settings.admin_socket, settings.client)
+        return AdminClient(settings.admin_socket, settings.client, patience)
 
     def patience(self, timeout_s: float | None) -> Patience:
         """How long a command waits: as long as it was told to, else as the settings say."""
@@ -78,7 +79,7 @@ def report_option(command: F) -> F:
 
 
 def timeout_option(command: F) -> F:
-    """``--timeout SECONDS``, for `Invocation.patience`."""
+    """``--timeout SECONDS``, for `Invocation.patience`; whatever the command asks the manager is to keep to it."""
     return click.option("--timeout", type=Real(0, min_open=True), metavar="SECONDS", help="Wait no longer.")(command)
 
 

@@ -157,14 +157,16 @@ class Refusals:
             raise click.exceptions.Exit(self._codes[0])
 
     def each(self, names: Iterable[str], act: Callable[[str], object]) -> list[str]:
-        """Do it to each, once, and return those that it was not refused for. Raises Unreachable: nobody else will answer."""
+        """Do it to each, once, and return those that it was not refused for. Raises Unreachable and NoAnswer: nobody else will
+        answer, or in time."""
         from schema.errors import SllmError, Unreachable
+        from sllmctl.client import NoAnswer
 
         done = []
         for name in dict.fromkeys(names):
             try:
                 act(name)
-            except Unreachable:
+            except (Unreachable, NoAnswer):
                 raise
             except SllmError as error:
                 self._codes.append(_failed(error))

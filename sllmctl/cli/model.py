@@ -128,7 +128,7 @@ def add(
     }
     spec = parse_spec({key: value for key, value in given.items() if value is not None})
     patience = invocation.patience(timeout)
-    with invocation.admin() as admin:
+    with invocation.admin(patience) as admin:
         admin.ask(client.add_model(spec, deploy=deploy))
         if wait or deploy:
             wait_for(admin, name, "ready" if wait and deploy else "ingested", patience)
@@ -153,11 +153,12 @@ def deploy(invocation: Invocation, /, name: str, wait: bool, timeout: float | No
     from sllmctl.cli.diagnostics import note
     from sllmctl.cli.waiting import wait_for
 
-    with invocation.admin() as admin:
+    patience = invocation.patience(timeout)
+    with invocation.admin(patience) as admin:
         changed = _given_scale(scale)
         admin.ask(client.deploy_model(name, _changed(admin.ask(client.model(name)).spec.scale, changed) if changed else None))
         if wait:
-            wait_for(admin, name, "ready", invocation.patience(timeout))
+            wait_for(admin, name, "ready", patience)
     note(f"model {name} is deployed")
 
 
@@ -182,13 +183,14 @@ def scale(invocation: Invocation, /, name: str, wait: bool, timeout: float | Non
     changed = _given_scale(scale)
     if not changed:
         raise click.UsageError("say what to change: --min, --max, --keep-alive, --concurrency or --queue-limit")
-    with invocation.admin() as admin:
+    patience = invocation.patience(timeout)
+    with invocation.admin(patience) as admin:
         view = admin.ask(client.model(name))
         if view.state != "deployed":
             raise Conflict(f"model {name} is {view.state}, not deployed; `sllmctl model deploy {name}` takes the same options")
         admin.ask(client.deploy_model(name, _changed(view.spec.scale, changed)))
         if wait:
-            wait_for(admin, name, "ready", invocation.patience(timeout))
+            wait_for(admin, name, "ready", patience)
     note(f"model {name} is scaled")
 
 
@@ -209,7 +211,7 @@ def stop(invocation: Invocation, names: tuple[str, ...], yes: bool, wait: bool, 
 
     confirm(f"Stop {', '.join(names)}?", yes)
     words = ("stopping", "stopped")
-    _end(invocation, names, client.stop_model, "stopped", words, invocation.patience(timeout) if wait else None)
+    _end(invocation, names, client.stop_model, "stopped", words, invocation.patience(timeout), wait=wait)
 
 
 @command.command("rm")
@@ -229,7 +231,7 @@ def rm(invocation: Invocation, names: tuple[str, ...], yes: bool, wait: bool, ti
 
     confirm(f"Remove {', '.join(names)}, and the checkpoints that no other model uses?", yes)
     words = ("being removed", "removed")
-    _end(invocation, names, client.remove_model, "gone", words, invocation.patience(timeout) if wait else None)
+    _end(invocation, names, client.remove_model, "gone", words, invocation.patience(timeout), wait=wait)
 
 
 @command.command("ls")
@@ -314,26 +316,27 @@ def _end(
     call: Callable[[str], Call[Any]],
     until: Until,
     words: tuple[str, str],
-    patience: Patience | None,
+    patience: Patience,
+    *,
+    wait: bool,
 ) -> None:
-    """Ask it of all the models, then with ``patience`` wait for each; ``words`` say what it is then, and in the end."""
+    """Ask it of all the models, then with ``wait`` wait for each; ``words`` say what it is then, and in the end."""
     from sllmctl.cli.diagnostics import Refusals, note
     from sllmctl.cli.waiting import wait_for
 
     def ask(name: str) -> None:
         admin.ask(call(name))
-        if patience is None or len(names) > 1:
+        if not wait or len(names) > 1:
             note(f"model {name} is {words[0]}")
 
-    def wait(name: str) -> None:
-        assert patience is not None
+    def await_end(name: str) -> None:
         wait_for(admin, name, until, patience)
         note(f"model {name} is {words[1]}")
 
-    with invocation.admin() as admin, Refusals() as refusals:
+    with invocation.admin(patience) as admin, Refusals() as refusals:
         begun = refusals.each(names, ask)
-        if patience is not None:
-            refusals.each(begun, wait)
+        if wait:
+            refusals.each(begun, await_end)
 
 
 def _given_scale(options: dict[str, Any]) -> dict[str, Any]:

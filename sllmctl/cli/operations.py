@@ -23,7 +23,8 @@ _DOING = {"prefetch": "loading to", "verify": "verifying", "drop": "dropping fro
 
 
 def finish_operations(admin: AdminClient, form: Format, operations: Sequence[OperationView], patience: Patience | None) -> None:
-    """Show the operations, once they have ended; without ``patience`` as they are. Each one's fault is told.
+    """Show the operations, once they have ended; without ``patience`` as they are. Each one's fault is told. The patience is
+    ``admin``'s own limit.
 
     Raises the first of the faults, TimedOut when they go on after the patience has run out.
     """
@@ -55,13 +56,13 @@ def _wait(admin: AdminClient, operations: Sequence[OperationView], patience: Pat
     with ProgressLine() as line:
         for operation in operations:
             while operation.ended_at is None:
-                if not (left_s := patience.left_s):
+                if not patience.left_s:
                     raise TimedOut(
                         f"{operation.id} ({operation.kind}) has not ended after {patience}; it goes on, "
                         f"`sllmctl operation show {operation.id}` says how"
                     )
                 line.show(_doing(operation), operation.progress)
-                operation = admin.ask(client.wait_operation(operation.id, min(hold_s, left_s)))
+                operation = admin.ask(client.wait_operation(operation.id, patience.hold_s(hold_s)))
             ended.append(operation)
     return ended
 

@@ -107,7 +107,7 @@ def command(invocation: Invocation, targets: tuple[str, ...], condition: str, ti
             _wait(asked, target, condition, patience, line)
         note(f"{target}: {condition}")
 
-    with invocation.admin() as admin, Refusals() as refusals:
+    with invocation.admin(patience) as admin, Refusals() as refusals:
         asked = PatientClient(admin, patience)
         refusals.each(wanted, wait)
 

@@ -23,20 +23,28 @@ _HOLD_TERMINAL_S, _HOLD_LOG_S = 0.5, 5.0
 _DOING = {"ingested": "ingesting", "ready": "starting", "stopped": "stopping", "gone": "removing"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Patience:
-    """``timeout_s`` seconds from now for all that a command waits for."""
+    """``timeout_s`` seconds from now for all that a command waits for: every answer of the manager's, and what is to come."""
 
     timeout_s: float
     _ends_at: float = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_ends_at", time.monotonic() + self.timeout_s)
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from now: until now a person was waited for."""
+        self._ends_at = time.monotonic() + self.timeout_s
 
     @property
     def left_s(self) -> float:
         """What is left of it, 0 when it has run out."""
         return max(0.0, self._ends_at - time.monotonic())
+
+    def hold_s(self, longest_s: float) -> float:
+        """How long the manager may hold its next answer: half of what is left at most, so that it comes before the end does."""
+        return min(longest_s, self.left_s / 2)
 
     def __str__(self) -> str:
         return f"{self.timeout_s:g} s"
@@ -50,7 +58,8 @@ class Asked(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PatientClient:
-    """Asks a manager that may not be there yet, or that is away for a restart: again and again as long as the patience lasts.
+    """Asks a manager that may not be there yet, or that is away for a restart: again and again as long as the patience lasts,
+    which is ``admin``'s own limit.
 
     Only for what may be asked twice. What no wait can mend is raised at once: a socket of another user's, or no socket at all.
     """
@@ -59,8 +68,7 @@ class PatientClient:
     patience: Patience
 
     def ask(self, call: Call[T]) -> T:
-        """The answer. Raises TimedOut when no manager has answered meanwhile, and what else the client raises."""
-        from schema.errors import TimedOut
+        """The answer. Raises what the client raises; NoManager only through NoAnswer, since it has the same patience."""
         from sllmctl.client import NoManager
 
         with ProgressLine() as line:
@@ -68,20 +76,19 @@ class PatientClient:
                 try:
                     return self.admin.ask(call)
                 except NoManager as error:
-                    if not (left_s := self.patience.left_s):
-                        raise TimedOut(f"{error} ({self.patience} were waited)") from error
                     line.show(f"waiting for a manager: {error}", None)
-                    time.sleep(min(_AGAIN_S, left_s))
+                    time.sleep(min(_AGAIN_S, self.patience.left_s))
 
 
 @contextlib.contextmanager
 def told_of(noun: str, name: str) -> Iterator[None]:
     """What goes wrong with a thing is raised under its name, since others may be waited for beside it."""
     from schema.errors import Fault, SllmError, Unreachable
+    from sllmctl.client import NoAnswer
 
     try:
         yield
-    except Unreachable:
+    except (Unreachable, NoAnswer):
         raise
     except SllmError as error:
         if any(f"{noun} {said}" in error.message for said in (name, repr(name))):
@@ -116,7 +123,7 @@ def wait_for(admin: Asked, name: str, until: Until, patience: Patience) -> Model
         while True:
             left_s = patience.left_s
             try:
-                answer = admin.ask(client.wait_model(name, until, min(hold_s, left_s)))
+                answer = admin.ask(client.wait_model(name, until, patience.hold_s(hold_s)))
             except NotFound:
                 if until == "gone":
                     return None

@@ -6,18 +6,18 @@ import socket
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import httpx
 
 from schema.admin import LogFrame, StreamFrame, StreamKind
-from schema.errors import Unauthorised, Unreachable
+from schema.errors import TimedOut, Unauthorised, Unreachable
 from sllmctl.client.answers import problem
 from sllmctl.client.calls import Call, LogQuery
 from sllmctl.client.stream import Frames
 from sllmctl.config import ClientSettings
 
-__all__ = ["AdminClient", "AsyncAdminClient", "NoManager"]
+__all__ = ["AdminClient", "AsyncAdminClient", "NoAnswer", "NoManager"]
 
 T = TypeVar("T")
 _BASE_URL = "http://sllmctl/admin/v1/"
@@ -30,11 +30,27 @@ class NoManager(Unreachable):
     itself is wrong: that is plain Unreachable, as what a manager's own answer may say of a node."""
 
 
-class AdminClient:
-    """Asks the manager at a unix socket and waits for the answer."""
+class NoAnswer(TimedOut):
+    """No manager answered for as long as whoever asks wanted to wait at all; no further one is worth asking for."""
 
-    def __init__(self, path: Path, settings: ClientSettings) -> None:
+
+class Limit(Protocol):
+    """How long whoever asks waits for all its answers together; ``str()`` says that."""
+
+    @property
+    def left_s(self) -> float: ...
+
+
+_LEAST_S: Final = 1.0
+"""An answer is waited for so long however little is left: what a command that ran out of time says is then how things are."""
+
+
+class AdminClient:
+    """Asks the manager at a unix socket and waits for the answer; for no answer longer than ``limit`` has left."""
+
+    def __init__(self, path: Path, settings: ClientSettings, limit: Limit | None = None) -> None:
         self._socket, self._settings, self._knocked = path, settings, False
+        self._limit = limit
         self._followed: socket.socket | None = None
         self._broken_off = False
         self._http = httpx.Client(
@@ -48,17 +64,25 @@ class AdminClient:
         self.close()
 
     def ask(self, call: Call[T]) -> T:
-        """The answer. Raises NoManager, Unreachable (what is there is no socket), Unauthorised (it is another user's), or what
-        the answer's body says."""
+        """The answer. Raises NoManager, Unreachable (what is there is no socket), Unauthorised (it is another user's), NoAnswer
+        (the limit has run out), or what the answer's body says."""
+        try:
+            answer = self._answer(call)
+        except NoManager as error:
+            if self._limit is None or self._limit.left_s:
+                raise
+            raise NoAnswer(f"{error} ({self._limit} were waited)") from error
+        return _result(call, answer, self._socket)
+
+    def _answer(self, call: Call[Any]) -> httpx.Response:
         if not self._knocked:
             _knock(self._socket)
             self._knocked = True
         try:
-            answer = self._http.request(**_arguments(call, self._settings))
+            return self._http.request(**_arguments(call, self._settings, self._limit))
         except httpx.TransportError as error:
             self._knocked = False  # another may stand behind the door when it is asked again
             raise _unanswered(self._socket, error) from error
-        return _result(call, answer, self._socket)
 
     def follow(self, cursor: str | None = None, kinds: Sequence[StreamKind] = ()) -> Iterator[StreamFrame]:
         """The event stream from ``cursor`` on (a frame's), or with a whole picture first; of these ``kinds``, else of all.
@@ -177,8 +201,12 @@ def _log_following(wanted: LogQuery, settings: ClientSettings) -> dict[str, Any]
     }
 
 
-def _arguments(call: Call[Any], settings: ClientSettings) -> dict[str, Any]:
-    timeout = httpx.Timeout(settings.answer_s + call.hold_s, connect=settings.connect_s)
+def _arguments(call: Call[Any], settings: ClientSettings, limit: Limit | None = None) -> dict[str, Any]:
+    answer_s, connect_s = settings.answer_s + call.hold_s, settings.connect_s
+    if limit is not None:
+        answer_s = min(answer_s, max(limit.left_s, call.hold_s + _LEAST_S))
+        connect_s = min(connect_s, answer_s)
+    timeout = httpx.Timeout(answer_s, connect=connect_s)
     headers = {"content-type": "application/json"} if call.body is not None else {}
     return {
         "method": call.method,

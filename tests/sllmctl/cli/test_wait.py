@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 from msgspec.structs import replace
@@ -20,7 +22,8 @@ from schema.admin import PublicationView
 from schema.errors import Fault
 from schema.states import InstanceState, NodeState, RequestState, TierState
 from sllmctl.cli import wait, waiting
-from sllmctl.client import AdminClient, Call, NoManager
+from sllmctl.cli.main import run
+from sllmctl.client import AdminClient, Call, NoManager, transport
 from tests.sllmctl.cli.conftest import Sllmctl
 from tests.sllmctl.fake_manager import CHECKPOINTS, INSTANCES, MODELS, NODES, OPERATIONS, REQUESTS, FakeManager
 
@@ -32,6 +35,8 @@ _PUBLISHED = replace(_CHECKPOINT, publications=(PublicationView(url="file:///a",
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wait, "_LOOK_S", 0.001)
+    # A busy machine may take its time for the last answer, too.
+    monkeypatch.setattr(transport, "_LEAST_S", 60.0)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +196,65 @@ def test_a_manager_that_does_not_come_in_time(sllmctl: Sllmctl, monkeypatch: pyt
     assert said.code == 7
     assert "no manager answers at" in said.err
     assert "`sllmctl serve` (0.0125 s were waited)" in said.err
+
+
+@contextlib.contextmanager
+def _hanging(path: Path) -> Iterator[None]:
+    """A manager that takes every connection, and never answers."""
+    with socket.socket(socket.AF_UNIX) as hung:
+        hung.bind(str(path))
+        hung.listen(64)
+        yield
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "wait node/local node/gpu1 --for ready",
+        "wait model/qwen model/coming --for ready",
+        "model add qwen ORG/NAME --deploy",
+        "model deploy qwen --wait",
+        "model scale qwen --min 1",
+        "model stop qwen coming -y --wait",
+        "model rm qwen -y",
+        "checkpoint prefetch qwen",
+        "checkpoint verify qwen --no-wait",
+        "checkpoint publish qwen",
+        "checkpoint fetch qwen",
+        "checkpoint rm qwen -y",
+        "apply -f SPEC",
+    ],
+)
+def test_a_manager_that_hangs_is_waited_for_no_longer_than_was_said(
+    alone: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    socket_path: Path,
+    tmp_path: Path,
+    command: str,
+) -> None:
+    spec = tmp_path / "model.yaml"
+    spec.write_text("name: qwen\nsource: {kind: hub, repo: ORG/NAME}\n")
+    patience: list[httpx.Timeout] = []
+    real = httpx.Client.request
+
+    def request(client: httpx.Client, *args: Any, timeout: httpx.Timeout, **more: Any) -> httpx.Response:
+        patience.append(timeout)
+        return real(client, *args, timeout=timeout, **more)
+
+    monkeypatch.setattr(httpx.Client, "request", request)
+    monkeypatch.setattr(transport, "_LEAST_S", 0.01)
+    monkeypatch.setenv("SLLM_ADMIN_SOCKET", str(socket_path))
+    with _hanging(socket_path):
+        code = run([*(str(spec) if word == "SPEC" else word for word in command.split()), "--timeout", "0.1"])
+    said = capsys.readouterr().err
+    assert code == 7, said
+    assert "did not answer in time" in said
+    assert "(0.1 s were waited)" in said
+    assert said.count("error:") == 1, "it was asked for something else afterwards"
+    for each in patience:
+        assert each.read is not None
+        assert each.read <= 0.1
 
 
 def test_what_is_no_socket_is_not_waited_for(sllmctl: Sllmctl, monkeypatch: pytest.MonkeyPatch, socket_path: Path) -> None:
