@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import enum
+import hashlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from msgspec import inspect
 
 from schema import link
 from schema.link import PROTOCOL, Message
 
 WRITTEN = Path(__file__).with_name("wire.txt")
+_WRITE = "`python -m tests.schema.test_wire`"
 
 
 def messages(base: type[Message] = Message) -> Iterator[type[Message]]:
@@ -64,16 +68,41 @@ def described(node: inspect.StructType | inspect.EnumType) -> str:
 
 def shape() -> str:
     found = {part.cls.__name__: described(part) for each in messages() for part in parts(inspect.type_info(each))}
-    return "\n".join([f"protocol {PROTOCOL}", *(found[name] for name in sorted(found))]) + "\n"
+    return "\n".join(found[name] for name in sorted(found)) + "\n"
+
+
+def written(old: str, protocol: int, shape: str) -> str:
+    """The file once it has this shape: below a line for each version of the protocol, which says what its shape's digest is and
+    stays for ever. Raises ValueError, which says what to do, for a shape that is not the one its version has there."""
+    known = [line for line in old.splitlines() if line.startswith("protocol ")]
+    line = f"protocol {protocol}: {hashlib.sha256(shape.encode()).hexdigest()}"
+    newest = max((int(each.split()[1].rstrip(":")) for each in known), default=0)
+    if protocol > newest:
+        known.append(line)
+    elif not known or known[-1] != line:
+        raise ValueError(
+            f"the messages are not those of protocol {newest}, which processes that live on may speak: raise PROTOCOL in "
+            f"schema/link/base.py to {newest + 1}, and PROTOCOL_OLDEST too unless both versions are understood; then {_WRITE}"
+        )
+    return "\n".join(known) + "\n" + shape
 
 
 def test_messages_are_those_of_this_version_of_the_protocol() -> None:
-    """A process that meets a field it does not know cuts the link and dials again; one of another version is told so, and ends.
+    """A process that meets a field it does not know cuts the link and dials again; one of another version hears so, and ends."""
+    old = WRITTEN.read_text()
+    assert old == written(old, PROTOCOL, shape()), f"write the new protocol down: {_WRITE}"
 
-    When this fails, raise `PROTOCOL` and `PROTOCOL_OLDEST` if the version that is written down may be in use anywhere, and
-    write the new shape down: ``python -m tests.schema.test_wire``.
-    """
-    assert shape() == WRITTEN.read_text()
+
+def test_other_messages_need_another_version() -> None:
+    first = written("", 1, "A\n")
+    assert written(first, 1, "A\n") == first
+    for protocol in (0, 1):
+        with pytest.raises(ValueError, match=r"not those of protocol 1.*raise PROTOCOL in schema/link/base\.py to 2"):
+            written(first, protocol, "B\n")
+    second = written(first, 2, "B\n")
+    assert [line.split()[:2] for line in second.splitlines()] == [["protocol", "1:"], ["protocol", "2:"], ["B"]]
+    with pytest.raises(ValueError, match="not those of protocol 2"):
+        written(second, 1, "A\n")
 
 
 def test_every_message_has_its_own_tag() -> None:
@@ -83,4 +112,7 @@ def test_every_message_has_its_own_tag() -> None:
 
 
 if __name__ == "__main__":
-    WRITTEN.write_text(shape())
+    try:
+        WRITTEN.write_text(written(WRITTEN.read_text(), PROTOCOL, shape()))
+    except ValueError as error:
+        sys.exit(str(error))
