@@ -88,7 +88,7 @@ def written(old: str, protocol: int, shape: str) -> str:
 
 
 def test_messages_are_those_of_this_version_of_the_protocol() -> None:
-    """A process that meets a field it does not know cuts the link and dials again; one of another version hears so, and ends."""
+    """A process that meets a field it does not know cuts the link and dials again; one of another version hears so."""
     old = WRITTEN.read_text()
     assert old == written(old, PROTOCOL, shape()), f"write the new protocol down: {_WRITE}"
 
