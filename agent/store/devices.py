@@ -24,6 +24,7 @@ from agent.store.cache import ArenaStore
 from agent.store.catalog import CatalogEntry
 from agent.store.device_load import DeviceLoad
 from agent.store.fills import clash, read_copy
+from agent.store.residency import OF_NO_USE
 from agent.store.streaming import Streams
 from schema.errors import Cancelled, Conflict, Fault, InvalidCheckpoint, InvalidInput, NotFound, OutOfSpace, SllmError
 from schema.link import DeviceWeights
@@ -51,8 +52,8 @@ class DeviceListener(Protocol):
     def on_device(self, op: str, digest: str, weights: tuple[DeviceWeights, ...], source: Tier, read_bytes: int) -> None: ...
 
     def evicting(self, weights: DeviceWeights, why: str, for_digest: str) -> None:
-        """To be answered by `DeviceStore.released`, when no descriptor of these is held any more. ``why`` they go, "" if they
-        were asked to, and for which other checkpoint if it is for one."""
+        """To be answered by `DeviceStore.released`, when no descriptor of these is held any more. ``why`` they go, "" if their
+        checkpoint was asked to, and for which other checkpoint if it is for one."""
 
     def layers_usable(self, digest: str, count: int) -> None:
         """The first ``count`` layers of weights that are being loaded are there. Said on the copying thread."""
@@ -244,7 +245,7 @@ class DeviceStore:
         weights = self._weights.get((digest, device))
         if weights is None or weights.image_id != image_id:
             raise NotFound(f"image {image_id} of checkpoint {digest} is not on device {device}")
-        self._drop(weights)
+        self._drop(weights, OF_NO_USE)
 
     def drop(self, digest: str) -> None:
         """Free weights on the devices where nobody uses them. Raises Conflict where all are used, NotFound."""

@@ -16,17 +16,19 @@ from agent.store.room import FreeChunks
 from schema.errors import Conflict, NotFound, OutOfSpace
 from schema.link import Resident
 
-__all__ = ["Residency"]
+__all__ = ["OF_NO_USE", "Residency"]
 
 _CONDEMNED_BEFORE: Final = "its image in memory was found wrong before the store was started"
-_OF_NO_USE: Final = "another image of it is wanted, or no copy on the disk can be used with it any more"
+OF_NO_USE: Final = "another image of it is wanted, or no copy on the disk can be used with it any more"
+"""Why an image goes that nobody asked to drop by its checkpoint's name."""
 _MAKE_ROOM: Final = "to make room"
 
 
 class Residency:
     """The residents of one arena, and its free chunks and slots. One thread calls it.
 
-    ``evicted`` hears of what went, why, and for which other if it was for one, before its chunks are given away. ``compared``
+    ``evicted`` hears of what went without being dropped by its name, why, and for which other if it was for one, before its
+    chunks are given away. ``compared``
     says what must stay where it is since it is being compared.
     """
 
@@ -136,7 +138,7 @@ class Residency:
             return False
         if digest in self._compared() or self._lent[digest]:
             return False
-        self._evict(occupant, self._condemned.get(digest, _OF_NO_USE))
+        self._evict(occupant, self._condemned.get(digest, OF_NO_USE))
         return True
 
     # --- room
@@ -202,6 +204,9 @@ class Residency:
                 self._leaving.add(digest)
             then = "it goes after that" if image_id else "wait until that has ended"
             raise Conflict(f"checkpoint {digest} is just being {what}; {then}")
+        if image_id:
+            self._evict(occupant, self._condemned.get(digest, OF_NO_USE))
+            return
         self._forget(occupant)
         self.release(occupant)
 

@@ -120,7 +120,7 @@ class DropResident(Message, frozen=True, kw_only=True, tag="dropresident"):
     """Agent -> store: free a checkpoint's chunks; answered by `OperationDone`, a Conflict when it has users or is pinned.
 
     With ``image_id`` only those of this image, which is of no use any more: no pin keeps it, nor who is counted, since those
-    wait for another. A Conflict when its own copy is just being fetched.
+    wait for another; `Evicted` tells why. A Conflict when its own copy is just being fetched.
     """
 
     op: str
@@ -251,7 +251,8 @@ class ReserveDevice(Message, frozen=True, kw_only=True, tag="reservedevice"):
 class DropDevice(Message, frozen=True, kw_only=True, tag="dropdevice"):
     """Agent -> store: free a checkpoint on the devices where nobody uses it; `OperationDone` follows on `EvictedDevice`.
 
-    With ``device`` only the weights of this image there, which are of no use any more: who is counted waits for others.
+    With ``device`` only the weights of this image there, which are of no use any more: who is counted waits for others, and
+    `EvictedDevice` tells why.
     """
 
     op: str
@@ -262,7 +263,7 @@ class DropDevice(Message, frozen=True, kw_only=True, tag="dropdevice"):
 
 class EvictedDevice(Message, frozen=True, kw_only=True, tag="evicteddevice"):
     """Store -> agent: close your descriptor of these weights, map them nowhere any more, and answer with `ReleasedDevice`.
-    ``why`` and ``for_digest`` as in `Evicted`; without a ``why`` they were asked to go."""
+    ``why`` and ``for_digest`` as in `Evicted`; without a ``why`` their checkpoint was asked to go."""
 
     id: str
     why: str = ""

@@ -18,6 +18,7 @@ import pytest
 from agent.config import NodeConfig
 from agent.daemon.supervisor import spawn_process
 from agent.store import catalog
+from agent.store.residency import OF_NO_USE
 from schema.link import (
     CancelOperation,
     Fetch,
@@ -25,6 +26,7 @@ from schema.link import (
     InstanceTruth,
     InstanceUpdate,
     LoadCheckpoint,
+    NodeEvent,
     OperationDone,
     PinTo,
     PlacementUpdate,
@@ -144,6 +146,9 @@ async def test_an_image_gives_way_to_the_one_that_a_start_has_fetched(node: Stor
     attach = node.workers[-1].attach
     assert attach is not None
     assert attach.image_id == catalog.read_entry(node.local).manifest.image_id
+    (told,) = [message for message in manager.seen if isinstance(message, NodeEvent)]
+    assert (told.reason, told.digest) == ("Evicted", node.digest)
+    assert told.message == f"from memory, {IMAGE_BYTES} bytes: {OF_NO_USE}"
 
 
 async def test_a_start_serves_from_the_image_that_lay_there_if_that_is_what_it_fetches(node: StoreNode) -> None:

@@ -101,7 +101,7 @@ class Budget(RuleBasedStateMachine):
             self.bench.store.give_back(digest)
         else:
             self.bench.store.drop(digest, image_id)
-        assert self.bench.told.gone == ([digest] if lent else [])
+        assert self.bench.told.gone == [digest]
         del self.users[digest]
         self.order.remove(digest)
 

@@ -23,6 +23,7 @@ from agent.native.reader import Priority
 from agent.store import catalog
 from agent.store.devices import DeviceStore
 from agent.store.remote.fetches import Fetches
+from agent.store.residency import OF_NO_USE
 from schema.errors import Conflict, Fault, NotFound, TimedOut
 from schema.link import DeviceWeights, Fetching
 from schema.states import Tier
@@ -276,6 +277,7 @@ def test_drop_frees_idle_copies_and_says_why_not(node: Devices, tmp_path: Path) 
             node.store.let_go(made[0], image, device)
     node.store.let_go(made[0], image_id, 0)
     assert node.store.weights == (), "who is counted there waits for others"
+    assert node.evictions[-1] == (made[0], OF_NO_USE, "")
     node.quiet()
     node.check_unwound()
 

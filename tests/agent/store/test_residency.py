@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from agent.native.arena import Arena
-from agent.store import residency
-from agent.store.residency import Residency
+from agent.store.residency import OF_NO_USE, Residency
 from schema.errors import Conflict, NotFound, OutOfSpace
 
 CHUNK = 2 << 20
@@ -91,11 +90,19 @@ def test_an_image_that_is_named_is_dropped_whoever_is_counted_or_pinned_it(held:
     with pytest.raises(Conflict, match="copied"):
         held.residency.drop(one, "0" * 32)
     held.residency.give_back(one)
-    assert (held.gone, held.why) == ([one], [(residency._OF_NO_USE, "")])
+    assert (held.gone, held.why) == ([one], [(OF_NO_USE, "")])
     assert held.residency.has_users(one), "they wait for another"
     one = held.put(1, 3)
     held.residency.drop(one, "0" * 32)
     assert one not in held.residency
+    assert (held.gone, held.why) == ([one] * 2, [(OF_NO_USE, "")] * 2), "nobody has asked for that by its name"
+    other = held.put(2, 1)
+    occupant = held.residency.get(other)
+    assert occupant is not None
+    held.residency.use(occupant)
+    held.residency.condemn(occupant, "a byte is wrong")
+    held.residency.drop(other, "0" * 32)
+    assert held.why[2:] == [("a byte is wrong", "")]
 
 
 def test_room_that_will_be_free_is_waited_for(held: Held) -> None:
