@@ -9,15 +9,18 @@ from typing import Any
 import msgspec
 import pytest
 
+from agent.daemon import agent
 from agent.store import catalog
 from schema.errors import Fault
 from schema.link import (
+    DeviceInfo,
     Evicted,
     Extent,
     Fetching,
     InstanceUpdate,
     LayersArrived,
     OperationDone,
+    Placement,
     PlacementUpdate,
     Progress,
     RemoteCopy,
@@ -154,6 +157,18 @@ async def test_a_start_serves_before_its_copy_on_the_disk_is_whole(node: Node) -
     assert len(store.fills) == 1
     manager.send(StopInstance(instance="inst_1", epoch=start_of_other().epoch))
     assert (await manager.instance(InstanceState.STOPPED)).fault is None
+
+
+async def test_what_is_fetched_for_a_device_has_its_room_in_memory_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = DeviceInfo(index=0, kind="cuda", name="", memory_bytes=1 << 30)
+    monkeypatch.setattr(agent, "devices", lambda config: (gpu,))
+    async with Node() as node:
+        manager = await node.manager()
+        manager.send(start_of_other())
+        await fetched(node.stores[0], in_memory=True, image_bytes=4096)
+        told = await manager.take(PlacementUpdate, lambda m: m.truth.digest == OTHER and bool(m.truth.placements))
+        assert told.truth.placements == (Placement(tier=Tier.DRAM, state=TierState.FILLING, size_bytes=4096, users=1),)
+        assert node.stores[0].fetches[-1].users == 0, "who it is for is counted on the device"
 
 
 async def test_a_copy_that_comes_to_nothing_ends_the_life_that_serves_from_it(node: Node) -> None:

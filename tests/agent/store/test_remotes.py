@@ -580,6 +580,31 @@ def test_a_write_to_a_share_goes_on_with_what_a_killed_one_has_left(tmp_path: Pa
     remote.close()
 
 
+def test_what_a_write_goes_on_with_is_not_taken_for_left_however_long_that_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what lies there already nothing is written, which alone would tell others that somebody is at it."""
+    url, data = f"file://{tmp_path}", NUMBERED
+    left = _left_by_a_killed_write(tmp_path)
+    left.write_bytes(data)
+    monkeypatch.setattr(directory, "_WRITE_BYTES", 4096)
+    monkeypatch.setattr(directory, "_WRITERS", 1)
+    remote, other = (open_remote(url, SETTINGS) for _ in range(2))
+    long_ago = (0, time.time() - 4000)
+    os.utime(left, long_ago)
+
+    def source(offset: int, length: int) -> memoryview:
+        other.write("a/b/other", 4, lambda offset, length: memoryview(data)[:4], lambda count: None)
+        (part,) = (tmp_path / "a/b").glob(".*.file.part")
+        os.utime(part, long_ago)  # so long did this part take
+        return memoryview(data)[offset : offset + length]
+
+    remote.write("a/b/file", len(data), source, lambda count: None)
+    assert (tmp_path / "a/b/file").read_bytes() == data
+    for each in (remote, other):
+        each.close()
+
+
 def test_a_cancel_is_heard_while_what_was_left_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url, data = f"file://{tmp_path}", NUMBERED
     left = _left_by_a_killed_write(tmp_path)
