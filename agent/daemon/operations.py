@@ -265,65 +265,29 @@ class Operations:
     async def _load(self, message: LoadCheckpoint) -> OperationDone:
         if message.tier not in (Tier.DRAM, Tier.DEVICE):
             raise InvalidInput(f"a checkpoint can be loaded ahead to {Tier.DRAM} or {Tier.DEVICE}, not to {message.tier}")
+        op, digest, tier = message.op, message.digest, self._store.devices
         devices = (message.device,) if message.tier is Tier.DEVICE else ()
-        source = self._checkpoints.source(message.digest, devices)
+        directory, image_id = self._checkpoints.source(digest, devices)
+        answer: asyncio.Future[Resident | OnDevice | Fault] = asyncio.get_running_loop().create_future()
 
         def progressed(progress: Progress) -> None:
-            self._owner.tell(msgspec.structs.replace(progress, op=message.op))
+            self._owner.tell(msgspec.structs.replace(progress, op=op))
 
-        load = self._load_device if message.tier is Tier.DEVICE else self._load_memory
-        result = await load(message, source, progressed)
+        answered, ahead = _answer(answer), Priority.PREFETCH
+        with contextlib.ExitStack() as held:
+            if devices:  # weights that nobody uses then, so that they stay until the memory is needed
+                tier.hold(digest, devices, op, 0, waits=True)
+                held.callback(tier.release, digest, devices, op)
+                fill = tier.fill(digest, directory, devices, answered, progressed, user=op, priority=ahead, image_id=image_id)
+                held.callback(tier.withdraw, fill)
+            else:
+                held.callback(self._store.holds.release, digest, op)
+                fill = self._store.fill(digest, directory, answered, progressed, user=op, priority=ahead, image_id=image_id)
+                held.callback(self._store.withdraw, fill)
+            result = await answer
         if isinstance(result, Fault):
-            return OperationDone(op=message.op, digest=message.digest, fault=result)
-        return OperationDone(op=message.op, digest=message.digest, read_bytes=result.read_bytes)
-
-    async def _load_memory(
-        self, message: LoadCheckpoint, source: tuple[str, str], progressed: Callable[[Progress], None]
-    ) -> Resident | Fault:
-        answer: asyncio.Future[Resident | Fault] = asyncio.get_running_loop().create_future()
-        try:
-            directory, image_id = source
-            fill = self._store.fill(
-                message.digest,
-                directory,
-                _answer(answer),
-                progressed,
-                user=message.op,
-                priority=Priority.PREFETCH,
-                image_id=image_id,
-            )
-            try:
-                return await answer
-            finally:
-                self._store.withdraw(fill)
-        finally:
-            self._store.holds.release(message.digest, message.op)
-
-    async def _load_device(
-        self, message: LoadCheckpoint, source: tuple[str, str], progressed: Callable[[Progress], None]
-    ) -> OnDevice | Fault:
-        """Weights that nobody uses, so that they stay until the memory is needed."""
-        tier, devices = self._store.devices, (message.device,)
-        answer: asyncio.Future[OnDevice | Fault] = asyncio.get_running_loop().create_future()
-        tier.hold(message.digest, devices, message.op, 0, waits=True)
-        try:
-            directory, image_id = source
-            fill = tier.fill(
-                message.digest,
-                directory,
-                devices,
-                _answer(answer),
-                progressed,
-                user=message.op,
-                priority=Priority.PREFETCH,
-                image_id=image_id,
-            )
-            try:
-                return await answer
-            finally:
-                tier.withdraw(fill)
-        finally:
-            tier.release(message.digest, devices, message.op)
+            return OperationDone(op=op, digest=digest, fault=result)
+        return OperationDone(op=op, digest=digest, read_bytes=result.read_bytes)
 
     async def _verify(self, message: VerifyCheckpoint) -> OperationDone:
         """Both quarantine and its end are written by the store; what it found is read again before the end is told."""
