@@ -1,4 +1,4 @@
-"""A checkpoint on a remote, and the remote's server, for all tests that fetch."""
+"""A store over an arena, for all tests; a checkpoint on a remote, and the remote's server, for those that fetch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from agent.native.arena import Arena
 from tests.agent.store.fetching import make_source
+from tests.agent.store.images import CHUNK, Bench
 from tests.remotes import WebServer, web_server
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    bench = Bench(Arena.create(8 * CHUNK, CHUNK))
+    yield bench
+    bench.close()
 
 
 @pytest.fixture

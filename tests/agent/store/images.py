@@ -164,6 +164,18 @@ class Bench:
         while not all(op in told.resident or op in told.faults or op in told.verdicts for op in ops):
             self.turn(deadline - time.monotonic(), f"{ops} were not answered")
 
+    def fill(self, op: str, digest: str, directory: Path, **more: Any) -> None:
+        """Returns when a fill is answered."""
+        self.store.fill(op, digest, directory, **more)
+        self.wait(op)
+
+    def verify(self, digest: str, directory: Path) -> Fault | None:
+        """What is found of a copy, and of its image."""
+        op = f"look-{len(self.told.verdicts)}"
+        self.store.verify(op, digest, directory)
+        self.wait(op)
+        return self.told.verdicts[op]
+
     def turn(self, timeout_s: float = 100.0, otherwise: str = "nothing changed") -> None:
         """Pumps once there is something to."""
         assert select.select([self._event], [], [], max(0.0, timeout_s))[0], otherwise

@@ -22,18 +22,10 @@ from tests.agent.native.clock import STALL_S, Clock
 from tests.agent.store.images import CHUNK, Bench, Borrower, HandPool, commit, read_image
 
 
-@pytest.fixture
-def bench() -> Iterator[Bench]:
-    bench = Bench(Arena.create(8 * CHUNK, CHUNK))
-    yield bench
-    bench.close()
-
-
 @pytest.mark.parametrize("size_bytes", [1, 4095, 4096, 4097, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK - 4096, 3 * CHUNK + 5])
 def test_image_arrives_to_the_byte(bench: Bench, tmp_path: Path, size_bytes: int) -> None:
     digest, directory, image = commit(tmp_path, 1, size_bytes)
-    bench.store.fill("a", digest, directory)
-    bench.wait("a")
+    bench.fill("a", digest, directory)
     resident = bench.told.resident["a"]
     assert resident.read_bytes == resident.image_bytes == len(image)
     assert read_image(bench.arena.descriptor, resident) == image
@@ -43,8 +35,7 @@ def test_image_arrives_to_the_byte(bench: Bench, tmp_path: Path, size_bytes: int
 @pytest.mark.parametrize("checksum_bytes", [4096, 12288, CHUNK * 2, CHUNK * 4])
 def test_partitions_and_checksums_need_not_match_chunks(bench: Bench, tmp_path: Path, checksum_bytes: int) -> None:
     digest, directory, image = commit(tmp_path, 1, CHUNK + 12345, partitions=3, checksum_bytes=checksum_bytes)
-    bench.store.fill("a", digest, directory)
-    bench.wait("a")
+    bench.fill("a", digest, directory)
     assert read_image(bench.arena.descriptor, bench.told.resident["a"]) == image
     assert catalog.is_verified(directory)
 
@@ -143,12 +134,10 @@ def test_a_prefetch_that_a_start_waits_for_is_raised(bench: Bench, tmp_path: Pat
 def test_least_recently_used_goes_first_and_users_stay(bench: Bench, tmp_path: Path) -> None:
     made = [commit(tmp_path, number, 3 * CHUNK) for number in range(4)]
     for number in (0, 1):
-        bench.store.fill(f"op{number}", made[number][0], made[number][1])
-        bench.wait(f"op{number}")
+        bench.fill(f"op{number}", made[number][0], made[number][1])
         bench.store.hold(made[number][0], 0)
     bench.store.hold(made[0][0], 1)
-    bench.store.fill("op2", made[2][0], made[2][1])
-    bench.wait("op2")
+    bench.fill("op2", made[2][0], made[2][1])
     assert bench.told.evictions == [(made[1][0], "to make room", made[2][0])]
     bench.store.fill("op3", made[3][0], made[3][1])
     assert bench.told.faults["op3"].code == "out_of_space"
@@ -160,8 +149,7 @@ def test_what_is_pinned_is_neither_evicted_nor_dropped(bench: Bench, tmp_path: P
     made = [commit(tmp_path, number, 3 * CHUNK) for number in range(3)]
     bench.store.pin([made[0][0]])
     for number in (0, 1, 2):
-        bench.store.fill(f"op{number}", made[number][0], made[number][1], users=0)
-        bench.wait(f"op{number}")
+        bench.fill(f"op{number}", made[number][0], made[number][1], users=0)
     assert bench.told.gone == [made[1][0]]
     with pytest.raises(Conflict, match="pinned"):
         bench.store.drop(made[0][0])
@@ -175,8 +163,7 @@ def test_what_is_pinned_is_neither_evicted_nor_dropped(bench: Bench, tmp_path: P
 
 def test_image_larger_than_the_arena_is_refused_and_evicts_nothing(bench: Bench, tmp_path: Path) -> None:
     small, big = commit(tmp_path, 1, CHUNK), commit(tmp_path, 2, 9 * CHUNK)
-    bench.store.fill("a", small[0], small[1], users=0)
-    bench.wait("a")
+    bench.fill("a", small[0], small[1], users=0)
     bench.store.fill("b", big[0], big[1])
     assert bench.told.faults["b"].code == "out_of_space"
     assert [resident.digest for resident in bench.store.residents()] == [small[0]]
@@ -214,8 +201,7 @@ def test_wrong_chunk_names_file_and_offset_and_quarantines(bench: Bench, tmp_pat
     damaged = bytearray(image)
     damaged[CHUNK + 77] ^= 1
     (directory / "partition_0.bin").write_bytes(damaged)
-    bench.store.fill("a", digest, directory)
-    bench.wait("a")
+    bench.fill("a", digest, directory)
     fault = bench.told.faults["a"]
     assert fault.code == "invalid_checkpoint"
     assert str(directory / "partition_0.bin") in fault.message
@@ -228,12 +214,10 @@ def test_wrong_chunk_names_file_and_offset_and_quarantines(bench: Bench, tmp_pat
 
 def test_checksums_are_looked_at_once(bench: Bench, tmp_path: Path) -> None:
     digest, directory, image = commit(tmp_path, 1, CHUNK)
-    bench.store.fill("a", digest, directory, users=0)
-    bench.wait("a")
+    bench.fill("a", digest, directory, users=0)
     bench.store.drop(digest)
     (directory / "partition_0.bin").write_bytes(bytes(len(image)))
-    bench.store.fill("b", digest, directory)
-    bench.wait("b")
+    bench.fill("b", digest, directory)
     assert read_image(bench.arena.descriptor, bench.told.resident["b"]) == bytes(len(image))
 
 
@@ -276,8 +260,7 @@ def test_drop_refuses_what_is_used_or_on_its_way(bench: Bench, tmp_path: Path) -
 def test_next_life_has_whole_checkpoints_with_their_users_and_drops_the_rest(tmp_path: Path) -> None:
     whole, partial = commit(tmp_path, 1, 3 * CHUNK), commit(tmp_path, 2, CHUNK)
     bench = Bench(Arena.create(8 * CHUNK, CHUNK))
-    bench.store.fill("a", whole[0], whole[1], users=2)
-    bench.wait("a")
+    bench.fill("a", whole[0], whole[1], users=2)
     bench.arena.table.begin(5, partial[0], "0" * 32, CHUNK, [7])
     descriptor = os.dup(bench.arena.descriptor)
     bench.close()
@@ -350,8 +333,7 @@ def test_a_disk_that_stalls_is_answered_for_and_keeps_only_its_own_chunks(
     assert bench.told.faults["big"].code == "out_of_space"
     bench.store.fill("c", stuck[0], stuck[1])
     assert bench.told.faults["c"].code == "timed_out"
-    bench.store.fill("d", next_one[0], next_one[1])
-    bench.wait("d")
+    bench.fill("d", next_one[0], next_one[1])
     assert read_image(bench.arena.descriptor, bench.told.resident["d"]) == next_one[2]
     assert bench.store.arena.used_bytes == 8 * CHUNK
     bench.store.hold(next_one[0], 0)
@@ -362,8 +344,7 @@ def test_a_disk_that_stalls_is_answered_for_and_keeps_only_its_own_chunks(
     leave.set()
     while bench.store.arena.used_bytes > 5 * CHUNK:
         bench.turn()
-    bench.store.fill("e", stuck[0], stuck[1])
-    bench.wait("e")
+    bench.fill("e", stuck[0], stuck[1])
     assert read_image(bench.arena.descriptor, bench.told.resident["e"]) == stuck[2]
     bench.close()
 
@@ -372,8 +353,7 @@ def test_a_store_that_ends_under_a_read_leaves_its_memory_marked(tmp_path: Path,
     stuck, whole = commit(tmp_path, 1, 2 * CHUNK), commit(tmp_path, 2, CHUNK)
     entered, leave = hold_reads(monkeypatch, stuck[0])
     bench = Bench(Arena.create(4 * CHUNK, CHUNK), pool=(pool := ReadPool(2, backend="threads", stall_s=STALL_S)))
-    bench.store.fill("whole", *whole[:2])
-    bench.wait("whole")
+    bench.fill("whole", *whole[:2])
     bench.store.fill("stuck", *stuck[:2])
     assert entered.wait(100)
     pool._reader._stall_s = 0.1  # type: ignore[union-attr]
@@ -385,8 +365,7 @@ def test_a_store_that_ends_under_a_read_leaves_its_memory_marked(tmp_path: Path,
 def test_an_image_that_was_found_wrong_is_wrong_for_every_later_store(tmp_path: Path) -> None:
     digest, directory, _ = commit(tmp_path, 1, 2 * CHUNK)
     with contextlib.closing(Bench(Arena.create(4 * CHUNK, CHUNK))) as bench:
-        bench.store.fill("a", digest, directory)
-        bench.wait("a")
+        bench.fill("a", digest, directory)
         bench.store.hold(digest, 1, condemned="a byte is wrong")
         with next_life(bench) as later:
             (resident,) = later.store.residents()
@@ -440,13 +419,11 @@ def test_a_copy_never_gets_the_image_of_another_of_the_same_digest(bench: Bench,
 
 def test_once_an_image_has_gone_another_copy_of_its_digest_is_loaded(bench: Bench, tmp_path: Path) -> None:
     digest, (directory, image_id, _), (other, other_id, other_image) = two_copies(tmp_path)
-    bench.store.fill("a", digest, directory, image_id=image_id)
-    bench.wait("a")
+    bench.fill("a", digest, directory, image_id=image_id)
     bench.store.hold(digest, 0)
     bench.store.pin([digest])  # which is of the checkpoint, not of an image that no copy has any more
     bench.store.drop(digest, image_id)
-    bench.store.fill("b", digest, other, image_id=other_id)
-    bench.wait("b")
+    bench.fill("b", digest, other, image_id=other_id)
     assert read_image(bench.arena.descriptor, bench.told.resident["b"]) == other_image
 
 

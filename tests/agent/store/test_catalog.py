@@ -95,9 +95,7 @@ def test_a_damaged_copy_is_replaced_by_a_fetch(tmp_path: Path, source: tuple[str
     (directory / "manifest.json").write_bytes(b"damaged")
     with contextlib.closing(FetchBench(tmp_path / "data")) as bench:
         if verified:
-            bench.store.verify("look", digest, directory)
-            bench.wait("look")
-            fault = bench.told.verdicts["look"]
+            fault = bench.verify(digest, directory)
             assert fault is not None
             assert fault.code == InvalidCheckpoint.code
             assert str(directory / "manifest.json") in (catalog.quarantine_reason(directory) or "")
@@ -209,8 +207,7 @@ def test_what_the_system_fails_to_read_says_nothing_of_the_copy(
             catalog.commit(new, directory, directory.with_name("replaced"))
         broken.undo()
         assert sorted(path.name for path in directory.iterdir()) == [name for name in before if name != "verified"]
-        bench.store.fill("again", digest, directory)
-        bench.wait("again")
+        bench.fill("again", digest, directory)
         assert bench.told.faults.keys() == {"load"}
 
 

@@ -200,14 +200,20 @@ def test_a_part_that_is_wrong_twice_is_named(
     bench.close()
 
 
+def leave_all(bench: FetchBench, digest: str, directory: Path) -> Path:
+    """What an earlier fetch would have left that had everything but the asset. Returns where."""
+    partial = bench.data / "partial" / f"{digest}+exec1"
+    partial.mkdir(parents=True)
+    for file in ("manifest.json", PART, "partition_1.bin"):
+        shutil.copyfile(directory / file, partial / file)
+    return partial
+
+
 def test_what_an_earlier_fetch_left_is_believed_only_after_its_checksum(
     bench: FetchBench, source: tuple[str, Path, bytes], web: WebServer
 ) -> None:
     digest, directory, image = source
-    partial = bench.data / "partial" / f"{digest}+exec1"
-    partial.mkdir(parents=True)
-    for file in ("manifest.json", "partition_0.bin", "partition_1.bin"):
-        (partial / file).write_bytes((directory / file).read_bytes())
+    partial = leave_all(bench, digest, directory)
     spoil(partial, 3 * CHUNK)
     spoil(partial, 0, "partition_1.bin")
     assert bench.get(digest, web.url) is None
@@ -221,10 +227,7 @@ def test_what_cannot_be_read_back_is_fetched_again(
     bench: FetchBench, source: tuple[str, Path, bytes], web: WebServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digest, directory, image = source
-    partial = bench.data / "partial" / f"{digest}+exec1"
-    partial.mkdir(parents=True)
-    for file in ("manifest.json", PART, "partition_1.bin"):
-        (partial / file).write_bytes((directory / file).read_bytes())
+    leave_all(bench, digest, directory)
     real = SourceReader.read_into
 
     def broken(self: SourceReader, at: int, target: memoryview) -> int:
@@ -306,11 +309,8 @@ def test_what_an_earlier_fetch_has_left_is_read_past_the_page_cache(
     bench: FetchBench, source: tuple[str, Path, bytes], web: WebServer
 ) -> None:
     digest, directory, image = source
-    partial = bench.data / "partial" / f"{digest}+exec1"
-    partial.mkdir(parents=True)
-    for file in ("manifest.json", PART, "partition_1.bin"):
-        (partial / file).write_bytes((directory / file).read_bytes())
-        make_cold(partial / file)
+    for file in leave_all(bench, digest, directory).iterdir():
+        make_cold(file)
     assert bench.get(digest, web.url) is None
     assert web.asked_bytes() == 0
     assert cached_fraction(bench.data / "checkpoints" / digest / "exec1" / PART) < 0.1

@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import msgspec
 import pytest
 
 from agent.native.address import address_of
-from agent.native.arena import Arena
 from agent.native.reader import ReadJob, ReadPool, Unit
 from agent.store import catalog
-from schema.checkpoint import AssetEntry, Manifest, decode_manifest, encode_manifest
+from schema.checkpoint import Manifest
 from schema.errors import Conflict, SllmError
-from tests.agent.store.fetching import rewrite
+from tests.agent.store.fetching import make_source, rewrite, spoil
 from tests.agent.store.images import CHUNK, Bench, commit, read_image
 from tests.mappings import mapping_flags
-
-
-@pytest.fixture
-def bench() -> Iterator[Bench]:
-    bench = Bench(Arena.create(8 * CHUNK, CHUNK))
-    yield bench
-    bench.close()
-
-
-def flip(path: Path, offset: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 0x40]))
 
 
 def flip_image(bench: Bench, chunks: tuple[int, ...], offset: int) -> None:
@@ -51,11 +33,9 @@ def flip_image(bench: Bench, chunks: tuple[int, ...], offset: int) -> None:
 def test_a_good_copy_is_found_good_and_marked(bench: Bench, tmp_path: Path, size_bytes: int, checksum_bytes: int) -> None:
     digest, directory, image = commit(tmp_path, 1, size_bytes, partitions=2, checksum_bytes=checksum_bytes)
     assert not catalog.is_verified(directory)
-    bench.store.verify("v", digest, directory)
-    bench.wait("v")
-    assert bench.told.verdicts["v"] is None
+    assert bench.verify(digest, directory) is None
     assert catalog.is_verified(directory)
-    done = [step for step in bench.told.steps if step[0] == "v verify disk"]
+    done = [step for step in bench.told.steps if step[0].endswith(" verify disk")]
     assert all(total == len(image) for _, _, total in done)
 
 
@@ -69,9 +49,7 @@ def test_it_reads_into_huge_pages(bench: Bench, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(ReadPool, "submit", submit)
     digest, directory, _ = commit(tmp_path, 1, 2 * CHUNK)
-    bench.store.verify("v", digest, directory)
-    bench.wait("v")
-    assert bench.told.verdicts["v"] is None
+    assert bench.verify(digest, directory) is None
     assert flags
     assert all("hg" in each for each in flags)
 
@@ -82,33 +60,27 @@ def test_any_flipped_byte_is_found_and_its_file_and_chunk_named(bench: Bench, tm
     draw = random.Random(seed)
     sum_bytes = 3 * 4096
     digest, directory, _ = commit(tmp_path, 1, 2 * CHUNK + 777, partitions=2, checksum_bytes=sum_bytes)
-    for number in range(12):
+    for _ in range(12):
         partition, offset = draw.randrange(2), draw.randrange(2 * CHUNK)
         path = directory / f"partition_{partition}.bin"
-        flip(path, offset)
-        bench.store.verify(f"v{number}", digest, directory)
-        bench.wait(f"v{number}")
-        fault = bench.told.verdicts[f"v{number}"]
+        spoil(directory, offset, path.name)
+        fault = bench.verify(digest, directory)
         assert fault is not None
         assert fault.code == "invalid_checkpoint"
         assert str(path) in fault.message
         assert f"at offset {offset // sum_bytes * sum_bytes} " in fault.message
         assert catalog.quarantine_reason(directory) == fault.message
-        flip(path, offset)
+        spoil(directory, offset, path.name)
 
 
 def test_a_quarantined_copy_that_is_right_again_is_released_and_loads(bench: Bench, tmp_path: Path) -> None:
     digest, directory, image = commit(tmp_path, 1, CHUNK)
     catalog.quarantine(directory, "a checksum failed")
-    bench.store.fill("a", digest, directory)
-    bench.wait("a")
+    bench.fill("a", digest, directory)
     assert bench.told.faults["a"].code == "invalid_checkpoint"
-    bench.store.verify("v", digest, directory)
-    bench.wait("v")
-    assert bench.told.verdicts["v"] is None
+    assert bench.verify(digest, directory) is None
     assert catalog.quarantine_reason(directory) is None
-    bench.store.fill("b", digest, directory)
-    bench.wait("b")
+    bench.fill("b", digest, directory)
     assert read_image(bench.arena.descriptor, bench.told.resident["b"]) == image
 
 
@@ -117,29 +89,23 @@ def test_a_bad_copy_on_a_disk_that_takes_no_marks_is_not_loaded_all_the_same(
 ) -> None:
     digest, directory, image = commit(tmp_path, 1, CHUNK)
     catalog.mark_verified(directory)
-    flip(directory / "partition_0.bin", 5)
+    spoil(directory, 5)
 
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     for name in ("write_text", "touch", "unlink"):
         monkeypatch.setattr(Path, name, fail)
-    bench.store.verify("v", digest, directory)
-    bench.wait("v")
-    fault = bench.told.verdicts["v"]
+    fault = bench.verify(digest, directory)
     assert fault is not None
     assert "bytes at offset 0" in fault.message
     assert "its quarantine could not be written down" in fault.message
     assert catalog.is_verified(directory), "which nobody may believe now"
-    bench.store.fill("bad", digest, directory)
-    bench.wait("bad")
+    bench.fill("bad", digest, directory)
     assert "bytes at offset 0" in bench.told.faults["bad"].message
-    flip(directory / "partition_0.bin", 5)
-    bench.store.verify("again", digest, directory)
-    bench.wait("again")
-    assert bench.told.verdicts["again"] is None
-    bench.store.fill("good", digest, directory)
-    bench.wait("good")
+    spoil(directory, 5)
+    assert bench.verify(digest, directory) is None
+    bench.fill("good", digest, directory)
     assert read_image(bench.arena.descriptor, bench.told.resident["good"]) == image
 
 
@@ -156,28 +122,17 @@ def test_files_that_are_not_what_they_were_are_quarantined(bench: Bench, tmp_pat
             path.write_bytes(path.read_bytes() + bytes(4096))
         case _:
             (directory / "manifest.json").write_text("{")
-    bench.store.verify("v", digest, directory)
-    bench.wait("v")
-    fault = bench.told.verdicts["v"]
+    fault = bench.verify(digest, directory)
     assert fault is not None
     assert fault.code == "invalid_checkpoint"
     assert catalog.quarantine_reason(directory) == fault.message
 
 
 def test_an_asset_is_compared_by_its_sha256(bench: Bench, tmp_path: Path) -> None:
-    digest, directory, _ = commit(tmp_path, 1, 4096)
-    text = b"{}" * 1000
-    (directory / "tokenizer.json").write_bytes(text)
-    manifest = decode_manifest((directory / "manifest.json").read_bytes())
-    asset = AssetEntry("tokenizer.json", len(text), hashlib.sha256(text).hexdigest())
-    (directory / "manifest.json").write_bytes(encode_manifest(msgspec.structs.replace(manifest, assets=(asset,))))
-    bench.store.verify("good", digest, directory)
-    bench.wait("good")
-    assert bench.told.verdicts["good"] is None
-    flip(directory / "tokenizer.json", 77)
-    bench.store.verify("bad", digest, directory)
-    bench.wait("bad")
-    fault = bench.told.verdicts["bad"]
+    digest, directory, _ = make_source(tmp_path)
+    assert bench.verify(digest, directory) is None
+    spoil(directory, 77, "tokenizer.json")
+    fault = bench.verify(digest, directory)
     assert fault is not None
     assert "tokenizer.json" in fault.message
     assert "sha256" in fault.message
@@ -185,12 +140,9 @@ def test_an_asset_is_compared_by_its_sha256(bench: Bench, tmp_path: Path) -> Non
 
 def test_a_good_image_outlives_a_copy_that_went_bad(bench: Bench, tmp_path: Path) -> None:
     digest, directory, image = commit(tmp_path, 1, 2 * CHUNK)
-    bench.store.fill("a", digest, directory, users=0)
-    bench.wait("a")
-    flip(directory / "partition_0.bin", 5)
-    bench.store.verify("v", digest, directory)
-    bench.wait("v")
-    assert bench.told.verdicts["v"] is not None
+    bench.fill("a", digest, directory, users=0)
+    spoil(directory, 5)
+    assert bench.verify(digest, directory) is not None
     bench.store.fill("b", digest, directory)
     assert read_image(bench.arena.descriptor, bench.told.resident["b"]) == image
     assert bench.told.gone == []
@@ -198,31 +150,24 @@ def test_a_good_image_outlives_a_copy_that_went_bad(bench: Bench, tmp_path: Path
 
 def test_a_bad_image_without_users_is_dropped_and_read_again(bench: Bench, tmp_path: Path) -> None:
     digest, directory, image = commit(tmp_path, 1, 2 * CHUNK, partitions=2)
-    bench.store.fill("a", digest, directory, users=0)
-    bench.wait("a")
+    bench.fill("a", digest, directory, users=0)
     flip_image(bench, bench.store._residency._residents[digest].chunks, 3 * CHUNK + 9)
-    bench.store.verify("v", digest, directory)
-    bench.wait("v")
-    fault = bench.told.verdicts["v"]
+    fault = bench.verify(digest, directory)
     assert fault is not None
     assert "partition_1.bin in memory" in fault.message
     assert f"offset {CHUNK} " in fault.message
     assert bench.told.gone == [digest]
     assert catalog.quarantine_reason(directory) is None
-    bench.store.fill("b", digest, directory)
-    bench.wait("b")
+    bench.fill("b", digest, directory)
     assert read_image(bench.arena.descriptor, bench.told.resident["b"]) == image
 
 
 def test_a_bad_copy_and_its_bad_image_are_both_named(bench: Bench, tmp_path: Path) -> None:
     digest, directory, _ = commit(tmp_path, 1, 2 * CHUNK)
-    bench.store.fill("a", digest, directory, users=0)
-    bench.wait("a")
+    bench.fill("a", digest, directory, users=0)
     flip_image(bench, bench.store._residency._residents[digest].chunks, 9)
-    flip(directory / "partition_0.bin", CHUNK)
-    bench.store.verify("v", digest, directory)
-    bench.wait("v")
-    fault = bench.told.verdicts["v"]
+    spoil(directory, CHUNK)
+    fault = bench.verify(digest, directory)
     assert fault is not None
     assert fault.code == "invalid_checkpoint"
     of_copy, of_image = fault.message.split("; ")
@@ -233,11 +178,9 @@ def test_a_bad_copy_and_its_bad_image_are_both_named(bench: Bench, tmp_path: Pat
 
 def test_a_bad_image_with_users_goes_with_the_last_of_them_and_gets_no_other(bench: Bench, tmp_path: Path) -> None:
     digest, directory, _ = commit(tmp_path, 1, 2 * CHUNK)
-    bench.store.fill("a", digest, directory, users=1)
-    bench.wait("a")
+    bench.fill("a", digest, directory, users=1)
     flip_image(bench, bench.store._residency._residents[digest].chunks, 9)
-    bench.store.verify("v", digest, directory)
-    bench.wait("v")
+    bench.verify(digest, directory)
     assert [resident.digest for resident in bench.told.bad] == [digest]
     assert bench.told.bad[0].condemned
     assert bench.store.residents()[0].condemned
@@ -246,16 +189,14 @@ def test_a_bad_image_with_users_goes_with_the_last_of_them_and_gets_no_other(ben
     assert bench.told.gone == []
     bench.store.hold(digest, 0)
     assert bench.told.gone == [digest]
-    bench.store.fill("c", digest, directory)
-    bench.wait("c")
+    bench.fill("c", digest, directory)
     assert bench.told.resident["c"].read_bytes
 
 
 def test_a_bad_image_that_is_looked_at_twice_goes_though_the_second_look_is_cancelled(bench: Bench, tmp_path: Path) -> None:
     digest, directory, _ = commit(tmp_path, 1, 2 * CHUNK)
     other = commit(tmp_path, 2, CHUNK)
-    bench.store.fill("a", digest, directory, users=0)
-    bench.wait("a")
+    bench.fill("a", digest, directory, users=0)
     flip_image(bench, bench.store._residency._residents[digest].chunks, 9)
     bench.store.verify("v", digest, directory)
     bench.store.verify("w", digest, directory)
@@ -263,15 +204,13 @@ def test_a_bad_image_that_is_looked_at_twice_goes_though_the_second_look_is_canc
     bench.store.verify("x", other[0], other[1])
     bench.wait("v", "x")
     assert bench.told.gone == [digest]
-    bench.store.fill("b", digest, directory)
-    bench.wait("b")
+    bench.fill("b", digest, directory)
     assert bench.told.resident["b"].read_bytes
 
 
 def test_a_store_that_is_told_of_a_bad_image_acts_as_the_one_that_found_it(bench: Bench, tmp_path: Path) -> None:
     digest, directory, _ = commit(tmp_path, 1, CHUNK)
-    bench.store.fill("a", digest, directory, users=1)
-    bench.wait("a")
+    bench.fill("a", digest, directory, users=1)
     bench.store.hold(digest, 1, "the image is wrong")
     bench.store.fill("b", digest, directory)
     assert "the image is wrong" in bench.told.faults["b"].message
@@ -282,16 +221,14 @@ def test_a_store_that_is_told_of_a_bad_image_acts_as_the_one_that_found_it(bench
 def test_an_image_that_is_looked_at_is_neither_evicted_nor_dropped(bench: Bench, tmp_path: Path) -> None:
     digest, directory, _ = commit(tmp_path, 1, 6 * CHUNK)
     other = commit(tmp_path, 2, 6 * CHUNK)
-    bench.store.fill("a", digest, directory, users=0)
-    bench.wait("a")
+    bench.fill("a", digest, directory, users=0)
     bench.store.verify("v", digest, directory)
     with pytest.raises(Conflict, match="verified"):
         bench.store.drop(digest)
     bench.store.fill("b", other[0], other[1])
     assert bench.told.faults["b"].code == "out_of_space"
     bench.wait("v")
-    bench.store.fill("c", other[0], other[1])
-    bench.wait("c")
+    bench.fill("c", other[0], other[1])
     assert bench.told.gone == [digest]
 
 
@@ -324,8 +261,7 @@ def test_one_that_is_cancelled_while_it_waits_lets_go_of_its_image_at_once(
 ) -> None:
     real, go = ReadPool.submit, threading.Event()
     first, second = commit(tmp_path, 1, CHUNK), commit(tmp_path, 2, CHUNK)
-    bench.store.fill("a", second[0], second[1], users=0)
-    bench.wait("a")
+    bench.fill("a", second[0], second[1], users=0)
 
     def submit(self: ReadPool, *given: Any, **named: Any) -> ReadJob:
         assert go.wait(100)
@@ -357,14 +293,12 @@ def test_a_failed_read_takes_the_mark_away_so_that_the_next_load_looks_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(bench.store._pool, "submit", submit)
-        bench.store.fill("a", digest, directory)
-        bench.wait("a")
+        bench.fill("a", digest, directory)
     assert bench.told.faults["a"].code == "internal"
     assert not catalog.is_verified(directory)
     assert catalog.quarantine_reason(directory) is None
-    flip(directory / "partition_0.bin", 0)
-    bench.store.fill("b", digest, directory)
-    bench.wait("b")
+    spoil(directory, 0)
+    bench.fill("b", digest, directory)
     assert bench.told.faults["b"].code == "invalid_checkpoint"
     assert catalog.quarantine_reason(directory) is not None
 
@@ -375,7 +309,7 @@ def test_what_was_found_of_a_copy_says_nothing_of_another_in_its_place(
 ) -> None:
     digest, directory, _ = commit(tmp_path, 1, CHUNK)
     _, other, _ = commit(tmp_path / "again", 1, CHUNK)
-    flip(other / "partition_0.bin", 7)
+    spoil(other, 7)
 
     looks: list[Manifest] = []
 
@@ -387,14 +321,11 @@ def test_what_was_found_of_a_copy_says_nothing_of_another_in_its_place(
 
     monkeypatch.setattr(catalog, "changed_source", replace_it)
     if what == "verify":
-        bench.store.verify("v", digest, directory)
-        bench.wait("v")
-        fault = bench.told.verdicts["v"]
+        fault = bench.verify(digest, directory)
         assert fault is not None
         assert fault.code == "conflict"
     else:
-        bench.store.fill("f", digest, directory)
-        bench.wait("f")
+        bench.fill("f", digest, directory)
         assert bench.told.faults == {}
     assert not catalog.is_verified(directory)
     assert catalog.quarantine_reason(directory) is None
@@ -414,13 +345,11 @@ def test_a_copy_that_comes_between_its_manifests_reading_and_its_loading_is_not_
         return make_room(*given)
 
     monkeypatch.setattr(bench.store._residency, "make_room", replace_it)
-    bench.store.fill("f", digest, directory)
-    bench.wait("f")
+    bench.fill("f", digest, directory)
     assert bench.told.faults["f"].code == "invalid_checkpoint", "it was read with the checksums of the other"
     assert catalog.quarantine_reason(directory) is None
     monkeypatch.undo()
-    bench.store.fill("again", digest, directory)
-    bench.wait("again")
+    bench.fill("again", digest, directory)
     assert bench.told.faults.keys() == {"f"}
 
 
@@ -460,10 +389,7 @@ def test_a_mark_goes_with_the_copy_that_it_is_of(
 def test_an_image_is_not_compared_with_another_copy_of_its_digest(bench: Bench, tmp_path: Path) -> None:
     digest, directory, _ = commit(tmp_path / "one", 1, 2 * CHUNK)
     _, other, _ = commit(tmp_path / "other", 1, CHUNK, partitions=2)
-    bench.store.fill("a", digest, directory)
-    bench.wait("a")
-    bench.store.verify("v", digest, other)
-    bench.wait("v")
-    assert bench.told.verdicts["v"] is None
+    bench.fill("a", digest, directory)
+    assert bench.verify(digest, other) is None
     assert bench.told.bad == []
     assert bench.store.has_sound(digest)
