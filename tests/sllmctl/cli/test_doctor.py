@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import importlib.util
@@ -226,6 +227,7 @@ def _as_somebody_else() -> Iterator[None]:
     """As a user who is not root, for files that are root's."""
     if os.geteuid() != 0:
         pytest.skip("takes root")
+    codecs.lookup("idna")  # which the first address needs: one that could not be imported once is unknown for good
     os.setresuid(65534, 65534, 0)
     try:
         yield
