@@ -117,9 +117,20 @@ class NodeView(_View, frozen=True, kw_only=True):
     device_used_bytes: tuple[int, ...] = ()
 
 
+class FailingView(_View, frozen=True, kw_only=True):
+    """An instance that failed or is between two lives: why, and when it is tried again (None: once something has changed)."""
+
+    instance: str
+    node: str
+    state: InstanceState
+    fault: Fault
+    retry_at: float | None
+
+
 class ModelView(_View, frozen=True, kw_only=True):
     """``instances`` counts by state those that exist; ``waiting`` and ``running`` are requests now. ``no_place``: why no node
-    can take the instance that is wanted, or could take the last one that was; "" if one can."""
+    can take the instance that is wanted, or could take the last one that was; "" if one can. ``failing``: the last of its
+    instances that went wrong, while it is not well again."""
 
     name: str
     state: ModelState
@@ -132,6 +143,7 @@ class ModelView(_View, frozen=True, kw_only=True):
     progress: ProgressView | None
     created_at: float
     no_place: str = ""
+    failing: FailingView | None = None
 
 
 class InstanceView(_View, frozen=True, kw_only=True):

@@ -100,7 +100,8 @@ class InstanceState(StrEnum):
     ``starting``: weights are on their way and a worker is being made, side by side; written before the node is told.
     ``ready``: takes requests. The last of its weights may still be coming; no token leaves it before they have.
     ``draining``: finishes what it has, takes nothing new. ``backoff``: says why it died and when it is tried again.
-    ``failed``: tried as often as allowed, or can never start; waits for an operator.
+    ``failed``: tried as often as allowed, or can never start; after a pause, or once something has changed that may mend it,
+    another takes its place.
     """
 
     PLANNED = "planned"

@@ -63,7 +63,7 @@ def failed_instances(instances: Sequence[InstanceView]) -> Finding:
         f"{each.id} of {each.model} on {each.node} ({each.state})" + (f": {each.fault.message}" if each.fault else "")
         for each in bad
     ]
-    advice = "`sllmctl instance show` says more; mend what it names, then `sllmctl instance stop` lets the model start anew"
+    advice = "`sllmctl model show` says when it is tried again; mend what it names, then `sllmctl model deploy` tries at once"
     return Finding("instances", "warn", f"{len(bad)} failed: {_some(texts)}", advice)
 
 

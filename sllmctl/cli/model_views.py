@@ -60,6 +60,14 @@ def fields(model: ModelView) -> list[tuple[str, str]]:
         pairs.append(("Progress", progress_text(model.progress)))
     if model.no_place:
         pairs.append(("No place", model.no_place))
+    if (failing := model.failing) is not None:
+        pairs.append(("Failing", f"{failing.instance} on {failing.node}: {failing.fault.message} ({failing.fault.code})"))
+        again = "once a node joins, or a sound copy of its checkpoint appears"
+        if failing.retry_at is not None:
+            again = f"in {duration(max(0.0, failing.retry_at - now()))}"
+        if failing.state == "failed":
+            again += f"; `sllmctl model deploy {model.name}` tries it at once"
+        pairs.append(("Tried again", again))
     if model.fault is not None:
         pairs.append(("Fault", f"{model.fault.message} ({model.fault.code})"))
     return pairs

@@ -150,7 +150,7 @@ class Model:
     ``heat`` counts recent calls that found the model idle or without an instance, decaying since ``heat_at``: what a reload
     would be paid for. ``made_room``: so often copies were put out of a disk for its ingest. ``ingested`` holds the digest of an
     ingest that is done while its checkpoint has not been stated yet. ``deploy_next``: it is served as soon as it has been
-    ingested.
+    ingested. ``given_up``: so often in a row an instance of it failed since one lived well, or it was deployed.
     """
 
     spec: ModelSpec
@@ -172,6 +172,7 @@ class Model:
     deploy_next: bool = False
     heat: float = 0.0
     heat_at: float = 0.0
+    given_up: int = 0
 
     @property
     def name(self) -> str:

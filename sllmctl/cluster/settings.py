@@ -30,7 +30,9 @@ class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     when it is to be dropped. ``reply_timeout_s``: an operator's command waits so long for its answer.
 
     A dead instance is restarted at once, then after ``restart_first_s``, twice that, and so on up to ``restart_longest_s``;
-    after ``restarts_max`` restarts it is failed. A life that was ready for ``healthy_s`` sets the count back.
+    after ``restarts_max`` restarts it is failed, and its room is free. A failed one is planned anew after ``retry_first_s``,
+    the next of its model after twice that, and so on up to ``retry_longest_s``. A life that was ready for ``healthy_s`` sets
+    both counts back.
 
     ``scale_up_after_s``: requests wait so long while every ready instance is full before another instance is started.
     ``evict_idle_s``: an instance idle for so long gives its place to a model whose requests wait for one;
@@ -70,6 +72,8 @@ class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     restart_first_s: _Seconds = 1.0
     restart_longest_s: _Seconds = 60.0
     restarts_max: Annotated[int, Meta(ge=0)] = 5
+    retry_first_s: Annotated[float, Meta(gt=0, le=86400)] = 60.0
+    retry_longest_s: Annotated[float, Meta(gt=0, le=86400)] = 1800.0
     healthy_s: _Seconds = 60.0
     scale_up_after_s: _Seconds = 1.0
     evict_idle_s: _Seconds = 1.0

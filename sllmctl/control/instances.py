@@ -29,6 +29,7 @@ __all__ = [
     "stop",
     "stop_now",
     "stop_stranger",
+    "tried_again",
 ]
 
 _I = InstanceState
@@ -219,7 +220,7 @@ def died(turn: Turn, instance: Instance, fault: Fault | None, remote: str = "") 
         retire(turn, instance, "Gone", why, level="info" if fault is None else "warning")
         return
     if instance.ready_at is not None and turn.now - instance.ready_at >= turn.settings.healthy_s:
-        instance.restarts = 0
+        instance.restarts = turn.view.models[instance.model].given_up = 0
     elsewhere = _doubt_remote(turn, instance, fault, remote)
     instance.restarts += 1
     instance.fault = fault or Fault("unreachable", why)
@@ -267,15 +268,31 @@ def _wanted(turn: Turn, instance: Instance, *, crashed: bool) -> bool:
 
 
 def _fail(turn: Turn, instance: Instance) -> None:
+    """Give it up for now, and its room back: it is planned anew after a pause that doubles each time, or what can never start
+    once something has changed that may mend it (`retrying.py`)."""
     assert instance.fault is not None
+    settings, model = turn.settings, turn.view.models[instance.model]
     _acknowledge(turn, instance)
-    move(turn, instance, _I.FAILED)
     instance.retry_at = None
+    if instance.fault.code not in _PERMANENT:
+        pause_s = min(settings.retry_longest_s, settings.retry_first_s * 2.0 ** min(model.given_up, 32))
+        instance.retry_at = turn.now + pause_s
+        turn.wake("instance", instance.id, instance.retry_at)
+        model.given_up += 1
+    move(turn, instance, _I.FAILED)
     route(turn, instance)
     times = f"after {instance.restarts - 1} restarts" if instance.restarts > 1 else "and can never start"
-    message = f"given up {times}: {instance.fault.message}; deploy model {instance.model} again to try anew"
+    message = f"given up {times}: {instance.fault.message}; {tried_again(turn, instance)}"
     turn.event("instance", instance.id, "Failed", message, level="error")
     turn.rescale[instance.model] = None
+
+
+def tried_again(turn: Turn, instance: Instance) -> str:
+    """When a failed instance is planned anew, and how to have that at once."""
+    when = "once a node joins, or a sound copy of its checkpoint appears"
+    if instance.retry_at is not None:
+        when = f"in {max(0.0, instance.retry_at - turn.now):.0f} s"
+    return f"it is tried again {when}; `sllmctl model deploy {instance.model}` tries it at once"
 
 
 def _back_off(turn: Turn, instance: Instance, *, least_s: float = 0.0) -> None:
@@ -358,7 +375,7 @@ def _take(turn: Turn, instance: Instance, truth: InstanceTruth) -> None:
 
 
 def check(turn: Turn, instance: Instance) -> None:
-    """A time asked for has come: restart it, give its start up, or tell its node again to stop it."""
+    """A time asked for has come: restart it, plan it anew, give its start up, or tell its node again to stop it."""
     if turn.view.nodes[instance.node].state is not NodeState.READY:
         return
     settings = turn.settings
@@ -378,6 +395,11 @@ def check(turn: Turn, instance: Instance) -> None:
             else:
                 _acknowledge(turn, instance)
                 retire(turn, instance, "Gone", "nobody waits for it any more")
+        case _I.FAILED if instance.retry_at is not None:
+            if instance.retry_at > turn.now:
+                turn.wake("instance", instance.id, instance.retry_at)
+            else:
+                stop(turn, instance, "Retried", "its pause is over; it is planned anew")
         case _I.STARTING:
             limit_s = _start_limit_s(turn, instance)
             at = instance.life_at + limit_s

@@ -103,7 +103,9 @@ class ControlLoop:
                 turn.rescale[model.name] = None
         for instance in self.view.instances.values():
             instance.life_at = now
-            if instance.retry_at is not None:
+            if instance.state is InstanceState.FAILED:
+                instance.retry_at = now  # another manager, perhaps of another version, sees for itself
+            elif instance.retry_at is not None:
                 instance.retry_at = min(instance.retry_at, now + self.settings.restart_longest_s)
             instances.route(turn, instance)
         for record in self.view.placements.values():

@@ -7,9 +7,9 @@ import msgspec
 from schema.errors import Conflict, Fault, InvalidInput, NotFound
 from schema.link import CancelOperation, Ingest, OperationDone, OperationsAcked
 from schema.spec import ModelSpec, PathSource, ScaleSpec, check_spec
-from schema.states import InstanceState, ModelState, NodeState, Tier, can_become
+from schema.states import ModelState, NodeState, Tier, can_become
 from sllmctl.cluster.records import Model, Node
-from sllmctl.control import disk, drops, instances, operations, prefetch
+from sllmctl.control import disk, drops, instances, operations, prefetch, retrying
 from sllmctl.control.effects import ModelChanged, RejectWaiting
 from sllmctl.control.events import AddModel, DeployModel, RemoveModel, StopModel
 from sllmctl.control.references import missing
@@ -217,11 +217,9 @@ def _serve(turn: Turn, model: Model, scale: ScaleSpec | None) -> None:
     keep = "by reload cost" if scale.keep_alive_s is None else f"{scale.keep_alive_s:g} s"
     turn.event("model", model.name, "Deployed", f"{scale.min} to {scale.max} instances, keep-alive {keep}")
     say(turn, model)
-    for instance in list(turn.view.instances_of(model.name).values()):
-        if instance.state is InstanceState.FAILED:
-            instances.stop(turn, instance, "Retried", f"model {model.name} was deployed again")
-        elif routed:
-            instances.route(turn, instance)
+    retrying.deployed(turn, model.name)
+    for instance in turn.view.instances_of(model.name).values() if routed else ():
+        instances.route(turn, instance)
     turn.rescale[model.name] = None
 
 

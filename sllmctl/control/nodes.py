@@ -8,7 +8,7 @@ from schema.errors import InvalidCheckpoint
 from schema.link import CancelOperation, CheckpointTruth, Ingest, NodeTruth, OperationsAcked
 from schema.states import InstanceState, ModelState, NodeState, Tier, TierState, can_become
 from sllmctl.cluster.records import LIVE, Checkpoint, Node, PlacementKey, PlacementRecord
-from sllmctl.control import drops, instances, models, operations, pins, prefetch
+from sllmctl.control import drops, instances, models, operations, pins, prefetch, retrying
 from sllmctl.control.effects import CheckpointKnown, Connect, Log
 from sllmctl.control.events import AddNode, NodeLost
 from sllmctl.control.turn import Turn
@@ -87,6 +87,7 @@ def check(turn: Turn, node: Node) -> None:
 
 def take_truth(turn: Turn, node: Node, truth: NodeTruth) -> None:
     """All that a node holds, at the beginning of a connection: what is not in it does not exist there."""
+    joined = node.state is NodeState.JOINING
     if node.state is not NodeState.READY:
         move(turn, node, NodeState.READY)
         turn.event("node", node.name, "Ready", f"connected to {truth.inventory.hostname or node.address}")
@@ -97,6 +98,8 @@ def take_truth(turn: Turn, node: Node, truth: NodeTruth) -> None:
     turn.settle[node.id] = None
     _take_checkpoints(turn, node, truth)
     _take_instances(turn, node, truth)
+    if joined:
+        retrying.node_joined(turn, node)
     pins.state(turn, node.id)
     _take_operations(turn, node, truth)
 
@@ -181,10 +184,13 @@ def take_checkpoint(turn: Turn, node: Node, truth: CheckpointTruth) -> None:
         turn.settle[node.id] = None
         if before is None or (before.state, before.size_bytes, before.copies) != (one.state, one.size_bytes, one.copies):
             turn.put_placement(record)
+        if before is None and (one.tier, one.state) == (Tier.DISK, TierState.RESIDENT):
+            retrying.copy_appeared(turn, truth.digest, node)
         if one.state is TierState.QUARANTINED and (before is None or before.state is not TierState.QUARANTINED):
             _quarantined(turn, node, record)
         elif before is not None and (before.state, one.state) == (TierState.QUARANTINED, TierState.RESIDENT):
             turn.event("checkpoint", truth.digest, "Released", f"it is sound again on {one.tier.value} of node {node.name}")
+            retrying.copy_appeared(turn, truth.digest, node)
         elif one.state is TierState.RESIDENT and one.reason and (before is None or before.reason != one.reason):
             told = f"on {one.tier.value} of node {node.name} a sound copy is left: {one.reason}"
             turn.event("checkpoint", truth.digest, "Quarantined", told, level="warning")

@@ -136,7 +136,8 @@ def _start_missing(turn: Turn, model: Model, look: bool) -> None:
     failed = [one for one in view.instances_of(model.name).values() if one.state is _I.FAILED]
     if model.waiting and failed and not _active(turn, model):
         why = failed[-1].fault.message if failed[-1].fault is not None else "unknown"
-        text = f"model {model.name!r} has only failed instances, the last for: {why}; deploy it again to retry"
+        again = instances.tried_again(turn, failed[-1])
+        text = f"model {model.name!r} has only failed instances, the last for: {why}; {again}"
         turn.do(RejectWaiting(model.name, Fault.of(Unschedulable(text))))
 
 
@@ -172,7 +173,8 @@ def _serving(turn: Turn, model: Model) -> bool:
 
 
 def _missing(turn: Turn, model: Model) -> int:
-    """How many instances to start now. A failed one keeps its slot, or a model that always fails would start for ever."""
+    """How many instances to start now. A failed one keeps its slot until it is planned anew, or a model that always fails would
+    start without a pause."""
     rule = model.spec.scale
     there = list(turn.view.instances_of(model.name).values())
     active = [one for one in there if one.state in instances.ACTIVE and not one.moving]

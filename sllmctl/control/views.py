@@ -10,6 +10,7 @@ import msgspec
 from schema.admin import (
     CheckpointView,
     CopyView,
+    FailingView,
     InstanceView,
     LoadView,
     ModelView,
@@ -22,9 +23,11 @@ from schema.admin import (
 )
 from schema.checkpoint import IN_PLACE
 from schema.link import InstanceLoad, Inventory
-from schema.states import Tier
+from schema.states import InstanceState, Tier
 from sllmctl.cluster.records import Checkpoint, Instance, Model, Node, Operation
 from sllmctl.cluster.view import ClusterView
+
+_WRONG = frozenset({InstanceState.BACKOFF, InstanceState.FAILED})
 
 __all__ = [
     "LiveNumbers",
@@ -119,6 +122,18 @@ def model_view(view: ClusterView, live: LiveNumbers, model: Model) -> ModelView:
         progress=live.progress(model.op) if model.op is not None else None,
         created_at=model.created_at,
         no_place=model.refusal or model.no_place,
+        failing=_failing(view, model),
+    )
+
+
+def _failing(view: ClusterView, model: Model) -> FailingView | None:
+    wrong = [one for one in view.instances_of(model.name).values() if one.state in _WRONG and one.fault is not None]
+    if not wrong:
+        return None
+    last = max(wrong, key=lambda one: (one.changed_at, one.id))
+    assert last.fault is not None
+    return FailingView(
+        instance=last.id, node=_name(view, last.node), state=last.state, fault=last.fault, retry_at=last.retry_at
     )
 
 

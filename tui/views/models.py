@@ -41,6 +41,8 @@ class Models(View[ModelView]):
         detail.field("age", age(cluster.now() - row.created_at)).field("devices", f"{spec.devices} an instance")
         detail.field("checkpoint", row.digest[:16] if row.digest else "")
         detail.progress(row.progress).fault(row.fault)
+        if row.failing is not None:
+            detail.head("failing").line(Span(f"{row.failing.instance} on {row.failing.node}", MUTED)).fault(row.failing.fault)
         if row.no_place:
             detail.head("no place").line(Span(row.no_place, BAD))
         detail.head("scale").field("instances", f"{scale.min} to {scale.max}")
@@ -83,6 +85,8 @@ def _what(model: ModelView) -> Cell:
         return Span(model.fault.message, state("failed").style)
     if model.no_place:
         return Span(model.no_place, WARN)
+    if model.failing is not None:
+        return Span(model.failing.fault.message, state("failed").style)
     return Span(_source(model), MUTED)
 
 

@@ -12,8 +12,10 @@ import msgspec
 import pytest
 import yaml
 
-from schema.admin import EstimatesView, RequestExplainView, RequestTimeline
+from schema.admin import EstimatesView, FailingView, RequestExplainView, RequestTimeline
+from schema.errors import Fault
 from schema.spec import ModelSpec, PathSource
+from schema.states import InstanceState
 from sllmctl.cli.main import root
 from tests.sllmctl.cli.conftest import Sllmctl
 from tests.sllmctl.fake_manager import (
@@ -24,6 +26,7 @@ from tests.sllmctl.fake_manager import (
     INSTANCES,
     MODELS,
     NODES,
+    NOW,
     OPERATIONS,
     REQUEST_EXPLAINS,
     REQUESTS,
@@ -161,6 +164,23 @@ def test_a_model_that_found_no_place_is_shown_with_the_reason(sllmctl: Sllmctl, 
     why = "no node can hold model 'qwen': 1 node without the checkpoint"
     manager.answer("GET models/qwen", 200, msgspec.structs.replace(MODELS[0], no_place=why))
     assert f"No place:   {why}\n" in sllmctl("model", "show", "qwen").out
+
+
+def test_a_model_whose_instance_failed_is_shown_with_the_reason_and_when_it_is_tried_again(
+    sllmctl: Sllmctl, manager: FakeManager
+) -> None:
+    def shown(**values: Any) -> str:
+        failing = FailingView(instance="inst_2", node="gpu1", fault=Fault("out_of_space", "no room"), **values)
+        manager.answer("GET models/qwen", 200, msgspec.structs.replace(MODELS[0], failing=failing))
+        out = sllmctl("model", "show", "qwen").out
+        manager.forget()
+        assert "Failing:     inst_2 on gpu1: no room (out_of_space)\n" in out
+        return out
+
+    assert "Tried again: in 4.00 s\n" in shown(state=InstanceState.BACKOFF, retry_at=NOW + 4)
+    at_once = "; `sllmctl model deploy qwen` tries it at once\n"
+    assert f"Tried again: in 60 s{at_once}" in shown(state=InstanceState.FAILED, retry_at=NOW + 60)
+    assert f"or a sound copy of its checkpoint appears{at_once}" in shown(state=InstanceState.FAILED, retry_at=None)
 
 
 def test_estimates_without_outcomes_say_so_beside_the_output(sllmctl: Sllmctl, manager: FakeManager) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from schema.errors import Fault
 from schema.ids import Epoch
-from schema.link import InstanceTruth, InstanceUpdate, StartInstance, StopInstance
+from schema.link import InstanceTruth, InstanceUpdate, PlacementUpdate, StartInstance, StopInstance
 from schema.memory import StepCosts
-from schema.states import InstanceState
+from schema.states import InstanceState, TierState
+from sllmctl.cluster.records import Instance
 from sllmctl.cluster.settings import ControlSettings
 from sllmctl.control.effects import RouteChanged
 from sllmctl.control.events import AddModel, DeployModel, FromNode, StopInstanceNow
@@ -80,12 +82,98 @@ def test_further_restarts_back_off_and_end(make_world: MakeWorld) -> None:
     assert world.agents["local"].lives == {}
     assert not any(world.view.memory.committed_bytes.values())
     world.demand("m", 2)
-    assert "failed instances, the last for: the worker was killed" in world.rejected[-1].fault.message
+    told = world.rejected[-1].fault.message
+    assert "failed instances, the last for: the worker was killed; it is tried again in 60 s" in told
     assert world.only() is instance
     world.ask(lambda ticket: DeployModel(ticket, "m", None))
     assert world.only().id != instance.id
     assert world.only().state is _I.READY
     world.check_rows()
+
+
+def _give_up(world: World) -> Instance:
+    """The model's instance, failed."""
+    for _ in range(world.settings.restarts_max + 1):
+        instance = world.only()
+        world.pass_time(max(0.0, (instance.retry_at or 0.0) - world.now))
+        world.crash(instance)
+    assert instance.state is _I.FAILED
+    return instance
+
+
+def test_a_failed_one_is_tried_again_after_pauses_that_grow(make_world: MakeWorld) -> None:
+    world = make_world(Agent("local"), settings=ControlSettings(retry_first_s=60.0, retry_longest_s=200.0))
+    world.connect("local")
+    world.serve(spec(least=1))
+    pauses = []
+    for _ in range(4):
+        failed = _give_up(world)
+        assert failed.retry_at is not None
+        pauses.append(failed.retry_at - world.now)
+        assert f"it is tried again in {pauses[-1]:.0f} s" in world.events[-1].message
+        world.pass_time(pauses[-1] - 1.0)
+        assert world.only() is failed
+        world.pass_time(1.0)
+        assert world.only().state is _I.READY
+    assert pauses == [60.0, 120.0, 200.0, 200.0]
+    assert world.reasons("instance").count("Retried") == 4
+    world.pass_time(world.settings.healthy_s)
+    failed = _give_up(world)
+    assert failed.retry_at == world.now + 60.0, "one that lived well has set the pauses back"
+    world.check_rows()
+
+
+def test_a_failed_one_that_nobody_waits_for_gives_its_place_to_the_next_request(world: World) -> None:
+    world.serve(spec())
+    world.demand("m", 1)
+    _give_up(world)
+    assert len(world.rejected) == 1
+    world.demand("m", 0)
+    world.pass_time(world.settings.retry_first_s)
+    assert not world.view.instances
+    world.demand("m", 1)
+    assert world.only().state is _I.READY
+    assert len(world.rejected) == 1
+
+
+@pytest.mark.parametrize("change", ["a node joins", "a copy appears", "a copy is sound again", "the manager starts anew"])
+def test_what_can_never_start_is_tried_again_once_something_has_changed(make_world: MakeWorld, change: str) -> None:
+    world = make_world(Agent("local"), Agent("other"))
+    world.connect("local")
+    if change == "a copy appears":
+        world.connect("other")
+    world.serve(spec(least=1))
+    if change == "a copy is sound again":
+        _copy(world, "local", TierState.QUARANTINED)
+    world.crash(world.only(), Fault("invalid_checkpoint", "a tensor is missing"))
+    failed = world.only()
+    assert (failed.state, failed.retry_at) == (_I.FAILED, None)
+    world.pass_time(10 * world.settings.retry_longest_s)
+    assert world.only() is failed
+    match change:
+        case "a node joins":
+            world.connect("other")
+        case "a copy appears":
+            _copy(world, "other", TierState.RESIDENT)
+        case "a copy is sound again":
+            _copy(world, "local", TierState.RESIDENT)
+        case "the manager starts anew":
+            world.start_manager()
+            assert world.only().state is _I.FAILED
+            world.connect("local")
+    assert world.only().id != failed.id
+    assert world.only().state is _I.READY
+    world.check_rows()
+
+
+def _copy(world: World, node: str, state: TierState) -> None:
+    """A node tells of its copy of the model on disk."""
+    agent = world.agents[node]
+    agent.hold("m")
+    held = agent.checkpoints[digest_of("m")]
+    copy = msgspec.structs.replace(held, placements=(msgspec.structs.replace(held.placements[0], state=state),))
+    agent.checkpoints[digest_of("m")] = copy
+    world.do(FromNode(node, PlacementUpdate(truth=copy)))
 
 
 def test_a_restart_is_not_put_off_by_a_clock_that_was_set_back(world: World) -> None:

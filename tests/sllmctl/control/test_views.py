@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from schema.admin import ProgressView
+from schema.admin import FailingView, ProgressView
+from schema.errors import Fault
 from schema.ids import Epoch
 from schema.link import DiskCopy, InstanceLoad, PlacementUpdate
 from schema.states import InstanceState, NodeState, Tier, TierState
@@ -97,6 +98,26 @@ def test_a_model_without_a_place_is_shown_with_the_reason(world: World) -> None:
     world.view.set_refusal(world.view.models["m"], "there is no room now")
     (model,) = model_views(world.view, Numbers(None))
     assert model.no_place == "there is no room now"
+
+
+def test_a_model_is_shown_with_what_is_wrong_with_its_instance_and_when_that_is_tried_again(world: World) -> None:
+    world.serve(spec(least=1))
+    world.agents["local"].automatic = False
+    for state in [InstanceState.STARTING, *[InstanceState.BACKOFF] * 4, InstanceState.FAILED]:
+        instance = world.only()
+        world.pass_time(max(0.0, (instance.retry_at or 0.0) - world.now))
+        world.crash(instance, Fault("out_of_space", "the device is full"))
+        (model,) = model_views(world.view, Numbers(None))
+        assert instance.state is state
+        assert model.failing == (
+            None
+            if state is InstanceState.STARTING
+            else FailingView(
+                instance=instance.id, node="local", state=state, fault=Fault("out_of_space", "the device is full"),
+                retry_at=instance.retry_at,
+            )
+        )  # fmt: skip
+    assert instance.retry_at == world.now + world.settings.retry_first_s
 
 
 def test_what_is_taken_of_a_node_is_what_lies_there_now(world: World) -> None:
