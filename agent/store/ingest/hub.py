@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta
 
 from agent.store.durable import disk_errors
 from agent.store.ingest.files import PLAIN_NAME
-from schema.errors import InvalidCheckpoint, NotFound, OutOfSpace, SllmError, Unauthorised, Unreachable
+from schema.errors import InvalidCheckpoint, NotFound, OutOfSpace, Unauthorised, Unreachable
 from schema.spec import HubSource
 
 __all__ = ["fetch"]
@@ -27,54 +31,86 @@ _LOOK_S: Final = 0.2
 _log = logging.getLogger(__name__)
 
 
+class _File(msgspec.Struct):
+    rfilename: str
+    size: Annotated[int, Meta(ge=0)] | None = None
+
+
+class _Model(msgspec.Struct):
+    """What a hub says of a model, as far as it is used."""
+
+    sha: str | None = None
+    siblings: tuple[_File, ...] | None = None
+
+
 def fetch(source: HubSource, directory: Path, progress: Callable[[int, int], None], free: Callable[[int], int]) -> None:
     """Download a model's revision into ``directory``; ``progress`` hears (done, total) bytes. HF_ENDPOINT names the hub.
 
-    Raises NotFound for an unknown model or revision, Unauthorised for a gated one, Unreachable when the hub does not answer,
-    OutOfSpace before the download when the disk has no room, InvalidCheckpoint when the model has no weights that are read.
-    Pickled weights are fetched only where there are no others. ``free`` says how many bytes the disk has, if that many are
-    needed.
+    Raises NotFound for an unknown model or revision, Unauthorised for a gated one, Unreachable when the hub does not answer, or
+    not as a hub does, OutOfSpace before the download when the disk has no room, InvalidCheckpoint when the model has no weights
+    that are read. Pickled weights are fetched only where there are no others. ``free`` says how many bytes the disk has, if
+    that many are needed.
     """
-    from huggingface_hub import HfApi, errors, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()  # standard error is the ingest's log
+    what = f"{source.repo} at {source.revision}"
+    model = _ask(source, what)
+    there = {each.rfilename: each.size or 0 for each in model.siblings or () if PLAIN_NAME.fullmatch(each.rfilename)}
+    weights = next((kind for kind in (_SAFETENSORS, _PICKLED) if any(_matches(name, kind[:1]) for name in there)), None)
+    if weights is None:
+        raise InvalidCheckpoint(f"{what} has neither model*.safetensors nor pytorch_model*.bin")
+    sizes = {name: size for name, size in there.items() if _matches(name, (*_WANTED, *weights))}
+    total = sum(sizes.values())
+    lie = _directory_bytes(directory)
+    if (room := free(total - lie) + lie) < total:
+        raise OutOfSpace(f"{what} has {total} bytes; {directory} has {room} free: {total - room} are missing")
+    with disk_errors(f"fetching {what}", directory, total), _Watch(directory, total, progress), _client_errors(what):
+        snapshot_download(source.repo, revision=model.sha or source.revision, local_dir=directory, allow_patterns=list(sizes))
+
+
+def _ask(source: HubSource, what: str) -> _Model:
+    from huggingface_hub import HfApi
+
+    try:
+        with _client_errors(what):
+            info = HfApi().model_info(source.repo, revision=source.revision, files_metadata=True)
+        return msgspec.convert(info, _Model, from_attributes=True)
+    except msgspec.ValidationError as error:
+        raise _no_hub(what, error) from error
+    except OSError as error:  # of its certificates, say: nothing is written yet
+        raise Unreachable(f"the hub did not give {what}: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _client_errors(what: str) -> Iterator[None]:
+    """Says in our words what the hub's client alone raises in here. It takes whatever it gets for a hub's answer, and stumbles
+    over anything else. What it says of the disk is let through, though what it says of the hub is an OSError as well."""
+    from huggingface_hub import errors
+
     # The root of the errors of whatever HTTP library this version of the hub's client is built on.
     http_error: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
-    what = f"{source.repo} at {source.revision}"
     try:
-        info = HfApi().model_info(source.repo, revision=source.revision, files_metadata=True)
-        there = {each.rfilename: each.size or 0 for each in info.siblings or [] if PLAIN_NAME.fullmatch(each.rfilename)}
-        weights = next((kind for kind in (_SAFETENSORS, _PICKLED) if any(_matches(name, kind[:1]) for name in there)), None)
-        if weights is None:
-            raise InvalidCheckpoint(f"{what} has neither model*.safetensors nor pytorch_model*.bin")
-        sizes = {name: size for name, size in there.items() if _matches(name, (*_WANTED, *weights))}
-        total = sum(sizes.values())
-        lie = _directory_bytes(directory)
-        if (room := free(total - lie) + lie) < total:
-            raise OutOfSpace(f"{what} has {total} bytes; {directory} has {room} free: {total - room} are missing")
-        with disk_errors(f"fetching {what}", directory, total), _Watch(directory, total, progress):
-            snapshot_download(
-                source.repo, revision=info.sha or source.revision, local_dir=directory, allow_patterns=list(sizes)
-            )
+        yield
     except errors.GatedRepoError as error:
         raise Unauthorised(f"{what} is gated; accept its terms on the hub and set HF_TOKEN for the agent") from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise NotFound(
             f"{what} is not on the hub, or not open to this node; check the name, or set HF_TOKEN for the agent"
         ) from error
-    except (http_error, errors.LocalEntryNotFoundError, OSError) as error:
+    except (http_error, errors.LocalEntryNotFoundError, errors.FileMetadataError, ConnectionError, TimeoutError) as error:
         raise Unreachable(f"the hub did not give {what}: {_first_line(error)}") from error
-    except SllmError:
-        raise
-    except (ValueError, RuntimeError) as error:
-        raise SllmError(f"fetching {what} failed: {_first_line(error)}") from error
-    except (TypeError, LookupError, AttributeError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         _log.exception("the hub's client failed")
-        raise Unreachable(
-            f"what was asked for {what} does not answer as a hub does ({type(error).__name__}: {_first_line(error)}); "
-            "see HF_ENDPOINT of the agent's environment"
-        ) from error
+        raise _no_hub(what, error) from error
+
+
+def _no_hub(what: str, error: Exception) -> Unreachable:
+    return Unreachable(
+        f"what was asked for {what} does not answer as a hub does ({type(error).__name__}: {_first_line(error)}); "
+        "see HF_ENDPOINT of the agent's environment"
+    )
 
 
 class _Watch:

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -23,6 +24,7 @@ import pytest
 
 from agent.config import NodeConfig
 from agent.store import catalog
+from agent.store.ingest.hub import fetch
 from schema.link import Committing, FrameDecoder, OperationDone, Progress
 from schema.spec import HubSource, PathSource, Source
 from tests.checkpoints import make_llama_dir
@@ -298,6 +300,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     source: Path
     requested: list[str]
+    refused: tuple[int, str] | tuple[()] = ()
+    """How files are refused, if they are: the status, and the hub's word for it."""
     held = threading.Event()
     """While it is not set, weights are asked for in vain."""
     held.set()
@@ -313,6 +317,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
         files["model/../../../climbs.safetensors"] = b"not asked for"
         if path.startswith("/api/models/org/name-of-list"):
             self.answer(b"[]")
+        elif path.startswith("/api/models/org/name-of-page"):
+            self.answer(b"<html>")
+        elif path.startswith("/api/models/org/name-of-sizes"):
+            self.answer(json.dumps({"id": "org/name", "siblings": [{"rfilename": "model.safetensors", "size": "12"}]}).encode())
         elif path.startswith("/api/models/org/name/tree/"):
             entries = [
                 {"type": "file", "path": name, "size": len(data), "oid": sha256(data).hexdigest()[:40]}
@@ -322,6 +330,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
         elif path.startswith("/api/models/org/name"):
             siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
             self.answer(json.dumps({"id": "org/name", "sha": "a" * 40, "siblings": siblings}).encode())
+        elif self.refused and path.startswith("/org/name/resolve/"):
+            self.send_response(*self.refused[:1])
+            self.send_header("X-Error-Code", *self.refused[1:])
+            self.send_header("Content-Length", "0")
+            self.end_headers()
         elif path.startswith("/org/name/resolve/") and path.rpartition("/")[2] in files:
             if path.endswith(".safetensors") and self.command == "GET":
                 self.asked.set()
@@ -393,12 +406,40 @@ def test_model_that_a_hub_does_not_have(node: Node, hub: tuple[dict[str, str], l
     assert node.nothing_left()
 
 
-def test_what_answers_as_no_hub_does(node: Node, hub: tuple[dict[str, str], list[str]]) -> None:
-    _, _, done = node.finish(node.start(HubSource("org/name-of-list"), env=hub[0]))
+@pytest.mark.parametrize("name", ["name-of-list", "name-of-page", "name-of-sizes"])
+def test_what_answers_as_no_hub_does(node: Node, hub: tuple[dict[str, str], list[str]], name: str) -> None:
+    _, _, done = node.finish(node.start(HubSource(f"org/{name}"), env=hub[0]))
     assert done.fault is not None
     assert done.fault.code == "unreachable"
-    assert "org/name-of-list at main does not answer as a hub does" in done.fault.message
+    assert f"org/{name} at main does not answer as a hub does" in done.fault.message
     assert node.nothing_left()
+
+
+@pytest.mark.parametrize(
+    ("status", "word", "code"),
+    [(403, "GatedRepo", "unauthorised"), (401, "RepoNotFound", "not_found"), (410, "", "unreachable")],
+)
+def test_what_a_hub_refuses_of_a_model_that_it_lists_is_no_fault_of_the_disk(
+    node: Node, hub: tuple[dict[str, str], list[str]], monkeypatch: pytest.MonkeyPatch, status: int, word: str, code: str
+) -> None:
+    monkeypatch.setattr(Hub, "refused", (status, word))
+    _, _, done = node.finish(node.start(HubSource("org/name"), env=hub[0]))
+    assert done.fault is not None
+    assert done.fault.code == code, done.fault
+    assert "org/name at main" in done.fault.message
+
+
+def test_a_mistake_of_ours_is_not_said_to_be_the_hubs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import HfApi
+
+    sizes = SimpleNamespace(rfilename="model.safetensors", size=12)
+    monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: SimpleNamespace(sha=None, siblings=[sizes]))
+
+    def mistaken(need_bytes: int) -> int:
+        raise TypeError("a mistake")
+
+    with pytest.raises(TypeError, match="a mistake"):
+        fetch(HubSource("org/name"), tmp_path, lambda done, total: None, mistaken)
 
 
 def test_hub_that_does_not_answer(node: Node) -> None:
