@@ -49,6 +49,8 @@ class Checkpoints:
                 self._images.setdefault((copy.digest, copy.manifest.image_id), copy)
             for bad in found.damaged:
                 self._damaged.setdefault(bad.digest, []).append(bad)
+        lies = {*self._damaged, *self._store.residents, *self._store.devices.digests}
+        self._facts = {digest: facts for digest, facts in self._facts.items() if digest in lies}
         for digest, entry in self._entries.items():
             manifest = entry.manifest
             self._facts[digest] = CheckpointTruth(
@@ -219,7 +221,7 @@ class Checkpoints:
             users = max(users, 1)  # it comes for somebody, who is counted on the device if it goes on there
             placements.append(Placement(tier=Tier.DRAM, state=TierState.FILLING, size_bytes=image_bytes, users=users))
         facts = self._facts.get(digest)
-        if facts is not None:  # else it is coming by a fetch, which is ahead of the disk on devices
+        if facts is not None and (entry is not None or damaged):  # a fetch may be ahead of the disk on devices
             placements += self._store.devices.placements(digest, size)
         return CheckpointTruth(
             digest=digest,

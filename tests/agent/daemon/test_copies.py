@@ -23,6 +23,7 @@ from schema.link import (
     DeviceWeights,
     DropDevice,
     DropResident,
+    Evicted,
     Extent,
     FetchStored,
     FillArena,
@@ -35,7 +36,7 @@ from schema.link import (
     Resident,
     StoreTruth,
 )
-from schema.states import TierState
+from schema.states import Tier, TierState
 from tests.agent.daemon.peers import DIGEST, make_checkpoint
 
 OTHER_ID = "9" * 32
@@ -141,6 +142,26 @@ async def test_what_is_dropped_from_devices_is_not_taken_for_dropped_from_memory
     assert DIGEST in place.store.residents
     place.hear(OperationDone(op=memory.op, digest=DIGEST, fault=Fault("conflict", "it is being verified")))
     assert DIGEST in place.store.residents
+
+
+async def test_what_is_fetched_again_is_not_stated_on_a_device_before_it_is_on_the_disk(place: Place) -> None:
+    image_id = await place.copy("l1")
+    place.lies_in_memory(image_id)
+    await place.checkpoints.remove(DIGEST)  # while its image is on its way out
+    place.hear(Evicted(digest=DIGEST))
+    assert place.checkpoints.truth(DIGEST).placements == ()
+    place.store.devices.hold(DIGEST, (0,), "inst_1", 0)
+    place.lies_on_device(image_id, 0)
+    assert place.checkpoints.truth(DIGEST).placements == (), "nobody else could be started over it"
+    await place.copy("l1")
+    assert [each.tier for each in place.checkpoints.truth(DIGEST).placements] == [Tier.DISK, Tier.DEVICE]
+
+
+async def test_what_has_left_every_tier_is_forgotten(place: Place) -> None:
+    await place.copy("l1")
+    assert place.checkpoints.truth(DIGEST).architecture
+    await place.checkpoints.remove(DIGEST)
+    assert not place.checkpoints.truth(DIGEST).architecture
 
 
 async def test_a_copy_in_quarantine_is_started_from_only_where_it_lies(place: Place) -> None:
