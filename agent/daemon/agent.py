@@ -44,6 +44,8 @@ from schema.link import (
     InstanceLoad,
     InstanceTruth,
     InstanceUpdate,
+    Inventory,
+    InventoryUpdate,
     LoadCheckpoint,
     Message,
     NodeEvent,
@@ -90,7 +92,7 @@ class Agent:
         self._store = StoreLink(self._store_kin, self)
         found = devices(config)
         cuda = frozenset(device.index for device in found if device.kind == "cuda")
-        self._zygote = ZygoteLink(self._zygote_kin, tuple(sorted(cuda)))
+        self._zygote = ZygoteLink(self._zygote_kin, self._means_changed, tuple(sorted(cuda)))
         self._instances = Instances(config, self._roster, self._store, self._journal, self, self._zygote.ask, cuda)
         self._zygote.instances = self._instances
         self._relay = Relay(self._journal, self._instances, self, config.hang_s)
@@ -181,7 +183,7 @@ class Agent:
                 self._adoption.expect((entry.instance, entry.epoch), process)
         self._adoption.expect("store")
         self._store_kin.adopt(next(iter(by_role.get("store", [])), None))
-        # The truth says nothing that a zygote knows, and one that still imports takes seconds to dial.
+        # What a zygote knows follows the truth: one that still imports takes seconds to dial.
         self._zygote_kin.adopt(next(iter(by_role.get("zygote", [])), None))
 
     async def _allow_truth(self) -> None:
@@ -247,17 +249,23 @@ class Agent:
 
     # --- the manager
 
-    def _truth(self) -> NodeTruth:
-        arena = self._store.arena
-        found = msgspec.structs.replace(
+    def _means(self) -> Inventory:
+        return msgspec.structs.replace(
             self._inventory,
-            arena=arena or self._inventory.arena,
+            arena=self._store.arena or self._inventory.arena,
             disk_read_bps=self._disk.read_bps,
             software=self._running_software(),
+            numerics=self._zygote.numerics,
         )
+
+    def _means_changed(self) -> None:
+        if not self._shutdown.is_set():
+            self._manager.tell(InventoryUpdate(inventory=self._means()))
+
+    def _truth(self) -> NodeTruth:
         return NodeTruth(
             node=self._identity.identity.node,
-            inventory=found,
+            inventory=self._means(),
             checkpoints=self._checkpoints.truths(),
             instances=self._instances.truths(),
             ops=self._operations.running,

@@ -81,10 +81,13 @@ class ForkedChild:
 
 
 class ZygoteLink:
-    """Speaks to the zygote over its lives. ``cuda``: the devices of which it keeps children with a context ready."""
+    """Speaks to the zygote over its lives. ``cuda``: the devices of which it keeps children with a context ready. ``numerics``
+    is what the present one says of this node, "" without one; ``changed`` is called when that is another."""
 
-    def __init__(self, kin: Kin, cuda: tuple[int, ...] = ()) -> None:
+    def __init__(self, kin: Kin, changed: Callable[[], None], cuda: tuple[int, ...] = ()) -> None:
+        self.numerics = ""
         self._kin = kin
+        self._changed = changed
         self._cuda = cuda
         self._stated = asyncio.Event()
         self._forking: dict[int, asyncio.Future[ForkedChild | None]] = {}
@@ -146,6 +149,7 @@ class ZygoteLink:
                 if message.threads != 1:
                     _log.error("the zygote has %d threads; its forks may hang", message.threads)
                 self._stated.set()
+                self._say(message.numerics)
                 if self._cuda:
                     self._kin.send(KeepSpares(cuda=self._cuda))
                 self.instances.zygote_ready()
@@ -168,11 +172,17 @@ class ZygoteLink:
     def lost(self, connection: Connection, why: str) -> None:
         if self._kin.disclaim(connection):
             self._stated.clear()
+            self._say("")
             self._children.clear()
             for answer in self._forking.values():
                 if not answer.done():
                     answer.set_result(None)
             _log.warning("the link to the zygote is lost: %s", why)
+
+    def _say(self, numerics: str) -> None:
+        if numerics != self.numerics:
+            self.numerics = numerics
+            self._changed()
 
     def _forked(self, message: Forked, answer: asyncio.Future[ForkedChild | None]) -> None:
         if message.fault is not None:

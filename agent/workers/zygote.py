@@ -83,9 +83,11 @@ def main(run_dir: str | Path) -> int:
         return 6
     os.environ.update(ENVIRONMENT)
     _import_all()
+    from agent.workers.numerics import numerics
+
     gc.collect()
     gc.freeze()
-    return _Zygote(config, token, lock).run()
+    return _Zygote(config, token, lock, numerics()).run()
 
 
 def _import_all() -> None:
@@ -111,8 +113,9 @@ def _threads() -> int:
 class _Zygote:
     """The main loop, woken by the agent's messages and, through a pipe, by signals."""
 
-    def __init__(self, config: NodeConfig, token: str, lock: int) -> None:
+    def __init__(self, config: NodeConfig, token: str, lock: int, numerics: str) -> None:
         self._config = config
+        self._numerics = numerics
         self._lock = lock
         hello = Hello(role=Role.ZYGOTE, software=_SOFTWARE, pid=os.getpid(), token=token)
         self._channel: Channel[ToZygote] = Channel(config.socket_path, hello, ToZygote)
@@ -153,7 +156,8 @@ class _Zygote:
     def _handle(self, message: ToZygote) -> None:
         match message:
             case Welcome():
-                self._channel.send(ZygoteTruth(pids=tuple(sorted(self._children)), threads=_threads()))
+                pids = tuple(sorted(self._children))
+                self._channel.send(ZygoteTruth(pids=pids, threads=_threads(), numerics=self._numerics))
             case Fork():
                 self._fork(message)
             case ForkIngest():

@@ -64,6 +64,7 @@ from schema.link.reports import (
     Committing,
     FileChunk,
     InstanceUpdate,
+    InventoryUpdate,
     NodeEvent,
     NodeTruth,
     OperationDone,
@@ -176,6 +177,7 @@ __all__ = [
     "InstanceTruth",
     "InstanceUpdate",
     "Inventory",
+    "InventoryUpdate",
     "KeepSpares",
     "LayersArrived",
     "LoadCheckpoint",
@@ -239,8 +241,8 @@ ManagerMessage = (
 """What a manager says to an agent after its Hello."""
 
 AgentMessage = (
-    Welcome | Refused | Ping | Pong | NodeTruth | AttemptTruth | TruthEnd | InstanceUpdate | PlacementUpdate | Progress
-    | OperationDone | NodeEvent | FileChunk | LogChunk | Tokens | InstanceLoad
+    Welcome | Refused | Ping | Pong | NodeTruth | AttemptTruth | TruthEnd | InventoryUpdate | InstanceUpdate
+    | PlacementUpdate | Progress | OperationDone | NodeEvent | FileChunk | LogChunk | Tokens | InstanceLoad
 )  # fmt: skip
 """What an agent says to a manager."""
 

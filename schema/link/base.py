@@ -21,10 +21,10 @@ __all__ = [
     "Part",
 ]
 
-PROTOCOL: Final = 4
+PROTOCOL: Final = 5
 """The newest version of these messages that this build speaks. Another field is another version: who does not know it refuses
 the frame."""
-PROTOCOL_OLDEST: Final = 4
+PROTOCOL_OLDEST: Final = 5
 """The oldest version that this build still speaks."""
 MAX_FRAME_BYTES: Final = 32 << 20
 """A longer frame is refused before its body is read; bulk data never travels here."""

@@ -53,7 +53,9 @@ class Inventory(Part, frozen=True, kw_only=True, omit_defaults=False):
     """A machine's means. Bandwidths are measured, in bytes per second; 0 means not measured yet.
 
     ``disk_budget_bytes``: what checkpoints may take of the disk, ``disk_used_bytes`` of which they take. ``software``: what
-    each of its processes said that it runs, "sllmctl-store 0.1.0", by its role; of a worker by its instance.
+    each of its processes said that it runs, "sllmctl-store 0.1.0", by its role; of a worker by its instance. ``numerics``: what
+    the bits of a deterministic model depend on here beside the device and the number of threads, the same words on nodes that
+    are alike in it; "" while there is no zygote to say it, and so none that could fork a worker.
     """
 
     hostname: str
@@ -66,6 +68,7 @@ class Inventory(Part, frozen=True, kw_only=True, omit_defaults=False):
     disk_read_bps: Finite = 0.0
     device_copy_bps: Finite = 0.0
     software: dict[str, str] = msgspec.field(default_factory=dict)
+    numerics: str = ""
 
 
 class DiskCopy(Part, frozen=True, kw_only=True):

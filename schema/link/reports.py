@@ -13,6 +13,7 @@ __all__ = [
     "Committing",
     "FileChunk",
     "InstanceUpdate",
+    "InventoryUpdate",
     "NodeEvent",
     "NodeTruth",
     "OperationDone",
@@ -36,6 +37,12 @@ class NodeTruth(Message, frozen=True, kw_only=True, tag="truth"):
 
     def __post_init__(self) -> None:
         check_stated(*self.instances)
+
+
+class InventoryUpdate(Message, frozen=True, kw_only=True, tag="inventory"):
+    """A node's means have changed, or it knows more of them."""
+
+    inventory: Inventory
 
 
 class InstanceUpdate(Message, frozen=True, kw_only=True, tag="instance"):

@@ -60,10 +60,12 @@ class ChildExited(Message, frozen=True, kw_only=True, tag="exited"):
 
 
 class ZygoteTruth(Message, frozen=True, kw_only=True, tag="zygotetruth"):
-    """``pids`` of living children; ``threads`` of the zygote itself, which must be 1 for a safe fork."""
+    """``pids`` of living children; ``threads`` of the zygote itself, which must be 1 for a safe fork; ``numerics`` as in the
+    node's `Inventory`."""
 
     pids: tuple[int, ...]
     threads: int
+    numerics: str = ""
 
 
 class StartWorker(Message, frozen=True, kw_only=True, tag="startworker"):

@@ -119,6 +119,7 @@ def _fields(node: NodeView) -> list[tuple[str, str]]:
         ("Disk", bandwidth(means.disk_read_bps)),
         ("Disk budget", f"{size(means.disk_used_bytes)} used of {size(means.disk_budget_bytes)}"),
         ("Device copy", bandwidth(means.device_copy_bps)),
+        ("Numerics", means.numerics or "not known: no zygote has said it yet"),
         ("Loads", "\n".join(f"{load.of or load.id}: {progress_text(load.progress)}" for load in node.loads) or "none"),
     ]
 

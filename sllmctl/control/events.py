@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from schema.admin import OperationKind
-from schema.link import InstanceUpdate, NodeEvent, NodeTruth, OperationDone, PlacementUpdate
+from schema.link import InstanceUpdate, InventoryUpdate, NodeEvent, NodeTruth, OperationDone, PlacementUpdate
 from schema.spec import ModelSpec, ScaleSpec
 from schema.states import Tier
 
@@ -46,7 +46,7 @@ class FromNode:
     """A node said something about what it holds. A `NodeTruth` begins every connection and replaces all that was known."""
 
     node: str
-    message: NodeTruth | InstanceUpdate | PlacementUpdate | OperationDone | NodeEvent
+    message: NodeTruth | InventoryUpdate | InstanceUpdate | PlacementUpdate | OperationDone | NodeEvent
 
 
 @dataclass(frozen=True, slots=True)

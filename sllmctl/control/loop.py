@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from schema.errors import Fault, SllmError
 from schema.ids import EpochCounter, IdSource
-from schema.link import InstanceUpdate, NodeEvent, NodeTruth, OperationDone, PlacementUpdate
+from schema.link import InstanceUpdate, InventoryUpdate, NodeEvent, NodeTruth, OperationDone, PlacementUpdate
 from schema.states import InstanceState, ModelState, NodeState
 from sllmctl.cluster.settings import ControlSettings
 from sllmctl.cluster.view import ClusterView
@@ -217,6 +217,8 @@ class ControlLoop:
         match message:
             case NodeTruth():
                 nodes.take_truth(turn, node, message)
+            case InventoryUpdate(inventory=inventory):
+                nodes.take_inventory(turn, node, inventory)
             case InstanceUpdate(truth=truth):
                 instance = self.view.instances.get(truth.instance)
                 if instance is not None and instance.node == node.id:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from schema.errors import InvalidCheckpoint
-from schema.link import CancelOperation, CheckpointTruth, Ingest, NodeTruth, OperationsAcked
+from schema.link import CancelOperation, CheckpointTruth, Ingest, Inventory, NodeTruth, OperationsAcked
 from schema.states import InstanceState, ModelState, NodeState, Tier, TierState, can_become
 from sllmctl.cluster.records import LIVE, Checkpoint, Node, PlacementKey, PlacementRecord
 from sllmctl.control import drops, instances, models, operations, pins, prefetch, retrying
@@ -13,7 +13,7 @@ from sllmctl.control.effects import CheckpointKnown, Connect, Log
 from sllmctl.control.events import AddNode, NodeLost
 from sllmctl.control.turn import Turn
 
-__all__ = ["add", "any_expected", "check", "lost", "move", "take_checkpoint", "take_truth"]
+__all__ = ["add", "any_expected", "check", "lost", "move", "take_checkpoint", "take_inventory", "take_truth"]
 
 
 def move(turn: Turn, node: Node, state: NodeState) -> None:
@@ -92,16 +92,21 @@ def take_truth(turn: Turn, node: Node, truth: NodeTruth) -> None:
         move(turn, node, NodeState.READY)
         turn.event("node", node.name, "Ready", f"connected to {truth.inventory.hostname or node.address}")
     node.seen_at, node.unreachable_since = turn.now, None
-    turn.put_node(node)
-    turn.view.set_inventory(node.id, truth.inventory)
-    turn.free()
-    turn.settle[node.id] = None
+    take_inventory(turn, node, truth.inventory)
     _take_checkpoints(turn, node, truth)
     _take_instances(turn, node, truth)
     if joined:
         retrying.node_joined(turn, node)
     pins.state(turn, node.id)
     _take_operations(turn, node, truth)
+
+
+def take_inventory(turn: Turn, node: Node, inventory: Inventory) -> None:
+    """What a node has. Who waits for room is asked again: it may have more."""
+    turn.view.set_inventory(node.id, inventory)
+    turn.put_node(node)
+    turn.free()
+    turn.settle[node.id] = None
 
 
 def _take_instances(turn: Turn, node: Node, truth: NodeTruth) -> None:

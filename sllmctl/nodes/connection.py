@@ -18,6 +18,7 @@ from schema.link import (
     Hello,
     InstanceLoad,
     InstanceUpdate,
+    InventoryUpdate,
     LogChunk,
     Message,
     NodeEvent,
@@ -40,7 +41,17 @@ __all__ = ["Connection", "ConnectionOwner", "LinkListener", "News"]
 
 log = logging.getLogger("sllmctl.links")
 
-News = InstanceUpdate | PlacementUpdate | OperationDone | NodeEvent | Progress | FileChunk | LogChunk | InstanceLoad
+News = (
+    InventoryUpdate
+    | InstanceUpdate
+    | PlacementUpdate
+    | OperationDone
+    | NodeEvent
+    | Progress
+    | FileChunk
+    | LogChunk
+    | InstanceLoad
+)
 """What an agent says after its truth, other than tokens."""
 
 
@@ -183,7 +194,8 @@ class Connection(asyncio.Protocol):
             case TruthEnd(attempts=attempts) if self._truth is not None and not self._steady:
                 self._complete(self._truth, message, attempts)
             case (
-                InstanceUpdate()
+                InventoryUpdate()
+                | InstanceUpdate()
                 | PlacementUpdate()
                 | OperationDone()
                 | NodeEvent()

@@ -81,6 +81,7 @@ NODES = (
             devices=(DeviceInfo(index=0, kind="cpu", name="EPYC", memory_bytes=32 << 30),),
             arena=ArenaInfo(id="a1", budget_bytes=8 << 30, chunk_bytes=4 << 20, used_bytes=1288490189, pages="thp"),
             disk_read_bps=2.5e9,
+            numerics="torch 2.9, AVX512",
         ),
     ),
     NodeView(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 
 from schema.ids import epoch_of
 from schema.link import (
     Evicted,
     InstanceUpdate,
+    InventoryUpdate,
     LoadCheckpoint,
     NodeEvent,
     Ping,
@@ -247,3 +249,21 @@ async def test_a_manager_that_dials_during_a_shutdown_is_to_dial_again(node: Nod
     worker.say(epoch_of(1, 9), (4,), EndReason.STOP)
     assert node.task is not None
     await node.task
+
+
+async def test_what_the_zygote_says_of_this_nodes_numerics_is_stated_as_long_as_it_is_there(node: Node) -> None:
+    manager = await node.manager()
+    await node.until(lambda: bool(node.zygotes))
+    if not manager.truth.inventory.numerics:
+        await manager.take(InventoryUpdate, lambda m: m.inventory.numerics == "torch 1")
+    assert (await node.manager()).truth.inventory.numerics == "torch 1"
+    manager = node.managers[-1]
+    node.zygote_imported.clear()
+    node.numerics = "torch 2"
+    os.kill(node.zygotes[0].pid, signal.SIGKILL)
+    told = await manager.take(InventoryUpdate)
+    assert told.inventory.numerics == ""
+    assert told.inventory.devices == manager.truth.inventory.devices
+    await node.until(lambda: len(node.zygotes) == 2)
+    node.zygote_imported.set()
+    assert (await manager.take(InventoryUpdate)).inventory.numerics == "torch 2"

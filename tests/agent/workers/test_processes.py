@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from agent.store.layers import Layers
+from agent.workers.numerics import numerics
 from schema.checkpoint import LAYOUT
 from schema.ids import Epoch
 from schema.link import (
@@ -85,7 +86,9 @@ def state(worker: Peer) -> tuple[WorkerTruth, dict[int, AttemptTruth]]:
 
 def test_fork_serve_reconnect_cancel_and_stop(here: Node) -> None:
     process, zygote, truth = here.zygote()
-    assert truth == ZygoteTruth(pids=(), threads=1)
+    assert (truth.pids, truth.threads) == ((), 1)
+    assert f"torch {torch.__version__}" in truth.numerics
+    assert truth.numerics == numerics(), "a process that has imported the same says the same"
     zygote.send(Ping(nonce=7))
     assert zygote.expect(Pong).nonce == 7
     pid, worker = here.fork(zygote)

@@ -7,10 +7,10 @@ import msgspec
 from schema.admin import FailingView, ProgressView
 from schema.errors import Fault
 from schema.ids import Epoch
-from schema.link import DiskCopy, InstanceLoad, PlacementUpdate
+from schema.link import DiskCopy, InstanceLoad, InventoryUpdate, PlacementUpdate
 from schema.states import InstanceState, NodeState, Tier, TierState
-from sllmctl.cluster.changes import PutPlacement
-from sllmctl.control.events import AddModel, Operate
+from sllmctl.cluster.changes import PutNode, PutPlacement
+from sllmctl.control.events import AddModel, FromNode, Operate
 from sllmctl.control.gauges import cluster_gauges
 from sllmctl.control.views import checkpoint_views, instance_views, model_views, node_views
 from tests.sllmctl.control.world import MIB, World, digest_of, spec
@@ -75,6 +75,16 @@ def test_each_copy_on_a_disk_is_shown_with_how_it_came_there(world: World) -> No
     assert any(isinstance(change, PutPlacement) for change in step.changes), "who follows the stream is told"
     (checkpoint,) = checkpoint_views(world.view)
     assert [copy.verified for copy in checkpoint.placements[0].copies] == [True]
+
+
+def test_a_node_that_knows_more_of_its_means_is_shown_with_them(world: World) -> None:
+    stated = world.agents["local"].truth().inventory
+    means = msgspec.structs.replace(stated, numerics="torch 1", memory_bytes=1 << 35)
+    step = world.say(FromNode("local", InventoryUpdate(inventory=means)))
+    (node,) = node_views(world.view, Numbers(None))
+    assert node.inventory is not None
+    assert (node.inventory.numerics, node.inventory.memory_bytes) == ("torch 1", 1 << 35)
+    assert any(isinstance(change, PutNode) for change in step.changes), "who follows the stream is told"
 
 
 def test_what_moves_on_a_node_is_named_by_what_it_is_of(world: World) -> None:

@@ -54,6 +54,7 @@ class Node:
         self.worker_becomes_ready = True
         self.store_answers = True
         self.zygote_answers = True
+        self.numerics = "torch 1"
         self.zygote_imported = asyncio.Event()
         self.zygote_imported.set()
         self.store_fetching: tuple[str, ...] = ()

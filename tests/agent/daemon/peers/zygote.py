@@ -45,7 +45,7 @@ class Zygote:
         await self.peer.dial(self.node.config.socket_path, self.node.kin_hello(Role.ZYGOTE, pid=self.pid))
         await self.peer.take(Welcome)
         await self.node.zygote_imported.wait()
-        self.peer.send(ZygoteTruth(pids=(), threads=1))
+        self.peer.send(ZygoteTruth(pids=(), threads=1, numerics=self.node.numerics))
         with contextlib.suppress(Hangup):
             while True:
                 message = await self.peer.next()
