@@ -65,7 +65,7 @@ from schema.link import (
     VerifyCheckpoint,
     Welcome,
 )
-from schema.states import Tier
+from schema.states import InstanceState, Tier
 from schema.version import VERSION
 
 __all__ = ["SOFTWARE", "Agent"]
@@ -118,12 +118,12 @@ class Agent:
 
     async def run(self) -> None:
         """Serve until `shut_down` is called, then end everything. Raises SllmError when it cannot begin or a part fails."""
-        await asyncio.to_thread(self._logs.tidy)
         await self._checkpoints.scan()
         self._checkpoints.pins.load()
         self._store.pin(self._checkpoints.pins.on(Tier.DRAM))
         await self._measure()
         await self._adopt()
+        await self._tidy_logs()
         self._server.listen()
         self._manager_changed(False)
         watched: list[asyncio.Task[Any]] = [self._store_kin.start(), self._zygote_kin.start()]
@@ -366,6 +366,8 @@ class Agent:
         self._manager.tell_load(load)
 
     def instance_changed(self, truth: InstanceTruth) -> None:
+        if truth.state is InstanceState.STOPPED:
+            self._own(self._tidy_logs(), "tidy the logs")
         wrong = truth.fault is not None and truth.fault.code == InvalidCheckpoint.code
         if wrong and not truth.kv_capacity_tokens:  # it never served, so nothing of anybody's has ended with it
             self._own(self._look_and_tell(truth), f"look again at {truth.digest}")
@@ -396,6 +398,10 @@ class Agent:
             self._manager.tell(PlacementUpdate(truth=self._checkpoints.truth(digest)))
         if not known or self._checkpoints.stale(digest):  # it came with a fetch just now, or is of no use: the disk says
             self._own(self._look_anew(digest), f"look for {digest}")
+
+    async def _tidy_logs(self) -> None:
+        running = {truth.instance for truth in self._instances.truths() if truth.state is not InstanceState.STOPPED}
+        await asyncio.to_thread(self._logs.tidy, running)
 
     async def _look_anew(self, digest: str) -> None:
         await self._checkpoints.scan()

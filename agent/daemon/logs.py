@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -44,11 +44,11 @@ class NodeLogs:
         """The log of an instance, over all its lives."""
         return self._instances / f"{start.model}@{start.instance}.log"
 
-    def tidy(self) -> None:
-        """Remove the oldest logs of instances beyond those kept. One that is still written to is younger than any other."""
+    def tidy(self, running: Collection[str] = ()) -> None:
+        """Remove the oldest logs of instances beyond those kept, but none of the ``running`` ones, which may say little."""
         with contextlib.suppress(OSError):
-            found = sorted(self._instances.glob("*.log"), key=lambda path: path.stat().st_mtime, reverse=True)
-            for path in found[_KEPT:]:
+            gone = [path for path in self._instances.glob("*.log") if _instance_of(path) not in running]
+            for path in sorted(gone, key=lambda path: path.stat().st_mtime, reverse=True)[_KEPT:]:
                 path.unlink(missing_ok=True)
                 _aside(path).unlink(missing_ok=True)
 
@@ -91,12 +91,16 @@ class NodeLogs:
             return
         found = False
         for path in sorted(self._instances.glob("*.log")):
-            model, _, instance = path.name.removesuffix(".log").partition("@")
+            model, instance = path.name.partition("@")[0], _instance_of(path)
             if message.instance in ("", instance) and message.model in ("", model):
                 found = True
                 yield instance, path
         if not found and message.instance:
             raise NotFound(f"this node has no log of instance {message.instance}")
+
+
+def _instance_of(path: Path) -> str:
+    return path.name.removesuffix(".log").partition("@")[2]
 
 
 def _aside(path: Path) -> Path:

@@ -75,6 +75,22 @@ async def test_the_truth_states_what_each_process_runs(node: Node) -> None:
     assert (await node.manager()).truth.inventory.software == kin
 
 
+async def test_of_the_logs_of_instances_that_have_ended_the_latest_stay(node: Node) -> None:
+    manager = await node.manager()
+    start, _ = await node.ready(manager)
+    logs = node.config.log_path / "instances"
+    logs.mkdir(exist_ok=True)
+    for number, instance in enumerate((start.instance, *(f"old{number}" for number in range(70)))):
+        path = logs / f"m@{instance}.log"
+        path.touch()
+        os.utime(path, (number, number))
+    manager.send(start_instance("inst_2"))
+    await manager.take(InstanceUpdate, lambda m: m.truth.instance == "inst_2" and m.truth.state is InstanceState.READY)
+    manager.send(StopInstance(instance="inst_2", epoch=start.epoch))
+    await node.until(lambda: len(list(logs.iterdir())) == 65)
+    assert (logs / f"m@{start.instance}.log").exists(), "it runs, though it has said nothing for long"
+
+
 async def test_a_full_run_directory_keeps_no_instance_from_ending_or_starting(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
