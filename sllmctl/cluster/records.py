@@ -53,7 +53,8 @@ HOLDING = LIVE | {InstanceState.PLANNED, InstanceState.BACKOFF}
 
 @dataclass(slots=True)
 class Node:
-    """``inventory`` is known since the first truth. ``unreachable_since`` is set while it is unreachable."""
+    """``inventory`` is known since the first truth. ``unreachable_since`` is set while it is unreachable, ``imports_since``
+    while it has no zygote that can fork a worker: since then that is known, and one imports what workers need."""
 
     id: str
     name: str
@@ -64,6 +65,7 @@ class Node:
     seen_at: float
     inventory: Inventory | None = None
     unreachable_since: float | None = None
+    imports_since: float | None = None
 
 
 @dataclass(slots=True)

@@ -50,7 +50,8 @@ class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     cache is short costs a plan the missing part times ``kv_short_s``.
 
     A start that fetches from a remote costs a plan ``fetch_cost_s`` beside its time, since it takes room on a disk.
-    The bandwidths, ``start_base_s`` (a worker without its weights), ``prefill_token_s`` and ``prefill_base_s`` (recomputing a
+    The bandwidths, ``start_base_s`` (a worker without its weights), ``import_s`` (what a node imports before its first
+    worker), ``prefill_token_s`` and ``prefill_base_s`` (recomputing a
     sequence: per token, and once) and ``scale_up_after_s`` are assumed until a node has measured, or experience told, better.
     ``events_keep``, ``outcomes_keep``, ``decisions_keep``: older events, estimates with their outcomes, and decisions are cut.
     ``plan_candidates``: how many candidates a plan remembers. ``plan_nodes``: of nodes that differ in nothing but room and
@@ -95,6 +96,7 @@ class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     network_bps: _Positive = 0.25e9
     fetch_cost_s: _Seconds = 1.0
     start_base_s: _Seconds = 0.5
+    import_s: _Seconds = 5.0
     prefill_token_s: _Positive = 1e-3
     prefill_base_s: _Seconds = 0.05
     events_keep: _Count = 10_000

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from schema.admin import OutcomeView
 from schema.states import NodeState, Tier, TierState
-from sllmctl.cluster.records import Instance
+from sllmctl.cluster.records import Instance, Node
 from sllmctl.cluster.view import ClusterView
 from sllmctl.control.events import PrefillTimed
 from sllmctl.control.turn import Turn
 
-__all__ = ["began", "ended", "prefilled", "started"]
+__all__ = ["began", "ended", "prefilled", "started", "zygote_stated"]
 
 _PREFILL_OUTCOME_EVERY_S = 10.0
 
@@ -63,6 +63,16 @@ def started(turn: Turn, instance: Instance) -> None:
             actual_s=turn.now - instance.life_at,
         )
     )
+
+
+def zygote_stated(turn: Turn, node: Node, *, ready: bool) -> None:
+    """A node has a zygote that can fork, or none yet: how long it was without tells how long the next one will import."""
+    if not ready:
+        node.imports_since = turn.now if node.imports_since is None else node.imports_since
+    elif node.imports_since is not None:
+        for row in turn.core.estimates.imported(node, turn.now):
+            turn.append(row)
+        node.imports_since = None
 
 
 def ended(turn: Turn, instance: Instance) -> None:

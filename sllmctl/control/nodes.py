@@ -8,7 +8,7 @@ from schema.errors import InvalidCheckpoint
 from schema.link import CancelOperation, CheckpointTruth, Ingest, Inventory, NodeTruth, OperationsAcked
 from schema.states import InstanceState, ModelState, NodeState, Tier, TierState, can_become
 from sllmctl.cluster.records import LIVE, Checkpoint, Node, PlacementKey, PlacementRecord
-from sllmctl.control import drops, instances, models, operations, pins, prefetch, retrying
+from sllmctl.control import drops, instances, learning, models, operations, pins, prefetch, retrying
 from sllmctl.control.effects import CheckpointKnown, Connect, Log
 from sllmctl.control.events import AddNode, NodeLost
 from sllmctl.control.turn import Turn
@@ -92,6 +92,7 @@ def take_truth(turn: Turn, node: Node, truth: NodeTruth) -> None:
         move(turn, node, NodeState.READY)
         turn.event("node", node.name, "Ready", f"connected to {truth.inventory.hostname or node.address}")
     node.seen_at, node.unreachable_since = turn.now, None
+    node.imports_since = None
     take_inventory(turn, node, truth.inventory)
     _take_checkpoints(turn, node, truth)
     _take_instances(turn, node, truth)
@@ -104,6 +105,7 @@ def take_truth(turn: Turn, node: Node, truth: NodeTruth) -> None:
 def take_inventory(turn: Turn, node: Node, inventory: Inventory) -> None:
     """What a node has. Who waits for room is asked again: it may have more."""
     turn.view.set_inventory(node.id, inventory)
+    learning.zygote_stated(turn, node, ready=bool(inventory.numerics))
     turn.put_node(node)
     turn.free()
     turn.settle[node.id] = None

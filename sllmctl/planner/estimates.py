@@ -89,7 +89,7 @@ class Estimates:
             queue_s = max(queue_s, self._loads.wait_s(key, now))
         if coming is not None:
             queue_s = max(queue_s, coming[1] - now - load_s)
-        return Startup(queue_s, load_s, max(queue_s + load_s, build_s) + finish_s)
+        return Startup(queue_s, load_s, max(queue_s + load_s, self._import_s(node, now) + build_s) + finish_s)
 
     def wait_s(self, node: Node, channel: Channel, now: float) -> float:
         """How long a load that begins now would wait for a node's network or disk."""
@@ -177,6 +177,12 @@ class Estimates:
             self._speeds.pop(node.id, None)
         return rows
 
+    def imported(self, node: Node, now: float) -> list[PutEstimate]:
+        """Learn from a node whose zygote can fork now, how long one imports."""
+        assert node.imports_since is not None
+        took_s, assumed_s = now - node.imports_since, self._settings.import_s
+        return [self._learn(f"import/{owner}", took_s, assumed_s, now) for owner in (node.id, "")]
+
     def prefilled(self, digest: str, kind: str, tokens: int, seconds: float, now: float) -> list[PutEstimate]:
         """Learn from a prefill."""
         rows: list[PutEstimate] = []
@@ -196,7 +202,7 @@ class Estimates:
             if row.key.startswith("prefill/"):
                 pairs = list(zip(row.samples[::2], row.samples[1::2], strict=False))
                 self._lines[row.key] = Line(self._settings.prefill_token_s, self._settings.prefill_base_s, pairs)
-            elif row.samples and row.key.startswith(("bps/", "build/", "finish/")):
+            elif row.samples and row.key.startswith(("bps/", "build/", "finish/", "import/")):
                 self._windows[row.key] = Window(row.samples)
         self._speeds.clear()
         self._fixed.clear()
@@ -240,6 +246,14 @@ class Estimates:
             if peer:
                 path.append(((peer, Channel.NETWORK, 0), size_bytes / network))
         return path
+
+    def _import_s(self, node: Node, now: float) -> float:
+        """Until a node can fork a worker. A zygote that is overdue is expected to take as long again."""
+        if node.imports_since is None:
+            return 0.0
+        whole_s = self._learned(f"import/{node.id}", self._learned("import/", self._settings.import_s))
+        passed_s = max(0.0, now - node.imports_since)
+        return whole_s - passed_s if passed_s < whole_s else passed_s
 
     def _fixed_s(self, digest: str, kind: str) -> tuple[float, float]:
         """(building a worker, from the weights' arrival to ready)."""

@@ -151,6 +151,7 @@ class SimNode:
             arena=ArenaInfo(id=self.name, budget_bytes=group.dram_bytes, chunk_bytes=1),
             disk_read_bps=group.disk_bps,
             device_copy_bps=group.device_bps,
+            numerics=group.device_kind,
         )
         checkpoints = tuple(self.store.placed(digest) for digest in self.store.digests())
         return NodeTruth(node=self.name, inventory=inventory, checkpoints=checkpoints)

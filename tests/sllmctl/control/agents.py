@@ -73,6 +73,9 @@ class Agent:
     weights: dict[tuple[str, int], int] = field(default_factory=dict)
     """Bytes by checkpoint and device."""
     dram: dict[str, None] = field(default_factory=dict)
+    numerics: str = "torch"
+    """"" while its zygote imports."""
+
     phases: StartPhases | None = None
     """What every start states to have measured."""
 
@@ -86,6 +89,7 @@ class Agent:
             memory_bytes=1 << 34,
             devices=tuple(DeviceInfo(index=at, kind=self.kind, name="", memory_bytes=self.device_mib * MIB) for at in devices),
             arena=ArenaInfo(id="a", budget_bytes=self.arena_mib * MIB, chunk_bytes=2 * MIB),
+            numerics=self.numerics,
         )
         return NodeTruth(
             node=self.name,

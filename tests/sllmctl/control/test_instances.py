@@ -7,9 +7,10 @@ import pytest
 
 from schema.errors import Fault
 from schema.ids import Epoch
-from schema.link import InstanceTruth, InstanceUpdate, PlacementUpdate, StartInstance, StopInstance
+from schema.link import InstanceTruth, InstanceUpdate, InventoryUpdate, PlacementUpdate, StartInstance, StopInstance
 from schema.memory import StepCosts
 from schema.states import InstanceState, TierState
+from sllmctl.cluster.changes import PutEstimate
 from sllmctl.cluster.records import Instance
 from sllmctl.cluster.settings import ControlSettings
 from sllmctl.control.effects import RouteChanged
@@ -383,3 +384,35 @@ def test_a_backing_off_instance_waits_for_its_node(world: World) -> None:
     assert instance.state is _I.BACKOFF
     world.connect("local")
     assert instance.state is _I.READY
+
+
+def test_a_node_that_cannot_fork_yet_is_the_later_place_and_its_wait_is_part_of_the_estimate(make_world: MakeWorld) -> None:
+    fresh, other = Agent("a"), Agent("b")
+    fresh.hold("m")
+    fresh.numerics = ""
+    world = make_world(fresh, other)
+    world.connect("a")
+    world.connect("b")
+    world.ask(lambda ticket: AddModel(ticket, spec(most=2, node="b", kv_mib=15)))
+    world.ask(lambda ticket: DeployModel(ticket, "m", None))
+    assert world.view.nodes["a"].imports_since == world.now
+
+    def starts_in_s(node: str) -> float:
+        instance = world.view.instances_of("m")
+        plan = next(one.plan for one in instance.values() if one.node == node)
+        assert plan is not None
+        return plan.best.startup_s
+
+    world.demand("m", 8)
+    assert starts_in_s("a") == pytest.approx(starts_in_s("b") + world.settings.import_s, abs=0.1)
+    world.now += 3.0
+    fresh.numerics = "torch"
+    world.do(FromNode("a", InventoryUpdate(inventory=fresh.truth().inventory)))
+    assert world.view.nodes["a"].imports_since is None
+    known = world.loop.step(FromNode("a", InventoryUpdate(inventory=fresh.truth().inventory)), world.now)
+    assert not any(isinstance(change, PutEstimate) for change in known.changes), "what is known already teaches nothing"
+    learned = [change for _, _, step in world.history for change in step.changes if isinstance(change, PutEstimate)]
+    assert {change.key: change.samples[-1] for change in learned if change.key.startswith("import/")} == {
+        "import/a": 3.0,
+        "import/": 3.0,
+    }

@@ -51,6 +51,28 @@ def disk_start(estimates: Estimates, seconds: float, digest: str = "d", here: No
     estimates.started(here, what, (0,), start(seconds), seconds)
 
 
+def test_a_start_waits_for_a_zygote_that_still_imports_beside_its_load() -> None:
+    estimates, here = Estimates(ControlSettings(disk_read_bps=1e9, start_base_s=0.3, import_s=5.0)), node(kind="cpu")
+
+    def takes_s(now: float, size_gb: float = 1) -> float:
+        return estimates.startup(here, checkpoint(size_gb=size_gb), (0,), Tier.DISK, "", now).total_s
+
+    assert takes_s(100.0) == pytest.approx(1.0)
+    here.imports_since = 100.0
+    assert [takes_s(now) for now in (100.0, 103.0, 104.5)] == pytest.approx([5.3, 2.3, 1.0])
+    assert takes_s(100.0, size_gb=8) == pytest.approx(8.0)
+    assert takes_s(108.0) == pytest.approx(8.3), "one that is overdue is expected to take as long again"
+    other = Estimates(estimates._settings)
+    for _ in range(3):
+        rows = estimates.imported(here, 109.0)
+    other.restore(rows)
+    estimates = other
+    assert takes_s(100.0) == pytest.approx(9.3)
+    here = node("new", kind="cpu")
+    here.imports_since = 100.0
+    assert takes_s(100.0) == pytest.approx(9.3), "as other nodes took"
+
+
 def test_a_start_takes_its_slowest_channel_or_its_worker_whichever_is_longer() -> None:
     estimates = Estimates(RULES)
     there = (node(), checkpoint(), (0, 1))
