@@ -62,10 +62,10 @@ def check_python() -> Iterator[Finding]:
         yield Finding("packages", "warn", f"not installed: {', '.join(missing)}", _TO_RUN_MODELS)
         return
     yield Finding("packages", "ok", ", ".join(found))
-    if importlib.util.find_spec("agent.native._few_tokens") is not None:
-        yield Finding("compiled", "ok", "the code that multiplies few tokens is compiled")
+    if importlib.util.find_spec("agent.native._compiled") is not None:
+        yield Finding("compiled", "ok", "the code that generates on processors is compiled")
     elif platform.machine() == "x86_64":
-        text = "the code that multiplies few tokens was not compiled: processors generate more slowly"
+        text = "the code that generates on processors was not compiled: torch does it, in more time"
         yield Finding("compiled", "warn", text, "install gcc 11 or newer, then run ./install.sh again")
 
 

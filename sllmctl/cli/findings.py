@@ -15,7 +15,7 @@ __all__ = ["CHECKS", "Finding", "existing", "meminfo", "read_text", "seen"]
 CHECKS = {
     "python": "the version of Python",
     "packages": "what a node needs beside the manager's own packages",
-    "compiled": "whether the code that multiplies few tokens was compiled",
+    "compiled": "whether the code that generates on processors was compiled",
     "config": "flags, variables and the configuration file: keys, values, paths too long for a socket",
     "state_dir": "the state directory can be written, and by nobody else",
     "data_dir": "the node's directories, of checkpoints and of what runs, can be written",

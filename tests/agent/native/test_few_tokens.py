@@ -1,14 +1,5 @@
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import platform
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -16,23 +7,8 @@ from torch import Tensor
 from agent.native import few_tokens
 from agent.native.few_tokens import STEP, Way
 
-SOURCE = Path(few_tokens.__file__).with_suffix(".c")
 TYPES = {Way.DOT: torch.bfloat16, Way.BFLOAT16: torch.bfloat16, Way.FLOAT16: torch.float16}
-COMPILER = shutil.which("gcc")
-pytestmark = pytest.mark.skipif(COMPILER is None or platform.machine() != "x86_64", reason="no gcc, or not for this machine")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """These sources, compiled: what was installed may be another version's."""
-    built = tmp_path_factory.mktemp("few_tokens") / "few_tokens.so"
-    command = [COMPILER or "", "-O3", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", str(SOURCE), "-o", str(built)]
-    subprocess.run(command, check=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(few_tokens, "_BUILT", built)
-        few_tokens._library.cache_clear()
-        yield
-    few_tokens._library.cache_clear()
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 @pytest.fixture(params=TYPES, ids=lambda way: way.name)
@@ -121,46 +97,3 @@ def test_weights_lie_at_any_address_and_outputs_beside_others(way: Way) -> None:
     assert torch.equal(out[:, 2:12], multiply(way, weight, x))
     assert not out[:, :2].any()
     assert not out[:, 12:].any()
-
-
-def test_without_a_compiled_library_there_is_no_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    broken = tmp_path / "broken.so"
-    broken.write_bytes(b"no library")
-    clear: Callable[[], None] = few_tokens._library.cache_clear
-    for path in (tmp_path / "none.so", broken):
-        monkeypatch.setattr(few_tokens, "_BUILT", path)
-        clear()
-        assert few_tokens.ways() == Way(0)
-    clear()
-
-
-def test_a_library_of_another_version_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not few_tokens.ways():
-        pytest.skip("this processor has not the instructions")
-    monkeypatch.setattr(few_tokens, "_INTERFACE", few_tokens._INTERFACE + 1)
-    assert not few_tokens.ways()
-
-
-def test_without_threads_to_share_the_work_there_is_no_way() -> None:
-    """On many cores one thread is slower than torch's many."""
-    code = (
-        "import sys, pathlib; from agent.native import few_tokens; few_tokens._BUILT = pathlib.Path(sys.argv[1]);"
-        "print(few_tokens._library() is not None, int(few_tokens.ways()), 'torch' in sys.modules)"
-    )
-    command = [sys.executable, "-c", code, str(few_tokens._BUILT)]
-    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.split() == ["True", "0", "False"]
-
-
-def test_nothing_is_compiled_where_no_way_would_come_of_it() -> None:
-    """So that what doctor finds to be there is there."""
-    command = [COMPILER or "", "-D__clang__", "-fsyntax-only", str(SOURCE)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "x86-64" in done.stderr
-
-
-def test_installing_this_tree_has_compiled_it() -> None:
-    told = [each.read_text("direct_url.json") for each in importlib.metadata.distributions(name="sllmctl")]
-    if f"file://{SOURCE.parents[2]}" not in [json.loads(text)["url"] for text in told if text]:
-        pytest.skip("another tree is installed")
-    assert list(SOURCE.parent.glob("_few_tokens*.so"))

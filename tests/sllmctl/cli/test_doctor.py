@@ -444,7 +444,7 @@ def test_pythons_and_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("spec", [None, object()], ids=["not compiled", "compiled"])
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
-def test_what_multiplies_few_tokens_may_not_be_compiled(spec: object, machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_generates_on_processors_may_not_be_compiled(spec: object, machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "_NODE_PACKAGES", ("click",))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     monkeypatch.setattr(platform, "machine", lambda: machine)
