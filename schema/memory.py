@@ -10,14 +10,12 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-__all__ = ["GATHERED_BYTES", "KEPT_BYTES", "PREFILL_TOKENS", "ROTARY_BLOCK", "SAMPLED_AT_ONCE", "SCORES_AT_ONCE", "StepCosts"]
+__all__ = ["GATHERED_BYTES", "PREFILL_TOKENS", "ROTARY_BLOCK", "SAMPLED_AT_ONCE", "SCORES_AT_ONCE", "StepCosts"]
 
 PREFILL_TOKENS: Final = 512
 """Prompt tokens that one step computes at most, beside the sequences that decode."""
 GATHERED_BYTES: Final = 64 << 20
 """What one layer's gathered KV blocks take at most, unless one sequence alone has more."""
-KEPT_BYTES: Final = 16 << 20
-"""What all layers' gathered KV blocks take at most that are kept from one step to the next."""
 ROTARY_BLOCK: Final = 256
 """By so many positions at least the tables of rotary cosines and sines grow."""
 SCORES_AT_ONCE: Final = 1 << 22
@@ -47,7 +45,7 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def activation_bytes(
         self, *, sequences: int, context_tokens: int, kv_tokens: int, prefill_tokens: int = PREFILL_TOKENS
     ) -> int:
-        """A step's activations, what attention gathers and keeps, the cosines and sines of all positions, with so many
+        """A step's activations, what attention gathers, the cosines and sines of all positions, with so many
         sequences running, of at most ``context_tokens``, over a KV cache of ``kv_tokens``."""
         context = min(context_tokens, kv_tokens)
         gathered = min(max(GATHERED_BYTES, context * self.layer_kv_bytes), kv_tokens * self.layer_kv_bytes)
@@ -55,7 +53,7 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         scores = min(max(SCORES_AT_ONCE, self.unfused_heads * context), self.unfused_heads * prefill_tokens * context)
         unfused = scores * _SCORE_BYTES + 2 * self.unfused_heads * self.head_bytes * context
         rotary = 2 * 2 * (context + ROTARY_BLOCK) * self.head_bytes  # twice while the tables grow
-        return (prefill_tokens + sequences) * self.token_bytes + 2 * gathered + KEPT_BYTES + masks + unfused + rotary
+        return (prefill_tokens + sequences) * self.token_bytes + 2 * gathered + masks + unfused + rotary
 
     def logits_bytes(self, *, sequences: int) -> int:
         """Logits of so many sequences, as the model gives them, as requests want them, and their log-probabilities; and the

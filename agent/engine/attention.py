@@ -77,7 +77,7 @@ class DecodeGroup:
 
     ``blocks`` are their tables one after another, padded to the longest's ``width``; ``lengths`` counts each one's tokens, the
     new one included, the longest first. ``run`` is the first of ``blocks`` where they lie in order, so that they can be read
-    where they are, else -1. Masks are made once per step and window, and serve all layers.
+    where they are, else -1. Masks are made once per window, and serve all layers.
     """
 
     start: int
@@ -86,23 +86,7 @@ class DecodeGroup:
     blocks: Tensor
     lengths: NDArray[np.int64]
     run: int = -1
-    kept_at: int = 0
-    newest: Tensor | None = None
-    goes_on: bool = False
     masks: dict[int, Tensor] = field(default_factory=dict)
-
-    def advance(self, lengths: NDArray[np.int64]) -> bool:
-        """Go on to the batch's ``lengths``. False where these are not one token more each, or take blocks it does not know."""
-        lengths = lengths[self.start : self.end]
-        if self.newest is None and self.end - self.start > 1:
-            return False
-        if lengths[0] > self.width * BLOCK_TOKENS or not np.array_equal(lengths, self.lengths + 1):
-            return False
-        if self.newest is not None:
-            self.newest += 1
-        self.lengths, self.goes_on = lengths, True
-        self.masks.clear()
-        return True
 
     @property
     def even(self) -> bool:
@@ -159,16 +143,28 @@ def _additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(slots=True)
 class AttentionBatch:
-    """What attention must know of a step: where each token's KV goes (``slots``), and who attends to what."""
+    """What attention must know of a step: where each token's KV goes (``slots``), and who attends to what.
+
+    ``tables`` [rows, blocks] are all sequences' blocks; a token's are in its row of ``rows`` [tokens], and it sees those up to
+    its place among ``positions`` [tokens]. For a back end that gathers, decoding sequences also stand in groups.
+    """
 
     pool: KvPool
     slots: Tensor
+    tables: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    positions: NDArray[np.int64]
     decodes: list[DecodeGroup]
     prefills: list[Prefill]
 
 
 class Attention(Protocol):
-    """A back end: it stores the new tokens' keys and values, and lets their queries attend."""
+    """A back end: it stores the new tokens' keys and values, and lets their queries attend.
+
+    ``gathers``: it must be told groups of decoding sequences.
+    """
+
+    gathers: bool
 
     def __call__(self, batch: AttentionBatch, query: Tensor, fresh: Tensor, how: LayerAttention) -> Tensor:
         """``query`` [tokens, heads, head_dim], ``fresh`` [tokens, 2 * kv_heads, head_dim] with keys first; returns

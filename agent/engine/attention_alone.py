@@ -18,6 +18,8 @@ __all__ = ["AloneAttention"]
 class AloneAttention:
     """The back end of deterministic models, on any device."""
 
+    gathers = True
+
     def __call__(self, batch: AttentionBatch, query: Tensor, fresh: Tensor, how: LayerAttention) -> Tensor:
         with torch._C.DisableTorchFunction():
             pool = batch.pool

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from agent.engine.attention import AttentionBatch, DecodeGroup, KvPool, LayerAttention, Prefill
-from schema.memory import GATHERED_BYTES, KEPT_BYTES, SCORES_AT_ONCE
+from schema.memory import GATHERED_BYTES, SCORES_AT_ONCE
 
 __all__ = ["SdpaAttention", "attend_rows"]
 
@@ -24,27 +24,25 @@ long one it would only make masks larger."""
 
 
 class SdpaAttention:
-    """The back end. It keeps the memory that it gathers into, since fresh pages cost more than what is copied there, and what
-    it has gathered for groups that go on, up to `KEPT_BYTES`."""
+    """The back end. It keeps the memory that it gathers into, since fresh pages cost more than what is copied there."""
+
+    gathers = True
 
     def __init__(self) -> None:
         self._gathered: Tensor | None = None
-        self._kept: list[Tensor] = []
 
     def __call__(self, batch: AttentionBatch, query: Tensor, fresh: Tensor, how: LayerAttention) -> Tensor:
         pool = batch.pool
         pool.slots[how.layer].index_copy_(0, batch.slots, fresh)
-        parts = [self._decode(pool, group, query, fresh, how) for group in batch.decodes]
-        parts += [self._prefill(pool, chunk, query, fresh, how) for chunk in batch.prefills]
+        parts = [self._decode(pool, group, query, how) for group in batch.decodes]
+        parts += [self.prefill(pool, chunk, query, fresh, how) for chunk in batch.prefills]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _decode(self, pool: KvPool, group: DecodeGroup, query: Tensor, fresh: Tensor, how: LayerAttention) -> Tensor:
+    def _decode(self, pool: KvPool, group: DecodeGroup, query: Tensor, how: LayerAttention) -> Tensor:
         size, heads, kv_heads = group.end - group.start, query.shape[1], pool.kv_heads
         rows = query[group.start : group.end].view(size, kv_heads, heads // kv_heads, pool.head_dim)
-        if group.newest is None:
-            stored = self._side_by_side(pool, group, how.layer)
-        else:
-            stored = self._keep(pool, group, group.newest, fresh, how.layer)
+        stored = self._read(pool.layers[how.layer], group.blocks, group.run)
+        stored = stored.view(size, -1, 2 * kv_heads, pool.head_dim).transpose(1, 2)
         mask, first, last = None, 0, int(group.lengths[0])
         if not group.even:
             mask = group.mask(how.window, query.dtype)
@@ -54,7 +52,8 @@ class SdpaAttention:
         out = attend_rows(rows, stored[:, :kv_heads], stored[:, kv_heads:], mask, how, grouped=True, first=first)
         return out.reshape(size, heads, pool.head_dim)
 
-    def _prefill(self, pool: KvPool, chunk: Prefill, query: Tensor, fresh: Tensor, how: LayerAttention) -> Tensor:
+    def prefill(self, pool: KvPool, chunk: Prefill, query: Tensor, fresh: Tensor, how: LayerAttention) -> Tensor:
+        """A chunk's tokens [tokens of the chunk, heads, head_dim], whose keys and values are stored."""
         size, heads, kv_heads = chunk.end - chunk.start, query.shape[1], pool.kv_heads
         if chunk.cached:
             stored = self._read(pool.layers[how.layer], chunk.blocks, chunk.run).view(-1, 2 * kv_heads, pool.head_dim)
@@ -78,23 +77,6 @@ class SdpaAttention:
             ]
             out = torch.cat(pieces, dim=2)
         return out.reshape(heads, size, pool.head_dim).transpose(0, 1).contiguous()
-
-    def _side_by_side(self, pool: KvPool, group: DecodeGroup, layer: int) -> Tensor:
-        """What a group's sequences attend to, padded: [sequences, 2 * kv_heads, tokens, head_dim]."""
-        stored = self._read(pool.layers[layer], group.blocks, group.run)
-        return stored.view(group.end - group.start, -1, 2 * pool.kv_heads, pool.head_dim).transpose(1, 2)
-
-    def _keep(self, pool: KvPool, group: DecodeGroup, newest: Tensor, fresh: Tensor, layer: int) -> Tensor:
-        """The same, gathered once, and each new token's keys and values since."""
-        if not self._kept:
-            shape = (KEPT_BYTES // pool.block_bytes // len(pool.layers), *pool.layers[0].shape[1:])
-            self._kept = [each.new_empty(shape) for each in pool.layers]
-        kept = self._kept[layer][group.kept_at : group.kept_at + len(group.blocks)]
-        kept = kept.view(group.end - group.start, 2 * pool.kv_heads, -1, pool.head_dim)
-        if not group.goes_on:
-            return kept.copy_(self._side_by_side(pool, group, layer))
-        kept.view(-1, pool.head_dim).index_copy_(0, newest, fresh[group.start : group.end].reshape(-1, pool.head_dim))
-        return kept
 
     def _read(self, layer: Tensor, blocks: Tensor, run: int) -> Tensor:
         """Blocks in their order: where they lie if ``run`` says so, else gathered."""

@@ -15,9 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from agent.engine.attention import Attention, AttentionBatch, KvPool, Prefill
-from agent.engine.attention_alone import AloneAttention
-from agent.engine.attention_sdpa import SdpaAttention
+from agent.engine.attention import AttentionBatch, KvPool, Prefill
+from agent.engine.attention_paged import attention_for
 from agent.engine.blocks import BLOCK_TOKENS, BlockManager
 from agent.engine.decoding import Decoding, run_of
 from agent.engine.invariant import RowInvariant
@@ -68,9 +67,9 @@ class Runner(ABC):
         self._pool = pool
         self._blocks = blocks
         self._device = torch.device(device)
-        self._attention: Attention = AloneAttention() if deterministic else SdpaAttention()
+        self._attention = attention_for(pool, deterministic)
         self._within: AbstractContextManager[Any] = RowInvariant() if deterministic else nullcontext()
-        self._decoding = Decoding(pool, blocks, self._device, keeps=not deterministic)
+        self._decoding = Decoding(pool, blocks, self._device)
         self._await = await_layer
         self.waited_s = 0.0
 
@@ -112,6 +111,7 @@ class Runner(ABC):
         ids = [sequence.tokens[-1] for sequence in decoding]
         positions = [sequence.cached for sequence in decoding]
         slots = [_slot(sequence.blocks, at) for sequence, at in zip(decoding, positions, strict=True)]
+        rows = [sequence.row for sequence in decoding]
         wanted = list(range(len(decoding)))
         watched_rows: list[int] = []
         prefills: list[Prefill] = []
@@ -122,6 +122,7 @@ class Runner(ABC):
             ids += sequence.tokens[first:last]
             positions += range(first, last)
             slots += [_slot(sequence.blocks, at) for at in range(first, last)]
+            rows += [sequence.row] * size
             if last == len(sequence.tokens):
                 wanted.append(len(ids) - 1)
                 done.append(sequence)
@@ -130,13 +131,21 @@ class Runner(ABC):
                 watched_rows.append(len(ids) - 1)
         wanted += watched_rows
         at = _integers(positions)
-        groups = self._decoding.groups(decoding, at[: len(decoding)] + 1)
+        groups = self._decoding.groups(decoding, at[: len(decoding)] + 1) if self._attention.gathers else []
         batch = StepBatch(
             ids=self._tensor(_integers(ids)),
             positions=self._tensor(at),
             last_position=max(positions),
             wanted=None if len(wanted) == len(ids) and not watched else self._tensor(_integers(wanted)),
-            attention=AttentionBatch(self._pool, self._tensor(_integers(slots)), groups, prefills),
+            attention=AttentionBatch(
+                pool=self._pool,
+                slots=self._tensor(_integers(slots)),
+                tables=self._blocks.tables,
+                rows=_integers(rows),
+                positions=at,
+                decodes=groups,
+                prefills=prefills,
+            ),
         )
         return batch, done, watched
 

@@ -16,10 +16,12 @@ from schema.link import EngineOptions, SamplingParams, Submit
 
 VOCAB = 193
 CONTEXT = 256
+UNHEARD = 60
+"""A token that no test here has a model generate: what it is embedded as may be no number."""
 
 _COMMON = {
     "vocab_size": VOCAB,
-    "hidden_size": 32,
+    "hidden_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": CONTEXT,
@@ -32,11 +34,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": {**_LLAMA, "model_type": "qwen3", "head_dim": 16},
     "mistral": {**_LLAMA, "model_type": "mistral", "sliding_window": None},
     "mistral-window": {**_LLAMA, "model_type": "mistral", "sliding_window": 24},
-    "opt": {**_COMMON, "model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 32},
+    "opt": {**_COMMON, "model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 64},
     "gpt2": {
         "model_type": "gpt2",
         "vocab_size": VOCAB,
-        "n_embd": 32,
+        "n_embd": 64,
         "n_layer": 2,
         "n_head": 4,
         "n_positions": CONTEXT,
@@ -68,16 +70,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "bloom",
         "tie_word_embeddings": False,
         "vocab_size": VOCAB,
-        "hidden_size": 32,
+        "hidden_size": 64,
         "n_layer": 2,
         "n_head": 4,
         "seq_length": CONTEXT,
     },
-    "mpt": {"model_type": "mpt", "vocab_size": VOCAB, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": CONTEXT},
+    "mpt": {"model_type": "mpt", "vocab_size": VOCAB, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": CONTEXT},
     "gpt_neo": {
         "model_type": "gpt_neo",
         "vocab_size": VOCAB,
-        "hidden_size": 32,
+        "hidden_size": 64,
         "num_layers": 2,
         "num_heads": 4,
         "max_position_embeddings": CONTEXT,
@@ -87,7 +89,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {
         "model_type": "gpt_bigcode",
         "vocab_size": VOCAB,
-        "n_embd": 32,
+        "n_embd": 64,
         "n_layer": 2,
         "n_head": 4,
         "n_positions": CONTEXT,
@@ -95,7 +97,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gptj": {
         "model_type": "gptj",
         "vocab_size": VOCAB,
-        "n_embd": 32,
+        "n_embd": 64,
         "n_layer": 2,
         "n_head": 4,
         "n_positions": CONTEXT,

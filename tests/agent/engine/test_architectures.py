@@ -15,6 +15,7 @@ FEW = ("llama", "mistral-window", "gpt2", "gemma3", "falcon-alibi", "mixtral")
 """One of each way to attend, to know positions, and to mix experts."""
 
 
+@pytest.mark.usefixtures("attends")
 @pytest.mark.parametrize("name", sampled(CONFIGS, *FEW))
 def test_greedy_equals_generate_in_mixed_batches_that_are_preempted(name: str) -> None:
     """Prompts on both sides of the sliding windows of 24 tokens, in chunks, while others decode, in too little memory."""

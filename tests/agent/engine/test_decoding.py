@@ -1,4 +1,4 @@
-"""Groups of decoding sequences: they go on while the sequences do, and what attention keeps for them is what is stored."""
+"""Groups of decoding sequences, for attention that gathers."""
 
 from __future__ import annotations
 
@@ -18,76 +18,45 @@ from tests.agent.engine.test_engine import drive, engine_of, prompts, reference
 
 
 class _Batch:
-    """Sequences of these many tokens, with room to grow, of which each decodes its last one."""
+    """Sequences of these many tokens, the longest first, of which each decodes its last one."""
 
-    def __init__(self, *lengths: int, keeps: bool = True) -> None:
+    def __init__(self, *lengths: int) -> None:
         pool = KvPool(2, 64, 1, 4, torch.float32, "cpu")
         self.manager = BlockManager(64, len(lengths), 16, pool.erase)
-        self.decoding = Decoding(pool, self.manager, torch.device("cpu"), keeps)
+        self._decoding = Decoding(pool, self.manager, torch.device("cpu"))
         self.sequences = [Sequence(submit_of(number, [number] * length, 99)) for number, length in enumerate(lengths, 1)]
         for sequence in self.sequences:
             assert self.manager.admit(sequence, reserve=0)
 
-    def step(self, *sequences: Sequence, grow: int = 1) -> list[DecodeGroup]:
-        chosen = list(sequences or self.sequences)
-        lengths = np.array([len(sequence.tokens) for sequence in chosen])
-        groups = self.decoding.groups(chosen, lengths)
-        for sequence in chosen:
-            sequence.tokens += [0] * grow
-            assert self.manager.extend(sequence, len(sequence.tokens))
-        return groups
+    def groups(self) -> list[DecodeGroup]:
+        return self._decoding.groups(self.sequences, np.array([len(sequence.tokens) for sequence in self.sequences]))
 
 
-def test_a_group_goes_on_until_its_longest_sequence_outgrows_it() -> None:
-    batch = _Batch(2 * BLOCK_TOKENS - 2, 5)
-    (first,) = batch.step()
-    assert not first.goes_on
-    columns = first.width * BLOCK_TOKENS
-    for step in (1, 2):
-        (same,) = batch.step()
-        assert same is first
-        assert same.goes_on
-        assert same.newest is not None
-        assert [divmod(row, columns) for row in same.newest.tolist()] == [
-            (0, columns - 3 + step), (1, columns - 3 + step), (2, 4 + step), (3, 4 + step)
-        ]  # fmt: skip
-    (other,) = batch.step()
-    assert not other.goes_on
+def test_a_group_has_its_sequences_tables_padded_to_the_longest() -> None:
+    batch = _Batch(2 * BLOCK_TOKENS + 1, 2 * BLOCK_TOKENS, 5)
+    (group,) = batch.groups()
+    assert (group.start, group.end, group.width, group.run) == (0, 3, 3, -1)
+    assert group.lengths.tolist() == [33, 32, 5]
+    assert group.blocks.view(3, 3).tolist() == [[*sequence.blocks, 0, 0][:3] for sequence in batch.sequences]
 
 
-def test_a_group_does_not_go_on_without_one_of_its_sequences_or_after_a_step_that_failed() -> None:
-    batch = _Batch(20, 20, 20)
-    first, second, third = batch.sequences
-    batch.step()
-    assert batch.step()[0].goes_on
-    assert not batch.step(first, second)[0].goes_on
-    assert batch.step(first, second, grow=0)[0].goes_on
-    assert not batch.step(first, second)[0].goes_on, "it is computed again, and what was kept of it may be half written"
-    assert not batch.step(third, first)[0].goes_on
-
-
-@pytest.mark.parametrize("keeps", [True, False])
-def test_what_is_not_kept_is_looked_up_again(keeps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if keeps:
-        monkeypatch.setattr(decoding, "KEPT_BYTES", 0)
-    batch = _Batch(BLOCK_TOKENS, BLOCK_TOKENS - 1, keeps=keeps)
-    batch.step()
-    held = [(*sequence.blocks, 0)[:2] for sequence in batch.sequences]
-    (group,) = batch.step()
-    assert group.newest is None
-    assert not group.goes_on
-    assert group.blocks.view(2, 2).tolist() == [list(blocks) for blocks in held]
+def test_groups_are_cut_where_padding_costs_more_and_before_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    block_bytes = 2 * BLOCK_TOKENS * 4 * 4
+    monkeypatch.setattr(decoding, "_GROUP_COST_BYTES", 3 * block_bytes)
+    batch = _Batch(*(blocks * BLOCK_TOKENS for blocks in (8, 7, 6, 4, 4)))
+    assert [(group.start, group.end) for group in batch.groups()] == [(0, 3), (3, 5)]
+    monkeypatch.setattr(decoding, "GATHERED_BYTES", 16 * block_bytes)
+    assert [(group.start, group.end) for group in _Batch(*([8 * BLOCK_TOKENS] * 5)).groups()] == [(0, 2), (2, 4), (4, 5)]
 
 
 def test_a_lone_sequence_is_read_where_it_lies() -> None:
     batch = _Batch(20)
-    batch.step()
-    (group,) = batch.step()
-    assert group.goes_on
-    assert group.newest is None
-    assert group.run == batch.sequences[0].blocks[0]
+    (group,) = batch.groups()
+    first, second = batch.sequences[0].blocks
+    assert group.run == (first if second == first + 1 else -1)
 
 
+@pytest.mark.usefixtures("attends")
 def test_batches_that_change_give_the_tokens_that_each_request_gives_alone() -> None:
     """Some end, some begin, and those that go on have grown over several blocks meanwhile."""
     model: Any = make_model("mistral-window")

@@ -46,6 +46,7 @@ def record(engine: BatchEngine) -> dict[tuple[int, int], Tensor]:
     return seen
 
 
+@pytest.mark.usefixtures("attends")
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 @pytest.mark.parametrize("name", sampled(KINDS, "llama", "mistral-window", "falcon-alibi"))
 def test_stopped_and_resumed_elsewhere_the_bits_are_the_same(name: str, dtype: str) -> None:

@@ -21,7 +21,7 @@ from schema.ids import Epoch
 from schema.link import Ended, EngineOptions, Submit
 from schema.sampling import Logprobs, read_logprobs
 from schema.states import EndReason
-from tests.agent.engine.models import CONTEXT, VOCAB, kv_options, make_model, manifest_of, submit_of, tensors_of
+from tests.agent.engine.models import CONTEXT, UNHEARD, VOCAB, kv_options, make_model, manifest_of, submit_of, tensors_of
 from tests.examples import sampled
 
 LENGTHS = (1, 5, 17, 40, 70, 16)
@@ -252,18 +252,18 @@ def test_a_journal_that_is_complete_already_ends_at_once(llama: Any, generated: 
 def test_nan_in_the_logits_fails_that_sequence_alone_and_leaves_no_trace(temperature: float) -> None:
     model = make_model("llama")
     tensors = tensors_of(model)
-    tensors["model.embed_tokens.weight"][50] = torch.nan
+    tensors["model.embed_tokens.weight"][UNHEARD] = torch.nan
     manifest = manifest_of(model)
     engine = build_engine(manifest, tensors, kv_options(manifest, 96))
-    clean = [[token for token in prompt if token != 50] or [1] for prompt in prompts()[:3]]
+    clean = [[token for token in prompt if token != UNHEARD] or [1] for prompt in prompts()[:3]]
     submits = [submit_of(i + 1, prompt, 9, temperature=temperature, seed=i) for i, prompt in enumerate(clean)]
     alone = drive(engine_of(model, 96), submits)
-    assert 50 not in {token for tokens in alone.tokens.values() for token in tokens}
-    mixed = drive(engine, [submit_of(8, [50, 1, 2], 9, temperature=temperature), *submits])
+    assert UNHEARD not in {token for tokens in alone.tokens.values() for token in tokens}
+    mixed = drive(engine, [submit_of(8, [UNHEARD, 1, 2], 9, temperature=temperature), *submits])
     assert mixed.ends[8].reason is EndReason.ERROR
     assert mixed.ends[8].fault is not None
     assert {a: mixed.tokens[a] for a in (1, 2, 3)} == alone.tokens
-    drive(engine, [submit_of(i, [50] * 80, 9, temperature=temperature) for i in range(20, 24)])
+    drive(engine, [submit_of(i, [UNHEARD] * 80, 9, temperature=temperature) for i in range(20, 24)])
     assert drive(engine, submits).tokens == alone.tokens
 
 

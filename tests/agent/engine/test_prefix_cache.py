@@ -12,7 +12,7 @@ from agent.engine.build import build_engine
 from agent.engine.engine import BatchEngine
 from schema.ids import Epoch
 from schema.states import EndReason
-from tests.agent.engine.models import VOCAB, kv_options, make_model, manifest_of, submit_of, tensors_of
+from tests.agent.engine.models import UNHEARD, VOCAB, kv_options, make_model, manifest_of, submit_of, tensors_of
 from tests.agent.engine.test_engine import Outcome, drive
 from tests.examples import sampled
 
@@ -89,13 +89,13 @@ def test_a_reply_is_a_prefix_too_so_a_conversation_goes_on_from_it(llama: Any) -
 def test_what_was_cancelled_before_it_was_seen_to_be_sound_leaves_no_trace() -> None:
     model = make_model("llama")
     tensors = tensors_of(model)
-    tensors["model.embed_tokens.weight"][50] = torch.nan
+    tensors["model.embed_tokens.weight"][UNHEARD] = torch.nan
     manifest = manifest_of(model)
     engine = build_engine(manifest, tensors, kv_options(manifest, 128), prefill_tokens=24)
-    clean = [submit_of(at + 1, [token for token in prompt if token != 50], 9) for at, prompt in enumerate(prompts()[:2])]
+    clean = [submit_of(at + 1, [token for token in prompt if token != UNHEARD], 9) for at, prompt in enumerate(prompts()[:2])]
     alone = drive(engine_of(model, 128), clean)
     for attempt in range(20, 24):
-        engine.submit(submit_of(attempt, [50] * 100, 9))
+        engine.submit(submit_of(attempt, [UNHEARD] * 100, 9))
         engine.step()
         engine.cancel(Epoch(attempt))
         assert [end.reason for end in engine.step().ends] == [EndReason.CANCELLED]
@@ -106,11 +106,11 @@ def test_what_was_cancelled_before_it_was_seen_to_be_sound_leaves_no_trace() -> 
 def test_a_shared_beginning_is_had_before_the_whole_prompt_of_who_computes_it(broken: bool) -> None:
     model = make_model("llama")
     tensors = tensors_of(model)
-    tensors["model.embed_tokens.weight"][50] = torch.nan
+    tensors["model.embed_tokens.weight"][UNHEARD] = torch.nan
     manifest = manifest_of(model)
     engine = build_engine(manifest, tensors, kv_options(manifest, 1024), prefill_tokens=32)
-    begin = [token if token != 50 else 1 for token in prompts()[4][:64]]
-    leader, follower = submit_of(1, [*begin, *([50] if broken else []), *[7] * 130], 4), submit_of(2, [*begin, 3, 4], 4)
+    begin = [token if token != UNHEARD else 1 for token in prompts()[4][:64]]
+    leader, follower = submit_of(1, [*begin, *([UNHEARD] if broken else []), *[7] * 130], 4), submit_of(2, [*begin, 3, 4], 4)
     firsts: list[int] = []
     engine.submit(leader)
     engine.submit(follower)
@@ -126,14 +126,15 @@ def test_a_shared_beginning_is_had_before_the_whole_prompt_of_who_computes_it(br
 def test_a_beginning_that_is_not_sound_is_never_shared() -> None:
     model = make_model("llama")
     tensors = tensors_of(model)
-    tensors["model.embed_tokens.weight"][50] = torch.nan
+    tensors["model.embed_tokens.weight"][UNHEARD] = torch.nan
     manifest = manifest_of(model)
     engine = build_engine(manifest, tensors, kv_options(manifest, 1024), prefill_tokens=32)
-    outcome = drive(engine, [submit_of(1, [3, 50, *[4] * 100], 4), submit_of(2, [3, 50, *[4] * 70], 4)])
+    outcome = drive(engine, [submit_of(1, [3, UNHEARD, *[4] * 100], 4), submit_of(2, [3, UNHEARD, *[4] * 70], 4)])
     assert [outcome.ends[attempt].reason for attempt in (1, 2)] == [EndReason.ERROR] * 2
     assert found(outcome, 2) == 0
 
 
+@pytest.mark.usefixtures("attends")
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_what_is_not_a_number_behind_a_sliding_window_harms_nobody(deterministic: bool) -> None:
     """A deterministic query reads what it attends to and nothing else, so that a prompt outlives its broken token: its blocks
@@ -141,14 +142,14 @@ def test_what_is_not_a_number_behind_a_sliding_window_harms_nobody(deterministic
     model = make_model("mistral-window")
     manifest = manifest_of(model)
     tensors = tensors_of(model)
-    tensors["model.embed_tokens.weight"][50] = torch.nan
+    tensors["model.embed_tokens.weight"][UNHEARD] = torch.nan
     options = msgspec.structs.replace(kv_options(manifest, 192), deterministic=deterministic)
 
     def engine(share: bool = True) -> BatchEngine:
         return build_engine(manifest, tensors, options, prefill_tokens=24, share_prefixes=share)
 
-    healthy = [[token for token in prompt if token != 50] for prompt in prompts()]
-    broken = [1, 50, *healthy[4]]
+    healthy = [[token for token in prompt if token != UNHEARD] for prompt in prompts()]
+    broken = [1, UNHEARD, *healthy[4]]
     asked = [submit_of(1, broken, 20), submit_of(2, [*broken[:-1], 3], 20)]
     asked += [submit_of(at, prompt, 20) for at, prompt in enumerate(healthy, 3)]
     shared, here = Outcome({}, {}, {}), engine()

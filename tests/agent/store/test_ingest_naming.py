@@ -134,14 +134,14 @@ def _twice(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _whole_too(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["model.layers.0.mlp.experts.down_proj"] = torch.zeros(4, 32, 64)
+    tensors["model.layers.0.mlp.experts.down_proj"] = torch.zeros(4, 64, 64)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (_drop, r"experts\.2\.w3\.weight' is missing"),
-        (_narrow, r"experts\.2\.w3\.weight' is F32 \(63, 32\), which does not fit"),
+        (_narrow, r"experts\.2\.w3\.weight' is F32 \(63, 64\), which does not fit"),
         (_half, r"experts\.2\.w1\.weight' is F16"),
         (_all_of_one, r"experts\..*' has shape \(3, .*\); by config.json it has \(4, "),
         (_twice, r"experts\.0?2\.w1\.weight' is the model's"),
