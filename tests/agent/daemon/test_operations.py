@@ -295,6 +295,8 @@ async def test_a_drop_takes_every_layout_from_the_disk(node: Node) -> None:
         (layouts / name / "manifest.json").write_bytes(encode_manifest(msgspec.structs.replace(manifest, layout=name)))
     (layouts / "l3" / "manifest.json").write_text("damaged")
     manager = await node.manager()
+    manager.send(Ingest(op="look", source=SOURCE))  # which comes to nothing: the agent may have looked before
+    assert (await done(manager, "look")).fault is not None
     manager.send(DropCheckpoint(op="op_1", digest=DIGEST, tier=Tier.DISK))
     assert (await manager.take(OperationDone)).fault is None
     assert not layouts.exists()
