@@ -108,6 +108,7 @@ class Agent:
         self._software: dict[str, str] = {"agent": SOFTWARE}
         self._admission = asyncio.Lock()
         self._saving = asyncio.Lock()
+        self._measuring = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._shutdown = asyncio.Event()
         self._grace_s = 0.0
@@ -463,4 +464,6 @@ class Agent:
         self._own(self._measure(), "measure the disk")
 
     async def _measure(self) -> None:
-        self._inventory = await asyncio.to_thread(inventory, self._config, None)
+        async with self._measuring:  # so that an earlier look never replaces a later one
+            self._inventory = await asyncio.to_thread(inventory, self._config, None)
+        self._means_changed()

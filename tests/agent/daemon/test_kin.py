@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+from typing import Any
 
+import msgspec
+import pytest
+
+from agent.daemon import agent
 from schema.ids import epoch_of
 from schema.link import (
     Evicted,
     InstanceUpdate,
+    Inventory,
     InventoryUpdate,
     LoadCheckpoint,
     NodeEvent,
@@ -83,6 +90,31 @@ async def test_extents_of_an_earlier_store_are_not_attached(node: Node) -> None:
     truth = await manager.instance(InstanceState.READY)
     assert truth.phases is not None
     assert truth.phases.loaded_bytes == 4096
+
+
+async def test_the_latest_look_at_the_disk_counts_and_is_told(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = await node.manager()
+    means, real = manager.truth.inventory, asyncio.to_thread
+    looks: list[asyncio.Future[Inventory]] = []
+
+    async def to_thread(call: Any, *given: Any) -> Any:
+        if call is not agent.inventory:
+            return await real(call, *given)
+        looks.append(asyncio.get_running_loop().create_future())
+        return await looks[-1]
+
+    monkeypatch.setattr(asyncio, "to_thread", to_thread)
+    assert node.agent is not None
+    for _ in range(2):
+        node.agent.disk_changed()
+    await node.until(lambda: bool(looks))
+    for number, look in reversed([*enumerate(looks, 1)]):  # the later one would be over first
+        look.set_result(msgspec.structs.replace(means, disk_used_bytes=number))
+    await node.until(lambda: len(looks) == 2)
+    if not looks[1].done():
+        looks[1].set_result(msgspec.structs.replace(means, disk_used_bytes=2))
+    await manager.take(InventoryUpdate, lambda m: m.inventory.disk_used_bytes == 2)
+    assert (await node.manager()).truth.inventory.disk_used_bytes == 2
 
 
 async def test_an_eviction_is_told(node: Node) -> None:
