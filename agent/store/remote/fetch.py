@@ -139,7 +139,9 @@ class Fetch:
                 for name, content in assets.items():
                     coming.write_asset(name, content)
             except BaseException as error:
-                coming.close(keep=not isinstance(error, OutOfSpace))
+                # What an earlier fetch has left waits while room is made that would do.
+                full = isinstance(error, OutOfSpace) and not (coming.resumed and error.short_bytes)
+                coming.close(keep=not full)
                 raise
         except BaseException:
             self._remote.close()

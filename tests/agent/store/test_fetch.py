@@ -223,6 +223,22 @@ def test_what_an_earlier_fetch_left_is_believed_only_after_its_checksum(
     ]  # fmt: skip
 
 
+def test_what_an_earlier_fetch_has_left_waits_while_room_is_made(
+    tmp_path: Path, source: tuple[str, Path, bytes], web: WebServer
+) -> None:
+    digest, directory, image = source
+    with contextlib.closing(FetchBench(tmp_path / "data", disk_bytes=len(image) + CHUNK)) as bench:
+        _, other, _ = commit(bench.data / "checkpoints", 9, 2 * CHUNK)
+        leave_all(bench, digest, directory)
+        fault = bench.get(digest, web.url)
+        assert fault is not None
+        assert (fault.code, fault.short_bytes > 0) == ("out_of_space", True)
+        shutil.rmtree(other)
+        assert bench.get(digest, web.url) is None
+        assert_there(bench, digest, image)
+        assert web.asked_bytes() == 0
+
+
 def test_what_cannot_be_read_back_is_fetched_again(
     bench: FetchBench, source: tuple[str, Path, bytes], web: WebServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
