@@ -210,8 +210,6 @@ class Agent:
         if not hmac.compare_digest(hello.token.encode(), self._token.encode()):
             raise Unauthorised(f"the {hello.role} (pid {hello.pid}) does not know this agent's token")
 
-        self._software[hello.instance or hello.role] = hello.software
-
         def welcome(descriptors: int) -> Welcome:
             return self._welcome(hello, descriptors)
 
@@ -221,6 +219,7 @@ class Agent:
             self._zygote.welcome(connection, hello, welcome)
         else:
             self._relay.welcome(connection, hello, welcome)
+        self._software[hello.instance or hello.role] = hello.software
 
     async def _admit_manager(self, connection: Connection, hello: Hello) -> None:
         try:
@@ -255,7 +254,7 @@ class Agent:
             self._inventory,
             arena=self._store.arena or self._inventory.arena,
             disk_read_bps=self._disk.read_bps,
-            software=self._running_software(),
+            software=dict(self._software),
             numerics=self._zygote.numerics,
         )
 
@@ -272,11 +271,6 @@ class Agent:
             ops=self._operations.running,
             done=self._operations.done,
         )
-
-    def _running_software(self) -> dict[str, str]:
-        living = {"agent", Role.STORE, Role.ZYGOTE, *(truth.instance for truth in self._instances.truths())}
-        self._software = {name: said for name, said in self._software.items() if name in living}
-        return self._software
 
     def _busy(self) -> bool:
         """Something starts, loads or is ingested, or the node's own processes have yet to begin."""
@@ -368,6 +362,7 @@ class Agent:
 
     def instance_changed(self, truth: InstanceTruth) -> None:
         if truth.state is InstanceState.STOPPED:
+            self._software.pop(truth.instance, None)
             self._own(self._tidy_logs(), "tidy the logs")
         wrong = truth.fault is not None and truth.fault.code == InvalidCheckpoint.code
         if wrong and not truth.kv_capacity_tokens:  # it never served, so nothing of anybody's has ended with it

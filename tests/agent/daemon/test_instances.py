@@ -72,6 +72,8 @@ async def test_the_truth_states_what_each_process_runs(node: Node) -> None:
     manager = await node.manager()
     manager.send(StopInstance(instance=start.instance, epoch=start.epoch))
     await manager.instance(InstanceState.STOPPED)
+    assert node.agent is not None
+    assert node.agent._software == kin, "of what has ended nothing is kept until another manager comes"
     assert (await node.manager()).truth.inventory.software == kin
 
 
