@@ -122,8 +122,7 @@ class Kin:
         self._stopping = True
         if self._task is not None:
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.wait((self._task,))  # what it may have failed by is told by whoever watches it
         process = self._process
         if process is None:
             return

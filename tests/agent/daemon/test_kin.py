@@ -10,7 +10,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from agent.config import NodeConfig
 from agent.daemon import agent
+from schema.errors import SllmError
 from schema.ids import epoch_of
 from schema.link import (
     Evicted,
@@ -28,7 +30,7 @@ from schema.link import (
     VerifyCheckpoint,
 )
 from schema.states import EndReason, InstanceState, Tier, TierState
-from tests.agent.daemon.peers import DIGEST, Node, alive, make_checkpoint, start_instance, submit
+from tests.agent.daemon.peers import DIGEST, WAIT_S, Node, alive, make_checkpoint, start_instance, submit
 
 OTHER = "ef" * 32
 
@@ -240,6 +242,23 @@ async def test_a_manager_that_comes_back_in_time_keeps_everything() -> None:
         again.send(Ping(nonce=1))
         await again.take(Pong)
         assert alive(worker.pid)
+
+
+async def test_an_agent_that_cannot_care_for_its_store_any_more_says_so_and_leaves_nothing_running() -> None:
+    class Broken(Node):
+        def _spawn(self, config: NodeConfig, role: str) -> int:
+            if role == "store":
+                raise RuntimeError("a mistake")
+            return super()._spawn(config, role)
+
+    async with Broken() as node:
+        assert node.task is not None
+        with pytest.raises(SllmError, match="supervise store: a mistake"):
+            await asyncio.wait_for(asyncio.shield(node.task), WAIT_S)
+        node.task = None
+        assert node.zygotes
+        assert not [pid for pid in node.pids if alive(pid)]
+        assert not {path.name for path in (node.directory / "run").iterdir()} & {"agent.sock", "roster.json"}
 
 
 async def test_a_shutdown_ends_everything_and_leaves_no_file(node: Node) -> None:
