@@ -67,8 +67,10 @@ _USUAL_COLUMNS = 80
 
 
 def note(message: str) -> None:
-    """A line for the person at the terminal, never part of the output."""
-    _tell(message + "\n")
+    """A line for the person at the terminal, never part of the output; what it quotes of others cannot steer the terminal."""
+    from sllmctl.cli.format import printable
+
+    _tell(printable(message, keep="\n\t") + "\n")
 
 
 def _tell(text: str) -> None:
@@ -199,9 +201,11 @@ class ProgressLine:
         moment = self._clock()
         if moment - self._began < _SHOW_AFTER_S or (not self._terminal and moment - self._said < _LINE_EVERY_S and self._open):
             return
+        from sllmctl.cli.format import printable
+
         self._said = moment
         if self._terminal:
-            _tell(f"\r\x1b[K{_fitting(text())}")
+            _tell(f"\r\x1b[K{_fitting(printable(text()))}")
         else:
             note(text())
         self._open = True
@@ -256,11 +260,11 @@ def _fitting(text: str) -> str:
 
 
 def _amounts(progress: ProgressView | None) -> str:
-    from sllmctl.cli.format import bandwidth, printable, size
+    from sllmctl.cli.format import bandwidth, size
 
     if progress is None:
         return " ..."
-    text = f": {printable(progress.doing)}"
+    text = f": {progress.doing}"
     if progress.total_bytes:
         share = 100 * progress.done_bytes / progress.total_bytes
         text += f" {size(progress.done_bytes)} of {size(progress.total_bytes)} ({share:.0f} %)"
@@ -298,10 +302,9 @@ def _run(command: Callable[[], object]) -> int:
 
 def _failed(error: Exception) -> int:
     from schema.errors import SllmError
-    from sllmctl.cli.format import printable
 
     if isinstance(error, SllmError):
-        note(f"error: {printable(error.message, keep=chr(10))}")
+        note(f"error: {error.message}")
         codes = (getattr(kind, "code", "internal") for kind in type(error).__mro__)
         return next(_BY_CODE[code] for code in codes if code in _BY_CODE)
     import traceback

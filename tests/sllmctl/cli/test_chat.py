@@ -62,6 +62,17 @@ def test_one_answer(sllmctl: Sllmctl, manager: FakeManager) -> None:
     ]
 
 
+def test_what_a_models_template_says_cannot_steer_the_terminal(
+    sllmctl: Sllmctl, manager: FakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = {"error": {"message": "the model's chat template failed: \x1b]0;mine\x07", "code": "invalid_value"}}
+    manager.chat_error = (400, msgspec.json.encode(said))
+    _typed(monkeypatch, "Hi")
+    conversation = sllmctl("chat").err
+    for shown in (conversation, sllmctl("chat", "Hi").err):
+        assert "error: the model's chat template failed: \N{REPLACEMENT CHARACTER}]0;mine\N{REPLACEMENT CHARACTER}\n" in shown
+
+
 def test_certificates_are_read_for_https_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     class Read(Exception):
         pass
