@@ -25,7 +25,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
     Bodies: at most ``stop_strings_limit`` stop strings, of ``stop_chars_limit`` characters each.
 
-    Text: ``assets_timeout_s`` waits for a checkpoint's tokenizer and template to be here. ``tokenizers_kept`` stay loaded.
+    Text: ``assets_timeout_s`` waits for a checkpoint's tokenizer and template to be here, and again for them to be loaded.
+    ``tokenizers_kept`` stay loaded.
     Texts over ``inline_encode_chars``, and all of a model whose tokenizer was slow twice, are tokenised off the event loop, by
     ``encode_threads`` for each model; a request waits ``encode_timeout_s`` for that. There, too, replies become text whose
     decoder is none of the usual ones. A text with more than

@@ -9,7 +9,8 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -118,29 +119,43 @@ class TextModel:
 
     async def _on_a_thread(self, work: Callable[[], R]) -> R:
         loop = asyncio.get_running_loop()
-        answer: Future[R] = Future()
-        answer.set_running_or_notify_cancel()  # so that who stops waiting does not cancel it
 
-        def run() -> None:
-            try:
-                answer.set_result(work())
-            except BaseException as error:  # a panic of the library's is no Exception
-                answer.set_exception(error)
+        def free() -> None:
             with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
                 loop.call_soon_threadsafe(self._slots.release)
 
         await self._slots.acquire()
         try:
-            threading.Thread(target=run, name="tokenizer", daemon=True).start()
-        except RuntimeError as error:  # the system gives no more threads
+            answer = _begin(work, free)
+        except Overloaded:
             self._slots.release()
-            raise Overloaded(f"the model's tokenizer cannot be used now: {error}", 1.0) from error
+            raise
         return await asyncio.wrap_future(answer)
 
     def _encode(self, text: str, special: bool) -> list[int]:
         # Encoding a batch lets go of the interpreter lock, encoding a single text does not; the fast one keeps no offsets.
         with checkpoint_at_fault(_CANNOT_ENCODE):
             return self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
+
+
+def _begin(work: Callable[[], R], done: Callable[[], None] = lambda: None) -> Future[R]:
+    """Work on a thread that does not hold up the manager's end, and then ``done``. Raises Overloaded when the system gives no
+    more threads."""
+    answer: Future[R] = Future()
+    answer.set_running_or_notify_cancel()  # so that who stops waiting does not cancel it
+
+    def run() -> None:
+        try:
+            answer.set_result(work())
+        except BaseException as error:  # a panic of the library's is no Exception
+            answer.set_exception(error)
+        done()
+
+    try:
+        threading.Thread(target=run, name="tokenizer", daemon=True).start()
+    except RuntimeError as error:
+        raise Overloaded(f"the model's tokenizer cannot be used now: {error}", 1.0) from error
+    return answer
 
 
 class TextService:
@@ -154,18 +169,18 @@ class TextService:
         self._renderer = TemplateRenderer(settings)
         self._models: OrderedDict[str, TextModel] = OrderedDict()
         self._loading: dict[str, asyncio.Task[TextModel]] = {}
-        self._threads = ThreadPoolExecutor(2, "text")
 
     async def start(self) -> None:
         """Warm the template helper. Raises Unreachable when it cannot be started."""
         await self._renderer.start()
 
     async def close(self) -> None:
-        """End the helper process and the threads."""
+        """End the helper process; what still loads is waited for no more."""
         await self._renderer.close()
-        if self._loading:
-            await asyncio.wait(self._loading.values())
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        loading = list(self._loading.values())
+        for task in loading:
+            task.cancel()
+        await asyncio.gather(*loading, return_exceptions=True)
 
     def cached(self, digest: str) -> TextModel | None:
         """The text side of a checkpoint, if it is loaded."""
@@ -177,7 +192,8 @@ class TextService:
     async def load(self, assets: TextAssetsPort) -> TextModel:
         """The text side of a checkpoint from its assets; of several callers only the first loads it.
 
-        Raises InvalidCheckpoint when tokenizer or template cannot be read.
+        Raises InvalidCheckpoint when tokenizer or template cannot be read, Overloaded when that takes too long; it goes on, and
+        holds up no other model.
         """
         digest = assets.manifest.digest
         if (model := self.cached(digest)) is not None:
@@ -186,9 +202,14 @@ class TextService:
             task = self._loading[digest] = asyncio.get_running_loop().create_task(
                 self._load(assets), name=f"text {digest[:12]}"
             )
-            task.add_done_callback(lambda _: self._loading.pop(digest, None))
-        # One caller that goes away does not take the load from the others.
-        return await asyncio.shield(task)
+            task.add_done_callback(partial(self._loaded, digest))
+        limit_s = self._settings.assets_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                # One caller that goes away does not take the load from the others.
+                return await asyncio.shield(task)
+        except TimeoutError:
+            raise Overloaded(f"the model's tokenizer is not loaded after {limit_s:g} s; try again", 1.0) from None
 
     async def encode(self, model: TextModel, text: str, context_tokens: int) -> list[int]:
         """A completion's prompt, framed as the tokenizer frames a whole text.
@@ -227,8 +248,13 @@ class TextService:
                 param,
             )
 
+    def _loaded(self, digest: str, task: asyncio.Task[TextModel]) -> None:
+        del self._loading[digest]
+        if not task.cancelled():
+            task.exception()  # whoever waited has it; nobody may have
+
     async def _load(self, assets: TextAssetsPort) -> TextModel:
-        model = await asyncio.get_running_loop().run_in_executor(self._threads, TextModel, assets, self._settings)
+        model = await asyncio.wrap_future(_begin(lambda: TextModel(assets, self._settings)))
         self._models[model.digest] = model
         while len(self._models) > self._settings.tokenizers_kept:
             self._models.popitem(last=False)

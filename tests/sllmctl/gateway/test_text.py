@@ -12,11 +12,14 @@ import threading
 import time
 import weakref
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from schema.checkpoint import TextDefaults
 from schema.errors import ContextOverflow, Overloaded
+from sllmctl.gateway import text
 from sllmctl.gateway.settings import GatewaySettings
 from sllmctl.gateway.text import TextModel, TextService
 from tests.sllmctl.gateway.harness import TOKENIZER, assets_directory, make_manifest
@@ -40,6 +43,42 @@ async def test_an_asker_that_goes_away_does_not_stop_the_load() -> None:
         first.cancel()
         assert (await second).digest == assets.manifest.digest
         await service.close()
+
+
+async def test_a_tokenizer_that_never_loads_holds_up_neither_its_askers_nor_other_models(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stuck, threads = threading.Event(), []
+
+    def read(path: Path) -> Any:
+        if path.is_relative_to(assets.directory):
+            threads.append(threading.current_thread())
+            stuck.wait(60)
+        return real(path)
+
+    real = text._read_tokenizer
+    monkeypatch.setattr(text, "_read_tokenizer", read)
+    with assets_directory() as assets, assets_directory() as others:
+        service = TextService(GatewaySettings(assets_timeout_s=0.05))
+        for _ in range(5):
+            with pytest.raises(Overloaded, match=r"not loaded after 0\.05 s"):
+                await service.load(assets)
+        assert [thread.daemon for thread in threads] == [True], "one thread for all its askers, which the end does not wait for"
+        service._settings = GatewaySettings()
+        other = replace(others, manifest=make_manifest(TextDefaults(), "b" * 64))
+        assert (await asyncio.wait_for(service.load(other), 60)).digest == "b" * 64
+        late = asyncio.create_task(service.load(assets))
+        await asyncio.sleep(0)
+        stuck.set()
+        assert (await late).digest == assets.manifest.digest
+        stuck.clear()
+        third = replace(assets, manifest=make_manifest(TextDefaults(), "c" * 64))
+        last = asyncio.create_task(service.load(third))
+        await asyncio.sleep(0)
+        await asyncio.wait_for(service.close(), 60)
+        with pytest.raises(asyncio.CancelledError):
+            await last
+        stuck.set()
 
 
 async def test_the_last_used_tokenizers_are_kept() -> None:
