@@ -20,6 +20,8 @@ __all__ = ["Server", "common_version"]
 HELLO_S: Final = 10.0
 """A dialler that has not said Hello by then is hung up on."""
 _MAX_STRANGERS: Final = 64
+_AGAIN_S: Final = 1.0
+"""How long nobody is accepted after one could not be."""
 _log = logging.getLogger(__name__)
 
 
@@ -61,7 +63,7 @@ class Server:
             raise Conflict(f"cannot listen at {self._path}: {error.strerror}") from error
         listener.setblocking(False)
         self._listener = listener
-        self._loop.add_reader(listener, self._accept)
+        self._hear()
 
     def close(self) -> None:
         """Listen no more and hang up on those who have not been admitted."""
@@ -79,14 +81,20 @@ class Server:
         connection.send(Refused(fault=Fault.of(error)))
         connection.close(str(error))
 
+    def _hear(self) -> None:
+        if self._listener is not None:
+            self._loop.add_reader(self._listener, self._accept)
+
     def _accept(self) -> None:
         assert self._listener is not None
         try:
             sock, _ = self._listener.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return
-        except OSError as error:
-            _log.error("cannot accept a connection: %s", error)
+        except OSError as error:  # of descriptors, say, there are none left: whoever dials waits, and is heard of all the time
+            _log.error("cannot accept a connection: %s; trying again in %g s", error, _AGAIN_S)
+            self._loop.remove_reader(self._listener)
+            self._loop.call_later(_AGAIN_S, self._hear)
             return
         if len(self._strangers) >= _MAX_STRANGERS:
             _log.warning("too many connections have not said Hello; one more is closed")

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import os
+import socket
 import stat
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from agent.daemon import server
+from agent.daemon.connection import Connection
 from agent.daemon.identity import Identity, IdentityFile
 from schema.errors import InvalidInput
 from schema.ids import epoch_of
@@ -15,6 +22,7 @@ from schema.link import (
     PROTOCOL,
     AgentMessage,
     Forked,
+    Hello,
     Ping,
     Pong,
     Refused,
@@ -26,7 +34,7 @@ from schema.link import (
     encode_frame,
 )
 from schema.states import InstanceState
-from tests.agent.daemon.peers import Node, Peer, hello, start_instance, submit
+from tests.agent.daemon.peers import WAIT_S, Node, Peer, hello, start_instance, submit
 
 
 async def stranger(node: Node) -> Peer:
@@ -96,6 +104,39 @@ async def test_a_hello_in_pieces_and_frames_behind_it_are_read(node: Node) -> No
         peer.send_raw(bytes([byte]))
     peer.send(Ping(nonce=3))
     assert (await peer.take(Pong)).nonce == 3
+
+
+async def test_without_descriptors_diallers_wait_and_the_loop_is_left_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, tries, heard = socket.socket.accept, [], asyncio.Event()
+
+    def accept(listener: socket.socket) -> Any:
+        tries.append(listener)
+        if len(tries) <= 2:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(listener)
+
+    def admit(connection: Connection, hello: Hello) -> None:
+        heard.set()
+        connection.close("it was heard")
+
+    monkeypatch.setattr(socket.socket, "accept", accept)
+    for again_s in (3600.0, 0.001):
+        monkeypatch.setattr(server, "_AGAIN_S", again_s)
+        served = server.Server(tmp_path / "agent.sock", admit)
+        served.listen()
+        with socket.socket(socket.AF_UNIX) as dialler:
+            dialler.connect(str(tmp_path / "agent.sock"))
+            dialler.sendall(encode_frame(hello(Role.STORE)))
+            for _ in range(100):
+                await asyncio.sleep(0)
+            if again_s > 1:
+                assert len(tries) == 1
+            else:
+                await asyncio.wait_for(heard.wait(), WAIT_S)
+                assert len(tries) == 3
+        served.close()
 
 
 @pytest.mark.parametrize("role", [Role.STORE, Role.ZYGOTE, Role.WORKER])
