@@ -164,7 +164,7 @@ class Logs:
         return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
 
     async def _pages(self, readers: Sequence[_Reader]) -> tuple[list[LogLineView], dict[str, SllmError]]:
-        """All that is there to read, in order of time, and the nodes that did not answer."""
+        """All that is there to read, in order of time, and the nodes that could not give theirs."""
         lost: dict[str, SllmError] = {}
 
         async def read(reader: _Reader) -> list[tuple[float, LogLineView]]:
@@ -174,7 +174,7 @@ class Logs:
                 while more and len(found) < _TAIL_LIMIT:
                     page, more = await reader.page()
                     found += page
-            except (NotFound, TimedOut, Unreachable) as error:
+            except SllmError as error:  # one node's broken disk hides no other's lines
                 lost[reader.name] = error
             return found
 

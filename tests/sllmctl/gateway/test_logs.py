@@ -87,17 +87,24 @@ async def test_what_is_not_there_is_said(admin: httpx.AsyncClient, links: FakeLi
         assert (await admin.get(f"/models/m/logs?{wrong}")).status_code == 400, wrong
 
 
-async def test_one_dead_node_does_not_hide_the_others(admin: httpx.AsyncClient, links: FakeLinks) -> None:
-    links.pages = {"n1": [Unreachable("gone")], "n2": [page(("i2", 2.0, "b"))]}
+@pytest.mark.parametrize("why", [Unreachable("gone"), SllmError("the log cannot be read: [Errno 5] Input/output error")])
+async def test_one_node_that_cannot_tell_does_not_hide_the_others(
+    admin: httpx.AsyncClient, links: FakeLinks, why: SllmError
+) -> None:
+    links.pages = {"n1": [why], "n2": [page(("i2", 2.0, "b"))]}
     answer = await admin.get("/models/m/logs")
     assert [item["text"] for item in answer.json()["items"]] == ["b"]
+    links.pages = {"n1": [why]}
+    answer = await admin.get("/nodes/name-n1/logs")
+    assert (answer.is_success, answer.json()["error"]["message"]) == (False, why.message)
 
 
-async def test_followed_it_goes_on_over_a_link_that_breaks(links: FakeLinks) -> None:
+@pytest.mark.parametrize("why", [Unreachable("broke"), SllmError("broke")], ids=["the link", "the disk"])
+async def test_followed_it_goes_on_over_what_breaks(links: FakeLinks, why: SllmError) -> None:
     view = ClusterView()
     view.add_node(Node("n1", "name", "unix:/x", NodeState.JOINING, False, 0.0, 0.0))
     logs = Logs(view, links, LogSettings(every_s=0.01, idle_s=0.05))
-    links.pages["n1"] = [page(("agent", 1.0, "a")), Unreachable("broke"), page(("agent", 2.0, "b"))]
+    links.pages["n1"] = [page(("agent", 1.0, "a")), why, page(("agent", 2.0, "b"))]
     route = Route("/nodes/{name}/logs", logs.of_node)
     frames: list[LogFrame] = []
     seen = asyncio.Event()
