@@ -172,7 +172,7 @@ class ChatStream:
 
     def _take(self, chunk: _Chunk) -> Iterator[str]:
         if chunk.error is not None:
-            raise SllmError(f"the reply failed: {chunk.error.message}")
+            raise _kind(chunk.error.code)(f"the reply failed: {chunk.error.message}")
         self.request_id = self.request_id or chunk.id
         if chunk.usage is not None:
             self.prompt_tokens, self.generated_tokens = chunk.usage.prompt_tokens, chunk.usage.completion_tokens
@@ -194,7 +194,12 @@ def _refusal(status: int, body: bytes, retry_after: str | None) -> SllmError:
         problem = msgspec.json.decode(body, type=_ErrorBody).error
     except msgspec.DecodeError:
         return LinkError(f"the inference API answered {status} without an error body; is it sllmctl's?")
-    kind = ContextOverflow if problem.code == "context_length_exceeded" else _BY_STATUS.get(status, SllmError)
+    kind = _kind(problem.code, _BY_STATUS.get(status, SllmError))
     if kind is Overloaded and retry_after is not None:
         return Overloaded(f"{problem.message}; try again in {retry_after} s", float(retry_after))
     return kind(problem.message)
+
+
+def _kind(code: str | None, otherwise: type[SllmError] = SllmError) -> type[SllmError]:
+    """The class of an error by its code, which says more than a status: those of the tree are told by their own names."""
+    return ContextOverflow if code == "context_length_exceeded" else SllmError.by_code.get(code or "", otherwise)

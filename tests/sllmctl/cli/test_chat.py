@@ -126,6 +126,17 @@ def test_a_refusal_has_its_exit_code(sllmctl: Sllmctl, manager: FakeManager, sta
     assert text in said.err
 
 
+@pytest.mark.parametrize(("status", "name", "code"), [(409, "conflict", 6), (503, "unreachable", 3), (504, "timed_out", 7)])
+def test_a_refusal_is_known_by_its_code_before_and_in_the_stream(
+    sllmctl: Sllmctl, manager: FakeManager, status: int, name: str, code: int
+) -> None:
+    body = msgspec.json.encode({"error": {"message": "x", "code": name}})
+    for answer in ((status, body), (200, b"data: %b\n\n" % body)):
+        manager.chat_error = answer
+        said = sllmctl("chat", "Hi", "-m", "qwen")
+        assert (said.code, "x" in said.err) == (code, True), said.err
+
+
 def test_an_answer_of_something_else_is_an_error(sllmctl: Sllmctl, manager: FakeManager) -> None:
     manager.chat_error = (502, b"<html>")
     said = sllmctl("chat", "Hi", "-m", "qwen")
