@@ -399,7 +399,7 @@ def check(turn: Turn, instance: Instance) -> None:
             if instance.retry_at > turn.now:
                 turn.wake("instance", instance.id, instance.retry_at)
             else:
-                stop(turn, instance, "Retried", "its pause is over; it is planned anew")
+                stop(turn, instance, "Retried", "its pause is over; another takes its place where one is wanted")
         case _I.STARTING:
             limit_s = _start_limit_s(turn, instance)
             at = instance.life_at + limit_s

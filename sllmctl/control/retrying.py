@@ -34,4 +34,4 @@ def deployed(turn: Turn, model: str) -> None:
 
 def _again(turn: Turn, instance: Instance, why: str) -> None:
     if instance.state is InstanceState.FAILED:
-        instances.stop(turn, instance, "Retried", f"{why}; it is planned anew")
+        instances.stop(turn, instance, "Retried", f"{why}; another takes its place where one is wanted")
