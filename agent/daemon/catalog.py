@@ -204,7 +204,7 @@ class Checkpoints:
         if entry is not None or damaged:
             is_sound = entry is not None and entry.quarantined is None
             state = TierState.RESIDENT if is_sound else TierState.QUARANTINED
-            disk_bytes = size if entry is not None else sum(copy.size_bytes for copy in damaged)
+            disk_bytes = sum(_disk_bytes(copy) for copy in self._all(digest))
             reason, copies = self._wrong(digest), self._lying(digest)
             placements.append(Placement(tier=Tier.DISK, state=state, size_bytes=disk_bytes, reason=reason, copies=copies))
         if resident is not None:
@@ -271,6 +271,13 @@ class Checkpoints:
 
 def _size(entry: CatalogEntry) -> int:
     return sum(partition.size_bytes for partition in entry.manifest.partitions)
+
+
+def _disk_bytes(copy: CatalogEntry | DamagedCopy) -> int:
+    """What a copy takes of the node's disk; a user's own files are not the node's."""
+    if isinstance(copy, DamagedCopy):
+        return copy.size_bytes
+    return sum(partition.size_bytes for partition in copy.manifest.partitions if partition.source is None)
 
 
 def _has_text(entry: CatalogEntry) -> bool:

@@ -82,7 +82,8 @@ class DiskCopy(Part, frozen=True, kw_only=True):
 
 
 class Placement(Part, frozen=True, kw_only=True):
-    """One checkpoint on one tier of the speaking node. ``users`` counts instances and loads that hold it there.
+    """One checkpoint on one tier of the speaking node. ``users`` counts instances and loads that hold it there. ``size_bytes``
+    is what it takes there: on the disk what all of its copies do, of which those in place take nothing that is the node's.
 
     ``reason`` says why it is in quarantine, and on the disk which copies beside the best one are. ``copies`` are all that lie
     on the disk, the best one first.

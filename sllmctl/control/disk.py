@@ -43,6 +43,8 @@ def _may_go(core: Core, record: PlacementRecord) -> bool:
     view, digest, node = core.view, record.digest, record.node
     if record.tier is not Tier.DISK or record.state not in (TierState.RESIDENT, TierState.QUARANTINED):
         return False
+    if not record.size_bytes:  # it lies in the user's own files, which are not deleted
+        return False
     if (digest, node, Tier.DISK) in view.pins or _goes(core, node, digest):
         return False
     if any(one.users for one in view.placements_at(digest, node).values()):

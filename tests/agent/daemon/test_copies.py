@@ -16,7 +16,7 @@ from agent.daemon.catalog import Checkpoints
 from agent.daemon.connection import Connection
 from agent.daemon.storelink import StoreLink
 from agent.store import catalog
-from schema.checkpoint import AssetEntry, decode_manifest, encode_manifest
+from schema.checkpoint import IN_PLACE, AssetEntry, SourceFile, decode_manifest, encode_manifest
 from schema.errors import Fault
 from schema.link import (
     ArenaInfo,
@@ -226,6 +226,32 @@ async def test_every_copy_is_stated_with_its_layout_the_best_first(place: Place)
     ]  # fmt: skip
     assert placement.copies[0].size_bytes == 4096
     assert placement.copies[2].size_bytes > 4096, "what it takes of the disk"
+
+
+async def test_what_a_checkpoint_takes_of_the_disk_is_that_of_its_copies_but_not_of_the_users_own_files(place: Place) -> None:
+    def taken() -> int:
+        (placement,) = place.checkpoints.truth(DIGEST).placements
+        return placement.size_bytes
+
+    file = place.root.parent / "model.safetensors"
+    file.write_bytes(b"\1" * 4096)
+    status = file.stat()
+    directory = make_checkpoint(place.root)
+    (directory / "part-0").unlink()
+    manifest = decode_manifest((directory / "manifest.json").read_bytes())
+    source = SourceFile(str(file), status.st_mtime_ns, status.st_ino)
+    partitions = tuple(msgspec.structs.replace(each, source=source) for each in manifest.partitions)
+    manifest = msgspec.structs.replace(manifest, layout=IN_PLACE, partitions=partitions)
+    (directory / "manifest.json").write_bytes(encode_manifest(manifest))
+    directory.rename(directory.with_name(IN_PLACE))
+    await place.checkpoints.scan()
+    assert taken() == 0
+    assert place.checkpoints.truth(DIGEST).image_bytes == 4096
+    for number, layout in enumerate(("l1", "l2"), 1):
+        await place.copy(layout)
+        assert taken() == number * 4096
+    await place.cut("l2")
+    assert taken() > 4096, "a damaged one takes its room, too"
 
 
 async def test_where_all_copies_are_bad_each_is_named(place: Place) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 
 from schema.errors import Fault
-from schema.link import DropCheckpoint, Ingest
+from schema.link import DropCheckpoint, Ingest, PlacementUpdate
 from schema.states import InstanceState, ModelState, NodeState, Tier, TierState
 from sllmctl.cluster.records import Operation, PlacementRecord, Publication
 from sllmctl.control.disk import victims
@@ -59,6 +60,19 @@ def test_an_ingest_that_lacks_room_gets_it_from_what_can_be_had_again(make_world
     assert set(world.view.nodes_with(digest_of("a"), Tier.DISK)) == {"far"}
     assert "Evicted" in world.reasons("checkpoint")
     assert not agent.done
+    world.check_rows()
+
+
+def test_what_lies_in_the_users_own_files_makes_no_room(make_world: MakeWorld) -> None:
+    world = two(make_world)
+    agent = world.agents["local"]
+    truth = agent.checkpoints[digest_of("a")]
+    (disk,) = truth.placements
+    in_place = msgspec.structs.replace(truth, placements=(msgspec.structs.replace(disk, size_bytes=0),))
+    world.tell("local", [PlacementUpdate(truth=in_place)])
+    short(world, 5)
+    (drop,) = [one for one in agent.ops.values() if isinstance(one, DropCheckpoint)]
+    assert drop.digest == digest_of("b")
     world.check_rows()
 
 
@@ -151,6 +165,8 @@ def may_go(world: World, digest: str, node: str) -> bool:
     """Of the rule's words, one by one."""
     view, core = world.view, world.loop._core
     here = [one for one in view.placements.values() if (one.digest, one.node) == (digest, node)]
+    if not any(one.size_bytes for one in here if one.tier is Tier.DISK):
+        return False
     if (digest, node, Tier.DISK) in view.pins or any(one.users for one in here):
         return False
     if any((one.digest, one.node) == (digest, node) for one in view.instances.values()):
