@@ -32,6 +32,7 @@ from agent.daemon.storelink import StoreLink
 from agent.daemon.supervisor import KILL_S, TERM_S, Kin, Spawn, spawn_kin
 from agent.daemon.workers import Relay
 from agent.daemon.zygote import ZygoteLink
+from agent.store.temporary import sweep
 from schema.errors import Conflict, Fault, InvalidCheckpoint, InvalidInput, LinkError, SllmError, Unauthorised, Unreachable
 from schema.link import (
     Acked,
@@ -130,6 +131,7 @@ class Agent:
         watched: list[asyncio.Task[Any]] = [self._store_kin.start(), self._zygote_kin.start()]
         self._own(self._allow_truth(), "adoption")
         self._own(self._disk.run(), "measure the disk's speed")
+        self._own(self._sweep(), "delete what was left")
         ending = asyncio.create_task(self._shutdown.wait())
         try:
             await asyncio.wait([ending, *watched], return_when=asyncio.FIRST_COMPLETED)
@@ -398,6 +400,14 @@ class Agent:
     async def _tidy_logs(self) -> None:
         running = {truth.instance for truth in self._instances.truths() if truth.state is not InstanceState.STOPPED}
         await asyncio.to_thread(self._logs.tidy, running)
+
+    async def _sweep(self) -> None:
+        """What ingests, fetches and removals have left that were killed is a disk's worth of bytes, and no checkpoint's."""
+        data, keep_s = Path(self._config.data_dir), self._config.remote.keep_partial_s
+        for place in ("tmp", "partial"):
+            for name in await asyncio.to_thread(sweep, data / place, keep_s):
+                _log.info("deleted %s/%s, which a process has left", place, name)
+        await self._measure()
 
     async def _look_anew(self, digest: str) -> None:
         await self._checkpoints.scan()

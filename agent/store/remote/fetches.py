@@ -304,8 +304,9 @@ class Fetches:
     def _prepare(self, fetch: _Fetch, layout: str) -> None:
         """On the fetch's own thread."""
         try:
-            for name in sweep(self._data / "partial", self._settings.keep_partial_s):
-                _log.info("deleted %s, a fetch that was never resumed", name)
+            for place in ("partial", "tmp"):
+                for name in sweep(self._data / place, self._settings.keep_partial_s):
+                    _log.info("deleted %s/%s, which a process has left", place, name)
             remote = open_remote(fetch.url, self._settings)
             made = Fetch(
                 remote, fetch.digest, layout, self._data, self._checkpoints, self._settings, disk_bytes=self._disk_bytes

@@ -291,6 +291,18 @@ async def test_an_ingest_of_an_earlier_life_is_ended(after: Node) -> None:
     assert not alive(pid)
 
 
+async def test_what_killed_processes_have_left_on_the_disk_goes(after: Node) -> None:
+    left, kept, data = list[Path](), list[Path](), after.directory / "data"
+    for place in ("tmp", "partial"):
+        for name, where in (("left", left), ("fetch+key", kept)):
+            where.append(data / place / name)
+            where[-1].mkdir(parents=True)
+            (where[-1] / "file").write_bytes(b"x")
+    after.begin()
+    await after.until(lambda: not any(path.exists() for path in left))
+    assert all(path.exists() for path in kept), "another try goes on with these"
+
+
 async def test_an_unreadable_roster_is_an_empty_one(after: Node, caplog: pytest.LogCaptureFixture) -> None:
     (after.directory / "run" / "roster.json").write_text("{{")
     after.begin()

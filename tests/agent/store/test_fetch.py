@@ -223,6 +223,15 @@ def test_what_an_earlier_fetch_left_is_believed_only_after_its_checksum(
     ]  # fmt: skip
 
 
+def test_what_killed_processes_have_left_goes_with_the_next_fetch(
+    bench: FetchBench, source: tuple[str, Path, bytes], web: WebServer
+) -> None:
+    for place in ("tmp", "partial"):
+        (bench.data / place / "left").mkdir(parents=True)
+    assert bench.get(source[0], web.url) is None
+    assert bench.leftovers == []
+
+
 def test_what_an_earlier_fetch_has_left_waits_while_room_is_made(
     tmp_path: Path, source: tuple[str, Path, bytes], web: WebServer
 ) -> None:
