@@ -20,7 +20,7 @@ from schema.states import ModelState
 from sllmctl.gateway import story
 from sllmctl.gateway.chat import chat_job
 from sllmctl.gateway.completions import completion_job
-from sllmctl.gateway.errors import INTERNAL, ErrorBody, NoSuchPath, WrongHost, answer_of
+from sllmctl.gateway.errors import INTERNAL, STOPPING, ErrorBody, NoSuchPath, WrongHost, answer_of
 from sllmctl.gateway.exchange import ClientGone, Exchange
 from sllmctl.gateway.generate import Gateway, Job
 from sllmctl.gateway.hosts import KnownHosts
@@ -167,24 +167,22 @@ class _Generation:
         bodies = self._gateway.bodies
         metrics.live.inc()
         model = ""
-        gone = False
         try:
             exchange.require_method("POST")
             data = await exchange.body(self._gateway.settings, bodies)
             key = exchange.header(KEY_HEADER)
-            async with exchange.while_connected() as client:
+            async with exchange.while_connected():
                 job = await self._make_job(self._gateway, data)
                 retry = None if key is None else retry_key(key, scope["path"], data, job)
                 del data
                 exchange.release(bodies)
                 model = job.model
                 await self._gateway.run(job, exchange, retry)
-            gone = client.gone
         except ClientGone:
-            gone = True
+            exchange.gone = True
         except asyncio.CancelledError:
             # The server has waited long enough for what still runs and ends: the client is told, and the task is over.
-            await exchange.fail(Unreachable("the manager is stopping; the request was given up"))
+            await exchange.fail(Unreachable(STOPPING))
         except SllmError as error:
             code = answer_of(error).code or error.code
             metrics.errors.labels(code).inc()
@@ -199,7 +197,7 @@ class _Generation:
             exchange.release(bodies)
             metrics.live.dec()
             # Only names of models that are served become labels: others are as many as there are slips.
-            metrics.requests.labels(model, _CLIENT_GONE if gone else str(exchange.status)).inc()
+            metrics.requests.labels(model, _CLIENT_GONE if exchange.gone else str(exchange.status)).inc()
 
 
 def _internal(scope: Scope, request: str | None = None) -> SllmError:

@@ -27,6 +27,7 @@ from schema.errors import (
 __all__ = [
     "ALL_KINDS",
     "INTERNAL",
+    "STOPPING",
     "Answer",
     "BodyTooLarge",
     "BodyTooSlow",
@@ -49,6 +50,8 @@ __all__ = [
 
 INTERNAL = "an internal error; the manager's log has the details"
 """What is told of an exception that is none of ours."""
+STOPPING = "the manager is stopping; the request was given up"
+"""What is told when it could not be waited for any longer."""
 
 
 class UnsupportedParameter(InvalidInput):

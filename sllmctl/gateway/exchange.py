@@ -58,9 +58,9 @@ class BodyBudget:
 
 class Exchange:
     """A request being answered. ``status`` is what was answered, 0 before. ``request_id`` goes back as ``x-request-id``: the
-    client's own until another is set, "" for none."""
+    client's own until another is set, "" for none. ``gone``: its client went away while it was answered."""
 
-    __slots__ = ("_budgeted", "_complete", "_receive", "_scope", "_send", "request_id", "status", "streaming")
+    __slots__ = ("_budgeted", "_complete", "_receive", "_scope", "_send", "gone", "request_id", "status", "streaming")
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope = scope
@@ -70,6 +70,7 @@ class Exchange:
         self._complete = scope["method"] in ("GET", "HEAD")
         self.status = 0
         self.streaming = False
+        self.gone = False
         self.request_id = self._asked_id()
 
     def _asked_id(self) -> str:
@@ -179,20 +180,21 @@ class Exchange:
 
     def while_connected(self) -> WhileConnected:
         """A block that ends when the client goes away."""
-        return WhileConnected(self._receive)
+        return WhileConnected(self, self._receive)
 
 
 class WhileConnected:
-    """Runs a block for a client, once its body is read: when the client goes away the block is cancelled, and ``gone`` is set.
+    """Runs a block for a client, once its body is read: when the client goes away the block is cancelled, and the exchange's
+    ``gone`` is set.
 
     The cancellation ends with the block; one that comes from elsewhere passes through.
     """
 
-    __slots__ = ("_receive", "_task", "_watcher", "gone")
+    __slots__ = ("_exchange", "_receive", "_task", "_watcher")
 
-    def __init__(self, receive: Receive) -> None:
+    def __init__(self, exchange: Exchange, receive: Receive) -> None:
+        self._exchange = exchange
         self._receive = receive
-        self.gone = False
 
     async def __aenter__(self) -> WhileConnected:
         task = asyncio.current_task()
@@ -204,13 +206,13 @@ class WhileConnected:
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        self.gone = True
+        self._exchange.gone = True
         self._task.cancel()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        if not self.gone:
+        if not self._exchange.gone:
             if self._watcher.done():
                 self._watcher.result()
             self._watcher.cancel()

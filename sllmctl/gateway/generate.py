@@ -8,10 +8,10 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from schema.errors import Conflict, NotFound, SllmError
+from schema.errors import Conflict, NotFound, SllmError, Unreachable
 from schema.link import RetryKey, SamplingParams
 from schema.states import ModelState
-from sllmctl.gateway.errors import INTERNAL
+from sllmctl.gateway.errors import INTERNAL, STOPPING
 from sllmctl.gateway.exchange import BodyBudget, Exchange, Header
 from sllmctl.gateway.metrics import Metrics
 from sllmctl.gateway.ports import AssetsPort, RequestPort, RoutedModelPort, RouterPort
@@ -135,6 +135,9 @@ class Gateway:
                 await self._whole(job, exchange, shape, request, replies, headers)
         except SllmError as why:
             error = why
+            raise
+        except asyncio.CancelledError:
+            error = None if exchange.gone else Unreachable(STOPPING)
             raise
         except Exception:
             error = SllmError(INTERNAL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
 import struct
 import tempfile
@@ -228,7 +229,7 @@ def assets_directory(template: str = CHAT_TEMPLATE, text: TextDefaults | None = 
 
 @dataclass
 class Serving:
-    """A running gateway; ``url`` is where."""
+    """A running gateway; ``url`` is where. ``stop`` has its server begin to end."""
 
     router: FakeRouter
     assets: FakeAssets
@@ -236,6 +237,7 @@ class Serving:
     port: int
     ready: bool = True
     client: httpx.AsyncClient = field(init=False)
+    stop: Callable[[], None] = field(init=False)
 
     def __post_init__(self) -> None:
         self.url = f"http://127.0.0.1:{self.port}"
@@ -301,6 +303,7 @@ async def serving(
         server = uvicorn.Server(server_config(app, settings, metrics))
         # Signals are the test runner's.
         server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
+        here.stop = functools.partial(setattr, server, "should_exit", True)
         task = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             async with asyncio.timeout(WAIT_S):
@@ -309,5 +312,5 @@ async def serving(
             yield here
         finally:
             await here.client.aclose()
-            server.should_exit = True
+            here.stop()
             await asyncio.wait_for(task, WAIT_S)

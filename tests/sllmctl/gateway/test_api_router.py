@@ -129,6 +129,20 @@ async def test_a_reply_that_a_bug_of_ours_ends_is_told_as_failed(monkeypatch: py
     assert told.fault == Fault("internal", "an internal error; the manager's log has the details")
 
 
+async def test_a_reply_that_the_managers_end_cuts_short_is_told_as_failed() -> None:
+    bench = Bench()
+    bench.warm()
+    async with serving(GatewaySettings(drain_s=1.0), router=bench.router) as here:
+        reply = asyncio.create_task(here.client.post(_CHAT, json=chat_body(model="m", stream=True)))
+        submit = await _submitted(bench, here)
+        bench.tokens(TokenRun(submit.attempt, 0, tuple(ids_of("hi"))))
+        here.stop()
+        told = msgspec.json.decode((await reply).text.rpartition("data: ")[2])["error"]["message"]
+    view = bench.router.request(submit.request)
+    assert (view.state, view.fault) == (RequestState.FAILED, Fault("unreachable", told))
+    assert "the manager is stopping" in told
+
+
 async def test_a_reply_that_was_decoded_too_slowly_is_failed_until_a_retry_reads_it(stuck: threading.Event) -> None:
     bench = Bench(RouterSettings(retry_grace_s=100.0))
 
