@@ -219,9 +219,11 @@ static inline void NAME(soften)(pass *one, long row, long tile, long columns)
         one->total[row] *= less[0];
         one->highest[row] = highest;
     }
+    /* Where all scores so far are minus infinity, they weigh nothing: less itself, that would be no number. */
+    const VECTOR measure = ALL(highest == -__builtin_inff() ? 0.0f : highest);
     VECTOR total = ALL(0.0f);
     for (long column = 0; column < columns; column += LANES) {
-        const VECTOR weight = NAME(exp_of)(LOAD(weights + column) - ALL(highest));
+        const VECTOR weight = NAME(exp_of)(LOAD(weights + column) - measure);
         STORE(weights + column, weight);
         total += weight;
     }

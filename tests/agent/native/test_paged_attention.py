@@ -138,6 +138,14 @@ def test_scores_that_lie_far_apart(width: Width, dtype: torch.dtype) -> None:
         replace(case(dtype, [700, 400, 1]), scale=scale).check(width)
 
 
+def test_scores_of_minus_infinity_weigh_nothing(width: Width, dtype: torch.dtype) -> None:
+    """Also where they fill whole tiles before the first score that is a number."""
+    bias = torch.zeros(4, 304).to(dtype)
+    bias[:2, :140] = -torch.inf
+    bias[2, 150:] = -torch.inf
+    replace(case(dtype, [300, 290]), bias=bias).check(width)
+
+
 def test_of_a_prompt_each_token_sees_those_before_it(width: Width, dtype: torch.dtype) -> None:
     one = case(dtype, [40])
     query = torch.randn(40, 4, 16).to(dtype)
