@@ -1,9 +1,10 @@
 """Compare architectures with transformers' own `generate`, token for token, on tiny seeded models in float32.
 
 `python -m bench.engine.architectures [MODEL_TYPE ...]`: all that the engine says it runs, or those named, COMPARED or not.
-One line each: equal, how many prompts differ, or why it does not run; and the layers in the order in which a first step that
-follows its weights waits for them, the last being all. Each is also saved by transformers and ingested, which must make the
-model's own bytes. Each runs in a process of its own: new ones fail in new ways.
+Each attends over gathered blocks and, where that is compiled, in place. One line each: equal, how many prompts differ, or why
+it does not run; and the layers in the order in which a first step that follows its weights waits for them, the last being all.
+Each is also saved by transformers and ingested, which must make the model's own bytes. Each runs in a process of its own: new
+ones fail in new ways.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from unittest import mock
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-from agent.engine import architectures
+from agent.engine import architectures, attention_paged
 from agent.engine.build import build_engine
 from tests.agent.engine.coming import ComingWeights
 from tests.agent.engine.models import CONTEXT, VOCAB, kv_options, manifest_of, submit_of, tensors_of
@@ -29,7 +30,7 @@ from tests.agent.store.test_ingest_naming import strange
 LIMIT_S = 120
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1,
-    "hidden_size": 32, "n_embd": 32, "d_model": 32, "word_embed_proj_dim": 32, "head_dim": 8, "rotary_dim": 4,
+    "hidden_size": 64, "n_embd": 64, "d_model": 64, "word_embed_proj_dim": 64, "head_dim": 16, "rotary_dim": 4,
     "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2,
     "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "num_key_value_heads": 2, "num_kv_heads": 2,
     "max_position_embeddings": CONTEXT, "n_positions": CONTEXT, "max_seq_len": CONTEXT, "seq_length": CONTEXT,
@@ -65,29 +66,38 @@ def tiny(model_type: str) -> Any:
 
 
 def compare(model_type: str) -> str:
-    model = tiny(model_type)
+    with mock.patch.object(architectures, "COMPARED", architectures.COMPARED | {model_type}):
+        return _compare(tiny(model_type))
+
+
+def _compare(model: Any) -> str:
     manifest = manifest_of(model)
-    with mock.patch.object(architectures, "COMPARED", architectures.COMPARED | {model_type}):
-        engine = build_engine(manifest, tensors_of(model), kv_options(manifest, 512), prefill_tokens=24)
+    options = kv_options(manifest, 512)
     submits = [submit_of(i + 1, prompt, 12 + 3 * i) for i, prompt in enumerate(prompts())]
-    outcome = drive(engine, submits)
-    for end in outcome.ends.values():
-        if end.fault is not None:
-            return f"fails: {end.fault.message}"
     wanted = {s.attempt: reference(model, list(s.prompt), s.params.max_tokens) for s in submits}
-    other = [attempt for attempt, tokens in wanted.items() if outcome.tokens[attempt] != tokens]
-    if other:
-        return f"DIFFERS in {len(other)} of {len(submits)}"
+    ways: dict[str, None] = {}
+    for width_for in (lambda pool: None, attention_paged._width_for):
+        with mock.patch.object(attention_paged, "_width_for", width_for):
+            engine = build_engine(manifest, tensors_of(model), options, prefill_tokens=24)
+        runner: Any = engine._runner
+        way = "gathered" if runner._attention.gathers else "in place"
+        ways[way] = None
+        outcome = drive(engine, submits)
+        for end in outcome.ends.values():
+            if end.fault is not None:
+                return f"fails, {way}: {end.fault.message}"
+        other = [attempt for attempt, tokens in wanted.items() if outcome.tokens[attempt] != tokens]
+        if other:
+            return f"DIFFERS, {way}, in {len(other)} of {len(submits)}"
     coming = ComingWeights(model)
-    with mock.patch.object(architectures, "COMPARED", architectures.COMPARED | {model_type}):
-        engine = coming.engine(kv_options(manifest, 512), prefill_tokens=24)
-    if drive(engine, submits).tokens != outcome.tokens:
+    if drive(coming.engine(options, prefill_tokens=24), submits).tokens != wanted:
         return "READS WEIGHTS before they have come"
-    with mock.patch.object(architectures, "COMPARED", architectures.COMPARED | {model_type}), TemporaryDirectory() as directory:
+    with TemporaryDirectory() as directory:
         if other_bytes := strange(model, Path(directory)):
             return f"INGESTED OTHERWISE: {', '.join(other_bytes)}"
     distinct = len({token for tokens in wanted.values() for token in tokens})
-    return f"equal, {distinct} different tokens; weights asked for: {' '.join(map(str, dict.fromkeys(coming.asked)))}"
+    asked = " ".join(map(str, dict.fromkeys(coming.asked)))
+    return f"equal, {' and '.join(ways)}, {distinct} different tokens; weights asked for: {asked}"
 
 
 def main() -> None:
