@@ -5,8 +5,8 @@ few tokens, whose order is always the same (`products.few`), or, where the proce
 last one padded. And a vectorised exponential rounds otherwise than the scalar one that serves the end of
 an array, which is another row's end with every batch: so functions of that kind run on one row at a time. What is exact in
 each element or reduces each row by itself passes through; what is not known to do so is refused by its name. Attention sees
-to itself (`attention_alone`). That equals are equal holds for one kind of device and one number of threads, where the way of
-few tokens is compiled on all nodes or on none.
+to itself (`attention_paged`, or `attention_alone` where that is not compiled). That equals are equal holds for one kind of
+device and one number of threads, where our own code is compiled on all nodes or on none.
 """
 
 from __future__ import annotations
