@@ -134,7 +134,7 @@ class Runner(ABC):
         groups = self._decoding.groups(decoding, at[: len(decoding)] + 1) if self._attention.gathers else []
         batch = StepBatch(
             ids=self._tensor(_integers(ids)),
-            positions=self._tensor(at),
+            positions=self._tensor(at.copy()),  # a model's modules may write to theirs; attention's say what memory is read
             last_position=max(positions),
             wanted=None if len(wanted) == len(ids) and not watched else self._tensor(_integers(wanted)),
             attention=AttentionBatch(

@@ -61,10 +61,12 @@ class _Weightless(Runner):
 
     def _answer(self, batch: StepBatch) -> Tensor:
         self._said = []
+        positions = batch.positions.clone()
+        batch.positions.fill_(0)  # as a model may that adds to them in place
         sick = self._dice.randrange(len(batch.ids)) if self._dice.random() < 0.05 else -1
         breaks_at = self._dice.randrange(len(HOWS)) if self._dice.random() < 0.03 else -1
         for layer, how in enumerate(HOWS):
-            states = self.states(batch.ids, batch.positions, layer)
+            states = self.states(batch.ids, positions, layer)
             if not layer and sick >= 0:  # from its own place on, this sequence has no numbers
                 self._sick.add(self._rows[sick][0].attempt)
                 states[sick] = torch.nan
