@@ -10,7 +10,17 @@ from msgspec import Meta
 
 from schema.errors import InvalidInput
 
-__all__ = ["LOGPROB_BYTES", "MAX_LOGPROBS", "MAX_SEED", "Logprobs", "SamplingParams", "TokenId", "TokenIds", "read_logprobs"]
+__all__ = [
+    "LOGPROB_BYTES",
+    "MAX_LOGPROBS",
+    "MAX_SEED",
+    "Logprobs",
+    "SamplingParams",
+    "TokenId",
+    "TokenIds",
+    "most_scored_tokens",
+    "read_logprobs",
+]
 
 TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 TokenIds = tuple[TokenId, ...]
@@ -37,6 +47,11 @@ _RANGES: Final[dict[str, tuple[float, float]]] = {
     "presence_penalty": (-2, 2),
     "frequency_penalty": (-2, 2),
 }
+
+
+def most_scored_tokens(count: int) -> int:
+    """How long a reply may be whose tokens' log-probabilities are told, and at each of them those of ``count`` others."""
+    return _MAX_RECORD_BYTES // (_PAIR.size * (1 + count))
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -96,7 +111,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def _check_logprobs(self, count: int) -> None:
         if not 0 <= count <= MAX_LOGPROBS:
             raise InvalidInput(f"logprobs is {count}, which is not between 0 and {MAX_LOGPROBS}", "logprobs")
-        most = _MAX_RECORD_BYTES // (_PAIR.size * (1 + count))
+        most = most_scored_tokens(count)
         if self.max_tokens > most:
             raise InvalidInput(
                 f"{count} log-probabilities beside each token's own are kept for at most {most} tokens, and max_tokens is "

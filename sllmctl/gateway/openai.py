@@ -16,6 +16,7 @@ from msgspec import Meta
 
 from schema.errors import ContextOverflow, InvalidInput
 from schema.link import SamplingParams
+from schema.sampling import most_scored_tokens
 from sllmctl.gateway.errors import UnknownParameter, UnsupportedParameter
 from sllmctl.gateway.generate import Job
 from sllmctl.gateway.settings import GatewaySettings
@@ -196,8 +197,8 @@ def _sampling_params(
 ) -> SamplingParams:
     """How tokens are chosen: by the body, else by the model's own defaults, else by OpenAI's.
 
-    Without ``max_tokens`` the reply may fill the context. Raises ContextOverflow when prompt and reply do not fit, InvalidInput
-    for what is out of range.
+    Without ``max_tokens`` the reply may fill the context, as far as log-probabilities that were asked for can be told. Raises
+    ContextOverflow when prompt and reply do not fit, InvalidInput for what is out of range.
     """
     defaults = text.defaults
     room = context_tokens - prompt_tokens
@@ -211,15 +212,16 @@ def _sampling_params(
             f"{context_tokens}; ask for at most {room}",
             "max_tokens",
         )
-    if (body.min_tokens or 0) > (max_tokens or room):
-        most = f"max_tokens, {max_tokens}" if max_tokens is not None else f"the {room} that the context has room for"
+    longest = room if logprobs is None else min(room, most_scored_tokens(logprobs))
+    if (body.min_tokens or 0) > (max_tokens or longest):
+        most = f"max_tokens, {max_tokens}" if max_tokens is not None else f"the {longest} that there is room for"
         raise InvalidInput(f"min_tokens: {body.min_tokens} is more than {most}", "min_tokens")
     stop_token_ids = (*(body.stop_token_ids or ()), *(() if body.ignore_eos else defaults.stop_token_ids))
     logit_bias = tuple((body.logit_bias or {}).items())
     _check_tokens("stop_token_ids", body.stop_token_ids or (), text.vocab_size)
     _check_tokens("logit_bias", body.logit_bias or (), text.vocab_size)
     params = SamplingParams(
-        max_tokens=max_tokens or room,
+        max_tokens=max_tokens or longest,
         temperature=_first(body.temperature, defaults.temperature, 1.0),
         top_p=_first(body.top_p, defaults.top_p, 1.0),
         top_k=max(0, _first(body.top_k, defaults.top_k, 0)),

@@ -49,6 +49,22 @@ async def test_wishes_of_later_servers_reach_the_engine_too() -> None:
     assert (request.tenant, len(request.sequences)) == ("me", 2)
 
 
+@pytest.mark.parametrize(("top", "longest"), [(None, 131_000), (0, 131_000), (20, 49_932)])
+async def test_a_reply_of_no_given_length_is_as_long_as_its_log_probabilities_can_be_told(
+    top: int | None, longest: int
+) -> None:
+    async with serving() as here:
+        here.router.routed["tiny"].max_context_tokens = 131_000
+        here.router.reply = lambda request: request.sequence.emit(ids_of("x"), EndReason.LENGTH, top)
+        asked = {} if top is None else {"logprobs": True, "top_logprobs": top}
+        response = await here.client.post("/v1/chat/completions", json=chat_body(**asked))
+        assert response.status_code == 200, response.text
+        request = here.router.requests[0]
+        assert request.params.max_tokens == min(longest, 131_000 - len(request.sequence.prompt))
+        response = await here.client.post("/v1/chat/completions", json=chat_body(**asked, max_tokens=100_000))
+        assert response.is_success == (top != 20), "who asks for more than can be told is refused"
+
+
 async def test_defaults_are_the_models_own_then_openais() -> None:
     own = TextDefaults(
         has_template=True, temperature=0.3, top_p=0.0, top_k=11, min_p=0.25, repetition_penalty=1.5,
