@@ -317,13 +317,13 @@ def remove(
     from sllmctl.cli.diagnostics import confirm
 
     where = f"{tier or 'devices, memory and disk'} of {f'node {node}' if node is not None else 'every node'}"
-    if not yes:
-        with invocation.admin() as admin:
-            found = admin.ask(client.checkpoint(reference))
-        what = f"{found.digest[:16]} ({', '.join(found.models) or 'no model uses it'}, {size(found.image_bytes)})"
-        confirm(f"{_last(found, node, tier)}Remove checkpoint {what} from {where}?", yes)
     patience = invocation.patience(timeout)
     with invocation.admin(patience) as admin:
+        if not yes:
+            found = admin.ask(client.checkpoint(reference))
+            what = f"{found.digest[:16]} ({', '.join(found.models) or 'no model uses it'}, {size(found.image_bytes)})"
+            confirm(f"{_last(found, node, tier)}Remove checkpoint {what} from {where}?", yes)
+            patience.restart()
         begun = admin.ask(client.drop_checkpoint(reference, node, Tier(tier) if tier is not None else None))
         finish_operations(admin, form, begun, None if no_wait else patience)
 

@@ -222,6 +222,7 @@ def _hanging(path: Path) -> Iterator[None]:
         "checkpoint publish qwen",
         "checkpoint fetch qwen",
         "checkpoint rm qwen -y",
+        "checkpoint rm qwen",
         "apply -f SPEC",
     ],
 )
