@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Final
 
-from agent.native import few_tokens
+from agent.native import few_tokens, paged_attention
 from schema.version import VERSION
 
 __all__ = ["numerics"]
@@ -26,10 +26,11 @@ def numerics(cpuinfo: Path = _CPUINFO) -> str:
     import transformers
 
     built = f" cuda {torch.version.cuda}" if torch.version.cuda else ""
-    ways = "+".join(way.name.lower() for way in few_tokens.ways() if way.name) or "none"
+    here = [*few_tokens.ways(), *paged_attention.widths()]
+    compiled = "+".join(one.name.lower() for one in here if one.name) or "none"
     return (
         f"sllmctl {VERSION}, torch {torch.__version__}{built}, transformers {transformers.__version__}, "
-        f"compiled {ways}, {torch.backends.cpu.get_cpu_capability()} on {_processor(cpuinfo)}"
+        f"compiled {compiled}, {torch.backends.cpu.get_cpu_capability()} on {_processor(cpuinfo)}"
     )
 
 
