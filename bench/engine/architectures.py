@@ -1,7 +1,8 @@
 """Compare architectures with transformers' own `generate`, token for token, on tiny seeded models in float32.
 
 `python -m bench.engine.architectures [MODEL_TYPE ...]`: all that the engine says it runs, or those named, COMPARED or not.
-Each attends over gathered blocks and, where that is compiled, in place. One line each: equal, how many prompts differ, or why
+Each attends over gathered blocks and, where that is compiled, in place; deterministic, also in bfloat16, its logits must be the
+same bits whatever the batch (`tests.agent.engine.test_determinism`). One line each: equal, how many prompts differ, or why
 it does not run; and the layers in the order in which a first step that follows its weights waits for them, the last being all.
 Each is also saved by transformers and ingested, which must make the model's own bytes. Each runs in a process of its own: new
 ones fail in new ways.
@@ -9,7 +10,9 @@ ones fail in new ways.
 
 from __future__ import annotations
 
+import copy
 import os
+import random
 import signal
 import sys
 from pathlib import Path
@@ -24,6 +27,7 @@ from agent.engine import architectures, attention_paged
 from agent.engine.build import build_engine
 from tests.agent.engine.coming import ComingWeights
 from tests.agent.engine.models import CONTEXT, VOCAB, kv_options, manifest_of, submit_of, tensors_of
+from tests.agent.engine.test_determinism import diverged
 from tests.agent.engine.test_engine import drive, prompts, reference
 from tests.agent.store.test_ingest_naming import strange
 
@@ -79,6 +83,9 @@ def _compare(model: Any) -> str:
     for width_for in (lambda pool: None, attention_paged._width_for):
         with mock.patch.object(attention_paged, "_width_for", width_for):
             engine = build_engine(manifest, tensors_of(model), options, prefill_tokens=24)
+            for name, dtype in (("F32", torch.float32), ("BF16", torch.bfloat16)):
+                if diverged(copy.deepcopy(model).to(dtype), name, random.Random(5)):
+                    return f"DIVERGES in {name}, though deterministic"
         runner: Any = engine._runner
         way = "gathered" if runner._attention.gathers else "in place"
         ways[way] = None

@@ -46,16 +46,11 @@ def record(engine: BatchEngine) -> dict[tuple[int, int], Tensor]:
     return seen
 
 
-@pytest.mark.usefixtures("attends")
-@pytest.mark.parametrize("dtype", ["F32", "BF16"])
-@pytest.mark.parametrize("name", sampled(KINDS, "llama", "mistral-window", "falcon-alibi"))
-def test_stopped_and_resumed_elsewhere_the_bits_are_the_same(name: str, dtype: str) -> None:
-    model = make_model(name, dtype=torch.float32 if dtype == "F32" else torch.bfloat16)
-    seed = random.randrange(1 << 30)
-    print("seed", seed)
-    dice = random.Random(seed)
+def diverged(model: Any, dtype: str, dice: random.Random) -> list[tuple[int, int]]:
+    """Requests and positions at which logits are other bits, or requests (at -1) that give other tokens, once they are stopped
+    at random and resumed in an engine with less memory, smaller chunks and another order."""
     prompts = [[dice.randrange(VOCAB) for _ in range(dice.randrange(1, 48))] for _ in range(REQUESTS)]
-    params = [{"temperature": 0.9 * (i % 2), "seed": i, "top_p": 0.95} for i in range(REQUESTS)]
+    params: list[dict[str, Any]] = [{"temperature": 0.9 * (i % 2), "seed": i, "top_p": 0.95} for i in range(REQUESTS)]
     engine = deterministic(model, dtype, 1024, 512)
     bits = record(engine)
     whole = drive(engine, [submit_of(i + 1, prompts[i], NEW, **params[i]) for i in range(REQUESTS)]).tokens
@@ -64,9 +59,20 @@ def test_stopped_and_resumed_elsewhere_the_bits_are_the_same(name: str, dtype: s
     stops = [dice.randrange(NEW) for _ in range(REQUESTS)]
     again = [submit_of(i + 1, prompts[i], NEW, whole[i + 1][: stops[i]], **params[i]) for i in reversed(range(REQUESTS))]
     resumed = drive(other, again).tokens
-    assert resumed == whole
-    for place, row in resumed_bits.items():
-        assert torch.equal(row, bits[place]), place
+    assert len(resumed_bits) > REQUESTS
+    return [(request, -1) for request in whole if resumed[request] != whole[request]] + [
+        place for place, row in resumed_bits.items() if not torch.equal(row, bits[place])
+    ]
+
+
+@pytest.mark.usefixtures("attends")
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("name", sampled(KINDS, "llama", "mistral-window", "falcon-alibi"))
+def test_stopped_and_resumed_elsewhere_the_bits_are_the_same(name: str, dtype: str) -> None:
+    model = make_model(name, dtype=torch.float32 if dtype == "F32" else torch.bfloat16)
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    assert not diverged(model, dtype, random.Random(seed))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
