@@ -149,7 +149,7 @@ class Kin:
             limit_s = self._config.spawn_s
             failures = 0 if loop.time() - began >= STABLE_S else failures + 1
             if failures > 1:
-                await asyncio.sleep(min(_FIRST_DELAY_S * 2 ** (failures - 2), _LONGEST_DELAY_S))
+                await asyncio.sleep(min(_FIRST_DELAY_S * 2.0 ** min(failures - 2, 32), _LONGEST_DELAY_S))
 
     async def _watch(self, process: Process, limit_s: float) -> None:
         dead = asyncio.ensure_future(process.died.wait())

@@ -300,7 +300,7 @@ def _back_off(turn: Turn, instance: Instance, *, least_s: float = 0.0) -> None:
     settings = turn.settings
     delay_s = least_s
     if instance.restarts > 1:
-        delay_s = min(settings.restart_longest_s, settings.restart_first_s * 2.0 ** (instance.restarts - 2))
+        delay_s = min(settings.restart_longest_s, settings.restart_first_s * 2.0 ** min(instance.restarts - 2, 32))
     instance.retry_at = turn.now + delay_s
     move(turn, instance, _I.BACKOFF)
     route(turn, instance)

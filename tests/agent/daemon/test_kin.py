@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,6 +14,8 @@ import pytest
 
 from agent.config import NodeConfig
 from agent.daemon import agent
+from agent.daemon.roster import Roster
+from agent.daemon.supervisor import Kin
 from schema.errors import SllmError
 from schema.ids import epoch_of
 from schema.link import (
@@ -242,6 +246,26 @@ async def test_a_manager_that_comes_back_in_time_keeps_everything() -> None:
         again.send(Ping(nonce=1))
         await again.take(Pong)
         assert alive(worker.pid)
+
+
+async def test_a_store_that_cannot_be_made_for_hours_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, delays = asyncio.sleep, list[float]()
+
+    async def sleep(delay_s: float) -> None:
+        delays.append(delay_s)
+        await real(0)
+
+    def spawn(config: NodeConfig, role: str) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    kin = Kin("store", NodeConfig(run_dir=str(tmp_path), data_dir=str(tmp_path)), Roster(tmp_path / "roster.json"), spawn)
+    task = kin.start()
+    while len(delays) < 1100 and not task.done():
+        await real(0)
+    assert not task.done()
+    assert (delays[:3], delays[-1]) == ([0.1, 0.2, 0.4], 10.0)
+    await kin.stop()
 
 
 async def test_an_agent_that_cannot_care_for_its_store_any_more_says_so_and_leaves_nothing_running() -> None:

@@ -92,6 +92,17 @@ def test_further_restarts_back_off_and_end(make_world: MakeWorld) -> None:
     world.check_rows()
 
 
+def test_an_instance_that_is_never_given_up_is_restarted_after_the_longest_delay(make_world: MakeWorld) -> None:
+    world = make_world(Agent("local"), settings=ControlSettings(restart_longest_s=3.0, restarts_max=1_000_000))
+    world.connect("local")
+    world.serve(spec(least=1))
+    instance = world.only()
+    instance.restarts = 100_000
+    world.crash(instance)
+    assert instance.state is _I.BACKOFF
+    assert instance.retry_at == world.now + 3.0
+
+
 def _give_up(world: World) -> Instance:
     """The model's instance, failed."""
     for _ in range(world.settings.restarts_max + 1):
