@@ -28,7 +28,13 @@ from tests.examples import examples
 
 VOCAB, HEADS, KV_HEADS, HEAD_DIM = 11, 4, 2, 16
 LONGEST = 16 * BLOCK_TOKENS
-HOWS = (LayerAttention(0, 0.5), LayerAttention(1, 0.5, window=20), LayerAttention(2, 0.5, softcap=5.0))
+HOWS = (
+    LayerAttention(0, 0.5),
+    LayerAttention(1, 0.5, window=20),
+    LayerAttention(2, 0.5, softcap=5.0),
+    LayerAttention(3, 0.5, window=40, bias=torch.tensor([[0.5], [0.1], [0.0], [-0.1]]) * torch.arange(LONGEST)),
+    LayerAttention(4, 0.5, sinks=torch.tensor([-5.0, 0.0, 1.0, 5.0])),
+)
 
 
 class _Weightless(Runner):
@@ -102,7 +108,11 @@ class _Weightless(Runner):
         scores = torch.einsum("hd,thd->ht", query, keys[:, of_head]) * how.scale
         if how.softcap:
             scores = torch.tanh(scores / how.softcap) * how.softcap
-        return torch.einsum("ht,thd->hd", scores.softmax(dim=1), values[:, of_head])
+        if how.bias is not None:
+            scores = scores + how.bias[:, first : at + 1]
+        if how.sinks is not None:
+            scores = torch.cat((scores, how.sinks.unsqueeze(1)), dim=1)
+        return torch.einsum("ht,thd->hd", scores.softmax(dim=1)[:, : len(places)], values[:, of_head])
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
