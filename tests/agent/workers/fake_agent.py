@@ -213,7 +213,7 @@ class Node:
             model="m",
             digest=digest,
             devices=(0,),
-            options=EngineOptions(kv_bytes=options.pop("kv_bytes", 1 << 25), **options),
+            options=EngineOptions(kv_bytes=options.pop("kv_bytes", 1 << 26), **options),
         )
         worker.send(StartWorker(start=start, directories=directories or (f"{DIGEST}/l1",)))
 
