@@ -23,9 +23,9 @@ class WebRemote:
 
     def __init__(self, url: str, settings: RemoteSettings) -> None:
         self.url = url
-        self._wire = Wire(settings)
         self._base = url.rstrip("/")
-        self._headers = _authorisation(url)
+        self._headers, credentials = _authorisation(url)
+        self._wire = Wire(settings, credentials=credentials)
 
     def where(self, path: str) -> str:
         return f"{self._base}/{path}"
@@ -118,15 +118,25 @@ def read_whole(
     return bytes(data)
 
 
-def _authorisation(url: str) -> dict[str, str]:
+def _authorisation(url: str) -> tuple[dict[str, str], str]:
+    """What a server is sent, and how that is given, for one that refuses."""
     split = urlsplit(url)
     if split.scheme != "https":
-        return {}
+        return {}, "credentials are sent over https alone"
+    host = split.hostname or ""
+    give = f"give the node's agent credentials that may read it, as an entry for {host} in the ~/.netrc of its user"
     try:
         # Only what is meant for this host: the file's `default` entry would go to whatever host a URL names.
-        found = netrc.netrc().hosts.get(split.hostname or "")
-    except (OSError, netrc.NetrcParseError):
-        return {}
+        found = netrc.netrc().hosts.get(host)
+    except FileNotFoundError:
+        return {}, give
+    except OSError as error:
+        return {}, f"{give}, which cannot be read ({error.strerror})"
+    except UnicodeDecodeError:
+        return {}, f"{give}, which is no text"
+    except netrc.NetrcParseError as error:  # of a line it may hold the password
+        why = error.msg if error.lineno is None else f"line {error.lineno} of it cannot be understood"
+        return {}, f"{give}, which is not used: {why}"
     if found is None:
-        return {}
-    return {"Authorization": "Basic " + b64encode(f"{found[0]}:{found[2]}".encode()).decode()}
+        return {}, give
+    return {"Authorization": "Basic " + b64encode(f"{found[0]}:{found[2]}".encode()).decode()}, give

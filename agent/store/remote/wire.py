@@ -47,10 +47,17 @@ class Answer:
 
 
 class Wire:
-    """Connections to whatever servers it is led to. ``stopped`` ends them all."""
+    """Connections to whatever servers it is led to. ``stopped`` ends them all. ``credentials`` says in words how those that a
+    server wants are given."""
 
-    def __init__(self, settings: RemoteSettings, software: str = "sllmctl") -> None:
+    def __init__(
+        self,
+        settings: RemoteSettings,
+        software: str = "sllmctl",
+        credentials: str = "give the node's agent credentials that may read it",
+    ) -> None:
         self._settings = settings
+        self._credentials = credentials
         self._headers = {"User-Agent": software, "Accept-Encoding": "identity"}
         self._lock = threading.Lock()
         self._idle: dict[_Origin, list[http.client.HTTPConnection]] = {}
@@ -85,7 +92,7 @@ class Wire:
                         sent.pop("Authorization", None)
                     url = target
                     continue
-                _check_status(response.status, where)
+                _check_status(response.status, where, self._credentials)
                 body = _WireBody(self, response, where)
                 length = response.length
                 yield Answer(response.status, length, _total(response), body)
@@ -289,14 +296,14 @@ def _total(response: http.client.HTTPResponse) -> int | None:
     return int(length) if re.fullmatch(r"\d{1,18}", length) else None
 
 
-def _check_status(status: int, where: str) -> None:
+def _check_status(status: int, where: str, credentials: str) -> None:
     if status in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
         return
     if status in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE):
         raise nothing_there(where)
     if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
         kind = Forbidden if status == HTTPStatus.FORBIDDEN else Unauthorised
-        raise kind(f"{where}: access is refused ({status}); give the node's agent credentials that may read it")
+        raise kind(f"{where}: access is refused ({status}); {credentials}")
     if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
         raise InvalidCheckpoint(f"{where} is shorter than its manifest says (416)")
     if status >= HTTPStatus.INTERNAL_SERVER_ERROR or status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.REQUEST_TIMEOUT):

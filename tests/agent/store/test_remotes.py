@@ -378,6 +378,25 @@ def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path: Path) -> Non
             assert seen[1:] == [None], "what is meant for no host in particular would go to any"
             remote.close()
 
+            def refuse(handler: Any, path: str, count: int) -> bool:
+                handler.answer(401, b"")
+                return True
+
+            server.fault = refuse
+            for text, mode, says in (
+                ("machine other login me password mine\n", 0o600, "as an entry for 127.0.0.1 in the ~/.netrc of its user"),
+                ("machine 127.0.0.1 login me password mine\n", 0o644, "is not used: ~/.netrc access too permissive"),
+                ("machine 127.0.0.1 login me\npassword: mine\n", 0o600, "is not used: line 2 of it cannot be understood"),
+            ):
+                netrc.write_text(text)
+                netrc.chmod(mode)
+                remote = open_remote(url, SETTINGS)
+                with pytest.raises(Unauthorised) as refused:
+                    read_into(remote, "file", 0, memoryview(bytearray(10)))
+                assert says in str(refused.value)
+                assert "mine" not in str(refused.value)
+                remote.close()
+
 
 @pytest.mark.slow
 def test_no_credential_is_in_what_s3_says(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
