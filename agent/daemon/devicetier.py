@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -63,7 +64,6 @@ class DeviceTier:
         self._kv: dict[int, dict[str, int]] = {}
         self._fills: dict[str, _Fill] = {}
         self._drops: dict[str, _Drop] = {}
-        self._count = 0
 
     @property
     def loading(self) -> bool:
@@ -151,8 +151,7 @@ class DeviceTier:
             if here and image_id and weights.image_id != image_id:
                 self.let_go(weights)
         self._waiting.discard(user)
-        self._count += 1
-        op = f"device-{os.getpid()}-{self._count}"
+        op = f"device {secrets.token_hex(8)}"
         users = self._most(digest, devices)
         message = FillDevice(
             op=op, digest=digest, directory=directory, image_id=image_id, devices=devices, users=users, priority=priority

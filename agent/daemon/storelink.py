@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -134,7 +135,6 @@ class StoreLink:
         self._drops: dict[str, _Drop] = {}
         self._tasks: dict[str, _Task] = {}
         self._pinned: tuple[str, ...] = ()
-        self._count = 0
 
     @property
     def ready(self) -> bool:
@@ -176,7 +176,6 @@ class StoreLink:
         directory: str,
         answered: Callable[[Resident | Fault], None],
         progress: Callable[[Progress], None],
-        op: str = "",
         *,
         user: str,
         priority: Priority = Priority.REQUEST,
@@ -193,8 +192,7 @@ class StoreLink:
         instead = resident.image_id if resident is not None and self.holds.idle(digest) else ""
         self._make_way(digest, image_id, instead)
         self.holds.add(digest, user)
-        self._count += 1
-        op = op or f"fill-{os.getpid()}-{self._count}"
+        op = f"fill {secrets.token_hex(8)}"  # a store may still have one that an earlier agent has asked for
         users = self.holds.count(digest)
         message = FillArena(op=op, digest=digest, directory=directory, image_id=image_id, users=users, priority=priority)
         fill = self._fills[op] = _Fill(message, answered, progress, arriving, instead)

@@ -47,7 +47,7 @@ class Place:
 
     def __init__(self, directory: Path) -> None:
         self.root = directory / "checkpoints"
-        self.root.mkdir()
+        self.root.mkdir(parents=True)
         self.said: list[Message] = []
         kin: Any = self
         self.store = StoreLink(kin, self)
@@ -374,6 +374,20 @@ def ask(place: Place, image_id: str) -> None:
     """Ask for an image in memory and on a device."""
     place.store.fill(DIGEST, f"{DIGEST}/l1", lambda _: None, lambda _: None, user="inst_1", image_id=image_id)
     place.store.devices.fill(DIGEST, f"{DIGEST}/l1", (0,), lambda _: None, lambda _: None, user="inst_1", image_id=image_id)
+
+
+async def test_what_an_earlier_agent_with_the_same_number_has_asked_for_is_not_taken_for_what_this_one_asks(
+    tmp_path: Path,
+) -> None:
+    earlier, place = Place(tmp_path / "earlier"), Place(tmp_path / "later")
+    filling = []
+    for each in (earlier, place):
+        ask(each, await each.copy("l1"))
+        filling.append({message.op for message in each.said if isinstance(message, FillArena | FillDevice)})
+    place.said.clear()
+    place.hear(msgspec.structs.replace(place.truth, filling=tuple(filling[0])))
+    assert {message.op for message in place.said if isinstance(message, FillArena | FillDevice)} == filling[1]
+    assert len(filling[1]) == 2
 
 
 async def test_what_comes_during_a_look_is_left_to_the_next(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
