@@ -98,6 +98,9 @@ class PagedAttention:
             softcap=how.softcap,
             kind=_KINDS[layer.dtype],
         )
-        reads = int(positions.sum()) * pool.block_bytes // BLOCK_TOKENS
+        seen = int(positions.sum()) + tokens
+        if how.window:
+            seen = min(seen, tokens * how.window)
+        reads = seen * pool.block_bytes // BLOCK_TOKENS
         paged_attention.attend(job, self._width, min(torch.get_num_threads(), 1 + reads // _BYTES_A_THREAD))
         return out

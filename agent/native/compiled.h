@@ -50,8 +50,8 @@ static inline float sum_of_eight(__m256 each)
 }
 #pragma GCC pop_options
 
-/* The threads are torch's own: the OpenMP library that it has loaded, found by name when this is loaded. Its calls are those that
-   compilers make for a parallel region. */
+/* The threads are torch's own: the OpenMP library that it has loaded, found by name when this is loaded. Its calls are those
+   that compilers make for a parallel region. */
 __attribute__((weak)) void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned);
 __attribute__((weak)) int omp_get_thread_num(void);
 __attribute__((weak)) int omp_get_num_threads(void);

@@ -1,8 +1,8 @@
 /* Attention of single tokens to the keys and values of their sequences, read from paged memory where they lie.
 
    torch's attention wants each sequence's keys and values in one piece, and a batch's padded to the longest. A token that is
-   generated sees each of them once, so that to lay them out takes as long as to attend. Here blocks are read in place, once for all
-   heads that share them, and made float32 on the way.
+   generated sees each of them once, so that to lay them out takes as long as to attend. Here blocks are read in place, once for
+   all heads that share them, and made float32 on the way.
 
    A token's sums are taken in the same order whatever tokens stand beside it. Called by paged_attention.py, which says what is
    asked of a job. */
@@ -33,26 +33,32 @@ typedef struct {
     int kind;
 } job;
 
-/* One pass over what a token sees, from ``first`` to ``last``, for ``rows`` heads from ``head`` on. */
+/* One pass over what a token sees, from ``first`` to ``last``, for ``heads`` heads from ``first_head`` on. */
 typedef struct {
     const job *all;
     const int64_t *table;
-    long token, first, last, kv_head, head, rows;
+    long token, first, last, kv_head, first_head, heads;
     float query[HEADS * MOST_HEAD_DIM], sums[HEADS * MOST_HEAD_DIM], wide[BLOCK * MOST_HEAD_DIM];
     float weights[HEADS][TILE], highest[HEADS], total[HEADS];
 } pass;
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")
+static inline __m512 sixteen_of_bfloat16(const uint16_t *at)
+{
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
 /* Of four vectors: each quarter of the answer has the sums of that quarter of theirs. */
-static inline __m512 quarters_of_sixteen(const __m512 *each)
+static inline __m512 sixteen_quarters(const __m512 *each)
 {
     const __m512d left = _mm512_castps_pd(_mm512_unpacklo_ps(each[0], each[1]) + _mm512_unpackhi_ps(each[0], each[1]));
     const __m512d right = _mm512_castps_pd(_mm512_unpacklo_ps(each[2], each[3]) + _mm512_unpackhi_ps(each[2], each[3]));
     return _mm512_castpd_ps(_mm512_unpacklo_pd(left, right)) + _mm512_castpd_ps(_mm512_unpackhi_pd(left, right));
 }
 
-static inline __m512 sums_of_sixteen(const __m512 *quarters)
+static inline __m512 sixteen_sums(const __m512 *quarters)
 {
     const __m512 left =
         _mm512_shuffle_f32x4(quarters[0], quarters[1], 0x44) + _mm512_shuffle_f32x4(quarters[0], quarters[1], 0xee);
@@ -77,21 +83,21 @@ static inline __m512 sums_of_sixteen(const __m512 *quarters)
 #define UNLESS_LESS(x, least, y) _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ), y)
 #define AND _mm512_and_ps
 #define OR _mm512_or_ps
-#define OF_BFLOAT16(at) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(at))), 16))
+#define OF_BFLOAT16 sixteen_of_bfloat16
 #define OF_FLOAT16(at) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(at)))
-#define QUARTERS quarters_of_sixteen
-#define SUMS sums_of_sixteen
+#define QUARTERS sixteen_quarters
+#define SUMS sixteen_sums
 #include "paged_attention_pass.h"
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
-static inline __m256 halves_of_eight(const __m256 *each)
+static inline __m256 eight_halves(const __m256 *each)
 {
     return _mm256_hadd_ps(_mm256_hadd_ps(each[0], each[1]), _mm256_hadd_ps(each[2], each[3]));
 }
 
-static inline __m256 sums_of_eight(const __m256 *halves)
+static inline __m256 eight_sums(const __m256 *halves)
 {
     return _mm256_permute2f128_ps(halves[0], halves[1], 0x20) + _mm256_permute2f128_ps(halves[0], halves[1], 0x31);
 }
@@ -121,8 +127,8 @@ static inline float max_of_eight(__m256 each)
 #define OR _mm256_or_ps
 #define OF_BFLOAT16 eight_of_bfloat16
 #define OF_FLOAT16 eight_of_float16
-#define QUARTERS halves_of_eight
-#define SUMS sums_of_eight
+#define QUARTERS eight_halves
+#define SUMS eight_sums
 #include "paged_attention_pass.h"
 #pragma GCC pop_options
 
@@ -136,8 +142,8 @@ static void share(const job *all, int width, long first, long threads)
         const long part = each % parts * HEADS;
         one.token = each / parts / all->kv_heads;
         one.kv_head = each / parts % all->kv_heads;
-        one.head = one.kv_head * group + part;
-        one.rows = group - part < HEADS ? group - part : HEADS;
+        one.first_head = one.kv_head * group + part;
+        one.heads = group - part < HEADS ? group - part : HEADS;
         one.table = all->tables + all->rows[one.token] * all->table_stride;
         one.last = all->positions[one.token];
         one.first = all->window && one.last >= all->window ? one.last + 1 - all->window : 0;

@@ -33,7 +33,7 @@ static inline VECTOR NAME(capped)(VECTOR x, float cap)
     return OR(AND(x, ALL(-0.0f)), (ALL(1.0f) - e) / (ALL(1.0f) + e) * ALL(cap));
 }
 
-/* Of one kind, the same numbers as floats, and back. */
+/* Numbers of one kind as floats. */
 static inline VECTOR NAME(floats)(int kind, const void *numbers, long at)
 {
     switch (kind) {
@@ -43,6 +43,7 @@ static inline VECTOR NAME(floats)(int kind, const void *numbers, long at)
     }
 }
 
+/* Floats as numbers of one kind. */
 static inline void NAME(put)(int kind, void *numbers, long at, const float *floats, long count)
 {
     uint16_t *halves = (uint16_t *)numbers + at;
@@ -59,7 +60,8 @@ static inline void NAME(put)(int kind, void *numbers, long at, const float *floa
 }
 
 /* A block's tokens ``from`` to ``end``, as floats side by side; zeros for the others. */
-static inline const float *NAME(widen)(int kind, const void *numbers, long at, long apart, long dim, long from, long end, float *wide)
+static inline const float *NAME(widen)(int kind, const void *numbers, long at, long apart, long dim, long from, long end,
+                                        float *wide)
 {
     for (long token = 0; token < BLOCK; token++)
         for (long d = 0; d < dim; d += LANES) {
@@ -69,8 +71,8 @@ static inline const float *NAME(widen)(int kind, const void *numbers, long at, l
     return wide;
 }
 
-/* A block's keys, or values (``part`` 1), as floats that lie ``stride`` apart from token to token, with zeros for tokens that are not
-   seen: what lies there need not be a number. Those of the next block are fetched meanwhile. */
+/* A block's keys, or values (``part`` 1), as floats that lie ``stride`` apart from token to token, with zeros for tokens that are
+   not seen: what lies there need not be a number. Those of the next block are fetched meanwhile. */
 static inline const float *NAME(block_of)(pass *one, long token, int part, long *stride)
 {
     const job *all = one->all;
@@ -79,9 +81,9 @@ static inline const float *NAME(block_of)(pass *one, long token, int part, long 
     const long from = one->first - token, end = one->last + 1 - token;
     if (apart * size >= NEAR && end > BLOCK) {
         const char *next = (const char *)all->layer + (one->table[token / BLOCK + 1] * block + within) * size;
-        for (long row = 0; row < BLOCK; row++)
+        for (long each = 0; each < BLOCK; each++)
             for (long byte = 0; byte < dim * size; byte += 64)
-                _mm_prefetch(next + row * apart * size + byte, _MM_HINT_T0);
+                _mm_prefetch(next + each * apart * size + byte, _MM_HINT_T0);
     }
     *stride = dim;
     switch (all->kind) {
@@ -95,9 +97,9 @@ static inline const float *NAME(block_of)(pass *one, long token, int part, long 
     }
 }
 
-/* Scores of a block's tokens for ``rows`` heads from ``row`` on; how many is a constant where this is called. */
-static inline __attribute__((always_inline)) void NAME(score)(const int rows, pass *one, long row, long column, const float *keys,
-                                                               long stride)
+/* Scores of a block's tokens for ``heads`` heads from ``head`` on; how many is a constant where this is called. */
+static inline __attribute__((always_inline)) void NAME(score)(const int heads, pass *one, long head, long column,
+                                                               const float *keys, long stride)
 {
     const long dim = one->all->head_dim;
 #pragma GCC unroll 1
@@ -107,7 +109,7 @@ static inline __attribute__((always_inline)) void NAME(score)(const int rows, pa
         for (int quarter = 0; quarter < LANES / 4; quarter++, keys += 4 * stride) {
             VECTOR sums[TOGETHER][4];
 #pragma GCC unroll 4
-            for (int each = 0; each < rows; each++)
+            for (int each = 0; each < heads; each++)
 #pragma GCC unroll 4
                 for (int token = 0; token < 4; token++)
                     sums[each][token] = ALL(0.0f);
@@ -117,36 +119,36 @@ static inline __attribute__((always_inline)) void NAME(score)(const int rows, pa
                 for (int token = 0; token < 4; token++)
                     key[token] = LOAD(keys + token * stride + d);
 #pragma GCC unroll 4
-                for (int each = 0; each < rows; each++) {
-                    const VECTOR query = LOAD(one->query + (row + each) * dim + d);
+                for (int each = 0; each < heads; each++) {
+                    const VECTOR query = LOAD(one->query + (head + each) * dim + d);
 #pragma GCC unroll 4
                     for (int token = 0; token < 4; token++)
                         sums[each][token] = FMA(query, key[token], sums[each][token]);
                 }
             }
 #pragma GCC unroll 4
-            for (int each = 0; each < rows; each++)
+            for (int each = 0; each < heads; each++)
                 quarters[each][quarter] = QUARTERS(sums[each]);
         }
 #pragma GCC unroll 4
-        for (int each = 0; each < rows; each++)
-            STORE(one->weights[row + each] + column + part, SUMS(quarters[each]));
+        for (int each = 0; each < heads; each++)
+            STORE(one->weights[head + each] + column + part, SUMS(quarters[each]));
     }
 }
 
-/* Adds a block's values, weighed, to the sums of ``rows`` heads, of which it takes ``chunks`` vectors from ``d`` on; both are
+/* Adds a block's values, weighed, to the sums of ``heads`` heads, of which it takes ``chunks`` vectors from ``d`` on; both are
    constants. So that sums need not wait for each other, there are at least four at once for each head. */
-static inline __attribute__((always_inline)) void NAME(weigh)(const int rows, const int chunks, pass *one, long row, long column,
-                                                               const float *values, long stride, long d)
+static inline __attribute__((always_inline)) void NAME(weigh)(const int heads, const int chunks, pass *one, long head,
+                                                               long column, const float *values, long stride, long d)
 {
     const int ahead = 4 / chunks;
     const long dim = one->all->head_dim;
     VECTOR sums[4][TOGETHER][4];
 #pragma GCC unroll 4
-    for (int each = 0; each < rows; each++)
+    for (int each = 0; each < heads; each++)
 #pragma GCC unroll 4
         for (int chunk = 0; chunk < chunks; chunk++) {
-            sums[0][each][chunk] = LOAD(one->sums + (row + each) * dim + d + chunk * LANES);
+            sums[0][each][chunk] = LOAD(one->sums + (head + each) * dim + d + chunk * LANES);
 #pragma GCC unroll 4
             for (int token = 1; token < ahead; token++)
                 sums[token][each][chunk] = ALL(0.0f);
@@ -160,64 +162,64 @@ static inline __attribute__((always_inline)) void NAME(weigh)(const int rows, co
             for (int chunk = 0; chunk < chunks; chunk++)
                 value[chunk] = LOAD(values + d + chunk * LANES);
 #pragma GCC unroll 4
-            for (int each = 0; each < rows; each++) {
-                const VECTOR weight = ALL(one->weights[row + each][column + begin + token]);
+            for (int each = 0; each < heads; each++) {
+                const VECTOR weight = ALL(one->weights[head + each][column + begin + token]);
 #pragma GCC unroll 4
                 for (int chunk = 0; chunk < chunks; chunk++)
                     sums[token][each][chunk] = FMA(weight, value[chunk], sums[token][each][chunk]);
             }
         }
 #pragma GCC unroll 4
-    for (int each = 0; each < rows; each++)
+    for (int each = 0; each < heads; each++)
 #pragma GCC unroll 4
         for (int chunk = 0; chunk < chunks; chunk++) {
 #pragma GCC unroll 4
             for (int token = 1; token < ahead; token++)
                 sums[0][each][chunk] += sums[token][each][chunk];
-            STORE(one->sums + (row + each) * dim + d + chunk * LANES, sums[0][each][chunk]);
+            STORE(one->sums + (head + each) * dim + d + chunk * LANES, sums[0][each][chunk]);
         }
 }
 
-static inline __attribute__((always_inline)) void NAME(weigh_all)(const int rows, pass *one, long row, long column,
+static inline __attribute__((always_inline)) void NAME(weigh_all)(const int heads, pass *one, long head, long column,
                                                                    const float *values, long stride)
 {
     const long dim = one->all->head_dim;
     long d = 0;
     for (; d + 4 * LANES <= dim; d += 4 * LANES)
-        NAME(weigh)(rows, 4, one, row, column, values, stride, d);
+        NAME(weigh)(heads, 4, one, head, column, values, stride, d);
     for (; d + 2 * LANES <= dim; d += 2 * LANES)
-        NAME(weigh)(rows, 2, one, row, column, values, stride, d);
+        NAME(weigh)(heads, 2, one, head, column, values, stride, d);
     for (; d < dim; d += LANES)
-        NAME(weigh)(rows, 1, one, row, column, values, stride, d);
+        NAME(weigh)(heads, 1, one, head, column, values, stride, d);
 }
 
 /* Scores of a tile's tokens become weights; what was summed before is made less where a higher score has come. */
-static inline void NAME(soften)(pass *one, long row, long tile, long columns)
+static inline void NAME(soften)(pass *one, long head, long tile, long columns)
 {
     const job *all = one->all;
-    float *weights = one->weights[row], *sums = one->sums + row * all->head_dim;
+    float *weights = one->weights[head], *sums = one->sums + head * all->head_dim;
     if (all->softcap > 0)
         for (long column = 0; column < columns; column += LANES)
             STORE(weights + column, NAME(capped)(LOAD(weights + column), all->softcap));
     if (all->bias)
         for (long column = 0; column < columns; column += LANES) {
-            const long at = (one->head + row) * all->bias_stride + tile + column;
+            const long at = (one->first_head + head) * all->bias_stride + tile + column;
             STORE(weights + column, LOAD(weights + column) + NAME(floats)(all->kind, all->bias, at));
         }
     for (long token = tile; token < one->first; token++)
         weights[token - tile] = -__builtin_inff();
     for (long token = one->last + 1; token < tile + columns; token++)
         weights[token - tile] = -__builtin_inff();
-    VECTOR top = ALL(one->highest[row]);
+    VECTOR top = ALL(one->highest[head]);
     for (long column = 0; column < columns; column += LANES)
         top = MAX(LOAD(weights + column), top); /* of two, the second where one is no number */
     const float highest = MAX_OF(top);
-    if (highest > one->highest[row]) {
-        const VECTOR less = NAME(exp_of)(ALL(one->highest[row] - highest));
+    if (highest > one->highest[head]) {
+        const VECTOR less = NAME(exp_of)(ALL(one->highest[head] - highest));
         for (long d = 0; d < all->head_dim; d += LANES)
             STORE(sums + d, LOAD(sums + d) * less);
-        one->total[row] *= less[0];
-        one->highest[row] = highest;
+        one->total[head] *= less[0];
+        one->highest[head] = highest;
     }
     /* Where all scores so far are minus infinity, they weigh nothing: less itself, that would be no number. */
     const VECTOR measure = ALL(highest == -__builtin_inff() ? 0.0f : highest);
@@ -227,7 +229,7 @@ static inline void NAME(soften)(pass *one, long row, long tile, long columns)
         STORE(weights + column, weight);
         total += weight;
     }
-    one->total[row] += SUM_OF(total);
+    one->total[head] += SUM_OF(total);
 }
 
 /* How many of the heads that are left share their loads: a constant for each case of a switch. */
@@ -239,45 +241,45 @@ static inline int NAME(together)(long left)
 static void NAME(attend)(pass *one)
 {
     const job *all = one->all;
-    const long dim = all->head_dim, rows = one->rows, from = one->token * all->query_stride + one->head * dim;
-    for (long row = 0; row < rows; row++) {
-        one->highest[row] = all->sinks ? all->sinks[one->head + row] : -__builtin_inff();
-        one->total[row] = all->sinks ? 1 : 0;
+    const long dim = all->head_dim, heads = one->heads, from = one->token * all->query_stride + one->first_head * dim;
+    for (long head = 0; head < heads; head++) {
+        one->highest[head] = all->sinks ? all->sinks[one->first_head + head] : -__builtin_inff();
+        one->total[head] = all->sinks ? 1 : 0;
     }
-    for (long d = 0; d < rows * dim; d += LANES) {
+    for (long d = 0; d < heads * dim; d += LANES) {
         STORE(one->query + d, NAME(floats)(all->kind, all->query, from + d) * ALL(all->scale));
         STORE(one->sums + d, ALL(0.0f));
     }
     for (long tile = one->first / BLOCK * BLOCK; tile <= one->last; tile += TILE) {
         const long end = tile + TILE <= one->last ? tile + TILE : one->last / BLOCK * BLOCK + BLOCK;
-        long stride, row, count;
+        long stride, head, count;
         for (long block = tile; block < end; block += BLOCK) {
             const float *keys = NAME(block_of)(one, block, 0, &stride);
-            for (row = 0; row < rows; row += count)
-                switch (count = NAME(together)(rows - row)) {
-                case 1: NAME(score)(1, one, row, block - tile, keys, stride); break;
-                case 2: NAME(score)(2, one, row, block - tile, keys, stride); break;
-                default: NAME(score)(TOGETHER, one, row, block - tile, keys, stride);
+            for (head = 0; head < heads; head += count)
+                switch (count = NAME(together)(heads - head)) {
+                case 1: NAME(score)(1, one, head, block - tile, keys, stride); break;
+                case 2: NAME(score)(2, one, head, block - tile, keys, stride); break;
+                default: NAME(score)(TOGETHER, one, head, block - tile, keys, stride);
                 }
         }
-        for (row = 0; row < rows; row++)
-            NAME(soften)(one, row, tile, end - tile);
+        for (head = 0; head < heads; head++)
+            NAME(soften)(one, head, tile, end - tile);
         for (long block = tile; block < end; block += BLOCK) {
             const float *values = NAME(block_of)(one, block, 1, &stride);
-            for (row = 0; row < rows; row += count)
-                switch (count = NAME(together)(rows - row)) {
-                case 1: NAME(weigh_all)(1, one, row, block - tile, values, stride); break;
-                case 2: NAME(weigh_all)(2, one, row, block - tile, values, stride); break;
-                default: NAME(weigh_all)(TOGETHER, one, row, block - tile, values, stride);
+            for (head = 0; head < heads; head += count)
+                switch (count = NAME(together)(heads - head)) {
+                case 1: NAME(weigh_all)(1, one, head, block - tile, values, stride); break;
+                case 2: NAME(weigh_all)(2, one, head, block - tile, values, stride); break;
+                default: NAME(weigh_all)(TOGETHER, one, head, block - tile, values, stride);
                 }
         }
     }
-    for (long row = 0; row < rows; row++) {
-        const VECTOR total = ALL(one->total[row]);
-        for (long d = row * dim; d < (row + 1) * dim; d += LANES)
+    for (long head = 0; head < heads; head++) {
+        const VECTOR total = ALL(one->total[head]);
+        for (long d = head * dim; d < (head + 1) * dim; d += LANES)
             STORE(one->sums + d, LOAD(one->sums + d) / total);
     }
-    NAME(put)(all->kind, all->out, (one->token * all->heads + one->head) * dim, one->sums, rows * dim);
+    NAME(put)(all->kind, all->out, (one->token * all->heads + one->first_head) * dim, one->sums, heads * dim);
 }
 
 #undef NAME
