@@ -22,8 +22,8 @@ from agent.native.paged_attention import Job, Kind, Width
 __all__ = ["PagedAttention", "attention_for"]
 
 _KINDS: Final = {torch.float32: Kind.FLOAT32, torch.bfloat16: Kind.BFLOAT16, torch.float16: Kind.FLOAT16}
-_BYTES_A_THREAD: Final = 1 << 20
-"""To wake one more takes as long as to read about so much."""
+_WORK_A_THREAD: Final = 1 << 20
+"""To wake one more takes as long as to read about so many bytes, or to multiply so many numbers."""
 
 
 def attention_for(pool: KvPool, deterministic: bool) -> Attention:
@@ -101,6 +101,6 @@ class PagedAttention:
         seen = int(positions.sum()) + tokens
         if how.window:
             seen = min(seen, tokens * how.window)
-        reads = seen * pool.block_bytes // BLOCK_TOKENS
-        paged_attention.attend(job, self._width, min(torch.get_num_threads(), 1 + reads // _BYTES_A_THREAD))
+        work = seen * max(pool.block_bytes // BLOCK_TOKENS, 2 * heads * head_dim)
+        paged_attention.attend(job, self._width, min(torch.get_num_threads(), 1 + work // _WORK_A_THREAD))
         return out

@@ -71,8 +71,8 @@ static inline const float *NAME(widen)(int kind, const void *numbers, long at, l
     return wide;
 }
 
-/* A block's keys, or values (``part`` 1), as floats that lie ``stride`` apart from token to token, with zeros for tokens that are
-   not seen: what lies there need not be a number. Those of the next block are fetched meanwhile. */
+/* A block's keys, or values (``part`` 1), as floats that lie ``stride`` apart from token to token. Those that are not seen are
+   zeros: what lies there need not be a number. Those of the next block are fetched meanwhile. */
 static inline const float *NAME(block_of)(pass *one, long token, int part, long *stride)
 {
     const job *all = one->all;
