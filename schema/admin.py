@@ -343,13 +343,17 @@ class NodeVerdictView(_View, frozen=True, kw_only=True):
 
 
 class ExplainView(_View, frozen=True, kw_only=True):
-    """Where one more instance of a model would go now, every node looked at; and the latest decision that was carried out."""
+    """Where one more instance of a model would go now, every node looked at; and the latest decision that was carried out.
+
+    ``held``: none is started however many wait, since instances that are tried again hold the model's last places; the one that
+    is tried first."""
 
     model: str
     at: float
     decision: DecisionView
     nodes: tuple[NodeVerdictView, ...]
     last: DecisionView | None
+    held: FailingView | None = None
 
 
 class RequestExplainView(_View, frozen=True, kw_only=True):

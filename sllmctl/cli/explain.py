@@ -9,6 +9,7 @@ import click
 from sllmctl.cli.completion import names
 from sllmctl.cli.context import Invocation, pass_invocation, report_option
 from sllmctl.cli.format import age, duration
+from sllmctl.cli.model_views import failing_fields
 from sllmctl.cli.output import Column, ReportFormat, now, show_item, show_items, write
 from sllmctl.cli.phases import timeline_text
 
@@ -77,7 +78,13 @@ def _show_request(form: ReportFormat, view: RequestExplainView) -> None:
 def _model_fields(view: ExplainView) -> _Fields:
     decision, last = view.decision, view.last
     verdict = {"start": "start an instance", "wait": "start none, and wait"}.get(decision.kind, "no place")
-    fields = [("Model", view.model), ("Decision", f"{verdict}: {decision.reason}"), ("Waiting", _requests(decision.waiting))]
+    fields = [("Model", view.model)]
+    if view.held is not None:
+        verdict = f"start none, since {view.held.instance} is tried again first; without it: {verdict}"
+    fields.append(("Decision", f"{verdict}: {decision.reason}"))
+    if view.held is not None:
+        fields += failing_fields(view.model, view.held)
+    fields.append(("Waiting", _requests(decision.waiting)))
     if decision.rejected:
         fields.append(("Rejected", _rejected(decision)))
     if last is not None:

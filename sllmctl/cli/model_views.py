@@ -9,10 +9,10 @@ from sllmctl.cli.output import Column, now
 from sllmctl.cli.phases import progress_text
 
 if TYPE_CHECKING:
-    from schema.admin import ModelView
+    from schema.admin import FailingView, ModelView
     from schema.spec import ScaleSpec, Source
 
-__all__ = ["columns", "fields"]
+__all__ = ["columns", "failing_fields", "fields"]
 
 
 def columns() -> list[Column[ModelView]]:
@@ -60,17 +60,22 @@ def fields(model: ModelView) -> list[tuple[str, str]]:
         pairs.append(("Progress", progress_text(model.progress)))
     if model.no_place:
         pairs.append(("No place", model.no_place))
-    if (failing := model.failing) is not None:
-        pairs.append(("Failing", f"{failing.instance} on {failing.node}: {failing.fault.message} ({failing.fault.code})"))
-        again = "once a node joins, or a sound copy of its checkpoint appears"
-        if failing.retry_at is not None:
-            again = f"in {duration(max(0.0, failing.retry_at - now()))}"
-        if failing.state == "failed":
-            again += f"; `sllmctl model deploy {model.name}` tries it at once"
-        pairs.append(("Tried again", again))
+    if model.failing is not None:
+        pairs += failing_fields(model.name, model.failing)
     if model.fault is not None:
         pairs.append(("Fault", f"{model.fault.message} ({model.fault.code})"))
     return pairs
+
+
+def failing_fields(model: str, failing: FailingView) -> list[tuple[str, str]]:
+    """What is wrong with a model's instance, and when that is tried again."""
+    again = "once a node joins, or a sound copy of its checkpoint appears"
+    if failing.retry_at is not None:
+        again = f"in {duration(max(0.0, failing.retry_at - now()))}"
+    if failing.state == "failed":
+        again += f"; `sllmctl model deploy {model}` tries it at once"
+    fault = failing.fault
+    return [("Failing", f"{failing.instance} on {failing.node}: {fault.message} ({fault.code})"), ("Tried again", again)]
 
 
 def _state(model: ModelView) -> str:

@@ -9,6 +9,7 @@ from schema.admin import CandidateView, DecisionView, ExplainView, NodeVerdictVi
 from sllmctl.cluster.plans import Candidate, Decision, Move, Plan, Rejection, Wait, kind_of
 from sllmctl.cluster.records import Model
 from sllmctl.cluster.view import ClusterView
+from sllmctl.control import views
 
 __all__ = ["DecisionsPort", "ExplainerPort", "MadePort", "decision_view", "explain", "explain_request"]
 
@@ -57,6 +58,7 @@ def explain(view: ClusterView, planner: ExplainerPort, decisions: DecisionsPort,
         decision=_decision_view(view, now, model.name, None, model.waiting, decision),
         nodes=tuple(_verdict_view(view, node, verdict) for node, verdict in verdicts),
         last=None if last is None else decision_view(view, last),
+        held=views.held(view, model),
     )
 
 

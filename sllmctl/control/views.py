@@ -26,6 +26,7 @@ from schema.link import InstanceLoad, Inventory
 from schema.states import InstanceState, Tier
 from sllmctl.cluster.records import Checkpoint, Instance, Model, Node, Operation
 from sllmctl.cluster.view import ClusterView
+from sllmctl.control.instances import ACTIVE
 
 _WRONG = frozenset({InstanceState.BACKOFF, InstanceState.FAILED})
 
@@ -33,6 +34,7 @@ __all__ = [
     "LiveNumbers",
     "checkpoint_view",
     "checkpoint_views",
+    "held",
     "instance_view",
     "instance_views",
     "model_view",
@@ -127,14 +129,27 @@ def model_view(view: ClusterView, live: LiveNumbers, model: Model) -> ModelView:
 
 
 def _failing(view: ClusterView, model: Model) -> FailingView | None:
-    wrong = [one for one in view.instances_of(model.name).values() if one.state in _WRONG and one.fault is not None]
-    if not wrong:
+    wrong = _wrong(view, model)
+    return _failing_view(view, max(wrong, key=lambda one: (one.changed_at, one.id))) if wrong else None
+
+
+def held(view: ClusterView, model: Model) -> FailingView | None:
+    """The failed instance that is tried first of those that hold a model's last places; None while another may be started."""
+    there = view.instances_of(model.name).values()
+    taken = sum((one.state in ACTIVE and not one.moving) or one.state is InstanceState.FAILED for one in there)
+    wrong = _wrong(view, model)
+    if not wrong or taken < model.spec.scale.max:
         return None
-    last = max(wrong, key=lambda one: (one.changed_at, one.id))
-    assert last.fault is not None
-    return FailingView(
-        instance=last.id, node=_name(view, last.node), state=last.state, fault=last.fault, retry_at=last.retry_at
-    )
+    return _failing_view(view, min(wrong, key=lambda one: (one.retry_at is None, one.retry_at, one.id)))
+
+
+def _wrong(view: ClusterView, model: Model) -> list[Instance]:
+    return [one for one in view.instances_of(model.name).values() if one.state in _WRONG and one.fault is not None]
+
+
+def _failing_view(view: ClusterView, one: Instance) -> FailingView:
+    assert one.fault is not None
+    return FailingView(instance=one.id, node=_name(view, one.node), state=one.state, fault=one.fault, retry_at=one.retry_at)
 
 
 def instance_views(view: ClusterView, live: LiveNumbers) -> list[InstanceView]:

@@ -15,11 +15,11 @@ from msgspec.structs import replace
 from textual.command import CommandList
 from textual.widgets import Button, Input, Static
 
-from schema.admin import EventView, LogView
-from schema.errors import Conflict, Unreachable
+from schema.admin import EventView, FailingView, LogView
+from schema.errors import Conflict, Fault, Unreachable
 from schema.states import InstanceState, ModelState, RequestState
 from sllmctl.client import Waited
-from tests.sllmctl.fake_manager import INSTANCES, MODELS, NODES, NOW, REQUESTS
+from tests.sllmctl.fake_manager import EXPLAINS, INSTANCES, MODELS, NODES, NOW, REQUESTS
 from tests.tui.stage import DIGEST, FRAME, Manager, running, screen, settled, until
 from tui.commands import COMMANDS, called, for_key
 from tui.dialogs import Choice, Form, Help
@@ -173,6 +173,22 @@ async def test_a_model_without_instances_says_why() -> None:
             await until(pilot, lambda said=said: said in screen(app))
         manager.change(models=(replace(broken, no_place=""),))
         await until(pilot, lambda: "starts one when a request comes" in screen(app))
+
+
+async def test_a_model_that_fails_says_when_it_is_tried_again_and_so_does_its_explanation() -> None:
+    manager = Manager()
+    fault = Fault("out_of_space", "the device is full")
+    failing = FailingView(instance="inst_9", node="gpu1", state=InstanceState.FAILED, fault=fault, retry_at=NOW + 1e6)
+    manager.answers["models/qwen/explain"] = replace(EXPLAINS["qwen"], held=failing)
+    async with running(manager, (120, 40)) as (app, pilot):
+        manager.change(models=(replace(MODELS[0], failing=failing),))
+        await _press(app, pilot, "2", "G")
+        for how in ("next try", "the device is full"):
+            await until(pilot, lambda how=how: how in screen(app))
+        await _press(app, pilot, "x")
+        await until(pilot, lambda: app.view.name == "explain")
+        for how in ("next try", "the device is full", "none now; without it"):
+            await until(pilot, lambda how=how: how in screen(app))
 
 
 async def test_a_failed_request_says_why() -> None:

@@ -11,7 +11,7 @@ from rich.table import Column as TableColumn
 from rich.table import Table
 from rich.text import Text
 
-from schema.admin import ProgressView
+from schema.admin import FailingView, ProgressView
 from schema.errors import Fault
 from schema.link import StartPhases
 from tui.feed import Cluster
@@ -116,6 +116,14 @@ class Detail:
         if fault is not None:
             self.head("fault").line(Span(f"{fault.code}: {fault.message}", BAD))
         return self
+
+    def failing(self, failing: FailingView, now: float) -> Detail:
+        """What is wrong with an instance, and when it is tried again."""
+        again = "once a node joins, or a copy is sound"
+        if failing.retry_at is not None:
+            again = f"in {seconds(max(0.0, failing.retry_at - now))}"
+        self.head("failing").line(Span(f"{failing.instance} on {failing.node}", MUTED)).field("next try", again)
+        return self.fault(failing.fault)
 
     def start(self, title: str, phases: StartPhases) -> Detail:
         """Where the time of a start went."""

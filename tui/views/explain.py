@@ -54,7 +54,10 @@ class Explain(View[NodeVerdictView]):
     def detail(self, row: NodeVerdictView, cluster: Cluster) -> Detail:
         explained = cluster.explained
         assert explained is not None
-        detail = _decision(Detail(f"model {explained.model}"), explained.decision, "now", cluster)
+        detail = Detail(f"model {explained.model}")
+        if explained.held is not None:
+            detail.failing(explained.held, cluster.now())
+        _decision(detail, explained.decision, "now" if explained.held is None else "none now; without it", cluster)
         if row.candidate is not None:
             detail.head(f"on {row.node}")
             for action in row.candidate.actions or ("nothing has to leave",):

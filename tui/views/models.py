@@ -42,7 +42,7 @@ class Models(View[ModelView]):
         detail.field("checkpoint", row.digest[:16] if row.digest else "")
         detail.progress(row.progress).fault(row.fault)
         if row.failing is not None:
-            detail.head("failing").line(Span(f"{row.failing.instance} on {row.failing.node}", MUTED)).fault(row.failing.fault)
+            detail.failing(row.failing, cluster.now())
         if row.no_place:
             detail.head("no place").line(Span(row.no_place, BAD))
         detail.head("scale").field("instances", f"{scale.min} to {scale.max}")

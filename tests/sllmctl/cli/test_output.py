@@ -183,6 +183,19 @@ def test_a_model_whose_instance_failed_is_shown_with_the_reason_and_when_it_is_t
     assert f"or a sound copy of its checkpoint appears{at_once}" in shown(state=InstanceState.FAILED, retry_at=None)
 
 
+def test_explain_says_that_a_failed_instance_holds_the_place_and_when_it_is_tried_again(
+    sllmctl: Sllmctl, manager: FakeManager
+) -> None:
+    held = FailingView(
+        instance="inst_2", node="gpu1", state=InstanceState.FAILED, fault=Fault("out_of_space", "no room"), retry_at=NOW + 60
+    )
+    manager.answer("GET models/qwen/explain", 200, msgspec.structs.replace(EXPLAINS["qwen"], held=held))
+    out = sllmctl("explain", "qwen").out
+    assert "start none, since inst_2 is tried again first; without it: start an instance: weights are in DRAM on local" in out
+    assert "inst_2 on gpu1: no room (out_of_space)\n" in out
+    assert "Tried again: in 60 s; `sllmctl model deploy qwen` tries it at once\n" in out
+
+
 def test_estimates_without_outcomes_say_so_beside_the_output(sllmctl: Sllmctl, manager: FakeManager) -> None:
     manager.answer("GET estimates", 200, EstimatesView(errors=(), outcomes=(), coefficients={}))
     said = sllmctl("bench", "estimates", "-o", "wide")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 
-from schema.admin import RequestTimeline, RequestView
+from schema.admin import FailingView, RequestTimeline, RequestView
+from schema.errors import Fault
 from schema.ids import Epoch
-from schema.spec import ModelSpec, PathSource
+from schema.spec import ModelSpec, PathSource, ScaleSpec
 from schema.states import InstanceState, ModelState, NodeState, RequestState, Tier
 from sllmctl.cluster.plans import Candidate, Decision, Move, Plan, Refusal, Rejection, Wait
 from sllmctl.cluster.records import Instance, Model, Node
@@ -124,6 +126,27 @@ def test_a_model_is_explained_with_every_node_and_its_last_decision() -> None:
     assert shown.last is not None
     assert shown.last.instance == "b"
     assert explain(view, _Planner(), deque(maxlen=9), view.models["qwen"], 50.0).last is None
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_what_is_tried_again_first_is_told_of_a_model_of_which_no_other_can_be_started(most: int) -> None:
+    view = _view()
+    model = view.models["qwen"]
+    model.spec = msgspec.structs.replace(model.spec, scale=ScaleSpec(min=0, max=most))
+    fault = Fault("internal", "broken")
+
+    def fail(name: str, state: InstanceState, retry_at: float | None) -> None:
+        view.add_instance(
+            Instance(name, "qwen", "node_2", "d", Epoch(5), state, (0,), 1, 6, retry_at, fault, None, "", 1.0, 1.0)
+        )
+
+    def held() -> FailingView | None:
+        return explain(view, _Planner(), deque(maxlen=9), model, 50.0).held
+
+    fail("inst_8", InstanceState.FAILED, None)
+    assert (held() is None) == (most == 2), "another may be started beside it"
+    fail("inst_9", InstanceState.BACKOFF, 60.0)
+    assert held() == FailingView(instance="inst_9", node="gpu2", state=InstanceState.BACKOFF, fault=fault, retry_at=60.0)
 
 
 def _request(received_at: float, instance: str | None, **timeline: float) -> RequestView:
