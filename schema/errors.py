@@ -110,9 +110,14 @@ class Overloaded(SllmError):
 
 
 class Unschedulable(SllmError):
-    """No node can hold the model now or after evictions; the message carries the reasons."""
+    """No node can hold the model now or after evictions; the message carries the reasons. ``retry_after_s``: until it is tried
+    again by itself, None when only a change can help."""
 
     code = "unschedulable"
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class Unreachable(SllmError):

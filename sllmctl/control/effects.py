@@ -100,10 +100,12 @@ class Migrate:
 
 @dataclass(frozen=True, slots=True)
 class RejectWaiting:
-    """No instance can come for this model: fail the requests that wait for it, with this fault."""
+    """No instance can come for this model: fail the requests that wait for it, with this fault. ``retry_after_s``: one is tried
+    again then, None if that is not known."""
 
     model: str
     fault: Fault
+    retry_after_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,10 +135,11 @@ def _start_missing(turn: Turn, model: Model, look: bool) -> None:
     view.set_refusal(model, "")
     failed = [one for one in view.instances_of(model.name).values() if one.state is _I.FAILED]
     if model.waiting and failed and not _active(turn, model):
-        why = failed[-1].fault.message if failed[-1].fault is not None else "unknown"
-        again = instances.tried_again(turn, failed[-1])
-        text = f"model {model.name!r} has only failed instances, the last for: {why}; {again}"
-        turn.do(RejectWaiting(model.name, Fault.of(Unschedulable(text))))
+        first = min(failed, key=lambda one: (one.retry_at is None, one.retry_at))
+        why = first.fault.message if first.fault is not None else "unknown"
+        text = f"model {model.name!r} has only failed instances, {first.id} for: {why}; {instances.tried_again(turn, first)}"
+        after_s = None if first.retry_at is None else max(0.0, first.retry_at - turn.now)
+        turn.do(RejectWaiting(model.name, Fault.of(Unschedulable(text)), after_s))
 
 
 def _look_later(turn: Turn, model: Model, seconds: float) -> None:

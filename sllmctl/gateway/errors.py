@@ -189,7 +189,8 @@ def http_status(error: SllmError) -> int:
 
 def retry_after(error: SllmError) -> str | None:
     """The value of Retry-After in whole seconds, for errors that pass by themselves."""
-    return str(max(1, math.ceil(error.retry_after_s))) if isinstance(error, Overloaded) else None
+    wait_s = error.retry_after_s if isinstance(error, Overloaded | Unschedulable) else None
+    return None if wait_s is None else str(max(1, math.ceil(wait_s)))
 
 
 def error_body(error: SllmError) -> bytes:

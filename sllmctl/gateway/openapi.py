@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from schema.errors import Overloaded, SllmError
+from schema.errors import Overloaded, SllmError, Unschedulable
 from schema.version import VERSION
 from sllmctl.gateway.errors import answer_of_kind
 
@@ -165,7 +165,7 @@ def _refusals(kinds: tuple[type[SllmError], ...], body: dict[str, Any], taken: s
             continue
         texts = dict.fromkeys((kind.__doc__ or kind.__name__).partition("\n")[0] for kind in those)
         refusals[str(status)] = {"description": " ".join(texts), "content": {_JSON: {"schema": body}}}
-        if any(issubclass(kind, Overloaded) for kind in those):
+        if any(issubclass(kind, Overloaded | Unschedulable) for kind in those):
             refusals[str(status)]["headers"] = {
                 "Retry-After": {"description": "Seconds until another try may do.", "schema": {"type": "integer"}}
             }

@@ -28,6 +28,7 @@ from schema.errors import (
     Overloaded,
     SllmError,
     Unreachable,
+    Unschedulable,
 )
 from schema.ids import Epoch, EpochCounter, IdSource, generation_of, made_at
 from schema.link import (
@@ -124,7 +125,10 @@ class Router:
 
     def reject_waiting(self, effect: RejectWaiting) -> None:
         """Nothing can come for this model: whoever waits for it is told why."""
-        self._core.fail_waiting(self._core.queue(effect.model), effect.fault.to_error())
+        error = effect.fault.to_error()
+        if isinstance(error, Unschedulable):
+            error.retry_after_s = effect.retry_after_s
+        self._core.fail_waiting(self._core.queue(effect.model), error)
         self._core.touch_model(effect.model)
         self._core.settle()
 

@@ -83,8 +83,13 @@ def test_further_restarts_back_off_and_end(make_world: MakeWorld) -> None:
     assert world.agents["local"].lives == {}
     assert not any(world.view.memory.committed_bytes.values())
     world.demand("m", 2)
-    told = world.rejected[-1].fault.message
-    assert "failed instances, the last for: the worker was killed; it is tried again in 60 s" in told
+    refused = world.rejected[-1]
+    assert f"failed instances, {instance.id} for: the worker was killed; it is tried again in 60 s" in refused.fault.message
+    assert refused.retry_after_s == 60.0
+    world.demand("m", 0)
+    world.pass_time(20.0)
+    world.demand("m", 1)
+    assert world.rejected[-1].retry_after_s == 40.0
     assert world.only() is instance
     world.ask(lambda ticket: DeployModel(ticket, "m", None))
     assert world.only().id != instance.id

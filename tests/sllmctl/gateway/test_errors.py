@@ -37,5 +37,6 @@ def test_a_body_is_in_openais_shape() -> None:
 
 def test_retry_after_is_whole_seconds_and_never_none() -> None:
     assert [retry_after(Overloaded("full", seconds)) for seconds in (0.0, 0.2, 1.0, 1.1)] == ["1", "1", "1", "2"]
+    assert [retry_after(Unschedulable("failed", seconds)) for seconds in (None, 0.0, 42.5)] == [None, "1", "43"]
     assert retry_after(InvalidInput("no")) is None
     assert http_status(Overloaded("full")) == 429

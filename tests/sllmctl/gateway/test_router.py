@@ -293,8 +293,10 @@ async def test_waiting_requests_are_told_when_nothing_can_come() -> None:
     bench = Bench()
     bench.model()
     rejected = bench.router.submit("m", (1,), params())
-    bench.router.reject_waiting(RejectWaiting("m", Fault("unschedulable", "no node has 5 GB")))
-    assert isinstance(await failure_of(rejected), Unschedulable)
+    bench.router.reject_waiting(RejectWaiting("m", Fault("unschedulable", "no node has 5 GB"), 42.5))
+    error = await failure_of(rejected)
+    assert isinstance(error, Unschedulable)
+    assert error.retry_after_s == 42.5
     stopped = bench.router.submit("m", (1,), params())
     bench.model(state=ModelState.STOPPED)
     assert isinstance(await failure_of(stopped), Conflict)
