@@ -462,7 +462,7 @@ class LogLineView(_View, frozen=True, kw_only=True):
 
 
 class LogFrame(_View, frozen=True, kw_only=True):
-    """What ``GET .../logs?follow=1`` tells of at a time. ``lost``: nodes that cannot be asked just now, and why."""
+    """What ``GET .../logs`` answers, or tells of at a time. ``lost``: nodes that cannot be asked just now, and why."""
 
     items: tuple[LogLineView, ...] = ()
     lost: dict[str, str] = {}

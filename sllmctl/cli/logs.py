@@ -16,7 +16,7 @@ from sllmctl.cli.output import stream, write
 from sllmctl.cli.reader import while_read
 
 if TYPE_CHECKING:
-    from schema.admin import LogLineView
+    from schema.admin import LogFrame
 
 __all__ = ["log_options", "show_logs"]
 
@@ -78,28 +78,29 @@ def show_logs(
         if not follow:
             printer.show(admin.ask(client.logs(wanted)))
             return
-        lost: dict[str, str] = {}
         with while_read(admin.break_off):
             for frame in admin.follow_logs(wanted):
-                for node, why in frame.lost.items():
-                    if lost.get(node) != why:
-                        note(f"node {node}: {why}")
-                lost = frame.lost
-                printer.show(frame.items)
+                printer.show(frame)
 
 
 class _Printer:
-    """``several``: lines of more than one source may come, so each says whose it is."""
+    """``several``: lines of more than one source may come, so each says whose it is. Nodes whose lines may be missing are noted
+    once for each reason."""
 
     def __init__(self, form: str, *, several: bool) -> None:
         self._json, self._several = form == "json", several
+        self._lost: dict[str, str] = {}
 
-    def show(self, lines: tuple[LogLineView, ...]) -> None:
+    def show(self, frame: LogFrame) -> None:
+        for node, why in frame.lost.items():
+            if self._lost.get(node) != why:
+                note(f"node {node}: {why}")
+        self._lost = frame.lost
         if self._json:
             import msgspec
 
-            for line in lines:
+            for line in frame.items:
                 write(msgspec.json.encode(line).decode())
             return
-        for line in lines:
+        for line in frame.items:
             stream(f"[{line.source}] {line.text}\n" if self._several else f"{line.text}\n")

@@ -20,7 +20,7 @@ from schema.admin import (
     EventView,
     ExplainView,
     InstanceView,
-    LogLineView,
+    LogFrame,
     ModelView,
     NodeView,
     OperationView,
@@ -301,9 +301,9 @@ class LogQuery:
         return {"tail": str(self.tail), "since": f"{self.since_s:g}", **part}
 
 
-def logs(wanted: LogQuery) -> Call[tuple[LogLineView, ...]]:
-    """What was written, in order of time."""
-    return _list(wanted.path, LogLineView, wanted.query)
+def logs(wanted: LogQuery) -> Call[LogFrame]:
+    """What was written, in order of time, and the nodes that could not say."""
+    return Call("GET", wanted.path, reader(LogFrame), wanted.query)
 
 
 # --- Parts of calls ----------------------------------------------------------------------------------------------------

@@ -21,13 +21,13 @@ from starlette.responses import Response, StreamingResponse
 from schema.admin import LogFrame, LogLineView
 from schema.errors import NotFound, Overloaded, SllmError, TimedOut, Unreachable
 from schema.link import LogChunk, ReadLog
+from schema.states import NodeState
 from sllmctl.cluster.view import ClusterView
 from sllmctl.config import LogSettings
 from sllmctl.gateway.admin.answers import (
     Flag,
-    Items,
     Routes,
-    item_answer,
+    json_answer,
     known,
     read_count,
     read_flag,
@@ -49,7 +49,7 @@ def _operation(summary: str, *more: Query) -> Callable[[H], H]:
     """Say of a handler that it answers with lines, or streams them."""
     return operation(
         summary,
-        Items[LogLineView],
+        LogFrame,
         events=LogFrame,
         query=(
             Query(
@@ -117,13 +117,13 @@ class Logs:
     async def of_model(self, request: Request) -> Response:
         name, query = request.path_params["name"], read_query(request)
         wanted = ReadLog(op="", model=name, instance=query.get("instance", ""))
-        return await self._answer(query, wanted, list(self._view.nodes), self._missing("model", name, self._view.models))
+        return await self._answer(query, wanted, self._nodes(), self._missing("model", name, self._view.models))
 
     @_operation("What an instance's workers wrote, also when it is gone.")
     async def of_instance(self, request: Request) -> Response:
         name, query = request.path_params["id"], read_query(request)
         instance = self._view.instances.get(name)
-        nodes = list(self._view.nodes) if instance is None else [instance.node]
+        nodes = self._nodes() if instance is None else [instance.node]
         missing = self._missing("instance", name, self._view.instances)
         return await self._answer(query, ReadLog(op="", instance=name), nodes, missing)
 
@@ -134,6 +134,9 @@ class Logs:
         name, query = request.path_params["name"], read_query(request)
         node = known("node", name, self._view.node_named(name) or self._view.nodes.get(name))
         return await self._answer(query, ReadLog(op="", process=query.get("process", "agent")), [node.id], None)
+
+    def _nodes(self) -> list[str]:
+        return [node.id for node in self._view.nodes.values() if node.state is not NodeState.REMOVED]
 
     def _missing(self, kind: str, name: str, there: object) -> SllmError | None:
         """What to raise for something unknown of which no node has a line."""
@@ -146,10 +149,9 @@ class Logs:
         tail = read_count(query, "tail", _TAIL, 0, _TAIL_LIMIT)
         follow = read_flag(query, "follow")
         wanted = replace(wanted, tail=tail, newer_s=read_number(query, "since", 0.0))
-        linked = [node for node in nodes if self._links.is_up(node)]
-        if not linked:
+        if not any(map(self._links.is_up, nodes)):
             raise Unreachable("no node that may have these logs is linked; `sllmctl node ls` shows why")
-        readers = [_Reader(self._links, node, self._view.nodes[node].name, wanted) for node in linked]
+        readers = [_Reader(self._links, node, self._view.nodes[node].name, wanted) for node in nodes]
         lines, lost = await self._pages(readers)
         if not lines and len(lost) == len(readers):
             unanswered = (error for error in lost.values() if not isinstance(error, NotFound))
@@ -157,7 +159,7 @@ class Logs:
         if not lines and missing is not None:
             raise missing
         if not follow:
-            return item_answer(lines)
+            return json_answer(LogFrame(items=tuple(lines), lost=_told(lost)))
         if self._followers >= self._settings.followers:
             raise Overloaded(f"{self._followers} follow logs, as many as may (admin.logs.followers)", 5.0)
         events = self._events(readers, lines)
@@ -190,7 +192,7 @@ class Logs:
             while not self._closing:
                 await asyncio.sleep(self._settings.every_s)
                 lines, lost = await self._pages(readers)
-                why = {name: str(error) for name, error in lost.items()}
+                why = _told(lost)
                 if lines or why != shown:
                     told_at, shown = time.monotonic(), why
                     yield _event(LogFrame(items=tuple(lines), lost=why))
@@ -199,6 +201,11 @@ class Logs:
                     yield _ALIVE
         finally:
             self._followers -= 1
+
+
+def _told(lost: dict[str, SllmError]) -> dict[str, str]:
+    """Why lines may be missing. A node that has no such log has said all that it could."""
+    return {name: str(error) for name, error in lost.items() if not isinstance(error, NotFound)}
 
 
 def _event(frame: LogFrame) -> bytes:

@@ -39,6 +39,14 @@ def test_one_source_needs_no_name(sllmctl: Sllmctl, manager: FakeManager) -> Non
     assert manager.asked[-1][1] == "nodes/local/logs?tail=100&since=0&process=store"
 
 
+@pytest.mark.parametrize("form", ["table", "json"])
+def test_nodes_whose_lines_are_missing_are_named_beside_the_lines(sllmctl: Sllmctl, manager: FakeManager, form: str) -> None:
+    manager.answer("GET models/docs/logs", 200, LogFrame(items=LINES, lost={"gpu1": "the link is down"}))
+    said = sllmctl("model", "logs", "docs", "-o", form)
+    assert (said.code, len(said.out.splitlines())) == (0, len(LINES))
+    assert said.err.count("node gpu1: the link is down") == 1
+
+
 def test_a_time_is_as_good_as_an_age(sllmctl: Sllmctl, manager: FakeManager) -> None:
     manager.answer("GET nodes/local/logs", 200, {"items": ()})
     then = datetime.now(UTC) - timedelta(hours=1)

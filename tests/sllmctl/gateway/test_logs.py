@@ -34,6 +34,8 @@ class FakeLinks:
 
     async def read_log(self, node: str, wanted: ReadLog) -> LogChunk:
         self.asked.append((node, wanted))
+        if node not in self.pages:
+            raise Unreachable(f"{node} is away")
         pages = self.pages[node]
         page = pages.pop(0) if pages else LogChunk(op="", cursors={})
         if isinstance(page, SllmError):
@@ -78,7 +80,11 @@ async def test_what_is_not_there_is_said(admin: httpx.AsyncClient, links: FakeLi
     assert (await admin.get("/models/m/logs")).status_code == 503
     links.pages["n1"] = []
     assert (await admin.get("/models/m/logs")).status_code == 404
-    links.pages["n1"] = [NotFound("this node has no log of instance i")]
+    none = NotFound("this node has no log of instance i")
+    links.pages["n1"] = [none]
+    answer = await admin.get("/instances/i/logs")
+    assert (answer.status_code, answer.json()["error"]["message"]) == (503, "n2 is away"), "it may have one"
+    links.pages = {"n1": [none], "n2": [none]}
     answer = await admin.get("/instances/i/logs")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
     assert answer.json()["error"]["message"] == "there is no instance 'i', and no node has a log of it"
@@ -94,9 +100,20 @@ async def test_one_node_that_cannot_tell_does_not_hide_the_others(
     links.pages = {"n1": [why], "n2": [page(("i2", 2.0, "b"))]}
     answer = await admin.get("/models/m/logs")
     assert [item["text"] for item in answer.json()["items"]] == ["b"]
+    assert answer.json()["lost"] == {"name-n1": why.message}
     links.pages = {"n1": [why]}
     answer = await admin.get("/nodes/name-n1/logs")
     assert (answer.is_success, answer.json()["error"]["message"]) == (False, why.message)
+
+
+async def test_a_node_that_is_away_is_told_of_and_one_without_such_a_log_is_not(
+    admin: httpx.AsyncClient, links: FakeLinks
+) -> None:
+    links.pages = {"n2": [page(("i2", 2.0, "b"))]}
+    answer = (await admin.get("/models/m/logs")).json()
+    assert ([item["text"] for item in answer["items"]], answer["lost"]) == (["b"], {"name-n1": "n1 is away"})
+    links.pages = {"n1": [NotFound("this node has no log of it")], "n2": [page(("i2", 2.0, "b"))]}
+    assert (await admin.get("/instances/i2/logs")).json()["lost"] == {}
 
 
 @pytest.mark.parametrize("why", [Unreachable("broke"), SllmError("broke")], ids=["the link", "the disk"])
