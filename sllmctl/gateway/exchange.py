@@ -20,7 +20,7 @@ from sllmctl.gateway.errors import (
 from sllmctl.gateway.settings import GatewaySettings
 from sllmctl.gateway.story import is_id
 
-__all__ = ["BodyBudget", "ClientGone", "Exchange", "Header", "WhileConnected"]
+__all__ = ["BROKEN_OFF", "BodyBudget", "ClientGone", "Exchange", "Header", "WhileConnected"]
 
 _JSON = (b"content-type", b"application/json")
 _STREAM = (
@@ -30,6 +30,8 @@ _STREAM = (
     (b"x-accel-buffering", b"no"),
 )
 _DISCARD_FACTOR = 4
+BROKEN_OFF = "sllmctl.broken_off"
+"""Where the server says in a request's ASGI state why it broke the connection off, as an error."""
 
 Header = tuple[bytes, bytes]
 
@@ -72,6 +74,12 @@ class Exchange:
         self.streaming = False
         self.gone = False
         self.request_id = self._asked_id()
+
+    @property
+    def broken_off(self) -> SllmError | None:
+        """Why the server broke its connection off, None if it did not."""
+        found: SllmError | None = self._scope.get("state", {}).get(BROKEN_OFF)
+        return found
 
     def _asked_id(self) -> str:
         """The id that the client gave its request, if it may be called so."""

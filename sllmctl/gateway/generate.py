@@ -137,7 +137,7 @@ class Gateway:
             error = why
             raise
         except asyncio.CancelledError:
-            error = None if exchange.gone else Unreachable(STOPPING)
+            error = exchange.broken_off if exchange.gone else Unreachable(STOPPING)
             raise
         except Exception:
             error = SllmError(INTERNAL)

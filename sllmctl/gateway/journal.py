@@ -196,7 +196,7 @@ class Request:
 
     def leave(self, error: SllmError | None = None) -> None:
         """A client reads no more of it, which ends it unless it has ended, others read it, or a retry may come; with the
-        ``error`` that the client was told instead of a reply. One that says that nobody can read it ends it anyway."""
+        ``error`` that ended its reply. One that says that nobody can read it ends it anyway."""
         self._leave(self, error)
 
     @property

@@ -11,8 +11,9 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from schema.errors import InvalidInput, SllmError
+from schema.errors import InvalidInput, SllmError, TimedOut
 from sllmctl.gateway.errors import error_body
+from sllmctl.gateway.exchange import BROKEN_OFF
 from sllmctl.gateway.metrics import Metrics
 from sllmctl.gateway.settings import GatewaySettings
 
@@ -189,6 +190,8 @@ class _BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         self._count(reason)
+        if self._answering is not None:
+            self._answering.scope["state"][BROKEN_OFF] = TimedOut(f"its connection was broken off by the manager: {reason}")
         self.transport.abort()
 
     def _count(self, reason: str) -> None:

@@ -103,6 +103,7 @@ class FakeRequest:
         self.received_at = time.time()
         self.sequences = [FakeSequence(prompt) for _ in range(choices)]
         self.cancelled = asyncio.Event()
+        self.left_with: SllmError | None = None
 
     @property
     def sequence(self) -> FakeSequence:
@@ -119,6 +120,7 @@ class FakeRequest:
         return RequestTimeline(cold=False, routed_s=0.001, first_token_s=0.01, ended_s=0.02)
 
     def leave(self, error: SllmError | None = None) -> None:
+        self.left_with = error
         if any(sequence.finish is None for sequence in self.sequences):
             self.cancelled.set()
 

@@ -15,6 +15,7 @@ import msgspec
 import pytest
 import uvloop
 
+from schema.errors import TimedOut
 from schema.states import EndReason
 from sllmctl.gateway.settings import GatewaySettings
 from tests.sllmctl.gateway.harness import WAIT_S, FakeRequest, Serving, chat_body, http_post, ids_of, serving
@@ -73,6 +74,7 @@ async def test_a_client_that_goes_away_cancels_its_request(stream: bool, started
             writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         writer.close()
         await asyncio.wait_for(request.cancelled.wait(), WAIT_S)
+        assert request.left_with is None
         await _until(here, model="tiny", status="499")
         assert here.metric("sllm_live_requests") == 0
         assert here.metric("sllm_live_streams") == 0
@@ -139,6 +141,8 @@ async def test_a_reader_that_stops_reading_is_dropped() -> None:
         await asyncio.wait_for(talk(), WAIT_S)
         await _until(here, model="tiny", status="499")
         assert here.metric("sllm_connections_dropped_total", reason="slow reader") == 1
+        assert isinstance(request.left_with, TimedOut), "it did not go by itself"
+        assert "slow reader" in request.left_with.message
 
         async def rest() -> bytes:
             data = b""
