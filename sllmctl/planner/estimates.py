@@ -73,9 +73,18 @@ class Estimates:
         return disk if channel is Channel.DISK else device if channel is Channel.DEVICE else network
 
     def startup(
-        self, node: Node, checkpoint: Checkpoint, devices: Sequence[int], source: Tier, peer: str, now: float
+        self,
+        node: Node,
+        checkpoint: Checkpoint,
+        devices: Sequence[int],
+        source: Tier,
+        peer: str,
+        now: float,
+        *,
+        later_s: float = 0.0,
     ) -> Startup:
-        """A start on these devices (their number counts for the bytes of each) with weights from ``source``.
+        """A start on these devices (their number counts for the bytes of each) with weights from ``source``, that begins
+        ``later_s`` after now.
 
         Where another load already brings them to the node, this one waits for that and goes on from memory.
         """
@@ -86,10 +95,11 @@ class Estimates:
             source = Tier.DRAM
         for key, seconds in self._path(node, checkpoint, devices, source, peer):
             load_s = max(load_s, seconds)
-            queue_s = max(queue_s, self._loads.wait_s(key, now))
+            queue_s = max(queue_s, self._loads.wait_s(key, now + later_s))
         if coming is not None:
-            queue_s = max(queue_s, coming[1] - now - load_s)
-        return Startup(queue_s, load_s, max(queue_s + load_s, self._import_s(node, now) + build_s) + finish_s)
+            queue_s = max(queue_s, coming[1] - now - later_s - load_s)
+        import_s = max(0.0, self._import_s(node, now) - later_s)
+        return Startup(queue_s, load_s, max(queue_s + load_s, import_s + build_s) + finish_s)
 
     def wait_s(self, node: Node, channel: Channel, now: float) -> float:
         """How long a load that begins now would wait for a node's network or disk."""

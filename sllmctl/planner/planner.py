@@ -87,7 +87,7 @@ class LocalityPlanner:
         if checkpoint is None:
             return settings.start_base_s
         nodes = self.fleet().open
-        later = now + settings.keep_alive_most_s
+        later_s = settings.keep_alive_most_s
         for tier in (Tier.DEVICE, Tier.DRAM, Tier.DISK):
             best: float | None = None
             looked = 0
@@ -96,7 +96,7 @@ class LocalityPlanner:
                 if node is None or node.inventory is None or len(node.inventory.devices) < model.spec.devices:
                     continue
                 devices = [device.index for device in node.inventory.devices[: model.spec.devices]]
-                found = self._estimates.startup(node, checkpoint, devices, tier, "", later).total_s
+                found = self._estimates.startup(node, checkpoint, devices, tier, "", now, later_s=later_s).total_s
                 best = found if best is None else min(best, found)
                 looked += 1
                 if looked == _COPIES:

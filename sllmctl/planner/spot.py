@@ -107,7 +107,7 @@ class Spots:
             unlodged = [index for index in order if not lodgers.get(index)][:count]
             free = len(unlodged) == count and rooms[unlodged[-1]] >= least
             devices = unlodged if free else devices
-        startup = self._startup(here, devices, source, peer, asked.now)
+        startup = self._startup(here, devices, source, peer)
         floor_s = startup.total_s - startup.queue_s if self._locality else 0.0
         if best is not None and self._locality:
             limit_s = best.key[0]
@@ -173,15 +173,16 @@ class Spots:
         fit = [index for index in order if here.rooms[index] >= self._asked.least and not here.lodgers.get(index)]
         for at in range(1, len(fit) - count + 1):
             other = fit[at : at + count]
-            found = self._startup(here, other, source, peer, self._asked.now)
+            found = self._startup(here, other, source, peer)
             if found.total_s < startup.total_s:
                 devices, startup = other, found
         return devices, startup
 
-    def _startup(self, here: Ground, devices: list[int], source: Tier, peer: str, at: float) -> Startup:
+    def _startup(self, here: Ground, devices: list[int], source: Tier, peer: str, later_s: float = 0.0) -> Startup:
         if source is not Tier.DEVICE and here.has_own(devices):
             source, peer = Tier.DEVICE, ""
-        return self._inquiry.estimates.startup(here.node, self._asked.checkpoint, devices, source, peer, at)
+        asked = self._asked
+        return self._inquiry.estimates.startup(here.node, asked.checkpoint, devices, source, peer, asked.now, later_s=later_s)
 
     def _option(
         self,
@@ -204,7 +205,7 @@ class Spots:
         if source is not Tier.DEVICE and here.has_own(devices):
             source, peer = Tier.DEVICE, ""
         if startup is None:
-            startup = self._startup(here, devices, source, peer, self._asked.now + room_s)
+            startup = self._startup(here, devices, source, peer, room_s)
         if source is Tier.REMOTE:
             delay_s += self._inquiry.fetch_s
         if exits:

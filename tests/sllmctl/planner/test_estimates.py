@@ -62,6 +62,11 @@ def test_a_start_waits_for_a_zygote_that_still_imports_beside_its_load() -> None
     assert [takes_s(now) for now in (100.0, 103.0, 104.5)] == pytest.approx([5.3, 2.3, 1.0])
     assert takes_s(100.0, size_gb=8) == pytest.approx(8.0)
     assert takes_s(108.0) == pytest.approx(8.3), "one that is overdue is expected to take as long again"
+    later = [
+        estimates.startup(here, checkpoint(size_gb=1), (0,), Tier.DISK, "", now, later_s=later_s).total_s
+        for now, later_s in ((100.0, 3.0), (100.0, 600.0), (108.0, 6.0))
+    ]
+    assert later == pytest.approx([2.3, 1.0, 2.3]), "what begins later waits for less of it"
     other = Estimates(estimates._settings)
     for _ in range(3):
         rows = estimates.imported(here, 109.0)

@@ -456,6 +456,8 @@ def test_a_reload_takes_what_the_fastest_tier_that_has_it_takes() -> None:
     assert from_dram == pytest.approx(1.0)
     crowd.lies("m", "n0", Tier.DEVICE)
     assert planner.reload_s(model, NOW) == pytest.approx(RULES.start_base_s)
+    crowd.view.nodes["n0"].imports_since = NOW - 1.0
+    assert planner.reload_s(model, NOW) == pytest.approx(RULES.start_base_s), "its node can fork long before that"
 
 
 def test_a_copy_in_quarantine_is_said() -> None:
