@@ -38,7 +38,8 @@ def command(invocation: Invocation, model: str | None, request_id: str | None, f
 
     Seconds count from the decision. STARTUP is until the instance is ready: QUEUE until its channels are free, LOAD for its
     weights over the slowest of them, ROOM until those who leave for it have left, and what a worker takes by itself. DELAY is
-    what others pay for it. The place of least COST, STARTUP and DELAY together, is taken.
+    what others pay for it. The place of least COST, STARTUP and DELAY together, is taken; where an instance of the model was
+    just given up, COST is more.
 
     \b
     Examples:

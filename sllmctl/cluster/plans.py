@@ -71,6 +71,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     ``source`` then being REMOTE.
     ``queue_s``: until its channels are free; ``load_s``: its bytes over the slowest of them; ``room_s``: until those who leave
     have left; ``startup_s``: all of it, until it is ready. ``delay_s``: what others pay: reloads that become likely, pauses.
+    ``risk_s``: what it counts that an instance of the model was just given up on this node.
 
     ``drops``: checkpoints whose weights leave the device tier of this node: idle ones, and those of whoever leaves for it or
     has been leaving, as soon as nothing uses them any more and before the newcomer begins; ``stops``: idle instances that
@@ -91,6 +92,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     room_s: float = 0.0
     startup_s: float
     delay_s: float = 0.0
+    risk_s: float = 0.0
     free_bytes: int = 0
     drops: tuple[str, ...] = ()
     stops: tuple[str, ...] = ()
@@ -101,7 +103,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def cost_s(self) -> float:
         """What a planner minimises."""
-        return self.startup_s + self.delay_s
+        return self.startup_s + self.delay_s + self.risk_s
 
 
 class Plan(msgspec.Struct, frozen=True):

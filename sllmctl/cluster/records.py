@@ -5,7 +5,7 @@ Fields may be read freely. What an index of the view depends on is changed only 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from schema.admin import OperationKind
 from schema.errors import Fault
@@ -152,7 +152,8 @@ class Model:
     ``heat`` counts recent calls that found the model idle or without an instance, decaying since ``heat_at``: what a reload
     would be paid for. ``made_room``: so often copies were put out of a disk for its ingest. ``ingested`` holds the digest of an
     ingest that is done while its checkpoint has not been stated yet. ``deploy_next``: it is served as soon as it has been
-    ingested. ``given_up``: so often in a row an instance of it failed since one lived well, or it was deployed.
+    ingested. ``given_up``: so often in a row an instance of it failed since one lived well, or it was deployed;
+    ``avoided`` are the nodes where it did, each with the time until which a plan would rather have another.
     """
 
     spec: ModelSpec
@@ -175,6 +176,7 @@ class Model:
     heat: float = 0.0
     heat_at: float = 0.0
     given_up: int = 0
+    avoided: dict[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

@@ -49,7 +49,8 @@ class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     ``kv_sequences`` tokens are wanted, ``kv_least_tokens`` (or the model's context, if shorter) are the least. A place whose
     cache is short costs a plan the missing part times ``kv_short_s``.
 
-    A start that fetches from a remote costs a plan ``fetch_cost_s`` beside its time, since it takes room on a disk.
+    A start that fetches from a remote costs a plan ``fetch_cost_s`` beside its time, since it takes room on a disk; one on a
+    node where the model was just given up costs ``failed_cost_s``, since it may fail there again.
     The bandwidths, ``start_base_s`` (a worker without its weights), ``import_s`` (what a node imports before its first
     worker), ``prefill_token_s`` and ``prefill_base_s`` (recomputing a
     sequence: per token, and once) and ``scale_up_after_s`` are assumed until a node has measured, or experience told, better.
@@ -95,6 +96,7 @@ class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     device_copy_bps: _Positive = 10e9
     network_bps: _Positive = 0.25e9
     fetch_cost_s: _Seconds = 1.0
+    failed_cost_s: _Seconds = 30.0
     start_base_s: _Seconds = 0.5
     import_s: _Seconds = 5.0
     prefill_token_s: _Positive = 1e-3

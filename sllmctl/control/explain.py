@@ -135,6 +135,8 @@ def _actions(view: ClusterView, candidate: Candidate) -> Iterator[str]:
         yield _moving(view, move)
     for instance in candidate.preempts:
         yield f"preempt {_instance(view, instance)}"
+    if candidate.risk_s:
+        yield f"risk that it fails again, as it just did there (counts {candidate.risk_s:g} s)"
 
 
 def _moving(view: ClusterView, move: Move) -> str:

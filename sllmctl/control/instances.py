@@ -221,6 +221,7 @@ def died(turn: Turn, instance: Instance, fault: Fault | None, remote: str = "") 
         return
     if instance.ready_at is not None and turn.now - instance.ready_at >= turn.settings.healthy_s:
         instance.restarts = turn.view.models[instance.model].given_up = 0
+        turn.view.models[instance.model].avoided.pop(instance.node, None)
     elsewhere = _doubt_remote(turn, instance, fault, remote)
     instance.restarts += 1
     instance.fault = fault or Fault("unreachable", why)
@@ -274,11 +275,13 @@ def _fail(turn: Turn, instance: Instance) -> None:
     settings, model = turn.settings, turn.view.models[instance.model]
     _acknowledge(turn, instance)
     instance.retry_at = None
+    pause_s = settings.retry_longest_s
     if instance.fault.code not in _PERMANENT:
         pause_s = min(settings.retry_longest_s, settings.retry_first_s * 2.0 ** min(model.given_up, 32))
         instance.retry_at = turn.now + pause_s
         turn.wake("instance", instance.id, instance.retry_at)
         model.given_up += 1
+    model.avoided[instance.node] = turn.now + 2.0 * pause_s  # over its next try, and as long again
     move(turn, instance, _I.FAILED)
     route(turn, instance)
     times = f"after {instance.restarts - 1} restarts" if instance.restarts > 1 else "and can never start"

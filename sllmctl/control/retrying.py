@@ -20,6 +20,7 @@ def node_joined(turn: Turn, node: Node) -> None:
 def copy_appeared(turn: Turn, digest: str, node: Node) -> None:
     """A sound copy of a checkpoint is on a disk where there was none: what failed by its weights may start from it."""
     for model in turn.view.models_of(digest):
+        turn.view.models[model].avoided.pop(node.id, None)
         for instance in list(turn.view.instances_of(model).values()):
             if instance.fault is not None and instance.fault.code == InvalidCheckpoint.code:
                 _again(turn, instance, f"a sound copy of its checkpoint is on node {node.name} now")
@@ -28,6 +29,7 @@ def copy_appeared(turn: Turn, digest: str, node: Node) -> None:
 def deployed(turn: Turn, model: str) -> None:
     """An operator has deployed the model again, and so said that it is to be tried."""
     turn.view.models[model].given_up = 0
+    turn.view.models[model].avoided.clear()
     for instance in list(turn.view.instances_of(model).values()):
         _again(turn, instance, f"model {model} was deployed again")
 

@@ -1,10 +1,11 @@
 """Where one more instance of a model goes: the place where it would be ready soonest, what others pay for that included.
 
-The cost of a place is ``startup_s + delay_s``. ``startup_s`` is the time until those who leave have left, and from then what
-`Estimates` say of a start there: the queues of its channels, and its bytes over the slowest of them. ``delay_s`` is what others
-pay (see `prices`; for those that migrate, `moves`). A KV cache that is short of what is wanted costs up to ``kv_short_s`` more:
-its requests would wait for each other, and few of them would fill it. Ties go to a place for which nobody leaves, then to the
-one with more free memory, then to the smaller node id.
+The cost of a place is ``startup_s + delay_s``, and ``failed_cost_s`` more where an instance of the model was just given up.
+``startup_s`` is the time until those who leave have left, and from then what `Estimates` say of a start there: the queues of
+its channels, and its bytes over the slowest of them. ``delay_s`` is what others pay (see `prices`; for those that migrate,
+`moves`). A KV cache that is short of what is wanted costs up to ``kv_short_s`` more: its requests would wait for each other,
+and few of them would fill it. Ties go to a place for which nobody leaves, then to the one with more free memory, then to the
+smaller node id.
 
 `search` says which nodes are compared, `spot` what is the best place on one of them: of nodes that differ in nothing but room
 and queues the choice is the best among those looked at. On a cluster of a few nodes its cost is at most 1.04 times the best

@@ -65,6 +65,8 @@ def _leaving(best: Candidate) -> list[str]:
         said.append(f"preempts {_some(len(best.preempts), 'busy instance')}")
     if best.room_s > 0:
         said.append(f"room in about {best.room_s:.2f} s")
+    if best.risk_s > 0:
+        said.append("an instance of it was just given up there")
     if best.delay_s > 0:
         said.append(f"others pay {best.delay_s:.2f} s")
     return said

@@ -160,7 +160,7 @@ class Search:
                 missed += 1
                 if missed >= _MISSED and not self._asked.aged:
                     return
-            elif found.startup.queue_s <= 0.0:
+            elif found.startup.queue_s <= 0.0 and not found.risk_s:
                 enough += 1
                 if enough >= _ENOUGH or (found.exits and found.room_s + found.delay_s <= CHEAP * found.startup.total_s):
                     return

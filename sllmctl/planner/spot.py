@@ -34,6 +34,7 @@ class Option:
     startup: Startup
     room_s: float
     delay_s: float
+    risk_s: float
     free: int
     exits: list[Exit]
     ground: Ground
@@ -211,10 +212,12 @@ class Spots:
         if exits:
             delay_s -= self._keep_weights(rooms, exits)
         free = min(rooms.values())
-        cost_s = room_s + delay_s + (startup.total_s if self._locality else 0.0)
+        asked = self._asked
+        risk_s = self._inquiry.settings.failed_cost_s if asked.model.avoided.get(here.node.id, 0.0) > asked.now else 0.0
+        cost_s = room_s + delay_s + risk_s + (startup.total_s if self._locality else 0.0)
         return Option(
             (cost_s, bool(exits), -free, here.node.id), here.node, tuple(devices), source, peer, startup, room_s, delay_s,
-            free, exits, here, moves,
+            risk_s, free, exits, here, moves,
         )  # fmt: skip
 
     def _keep_weights(self, rooms: dict[int, int], exits: list[Exit]) -> float:

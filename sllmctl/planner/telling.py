@@ -32,6 +32,7 @@ def candidate(inquiry: Inquiry, option: Option, *, roomy: bool = False) -> Candi
         room_s=option.room_s,
         startup_s=option.room_s + option.startup.total_s,
         delay_s=delay_s,
+        risk_s=option.risk_s,
         free_bytes=free,
         drops=tuple(dict.fromkeys(digest for one in exits for digest in one.drops)),
         stops=tuple(name for one in exits for name in one.stops),

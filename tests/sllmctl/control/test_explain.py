@@ -93,6 +93,7 @@ def test_actions_are_words_with_names() -> None:
         drains=("inst_2",),
         moves=(move, there),
         preempts=("inst_4",),
+        risk_s=30.0,
     )
     (shown,) = decision_view(_view(), _Made(7.0, "qwen", "i", 1, Plan(best, (), {}, ""))).candidates
     assert shown.source == "gpu2 (peer)"
@@ -103,6 +104,7 @@ def test_actions_are_words_with_names() -> None:
         "move inst_3 (tiny) to gpu2, dropping idle weights of small/tiny there",
         "move gone to inst_4 on gpu2",
         "preempt inst_4 (tiny)",
+        "risk that it fails again, as it just did there (counts 30 s)",
     )
 
 

@@ -140,6 +140,24 @@ def test_a_failed_one_is_tried_again_after_pauses_that_grow(make_world: MakeWorl
     world.check_rows()
 
 
+def test_a_failed_one_is_tried_again_elsewhere_if_it_can_be(make_world: MakeWorld) -> None:
+    one, two = Agent("a"), Agent("b")
+    one.hold("m", dram=True)
+    two.hold("m")
+    world = make_world(one, two)
+    world.connect("a")
+    world.connect("b")
+    world.ask(lambda ticket: AddModel(ticket, spec(least=1, node="a")))
+    world.ask(lambda ticket: DeployModel(ticket, "m", None))
+    went = []
+    for _ in range(3):
+        went.append(_give_up(world).node)
+        world.pass_time((world.only().retry_at or 0.0) - world.now)
+    assert went == ["a", "b", "a"], "where both have failed it is the nearer one"
+    world.ask(lambda ticket: DeployModel(ticket, "m", None))
+    assert not world.view.models["m"].avoided, "an operator says that it is to be tried"
+
+
 def test_a_failed_one_that_nobody_waits_for_gives_its_place_to_the_next_request(world: World) -> None:
     world.serve(spec())
     world.demand("m", 1)

@@ -460,6 +460,30 @@ def test_a_reload_takes_what_the_fastest_tier_that_has_it_takes() -> None:
     assert planner.reload_s(model, NOW) == pytest.approx(RULES.start_base_s), "its node can fork long before that"
 
 
+def test_a_node_where_the_model_was_just_given_up_counts_as_farther() -> None:
+    crowd = Crowd()
+    model = crowd.model("m", 10)
+    for name in ("n0", "n1"):
+        crowd.node(name, [30])
+        crowd.lies("m", name, Tier.DISK)
+    crowd.lies("m", "n0", Tier.DRAM)
+    planner = crowd.planner()
+
+    def best(now: float) -> Candidate:
+        found = planner.plan(model, now)
+        assert isinstance(found, Plan)
+        assert ("given up there" in found.reason) == (found.best.risk_s > 0)
+        return found.best
+
+    assert best(NOW).node == "n0"
+    model.avoided["n0"] = NOW + 60.0
+    assert (best(NOW).node, best(NOW).risk_s) == ("n1", 0.0)
+    assert best(NOW + 61.0).node == "n0", "not for ever"
+    model.avoided["n1"] = NOW + 60.0
+    again = best(NOW)
+    assert (again.node, again.cost_s) == ("n0", pytest.approx(again.startup_s + RULES.failed_cost_s))
+
+
 def test_a_copy_in_quarantine_is_said() -> None:
     crowd = Crowd()
     model = crowd.model("m", 10)
