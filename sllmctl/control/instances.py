@@ -378,8 +378,11 @@ def _take(turn: Turn, instance: Instance, truth: InstanceTruth) -> None:
 
 
 def check(turn: Turn, instance: Instance) -> None:
-    """A time asked for has come: restart it, plan it anew, give its start up, or tell its node again to stop it."""
-    if turn.view.nodes[instance.node].state is not NodeState.READY:
+    """A time asked for has come: restart it, plan it anew, give its start up, or tell its node again to stop it.
+
+    What it takes a node for waits until that is back; a failed one has nothing there any more.
+    """
+    if turn.view.nodes[instance.node].state is not NodeState.READY and instance.state is not _I.FAILED:
         return
     settings = turn.settings
     match instance.state:

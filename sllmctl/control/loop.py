@@ -105,6 +105,7 @@ class ControlLoop:
             instance.life_at = now
             if instance.state is InstanceState.FAILED:
                 instance.retry_at = now  # another manager, perhaps of another version, sees for itself
+                turn.wake("instance", instance.id, now)
             elif instance.retry_at is not None:
                 instance.retry_at = min(instance.retry_at, now + self.settings.restart_longest_s)
             instances.route(turn, instance)

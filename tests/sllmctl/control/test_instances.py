@@ -171,6 +171,29 @@ def test_a_failed_one_that_nobody_waits_for_gives_its_place_to_the_next_request(
     assert len(world.rejected) == 1
 
 
+def test_a_failed_one_is_tried_again_elsewhere_while_its_node_is_away(make_world: MakeWorld) -> None:
+    world = make_world(Agent("local"), Agent("other"), settings=ControlSettings(unreachable_grace_s=3600.0))
+    for agent in world.agents.values():
+        agent.hold("m")
+        world.connect(agent.name)
+    world.serve(spec(least=1, node="local"))
+    for start_anew in (False, True):
+        failed = _give_up(world)
+        away, there = (failed.node, "other") if failed.node == "local" else (failed.node, "local")
+        if start_anew:
+            world.start_manager()
+            world.connect(there)
+            world.pass_time(0.0)
+        else:
+            world.lose(away)
+            world.pass_time(world.settings.retry_first_s)
+        assert (world.only().state, world.only().node) == (_I.READY, there)
+        world.connect(away)
+        assert away not in {life.node for life in world.view.instances.values()}
+        assert world.agents[away].lives == {}, "its node need not state it any more"
+    world.check_rows()
+
+
 @pytest.mark.parametrize("change", ["a node joins", "a copy appears", "a copy is sound again", "the manager starts anew"])
 def test_what_can_never_start_is_tried_again_once_something_has_changed(make_world: MakeWorld, change: str) -> None:
     world = make_world(Agent("local"), Agent("other"))
