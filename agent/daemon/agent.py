@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -120,11 +120,14 @@ class Agent:
 
     async def run(self) -> None:
         """Serve until `shut_down` is called, then end everything. Raises SllmError when it cannot begin or a part fails."""
+        left = self._roster.load()
+        self._roster.begin()
+        await self._end_ingests(left.values())  # before the look at the disk: one may be committing
         await self._checkpoints.scan()
         self._checkpoints.pins.load()
         self._store.pin(self._checkpoints.pins.on(Tier.DRAM))
         await self._measure()
-        await self._adopt()
+        self._adopt(left.values())
         await self._tidy_logs()
         self._server.listen()
         self._manager_changed(False)
@@ -167,18 +170,20 @@ class Agent:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._roster.unlink()
 
-    async def _adopt(self) -> None:
-        """Take over what an earlier life left running; what it was ingesting is ended, for nobody reads its answer."""
-        found = self._roster.load()
+    async def _end_ingests(self, left: Iterable[RosterEntry]) -> None:
+        """What an earlier life was ingesting is ended, for nobody reads its answer."""
+        for entry in left:
+            if entry.role == "ingest":
+                process = entry.open()
+                if process is not None:
+                    await process.end(TERM_S, KILL_S)
+                self._roster.remove(entry)
+
+    def _adopt(self, left: Iterable[RosterEntry]) -> None:
+        """Take over what an earlier life left running."""
         by_role: dict[str, list[RosterEntry]] = {}
-        for entry in found.values():
+        for entry in left:
             by_role.setdefault(entry.role, []).append(entry)
-        self._roster.begin()
-        for entry in by_role.get("ingest", []):
-            process = entry.open()
-            if process is not None:
-                await process.end(TERM_S, KILL_S)
-            self._roster.remove(entry)
         for entry in by_role.get("worker", []):
             if entry.start is None:
                 self._roster.remove(entry)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 from agent.daemon.files import FileLock, is_locked
 from agent.daemon.process import start_ticks
 from agent.daemon.roster import RosterEntry
-from schema.checkpoint import decode_manifest
+from agent.daemon.supervisor import spawn_process
+from schema.checkpoint import LAYOUT, decode_manifest
 from schema.errors import Conflict
 from schema.ids import epoch_of
 from schema.link import Attach, Cancel, Extent, Fork, OperationDone, RemoteCopy, StartPhases, StopInstance, Submit, Welcome
@@ -289,6 +291,24 @@ async def test_an_ingest_of_an_earlier_life_is_ended(after: Node) -> None:
     after.begin()
     assert (await after.manager()).truth.ops == ()
     assert not alive(pid)
+
+
+async def test_what_an_ingest_of_an_earlier_life_commits_as_it_is_ended_is_stated(after: Node) -> None:
+    other, made, ready = "ef" * 32, after.directory / "made", after.directory / "ready"
+    make_checkpoint(made, other, LAYOUT)
+    rename = f"os.rename({str(made / other)!r}, {str(after.config.checkpoints_path / other)!r})"
+    program = (
+        "import os, pathlib, signal\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})\n"
+        f"pathlib.Path({str(ready)!r}).touch()\n"
+        f"signal.sigwait({{signal.SIGTERM}})\n{rename}"
+    )
+    pid = spawn_process([sys.executable, "-c", program], after.directory / "data" / "log" / "ingest.log")
+    after.pids.append(pid)
+    await after.until(ready.exists)
+    write_roster(after, [entry("ingest", pid, instance="op_1")])
+    after.begin()
+    assert {each.digest for each in (await after.manager()).truth.checkpoints} == {DIGEST, other}
 
 
 async def test_what_killed_processes_have_left_on_the_disk_goes(after: Node) -> None:
