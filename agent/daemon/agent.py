@@ -103,7 +103,7 @@ class Agent:
         self._manager = ManagerLink(self._journal, self._truth, self._command, self._manager_changed)
         self._server = Server(config.socket_path, self._admit)
         self._inventory = inventory(config, None)
-        self._disk = DiskSpeed(config, self._busy, self._has_huge_pages)
+        self._disk = DiskSpeed(config, self._busy, self._has_huge_pages, self._means_changed)
         self._logs = NodeLogs(config)
         self._devices = {device.index for device in found}
         self._software: dict[str, str] = {"agent": SOFTWARE}

@@ -33,16 +33,24 @@ class DiskSpeed:
     """``read_bps`` of the checkpoints' disk, 0 as long as it is not known. Owned by the agent's loop.
 
     ``busy`` says whether something starts, loads or ingests, or the node has yet to begin; then a measurement waits. ``huge``
-    says, once it has begun, whether the arena has huge pages: into those a disk may read twice as fast as into small ones. The
-    threads that read keep their priority: one of low priority would keep the interpreter's lock from the agent's loop.
+    says, once it has begun, whether the arena has huge pages: into those a disk may read twice as fast as into small ones.
+    ``measured`` is called when there is a new figure. The threads that read keep their priority: one of low priority would keep
+    the interpreter's lock from the agent's loop.
     """
 
-    def __init__(self, config: NodeConfig, busy: Callable[[], bool], huge: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        config: NodeConfig,
+        busy: Callable[[], bool],
+        huge: Callable[[], bool],
+        measured: Callable[[], None] = lambda: None,
+    ) -> None:
         self._directory = config.checkpoints_path.absolute()
         self._threads = config.reader_threads
         self._place = record_path(config.data_dir)
         self._busy = busy
         self._huge = huge
+        self._measured = measured
         self._stop = threading.Event()
         self._closed = False
         record = remembered(self._place, self._directory)
@@ -65,7 +73,9 @@ class DiskSpeed:
             except OSError as error:
                 _log.warning("cannot measure how fast %s reads: %s", self._directory, error)
                 return
-            if not self.read_bps and not self._stop.is_set():
+            if self.read_bps:
+                self._measured()
+            elif not self._stop.is_set():
                 _log.warning("cannot measure how fast %s reads: nothing was read within %g s", self._directory, _LIMIT_S)
                 return
         await self._calibrate()

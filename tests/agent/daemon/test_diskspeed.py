@@ -17,7 +17,7 @@ from agent.daemon.diskspeed import DiskSpeed
 from agent.native import disk_speed
 from agent.native.calibration import Tuning
 from agent.native.disk_record import remembered
-from schema.link import LoadCheckpoint, OperationDone, Ping, Pong
+from schema.link import InventoryUpdate, LoadCheckpoint, OperationDone, Ping, Pong
 from schema.states import InstanceState, Tier
 from tests.agent.daemon.peers import DIGEST, WAIT_S, Manager, Node, make_checkpoint, start_instance
 
@@ -219,14 +219,15 @@ async def test_the_truth_states_what_is_remembered(fresh: Node) -> None:
         assert (await node.manager()).truth.inventory.disk_read_bps == 2.5e9
 
 
-async def test_the_truth_states_what_was_measured_since(fresh: Node, look: Look) -> None:
+async def test_what_was_measured_is_told(fresh: Node, look: Look) -> None:
     async with fresh as node:
-        assert (await node.manager()).truth.inventory.disk_read_bps == 0
+        manager = await node.manager()
+        assert manager.truth.inventory.disk_read_bps == 0
+        await node.until(lambda: bool(look.files))
         look.let(2e9)
-        async with asyncio.timeout(WAIT_S):
-            while not (found := (await node.manager()).truth.inventory.disk_read_bps):
-                pass
-        assert found == 2e9
+        told = await manager.take(InventoryUpdate, lambda m: bool(m.inventory.disk_read_bps))
+        assert told.inventory.disk_read_bps == 2e9
+        assert (await node.manager()).truth.inventory.disk_read_bps == 2e9
 
 
 async def test_nothing_is_measured_before_the_nodes_processes_serve(fresh: Node, look: Look) -> None:
