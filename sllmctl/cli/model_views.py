@@ -69,7 +69,7 @@ def fields(model: ModelView) -> list[tuple[str, str]]:
 
 def failing_fields(model: str, failing: FailingView) -> list[tuple[str, str]]:
     """What is wrong with a model's instance, and when that is tried again."""
-    again = "once a node joins, or a sound copy of its checkpoint appears"
+    again = "once another node joins or comes back, or a sound copy of its checkpoint appears"
     if failing.retry_at is not None:
         again = f"in {duration(max(0.0, failing.retry_at - now()))}"
     if failing.state == "failed":

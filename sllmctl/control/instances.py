@@ -292,7 +292,7 @@ def _fail(turn: Turn, instance: Instance) -> None:
 
 def tried_again(turn: Turn, instance: Instance) -> str:
     """When a failed instance is planned anew, and how to have that at once."""
-    when = "once a node joins, or a sound copy of its checkpoint appears"
+    when = "once another node joins or comes back, or a sound copy of its checkpoint appears"
     if instance.retry_at is not None:
         when = f"in {max(0.0, instance.retry_at - turn.now):.0f} s"
     return f"it is tried again {when}; `sllmctl model deploy {instance.model}` tries it at once"

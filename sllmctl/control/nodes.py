@@ -87,8 +87,8 @@ def check(turn: Turn, node: Node) -> None:
 
 def take_truth(turn: Turn, node: Node, truth: NodeTruth) -> None:
     """All that a node holds, at the beginning of a connection: what is not in it does not exist there."""
-    joined = node.state is NodeState.JOINING
-    if node.state is not NodeState.READY:
+    joined, away_since = node.state is not NodeState.READY, node.unreachable_since
+    if joined:
         move(turn, node, NodeState.READY)
         turn.event("node", node.name, "Ready", f"connected to {truth.inventory.hostname or node.address}")
     node.seen_at, node.unreachable_since = turn.now, None
@@ -97,7 +97,7 @@ def take_truth(turn: Turn, node: Node, truth: NodeTruth) -> None:
     _take_checkpoints(turn, node, truth)
     _take_instances(turn, node, truth)
     if joined:
-        retrying.node_joined(turn, node)
+        retrying.node_joined(turn, node, away_since)
     pins.state(turn, node.id)
     _take_operations(turn, node, truth)
 

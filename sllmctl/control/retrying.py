@@ -11,10 +11,12 @@ from sllmctl.control.turn import Turn
 __all__ = ["copy_appeared", "deployed", "node_joined"]
 
 
-def node_joined(turn: Turn, node: Node) -> None:
-    """A node is there that was not: what failed elsewhere, or can never start there, may start on it."""
+def node_joined(turn: Turn, node: Node, away_since: float | None) -> None:
+    """A node is there that was not: what failed elsewhere without it, ``away_since`` then or all along, may start on it."""
+    how = "joined" if away_since is None else "come back"
     for instance in list(turn.view.instances.values()):
-        _again(turn, instance, f"node {node.name} has joined")
+        if instance.node != node.id and (away_since is None or instance.changed_at >= away_since):
+            _again(turn, instance, f"node {node.name} has {how}")
 
 
 def copy_appeared(turn: Turn, digest: str, node: Node) -> None:

@@ -119,7 +119,7 @@ class Detail:
 
     def failing(self, failing: FailingView, now: float) -> Detail:
         """What is wrong with an instance, and when it is tried again."""
-        again = "once a node joins, or a copy is sound"
+        again = "once another node is there, or a copy is sound"
         if failing.retry_at is not None:
             again = f"in {seconds(max(0.0, failing.retry_at - now))}"
         self.head("failing").line(Span(f"{failing.instance} on {failing.node}", MUTED)).field("next try", again)

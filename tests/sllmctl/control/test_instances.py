@@ -224,6 +224,33 @@ def test_what_can_never_start_is_tried_again_once_something_has_changed(make_wor
     world.check_rows()
 
 
+def test_what_failed_elsewhere_while_a_node_was_away_is_tried_again_once_it_is_back(make_world: MakeWorld) -> None:
+    world = make_world(Agent("local"), Agent("other"))
+    for agent in world.agents.values():
+        agent.hold("m")
+        world.connect(agent.name)
+    wrong = Fault("invalid_input", "its devices are too old")
+    world.lose("other")
+    world.serve(spec(least=1, node="local"))
+    world.crash(world.only(), wrong)
+    failed = world.only()
+    assert (failed.state, failed.retry_at) == (_I.FAILED, None)
+    world.pass_time(world.settings.unreachable_grace_s + 1.0)
+    world.connect("other")
+    again = world.only()
+    assert (again.state, again.node) == (_I.READY, "other")
+    world.lose("other")
+    world.crash(again, wrong)
+    world.pass_time(1.0)
+    world.connect("other")
+    assert (world.only(), again.state) == (again, _I.FAILED), "the node on which it failed is no news"
+    world.pass_time(1.0)
+    world.lose("local")
+    world.connect("local")
+    assert world.only() is again, "it failed with both there"
+    world.check_rows()
+
+
 def _copy(world: World, node: str, state: TierState) -> None:
     """A node tells of its copy of the model on disk."""
     agent = world.agents[node]
