@@ -197,6 +197,7 @@ def stop_stranger(turn: Turn, node: str, truth: InstanceTruth) -> None:
 
 def retire(turn: Turn, instance: Instance, reason: str, message: str, *, level: str = "info") -> None:
     """The instance has no life and gets none: forget it, and see whether its model wants another."""
+    _count_back(turn, instance)
     move(turn, instance, _I.STOPPED)
     route(turn, instance)
     turn.remove_instance(instance)
@@ -211,6 +212,7 @@ def died(turn: Turn, instance: Instance, fault: Fault | None, remote: str = "") 
     """
     if instance.state not in LIVE:
         return
+    _count_back(turn, instance)
     why = fault.message if fault is not None else "its node does not have it any more"
     if instance.state in _ENDING:
         retire(turn, instance, "Stopped", "it has stopped")
@@ -219,9 +221,6 @@ def died(turn: Turn, instance: Instance, fault: Fault | None, remote: str = "") 
         _acknowledge(turn, instance)
         retire(turn, instance, "Gone", why, level="info" if fault is None else "warning")
         return
-    if instance.ready_at is not None and turn.now - instance.ready_at >= turn.settings.healthy_s:
-        instance.restarts = turn.view.models[instance.model].given_up = 0
-        turn.view.models[instance.model].avoided.pop(instance.node, None)
     elsewhere = _doubt_remote(turn, instance, fault, remote)
     instance.restarts += 1
     instance.fault = fault or Fault("unreachable", why)
@@ -241,6 +240,14 @@ def died(turn: Turn, instance: Instance, fault: Fault | None, remote: str = "") 
         _fail(turn, instance)
     else:
         _back_off(turn, instance, least_s=turn.settings.restart_first_s if looked_at else 0.0)
+
+
+def _count_back(turn: Turn, instance: Instance) -> None:
+    """A life that is over and was well tells that the model can live, and there."""
+    if instance.state in LIVE and instance.ready_at is not None and turn.now - instance.ready_at >= turn.settings.healthy_s:
+        model = turn.view.models[instance.model]
+        instance.restarts = model.given_up = 0
+        model.avoided.pop(instance.node, None)
 
 
 def keep_alive_s(turn: Turn, model: Model) -> float:

@@ -158,6 +158,21 @@ def test_a_failed_one_is_tried_again_elsewhere_if_it_can_be(make_world: MakeWorl
     assert not world.view.models["m"].avoided, "an operator says that it is to be tried"
 
 
+def test_one_that_lived_well_and_was_stopped_sets_the_pauses_back_too(world: World) -> None:
+    world.serve(spec(keep_alive_s=100.0))
+    world.demand("m", 1)
+    _give_up(world)
+    world.demand("m", 0)
+    world.pass_time(world.settings.retry_first_s)
+    world.served("m")
+    world.pass_time(100.0)
+    assert not world.view.instances, "it was scaled to zero"
+    assert not world.view.models["m"].avoided
+    world.demand("m", 1)
+    failed = _give_up(world)
+    assert failed.retry_at == world.now + world.settings.retry_first_s
+
+
 def test_a_failed_one_that_nobody_waits_for_gives_its_place_to_the_next_request(world: World) -> None:
     world.serve(spec())
     world.demand("m", 1)
