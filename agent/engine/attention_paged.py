@@ -18,6 +18,7 @@ from agent.engine.attention_sdpa import SdpaAttention
 from agent.engine.blocks import BLOCK_TOKENS, BlockManager
 from agent.native import paged_attention
 from agent.native.paged_attention import Job, Kind, Width
+from schema.errors import InvalidCheckpoint
 
 __all__ = ["PagedAttention", "attention_for"]
 
@@ -62,14 +63,18 @@ class PagedAttention:
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _attend(self, batch: AttentionBatch, query: Tensor, how: LayerAttention) -> Tensor:
-        """The first tokens of the batch, each alone."""
+        """The first tokens of the batch, each alone. Raises InvalidCheckpoint where queries are not made for this memory:
+        addresses are all that is handed on."""
         pool = batch.pool
         layer = pool.layers[how.layer]
         tokens, heads, head_dim = query.shape
         if query.stride()[1:] != (head_dim, 1):
             query = query.contiguous()
-        assert (query.dtype, head_dim) == (layer.dtype, pool.head_dim)
-        assert not heads % pool.kv_heads
+        if (query.dtype, head_dim) != (layer.dtype, pool.head_dim) or heads % pool.kv_heads:
+            raise InvalidCheckpoint(
+                f"layer {how.layer} attends with {heads} heads of {head_dim} {query.dtype}, over {pool.kv_heads} KV heads of "
+                f"{pool.head_dim} {layer.dtype}"
+            )
         positions = batch.positions[:tokens]
         bias = None if how.bias is None else how.bias.to(layer.dtype).contiguous()
         if bias is not None:
