@@ -463,7 +463,11 @@ class Agent:
             self.disk_changed()
             then()
 
+    def arena_changed(self) -> None:
+        self._means_changed()
+
     def store_ready(self) -> None:
+        self._means_changed()
         self._adoption.arrived("store")
         self._instances.store_ready()
 

@@ -71,6 +71,9 @@ class StoreOwner(Protocol):
     def checkpoint_came(self, digest: str, then: Callable[[], None]) -> None:
         """A checkpoint has come to the disk: ``then`` is called once its directory is known."""
 
+    def arena_changed(self) -> None:
+        """More of the arena is there."""
+
     def store_ready(self) -> None:
         """The store has stated its truth; the arena can be attached."""
 
@@ -315,6 +318,7 @@ class StoreLink:
                 self._truth(message)
             case ArenaState():
                 self.arena = message.arena
+                self._owner.arena_changed()
             case _ if not self._stated:
                 raise LinkError(f"the store said {type(message).__name__} before its truth")
             case Arriving() | LayersArrived():

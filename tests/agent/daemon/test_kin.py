@@ -19,6 +19,7 @@ from agent.daemon.supervisor import Kin
 from schema.errors import SllmError
 from schema.ids import epoch_of
 from schema.link import (
+    ArenaState,
     Evicted,
     InstanceUpdate,
     Inventory,
@@ -121,6 +122,20 @@ async def test_the_latest_look_at_the_disk_counts_and_is_told(node: Node, monkey
         looks[1].set_result(msgspec.structs.replace(means, disk_used_bytes=2))
     await manager.take(InventoryUpdate, lambda m: m.inventory.disk_used_bytes == 2)
     assert (await node.manager()).truth.inventory.disk_used_bytes == 2
+
+
+async def test_what_a_store_has_is_told_when_it_comes_and_as_it_gets_more() -> None:
+    async with Node(adopt_s=0.01) as node:
+        node.kin_dial = False
+        manager = await node.manager()
+        assert manager.truth.inventory.arena.id == ""
+        await node.until(lambda: len(node.pids) == 2)
+        node.play("store", node.pids[0])
+        told = await manager.take(InventoryUpdate, lambda m: bool(m.inventory.arena.id))
+        assert told.inventory.software.keys() == {"agent", "store"}
+        more = msgspec.structs.replace(told.inventory.arena, faulted_bytes=told.inventory.arena.budget_bytes)
+        node.stores[0].peer.send(ArenaState(arena=more))
+        await manager.take(InventoryUpdate, lambda m: m.inventory.arena == more)
 
 
 async def test_an_eviction_is_told(node: Node) -> None:
