@@ -208,13 +208,16 @@ class Request:
         return None
 
     @property
+    def fault(self) -> SllmError | None:
+        """Why it failed, None of one that did not: what it ended with, or what its last reader was told instead of its reply."""
+        return self.failure or (self.unread if self.live == 0 and not self.cancelled else None)
+
+    @property
     def state(self) -> RequestState:
-        if self.failure is not None:
+        if self.fault is not None:
             return RequestState.FAILED
         if self.cancelled:
             return RequestState.CANCELLED
-        if self.live == 0 and self.unread is not None:
-            return RequestState.FAILED
         if self.live == 0:
             return RequestState.FINISHED
         return RequestState.WAITING if self.waiting else RequestState.RUNNING
@@ -255,7 +258,7 @@ class Request:
             orphaned=self.orphaned,
             received_at=self.received_at,
             timeline=self.timeline(),
-            fault=None if (failure := self.failure or self.unread) is None else _fault(failure),
+            fault=None if (fault := self.fault) is None else _fault(fault),
         )
 
 

@@ -82,13 +82,13 @@ def moved(request: Request, fault: Fault) -> None:
 def ended(request: Request) -> None:
     if not _log.isEnabledFor(logging.INFO):
         return
-    failure = request.failure
+    fault = request.fault
     after_s = None if request.ended_at is None else request.ended_at - request.received_at
     fields = about(
         request=request.id,
         model=request.model,
         outcome=request.state.value,
-        code=None if failure is None else failure.code,
+        code=None if fault is None else fault.code,
         tokens=request.generated,
         attempts=request.attempts,
         after_s=after_s,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import struct
 from typing import Any
 
@@ -10,10 +11,11 @@ import httpx
 import pytest
 from msgspec.structs import replace
 
-from schema.errors import SllmError
+from schema.errors import Overloaded, SllmError
 from schema.ids import epoch_of, make_id
 from schema.link import Acked, AttemptTruth, Cancel, Ended, EngineTiming, RetryKey, Submit, TokenRun
 from schema.states import EndReason, RequestState
+from sllmctl.gateway import story
 from sllmctl.gateway.errors import KeyReused
 from sllmctl.gateway.router import Request
 from sllmctl.gateway.router_settings import RouterSettings
@@ -59,6 +61,27 @@ def test_a_retry_joins_what_runs_and_another_body_does_not() -> None:
     bench.advance(100)
     assert request.state == RequestState.RUNNING
     assert bench.take(Cancel) == []
+
+
+def test_what_its_reader_was_told_is_a_requests_fault_only_once_it_has_ended_so(caplog: pytest.LogCaptureFixture) -> None:
+    bench = _bench()
+
+    def told(request: Request) -> tuple[RequestState, str | None]:
+        view = bench.router.request(request.id)
+        return view.state, view.fault and view.fault.code
+
+    request, _ = _begun(bench)
+    request.leave(Overloaded("its tokenizer takes too long", 1.0))
+    assert told(request) == (RequestState.RUNNING, None), "a retry may come for it"
+    bench.router.cancel(request.id)
+    assert told(request) == (RequestState.CANCELLED, None)
+    request, (submit,) = _begun(bench)
+    request.leave(Overloaded("its tokenizer takes too long", 1.0))
+    caplog.set_level(logging.INFO, story.LOGGER)
+    _finish(bench, submit, 5)
+    assert told(request) == (RequestState.FAILED, "overloaded")
+    (ended,) = [record for record in caplog.records if record.getMessage() == "ended"]
+    assert (ended.about["outcome"], ended.about["code"]) == ("failed", "overloaded")  # type: ignore[attr-defined]
 
 
 def test_without_a_retry_it_ends_after_the_grace_and_is_forgotten() -> None:
