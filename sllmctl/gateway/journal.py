@@ -209,7 +209,7 @@ class Request:
 
     @property
     def fault(self) -> SllmError | None:
-        """Why it failed, None of one that did not: what it ended with, or what its last reader was told instead of its reply."""
+        """Why it failed, None if it did not: what it ended with, or what its last reader was told instead of its reply."""
         return self.failure or (self.unread if self.live == 0 and not self.cancelled else None)
 
     @property
