@@ -87,7 +87,8 @@ def command(invocation: Invocation, targets: tuple[str, ...], condition: str, ti
       checkpoint  on=NODE:disk, on=NODE:dram, on=NODE:device (whole on that tier), published, removed
       operation   ended
       request     running, ended
-    What can never come any more ends its wait with its fault; the others are waited for all the same.
+    What can never come any more ends its wait with its fault, and so does a model one of whose instances was given up, though
+    that is tried again; the others are waited for all the same.
 
     \b
     Examples:
