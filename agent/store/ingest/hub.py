@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from agent.store.durable import disk_errors
 from agent.store.ingest.files import PLAIN_NAME
-from schema.errors import InvalidCheckpoint, NotFound, OutOfSpace, Unauthorised, Unreachable
+from schema.errors import InvalidCheckpoint, InvalidInput, NotFound, OutOfSpace, Unauthorised, Unreachable
 from schema.spec import HubSource
 
 __all__ = ["fetch"]
@@ -46,10 +46,10 @@ class _Model(msgspec.Struct):
 def fetch(source: HubSource, directory: Path, progress: Callable[[int, int], None], free: Callable[[int], int]) -> None:
     """Download a model's revision into ``directory``; ``progress`` hears (done, total) bytes. HF_ENDPOINT names the hub.
 
-    Raises NotFound for an unknown model or revision, Unauthorised for a gated one, Unreachable when the hub does not answer, or
-    not as a hub does, OutOfSpace before the download when the disk has no room, InvalidCheckpoint when the model has no weights
-    that are read. Pickled weights are fetched only where there are no others. ``free`` says how many bytes the disk has, if
-    that many are needed.
+    Raises NotFound for an unknown model or revision, InvalidInput for a name that no model can have, Unauthorised for a gated
+    one, Unreachable when the hub does not answer, or not as a hub does, OutOfSpace before the download when the disk has no
+    room, InvalidCheckpoint when the model has no weights that are read. Pickled weights are fetched only where there are no
+    others. ``free`` says how many bytes the disk has, if that many are needed.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -99,6 +99,8 @@ def _client_errors(what: str) -> Iterator[None]:
         raise NotFound(
             f"{what} is not on the hub, or not open to this node; check the name, or set HF_TOKEN for the agent"
         ) from error
+    except errors.HFValidationError as error:  # which the client says of itself: no hub was asked
+        raise InvalidInput(f"no hub can have {what}: {_first_line(error)}", "source.repo") from error
     except (http_error, errors.LocalEntryNotFoundError, errors.FileMetadataError, ConnectionError, TimeoutError) as error:
         raise Unreachable(f"the hub did not give {what}: {_first_line(error)}") from error
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:

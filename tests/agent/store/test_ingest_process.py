@@ -415,6 +415,16 @@ def test_what_answers_as_no_hub_does(node: Node, hub: tuple[dict[str, str], list
     assert node.nothing_left()
 
 
+@pytest.mark.parametrize("repo", ["org/name.git", "org/a--name"])
+def test_a_name_that_no_model_of_a_hub_can_have(node: Node, hub: tuple[dict[str, str], list[str]], repo: str) -> None:
+    _, _, done = node.finish(node.start(HubSource(repo), env=hub[0]))
+    assert done.fault is not None
+    assert done.fault.code == "invalid_input", done.fault
+    assert repo in done.fault.message
+    assert hub[1] == [], "nobody was asked"
+    assert node.nothing_left()
+
+
 @pytest.mark.parametrize(
     ("status", "word", "code"),
     [(403, "GatedRepo", "unauthorised"), (401, "RepoNotFound", "not_found"), (410, "", "unreachable")],
