@@ -98,7 +98,11 @@ def told_of(noun: str, name: str) -> Iterator[None]:
 
 def _held_up(until: Until, model: ModelView) -> str:
     """Why a model that is waited for does not start, where that is known."""
-    return f": {model.no_place}" if until == "ready" and model.no_place and not model.instances else ""
+    if until != "ready":
+        return ""
+    if model.failing is not None:
+        return f": {model.failing.fault.message}"
+    return f": {model.no_place}" if model.no_place and not model.instances else ""
 
 
 @contextlib.contextmanager
@@ -133,6 +137,6 @@ def wait_for(admin: Asked, name: str, until: Until, patience: Patience) -> Model
             if not left_s:
                 raise TimedOut(
                     f"model {name} is not {until} after {patience}{_held_up(until, answer.view)}; "
-                    f"it goes on, `sllmctl event ls --object {name}` says how"
+                    f"it goes on, `sllmctl model show {name}` says how far it is"
                 )
             line.show(f"{_DOING[until]} {name}{_held_up(until, answer.view)}", answer.view.progress)

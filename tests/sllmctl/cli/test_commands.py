@@ -268,7 +268,7 @@ def test_a_wait_ends_with_its_time_or_with_the_models_fault(sllmctl: Sllmctl, ma
     manager.answer("POST models/qwen/deploy", 200, MODELS[0])
     manager.answer("GET models/qwen", 202, MODELS[0])
     late = sllmctl("model", "deploy", "qwen", "--wait", "--timeout", "0.01")
-    assert (late.code, "sllmctl event ls --object qwen" in late.err) == (7, True)
+    assert (late.code, "sllmctl model show qwen" in late.err) == (7, True)
     manager.forget()
     manager.answer("POST models/qwen/deploy", 200, MODELS[0])
     manager.refuse("GET models/qwen", 422, "invalid_checkpoint", "model.safetensors is cut short")
@@ -310,7 +310,7 @@ def test_all_are_stopped_before_any_is_waited_for(sllmctl: Sllmctl, manager: Fak
     assert said.err.splitlines() == [
         "model qwen is stopping",
         "model coming is stopping",
-        "error: model qwen is not stopped after 0.01 s; it goes on, `sllmctl event ls --object qwen` says how",
+        "error: model qwen is not stopped after 0.01 s; it goes on, `sllmctl model show qwen` says how far it is",
         "model coming is stopped",
     ]
 

@@ -18,7 +18,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from schema.admin import PublicationView
+from schema.admin import FailingView, PublicationView
 from schema.errors import Fault
 from schema.states import InstanceState, NodeState, RequestState, TierState
 from sllmctl.cli import wait, waiting
@@ -94,6 +94,14 @@ def test_a_wait_for_a_model_without_a_place_says_why(sllmctl: Sllmctl, manager: 
     manager.answer("GET models/qwen", 202, msgspec.structs.replace(MODELS[0], instances={}, no_place="there is no node"))
     ended = sllmctl("wait", "model/qwen", "--for", "ready", "--timeout", "0.01")
     assert (ended.code, "is not ready after 0.01 s: there is no node; it goes on" in ended.err) == (7, True), ended.err
+
+
+def test_a_wait_for_a_model_whose_instance_fails_says_why(sllmctl: Sllmctl, manager: FakeManager) -> None:
+    fault = Fault("out_of_space", "no room")
+    failing = FailingView(instance="inst_1", node="local", state=InstanceState.BACKOFF, fault=fault, retry_at=None)
+    manager.answer("GET models/qwen", 202, replace(MODELS[0], instances={"backoff": 1}, failing=failing))
+    ended = sllmctl("wait", "model/qwen", "--for", "ready", "--timeout", "0.01")
+    assert (ended.code, "is not ready after 0.01 s: no room; it goes on" in ended.err) == (7, True), ended.err
 
 
 @pytest.mark.parametrize(
