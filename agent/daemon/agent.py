@@ -110,6 +110,8 @@ class Agent:
         self._admission = asyncio.Lock()
         self._saving = asyncio.Lock()
         self._measuring = asyncio.Lock()
+        self._tidying = asyncio.Lock()
+        self._ended: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._shutdown = asyncio.Event()
         self._grace_s = 0.0
@@ -370,6 +372,7 @@ class Agent:
     def instance_changed(self, truth: InstanceTruth) -> None:
         if truth.state is InstanceState.STOPPED:
             self._software.pop(truth.instance, None)
+            self._ended.add(truth.instance)
             self._own(self._tidy_logs(), "tidy the logs")
         wrong = truth.fault is not None and truth.fault.code == InvalidCheckpoint.code
         if wrong and not truth.kv_capacity_tokens:  # it never served, so nothing of anybody's has ended with it
@@ -403,8 +406,10 @@ class Agent:
             self._own(self._look_anew(digest), f"look for {digest}")
 
     async def _tidy_logs(self) -> None:
-        running = {truth.instance for truth in self._instances.truths() if truth.state is not InstanceState.STOPPED}
-        await asyncio.to_thread(self._logs.tidy, running)
+        async with self._tidying:  # so that none is taken for old before it is noted that it has just ended
+            running = {truth.instance for truth in self._instances.truths() if truth.state is not InstanceState.STOPPED}
+            ended, self._ended = self._ended, set()
+            await asyncio.to_thread(self._logs.tidy, running, ended)
 
     async def _sweep(self) -> None:
         """What ingests, fetches and removals have left that were killed is a disk's worth of bytes, and no checkpoint's."""

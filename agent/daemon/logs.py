@@ -44,10 +44,14 @@ class NodeLogs:
         """The log of an instance, over all its lives."""
         return self._instances / f"{start.model}@{start.instance}.log"
 
-    def tidy(self, running: Collection[str] = ()) -> None:
-        """Remove the oldest logs of instances beyond those kept, but none of the ``running`` ones, which may say little."""
+    def tidy(self, running: Collection[str] = (), ended: Collection[str] = ()) -> None:
+        """Remove the oldest logs of instances beyond those kept, but none of the ``running`` ones, which may say little. Those
+        of what has just ``ended`` are the latest, however long ago it said something."""
         with contextlib.suppress(OSError):
             gone = [path for path in self._instances.glob("*.log") if _instance_of(path) not in running]
+            for path in gone:
+                if _instance_of(path) in ended:
+                    os.utime(path)
             for path in sorted(gone, key=lambda path: path.stat().st_mtime, reverse=True)[_KEPT:]:
                 path.unlink(missing_ok=True)
                 _aside(path).unlink(missing_ok=True)

@@ -90,7 +90,11 @@ async def test_of_the_logs_of_instances_that_have_ended_the_latest_stay(node: No
     await manager.take(InstanceUpdate, lambda m: m.truth.instance == "inst_2" and m.truth.state is InstanceState.READY)
     manager.send(StopInstance(instance="inst_2", epoch=start.epoch))
     await node.until(lambda: len(list(logs.iterdir())) == 65)
-    assert (logs / f"m@{start.instance}.log").exists(), "it runs, though it has said nothing for long"
+    quiet = logs / f"m@{start.instance}.log"
+    assert quiet.exists(), "it runs, though it has said nothing for long"
+    manager.send(StopInstance(instance=start.instance, epoch=start.epoch))
+    await node.until(lambda: len(list(logs.iterdir())) == 64)
+    assert quiet.exists(), "it has ended last"
 
 
 async def test_a_full_run_directory_keeps_no_instance_from_ending_or_starting(

@@ -109,9 +109,9 @@ def test_faults_are_told(config: NodeConfig) -> None:
 def test_old_logs_of_what_is_gone_are_removed(config: NodeConfig) -> None:
     for number in range(70):
         os.utime(put(config, f"m@i{number}", "x"), (number, number))
-    NodeLogs(config).tidy(running={"i2"})
+    NodeLogs(config).tidy(running={"i2"}, ended={"i3"})
     left = sorted(int(path.name[3:-4]) for path in (config.log_path / "instances").iterdir())
-    assert left == [2, *range(6, 70)], "one that has been quiet for long keeps its own"
+    assert left == [2, 3, *range(7, 70)], "one that has been quiet for long keeps its own"
 
 
 WRITER = """
