@@ -32,7 +32,7 @@ from agent.daemon.storelink import StoreLink
 from agent.daemon.supervisor import KILL_S, TERM_S, Kin, Spawn, spawn_kin
 from agent.daemon.workers import Relay
 from agent.daemon.zygote import ZygoteLink
-from agent.store.temporary import sweep
+from agent.store.temporary import sweep_left
 from schema.errors import Conflict, Fault, InvalidCheckpoint, InvalidInput, LinkError, SllmError, Unauthorised, Unreachable
 from schema.link import (
     Acked,
@@ -412,11 +412,7 @@ class Agent:
             await asyncio.to_thread(self._logs.tidy, running, ended)
 
     async def _sweep(self) -> None:
-        """What ingests, fetches and removals have left that were killed is a disk's worth of bytes, and no checkpoint's."""
-        data, keep_s = Path(self._config.data_dir), self._config.remote.keep_partial_s
-        for place in ("tmp", "partial"):
-            for name in await asyncio.to_thread(sweep, data / place, keep_s):
-                _log.info("deleted %s/%s, which a process has left", place, name)
+        await asyncio.to_thread(sweep_left, Path(self._config.data_dir), self._config.remote.keep_partial_s)
         await self._measure()
 
     async def _look_anew(self, digest: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
 import tempfile
@@ -19,9 +20,10 @@ from typing import Final
 
 from schema.errors import InvalidInput, OutOfSpace
 
-__all__ = ["hold_kept", "kept_directory", "sweep", "temporary_directory"]
+__all__ = ["hold_kept", "kept_directory", "sweep", "sweep_left", "temporary_directory"]
 
 _TRASH_S: Final = 600.0
+_log = logging.getLogger(__name__)
 
 
 def _hold(path: Path) -> int | None:
@@ -112,6 +114,14 @@ def sweep(root: Path, older_than_s: float = 0.0, *, kept_alone: bool = False) ->
                     os.close(held)
                     swept.append(path.name)
     return swept
+
+
+def sweep_left(data: Path, keep_s: float) -> None:
+    """`sweep` a data directory of all that killed ingests, fetches and removals have left: a disk's worth of bytes, and no
+    checkpoint's. What can be gone on with is kept for ``keep_s``."""
+    for place in ("tmp", "partial"):
+        for name in sweep(data / place, keep_s):
+            _log.info("deleted %s/%s, which a process has left", place, name)
 
 
 def _newest(path: Path) -> float:

@@ -22,7 +22,7 @@ from agent.store.ingest.convert import convert
 from agent.store.ingest.hub import fetch
 from agent.store.ingest.report import Reporter
 from agent.store.ingest.web import fetch_directory
-from agent.store.temporary import kept_directory, sweep
+from agent.store.temporary import kept_directory, sweep_left
 from schema.errors import Cancelled, Fault, InvalidInput, SllmError
 from schema.spec import HubSource, PathSource, Source, UrlSource
 from schema.states import Tier
@@ -98,8 +98,7 @@ def _ingest(config: NodeConfig, source: Source, reporter: Reporter) -> tuple[str
     """The digest, and what is to be said of how it was made."""
     data = Path(config.data_dir)
     temporary = data / "tmp"
-    for name in sweep(temporary, config.remote.keep_partial_s):
-        _log.info("deleted %s, which a killed process had left", name)
+    sweep_left(data, config.remote.keep_partial_s)
     notes: list[str] = []
     stage = _Stage("ingest", "an ingest", Tier.DISK, reporter, notes)
 

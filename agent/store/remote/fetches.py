@@ -18,7 +18,7 @@ from agent.store.cache import ArenaStore
 from agent.store.catalog import CatalogEntry
 from agent.store.remote.fetch import Fetch, FetchJob
 from agent.store.remote.open import open_remote
-from agent.store.temporary import sweep
+from agent.store.temporary import sweep_left
 from schema.checkpoint import Manifest
 from schema.errors import Fault, SllmError
 from schema.link import Fetching
@@ -304,9 +304,7 @@ class Fetches:
     def _prepare(self, fetch: _Fetch, layout: str) -> None:
         """On the fetch's own thread."""
         try:
-            for place in ("partial", "tmp"):
-                for name in sweep(self._data / place, self._settings.keep_partial_s):
-                    _log.info("deleted %s/%s, which a process has left", place, name)
+            sweep_left(self._data, self._settings.keep_partial_s)
             remote = open_remote(fetch.url, self._settings)
             made = Fetch(
                 remote, fetch.digest, layout, self._data, self._checkpoints, self._settings, disk_bytes=self._disk_bytes
