@@ -79,7 +79,7 @@ class Cluster(RuleBasedStateMachine):
             agent.automatic = False
             for name in MODELS:
                 agent.hold(name)
-        settings = ControlSettings(restarts_max=3, healthy_s=20.0, prefetch_every_s=20.0)
+        settings = ControlSettings(restarts_max=1, retry_first_s=15.0, healthy_s=20.0, prefetch_every_s=20.0)
         self.world = World(*agents, settings=settings, abilities=self.abilities, journals=self.journals)
         self.journals.view = self.world.view
 
@@ -221,6 +221,24 @@ class Cluster(RuleBasedStateMachine):
         elif what == "drain" and state is _I.READY:
             self.world.tell(node, agent.become(id_, _I.DRAINING))
 
+    @precondition(lambda self: self.world.view.instances)
+    @rule(pick=picks, code=st.sampled_from(["internal", "invalid_checkpoint"]), away=st.booleans())
+    def give_up(self, pick: int, code: str, away: bool) -> None:
+        """One that is waited for dies as often as it is begun; then its node, perhaps, is away over the pause."""
+        world = self.world
+        instance = world.view.instances[sorted(world.view.instances)[pick % len(world.view.instances)]]
+        agent = world.agents[instance.node]
+        world.demand(instance.model, 1)
+        for _ in range(world.settings.restarts_max + 1):
+            life = agent.lives.get(instance.id)
+            if agent.connected and life is not None and life.state in (_I.STARTING, _I.READY):
+                world.tell(agent.name, agent.become(instance.id, _I.STOPPED, Fault(code, "it was killed")))
+            if instance.state is _I.BACKOFF and instance.retry_at is not None:
+                world.pass_time(max(0.0, instance.retry_at - world.now))
+        if away:
+            world.lose(agent.name)
+            world.pass_time(world.settings.retry_first_s + 1.0)
+
     @rule(seconds=st.sampled_from([0.1, 1.0, 10.0, 100.0, 1000.0]))
     def wait(self, seconds: float) -> None:
         self.world.pass_time(seconds)
@@ -244,6 +262,13 @@ class Cluster(RuleBasedStateMachine):
         for one in self.world.view.instances.values():
             if one.state is _I.PLANNED:
                 assert self.world.now - one.life_at <= self.world.settings.room_timeout_s
+
+    @invariant()
+    def what_failed_is_tried_again_in_time(self) -> None:
+        for one in self.world.view.instances.values():
+            if one.state is _I.FAILED:
+                assert one.fault is not None
+                assert one.fault.code == "invalid_checkpoint" or (one.retry_at or 0.0) >= self.world.now
 
     @invariant()
     def moves_are_of_those_that_are_there(self) -> None:
