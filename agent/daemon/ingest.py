@@ -18,7 +18,7 @@ from agent.config import NodeConfig
 from agent.daemon.process import describe_status, start_ticks
 from agent.daemon.roster import Roster, RosterEntry
 from agent.daemon.supervisor import KILL_S, TERM_S, log_path
-from schema.errors import Fault, LinkError, SllmError
+from schema.errors import LinkError, SllmError
 from schema.link import Committing, FrameDecoder, Ingest, OperationDone, Progress, Publish
 
 __all__ = ["Child", "ForkIngestDoor", "IngestCommand", "ingest_command", "publish_command", "run_ingest", "run_publish"]
@@ -73,8 +73,8 @@ async def run_ingest(
     roster: Roster,
     said: _Said,
 ) -> OperationDone:
-    """Run an ingest to its end, which is always an `OperationDone`. Cancelled, it ends the child, unless that has come to its
-    end by then.
+    """Run an ingest to the end that it tells. Raises SllmError when it tells none. Cancelled, it ends the child, unless that
+    has come to its end by then.
 
     To judge a model takes torch and transformers, seconds to import. A fork of the zygote has them; without one the child is
     a process of its own.
@@ -133,7 +133,7 @@ async def _run_child(config: NodeConfig, what: str, op: str, launch: _Launch, ro
     try:
         child, frames, transport = await launch(log)
     except OSError as error:
-        return OperationDone(op=op, fault=Fault.of(SllmError(f"cannot start the {what}: {error}")))
+        raise SllmError(f"cannot start the {what}: {error}") from error
     # All are known as ingests: children of one operation, which a new agent ends.
     entry = RosterEntry(role="ingest", pid=child.pid, ticks=start_ticks(child.pid) or 0, instance=op)
     roster.put(entry)
@@ -158,12 +158,9 @@ async def _run_child(config: NodeConfig, what: str, op: str, launch: _Launch, ro
         roster.remove(entry)
     if done is not None:  # then a cancel came too late
         return done
-    if isinstance(failed, LinkError):
-        return OperationDone(op=op, fault=Fault.of(failed))
     if failed is not None:
         raise failed
-    why = f"the {what} {describe_status(status)} without an answer; ask for it again, and see {log}"
-    return OperationDone(op=op, fault=Fault.of(SllmError(why)))
+    raise SllmError(f"the {what} {describe_status(status)} without an answer; ask for it again, and see {log}")
 
 
 async def _relay(frames: asyncio.StreamReader, op: str, said: _Said) -> OperationDone | None:

@@ -164,12 +164,16 @@ class Operations:
 
     async def _run_ingest(self, message: Ingest) -> OperationDone:
         await self._drops_over()
-        async with self._ingest_slots:
-            done = await self._ingest_to_disk(message)
-        if not done.digest:
-            await self._checkpoints.scan()
-            self._owner.disk_changed()
-            return done
+        digest = ""
+        try:
+            async with self._ingest_slots:
+                done = await self._ingest_to_disk(message)
+            if not (digest := done.digest):
+                return done
+        finally:
+            if not digest:
+                await self._checkpoints.scan()
+                self._owner.disk_changed()
         told = asyncio.Event()
         self._owner.checkpoint_came(done.digest, told.set)
         with contextlib.suppress(asyncio.CancelledError):  # too late: its end says what it has brought
@@ -177,8 +181,8 @@ class Operations:
         return done
 
     async def _ingest_to_disk(self, message: Ingest) -> OperationDone:
-        """One that was killed, or cancelled, while it committed has ended well if its checkpoint is there: else no model would
-        have that, and another ingest would read, and need room for, all of it again."""
+        """One that was killed, or cancelled, while it committed, and told no end, has ended well if its checkpoint is there:
+        else no model would have that, and another ingest would read, and need room for, all of it again."""
         layout = IN_PLACE if isinstance(message.source, PathSource) and message.source.in_place else LAYOUT
         committing = ""
 
@@ -189,31 +193,27 @@ class Operations:
             else:
                 self._owner.tell(message)
 
-        async def has_come() -> bool:
-            return bool(committing) and await self._checkpoints.has_come(committing, layout)
-
         try:
-            done = await run_ingest(self._config, message, self._fork, self._ingest, self._roster, said)
-        except asyncio.CancelledError:
-            if not await has_come():
+            return await run_ingest(self._config, message, self._fork, self._ingest, self._roster, said)
+        except (SllmError, asyncio.CancelledError):
+            if not committing or not await self._checkpoints.has_come(committing, layout):
                 raise
-        else:
-            if done.digest or not await has_come():
-                return done
         return OperationDone(op=message.op, digest=committing)
 
     async def _publish(self, message: Publish) -> OperationDone:
         digest = message.digest
         directory = self._checkpoints.directory(digest)
         self._publishing[message.op] = digest
+        fine = False
         try:
             async with self._publish_slots:
                 done = await run_publish(self._config, message, directory, self._roster, self._owner.tell)
+            fine = done.fault is None
         finally:
             del self._publishing[message.op]
-        if done.fault is not None:  # it may have put the copy into quarantine, or found that it cannot be read
-            await self._checkpoints.scan()
-            self._owner.placement_changed(digest)
+            if not fine:  # it may have put the copy into quarantine, or found that it cannot be read
+                await self._checkpoints.scan()
+                self._owner.placement_changed(digest)
         return done
 
     async def _fetch(self, message: Fetch) -> OperationDone:

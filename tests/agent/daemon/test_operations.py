@@ -197,6 +197,23 @@ async def test_what_is_ended_while_it_commits_has_ended_well_if_its_checkpoint_i
     assert (ended.digest, ended.fault is None) == ((other, True) if there else ("", False))
 
 
+async def test_what_an_ingest_tells_of_its_commit_is_believed_though_its_checkpoint_is_there(node: Node) -> None:
+    """The disk may have refused to make it durable, and takes that for told."""
+    manager = await node.manager()
+    other = "ef" * 32
+    make_checkpoint(node.directory / "made", other, LAYOUT)
+    child(
+        node,
+        "from schema.errors import Fault\n"
+        f"say(Committing(op=op, digest={other!r}))\n"
+        f"os.rename({str(node.directory / 'made' / other)!r}, {str(node.config.checkpoints_path / other)!r})\n"
+        "say(OperationDone(op=op, fault=Fault('internal', 'Input/output error')))",
+    )
+    manager.send(Ingest(op="op_1", source=SOURCE))
+    ended = await done(manager, "op_1")
+    assert (ended.digest, ended.fault) == ("", Fault("internal", "Input/output error"))
+
+
 async def test_an_ingest_is_forked_by_the_zygote_and_outlives_it(node: Node) -> None:
     manager = await node.manager()
     go_on = node.directory / "go-on"
