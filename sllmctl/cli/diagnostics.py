@@ -133,12 +133,17 @@ def log_to_stderr(level: str, form: LogFormat) -> None:
 
 
 def confirm(question: str, yes: bool) -> None:
-    """Ask before something is destroyed; ``yes`` has answered already. Raises UsageError where nobody can be asked."""
+    """Ask before something is destroyed; ``yes`` has answered already. What the question quotes cannot steer the terminal.
+
+    Raises UsageError where nobody can be asked.
+    """
+    from sllmctl.cli.format import printable
+
     if yes:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise click.UsageError(f"{question} There is no terminal to ask on: say so with -y.")
-    if not click.confirm(question, err=True):
+    if not click.confirm(printable(question), err=True):
         raise click.exceptions.Exit(FAILED)
 
 

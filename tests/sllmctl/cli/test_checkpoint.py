@@ -237,3 +237,21 @@ def test_pins_are_asked_for_and_told(sllmctl: Sllmctl, manager: FakeManager, ver
     assert ("local:dram" if pins else "nowhere") in said.err
     said = sllmctl("checkpoint", verb, "qwen", "-o", "json")
     assert len(json.loads(said.out)["pins"]) == len(pins)
+
+
+def test_a_remotes_name_cannot_steer_the_terminal_of_who_is_asked_about_it(
+    sllmctl: Sllmctl, manager: FakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = "s3://b/\x1b]0;mine\x07"
+    publications = (PublicationView(url=url, layout="exec1", published_at=0),)
+    manager.answer(
+        "GET checkpoints/qwen", 200, msgspec.structs.replace(CHECKPOINTS[0], placements=(), publications=publications)
+    )
+    asked: list[str] = []
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("click.confirm", lambda question, err: asked.append(question))
+    assert sllmctl("checkpoint", "forget", "qwen").code == 1
+    (question,) = asked
+    assert "s3://b/\N{REPLACEMENT CHARACTER}]0;mine\N{REPLACEMENT CHARACTER}" in question
+    assert question.isprintable()
