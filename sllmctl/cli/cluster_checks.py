@@ -28,7 +28,7 @@ def check_cluster(told: Told) -> Iterator[Finding]:
 
 
 def node_versions(manager: str, nodes: Sequence[NodeView]) -> Finding:
-    """Processes of nodes that run another version than their manager, as they said when the node was linked last."""
+    """Processes of nodes that run another version than their manager, as the node stated last."""
     told = [(node.name, who, said) for node in nodes if node.inventory for who, said in node.inventory.software.items()]
     other = [f"{who} on {node} runs {said}" for node, who, said in told if said.rpartition(" ")[2] != manager]
     if not other:

@@ -310,7 +310,7 @@ def leftover_facts(data: Path) -> list[Leftover]:
 
 
 def leftovers(found: Sequence[Leftover], keep_s: float) -> Finding:
-    """What was broken off: kept to be gone on with, then swept by the next ingest or fetch, which may never come."""
+    """What was broken off: kept to be gone on with, then swept by the next ingest, fetch or agent, which may never come."""
     left = [each for each in found if not each.held and each.age_s > _FRESH_S]
     total = sum(each.size_bytes for each in left)
     if not left:

@@ -97,7 +97,7 @@ def _devices_used(view: ClusterView, node: Node) -> tuple[int, ...]:
 
 
 def _means(view: ClusterView, node: str, stated: Inventory | None) -> Inventory | None:
-    """A node's means as it stated them when it connected, with what is taken of them now."""
+    """A node's means as it stated them last, with what is taken of them now."""
     if stated is None:
         return None
     records = list(view.placements_on(node).values())
