@@ -182,6 +182,7 @@ class _Generation:
             exchange.gone = True
         except asyncio.CancelledError:
             # The server has waited long enough for what still runs and ends: the client is told, and the task is over.
+            metrics.errors.labels(Unreachable.code).inc()
             await exchange.fail(Unreachable(STOPPING))
         except SllmError as error:
             code = answer_of(error).code or error.code
@@ -196,6 +197,8 @@ class _Generation:
         finally:
             exchange.release(bodies)
             metrics.live.dec()
+            if exchange.gone and exchange.broken_off is not None:
+                metrics.errors.labels(exchange.broken_off.code).inc()
             # Only names of models that are served become labels: others are as many as there are slips.
             metrics.requests.labels(model, _CLIENT_GONE if exchange.gone else str(exchange.status)).inc()
 

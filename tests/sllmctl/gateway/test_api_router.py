@@ -138,6 +138,7 @@ async def test_a_reply_that_the_managers_end_cuts_short_is_told_as_failed() -> N
         bench.tokens(TokenRun(submit.attempt, 0, tuple(ids_of("hi"))))
         here.stop()
         told = msgspec.json.decode((await reply).text.rpartition("data: ")[2])["error"]["message"]
+        assert here.metric("sllm_request_errors_total", code="unreachable") == 1
     view = bench.router.request(submit.request)
     assert (view.state, view.fault) == (RequestState.FAILED, Fault("unreachable", told))
     assert "the manager is stopping" in told

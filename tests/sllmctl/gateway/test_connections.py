@@ -141,6 +141,7 @@ async def test_a_reader_that_stops_reading_is_dropped() -> None:
         await asyncio.wait_for(talk(), WAIT_S)
         await _until(here, model="tiny", status="499")
         assert here.metric("sllm_connections_dropped_total", reason="slow reader") == 1
+        assert here.metric("sllm_request_errors_total", code="timed_out") == 1
         assert isinstance(request.left_with, TimedOut), "it did not go by itself"
         assert "slow reader" in request.left_with.message
 
