@@ -86,7 +86,8 @@ def apply(
         if not dry_run:
             if going:
                 confirm(f"Remove {', '.join(going)}, which no file has, and the checkpoints that no other model uses?", yes)
-                patience.restart()
+                if not yes:
+                    patience.restart()
             told = admin.ask(client.apply_models(specs, going, deploy=not no_deploy))
         show_items(form, told, _COLUMNS, lambda each: each.name)
         if dry_run:

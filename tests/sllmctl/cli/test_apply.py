@@ -8,10 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 
 from schema.admin import AppliedView, ChangeView
 from schema.errors import Fault
+from sllmctl.cli import waiting
 from tests.sllmctl.cli.conftest import Sllmctl
 from tests.sllmctl.fake_manager import MODELS, FakeManager
 
@@ -113,6 +115,33 @@ def test_pruning_asks_and_names_what_goes(sllmctl: Sllmctl, manager: FakeManager
     assert _bodies(manager)[0]["remove"] == [model.name for model in MODELS]
     assert sllmctl("apply", "-f", file, "--prune", "-y").code == 0
     assert _bodies(manager)[-1]["remove"] == ["broken"]
+
+
+@pytest.mark.parametrize(("given", "left_s"), [(("-y",), [10.0, 6.0, 2.0]), ((), [10.0, 6.0, 10.0])])
+def test_only_the_time_that_a_person_takes_to_answer_does_not_count(
+    sllmctl: Sllmctl,
+    manager: FakeManager,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    given: tuple[str, ...],
+    left_s: list[float],
+) -> None:
+    now, limits = [1000.0], []
+    real = httpx.Client.request
+
+    def request(client: httpx.Client, *args: Any, timeout: httpx.Timeout, **more: Any) -> httpx.Response:
+        limits.append(timeout.read)
+        now[0] += 4.0
+        return real(client, *args, timeout=60.0, **more)
+
+    monkeypatch.setattr(httpx.Client, "request", request)
+    monkeypatch.setattr(waiting, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("click.confirm", lambda question, err: True)
+    manager.answer("POST apply", 200, {"items": [AppliedView(name="broken", action="removed")]})
+    assert sllmctl("apply", "-f", file, "--prune", "--timeout", "10", *given).code == 0
+    assert limits == left_s
 
 
 def test_waiting_is_for_each_model(sllmctl: Sllmctl, manager: FakeManager, file: str) -> None:
