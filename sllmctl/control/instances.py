@@ -22,6 +22,7 @@ __all__ = [
     "check",
     "create",
     "died",
+    "holds_place",
     "keep_alive_s",
     "move",
     "retire",
@@ -295,6 +296,12 @@ def _fail(turn: Turn, instance: Instance) -> None:
     message = f"given up {times}: {instance.fault.message}; {tried_again(turn, instance)}"
     turn.event("instance", instance.id, "Failed", message, level="error")
     turn.rescale[instance.model] = None
+
+
+def holds_place(instance: Instance) -> bool:
+    """Whether it counts among the instances that its model may have. A failed one does until it is planned anew, or a model
+    that always fails would start without a pause."""
+    return (instance.state in ACTIVE and not instance.moving) or instance.state is _I.FAILED
 
 
 def tried_again(turn: Turn, instance: Instance) -> str:

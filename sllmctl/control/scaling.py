@@ -174,12 +174,9 @@ def _serving(turn: Turn, model: Model) -> bool:
 
 
 def _missing(turn: Turn, model: Model) -> int:
-    """How many instances to start now. A failed one keeps its slot until it is planned anew, or a model that always fails would
-    start without a pause."""
+    """How many instances to start now."""
     rule = model.spec.scale
-    there = list(turn.view.instances_of(model.name).values())
-    active = [one for one in there if one.state in instances.ACTIVE and not one.moving]
-    slots = rule.max - len(active) - sum(one.state is _I.FAILED for one in there)
+    slots = rule.max - sum(instances.holds_place(one) for one in turn.view.instances_of(model.name).values())
     below = rule.min - (rule.max - slots)
     if not model.waiting:
         return max(0, min(below, slots))
@@ -188,7 +185,7 @@ def _missing(turn: Turn, model: Model) -> int:
         if at > turn.now:
             turn.wake("model", model.name, at)
             return max(0, min(below, slots))
-    coming = sum(one.state is not _I.READY or _just_ready(turn, one) for one in active)
+    coming = sum(one.state is not _I.READY or _just_ready(turn, one) for one in _active(turn, model))
     wanted = -(-model.waiting // rule.max_concurrency) - coming
     return max(0, min(max(below, wanted), slots))
 

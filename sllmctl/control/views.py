@@ -26,7 +26,7 @@ from schema.link import InstanceLoad, Inventory
 from schema.states import InstanceState, Tier
 from sllmctl.cluster.records import Checkpoint, Instance, Model, Node, Operation
 from sllmctl.cluster.view import ClusterView
-from sllmctl.control.instances import ACTIVE
+from sllmctl.control.instances import holds_place
 
 _WRONG = frozenset({InstanceState.BACKOFF, InstanceState.FAILED})
 
@@ -135,8 +135,7 @@ def _failing(view: ClusterView, model: Model) -> FailingView | None:
 
 def held(view: ClusterView, model: Model) -> FailingView | None:
     """The failed instance that is tried first of those that hold a model's last places; None while another may be started."""
-    there = view.instances_of(model.name).values()
-    taken = sum((one.state in ACTIVE and not one.moving) or one.state is InstanceState.FAILED for one in there)
+    taken = sum(holds_place(one) for one in view.instances_of(model.name).values())
     wrong = _wrong(view, model)
     if not wrong or taken < model.spec.scale.max:
         return None
