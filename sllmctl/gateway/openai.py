@@ -21,7 +21,7 @@ from sllmctl.gateway.errors import UnknownParameter, UnsupportedParameter
 from sllmctl.gateway.generate import Job
 from sllmctl.gateway.settings import GatewaySettings
 from sllmctl.gateway.sse import Shape
-from sllmctl.gateway.text import TextModel
+from sllmctl.gateway.text import TextModel, context_holds
 
 __all__ = ["BodyDecoder", "Common", "StreamOptions", "check_stream_options", "make_job", "stop_strings"]
 
@@ -203,13 +203,11 @@ def _sampling_params(
     defaults = text.defaults
     room = context_tokens - prompt_tokens
     if room < 1:
-        raise ContextOverflow(
-            f"the prompt has {prompt_tokens} tokens; this model's context holds {context_tokens}, reply included; shorten it"
-        )
+        raise ContextOverflow(f"the prompt has {prompt_tokens} tokens; {context_holds(context_tokens)}; shorten it")
     if max_tokens is not None and max_tokens > room:
         raise ContextOverflow(
-            f"the prompt has {prompt_tokens} tokens and {max_tokens} were asked for; this model's context holds "
-            f"{context_tokens}; ask for at most {room}",
+            f"the prompt has {prompt_tokens} tokens and {max_tokens} were asked for; {context_holds(context_tokens)}; "
+            f"ask for at most {room}",
             "max_tokens",
         )
     longest = room if logprobs is None else min(room, most_scored_tokens(logprobs))

@@ -25,7 +25,7 @@ from sllmctl.gateway.settings import GatewaySettings
 from sllmctl.gateway.template import TemplateRenderer
 from sllmctl.gateway.tokenizer_faults import checkpoint_at_fault
 
-__all__ = ["TextModel", "TextService"]
+__all__ = ["TextModel", "TextService", "context_holds"]
 
 # One text at a time is tokenised by one thread of ours; a pool of the library's own under it would only contend.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -243,8 +243,8 @@ class TextService:
         limit = context_tokens * self._settings.chars_per_token_limit
         if chars > limit:
             raise ContextOverflow(
-                f"the prompt has {chars} characters; this model's context holds {context_tokens} tokens, reply included, "
-                f"for which at most {limit} characters are read; shorten it",
+                f"the prompt has {chars} characters; {context_holds(context_tokens)}, for which at most {limit} characters are "
+                "read; shorten it",
                 param,
             )
 
@@ -291,4 +291,11 @@ def _usable(defaults: TextDefaults) -> TextDefaults:
         top_k=top_k if top_k is not None and top_k >= 0 else None,
         min_p=min_p if min_p is not None and 0 <= min_p <= 1 else None,
         repetition_penalty=penalty if penalty is not None and 0.01 <= penalty <= 100 else None,
+    )
+
+
+def context_holds(tokens: int) -> str:
+    """The most that one request may have, for whoever asked for more."""
+    return (
+        f"this model's context, or the KV memory of its instances where that is smaller, holds {tokens} tokens, reply included"
     )
