@@ -18,6 +18,7 @@ from agent.daemon.process import Process, describe_status
 from agent.daemon.roster import Roster, RosterEntry
 from schema.errors import Conflict
 from schema.link import Message, Ping, Shutdown
+from schema.pauses import growing_pause_s
 
 __all__ = ["KILL_S", "TERM_S", "Kin", "Spawn", "log_path", "spawn_kin", "spawn_process"]
 
@@ -149,7 +150,7 @@ class Kin:
             limit_s = self._config.spawn_s
             failures = 0 if loop.time() - began >= STABLE_S else failures + 1
             if failures > 1:
-                await asyncio.sleep(min(_FIRST_DELAY_S * 2.0 ** min(failures - 2, 32), _LONGEST_DELAY_S))
+                await asyncio.sleep(growing_pause_s(_FIRST_DELAY_S, _LONGEST_DELAY_S, failures - 2))
 
     async def _watch(self, process: Process, limit_s: float) -> None:
         dead = asyncio.ensure_future(process.died.wait())

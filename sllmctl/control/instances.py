@@ -5,6 +5,7 @@ from __future__ import annotations
 from schema.errors import Fault, InvalidCheckpoint
 from schema.ids import Epoch
 from schema.link import EngineOptions, InstanceTruth, RemoteCopy, StartInstance, StopInstance
+from schema.pauses import growing_pause_s
 from schema.states import InstanceState, ModelState, NodeState, Tier, TierState, can_become
 from sllmctl.cluster.plans import Plan
 from sllmctl.cluster.records import HOLDING, LIVE, Instance, Model
@@ -285,7 +286,7 @@ def _fail(turn: Turn, instance: Instance) -> None:
     instance.retry_at = None
     pause_s = settings.retry_longest_s
     if instance.fault.code not in _PERMANENT:
-        pause_s = min(settings.retry_longest_s, settings.retry_first_s * 2.0 ** min(model.given_up, 32))
+        pause_s = growing_pause_s(settings.retry_first_s, settings.retry_longest_s, model.given_up)
         instance.retry_at = turn.now + pause_s
         turn.wake("instance", instance.id, instance.retry_at)
         model.given_up += 1
@@ -317,7 +318,7 @@ def _back_off(turn: Turn, instance: Instance, *, least_s: float = 0.0) -> None:
     settings = turn.settings
     delay_s = least_s
     if instance.restarts > 1:
-        delay_s = min(settings.restart_longest_s, settings.restart_first_s * 2.0 ** min(instance.restarts - 2, 32))
+        delay_s = growing_pause_s(settings.restart_first_s, settings.restart_longest_s, instance.restarts - 2)
     instance.retry_at = turn.now + delay_s
     move(turn, instance, _I.BACKOFF)
     route(turn, instance)

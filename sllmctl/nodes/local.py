@@ -24,6 +24,7 @@ import msgspec
 from schema.errors import InvalidInput, SllmError
 from schema.link import ManagerMessage, Shutdown
 from schema.nodesettings import NodeSettings
+from schema.pauses import growing_pause_s
 from sllmctl.nodes.settings import LocalSettings
 from sllmctl.procstat import process_stat
 
@@ -139,7 +140,7 @@ class LocalAgent:
         settings = self._settings
         delay_s = 0.0
         if self._early_deaths:
-            delay_s = min(settings.respawn_first_s * 2.0 ** min(self._early_deaths - 1, 30), settings.respawn_longest_s)
+            delay_s = growing_pause_s(settings.respawn_first_s, settings.respawn_longest_s, self._early_deaths - 1)
         self._early_deaths += 1
         self._spawn_after = time.monotonic() + delay_s
 

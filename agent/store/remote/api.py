@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 from typing import Final, Protocol, TypeVar
 
 from schema.errors import Cancelled, NotFound, TimedOut, Unauthorised, Unreachable
+from schema.pauses import growing_pause_s
 from schema.remote import RemoteSettings
 
 __all__ = ["STALE_S", "STEADY_BYTES", "Body", "Forbidden", "Interrupted", "Patience", "Remote", "Source", "read_into"]
@@ -122,7 +123,7 @@ class Patience:
         self._failures += 1
         if self._failures >= self._settings.attempts:
             raise Unreachable(f"{error} (tried {self._failures} times)") from error
-        delay_s = min(self._FIRST_S * 2.0**self._failures, self._settings.longest_delay_s)
+        delay_s = growing_pause_s(self._FIRST_S, self._settings.longest_delay_s, self._failures)
         if self._stopped.wait(delay_s * random.uniform(0.5, 1.0)):  # noqa: S311 - a jitter, no secret
             raise Cancelled("the transfer was cancelled")
 
