@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from schema.errors import Fault, InvalidCheckpoint
 from schema.ids import Epoch
 from schema.link import EngineOptions, InstanceTruth, RemoteCopy, StartInstance, StopInstance
@@ -32,6 +34,7 @@ __all__ = [
     "stop_now",
     "stop_stranger",
     "tried_again",
+    "tried_first",
 ]
 
 _I = InstanceState
@@ -303,6 +306,11 @@ def holds_place(instance: Instance) -> bool:
     """Whether it counts among the instances that its model may have. A failed one does until it is planned anew, or a model
     that always fails would start without a pause."""
     return (instance.state in ACTIVE and not instance.moving) or instance.state is _I.FAILED
+
+
+def tried_first(wrong: Iterable[Instance]) -> Instance:
+    """Of instances that are between two lives, or failed, the one that is tried again before the others."""
+    return min(wrong, key=lambda one: (one.retry_at is None, one.retry_at, one.id))
 
 
 def tried_again(turn: Turn, instance: Instance) -> str:

@@ -135,7 +135,7 @@ def _start_missing(turn: Turn, model: Model, look: bool) -> None:
     view.set_refusal(model, "")
     failed = [one for one in view.instances_of(model.name).values() if one.state is _I.FAILED]
     if model.waiting and failed and not _active(turn, model):
-        first = min(failed, key=lambda one: (one.retry_at is None, one.retry_at))
+        first = instances.tried_first(failed)
         why = first.fault.message if first.fault is not None else "unknown"
         text = f"model {model.name!r} has only failed instances, {first.id} for: {why}; {instances.tried_again(turn, first)}"
         after_s = None if first.retry_at is None else max(0.0, first.retry_at - turn.now)

@@ -26,9 +26,7 @@ from schema.link import InstanceLoad, Inventory
 from schema.states import InstanceState, Tier
 from sllmctl.cluster.records import Checkpoint, Instance, Model, Node, Operation
 from sllmctl.cluster.view import ClusterView
-from sllmctl.control.instances import holds_place
-
-_WRONG = frozenset({InstanceState.BACKOFF, InstanceState.FAILED})
+from sllmctl.control.instances import holds_place, tried_first
 
 __all__ = [
     "LiveNumbers",
@@ -43,6 +41,8 @@ __all__ = [
     "node_views",
     "operation_view",
 ]
+
+_WRONG = frozenset({InstanceState.BACKOFF, InstanceState.FAILED})
 
 
 class LiveNumbers(Protocol):
@@ -139,7 +139,7 @@ def held(view: ClusterView, model: Model) -> FailingView | None:
     wrong = _wrong(view, model)
     if not wrong or taken < model.spec.scale.max:
         return None
-    return _failing_view(view, min(wrong, key=lambda one: (one.retry_at is None, one.retry_at, one.id)))
+    return _failing_view(view, tried_first(wrong))
 
 
 def _wrong(view: ClusterView, model: Model) -> list[Instance]:
