@@ -28,8 +28,7 @@ class Residency:
     """The residents of one arena, and its free chunks and slots. One thread calls it.
 
     ``evicted`` hears of what went without being dropped by its name, why, and for which other if it was for one, before its
-    chunks are given away. ``compared``
-    says what must stay where it is since it is being compared.
+    chunks are given away. ``compared`` says what must stay where it is since it is being compared.
     """
 
     def __init__(self, arena: Arena, evicted: Callable[[str, str, str], None], compared: Callable[[], Collection[str]]) -> None:

@@ -52,8 +52,8 @@ class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     A start that fetches from a remote costs a plan ``fetch_cost_s`` beside its time, since it takes room on a disk; one on a
     node where the model was just given up costs ``failed_cost_s``, since it may fail there again.
     The bandwidths, ``start_base_s`` (a worker without its weights), ``import_s`` (what a node imports before its first
-    worker), ``prefill_token_s`` and ``prefill_base_s`` (recomputing a
-    sequence: per token, and once) and ``scale_up_after_s`` are assumed until a node has measured, or experience told, better.
+    worker), ``prefill_token_s`` and ``prefill_base_s`` (recomputing a sequence: per token, and once) and ``scale_up_after_s``
+    are assumed until a node has measured, or experience told, better.
     ``events_keep``, ``outcomes_keep``, ``decisions_keep``: older events, estimates with their outcomes, and decisions are cut.
     ``plan_candidates``: how many candidates a plan remembers. ``plan_nodes``: of nodes that differ in nothing but room and
     queues, so many are looked at for one plan, the roomiest first.
